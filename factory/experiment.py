@@ -1,0 +1,153 @@
+"""An experiment: what its stages share. One folder of factory_configs with one `experiment.yaml`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_prep.battle import VERDICTS
+from data_prep.errors import ArenaError, UsageError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Labels(_Strict):
+    """The single token that stands for each class, as the judge answers it."""
+
+    a: str = "A"
+    b: str = "B"
+    tie: str = "C"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Labels:
+        if len(set(self.in_order())) != len(VERDICTS) or not all(self.in_order()):
+            raise ValueError("the three verdict labels must be distinct and not empty")
+        return self
+
+    def in_order(self) -> tuple[str, str, str]:
+        """Return the labels in the order of `VERDICTS`."""
+        return (self.a, self.b, self.tie)
+
+
+class BudgetShares(_Strict):
+    """How prompt, A and B share the token budget when the last turn alone exceeds it; they sum to 1."""
+
+    prompt: Share = 0.2
+    a: Share = 0.4
+    b: Share = 0.4
+
+    @model_validator(mode="after")
+    def _whole(self) -> BudgetShares:
+        if abs(self.prompt + self.a + self.b - 1) > 1e-6:
+            raise ValueError("prompt + a + b must be 1")
+        if self.a != self.b:
+            raise ValueError("a and b must be equal: anything else would be a position bias by construction")
+        return self
+
+
+class Experiment(_Strict):
+    """The checked content of one `experiment.yaml`, and the places where its work goes (relative paths)."""
+
+    name: str
+    description: str = ""
+    model: str = Field(min_length=1)  # hub id or folder
+    revision: str = "main"
+    template: str = Field(min_length=1)  # LLaMA-Factory's chat template
+    enable_thinking: bool | None = None
+    trust_remote_code: bool = False
+    cutoff_len: int = Field(ge=32)
+    quantization_bit: Literal[4, 8] | None = 4
+    labels: Labels = Labels()
+    prompt_template: str = "templates/judge_prompt.j2"
+    budget_shares: BudgetShares = BudgetShares()
+    valid_share: float = Field(default=0.1, gt=0, lt=0.9)
+    swap_copies: bool = True
+    swap_tta: bool = False  # score both orders and average
+    seed: int = Field(default=42, ge=0)
+    # First values of the rendered recipes, by stage, in LLaMA-Factory's keys; the recipe rules once it is rendered.
+    recipes: dict[str, dict[str, Any]] = {}
+
+    @property
+    def folder(self) -> Path:
+        """factory_configs/<name>: this file and the recipes."""
+        return Path("factory_configs") / self.name
+
+    @property
+    def data_folder(self) -> Path:
+        """data/<name>: the exported sets, LLaMA-Factory's `dataset_dir` of this experiment."""
+        return Path("data") / self.name
+
+    def recipe(self, step: str) -> Path:
+        """Return the path of a recipe; `step` is sft, merge_sft, dpo, …"""
+        return self.folder / f"{step}.yaml"
+
+    def adapter_folder(self, stage: str) -> Path:
+        """saves/<model>/lora/<name>_<stage>: where LLaMA Board looks for adapters."""
+        return Path("saves") / self.short_model / "lora" / f"{self.name}_{stage}"
+
+    def output_folder(self, stage: str) -> Path:
+        """outputs/<name>/<stage>: merged model, probabilities, report, state."""
+        return Path("outputs") / self.name / stage
+
+    @property
+    def short_model(self) -> str:
+        """The last part of the model's name."""
+        return self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def load_experiment(name: str, root: Path = Path()) -> Experiment:
+    """Read and check factory_configs/<name>/experiment.yaml.
+
+    Raises UsageError for an unknown or unsafe name, ArenaError that lists every fault of the file.
+    """
+    configs = root / "factory_configs"
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise UsageError(
+            f"{name!r} is not an experiment's name", remedy="use letters, digits, '.', '_' and '-', at most 64"
+        )
+    path = configs / name / "experiment.yaml"
+    if not path.is_file():
+        known = sorted(p.parent.name for p in configs.glob("*/experiment.yaml"))
+        raise UsageError(
+            f"there is no experiment {name!r} ({path} is missing)",
+            remedy=f"choose one of: {', '.join(known) or 'none yet'}, or make a folder with an experiment.yaml",
+        )
+    return parse_experiment(read_yaml(path), name, where=str(path))
+
+
+def parse_experiment(content: dict[str, Any], name: str, where: str) -> Experiment:
+    """Check the content of an experiment.yaml; raises ArenaError that lists every fault together."""
+    try:
+        return Experiment(name=name, **content)
+    except ValidationError as error:
+        faults = [f"  - {'.'.join(map(str, e['loc'])) or '(file)'}: {e['msg']}" for e in error.errors()]
+        raise ArenaError(
+            "\n".join([f"{len(faults)} fault(s) in the experiment:", *faults]),
+            where=where,
+            remedy="mend these keys; docs and comments in factory_configs/demo/experiment.yaml name each",
+        ) from None
+    except TypeError as error:  # `name` given twice, or a key that is not a string
+        raise ArenaError(str(error), where=where, remedy="remove that key; the folder is the name") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping exactly as LLaMA-Factory does (OmegaConf); raises ArenaError if it is not one."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, ValueError) as error:
+        raise ArenaError(f"is not readable YAML: {error}", where=str(path), remedy="mend the file") from None
+    if not isinstance(content, dict):
+        raise ArenaError("must be a YAML mapping (key: value lines)", where=str(path), remedy="mend the file")
+    return {str(key): value for key, value in content.items()}

@@ -1,0 +1,1 @@
+"""Merged model in, class probabilities out: label logits, metrics, baselines, report, submission."""
