@@ -1,0 +1,221 @@
+"""What LLaMA-Factory puts around a judge prompt, as token ids, so that fitting and scoring need no trainer.
+
+prefix_ids + encode(before + message + after) + suffix_ids   ->   the prompt that the label follows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.battle import VERDICTS
+from data_prep.errors import ArenaError
+from data_prep.files import atomic_file
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from factory.experiment import Experiment
+
+CACHE = Path("data") / ".frames"
+_MARK = "arenafactorymessage"
+# Texts on which a new frame must agree with LLaMA-Factory's own encoder before it is used.
+_PROBES = (
+    "",
+    "A",
+    " leading and trailing \n",
+    "ünï ©ode 日本語 😀\n\n\tcode",
+    "Verdict:\n\n",
+    "1234567890 <b>&amp;</b>",
+)
+
+
+@dataclass(frozen=True)
+class ChatFrame:
+    """The ids and strings around a message, the three labels' ids, and the strings that parse as special tokens.
+
+    `label_ids` are in the order of VERDICTS; `answer_len` is the number of ids that training appends for a
+    label (label, end of turn, …).
+    """
+
+    template: str
+    prefix_ids: tuple[int, ...]
+    before: str
+    after: str
+    suffix_ids: tuple[int, ...]
+    label_ids: tuple[int, int, int]
+    answer_len: int
+    special_strings: tuple[str, ...]
+
+    def wrap(self, message: str) -> str:
+        """Return the one string of the prompt that is tokenized."""
+        return self.before + message + self.after
+
+    def surround(self, ids: list[int]) -> list[int]:
+        """Return the whole prompt's ids from the ids of the wrapped message."""
+        return [*self.prefix_ids, *ids, *self.suffix_ids]
+
+    @property
+    def overhead(self) -> int:
+        """The number of ids that every row spends outside its wrapped message: prefix, suffix and answer."""
+        return len(self.prefix_ids) + len(self.suffix_ids) + self.answer_len
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> ChatFrame:
+        """Rebuild a frame from `dataclasses.asdict` of it, as JSON keeps it."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+
+
+def load_frame(experiment: Experiment) -> tuple[ChatFrame, Tokenizer]:
+    """Return the experiment's frame and the very tokenizer that LLaMA-Factory uses, from a cache where it is there.
+
+    The first call for a model imports LLaMA-Factory (about 20 s); later ones read a small file.
+    Raises ArenaError when the model's tokenizer cannot be had, or a label is not one token in its place.
+    """
+    from tokenizers import Tokenizer
+
+    path = CACHE / f"{_cache_key(experiment)}.json"
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return ChatFrame.from_dict(content["frame"]), Tokenizer.from_str(content["tokenizer"])
+        except (ValueError, KeyError, TypeError):
+            path.unlink(missing_ok=True)  # a damaged cache entry is made anew
+    frame, tokenizer_json = probe_frame(experiment)
+    with atomic_file(path) as file:
+        json.dump({"frame": asdict(frame), "tokenizer": tokenizer_json}, file)
+    return frame, Tokenizer.from_str(tokenizer_json)
+
+
+def probe_frame(experiment: Experiment) -> tuple[ChatFrame, str]:
+    """Ask LLaMA-Factory for its template ids and return the frame with the tokenizer as JSON; heavy imports."""
+    tokenizer, template = _llamafactory_template(experiment)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ArenaError(
+            "has no fast tokenizer (tokenizer.json), which fitting to the token budget needs",
+            where=experiment.model,
+            remedy="choose a model that ships tokenizer.json, or convert it with transformers once",
+        )
+    recorder = _Recorder(tokenizer)
+    prompt_ids, _ = template.encode_oneturn(recorder, _turn(_MARK, experiment.labels.a))
+    text, ids = next(call for call in recorder.calls if _MARK in call[0])
+    before, after = text.split(_MARK)
+    start = _position(prompt_ids, ids)
+    label_ids, answer_len = _labels(tokenizer, template, experiment)
+    frame = ChatFrame(
+        template=experiment.template,
+        prefix_ids=tuple(prompt_ids[:start]),
+        before=before,
+        after=after,
+        suffix_ids=tuple(prompt_ids[start + len(ids) :]),
+        label_ids=label_ids,
+        answer_len=answer_len + (1 if template.efficient_eos else 0),
+        special_strings=tuple(
+            sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        ),
+    )
+    _verify(frame, tokenizer, template, experiment)
+    return frame, backend.to_str()
+
+
+def _llamafactory_template(experiment: Experiment):
+    from llamafactory.data.template import get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments, ModelArguments
+    from llamafactory.model import load_tokenizer
+
+    model_args = ModelArguments(
+        model_name_or_path=experiment.model,
+        model_revision=experiment.revision,
+        trust_remote_code=experiment.trust_remote_code,
+    )
+    thinking = {} if experiment.enable_thinking is None else {"enable_thinking": experiment.enable_thinking}
+    try:
+        tokenizer = load_tokenizer(model_args)["tokenizer"]
+        data_args = DataArguments(template=experiment.template, **thinking)
+        return tokenizer, get_template_and_fix_tokenizer(tokenizer, data_args)
+    except (OSError, ValueError) as error:
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()
+        raise ArenaError(
+            f"tokenizer or chat template {experiment.template!r} cannot be loaded: {reason[0] if reason else cause!r}",
+            where=experiment.model,
+            remedy="check the keys model and template in experiment.yaml; a gated model needs its licence accepted "
+            "and HF_TOKEN set; without internet give a local folder as model (the demo's is made by `run.py demo`)",
+        ) from None
+
+
+def _labels(tokenizer, template, experiment: Experiment) -> tuple[tuple[int, int, int], int]:
+    answers = [template.encode_oneturn(tokenizer, _turn(_MARK, x))[1] for x in experiment.labels.in_order()]
+    first = tuple(answer[0] for answer in answers)
+    rest = {tuple(answer[1:]) for answer in answers}
+    texts = [tokenizer.decode([i]).strip() for i in first]
+    if len(set(first)) != len(VERDICTS) or len(rest) != 1 or texts != [x.strip() for x in experiment.labels.in_order()]:
+        thought = " (this is a reasoning template: use its _nothink twin)" if "<think>" in texts[0] else ""
+        raise ArenaError(
+            f"the labels {experiment.labels.in_order()} are not three distinct single tokens after template "
+            f"{experiment.template!r}: their first tokens are {texts}{thought}",
+            where=f"{experiment.folder}/experiment.yaml: labels, template",
+            remedy="choose labels that the tokenizer knows as one token each, such as A, B, C, and a template "
+            "that answers at once",
+        )
+    return first, len(answers[0])
+
+
+def _verify(frame: ChatFrame, tokenizer, template, experiment: Experiment) -> None:
+    for probe in _PROBES:
+        expected, _ = template.encode_oneturn(tokenizer, _turn(probe, experiment.labels.a))
+        ids = frame.surround(tokenizer.backend_tokenizer.encode(frame.wrap(probe), add_special_tokens=False).ids)
+        if ids != expected:
+            raise ArenaError(
+                f"template {experiment.template!r} does not keep a fixed frame around the message {probe!r}",
+                where=experiment.model,
+                remedy="choose a text-only template of the same family (see LLaMA-Factory's template list)",
+            )
+
+
+def _turn(message: str, label: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": message}, {"role": "assistant", "content": label}]
+
+
+def _position(whole: list[int], part: list[int]) -> int:
+    return next(i for i in range(len(whole) - len(part) + 1) if whole[i : i + len(part)] == part)
+
+
+def _cache_key(experiment: Experiment) -> str:
+    digest = hashlib.sha256()
+    asked = (
+        experiment.model,
+        experiment.revision,
+        experiment.template,
+        experiment.enable_thinking,
+        experiment.labels.in_order(),
+        metadata.version("llamafactory"),
+        metadata.version("transformers"),
+    )
+    digest.update(json.dumps(asked).encode())
+    folder = Path(experiment.model)
+    if folder.is_dir():
+        for path in sorted([*folder.glob("*token*"), *folder.glob("*.model"), *folder.glob("vocab*")]):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+class _Recorder:
+    """A tokenizer that notes what it is asked to encode."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self.calls: list[tuple[str, list[int]]] = []
+
+    def __getattr__(self, name: str):
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text: str, **options) -> list[int]:
+        ids = self._tokenizer.encode(text, **options)
+        self.calls.append((text, ids))
+        return ids

@@ -1,0 +1,61 @@
+"""Reading an exported data folder back: its rows, its fitted texts, its manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.battle import Battle
+from data_prep.errors import ArenaError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SPLITS = ("train", "valid", "test")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a data folder's manifest; raises ArenaError if nothing was exported there or it is damaged."""
+    path = folder / "manifest.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArenaError(
+            "there is no exported data",
+            where=str(folder),
+            remedy=f"python run.py prepare -e {folder.name} --train FILE",
+        ) from None
+    except ValueError:
+        raise ArenaError("is damaged", where=str(path), remedy="run prepare again") from None
+
+
+def read_rows(folder: Path, split: str) -> pd.DataFrame:
+    """Return rows.parquet's rows of one split, in the order of the input, one row a battle."""
+    import pandas as pd
+
+    rows = pd.read_parquet(folder / "rows.parquet")
+    return rows[rows["split"] == split].reset_index(drop=True)
+
+
+def read_battles(folder: Path, split: str) -> list[tuple[Battle, int]]:
+    """Return the fitted battles of one split with the number of turns dropped from each, in the input's order."""
+    from pyarrow.parquet import read_table
+
+    rows = read_table(folder / "rows.parquet", columns=["split", "verdict", "language", "dropped"]).to_pylist()
+    texts = read_table(folder / "battles.parquet").to_pylist()
+    return [
+        (
+            Battle(
+                text["id"],
+                tuple(text["prompts"]),
+                tuple(text["responses_a"]),
+                tuple(text["responses_b"]),
+                row["verdict"],
+                row["language"],
+            ),
+            row["dropped"],
+        )
+        for row, text in zip(rows, texts, strict=True)
+        if row["split"] == split
+    ]
