@@ -1,0 +1,123 @@
+"""The baseline ladder: what a result must beat, trained on the same training rows and judged on the same rows.
+
+Frames have the columns id, verdict, text_prompt, text_a, text_b (turns joined) and turns; no swapped copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scoring.links import smoothed_prior
+from scoring.metrics import verdict_codes
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from scipy.sparse import spmatrix
+
+LADDER = ("uniform", "prior", "length", "tfidf")
+# TF-IDF of 57k battles would take minutes: beyond these caps a seeded sample of rows and the head of texts stand in.
+TFIDF_ROWS = 20_000
+TFIDF_CHARS = 3_000
+TFIDF_TERMS = 20_000
+# Strength of the L2 penalty (scikit-learn's C = 1 / strength).
+_TFIDF_C = 0.3
+
+
+def baseline_ladder(train: pd.DataFrame, rows: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
+    """Return [rows, 3] probabilities of `rows` for each rung of `LADDER`, learned from the verdicts of `train`.
+
+    Rows of `train` without a verdict teach nothing. A class that is missing in `train` gets its smoothed share.
+    """
+    truth = verdict_codes(train["verdict"])
+    train, truth = train[truth >= 0], truth[truth >= 0]
+    prior = smoothed_prior(truth)
+    ladder = {"uniform": np.full((len(rows), 3), 1 / 3), "prior": np.tile(prior, (len(rows), 1))}
+    if len(set(truth.tolist())) < 2:
+        return {**ladder, "length": ladder["prior"], "tfidf": ladder["prior"]}
+    ladder["length"] = _regression(length_features(train), truth, length_features(rows), 1.0, prior)
+    ladder["tfidf"] = _tfidf(train, truth, rows, seed, prior)
+    return ladder
+
+
+def ladder_notes(train_rows: int) -> dict[str, str]:
+    """Return one sentence for each rung: what it is, and what was left out to keep it fast."""
+    sampled = f"a seeded sample of {TFIDF_ROWS} of the {train_rows} training rows"
+    rows = sampled if train_rows > TFIDF_ROWS else "all training rows"
+    return {
+        "uniform": "a third for each class",
+        "prior": "the class shares of the training rows",
+        "length": "logistic regression on the lengths of prompt, A and B, their gap and the number of turns",
+        "tfidf": f"logistic regression on TF-IDF of A minus TF-IDF of B, and the lengths; {rows}, "
+        f"{TFIDF_CHARS} characters of each answer, {TFIDF_TERMS} words",
+    }
+
+
+def length_features(frame: pd.DataFrame) -> np.ndarray:
+    """Return [rows, 9] features that know nothing but lengths (characters) and the number of turns."""
+    prompt, a, b = (_lengths(frame[name]) for name in ("text_prompt", "text_a", "text_b"))
+    turns = frame["turns"].to_numpy(dtype=np.float64, na_value=1.0)
+    logs = np.log1p(prompt), np.log1p(a), np.log1p(b)
+    gap, ratio = logs[1] - logs[2], (a - b) / (a + b + 1)
+    return np.column_stack([*logs, gap, np.abs(gap), ratio, np.abs(ratio), np.log(np.maximum(turns, 1)), a == b])
+
+
+def _tfidf(train: pd.DataFrame, truth: np.ndarray, rows: pd.DataFrame, seed: int, prior: np.ndarray) -> np.ndarray:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    if len(train) > TFIDF_ROWS:
+        chosen = np.sort(np.random.default_rng(seed).choice(len(train), TFIDF_ROWS, replace=False))
+        train, truth = train.iloc[chosen], truth[chosen]
+    # `lower` of one word list, no stop words: the arena speaks many languages.
+    vectorizer = TfidfVectorizer(
+        sublinear_tf=True, min_df=2, max_features=TFIDF_TERMS, token_pattern=r"\S+", dtype=np.float32
+    )
+    texts = [*_heads(train["text_a"]), *_heads(train["text_b"])]
+    try:
+        vectorizer.fit(texts)
+    except ValueError:  # no word occurs twice: nothing but lengths is left to learn from
+        return _regression(length_features(train), truth, length_features(rows), 1.0, prior)
+    seen, asked = (_with_lengths(vectorizer, frame, train) for frame in (train, rows))
+    return _regression(seen, truth, asked, _TFIDF_C, prior, scale=False)
+
+
+def _with_lengths(vectorizer, frame: pd.DataFrame, reference: pd.DataFrame) -> spmatrix:
+    """Return sparse [rows, words + lengths]; the lengths are standardised by `reference`."""
+    from scipy.sparse import csr_matrix, hstack
+
+    base = length_features(reference)
+    lengths = (length_features(frame) - base.mean(axis=0)) / (base.std(axis=0) + 1e-9)
+    gap = vectorizer.transform(_heads(frame["text_a"])) - vectorizer.transform(_heads(frame["text_b"]))
+    return hstack([gap, csr_matrix(lengths)], format="csr")
+
+
+def _regression(
+    seen: np.ndarray | spmatrix,
+    truth: np.ndarray,
+    asked: np.ndarray | spmatrix,
+    c: float,
+    prior: np.ndarray,
+    *,
+    scale: bool = True,
+) -> np.ndarray:
+    """Return [rows, 3] of an L2-penalised multinomial logistic regression; classes not seen get their prior."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    steps = [StandardScaler()] if scale else []
+    model = make_pipeline(*steps, LogisticRegression(C=c, max_iter=500, tol=1e-3)).fit(seen, truth)
+    classes = model[-1].classes_
+    full = np.tile(prior, (asked.shape[0], 1))
+    full[:, classes] = model.predict_proba(asked) * prior[classes].sum()
+    return full
+
+
+def _lengths(texts: Iterable[str | None]) -> np.ndarray:
+    return np.array([len(text) if isinstance(text, str) else 0 for text in texts], dtype=np.float64)
+
+
+def _heads(texts: Iterable[str | None]) -> list[str]:
+    return [text[:TFIDF_CHARS] if isinstance(text, str) else "" for text in texts]

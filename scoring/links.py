@@ -1,0 +1,268 @@
+"""Links: raw scores in, three class probabilities out; fitted by maximum likelihood.
+
+    label logits [rows, 3]        →  SoftmaxLink   (temperature, class bias)
+    reward pairs [rows], [rows]   →  DavidsonLink  (scale, tie parameter, position bias, length term)
+
+Both are conditional logits (McFadden 1974) that are linear in their parameters, so one convex fit serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data_prep.battle import VERDICTS
+from data_prep.errors import ArenaError
+
+# Every parameter, in units of one standard deviation of its input, has a normal prior with mean 0 and standard
+# deviation 10: too weak to be seen on ordinary data, strong enough that separable data stays finite.
+PRIOR_DEVIATION = 10.0
+# A standardised score beyond this is set to it: one reward that exploded must not rule the fit.
+CLIP = 100.0
+
+
+@dataclass(frozen=True)
+class ConditionalLogit:
+    """The fitted parameters [k] of a conditional logit, their covariance [k, k] and the mean loss in nats."""
+
+    parameters: np.ndarray
+    covariance: np.ndarray
+    loss: float
+
+    @property
+    def errors(self) -> np.ndarray:
+        """Standard errors [k] from the observed information (the prior's included)."""
+        return np.sqrt(np.diag(self.covariance))
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    """Return log probabilities along the last axis; never overflows."""
+    shifted = scores - scores.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Return probabilities along the last axis; never overflows."""
+    return np.exp(log_softmax(scores))
+
+
+def penalised_loss(
+    parameters: np.ndarray, design: np.ndarray, truth: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Return the negative log posterior of a conditional logit (a sum, in nats), its gradient [k] and Hessian [k, k].
+
+    `design` [rows, classes, k]; the class scores are design @ parameters (McFadden 1974).
+    """
+    logs = log_softmax(design @ parameters)
+    chances = np.exp(logs)
+    rows = np.arange(len(truth))
+    expected = np.einsum("nc,nck->nk", chances, design)
+    gradient = (expected - design[rows, truth]).sum(axis=0)
+    spread = design - expected[:, None, :]
+    hessian = np.einsum("nc,ncj,nck->jk", chances, spread, spread, optimize=True)
+    precision = PRIOR_DEVIATION**-2
+    loss = -logs[rows, truth].sum() + precision / 2 * float(parameters @ parameters)
+    return loss, gradient + precision * parameters, hessian + precision * np.eye(len(parameters))
+
+
+def fit_conditional_logit(design: np.ndarray, truth: np.ndarray, lower: np.ndarray | None = None) -> ConditionalLogit:
+    """Fit the parameters [k] by penalised maximum likelihood, none below `lower` [k].
+
+    `design` [rows, classes, k] in standardised units, `truth` [rows] class codes.
+    Raises ArenaError if the optimiser does not converge.
+    """
+    from scipy.optimize import minimize
+
+    count = design.shape[2]
+    lower = np.full(count, -np.inf) if lower is None else lower
+    rows = max(1, len(truth))
+
+    def mean_loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        loss, gradient, _ = penalised_loss(parameters, design, truth)
+        return loss / rows, gradient / rows
+
+    start = np.maximum(np.zeros(count), lower)
+    bounds = [(low if np.isfinite(low) else None, None) for low in lower]
+    options = {"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-9}
+    found = minimize(mean_loss, start, jac=True, bounds=bounds, method="L-BFGS-B", options=options)
+    loss, gradient, hessian = penalised_loss(found.x, design, truth)
+    free = (found.x > lower) | (gradient < 0)
+    if not np.isfinite(loss) or np.abs(gradient[free]).max(initial=0) > 1e-3 * rows:
+        raise ArenaError(
+            f"the link did not converge ({found.message})",
+            where="calibration",
+            remedy="look at the raw scores of the validation fold: they may be broken",
+        )
+    penalty = float(found.x @ found.x) * PRIOR_DEVIATION**-2 / 2
+    return ConditionalLogit(found.x, np.linalg.inv(hessian), (loss - penalty) / rows)
+
+
+def robust_scale(values: np.ndarray) -> float:
+    """Return a typical size of `values` about zero: 1.4826 · median |v|, or the mean |v| where that is 0.
+
+    0.0 where every value is 0. The factor makes it the standard deviation for normal values (Huber 1981).
+    """
+    sizes = np.abs(values)
+    typical = 1.4826 * float(np.median(sizes)) if len(sizes) else 0.0
+    if typical > 0:
+        return typical
+    return float(sizes.mean()) if len(sizes) else 0.0
+
+
+@dataclass(frozen=True)
+class SoftmaxLink:
+    """softmax(logits · inverse_temperature + bias): temperature scaling with a class bias (Guo et al., ICML 2017).
+
+    `bias` sums to 0. An inverse temperature of 0 means that the logits carry nothing.
+    Centred logits beyond ±`limit` count as ±`limit`; None is no limit.
+    """
+
+    kind: ClassVar[str] = "softmax"
+    inverse_temperature: float = 1.0
+    bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    limit: float | None = None
+    errors: Mapping[str, float] | None = None
+
+    @classmethod
+    def fit(cls, logits: np.ndarray, truth: np.ndarray) -> SoftmaxLink:
+        """Fit on label logits [rows, 3] and class codes [rows]; the inverse temperature is never negative."""
+        centred = _centred(logits)
+        unit = robust_scale(centred.ravel()) or 1.0
+        design = np.zeros((len(truth), 3, 3))
+        design[:, :, 0] = np.clip(centred / unit, -CLIP, CLIP)
+        design[:, 0, 1], design[:, 1, 2], design[:, 2, 1:] = 1.0, 1.0, -1.0
+        fitted = fit_conditional_logit(design, truth, np.array([0.0, -np.inf, -np.inf]))
+        slope, first, second = fitted.parameters
+        tie_error = float(np.sqrt(fitted.covariance[1:, 1:].sum()))
+        sizes = dict(zip(("inverse_temperature", "bias_a", "bias_b"), map(float, fitted.errors), strict=True))
+        sizes["inverse_temperature"] /= unit
+        bias = (float(first), float(second), float(-first - second))
+        return cls(float(slope / unit), bias, CLIP * unit, {**sizes, "bias_tie": tie_error})
+
+    @property
+    def temperature(self) -> float | None:
+        """1 / inverse temperature; None where it is infinite."""
+        return 1 / self.inverse_temperature if self.inverse_temperature > 0 else None
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Return [rows, 3] probabilities of label logits [rows, 3]."""
+        limit = np.inf if self.limit is None else self.limit
+        centred = np.clip(_centred(logits), -limit, limit)
+        return softmax(centred * self.inverse_temperature + np.array(self.bias))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the link as plain values; `link_from_json` is the inverse."""
+        return {"kind": self.kind, "temperature": self.temperature, **asdict(self), "bias": list(self.bias)}
+
+
+@dataclass(frozen=True)
+class DavidsonLink:
+    """P(a) : P(b) : P(tie) = exp(s/2) : exp(−s/2) : tie, s = scale·(ra − rb) + position_bias + length·z.
+
+    Davidson 1970, "On extending the Bradley–Terry model to accommodate ties", JASA 65; the order effect after
+    Davidson & Beaver 1977, Biometrics 33. z = (log chars of A − log chars of B) / length_unit.
+    `scale` is per unit of reward, `position_bias` and `length` are log odds of A over B, `tie` is ν > 0.
+    Reward differences beyond ±`limit` count as ±`limit`.
+    """
+
+    kind: ClassVar[str] = "davidson"
+    scale: float
+    position_bias: float
+    length: float
+    tie: float
+    length_unit: float
+    limit: float
+    errors: Mapping[str, float] | None = None
+
+    @classmethod
+    def fit(cls, difference: np.ndarray, log_lengths: np.ndarray, truth: np.ndarray) -> DavidsonLink:
+        """Fit on reward differences ra − rb [rows], log-length differences [rows] and class codes [rows].
+
+        The scale is never negative: a link does not turn a preference around.
+        `errors` holds standard errors of scale, position_bias, length and log_tie from the observed information.
+        """
+        unit = robust_scale(difference) or 1.0
+        length_unit = float(np.std(log_lengths)) or 1.0
+        columns = np.clip(difference / unit, -CLIP, CLIP), np.ones(len(truth)), log_lengths / length_unit
+        design = np.zeros((len(truth), 3, 4))
+        design[:, 0, :3] = np.column_stack(columns) / 2
+        design[:, 1, :3] = -design[:, 0, :3]
+        design[:, 2, 3] = 1.0
+        fitted = fit_conditional_logit(design, truth, np.array([0.0, -np.inf, -np.inf, -np.inf]))
+        scale, position, length, log_tie = map(float, fitted.parameters)
+        names = ("scale", "position_bias", "length", "log_tie")
+        errors = dict(zip(names, map(float, fitted.errors), strict=True))
+        errors["scale"] /= unit
+        return cls(scale / unit, position, length, float(np.exp(log_tie)), length_unit, CLIP * unit, errors)
+
+    def probabilities(self, difference: np.ndarray, log_lengths: np.ndarray) -> np.ndarray:
+        """Return [rows, 3] probabilities of reward differences [rows] and log-length differences [rows]."""
+        bounded = np.clip(difference, -self.limit, self.limit)
+        s = self.scale * bounded + self.position_bias + self.length * log_lengths / self.length_unit
+        return softmax(np.column_stack([s / 2, -s / 2, np.full(len(s), np.log(self.tie))]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the link as plain values; `link_from_json` is the inverse."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+Link = SoftmaxLink | DavidsonLink
+
+
+def link_from_json(value: Mapping[str, Any]) -> Link:
+    """Return the link that `to_json` described; raises ArenaError for an unknown kind or missing values."""
+    fields = {key: item for key, item in value.items() if key not in ("kind", "temperature")}
+    try:
+        if value.get("kind") == SoftmaxLink.kind:
+            return SoftmaxLink(**{**fields, "bias": tuple(fields["bias"])})
+        if value.get("kind") == DavidsonLink.kind:
+            return DavidsonLink(**fields)
+    except (TypeError, KeyError) as error:
+        raise ArenaError(f"the saved link is broken: {error}", where="calibration", remedy="score again") from None
+    raise ArenaError(f"unknown link {value.get('kind')!r}", where="calibration", remedy="score again")
+
+
+def correct_prior(probabilities: np.ndarray, source: Mapping[str, float], target: Mapping[str, float]) -> np.ndarray:
+    """Return [rows, 3] probabilities for a class prior `target`, given ones that were learned under `source`.
+
+    p'(c) ∝ p(c) · target(c) / source(c): Saerens, Latinne & Decaestecker, Neural Computation 14 (2002), eq. 2.4.
+    Raises ArenaError where a prior is not three shares that sum to 1, or a source share is 0.
+    """
+    old, new = checked_prior(source, "source prior"), checked_prior(target, "target prior")
+    if (old <= 0).any():
+        raise ArenaError(
+            "a class with share 0 cannot be corrected",
+            where="source prior",
+            remedy="smooth the counts, or train on rows that have every class",
+        )
+    weighted = np.asarray(probabilities, dtype=np.float64) * (new / old)
+    return weighted / weighted.sum(axis=1, keepdims=True)
+
+
+def checked_prior(prior: Mapping[str, float], where: str) -> np.ndarray:
+    """Return the shares [3] in the order of `VERDICTS`; raises ArenaError unless they are ≥ 0 and sum to 1."""
+    remedy = "give a share for each of " + ", ".join(VERDICTS) + ", for example a: 0.35, b: 0.35, tie: 0.30"
+    if not isinstance(prior, Mapping) or set(prior) != set(VERDICTS):
+        raise ArenaError(f"must name exactly {', '.join(VERDICTS)}", where=where, remedy=remedy)
+    try:
+        shares = np.array([float(prior[name]) for name in VERDICTS])
+    except (TypeError, ValueError):
+        raise ArenaError("holds something that is no number", where=where, remedy=remedy) from None
+    if not np.isfinite(shares).all() or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
+        raise ArenaError(f"shares {shares.tolist()} must be ≥ 0 and sum to 1", where=where, remedy=remedy)
+    return shares
+
+
+def smoothed_prior(truth: np.ndarray) -> np.ndarray:
+    """Return [3] class shares with one pseudo-row a class (Laplace), so that none is 0; rows of code −1 are ignored."""
+    counts = np.bincount(truth[truth >= 0], minlength=3) + 1.0
+    return counts / counts.sum()
+
+
+def _centred(logits: np.ndarray) -> np.ndarray:
+    """Logits less their row mean: the same probabilities, and numbers of the size of the differences."""
+    values = np.asarray(logits, dtype=np.float64)
+    return values - values.mean(axis=1, keepdims=True)

@@ -1,0 +1,205 @@
+"""How good class probabilities are: losses, calibration, position bias, and intervals by prompt group.
+
+Arrays of probabilities are [rows, 3] in the order of `VERDICTS`; `truth` is [rows] of class codes 0, 1, 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_prep.battle import VERDICTS
+from data_prep.errors import ArenaError
+
+# Probabilities are clipped to [EPS, 1] before the logarithm: the machine epsilon of float64, as scikit-learn does.
+EPS = float(np.finfo(np.float64).eps)
+ECE_BINS = 15
+CURVE_BINS = 10
+DRAWS = 2_000
+# Group sums are resampled a few draws at a time, so that 57k rows need megabytes and not gigabytes.
+_CELLS_AT_ONCE = 4_000_000
+
+
+def verdict_codes(verdicts: Iterable[str | None]) -> np.ndarray:
+    """Return [rows] class codes in the order of `VERDICTS`, −1 for a row without a verdict.
+
+    Raises ArenaError that lists the words which are no verdict.
+    """
+    codes = {name: code for code, name in enumerate(VERDICTS)}
+    values = [None if value is None or value != value else value for value in verdicts]
+    unknown = sorted({str(value) for value in values if value is not None and value not in codes})
+    if unknown:
+        raise ArenaError(
+            f"unknown verdicts: {', '.join(map(repr, unknown[:5]))}",
+            where="column verdict",
+            remedy=f"use {', '.join(VERDICTS)} or leave it empty",
+        )
+    return np.array([-1 if value is None else codes[value] for value in values], dtype=np.int64)
+
+
+def row_losses(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return [rows] −ln p(true class), in nats."""
+    chosen = np.asarray(probabilities, dtype=np.float64)[np.arange(len(truth)), truth]
+    return -np.log(np.clip(chosen, EPS, 1.0))
+
+
+def log_loss(probabilities: np.ndarray, truth: np.ndarray) -> float:
+    """Return the mean of `row_losses`: multi-class log loss in nats, the competition's metric."""
+    return float(row_losses(probabilities, truth).mean())
+
+
+def per_class_log_loss(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:
+    """Return the mean loss of the rows of each true class; None for a class without rows."""
+    losses = row_losses(probabilities, truth)
+    return {
+        name: float(losses[truth == code].mean()) if (truth == code).any() else None
+        for code, name in enumerate(VERDICTS)
+    }
+
+
+def accuracy(probabilities: np.ndarray, truth: np.ndarray) -> float:
+    """Return the share of rows whose most probable class is the true one (the first class wins an exact tie)."""
+    return float((np.argmax(probabilities, axis=1) == truth).mean())
+
+
+def confusion(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return [3, 3] counts: row = true class, column = most probable class."""
+    predicted = np.argmax(probabilities, axis=1)
+    return np.bincount(truth * 3 + predicted, minlength=9).reshape(3, 3)
+
+
+def reliability_points(predicted: np.ndarray, happened: np.ndarray, bins: int) -> list[dict[str, float]]:
+    """Return one point a bin: mean `predicted`, share that `happened`, and `count`, by rising prediction.
+
+    Bins hold about equally many rows (quantiles of `predicted`); rows with one same prediction are never
+    split, so a constant forecast gives one point. `predicted` [rows] in 0..1, `happened` [rows] of bool.
+    """
+    edges = np.unique(np.quantile(predicted, np.linspace(0, 1, bins + 1)[1:-1]))
+    place = np.searchsorted(edges, predicted, side="right")
+    counts = np.bincount(place, minlength=len(edges) + 1)
+    sums = np.bincount(place, weights=predicted, minlength=len(edges) + 1)
+    hits = np.bincount(place, weights=happened, minlength=len(edges) + 1)
+    return [
+        {"predicted": float(s / n), "observed": float(h / n), "count": int(n)}
+        for s, h, n in zip(sums, hits, counts, strict=True)
+        if n
+    ]
+
+
+def reliability(probabilities: np.ndarray, truth: np.ndarray, bins: int = CURVE_BINS) -> dict[str, list[dict]]:
+    """Return the reliability points of each class and of the most probable class (key `top`)."""
+    curves = {
+        name: reliability_points(probabilities[:, code], truth == code, bins) for code, name in enumerate(VERDICTS)
+    }
+    hit = np.argmax(probabilities, axis=1) == truth
+    return {"top": reliability_points(np.max(probabilities, axis=1), hit, bins), **curves}
+
+
+def ece(probabilities: np.ndarray, truth: np.ndarray, bins: int = ECE_BINS) -> float:
+    """Return the expected calibration error of the most probable class, 0..1.
+
+    Σ over bins of (rows in bin / rows) · |mean confidence − accuracy|, in 15 bins of equal mass (Naeini et al.,
+    AAAI 2015, with the equal-mass bins of Nguyen & O'Connor, EMNLP 2015).
+    """
+    hit = np.argmax(probabilities, axis=1) == truth
+    points = reliability_points(np.max(probabilities, axis=1), hit, bins)
+    return float(sum(p["count"] * abs(p["predicted"] - p["observed"]) for p in points) / len(truth))
+
+
+@dataclass(frozen=True)
+class GroupBootstrap:
+    """Resamples whole prompt groups with replacement, because the rows of one prompt are not independent.
+
+    `groups` [rows] of any hashable; `interval` and `samples` of one object use the same draws, which pairs them.
+    """
+
+    groups: np.ndarray
+    seed: int
+    draws: int = DRAWS
+
+    def samples(self, values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        """Return [draws, columns] weighted means of `values` [rows, columns] over resampled groups.
+
+        `weights` [rows, columns] (a mask, importance weights) count a row more, less or not; a draw without
+        any weight is NaN. Efron & Tibshirani, An Introduction to the Bootstrap, 1993 (cluster resampling).
+        """
+        import pandas as pd
+
+        values = np.asarray(values, dtype=np.float64).reshape(len(self.groups), -1)
+        weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
+        codes, names = pd.factorize(pd.Series(self.groups), use_na_sentinel=False)
+        sums = np.zeros((len(names), 2 * values.shape[1]))
+        np.add.at(sums, codes, np.hstack([values * weights, weights]))
+        random = np.random.default_rng(self.seed)
+        step = max(1, _CELLS_AT_ONCE // len(names))
+        parts = [_resampled_sums(sums, min(step, self.draws - at), random) for at in range(0, self.draws, step)]
+        top, bottom = np.hsplit(np.vstack(parts), 2)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(bottom > 0, top / bottom, np.nan)
+
+    def interval(self, values: np.ndarray, weights: np.ndarray | None = None) -> list[float] | None:
+        """Return the 95% percentile interval [low, high] of the mean of `values` [rows], None under two groups."""
+        weights = None if weights is None else np.asarray(weights).reshape(-1, 1)
+        return percentile_interval(self.samples(values, weights)[:, 0], self.groups, weights)
+
+
+def percentile_interval(
+    samples: np.ndarray, groups: np.ndarray, weights: np.ndarray | None = None
+) -> list[float] | None:
+    """Return [2.5%, 97.5%] of `samples` [draws]; None where fewer than two groups carry weight."""
+    used = groups if weights is None else groups[np.asarray(weights).reshape(-1) > 0]
+    if len(set(used.tolist())) < 2:
+        return None
+    low, high = np.nanpercentile(samples, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def bootstrap_interval(values: np.ndarray, groups: Iterable, *, seed: int, draws: int = DRAWS) -> list[float] | None:
+    """Return the 95% interval [low, high] of the mean of `values` [rows] over resampled prompt groups."""
+    return GroupBootstrap(as_groups(groups), seed, draws).interval(values)
+
+
+def paired_difference(
+    first: np.ndarray, second: np.ndarray, truth: np.ndarray, groups: Iterable, *, seed: int, draws: int = DRAWS
+) -> dict[str, float | list[float] | None]:
+    """Return log loss of `first` minus that of `second` on the same rows, with its paired 95% interval.
+
+    Keys `difference` and `ci95`; negative means that `first` is better.
+    """
+    gaps = row_losses(first, truth) - row_losses(second, truth)
+    return {
+        "difference": float(gaps.mean()),
+        "ci95": bootstrap_interval(gaps, groups, seed=seed, draws=draws),
+    }
+
+
+def position_bias(ab: np.ndarray, ba: np.ndarray) -> dict[str, float]:
+    """Compare the probabilities of both orders of presentation, `ba` already mapped back to the classes of `ab`.
+
+    `mean_abs_diff` = mean |P(A|AB) − P(A|BA)|; `flip_rate` = share of rows whose most probable class changes;
+    `first_slot_advantage` = mean probability that an answer gains by being shown first (negative: loses).
+    """
+    gap = ab - ba
+    return {
+        "mean_abs_diff": float(np.abs(gap[:, 0]).mean()),
+        "flip_rate": float((ab.argmax(axis=1) != ba.argmax(axis=1)).mean()),
+        "first_slot_advantage": float((gap[:, 0] - gap[:, 1]).mean() / 2),
+    }
+
+
+def as_groups(groups: Iterable) -> np.ndarray:
+    """Return group names as [rows] of object."""
+    names = list(groups)
+    array = np.empty(len(names), dtype=object)
+    array[:] = names
+    return array
+
+
+def _resampled_sums(sums: np.ndarray, draws: int, random: np.random.Generator) -> np.ndarray:
+    """Return [draws, columns]: the sums of as many groups as there are, drawn with replacement."""
+    count = len(sums)
+    picks = random.integers(0, count, size=(draws, count)) + np.arange(draws)[:, None] * count
+    times = np.bincount(picks.ravel(), minlength=draws * count).reshape(draws, count)
+    return times.astype(np.float64) @ sums
