@@ -1,0 +1,151 @@
+"""Label logits from a merged model: one prefill a prompt, the head only where the label stands.
+
+Sequences are padded on the right and no attention mask is given: in a causal model no real token ever looks at a
+later one, so the padding changes nothing, and the attention stays on its fastest path. The hidden state of each
+sequence's true last token alone goes through the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.errors import ArenaError
+
+if TYPE_CHECKING:
+    import torch
+
+# Tokens in one forward pass, padding included. On a CPU larger batches gain nothing and cost memory.
+TOKEN_BUDGET = {"cpu": 4096, "cuda": 32768}
+
+
+@dataclass
+class ScoreProgress:
+    """How far scoring is: prompts done and all, tokens done and all."""
+
+    rows: int
+    total_rows: int
+    tokens: int
+    total_tokens: int
+
+
+def device_name() -> str:
+    """Return "cuda" where a GPU is visible, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(folder: Path, device: str, *, precision: str | None = None) -> Any:
+    """Load a causal language model for scoring: 16-bit on a GPU, fp32 on a CPU unless `precision` names another.
+
+    Only safetensors are read and no code from the folder is run. Raises ArenaError if it cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = names[precision or ("bf16" if device == "cuda" else "fp32")]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArenaError(
+            f"the model cannot be loaded: {str(error).splitlines()[0]}",
+            where=str(folder),
+            remedy="merge the adapter again (run.py sft --fresh --until merge if the folder is damaged)",
+        ) from None
+    return model.to(device).eval()
+
+
+def score_labels(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    label_ids: Sequence[int],
+    *,
+    token_budget: int | None = None,
+    progress: Callable[[ScoreProgress], None] = lambda _: None,
+) -> np.ndarray:
+    """Return the labels' logits behind each sequence, [len(sequences), len(label_ids)] float64, in input order.
+
+    Out of GPU memory halves the token budget and goes on; with one sequence a batch it is an ArenaError.
+    """
+    import torch
+
+    device = model.device
+    budget = token_budget or TOKEN_BUDGET[device.type]
+    total = sum(map(len, sequences))
+    # Longest first: a batch that does not fit in memory shows at once, not after an hour.
+    waiting = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    result = np.full((len(sequences), len(label_ids)), np.nan)
+    columns = torch.tensor(list(label_ids), device=device)
+    tokens = 0
+    with torch.inference_mode(), _last_token_only(model) as last:
+        while waiting:
+            batch = _next_batch(waiting, sequences, budget)
+            try:
+                logits = _forward(model, [sequences[i] for i in batch], last)
+            except torch.OutOfMemoryError:
+                budget = _smaller_budget(budget, batch, sequences)
+                torch.cuda.empty_cache()
+                continue
+            result[batch] = logits[:, columns].double().cpu().numpy()
+            waiting = waiting[len(batch) :]
+            tokens += sum(len(sequences[i]) for i in batch)
+            progress(ScoreProgress(len(sequences) - len(waiting), len(sequences), tokens, total))
+    return result
+
+
+def _next_batch(waiting: list[int], sequences: Sequence[Sequence[int]], budget: int) -> list[int]:
+    """Take from the front as many sequences as fit in `budget` tokens when padded to the first, the longest."""
+    return waiting[: max(1, budget // len(sequences[waiting[0]]))]
+
+
+def _smaller_budget(budget: int, batch: list[int], sequences: Sequence[Sequence[int]]) -> int:
+    if len(batch) == 1:
+        raise ArenaError(
+            f"one prompt of {len(sequences[batch[0]])} tokens does not fit in the GPU's memory",
+            where=f"prompt {batch[0]}",
+            remedy="free GPU memory, or lower cutoff_len and train again",
+        )
+    return max(1, min(budget, len(batch) * len(sequences[batch[0]])) // 2)
+
+
+def _forward(model: Any, batch: list[Sequence[int]], last: _LastToken) -> torch.Tensor:
+    import torch
+
+    lengths = torch.tensor([len(ids) for ids in batch])
+    padded = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
+    for row, ids in zip(padded, batch, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    last.index = (lengths - 1).to(model.device)
+    return model(input_ids=padded.to(model.device), use_cache=False).logits[:, 0]
+
+
+class _LastToken:
+    """A hook on the head: of [batch, length, hidden] only each row's last true token goes on."""
+
+    index: torch.Tensor
+
+    def __call__(self, module: Any, inputs: tuple) -> tuple:
+        (hidden,) = inputs
+        return (hidden[range(len(hidden)), self.index].unsqueeze(1),)
+
+
+@contextmanager
+def _last_token_only(model: Any) -> Iterator[_LastToken]:
+    """Keep the hook on the model's head for the time of a block."""
+    hook = _LastToken()
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield hook
+    finally:
+        handle.remove()

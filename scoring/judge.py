@@ -1,0 +1,129 @@
+"""A judge: a merged model folder that says itself how it is to be asked (judge.json)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.battle import VERDICTS, Battle, swap
+from data_prep.budget import Fitted, Fitter
+from data_prep.chat_frame import ChatFrame
+from data_prep.errors import ArenaError
+from data_prep.files import write_json
+from data_prep.prompt import JudgePrompt
+from factory.experiment import BudgetShares, Experiment, Labels
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MANIFEST = "judge.json"
+FORMAT = 1
+# Encoded once when the judge is made and compared whenever it is loaded: another tokenizer would answer nonsense.
+_CANARIES = ("Verdict:", "naïve 日本語 😀\n\n  code();", "### Assistant A\n")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What judge.json holds, with the tokenizer and the prompt builder made from it."""
+
+    folder: Path
+    frame: ChatFrame
+    labels: Labels
+    cutoff_len: int
+    shares: BudgetShares
+    swap_tta: bool
+    tokenizer: Tokenizer
+    prompt: JudgePrompt
+    source: dict[str, Any]
+
+    def fitter(self) -> Fitter:
+        """Return the same fitter that made this judge's training rows."""
+        return Fitter(self.frame, self.tokenizer, self.prompt, cutoff_len=self.cutoff_len, shares=self.shares)
+
+    def sequences(self, fitted: Sequence[tuple[Battle, int]], *, swapped: bool = False) -> list[list[int]]:
+        """Return each fitted battle's whole prompt as token ids, exactly those that training put before the label."""
+        messages = [self.prompt.message(swap(battle) if swapped else battle, dropped) for battle, dropped in fitted]
+        texts = [self.frame.wrap(message) for message in messages]
+        return [self.frame.surround(e.ids) for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def fit(self, battles: Sequence[Battle]) -> list[Fitted]:
+        """Fit battles that were not exported before, both orders within the budget."""
+        return self.fitter().fit(battles, both_orders=True)
+
+
+def write_judge(folder: Path, experiment: Experiment, frame: ChatFrame, prompt_source: str, source: dict) -> None:
+    """Write judge.json into a merged model's folder; `source` says which stage, recipe and data made it.
+
+    Raises ArenaError if the folder's own tokenizer does not give the ids that training used.
+    """
+    tokenizer = _tokenizer(folder)
+    write_json(
+        folder / MANIFEST,
+        {
+            "format": FORMAT,
+            "classes": list(VERDICTS),
+            "labels": experiment.labels.model_dump(),
+            "frame": asdict(frame),
+            "judge_prompt": prompt_source,
+            "cutoff_len": experiment.cutoff_len,
+            "budget_shares": experiment.budget_shares.model_dump(),
+            "swap_tta": experiment.swap_tta,
+            "canaries": {text: _ids(tokenizer, text) for text in _CANARIES},
+            "source": source,
+        },
+    )
+
+
+def load_judge(folder: Path) -> Judge:
+    """Read a merged folder's judge.json and tokenizer; raises ArenaError if it is no judge or does not fit itself."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT or content["classes"] != list(VERDICTS):
+            raise ArenaError("was made by another version", where=str(path), remedy="merge the adapter again")
+        tokenizer = _tokenizer(folder)
+        changed = [text for text, ids in content["canaries"].items() if _ids(tokenizer, text) != ids]
+        if changed:
+            raise ArenaError(
+                f"the tokenizer in this folder is not the one that the judge was trained with ({changed[0]!r} differs)",
+                where=str(folder),
+                remedy="merge the adapter again: run.py sft --until merge",
+            )
+        labels = Labels(**content["labels"])
+        return Judge(
+            folder=folder,
+            frame=ChatFrame.from_dict(content["frame"]),
+            labels=labels,
+            cutoff_len=content["cutoff_len"],
+            shares=BudgetShares(**content["budget_shares"]),
+            swap_tta=content["swap_tta"],
+            tokenizer=tokenizer,
+            prompt=JudgePrompt(content["judge_prompt"], labels, where=f"{path}: judge_prompt"),
+            source=content["source"],
+        )
+    except FileNotFoundError:
+        raise ArenaError(
+            "is not a judge: judge.json is missing", where=str(folder), remedy="merge first: run.py sft --until merge"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArenaError(f"is damaged: {error}", where=str(path), remedy="merge the adapter again") from None
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ArenaError("tokenizer.json is missing", where=str(folder), remedy="merge the adapter again")
+    tokenizer = Tokenizer.from_file(str(path))
+    # A saved tokenizer may carry the trainer's batch settings; a prompt is never padded or cut here.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,95 @@
+"""The table of raw scores: what the judge said of each battle, before any link makes probabilities of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from data_prep.folds import prompt_group
+from data_prep.readers import VoteReader
+
+from data_prep.battle import SWAPPED_ORDER, VERDICTS, Battle
+from data_prep.budget import in_chunks
+from data_prep.dataset import read_battles, read_rows
+from data_prep.errors import ArenaError
+from data_prep.files import atomic_file
+from scoring.engine import ScoreProgress, score_labels
+from scoring.judge import Judge
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("id", "group", "verdict", "language", "turns", "chars_prompt", "chars_a", "chars_b", "tokens", "cut")
+
+
+def score_split(judge: Judge, model: Any, data: Path, split: str, *, tta: bool, progress: Callable) -> pd.DataFrame:
+    """Score one split of an exported data folder; one row a battle, in the order of the input."""
+    rows = read_rows(data, split)
+    return _with_logits(rows[list(COLUMNS)], read_battles(data, split), judge, model, tta=tta, progress=progress)
+
+
+def score_file(judge: Judge, model: Any, path: Path, *, tta: bool, progress: Callable) -> pd.DataFrame:
+    """Score any table of battles, fitted as the judge's training rows were; bad rows stop it, each one named."""
+    import pandas as pd
+
+    reader = VoteReader(path, labelled=False)
+    fitter = judge.fitter()
+    table, fitted = [], []
+    for chunk in in_chunks((battle for _, battle in reader), 512):
+        for one in fitter.fit(chunk, both_orders=tta):
+            fitted.append((one.battle, one.dropped))
+            table.append(_describe(one))
+    if reader.rejected:
+        first = reader.rejected[0]
+        raise ArenaError(
+            f"{len(reader.rejected)} row(s) cannot be scored; the first: {first.reason}",
+            where=f"{path} row {first.row}",
+            remedy="mend or remove these rows: every row needs its own probabilities",
+        )
+    return _with_logits(pd.DataFrame(table), fitted, judge, model, tta=tta, progress=progress)
+
+
+def _describe(fitted) -> dict[str, Any]:
+    battle: Battle = fitted.battle
+    return {
+        "id": battle.id,
+        "group": prompt_group(battle),
+        "verdict": battle.verdict,
+        "language": battle.language,
+        "turns": battle.turns + fitted.dropped,
+        "chars_prompt": sum(map(len, battle.prompts)),
+        "chars_a": sum(map(len, battle.responses_a)),
+        "chars_b": sum(map(len, battle.responses_b)),
+        "tokens": fitted.tokens,
+        "cut": fitted.cut,
+    }
+
+
+def _with_logits(rows: pd.DataFrame, fitted, judge: Judge, model: Any, *, tta: bool, progress) -> pd.DataFrame:
+    sequences = judge.sequences(fitted)
+    if tta:
+        sequences += judge.sequences(fitted, swapped=True)
+    logits = score_labels(model, sequences, judge.frame.label_ids, progress=progress)
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1)) % max(len(rows), 1)
+    if len(bad):
+        raise ArenaError(
+            f"the model gave no finite score for {len(bad)} row(s), the first with id {rows['id'].iloc[bad[0]]}",
+            where=str(judge.folder),
+            remedy="the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve",
+        )
+    table = rows.copy()
+    for i, verdict in enumerate(VERDICTS):
+        table[f"ab_{verdict}"] = logits[: len(rows), i]
+        table[f"ba_{verdict}"] = logits[len(rows) :, SWAPPED_ORDER[i]] if tta else np.nan
+    return table
+
+
+def write_scores(path: Path, scores: pd.DataFrame) -> None:
+    """Write the table as parquet, whole or not at all."""
+    with atomic_file(path, "wb") as file:
+        scores.to_parquet(file, index=False)
+
+
+__all__ = ["COLUMNS", "ScoreProgress", "score_file", "score_split", "write_scores"]

@@ -1,0 +1,84 @@
+"""What several tests share: a small tokenizer in a chat frame, real rows where they are, an experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.chat_frame import ChatFrame
+from data_prep.prompt import JudgePrompt
+from factory.experiment import Labels, parse_experiment
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "data"
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CORPUS = [
+    "### User\n### Assistant A\n### Assistant B\n### Question\nWhich assistant do people prefer? Reply with A for",
+    "The quick brown fox jumps over the lazy dog. Two assistants answered the same user; decide which is better.",
+    "def f(x):\n    return x + 1\n\nnaïve café 日本語 😀 1234567890",
+]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real votes, where it exists."""
+    if not (REAL / "arena" / "train_natural.csv").is_file():
+        pytest.skip("the folder of real votes is not beside this checkout")
+    return REAL
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    """A byte-level BPE tokenizer with Qwen's special tokens, made in milliseconds."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, special_tokens=SPECIALS, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def small_frame(small_tokenizer) -> ChatFrame:
+    """The frame of qwen3_nothink over the small tokenizer."""
+    return ChatFrame(
+        template="qwen3_nothink",
+        prefix_ids=(),
+        before="<|im_start|>user\n",
+        after="<|im_end|>\n<|im_start|>assistant\n",
+        suffix_ids=(),
+        label_ids=tuple(small_tokenizer.encode(x).ids[0] for x in "ABC"),
+        answer_len=3,
+        special_strings=tuple(SPECIALS),
+    )
+
+
+@pytest.fixture(scope="session")
+def judge_prompt() -> JudgePrompt:
+    """The committed judge prompt."""
+    return JudgePrompt.load(ROOT / "templates" / "judge_prompt.j2", Labels())
+
+
+@pytest.fixture
+def make_experiment():
+    """A function that makes an experiment with the given keys changed."""
+
+    def make(name: str = "exam", **changed):
+        keys = {"model": "models/none", "template": "qwen3_nothink", "cutoff_len": 512} | changed
+        return parse_experiment(keys, name, where="experiment.yaml")
+
+    return make
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """An empty current folder with the project's templates in it."""
+    (tmp_path / "templates").symlink_to(ROOT / "templates")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
