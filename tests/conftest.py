@@ -82,3 +82,15 @@ def workplace(tmp_path, monkeypatch) -> Path:
     (tmp_path / "templates").symlink_to(ROOT / "templates")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """An embedded base model, built once for the whole run."""
+    from data_prep.synthetic import synthetic_battles
+    from factory.base_model import build_base_model
+
+    folder = tmp_path_factory.mktemp("models") / "arena-tiny"
+    battles = [row.battle for row in synthetic_battles(seed=3, rows=400)]
+    build_base_model(folder, (t for b in battles for t in b.prompts + b.responses_a + b.responses_b), seed=3)
+    return folder

@@ -64,5 +64,5 @@ def test_templates_that_would_lose_or_change_texts_are_refused(source, fault):
 
 
 def test_a_missing_template_is_named(tmp_path):
-    with pytest.raises(ArenaError, match="none.j2.*cannot be read"):
+    with pytest.raises(ArenaError, match=r"none\.j2.*cannot be read"):
         JudgePrompt.load(tmp_path / "none.j2", Labels())

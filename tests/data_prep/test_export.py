@@ -1,0 +1,175 @@
+"""The export, from a table to files, and its parity with what LLaMA-Factory trains on and scoring feeds."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.battle import VERDICTS, swap, swap_verdict
+from data_prep.chat_frame import load_frame
+from data_prep.dataset import read_battles, read_manifest, read_rows
+from data_prep.errors import ArenaError
+from data_prep.export import export
+from data_prep.files import sha256_of
+from data_prep.synthetic import write_arena
+from scoring.judge import load_judge, write_judge
+
+
+@pytest.fixture
+def experiment(make_experiment, tiny_base, workplace):
+    (workplace / "models").mkdir()
+    (workplace / "models" / "arena-tiny").symlink_to(tiny_base)
+    return make_experiment("exam", model="models/arena-tiny", cutoff_len=300, valid_share=0.2)
+
+
+@pytest.fixture
+def arena(workplace):
+    return write_arena(workplace / "arena", seed=5, train_rows=300, test_rows=20)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+
+
+def test_the_exported_rows_are_the_battles(experiment, arena):
+    audit = export(experiment, arena.train, arena.test, arena.truth)
+    folder = experiment.data_folder
+    train, valid = lines(folder / "sft_train.jsonl"), lines(folder / "sft_valid.jsonl")
+    rows = {split: read_rows(folder, split) for split in ("train", "valid", "test")}
+    assert audit["exported"] == {"sft_train": len(train), "sft_valid": len(valid), "test": 20}
+    assert len(train) == 2 * len(rows["train"]) and len(valid) == len(rows["valid"])
+    assert len(rows["train"]) + len(rows["valid"]) == 300
+    assert abs(len(rows["valid"]) - 60) < 10
+    assert not set(rows["train"]["group"]) & set(rows["valid"]["group"]), "a prompt is in one fold only"
+    battles = read_battles(folder, "train")
+    _, _, prompt = parts(experiment)
+    label = dict(zip(VERDICTS, "ABC", strict=True))
+    for (battle, dropped), straight, swapped in zip(battles, train[::2], train[1::2], strict=True):
+        assert straight["id"] == swapped["id"] == battle.id
+        assert straight["conversations"] == [
+            {"from": "human", "value": prompt.message(battle, dropped)},
+            {"from": "gpt", "value": label[battle.verdict]},
+        ]
+        assert swapped["conversations"] == [
+            {"from": "human", "value": prompt.message(swap(battle), dropped)},
+            {"from": "gpt", "value": label[swap_verdict(battle.verdict)]},
+        ]
+    assert read_rows(folder, "test")["id"].tolist() == [b.id for b, _ in read_battles(folder, "test")]
+    shares = Counter(rows["valid"]["verdict"]), Counter(rows["train"]["verdict"])
+    assert all(abs(shares[0][v] / len(valid) - shares[1][v] / len(rows["train"])) < 0.08 for v in VERDICTS)
+
+
+def parts(experiment):
+    from data_prep.prompt import JudgePrompt
+
+    frame, tokenizer = load_frame(experiment)
+    return frame, tokenizer, JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
+
+
+def test_files_describe_themselves(experiment, arena):
+    export(experiment, arena.train, arena.test, arena.truth)
+    folder = experiment.data_folder
+    manifest = read_manifest(folder)
+    assert manifest["files"] == {p.name: sha256_of(p) for p in folder.iterdir() if p.name != "manifest.json"}
+    own = json.loads((folder / "dataset_info.json").read_text())
+    shared = json.loads(Path("data/dataset_info.json").read_text())
+    assert set(own) == set(shared) == {"exam_sft_train", "exam_sft_valid"}
+    assert (folder / own["exam_sft_train"]["file_name"]).is_file()
+    assert (Path("data") / shared["exam_sft_train"]["file_name"]).is_file()
+    assert json.loads(Path("data/audit.json").read_text()) == json.loads((folder / "audit.json").read_text())
+    assert pq.read_metadata(folder / "battles.parquet").num_rows == 320
+
+
+def test_the_same_input_gives_the_same_bytes(experiment, arena):
+    def digest():
+        export(experiment, arena.train, arena.test, arena.truth)
+        return {p.name: sha256_of(p) for p in experiment.data_folder.iterdir()}
+
+    assert digest() == digest()
+
+
+def test_a_failed_export_leaves_the_earlier_one(experiment, arena, workplace):
+    export(experiment, arena.train)
+    before = {p.name: sha256_of(p) for p in experiment.data_folder.iterdir()}
+    broken = workplace / "broken.csv"
+    text = arena.train.read_text().splitlines(keepends=True)
+    broken.write_text("".join(text) + text[1])  # a duplicate id in the last row
+    with pytest.raises(ArenaError, match=r"broken\.csv.*row 301"):
+        export(experiment, broken)
+    assert {p.name: sha256_of(p) for p in experiment.data_folder.iterdir()} == before
+    assert sorted(p.name for p in Path("data").iterdir()) == [".frames", "audit.json", "dataset_info.json", "exam"]
+
+
+def test_a_bad_row_is_named_in_the_audit_and_the_rest_goes_on(experiment, arena, workplace):
+    text = arena.train.read_text().splitlines(keepends=True)
+    text[7] = text[7].replace('"[""', '"(""', 1)
+    damaged = workplace / "damaged.csv"
+    damaged.write_text("".join(text))
+    audit = export(experiment, damaged)
+    assert audit["sources"]["train"]["rows_kept"] == 299
+    (rejected,) = audit["rejected"]
+    assert (rejected["file"], rejected["row"], rejected["id"]) == (str(damaged), 7, text[7].split(",")[0])
+    assert "JSON" in rejected["reason"]
+
+
+def test_no_swapped_copies_without_being_asked(make_experiment, experiment, arena):
+    plain = experiment.model_copy(update={"swap_copies": False})
+    export(plain, arena.train)
+    assert len(lines(plain.data_folder / "sft_train.jsonl")) == len(read_rows(plain.data_folder, "train"))
+
+
+def llamafactory_rows(experiment) -> list[tuple[list[int], list[int]]]:
+    """Return (prompt ids, label ids) of each row exactly as LLaMA-Factory trains on them."""
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    recipe = {
+        "model_name_or_path": experiment.model,
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "template": experiment.template,
+        "dataset": f"{experiment.name}_sft_train",
+        "dataset_dir": str(experiment.data_folder),
+        "cutoff_len": experiment.cutoff_len,
+        "output_dir": "saves/unused",
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    model_args, data_args, training_args, _, _ = get_train_args(recipe)
+    module = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+    rows = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)["train_dataset"]
+    split = [sum(label == -100 for label in row["labels"]) for row in rows]
+    return [(row["input_ids"][:n], row["input_ids"][n:]) for row, n in zip(rows, split, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["synthetic", "real"])
+def test_fitted_trained_and_scored_ids_are_the_same(experiment, arena, source, request, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(Path("hf_cache").absolute()))
+    table = arena.train
+    if source == "real":
+        table = request.getfixturevalue("real_data") / "arena" / "train_natural.csv"
+        experiment = experiment.model_copy(update={"cutoff_len": 512})
+    export(experiment, table)
+    frame, _, prompt = parts(experiment)
+    write_judge(Path(experiment.model).resolve(), experiment, frame, prompt.source, source={})
+    judge = load_judge(Path(experiment.model))
+    battles = read_battles(experiment.data_folder, "train")
+    straight, swapped = judge.sequences(battles), judge.sequences(battles, swapped=True)
+    scored = [ids for pair in zip(straight, swapped, strict=True) for ids in pair]
+    trained = llamafactory_rows(experiment)
+    exported = lines(experiment.data_folder / "sft_train.jsonl")
+    assert len(trained) == len(exported) == len(scored)
+    label_id = dict(zip("ABC", frame.label_ids, strict=True))
+    for (prompt_ids, answer_ids), row, fed in zip(trained, exported, scored, strict=True):
+        assert prompt_ids == fed
+        assert answer_ids[0] == label_id[row["conversations"][1]["value"]]
+        assert len(prompt_ids) + len(answer_ids) <= experiment.cutoff_len
+        assert len(answer_ids) == frame.answer_len
+    fitted = read_rows(experiment.data_folder, "train")["tokens"].tolist()
+    assert [len(p) + len(a) for p, a in trained[::2]] == fitted
