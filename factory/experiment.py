@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from data_prep.battle import VERDICTS
 from data_prep.errors import ArenaError, UsageError
+from factory.step import STEPS, Start
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -53,6 +54,14 @@ class BudgetShares(_Strict):
         return self
 
 
+class StartFrom(_Strict):
+    """What a preference training starts from: the base, or the merged SFT judge, which is then its reference."""
+
+    dpo_judge: Start = "sft"  # the same prompts as SFT: DPO sharpens a judge that exists
+    dpo_reward: Start = "base"  # the prompts of the users: a judge is no better start than a chat model
+    rm: Start = "base"
+
+
 class Experiment(_Strict):
     """The checked content of one `experiment.yaml`, and the places where its work goes (relative paths)."""
 
@@ -72,8 +81,15 @@ class Experiment(_Strict):
     swap_copies: bool = True
     swap_tta: bool = False  # score both orders and average
     seed: int = Field(default=42, ge=0)
-    # First values of the rendered recipes, by stage, in LLaMA-Factory's keys; the recipe rules once it is rendered.
+    start_from: StartFrom = StartFrom()
+    # First values of the rendered recipes, by step, in LLaMA-Factory's keys; the recipe rules once it is rendered.
     recipes: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _known_steps(self) -> Experiment:
+        if unknown := sorted(self.recipes.keys() - STEPS.keys()):
+            raise ValueError(f"recipes: no such step: {', '.join(unknown)} (choices: {', '.join(STEPS)})")
+        return self
 
     @property
     def folder(self) -> Path:
@@ -86,7 +102,7 @@ class Experiment(_Strict):
         return Path("data") / self.name
 
     def recipe(self, step: str) -> Path:
-        """Return the path of a recipe; `step` is sft, merge_sft, dpo, …"""
+        """Return the path of a recipe; `step` is one of factory.step.STEPS: sft, merge_sft, dpo_judge, …"""
         return self.folder / f"{step}.yaml"
 
     def adapter_folder(self, stage: str) -> Path:
@@ -96,6 +112,15 @@ class Experiment(_Strict):
     def output_folder(self, stage: str) -> Path:
         """outputs/<name>/<stage>: merged model, probabilities, report, state."""
         return Path("outputs") / self.name / stage
+
+    def merged_folder(self, stage: str) -> Path:
+        """outputs/<name>/<stage>/merged: base and adapter as one ordinary model."""
+        return self.output_folder(stage) / "merged"
+
+    def start_model(self, training: str) -> str:
+        """Return the model that a training starts from: `model`, or the merged SFT judge (see `start_from`)."""
+        start: Start = getattr(self.start_from, training, "base")
+        return self.merged_folder("sft").as_posix() if start == "sft" else self.model
 
     @property
     def short_model(self) -> str:
@@ -111,7 +136,8 @@ def load_experiment(name: str, root: Path = Path()) -> Experiment:
     configs = root / "factory_configs"
     if not _NAME.fullmatch(name) or ".." in name:
         raise UsageError(
-            f"{name!r} is not an experiment's name", remedy="use letters, digits, '.', '_' and '-', at most 64"
+            f"{name!r} is not an experiment's name",
+            remedy="use letters, digits, '.', '_' and '-', at most 64",
         )
     path = configs / name / "experiment.yaml"
     if not path.is_file():
@@ -139,13 +165,13 @@ def parse_experiment(content: dict[str, Any], name: str, where: str) -> Experime
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping exactly as LLaMA-Factory does (OmegaConf); raises ArenaError if it is not one."""
+    """Read a YAML mapping exactly as LLaMA-Factory does: OmegaConf, `${…}` left as text; raises ArenaError."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        content = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, ValueError) as error:
         raise ArenaError(f"is not readable YAML: {error}", where=str(path), remedy="mend the file") from None
     if not isinstance(content, dict):

@@ -1,0 +1,302 @@
+"""The check of recipes before anything starts: what LLaMA-Factory would refuse late, ignore, or do otherwise.
+
+LLaMA-Factory 0.9.5 validates neither Literal values nor types of a YAML file, and several combinations train
+something else than they say. Each rule here gives the key, the reason and the remedy.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import ArenaError
+from factory.arguments import UNKNOWN, arguments, key_fault, reporters, templates, value_fault
+from factory.experiment import Experiment, read_yaml
+from factory.recipe import shared_values, step_of
+from factory.step import Step
+
+Fault = tuple[str, str]  # key, what is wrong and the remedy
+
+_PATHS = frozenset({"model_name_or_path", "adapter_name_or_path", "dataset_dir", "output_dir", "export_dir"})
+_REFUSED_LOSSES = {
+    "hinge": "LLaMA-Factory 0.9.5 silently trains plain sigmoid for it",
+    "kto_pair": "LLaMA-Factory 0.9.5 silently trains plain sigmoid for it",
+    "ipo": "LLaMA-Factory 0.9.5 silently trains sigmoid on length-averaged log-probabilities for it",
+}
+_RESUMES = "a checkpoint in output_dir is resumed without being asked"
+# The variables that make llamafactory-cli another program, which rejects or reads these recipes otherwise.
+_OTHER_LAUNCHERS = ("USE_V1", "USE_MCA")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A combination that is refused. `applies` sees a recipe's values, defaults of LLaMA-Factory included."""
+
+    key: str
+    applies: Callable[[Mapping[str, Any]], Any]
+    why: str
+
+
+def _strategies_differ(v: Mapping[str, Any]) -> bool:
+    best = v["load_best_model_at_end"] and v["save_strategy"] != "best"
+    return bool(best and v["eval_strategy"] != v["save_strategy"])
+
+
+def _base_is_reference(v: Mapping[str, Any]) -> bool:
+    explicit = v["ref_model"] and v["ref_model_adapters"]
+    return bool(v["stage"] == "dpo" and v["adapter_name_or_path"] and not explicit)
+
+
+_TRAIN_RULES = (
+    _Rule("do_train", lambda v: not v["do_train"], "must be true, else nothing is trained"),
+    _Rule("do_predict", lambda v: v["do_predict"], "writes texts, not probabilities; remove it: run.py score scores"),
+    _Rule(
+        "predict_with_generate",
+        lambda v: v["predict_with_generate"],
+        "evaluates generated texts, which says nothing about probabilities; remove it",
+    ),
+    _Rule(
+        "finetuning_type",
+        lambda v: v["finetuning_type"] != "lora",
+        "the merge needs a LoRA adapter; write lora",
+    ),
+    _Rule(
+        "val_size",
+        lambda v: v["val_size"],
+        "splits by row, so that copies of one prompt land on both sides, and excludes eval_dataset; remove it: "
+        "valid_share of experiment.yaml splits by prompt",
+    ),
+    _Rule(
+        "tokenized_path",
+        lambda v: v["tokenized_path"],
+        "once it exists it silently overrides every other key about data; remove it",
+    ),
+    _Rule(
+        "overwrite_output_dir",
+        lambda v: v["overwrite_output_dir"],
+        f"leaves old checkpoints in place, and {_RESUMES}; remove it, and the folder if it is not wanted",
+    ),
+    _Rule(
+        "packing",
+        lambda v: v["packing"] and not v["neat_packing"],
+        "lets battles attend to each other, and drops rows that fill cutoff_len; remove it",
+    ),
+    _Rule(
+        "neat_packing",
+        lambda v: v["neat_packing"],
+        "takes one token off cutoff_len, so that rows which fill it are dropped; remove it",
+    ),
+    _Rule(
+        "resize_vocab",
+        lambda v: v["quantization_bit"] and v["resize_vocab"],
+        "a quantized model's embeddings cannot grow; remove it, or quantization_bit of experiment.yaml",
+    ),
+    _Rule(
+        "use_dora",
+        lambda v: v["quantization_bit"] and v["use_dora"],
+        "LLaMA-Factory 0.9.5 always refuses DoRA on a quantized model; use_rslora works",
+    ),
+    _Rule(
+        "pissa_init",
+        lambda v: v["pissa_init"] and (v["quantization_bit"] or v["stage"] == "dpo"),
+        "is refused on a quantized model and beside a DPO reference; remove it",
+    ),
+    _Rule(
+        "create_new_adapter",
+        lambda v: v["quantization_bit"] and v["adapter_name_or_path"] and v["create_new_adapter"],
+        "is refused on a quantized model; merge the first adapter and start from the merge",
+    ),
+    _Rule(
+        "quantization_device_map",
+        lambda v: v["quantization_device_map"] == "auto",
+        "is for inference only; remove it",
+    ),
+    _Rule("fp16", lambda v: v["fp16"] and v["bf16"], "at most one of fp16 and bf16 may be true"),
+    _Rule("fp8", lambda v: v["fp8"] and v["quantization_bit"], "is not compatible with quantization_bit"),
+    _Rule(
+        "pref_loss",
+        lambda v: v["stage"] == "dpo" and v["pref_loss"] in _REFUSED_LOSSES,
+        "is refused; choices: sigmoid, orpo, simpo",
+    ),
+    _Rule(
+        "dpo_label_smoothing",
+        lambda v: v["dpo_label_smoothing"] and v["pref_loss"] != "sigmoid",
+        "is for pref_loss: sigmoid only",
+    ),
+    _Rule(
+        "dpo_label_smoothing",
+        lambda v: not 0 <= v["dpo_label_smoothing"] < 0.5,
+        "must lie in [0, 0.5): at half the votes wrong there is nothing to learn",
+    ),
+    _Rule(
+        "adapter_name_or_path",
+        _base_is_reference,
+        "under dpo an adapter's reference is silently the base model; remove it and write "
+        "start_from: {dpo_judge: sft} in experiment.yaml, which starts from the merged SFT judge",
+    ),
+    _Rule("load_best_model_at_end", _strategies_differ, "needs eval_strategy and save_strategy to be equal"),
+    _Rule(
+        "load_best_model_at_end",
+        lambda v: v["stage"] == "rm" and v["load_best_model_at_end"],
+        "is not supported for a reward model; remove it",
+    ),
+    _Rule(
+        "max_steps",
+        lambda v: v["streaming"] and v["max_steps"] <= 0,
+        "streaming needs max_steps",
+    ),
+    _Rule(
+        "max_samples",
+        lambda v: v["streaming"] and v["max_samples"] is not None,
+        "is incompatible with streaming",
+    ),
+)
+_MERGE_RULES = (
+    _Rule(
+        "quantization_bit",
+        lambda v: v["quantization_bit"],
+        "an adapter cannot be merged into a quantized model; remove it",
+    ),
+    _Rule(
+        "export_quantization_bit",
+        lambda v: v["export_quantization_bit"],
+        "LLaMA-Factory merges or quantizes, not both; remove it and quantize the merged model",
+    ),
+    _Rule(
+        "finetuning_type",
+        lambda v: v["finetuning_type"] != "lora",
+        "only a LoRA adapter is merged; remove it",
+    ),
+)
+_POSITIVE = ("learning_rate", "num_train_epochs", "logging_steps", "pref_beta")
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lora_rank",
+    "preprocessing_num_workers",
+    "save_total_limit",
+)
+_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "dataloader_num_workers")
+
+
+def check_recipes(experiment: Experiment, steps: Iterable[str], root: Path = Path()) -> None:
+    """Raise one ArenaError that lists every fault of these steps' recipes, each with file, key and remedy."""
+    faults = [*check_environment(os.environ), *(f for step in steps for f in check_recipe(experiment, step, root))]
+    if faults:
+        raise ArenaError(
+            "\n".join([f"{len(faults)} fault(s), found before anything was started:", *(f"  - {f}" for f in faults)]),
+            remedy="mend these keys; or render a recipe anew with `prepare --force`, which drops its hand edits",
+        )
+
+
+def check_recipe(experiment: Experiment, step: str, root: Path = Path()) -> list[str]:
+    """Return every fault of one recipe as "file: key: what is wrong and the remedy"; nothing is changed."""
+    its, path = step_of(step), experiment.recipe(step)
+    if not (root / path).is_file():
+        return [f"{path}: is missing; `python run.py prepare -e {experiment.name} --train FILE` renders it"]
+    try:
+        content = read_yaml(root / path)
+    except ArenaError as error:
+        return [f"{path}: {error.what}; {error.remedy}"]
+    return [f"{path}: {key}: {fault}" for key, fault in _faults(experiment, its, content)]
+
+
+def check_environment(environment: Mapping[str, str]) -> list[str]:
+    """Return the environment variables under which llamafactory-cli would not read these recipes as they are meant."""
+    return [
+        f"environment: {name}: swaps in another launcher, which does not take these recipes; unset {name}"
+        for name in _OTHER_LAUNCHERS
+        if environment.get(name, "").lower() in ("true", "y", "1")
+    ]
+
+
+def _faults(experiment: Experiment, step: Step, content: Mapping[str, Any]) -> list[Fault]:
+    """Return all faults in the order of the recipe's keys; a key of a wrong type is not judged further."""
+    own = list(_own_faults(content, training=not step.merges))
+    sound = {key: value for key, value in content.items() if key not in {fault[0] for fault in own}}
+    values = {a.name: a.default for a in arguments().values() if a.default is not UNKNOWN} | sound
+    faults = [*own, *_disagreements(experiment, step, content, sound), *_refusals(step, values, sound)]
+    order = {key: number for number, key in enumerate(content)}
+    unique = {key: (key, text) for key, text in reversed(faults)}  # the first fault of a key says enough
+    return sorted(unique.values(), key=lambda fault: order.get(fault[0], len(order)))
+
+
+def _own_faults(content: Mapping[str, Any], training: bool) -> Iterator[Fault]:
+    """Yield unknown keys, wrong types, wrong choices and numbers out of range."""
+    for key, value in content.items():
+        fault = key_fault(key, training) or value_fault(arguments()[key], value) or _range_fault(key, value)
+        if key in _PATHS and isinstance(value, str) and not fault and any(each.isspace() for each in value):
+            fault = f"{value!r} has a space, at which torchrun's command line and LLaMA Board break; rename the folder"
+        if key == "report_to" and not fault:
+            fault = _reporter_fault(value)
+        if fault:
+            yield key, fault
+
+
+def _range_fault(key: str, value: Any) -> str | None:
+    if not isinstance(value, int | float):
+        return None
+    if key in _POSITIVE and value <= 0:
+        return f"{value} must be above 0"
+    if key in _AT_LEAST_ONE and value < 1:
+        return f"{value} must be at least 1"
+    if key in _NOT_NEGATIVE and value < 0:
+        return f"{value} must not be negative"
+    return f"{value} must lie in [0, 1)" if key == "lora_dropout" and not 0 <= value < 1 else None
+
+
+def _reporter_fault(value: str | list[str] | None) -> str | None:
+    names = value if isinstance(value, list) else [value or "none"]
+    known = ("none", "all", *reporters())
+    if unknown := [name for name in names if name not in known]:
+        return f"{', '.join(map(repr, unknown))} is no reporter; choices: {', '.join(known)}"
+    absent = [name for name in names if name in ("tensorboard", "wandb", "mlflow", "swanlab", "trackio", "comet_ml")]
+    if absent := [name for name in absent if find_spec(name) is None]:
+        return f"{', '.join(absent)} is not installed; install it, or write tensorboard or none"
+    return None
+
+
+def _disagreements(
+    experiment: Experiment, step: Step, content: Mapping[str, Any], sound: Mapping[str, Any]
+) -> Iterator[Fault]:
+    """Yield keys that say otherwise than experiment.yaml, and what the chat template needs."""
+    for key, expected in shared_values(experiment, step.name).items():
+        if key in content and key not in sound:
+            continue  # its type is already a fault
+        given = sound.get(key, arguments()[key].default)
+        if _comparable(key, given) != _comparable(key, expected):
+            said = "is missing" if key not in content else f"is {given!r}"
+            yield key, f"{said}, but by {experiment.folder / 'experiment.yaml'} it is {expected!r}; change it there"
+    known = templates()
+    if experiment.template not in known:
+        yield "template", f"LLaMA-Factory has no chat template {experiment.template!r}; choices: {', '.join(known)}"
+    elif known[experiment.template] and experiment.enable_thinking is not False:
+        yield (
+            "template",
+            f"{experiment.template} trains on an empty thought before the label; write enable_thinking: false in "
+            f"experiment.yaml{_nothink(experiment.template)}",
+        )
+
+
+def _nothink(template: str) -> str:
+    return f", or template: {template}_nothink" if f"{template}_nothink" in templates() else ""
+
+
+def _comparable(key: str, value: Any) -> Any:
+    """Make equal what names the same thing: ./data/demo/ is data/demo, [x] is x."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return posixpath.normpath(value) if key in _PATHS and isinstance(value, str) else value
+
+
+def _refusals(step: Step, values: Mapping[str, Any], sound: Mapping[str, Any]) -> Iterator[Fault]:
+    for rule in _MERGE_RULES if step.merges else _TRAIN_RULES:
+        if rule.applies(values):
+            reason = _REFUSED_LOSSES.get(values[rule.key]) if rule.key == "pref_loss" else None
+            yield rule.key, f"{values[rule.key]!r} {rule.why}{f' ({reason})' if reason else ''}"
