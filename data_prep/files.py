@@ -54,6 +54,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         fresh.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(fresh, ignore_errors=True)
         raise
 

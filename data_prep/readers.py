@@ -152,8 +152,10 @@ class VoteReader:
         rows_by_id: dict[str, int] = {}
         for number, cells in enumerate(self._table.rows(self._names), 1):
             self.rows_read = number
-            identity = parse_id(cells.first if isinstance(cells, BrokenRow) else cells[0])
-            if identity is not None:
+            broken = isinstance(cells, BrokenRow)
+            identity = parse_id(cells.first if broken else cells[0])
+            # The first cell of a broken row may be any scrap of text: it is reported, and not compared.
+            if identity is not None and not broken:
                 first = rows_by_id.setdefault(identity, number)
                 if first != number:
                     raise self._duplicate(identity, first, number)

@@ -1,0 +1,195 @@
+"""Folds: prompts are recognised through their spelling, never split, and the classes keep their shares."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from data_prep.battle import VERDICTS, Battle
+from data_prep.errors import ArenaError
+from data_prep.folds import normalise_prompt, prompt_group, validation_rows
+from data_prep.readers import VoteReader
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data"
+
+ROWS = st.lists(st.tuples(st.integers(0, 40).map(str), st.sampled_from(VERDICTS)), min_size=1, max_size=120)
+SHARES = st.floats(0.05, 0.5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is  LOVE?",
+        "what is love",
+        "\n What is love ?!\t",
+        "“What is love?”",
+        "ｗｈａｔ is love？",
+        "¿what\u00a0is\u3000love…",
+        "**What is love** 🙂",
+    ],
+)
+def test_spellings_of_one_prompt_are_one_group(text):
+    assert prompt_group(text) == prompt_group("What is love?")
+    assert prompt_group(Battle("1", (text, "more"), ("a", "a"), ("b", "b"))) == prompt_group("what is love")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("what is love", "what is live"), ("1 2", "12"), ("?", "!"), ("", "?"), ("你好", "您好"), ("a.b", "a b")],
+)
+def test_different_prompts_are_different_groups(one, other):
+    assert prompt_group(one) != prompt_group(other)
+
+
+@pytest.mark.parametrize("text", ["STRASSE", "straße", "ﬁn", "fin", "…?", " ", "\u200b"])
+def test_a_group_is_sixteen_hexadecimal_digits(text):
+    group = prompt_group(text)
+    assert len(group) == 16
+    assert int(group, 16) >= 0
+    assert prompt_group(text.upper()) == prompt_group(text.lower())
+
+
+@given(st.text(alphabet=st.characters()))
+def test_normalising_twice_changes_nothing_for_the_group(text):
+    once = normalise_prompt(text)
+    assert prompt_group(once) == prompt_group(text)
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=127)))
+def test_the_fast_path_for_ascii_agrees_with_the_general_one(text):
+    # U+FB01 folds to two letters that cannot vanish, so that its presence takes the general path
+    general = normalise_prompt(f"{text} x\ufb01")
+    assert general == normalise_prompt(f"{text} xfi")
+
+
+@given(ROWS, SHARES, st.integers(0, 2**64))
+@settings(deadline=None)
+def test_groups_are_whole_and_the_share_is_met_within_one_group(rows, share, seed):
+    groups, verdicts = zip(*rows, strict=True)
+    try:
+        chosen = validation_rows(groups, verdicts, share=share, seed=seed)
+    except ArenaError as error:
+        assert error.remedy
+        return
+    inside = {group for group, is_in in zip(groups, chosen, strict=True) if is_in}
+    outside = {group for group, is_in in zip(groups, chosen, strict=True) if not is_in}
+    assert inside
+    assert outside
+    assert not inside & outside
+    assert abs(sum(chosen) - share * len(rows)) <= max(Counter(groups).values())
+
+
+@given(st.integers(0, 2**32), st.integers(150, 1500), SHARES)
+@settings(max_examples=40, deadline=None)
+def test_class_shares_are_close_to_the_declared_one(table_seed, size, share):
+    random_ = random.Random(table_seed)
+    weights = [random_.uniform(0.1, 1) for _ in VERDICTS]
+    verdicts = random_.choices(VERDICTS, weights, k=size)
+    groups = [str(random_.randrange(size)) for _ in range(size)]
+    chosen = validation_rows(groups, verdicts, share=share, seed=table_seed)
+    assert abs(sum(chosen) - share * size) <= 1
+    for verdict, count in Counter(verdicts).items():
+        inside = sum(c for c, v in zip(chosen, verdicts, strict=True) if v == verdict)
+        assert abs(inside - share * count) <= 2
+
+
+@given(ROWS, SHARES, st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_the_choice_does_not_depend_on_the_order_of_the_rows(rows, share, random_):
+    def inside(table):
+        chosen = validation_rows(*zip(*table, strict=True), share=share, seed=7)
+        return sorted(row for row, is_in in zip(table, chosen, strict=True) if is_in)
+
+    try:
+        expected = inside(rows)
+    except ArenaError:
+        assume(False)
+    shuffled = list(rows)
+    random_.shuffle(shuffled)
+    assert inside(shuffled) == expected
+
+
+def test_the_seed_decides_and_repeats():
+    groups = [f"{i // 2}" for i in range(400)]
+    verdicts = [VERDICTS[i % 3] for i in range(400)]
+    folds = [validation_rows(groups, verdicts, share=0.2, seed=seed) for seed in (1, 1, 2)]
+    assert folds[0] == folds[1]
+    assert folds[0] != folds[2]
+    assert sum(folds[0]) == sum(folds[2]) == 80
+
+
+def test_frequent_prompts_validate_as_often_as_rare_ones():
+    groups = [f"big {i // 20}" for i in range(2000)] + [f"small {i}" for i in range(2000)]
+    verdicts = [VERDICTS[i % 3] for i in range(4000)]
+    chosen = validation_rows(groups, verdicts, share=0.25, seed=3)
+    assert abs(sum(chosen[:2000]) - 500) <= 20
+    assert abs(sum(chosen[2000:]) - 500) <= 20
+
+
+def test_swapped_copies_keep_the_group():
+    battle = Battle("1", ("Hi!",), ("x",), ("y",), "a")
+    copy = Battle("1", ("Hi!",), ("y",), ("x",), "b")
+    assert prompt_group(battle) == prompt_group(copy)
+
+
+@pytest.mark.parametrize(
+    ("groups", "share"),
+    [
+        (["g"] * 50, 0.1),  # one prompt only
+        ([], 0.1),
+        (["g"] * 50 + ["h"] * 50, 0.1),  # half is the nearest to a tenth
+        (["g"] * 100 + ["h"], 0.5),
+        (["g", "h"], 0.0),
+        (["g", "h"], 1.0),
+    ],
+)
+def test_a_share_that_whole_groups_cannot_meet_is_refused_with_a_remedy(groups, share):
+    with pytest.raises(ArenaError) as caught:
+        validation_rows(groups, ["a"] * len(groups), share=share, seed=1)
+    assert "valid_share" in caught.value.remedy
+
+
+def test_verdicts_of_another_length_are_a_programmers_error():
+    with pytest.raises(ValueError, match="2 groups for 1 verdicts"):
+        validation_rows(["g", "h"], ["a"], share=0.5, seed=1)
+
+
+def test_two_hundred_thousand_prompts_take_seconds():
+    random_ = random.Random(0)
+    groups = [str(random_.randrange(150_000)) for _ in range(200_000)]
+    verdicts = random_.choices(VERDICTS, k=200_000)
+    start = time.process_time()
+    chosen = validation_rows(groups, verdicts, share=0.1, seed=1)
+    assert time.process_time() - start < 15
+    assert sum(chosen) == 20_000
+
+
+@pytest.mark.parametrize(
+    ("file", "prompts", "tolerance"),
+    [
+        ("arena/train_natural.csv", 1458, 1),
+        ("arena/train_clean.csv.gz", 12923, 1),
+        ("mtbench/mtbench_human.csv", 80, 38),
+    ],
+)
+def test_real_votes(file, prompts, tolerance):
+    path = REAL / file
+    if not path.exists():
+        pytest.skip("the real votes are not on this machine")
+    battles = [battle for _, battle in VoteReader(path, labelled=True)]
+    groups = [prompt_group(battle) for battle in battles]
+    verdicts = [battle.verdict for battle in battles]
+    assert len(set(groups)) == prompts
+    chosen = validation_rows(groups, verdicts, share=0.1, seed=42)
+    assert abs(sum(chosen) - 0.1 * len(battles)) <= tolerance
+    for verdict, count in Counter(verdicts).items():
+        inside = sum(c for c, v in zip(chosen, verdicts, strict=True) if v == verdict)
+        assert abs(inside - 0.1 * count) <= tolerance
+    first = {battle.prompts[0] for battle, is_in in zip(battles, chosen, strict=True) if is_in}
+    assert not first & {battle.prompts[0] for battle, is_in in zip(battles, chosen, strict=True) if not is_in}
