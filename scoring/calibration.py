@@ -14,6 +14,7 @@ import numpy as np
 from data_prep.battle import VERDICTS
 from data_prep.errors import ArenaError
 from scoring.links import (
+    TIE,
     DavidsonLink,
     Link,
     SoftmaxLink,
@@ -37,6 +38,7 @@ LENGTH_COLUMNS = ("chars_a", "chars_b")
 FEWEST_ROWS = 50
 PARTS = 5
 _IDENTITY = SoftmaxLink()
+_LINK_NAMES = {"logits": "temperature and class bias", "rewards": "Davidson link"}
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,11 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """Return everything but the probabilities as plain values; `calibration_from_json` is the inverse."""
         return {
-            "kind": self.kind,
+            "kind": _LINK_NAMES[self.kind],
+            "scores": self.kind,
             "kept": self.kept,
             "reason": self.reason,
+            "parameters": self.link.parameters() if self.link else None,
             "link": self.link.to_json() if self.link else None,
             "log_loss_before": self.log_loss_before,
             "log_loss_cross_fitted": self.log_loss_cross_fitted,
@@ -162,8 +166,8 @@ def calibration_from_json(value: Mapping[str, Any]) -> Calibration:
             for key in ("source_prior", "target_prior")
         }
         link = link_from_json(value["link"]) if value["link"] else None
-        names = ("kind", "kept", "reason", "log_loss_before", "log_loss_cross_fitted", "rows", "swap_tta")
-        plain = {name: value[name] for name in names}
+        names = ("kept", "reason", "log_loss_before", "log_loss_cross_fitted", "rows", "swap_tta")
+        plain = {"kind": value["scores"], **{name: value[name] for name in names}}
     except (KeyError, TypeError) as error:
         raise ArenaError(
             f"the saved calibration lacks {error}", where="calibration", remedy="score the stage again"
@@ -211,7 +215,7 @@ def calibrate(
         kind=kind,
         kept=kept,
         link=link,
-        reason=fault or _verdict(kind, kept, before, after),
+        reason=fault or _verdict(kind, kept, before, after, ties=bool((codes == TIE).any())),
         log_loss_before=before,
         log_loss_cross_fitted=after,
         rows=len(known),
@@ -253,7 +257,7 @@ def _unfit(raw: RawScores, truth: np.ndarray, groups: np.ndarray) -> str | None:
     spread = np.ptp(raw.inputs[0], axis=1) if raw.kind == "logits" else raw.inputs[0]
     if len(truth) < FEWEST_ROWS:
         fault = f"only {len(truth)} validation rows have a verdict, and fewer than {FEWEST_ROWS} fit no link"
-    elif missing:
+    elif missing and (raw.kind, missing) != ("rewards", ["tie"]):  # Davidson's link is then Bradley and Terry's
         fault = f"the validation fold has no row of class {', '.join(missing)}"
     elif len(set(groups.tolist())) < 2:
         fault = "all validation rows share one prompt, so nothing can be cross-fitted"
@@ -264,13 +268,12 @@ def _unfit(raw: RawScores, truth: np.ndarray, groups: np.ndarray) -> str | None:
     return f"not calibrated: {fault}; {instead}"
 
 
-def _verdict(kind: Kind, kept: bool, before: float, after: float) -> str:
+def _verdict(kind: Kind, kept: bool, before: float, after: float, *, ties: bool) -> str:
     """Say what was decided and on which figures."""
-    name, other = {
-        "logits": ("temperature and class bias", "the plain softmax"),
-        "rewards": ("the Davidson link", "the class prior"),
-    }[kind]
+    name, other = _LINK_NAMES[kind], {"logits": "the plain softmax", "rewards": "the class prior"}[kind]
     figures = f"cross-fitted log loss {after:.4f} against {before:.4f} of {other}"
+    if not ties:
+        figures += "; no tie was seen, so ties get the share of one imagined row"
     return f"kept {name}: {figures}" if kept else f"did not keep {name}, {other} stays: {figures}"
 
 

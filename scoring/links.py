@@ -22,6 +22,9 @@ from data_prep.errors import ArenaError
 PRIOR_DEVIATION = 10.0
 # A standardised score beyond this is set to it: one reward that exploded must not rule the fit.
 CLIP = 100.0
+TIE = VERDICTS.index("tie")
+# Where no tie was seen, one imagined tie between equal rewards (Laplace's rule) keeps the tie parameter above 0.
+_IMAGINED_TIE = np.array([[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,17 @@ class SoftmaxLink:
         centred = np.clip(_centred(logits), -limit, limit)
         return softmax(centred * self.inverse_temperature + np.array(self.bias))
 
+    @property
+    def learned(self) -> bool | None:
+        """Whether the scores count: the slope is over two standard errors; None where it was not fitted."""
+        return self.inverse_temperature > 2 * self.errors["inverse_temperature"] if self.errors else None
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the fitted values as a person reads them, each with its standard error where it has one."""
+        values = {"temperature": self.temperature, "inverse_temperature": self.inverse_temperature}
+        values |= dict(zip(("bias_a", "bias_b", "bias_tie"), self.bias, strict=True))
+        return _with_errors(values, self.errors)
+
     def to_json(self) -> dict[str, Any]:
         """Return the link as plain values; `link_from_json` is the inverse."""
         return {"kind": self.kind, "temperature": self.temperature, **asdict(self), "bias": list(self.bias)}
@@ -191,6 +205,8 @@ class DavidsonLink:
         design[:, 0, :3] = np.column_stack(columns) / 2
         design[:, 1, :3] = -design[:, 0, :3]
         design[:, 2, 3] = 1.0
+        if not (truth == TIE).any():
+            design, truth = np.concatenate([design, [_IMAGINED_TIE]]), np.append(truth, TIE)
         fitted = fit_conditional_logit(design, truth, np.array([0.0, -np.inf, -np.inf, -np.inf]))
         scale, position, length, log_tie = map(float, fitted.parameters)
         names = ("scale", "position_bias", "length", "log_tie")
@@ -203,6 +219,17 @@ class DavidsonLink:
         bounded = np.clip(difference, -self.limit, self.limit)
         s = self.scale * bounded + self.position_bias + self.length * log_lengths / self.length_unit
         return softmax(np.column_stack([s / 2, -s / 2, np.full(len(s), np.log(self.tie))]))
+
+    @property
+    def learned(self) -> bool | None:
+        """Whether the rewards count: the scale is over two standard errors; None where it was not fitted."""
+        return self.scale > 2 * self.errors["scale"] if self.errors else None
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the fitted values as a person reads them, each with its standard error where it has one."""
+        names = ("scale", "position_bias", "length", "tie")
+        values = {name: getattr(self, name) for name in names} | {"log_tie": float(np.log(self.tie))}
+        return _with_errors(values, self.errors)
 
     def to_json(self) -> dict[str, Any]:
         """Return the link as plain values; `link_from_json` is the inverse."""
@@ -260,6 +287,15 @@ def smoothed_prior(truth: np.ndarray) -> np.ndarray:
     """Return [3] class shares with one pseudo-row a class (Laplace), so that none is 0; rows of code −1 are ignored."""
     counts = np.bincount(truth[truth >= 0], minlength=3) + 1.0
     return counts / counts.sum()
+
+
+def _with_errors(values: dict[str, Any], errors: Mapping[str, float] | None) -> dict[str, Any]:
+    """Put each standard error beside its value."""
+    errors = errors or {}
+    return {
+        key: {"value": value, "standard_error": errors[key]} if key in errors else value
+        for key, value in values.items()
+    }
 
 
 def _centred(logits: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ def confusion(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def reliability_points(predicted: np.ndarray, happened: np.ndarray, bins: int) -> list[dict[str, float]]:
-    """Return one point a bin: mean `predicted`, share that `happened`, and `count`, by rising prediction.
+    """Return one point a bin: mean prediction, share that happened, and count, by rising prediction.
 
     Bins hold about equally many rows (quantiles of `predicted`); rows with one same prediction are never
     split, so a constant forecast gives one point. `predicted` [rows] in 0..1, `happened` [rows] of bool.
@@ -82,7 +82,7 @@ def reliability_points(predicted: np.ndarray, happened: np.ndarray, bins: int) -
     sums = np.bincount(place, weights=predicted, minlength=len(edges) + 1)
     hits = np.bincount(place, weights=happened, minlength=len(edges) + 1)
     return [
-        {"predicted": float(s / n), "observed": float(h / n), "count": int(n)}
+        {"confidence": float(s / n), "frequency": float(h / n), "count": int(n)}
         for s, h, n in zip(sums, hits, counts, strict=True)
         if n
     ]
@@ -105,7 +105,7 @@ def ece(probabilities: np.ndarray, truth: np.ndarray, bins: int = ECE_BINS) -> f
     """
     hit = np.argmax(probabilities, axis=1) == truth
     points = reliability_points(np.max(probabilities, axis=1), hit, bins)
-    return float(sum(p["count"] * abs(p["predicted"] - p["observed"]) for p in points) / len(truth))
+    return float(sum(p["count"] * abs(p["confidence"] - p["frequency"]) for p in points) / len(truth))
 
 
 @dataclass(frozen=True)

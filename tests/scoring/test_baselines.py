@@ -1,0 +1,129 @@
+"""scoring.baselines: proper probabilities, something learned, and nothing that crashes on thin data."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scoring import baselines, metrics
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data" / "arena"
+
+
+def arena(rows: int, seed: int = 0) -> pd.DataFrame:
+    """Battles in which the longer answer wins more often, and so does the one that says `indeed`."""
+    random = np.random.default_rng(seed)
+    words = np.array("the a cat dog runs sleeps over under hill river moon sun".split())
+
+    def answer() -> str:
+        text = " ".join(random.choice(words, random.integers(3, 40)))
+        return text + (" indeed" if random.random() < 0.5 else "")
+
+    a, b = [answer() for _ in range(rows)], [answer() for _ in range(rows)]
+    s = np.array(
+        [1.5 * np.log(len(x) / len(y)) + 2 * (("indeed" in x) - ("indeed" in y)) for x, y in zip(a, b, strict=True)]
+    )
+    logits = np.column_stack([s / 2, -s / 2, np.full(rows, -0.3)])
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    verdict = np.array(["a", "b", "tie"])[(p.cumsum(axis=1) < random.random((rows, 1))).sum(axis=1)]
+    return pd.DataFrame(
+        {"id": range(rows), "verdict": verdict, "text_prompt": "why?", "text_a": a, "text_b": b, "turns": 1}
+    )
+
+
+def loss(p: np.ndarray, frame: pd.DataFrame) -> float:
+    return metrics.log_loss(p, metrics.verdict_codes(frame["verdict"]))
+
+
+def test_each_rung_learns_more_than_the_one_below():
+    train, rows = arena(2_000), arena(800, seed=1)
+    ladder = baselines.baseline_ladder(train, rows, seed=0)
+    assert tuple(ladder) == baselines.LADDER
+    for p in ladder.values():
+        assert p.shape == (800, 3)
+        assert p.sum(axis=1) == pytest.approx(np.ones(800))
+    found = {name: loss(p, rows) for name, p in ladder.items()}
+    assert found["uniform"] == pytest.approx(np.log(3))
+    assert found["length"] < found["prior"] - 0.05
+    assert found["tfidf"] < found["length"] - 0.05
+
+
+def test_the_prior_comes_from_the_training_rows_and_not_from_the_judged_ones():
+    train, rows = arena(500), arena(100, seed=1).assign(verdict="tie")
+    counts = train["verdict"].value_counts()
+    expected = (np.array([counts[v] for v in ("a", "b", "tie")]) + 1) / 503
+    assert baselines.baseline_ladder(train, rows, 0)["prior"][0] == pytest.approx(expected)
+
+
+def test_the_judged_rows_verdicts_are_never_read():
+    train, rows = arena(300), arena(60, seed=1)
+    blind = baselines.baseline_ladder(train, rows.assign(verdict=None), 0)
+    for name, p in baselines.baseline_ladder(train, rows, 0).items():
+        assert (p == blind[name]).all()
+
+
+@pytest.mark.parametrize("left", [["a", "b"], ["a", "tie"], ["tie"], []])
+def test_classes_missing_in_training_get_their_smoothed_share(left):
+    train = arena(300)
+    train = train[train["verdict"].isin(left)]
+    rows = arena(40, seed=1)
+    for name, p in baselines.baseline_ladder(train, rows, 0).items():
+        assert p.sum(axis=1) == pytest.approx(np.ones(40)), name
+        assert (p > 0).all(), name
+    if left == ["a", "b"]:
+        assert p[:, 2] == pytest.approx(np.full(40, 1 / (len(train) + 3)))
+
+
+@pytest.mark.parametrize("text", ["", None, "\ud800", "一二三", "same"])
+def test_identical_or_odd_texts_everywhere_do_not_crash(text):
+    train, rows = (frame.assign(text_prompt=text, text_a=text, text_b=text) for frame in (arena(200), arena(20, 1)))
+    for p in baselines.baseline_ladder(train, rows, 0).values():
+        assert np.isfinite(p).all()
+
+
+def test_a_large_training_set_is_sampled_and_the_note_says_so(monkeypatch):
+    monkeypatch.setattr(baselines, "TFIDF_ROWS", 200)
+    train, rows = arena(600), arena(50, seed=1)
+    first, second = (baselines.baseline_ladder(train, rows, seed)["tfidf"] for seed in (0, 0))
+    assert (first == second).all()
+    assert not np.allclose(first, baselines.baseline_ladder(train, rows, 1)["tfidf"])
+    assert "a seeded sample of 200 of the 600" in baselines.ladder_notes(600)["tfidf"]
+    assert "all training rows" in baselines.ladder_notes(200)["tfidf"]
+
+
+def real_rows(path: Path) -> pd.DataFrame:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", newline="") as file:
+        csv.field_size_limit(10**9)
+        records = list(csv.DictReader(file))
+
+    def joined(cell):
+        return "\n".join(turn or "" for turn in json.loads(cell))
+
+    return pd.DataFrame(
+        {
+            "id": [r["id"] for r in records],
+            "verdict": [
+                "a" if r["winner_model_a"] == "1" else "b" if r["winner_model_b"] == "1" else "tie" for r in records
+            ],
+            "text_prompt": [joined(r["prompt"]) for r in records],
+            "text_a": [joined(r["response_a"]) for r in records],
+            "text_b": [joined(r["response_b"]) for r in records],
+            "turns": [len(json.loads(r["prompt"])) for r in records],
+        }
+    )
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real rows are not on this machine")
+def test_on_real_votes_the_ladder_is_where_the_field_has_it():
+    rows = real_rows(REAL / "train_natural.csv")
+    part = np.random.default_rng(0).permutation(len(rows)) < 1_000
+    ladder = baselines.baseline_ladder(rows[part], rows[~part], 0)
+    found = {name: loss(p, rows[~part]) for name, p in ladder.items()}
+    assert 1.08 < found["prior"] < 1.11
+    assert 1.0 < found["length"] < found["prior"] - 0.01
+    assert 1.0 < found["tfidf"] < found["prior"] - 0.01

@@ -1,0 +1,187 @@
+"""scoring.links: gradients, recovery of known parameters, and data on which a naive fit overflows."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from data_prep.errors import ArenaError
+from scoring import links
+
+REWARDS = st.floats(-1e6, 1e6, allow_nan=False)
+
+
+def drawn(p: np.ndarray, seed: int) -> np.ndarray:
+    return (p.cumsum(axis=1) < np.random.default_rng(seed).random((len(p), 1))).sum(axis=1)
+
+
+def davidson_data(rows: int, seed: int, *, unit: float = 1.0, true=(1.3, 0.3, 0.2, 0.8)):
+    """Return (reward difference, log-length difference, verdict codes) of a known Davidson model."""
+    random = np.random.default_rng(seed)
+    scale, position, length, tie = true
+    difference, lengths = random.standard_t(5, rows), random.normal(0, 0.7, rows)
+    s = scale * difference + position + length * lengths / lengths.std()
+    p = links.softmax(np.column_stack([s / 2, -s / 2, np.full(rows, np.log(tie))]))
+    return difference * unit, lengths, drawn(p, seed + 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e6])
+def test_davidson_recovers_its_parameters_within_three_standard_errors(seed, unit):
+    link = links.DavidsonLink.fit(*davidson_data(4_000, seed, unit=unit))
+    assert abs(link.scale * unit - 1.3) < 3 * link.errors["scale"] * unit
+    assert abs(link.position_bias - 0.3) < 3 * link.errors["position_bias"]
+    assert abs(link.length - 0.2) < 3 * link.errors["length"]
+    assert abs(np.log(link.tie) - np.log(0.8)) < 3 * link.errors["log_tie"]
+    assert link.learned is True
+
+
+def test_the_standard_errors_are_those_of_repeated_experiments():
+    fits = [links.DavidsonLink.fit(*davidson_data(800, seed)) for seed in range(0, 400, 2)]
+    spread = np.std([np.log(fit.tie) for fit in fits])
+    assert np.mean([fit.errors["log_tie"] for fit in fits]) == pytest.approx(spread, rel=0.2)
+    spread = np.std([fit.scale for fit in fits])
+    assert np.mean([fit.errors["scale"] for fit in fits]) == pytest.approx(spread, rel=0.2)
+
+
+def test_the_formula_is_davidsons():
+    link = links.DavidsonLink(1.0, 0.0, 0.0, 0.5, 1.0, 100.0)
+    strong, weak, tie = np.e, 1.0, 0.5 * np.sqrt(np.e)  # π_i : π_j : ν √(π_i π_j)
+    expected = np.array([strong, weak, tie]) / (strong + weak + tie)
+    assert link.probabilities(np.array([1.0]), np.zeros(1))[0] == pytest.approx(expected)
+
+
+def test_gradient_and_hessian_agree_with_finite_differences():
+    from scipy.optimize import approx_fprime
+
+    random = np.random.default_rng(0)
+    design, truth, at = random.normal(size=(40, 3, 4)), random.integers(0, 3, 40), random.normal(size=4)
+    _, gradient, hessian = links.penalised_loss(at, design, truth)
+    numeric = approx_fprime(at, lambda x: links.penalised_loss(x, design, truth)[0], 1e-7)
+    assert gradient == pytest.approx(numeric, abs=1e-3)
+    numeric = approx_fprime(at, lambda x: links.penalised_loss(x, design, truth)[1], 1e-7)
+    assert hessian == pytest.approx(numeric, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_softmax_recovers_temperature_and_bias(seed):
+    logits = np.random.default_rng(seed).normal(0, 3, (6_000, 3)) + 50
+    p = links.softmax(logits / 2.5 + np.array([0.2, -0.5, 0.3]))
+    link = links.SoftmaxLink.fit(logits, drawn(p, seed + 9))
+    assert abs(link.inverse_temperature - 0.4) < 3 * link.errors["inverse_temperature"]
+    for name, value, found in zip("abt", (0.2, -0.5, 0.3), link.bias, strict=True):
+        assert abs(found - value) < 3 * link.errors["bias_tie" if name == "t" else f"bias_{name}"]
+    assert sum(link.bias) == pytest.approx(0)
+    assert link.temperature == pytest.approx(1 / link.inverse_temperature)
+
+
+def test_the_identity_is_the_plain_softmax():
+    logits = np.random.default_rng(0).normal(size=(5, 3)) * 400
+    assert links.SoftmaxLink().probabilities(logits) == pytest.approx(links.softmax(logits))
+
+
+def test_separable_data_stays_finite():
+    difference = np.where(np.arange(200) % 2, 1.0, -1.0)
+    link = links.DavidsonLink.fit(difference, np.zeros(200), np.where(difference > 0, 0, 1))
+    p = link.probabilities(difference, np.zeros(200))
+    assert np.isfinite(p).all()
+    assert np.isfinite([link.scale, link.tie, *link.errors.values()]).all()
+    assert p[1, 0] > 0.9
+    assert 0 < p[1, 2] < 0.02
+
+
+def test_scores_that_point_the_wrong_way_get_slope_zero_and_never_a_negative_one():
+    difference, lengths, truth = davidson_data(2_000, 0)
+    link = links.DavidsonLink.fit(-difference, lengths, truth)
+    assert link.scale == 0
+    assert link.learned is False
+    logits = np.eye(3)[truth] * -3.0
+    soft = links.SoftmaxLink.fit(logits, truth)
+    assert soft.inverse_temperature == 0
+    assert soft.temperature is None
+    shares = np.bincount(truth) / len(truth)
+    assert soft.probabilities(logits)[0] == pytest.approx(shares, abs=1e-3)  # nothing is left but the class prior
+
+
+def test_one_exploded_reward_does_not_rule_the_fit():
+    difference, lengths, truth = davidson_data(3_000, 4)
+    clean = links.DavidsonLink.fit(difference, lengths, truth)
+    difference[truth.tolist().index(1)] = 1e30
+    broken = links.DavidsonLink.fit(difference, lengths, truth)
+    assert broken.scale == pytest.approx(clean.scale, rel=0.25)
+    assert np.isfinite(broken.probabilities(difference, lengths)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(np.float64, 60, elements=REWARDS),
+    hnp.arrays(np.int64, 60, elements=st.integers(0, 2)),
+)
+def test_any_rewards_and_verdicts_give_proper_probabilities(difference, truth):
+    link = links.DavidsonLink.fit(difference, np.zeros(60), truth)
+    p = link.probabilities(difference, np.zeros(60))
+    assert np.isfinite(p).all() and (p >= 0).all()
+    assert p.sum(axis=1) == pytest.approx(np.ones(60))
+    assert links.link_from_json(json.loads(json.dumps(link.to_json(), allow_nan=False))) == link
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(np.float64, (60, 3), elements=REWARDS), hnp.arrays(np.int64, 60, elements=st.integers(0, 2)))
+def test_any_logits_and_verdicts_give_proper_probabilities(logits, truth):
+    link = links.SoftmaxLink.fit(logits, truth)
+    p = link.probabilities(logits)
+    assert np.isfinite(p).all()
+    assert p.sum(axis=1) == pytest.approx(np.ones(60))
+    assert links.link_from_json(json.loads(json.dumps(link.to_json(), allow_nan=False))) == link
+
+
+def test_swapping_the_answers_mirrors_the_scale_and_the_position_bias():
+    difference, lengths, truth = davidson_data(2_000, 7)
+    link = links.DavidsonLink.fit(difference, lengths, truth)
+    mirrored = links.DavidsonLink.fit(-difference, -lengths, np.array([1, 0, 2])[truth])
+    assert mirrored.scale == pytest.approx(link.scale, rel=1e-3)
+    assert mirrored.position_bias == pytest.approx(-link.position_bias, abs=1e-3)
+    assert mirrored.tie == pytest.approx(link.tie, rel=1e-3)
+
+
+def test_correcting_a_prior_recovers_the_probabilities_of_the_other_population():
+    random = np.random.default_rng(0)
+    means = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    x = means[random.integers(0, 3, 500)] + random.normal(0, 1, (500, 3))
+    density = np.exp(-((x[:, None] - means) ** 2).sum(axis=2) / 2)
+    rare, natural = np.array([0.485, 0.485, 0.03]), np.array([0.35, 0.35, 0.30])
+    learned = density * rare / (density * rare).sum(axis=1, keepdims=True)
+    wanted = density * natural / (density * natural).sum(axis=1, keepdims=True)
+    names = ("a", "b", "tie")
+    found = links.correct_prior(learned, dict(zip(names, rare, strict=True)), dict(zip(names, natural, strict=True)))
+    assert found == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        {"a": 0.5, "b": 0.5},
+        {"a": 0.5, "b": 0.4, "tie": 0.2},
+        {"a": 1.2, "b": -0.4, "tie": 0.2},
+        {"a": "x", "b": 0.5, "tie": 0.5},
+        {"a": float("nan"), "b": 0.5, "tie": 0.5},
+        "natural",
+    ],
+)
+def test_a_broken_prior_is_refused_with_an_example(prior):
+    with pytest.raises(ArenaError, match="tie: 0.30"):
+        links.checked_prior(prior, "target prior")
+
+
+def test_a_source_class_without_rows_cannot_be_corrected():
+    with pytest.raises(ArenaError, match="share 0"):
+        links.correct_prior(np.eye(3), {"a": 0.5, "b": 0.5, "tie": 0.0}, {"a": 0.4, "b": 0.4, "tie": 0.2})
+
+
+@pytest.mark.parametrize("value", [{"kind": "probit"}, {}, {"kind": "softmax"}, {"kind": "davidson", "scale": 1.0}])
+def test_a_broken_saved_link_is_refused(value):
+    with pytest.raises(ArenaError, match="score again"):
+        links.link_from_json(value)

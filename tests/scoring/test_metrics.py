@@ -1,0 +1,139 @@
+"""scoring.metrics: parity with scikit-learn, definitions on hand-made rows, intervals by prompt group."""
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from data_prep.errors import ArenaError
+from scoring import metrics
+
+
+def simulated(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    p = random.dirichlet([2, 2, 1], size=rows)
+    return p, (p.cumsum(axis=1) < random.random((rows, 1))).sum(axis=1)
+
+
+def probability_rows():
+    sizes = st.integers(1, 60)
+    return sizes.flatmap(
+        lambda n: st.tuples(
+            hnp.arrays(np.float64, (n, 3), elements=st.floats(0, 1, allow_subnormal=False)),
+            hnp.arrays(np.int64, n, elements=st.integers(0, 2)),
+        )
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(probability_rows())
+def test_log_loss_and_accuracy_agree_with_scikit_learn(rows):
+    from sklearn import metrics as theirs
+
+    raw, truth = rows
+    p = (raw + 1e-9) / (raw + 1e-9).sum(axis=1, keepdims=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert metrics.log_loss(p, truth) == pytest.approx(theirs.log_loss(truth, p, labels=[0, 1, 2]), rel=1e-9)
+    assert metrics.accuracy(p, truth) == pytest.approx(theirs.accuracy_score(truth, p.argmax(axis=1)))
+    assert (metrics.confusion(p, truth) == theirs.confusion_matrix(truth, p.argmax(axis=1), labels=[0, 1, 2])).all()
+    assert 0 <= metrics.ece(p, truth) <= 1
+    for points in metrics.reliability(p, truth).values():
+        assert sum(point["count"] for point in points) == len(truth)
+
+
+def test_a_certain_mistake_costs_36_nats_and_not_infinity():
+    assert metrics.log_loss(np.array([[0.0, 1.0, 0.0]]), np.array([0])) == pytest.approx(-np.log(2.0**-52))
+
+
+def test_per_class_log_loss_is_null_for_a_class_without_rows():
+    p = np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]])
+    found = metrics.per_class_log_loss(p, np.array([0, 0]))
+    assert found == {"a": pytest.approx((np.log(2) + np.log(4)) / 2), "b": None, "tie": None}
+
+
+def test_verdict_codes_map_missing_to_minus_one_and_refuse_other_words():
+    assert metrics.verdict_codes(["a", None, "tie", "b", float("nan")]).tolist() == [0, -1, 2, 1, -1]
+    with pytest.raises(ArenaError, match="model_a"):
+        metrics.verdict_codes(["a", "model_a"])
+
+
+def test_ece_of_a_constant_forecast_is_its_one_gap():
+    p = np.tile([0.5, 0.3, 0.2], (1000, 1))
+    truth = np.array([0] * 400 + [1] * 600)
+    assert metrics.ece(p, truth) == pytest.approx(0.1)
+    assert len(metrics.reliability(p, truth)["top"]) == 1
+
+
+def test_ece_sees_overconfidence_and_forgives_honesty():
+    p, truth = simulated(20_000)
+    sharp = p**3 / (p**3).sum(axis=1, keepdims=True)
+    assert metrics.ece(p, truth) < 0.015
+    assert metrics.ece(sharp, truth) > 0.15
+
+
+def test_bins_hold_equal_mass():
+    p, truth = simulated(5_000)
+    counts = [point["count"] for point in metrics.reliability(p, truth, bins=10)["a"]]
+    assert len(counts) == 10
+    assert max(counts) - min(counts) <= 1
+
+
+def test_the_interval_covers_the_truth_about_95_times_in_100():
+    random = np.random.default_rng(5)
+    inside = 0
+    for draw in range(200):
+        effects = random.normal(size=80)
+        values = np.repeat(effects, 3) + random.normal(size=240)
+        low, high = metrics.bootstrap_interval(values, np.repeat(np.arange(80), 3), seed=draw, draws=400)
+        inside += low < 0 < high
+    assert 0.90 <= inside / 200 <= 0.99
+
+
+def test_rows_of_one_prompt_do_not_count_as_independent():
+    values = np.random.default_rng(0).normal(size=100).repeat(10)
+    by_group = metrics.bootstrap_interval(values, np.arange(100).repeat(10), seed=1)
+    by_row = metrics.bootstrap_interval(values, np.arange(1000), seed=1)
+    assert (by_group[1] - by_group[0]) > 2.5 * (by_row[1] - by_row[0])
+
+
+def test_the_same_seed_gives_the_same_interval_and_one_group_gives_none():
+    values = np.arange(20.0)
+    groups = [f"g{i % 7}" for i in range(20)]
+    assert metrics.bootstrap_interval(values, groups, seed=3) == metrics.bootstrap_interval(values, groups, seed=3)
+    assert metrics.bootstrap_interval(values, ["one"] * 20, seed=3) is None
+
+
+def test_chunked_draws_do_not_depend_on_the_number_of_columns():
+    values, groups = np.random.default_rng(0).normal(size=(3000, 2)), np.arange(3000)
+    both = metrics.GroupBootstrap(groups, 1).samples(values)
+    alone = metrics.GroupBootstrap(groups, 1).samples(values[:, 1])
+    assert np.allclose(both[:, 1], alone[:, 0])
+    assert both.shape == (2000, 2)
+
+
+def test_a_mask_restricts_the_mean_to_its_rows():
+    values = np.array([1.0, 1.0, 5.0, 5.0])
+    low, high = metrics.GroupBootstrap(np.arange(4), 0).interval(values, np.array([0, 0, 1, 1]))
+    assert (low, high) == (5.0, 5.0)
+
+
+def test_paired_difference_is_narrower_than_the_separate_intervals():
+    p, truth = simulated(2_000)
+    worse = 0.6 * p + 0.4 / 3
+    found = metrics.paired_difference(p, worse, truth, np.arange(2_000), seed=0)
+    assert found["ci95"][0] < found["difference"] < found["ci95"][1] < 0
+    alone = metrics.bootstrap_interval(metrics.row_losses(p, truth), np.arange(2_000), seed=0)
+    assert found["ci95"][1] - found["ci95"][0] < (alone[1] - alone[0]) / 2
+
+
+def test_position_bias_of_a_judge_that_prefers_the_first_answer():
+    ab = np.array([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1]])
+    ba = np.array([[0.3, 0.6, 0.1], [0.5, 0.4, 0.1]])  # mapped back: shown second, A loses 0.3
+    found = metrics.position_bias(ab, ba)
+    assert found["mean_abs_diff"] == pytest.approx(0.15)
+    assert found["flip_rate"] == 0.5
+    assert found["first_slot_advantage"] == pytest.approx(0.15)
