@@ -1,0 +1,101 @@
+"""The inputs of a recipe: what its result depends on, as values and SHA-256 sums, and the rows it must train on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import ArenaError
+from data_prep.files import sha256_of
+
+# Keys whose value may name local files or folders that shape the result.
+_PATH_KEYS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "deepspeed")
+_MODEL_FILE = re.compile(
+    r".*\.(safetensors|bin|model|jinja|txt|py)|(adapter_|generation_)?config\.json|tokenizer.*\.json|vocab\.json"
+    r"|special_tokens_map\.json|added_tokens\.json"
+)
+_TRAINERS_OWN = frozenset({"training_args.bin", "optimizer.bin", "pytorch_model_fsdp.bin"})
+_HASHED_UP_TO = 256 * 2**20  # bytes
+
+
+def inputs_of(recipe_path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a recipe: its keys, its data files and local models.
+
+    A weights file of over 256 MiB counts by size and time of change, as hashing an 8B model takes half a minute.
+    """
+    inputs: dict[str, Any] = {str(recipe_path): recipe}
+    for key in _PATH_KEYS:
+        for name in names(recipe.get(key)):
+            if Path(name).exists():
+                inputs[f"{key} {name}"] = _files(Path(name))
+    data = {str(path): _content(path) for key in ("dataset", "eval_dataset") for path in dataset_files(recipe, key)}
+    return {**inputs, "data": data} if data else inputs
+
+
+def dataset_files(recipe: dict[str, Any], key: str) -> list[Path]:
+    """Return the local files of the recipe's `dataset` or `eval_dataset`, those that exist."""
+    folder = Path(recipe.get("dataset_dir", "data"))
+    return [
+        folder / name for entry in _entries(recipe, key) if (folder / (name := entry.get("file_name", ""))).is_file()
+    ]
+
+
+def training_rows(recipe: dict[str, Any]) -> int | None:
+    """Return the number of rows that LLaMA-Factory must train on, None where the recipe makes that unknowable.
+
+    Counted are JSON Lines files; `max_samples` and `num_samples` are taken into account, while packing,
+    streaming, a random validation split, mixing and other file types leave the number open.
+    """
+    open_keys = ("packing", "neat_packing", "streaming", "val_size", "tokenized_path")
+    if any(recipe.get(key) for key in open_keys) or recipe.get("mix_strategy", "concat") != "concat":
+        return None
+    entries = _entries(recipe, "dataset")
+    files = dataset_files(recipe, "dataset")
+    if not files or len(files) != len(entries) or any(path.suffix != ".jsonl" for path in files):
+        return None
+    total = 0
+    for entry, path in zip(entries, files, strict=True):
+        rows = entry.get("num_samples") or _count_lines(path)
+        total += min(rows, recipe.get("max_samples") or rows)
+    return total
+
+
+def names(value: Any) -> list[str]:
+    """Return a recipe's comma list (or YAML list) as a list of names."""
+    parts = value if isinstance(value, list) else str(value).split(",") if value is not None else []
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _entries(recipe: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    path = Path(recipe.get("dataset_dir", "data")) / "dataset_info.json"
+    wanted = names(recipe.get(key))
+    if not wanted or not path.is_file():
+        return []
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArenaError(f"is not JSON: {error}", where=str(path), remedy="run `run.py prepare` again") from None
+    return [info[name] for name in wanted if name in info]
+
+
+def _files(path: Path) -> Any:
+    if path.is_file():
+        return _content(path)
+    own = [
+        file for file in sorted(path.iterdir()) if _MODEL_FILE.fullmatch(file.name) and file.name not in _TRAINERS_OWN
+    ]
+    return {file.name: _content(file) for file in own if file.is_file()}
+
+
+def _content(path: Path) -> str:
+    status = path.stat()
+    if status.st_size > _HASHED_UP_TO and path.suffix in (".safetensors", ".bin"):
+        return f"sha256:none, {status.st_size} bytes of {status.st_mtime_ns}"
+    return f"sha256:{sha256_of(path)}"
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())

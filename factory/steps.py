@@ -1,0 +1,343 @@
+"""The running half of a stage: train the adapter, merge it, and keep what is finished."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import ArenaError, UsageError
+from data_prep.files import atomic_folder
+from factory.checks import check_recipes
+from factory.child import Watch, llamafactory, run_child
+from factory.experiment import Experiment, read_yaml
+from factory.inputs import inputs_of, training_rows
+from factory.progress import Line, LogPoint, Show, duration, loss_curve
+from factory.state import StageState, archive, last_checkpoint, only_run
+from factory.step import merge_of
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_VALUE_HEAD = "value_head.safetensors"
+# What the child's log says when it comes to something new, and what the live line says then.
+_PHASES = (
+    (re.compile(r"Loading dataset|Converting format|Running tokenizer"), "reading the data"),
+    (
+        re.compile(r"loading (weights|configuration) file|Loading checkpoint shards|Loading weights"),
+        "loading the model",
+    ),
+    (re.compile(r"\*\*\*\*\* Running training"), "training"),
+    (re.compile(r"\*\*\*\*\* Running [Ee]valuation"), "validating"),
+    (re.compile(r"Saving model checkpoint"), "saving"),
+    (re.compile(r"Merged \d+ adapter"), "merging"),
+)
+_ROWS = re.compile(r"Num examples = ([\d,]+)")
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a training starts: anew, or from a checkpoint."""
+
+    checkpoint: Path | None = None
+
+    @property
+    def step(self) -> int:
+        return int(self.checkpoint.name.rsplit("-", 1)[1]) if self.checkpoint else 0
+
+
+def train(
+    experiment: Experiment,
+    stage_step: str,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    show: Show | None = None,
+) -> Path:
+    """Train the adapter of `stage_step` (sft, dpo_judge, …) by its recipe and return the adapter's folder.
+
+    A finished training with the same inputs is kept; `resume` goes on from the last checkpoint of an unfinished
+    one; `fresh` first renames the earlier run (adapter and outputs) to '<name>.earlier-N'.
+    Raises ArenaError for faults in the recipe, changed inputs, an earlier run in the way, an error of the child, a
+    loss or weights that are not finite, or if the child trains on other rows than were exported.
+    """
+    if resume and fresh:
+        raise UsageError("--resume and --fresh exclude each other", remedy="give one of them")
+    show = show or Show()
+    check_recipes(experiment, [stage_step])
+    recipe_path = experiment.recipe(stage_step)
+    recipe = read_yaml(recipe_path)
+    adapter, folder = Path(recipe["output_dir"]), experiment.output_folder(stage_step)
+    with only_run(folder):
+        if fresh:
+            _put_aside(show, adapter, folder)
+        state, inputs = StageState(folder), inputs_of(recipe_path, recipe)
+        remedy = "--fresh archives the earlier run and trains anew"
+        if state.finished("train", inputs, fresh_remedy=remedy):
+            show.note(f"{stage_step}: training kept, finished {state.record('train').finished_at}")
+            return adapter
+        start = _start(state, inputs, recipe, adapter, folder, resume, show)
+        state.begin("train", inputs)
+        seconds = _run_training(stage_step, recipe_path, recipe, adapter, folder / "train.log", start, show)
+        state.finish("train", [adapter / name for name in _ADAPTER_FILES], seconds)
+    show.note(f"{stage_step}: trained in {duration(seconds)}{_summary(adapter)}")
+    return adapter
+
+
+def merge(
+    experiment: Experiment,
+    stage_step: str,
+    *,
+    complete: Callable[[Path], None] | None = None,
+    show: Show | None = None,
+) -> Path:
+    """Merge the adapter of `stage_step` into its base model and return the merged folder.
+
+    The folder appears when it is whole: `complete` may still add files to it. A finished merge with the same
+    inputs is kept; an earlier folder that was made from another training is renamed, not deleted.
+    Raises ArenaError as `train` does.
+    """
+    show = show or Show()
+    step = merge_of(stage_step)
+    check_recipes(experiment, [stage_step, step])
+    recipe_path = experiment.recipe(step)
+    recipe = read_yaml(recipe_path)
+    folder = experiment.output_folder(stage_step)
+    merged = folder / "merged"
+    with only_run(folder):
+        state = StageState(folder)
+        _require_adapter(Path(recipe["adapter_name_or_path"]), stage_step)
+        inputs = inputs_of(recipe_path, recipe)
+        remedy = f"move {merged} away to merge again (--fresh would also train again)"
+        if state.finished("merge", inputs, fresh_remedy=remedy):
+            show.note(f"{stage_step}: merge kept, finished {state.record('merge').finished_at}")
+            return merged
+        for old in archive(merged):
+            show.note(f"{stage_step}: the earlier merge is now {old}")
+        state.begin("merge", inputs)
+        seconds = _run_merge(stage_step, recipe_path, merged, folder / "merge.log", complete, show, _head(recipe))
+        state.finish("merge", [merged / "config.json"], seconds)
+    show.note(f"{stage_step}: merged in {duration(seconds)}")
+    return merged
+
+
+def _put_aside(show: Show, *paths: Path) -> None:
+    for old in archive(*paths):
+        show.note(f"the earlier run is now {old}")
+
+
+def _start(
+    state: StageState,
+    inputs: dict[str, Any],
+    recipe: dict[str, Any],
+    adapter: Path,
+    folder: Path,
+    resume: bool,
+    show: Show,
+) -> _Start:
+    """Decide whether a training that is not finished starts anew or goes on; archive or refuse what is in the way."""
+    if not _is_occupied(adapter):
+        if resume:
+            show.note(f"nothing to resume in {adapter}: training starts at the beginning")
+        return _Start()
+    checkpoint = last_checkpoint(adapter)
+    if not resume:
+        has = f"its last whole checkpoint is {checkpoint.name}" if checkpoint else "it has no whole checkpoint"
+        raise ArenaError(
+            f"an unfinished run, or one that `run.py` did not start, lies here; {has}",
+            where=str(adapter),
+            remedy="--resume goes on from the last checkpoint; --fresh archives that run and begins anew",
+        )
+    if checkpoint is None:
+        show.note(f"{adapter} holds no whole checkpoint: training starts at the beginning")
+        _put_aside(show, adapter)
+        return _Start()
+    if recipe.get("stage") == "rm":
+        raise ArenaError(
+            "LLaMA-Factory 0.9.5 cannot resume a reward model (its value head is not read back)",
+            where=str(checkpoint),
+            remedy="--fresh archives that run and begins anew",
+        )
+    if state.record("train") is None:
+        show.note(f"`run.py` did not start the run in {adapter}: whether its inputs were the same is unknown")
+    state.refuse_changes("train", inputs, fresh_remedy="--fresh archives that run and begins anew")
+    show.note(f"going on from {checkpoint}")
+    return _Start(checkpoint)
+
+
+def _run_training(
+    stage_step: str, recipe_path: Path, recipe: dict[str, Any], adapter: Path, log: Path, start: _Start, show: Show
+) -> float:
+    # Named, for LLaMA-Factory itself would also take a checkpoint that was only half written.
+    options = [f"resume_from_checkpoint={start.checkpoint}"] if start.checkpoint else []
+    rows = _Rows(training_rows(recipe), recipe_path)
+    if rows.expected is None:
+        show.note(f"{stage_step}: this recipe leaves open how many rows are trained, so they are not compared")
+    with show.line(stage_step, start.step) as line:
+        line.phase("starting LLaMA-Factory")
+        watch = Watch(
+            on_line=_Reader(line, rows.read if rows.expected is not None else None, show),
+            on_point=lambda point: _look_at(point, line, adapter),
+            trainer_log=adapter / "trainer_log.jsonl",
+        )
+        command = llamafactory("train", str(recipe_path), *options)
+        finished = run_child(command, log, what=f"training {stage_step}", watch=watch)
+    _require(adapter, _ADAPTER_FILES, log, f"training {stage_step}")
+    rows.require_seen(log)
+    _require_finite(adapter, log)
+    return finished.seconds
+
+
+def _run_merge(
+    stage_step: str,
+    recipe_path: Path,
+    merged: Path,
+    log: Path,
+    complete: Callable[[Path], None] | None,
+    show: Show,
+    needed: tuple[str, ...],
+) -> float:
+    for rest in merged.parent.glob(f".{merged.name}.*.tmp"):  # of a merge that was killed; we hold the lock
+        _remove(rest)
+    with atomic_folder(merged) as temporary, show.line(stage_step) as line:
+        line.phase("starting LLaMA-Factory")
+        command = llamafactory("export", str(recipe_path), f"export_dir={temporary}")
+        what, again = f"merging {stage_step}", "start the same command again; the training is kept"
+        watch = Watch(on_line=_Reader(line, None, show))
+        finished = run_child(command, log, what=what, watch=watch, interrupted_remedy=again)
+        _require(temporary, ("config.json", "tokenizer_config.json", *needed), log, what)
+        if not any(temporary.glob("*.safetensors")):
+            raise _without("any weights (*.safetensors)", temporary, log, what)
+        if complete:
+            complete(temporary)
+    return finished.seconds
+
+
+class _Reader:
+    """Reads the child's output as it comes: phases for the live line, everything for a verbose user."""
+
+    def __init__(self, line: Line, then: Callable[[str], None] | None, show: Show):
+        self._line, self._then, self._show = line, then, show
+
+    def __call__(self, text: str) -> None:
+        if self._show.verbose and text.strip():
+            self._show.note(text)
+        for pattern, phase in _PHASES:
+            if pattern.search(text):
+                self._line.phase(phase)
+        if self._then:
+            self._then(text)
+
+
+class _Rows:
+    """Compares the rows that the child says it trains on with those that were exported, before any time is spent."""
+
+    def __init__(self, expected: int | None, recipe_path: Path):
+        self.expected, self._recipe_path = expected, recipe_path
+        self._training, self._seen = False, False
+
+    def read(self, text: str) -> None:
+        """Take one line of the log; raises ArenaError if it tells another number of rows."""
+        if "***** Running " in text:
+            self._training = "Running training" in text
+        told = _ROWS.search(text)
+        if not (told and self._training):
+            return
+        self._seen, trained = True, int(told[1].replace(",", ""))
+        if trained != self.expected:
+            raise ArenaError(
+                f"LLaMA-Factory trains on {trained:,} rows, but {self.expected:,} were exported: it drops rows that it "
+                "cannot read with no more than a warning",
+                where=str(self._recipe_path),
+                remedy="run `run.py prepare` again; look for 'Dropped' in the log, and at `max_samples` and "
+                "`tokenized_path` in the recipe",
+            )
+
+    def require_seen(self, log: Path) -> None:
+        """Raise ArenaError if a number was expected and never told."""
+        if self.expected is not None and not self._seen:
+            raise ArenaError(
+                "the log does not say on how many rows LLaMA-Factory trained, so that dropped rows would go unnoticed",
+                where=str(log),
+                remedy="remove `log_level` from the recipe, then --fresh",
+            )
+
+
+def _look_at(point: LogPoint, line: Line, adapter: Path) -> None:
+    if not point.finite:
+        raise _not_finite(f"the loss is NaN or infinite at step {point.step}", adapter)
+    line.point(point)
+
+
+def _require_finite(adapter: Path, log: Path) -> None:
+    """Raise ArenaError if a loss or a trained weight is not finite; the trainer hides a NaN loss from its own log."""
+    try:
+        history = json.loads((adapter / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ArenaError(f"cannot read the losses: {error}", where=str(adapter / "trainer_state.json")) from None
+    for entry in history:
+        values = [v for k, v in entry.items() if k in ("loss", "eval_loss", "train_loss") and isinstance(v, float)]
+        if not all(math.isfinite(value) for value in values):
+            raise _not_finite(f"the loss is NaN or infinite at step {entry.get('step')}", log)
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(adapter / _ADAPTER_FILES[1], framework="pt") as weights:
+        bad = [name for name in weights.keys() if not torch.isfinite(weights.get_tensor(name)).all()]  # noqa: SIM118
+    if bad:
+        raise _not_finite(f"{len(bad)} trained weights are NaN or infinite, the first is {bad[0]}", log)
+
+
+def _not_finite(what: str, where: Path) -> ArenaError:
+    remedy = "lower learning_rate (3 to 10 times), prefer bf16 to fp16, set max_grad_norm: 1.0 and warmup; then --fresh"
+    return ArenaError(what, where=str(where), remedy=remedy)
+
+
+def _require_adapter(adapter: Path, stage_step: str) -> None:
+    missing = [name for name in _ADAPTER_FILES if not (adapter / name).is_file()]
+    if missing:
+        raise ArenaError(
+            f"there is no finished adapter to merge: {', '.join(missing)} missing",
+            where=str(adapter),
+            remedy=f"train {stage_step} first (`--until train`), or go on with it by --resume",
+        )
+
+
+def _require(folder: Path, files: tuple[str, ...], log: Path, what: str) -> None:
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise _without(", ".join(missing), folder, log, what)
+
+
+def _without(missing: str, folder: Path, log: Path, what: str) -> ArenaError:
+    return ArenaError(
+        f"{what} ended without an error, but did not write {missing}",
+        where=str(folder),
+        remedy=f"read the end of {log}, then --fresh",
+    )
+
+
+def _head(recipe: dict[str, Any]) -> tuple[str, ...]:
+    return (_VALUE_HEAD,) if recipe.get("stage") == "rm" else ()
+
+
+def _is_occupied(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _summary(adapter: Path) -> str:
+    """Return first and last loss for the closing line, nothing if none was logged."""
+    curve = loss_curve(adapter / "trainer_log.jsonl")
+    losses = [row["loss"] for row in curve if row["loss"] is not None]
+    judged = [row["eval_loss"] for row in curve if row["eval_loss"] is not None]
+    parts = [f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"] if losses else []
+    parts += [f"validation loss {judged[-1]:.4f}"] if judged else []
+    return "".join(f", {part}" for part in parts)

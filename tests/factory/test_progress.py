@@ -1,0 +1,149 @@
+import io
+import json
+import math
+
+import pytest
+
+from factory.progress import LogPoint, Show, TrainerLog, describe, is_attended, loss_curve, seconds_left
+
+
+def write(path, *points, mode="a"):
+    with path.open(mode, encoding="utf-8") as file:
+        for point in points:
+            file.write(json.dumps(point) + "\n")
+
+
+def point(step, total=10, **values):
+    return {"current_steps": step, "total_steps": total, **values}
+
+
+def test_each_line_is_handed_out_once_and_a_half_written_one_waits(tmp_path):
+    path = tmp_path / "trainer_log.jsonl"
+    log = TrainerLog(path)
+    assert log.read_new() == []
+    write(path, point(1, loss=1.5, lr=1e-4, epoch=0.1, elapsed_time="0:00:07"))
+    with path.open("a") as file:
+        file.write('{"current_steps": 2, "tot')
+    assert log.read_new() == [LogPoint(1, 10, loss=1.5, lr=1e-4, epoch=0.1, elapsed=7.0)]
+    with path.open("a") as file:
+        file.write('al_steps": 10, "eval_loss": 1.25}\n')
+    assert log.read_new() == [LogPoint(2, 10, eval_loss=1.25)]
+    assert log.read_new() == []
+
+
+def test_damaged_lines_are_left_out_and_an_emptied_file_is_read_anew(tmp_path):
+    path = tmp_path / "trainer_log.jsonl"
+    path.write_bytes(b'{"current_steps": 1}\n\xff\xfe\n[]\n{"current_steps": 3, "total_steps": 4, "loss": "x"}\n')
+    log = TrainerLog(path)
+    assert log.read_new() == [LogPoint(3, 4)]
+    write(path, point(1, loss=2.0), mode="w")
+    assert [p.loss for p in log.read_new()] == [2.0]
+
+
+def test_existing_lines_can_be_skipped(tmp_path):
+    path = tmp_path / "trainer_log.jsonl"
+    write(path, point(1, loss=1.0))
+    log = TrainerLog(path, skip_existing=True)
+    write(path, point(2, loss=0.9))
+    assert [p.step for p in log.read_new()] == [2]
+
+
+def test_nan_is_read_and_recognised(tmp_path):
+    path = tmp_path / "trainer_log.jsonl"
+    path.write_text('{"current_steps": 1, "total_steps": 2, "loss": NaN}\n')
+    (found,) = TrainerLog(path).read_new()
+    assert math.isnan(found.loss)
+    assert not found.finite
+    assert LogPoint(1, 2).finite
+
+
+def test_the_curve_joins_training_and_validation_and_keeps_the_resumed_run(tmp_path):
+    path = tmp_path / "trainer_log.jsonl"
+    write(
+        path,
+        point(2, loss=1.2, lr=0.1),
+        point(4, loss=1.1, lr=0.1),
+        point(4, eval_loss=1.15),
+        point(6, loss=9.0, lr=0.1),
+    )
+    write(path, point(5, loss=1.0, lr=0.2), point(10, epoch=1.0))  # resumed at 4, logs at other steps, closing line
+    assert loss_curve(path) == [
+        {"step": 2, "loss": 1.2, "lr": 0.1, "eval_loss": None},
+        {"step": 4, "loss": 1.1, "lr": 0.1, "eval_loss": 1.15},
+        {"step": 5, "loss": 1.0, "lr": 0.2, "eval_loss": None},
+    ]
+
+
+def test_the_time_left_counts_only_the_steps_of_this_run():
+    assert seconds_left(LogPoint(4, 10, elapsed=8.0)) == pytest.approx(12.0)
+    assert seconds_left(LogPoint(4, 10, elapsed=8.0), start_step=2) == pytest.approx(24.0)
+    assert seconds_left(LogPoint(2, 10, elapsed=8.0), start_step=2) is None
+    assert seconds_left(LogPoint(4, 10)) is None
+
+
+def test_long_runs_have_days(tmp_path):
+    path = tmp_path / "trainer_log.jsonl"
+    write(path, point(5, elapsed_time="1 day, 2:00:05"))
+    assert TrainerLog(path).read_new()[0].elapsed == 86400 + 7200 + 5
+
+
+def test_a_point_is_described_in_one_text():
+    text = describe(LogPoint(4, 10, loss=1.23456, lr=1e-4, elapsed=4000.0))
+    assert text == "loss 1.2346  lr 1.00e-04  1:40:00 left"
+
+
+def test_plain_lines_come_at_a_modest_rate_with_first_and_last_and_without_colour():
+    stream = io.StringIO()
+    show = Show(stream, interval=3600)
+    with show.line("sft") as line:
+        line.phase("training")
+        line.phase("training")
+        for step in range(1, 11):
+            line.point(LogPoint(step, 10, loss=2 - step / 10, lr=1e-4, elapsed=float(step)))
+        show.note("a note")
+    assert stream.getvalue().splitlines() == [
+        "sft: training",
+        "sft: step 1/10  loss 1.9000  lr 1.00e-04  0:00:09 left",
+        "sft: step 10/10  loss 1.0000  lr 1.00e-04  0:00:00 left",
+        "a note",
+    ]
+
+
+def test_an_attended_line_shows_step_loss_rate_and_vanishes(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    stream = io.StringIO()
+    show = Show(stream, attended=True)
+    with show.line("sft") as line:
+        line.phase("training")
+        line.point(LogPoint(3, 10, loss=1.5, lr=2e-4, elapsed=3.0))
+        line.point(LogPoint(3, 10, eval_loss=1.75, elapsed=3.0))
+        show.note("kept")
+    written = stream.getvalue()
+    assert "3/10  loss 1.5000  validation loss 1.7500  lr 2.00e-04  0:00:07 left" in written
+    assert "kept" in written
+    assert written.endswith(("\x1b[2K", "\x1b[?25h")) or "\x1b[2K" in written.rsplit("left", 1)[1]  # erased
+
+
+def test_no_color_is_respected_by_the_attended_line(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = io.StringIO()
+    with Show(stream, attended=True).line("sft") as line:
+        line.point(LogPoint(3, 10, loss=1.5, elapsed=3.0))
+    assert "loss 1.5000" in stream.getvalue()
+    assert "\x1b[3" not in stream.getvalue()  # no colour; moving the cursor is no colour
+    assert "[38;5" not in stream.getvalue()
+
+
+def test_a_pipe_and_ci_are_not_attended(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert is_attended(terminal)
+    assert not is_attended(io.StringIO())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not is_attended(terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("CI", "true")
+    assert not is_attended(terminal)

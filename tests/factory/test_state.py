@@ -1,0 +1,173 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import ArenaError
+from factory.state import PARTS, StageState, archive, differences, last_checkpoint, only_run
+
+INPUTS = {"sft.yaml": {"learning_rate": 1.0e-4, "epochs": 2}, "data": {"train.jsonl": "sha256:aa"}}
+REMEDY = "--fresh begins anew"
+
+
+@pytest.fixture(autouse=True)
+def _inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def made(name):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("x")
+    return Path(name)
+
+
+def finish(folder, part="train", inputs=INPUTS, output="saves/adapter.safetensors"):
+    state = StageState(folder)
+    state.begin(part, inputs)
+    state.finish(part, [made(output)], 1.23456)
+    return state
+
+
+def test_a_finished_part_is_known_to_a_later_process_with_relative_paths():
+    folder = Path("outputs/demo/sft")
+    finish(folder)
+    again = StageState(folder)
+    assert again.finished("train", INPUTS, fresh_remedy=REMEDY)
+    content = json.loads((folder / "state.json").read_text())
+    record = content["parts"]["train"]
+    assert record["outputs"] == ["saves/adapter.safetensors"]
+    assert record["inputs"] == INPUTS
+    assert record["seconds"] == 1.235
+    assert record["started_at"] <= record["finished_at"]
+    assert [p.name for p in folder.iterdir()] == ["state.json"]  # nothing half-written beside it
+
+
+def test_a_part_that_began_or_lost_its_outputs_is_not_finished():
+    folder = Path("outputs/demo/sft")
+    state = StageState(folder)
+    assert not state.finished("train", INPUTS, fresh_remedy=REMEDY)
+    state.begin("train", INPUTS)
+    assert not StageState(folder).finished("train", INPUTS, fresh_remedy=REMEDY)
+    state.finish("train", [made("saves/a")], 1)
+    Path("saves/a").unlink()
+    assert not state.finished("train", {"sft.yaml": {}}, fresh_remedy=REMEDY)  # nothing is lost by making it again
+
+
+def test_changed_inputs_are_told_one_by_one():
+    folder = Path("outputs/demo/sft")
+    state = finish(folder)
+    changed = {"sft.yaml": {"learning_rate": 2.0e-4, "seed": 1}, "data": {"train.jsonl": "sha256:bb"}}
+    with pytest.raises(ArenaError) as caught:
+        state.finished("train", changed, fresh_remedy=REMEDY)
+    assert caught.value.what.splitlines() == [
+        "train was finished with other inputs; since then changed:",
+        "  - sft.yaml: learning_rate 0.0001 -> 0.0002",
+        "  - sft.yaml: epochs 2 -> (absent)",
+        "  - data: train.jsonl has other content",
+        "  - sft.yaml: seed (absent) -> 1",
+    ]
+    assert caught.value.remedy == "undo the change, or --fresh begins anew"
+    assert caught.value.where == "outputs/demo/sft"
+
+
+def test_keys_that_change_no_result_do_not_count_and_types_survive_json():
+    old = {"sft.yaml": {"logging_steps": 1, "save_steps": 10, "targets": ("a", "b"), "none": None}}
+    new = {"sft.yaml": {"logging_steps": 5, "save_steps": 20, "targets": ["a", "b"], "none": None}}
+    assert differences(old, new) == []
+    assert differences({"data": {}}, {"data": {"x": "sha256:1"}}) == ["data: x is new"]
+    assert differences({"data": {"x": "sha256:1"}}, {"data": {}}) == ["data: x is gone"]
+
+
+def test_what_was_made_from_a_training_is_forgotten_when_it_begins_again():
+    folder = Path("outputs/demo/sft")
+    finish(folder)
+    finish(folder, "merge", output="outputs/demo/sft/merged/config.json")
+    state = finish(folder, "score", output="outputs/demo/sft/scores.parquet")
+    assert all(state.record(part) for part in PARTS)
+    state.begin("merge", INPUTS)
+    assert StageState(folder).record("train").finished_at
+    assert StageState(folder).record("merge").finished_at is None
+    assert StageState(folder).record("score") is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"parts": {"train": {"x": 1}}}', '{"parts": 3}', "{}"])
+def test_a_damaged_state_is_an_error_with_a_remedy(content):
+    made("outputs/demo/sft/state.json").write_text(content)
+    with pytest.raises(ArenaError, match="not a state") as caught:
+        StageState(Path("outputs/demo/sft"))
+    assert caught.value.where.endswith("state.json")
+
+
+def test_archives_are_numbered_together_and_delete_nothing():
+    for number in (1, 2):
+        made("saves/x/adapter").write_text(f"run {number}")
+        made("outputs/x/state.json")
+        earlier = archive(Path("saves/x"), Path("outputs/x"), Path("outputs/none"))
+        assert [str(p) for p in earlier] == [f"saves/x.earlier-{number}", f"outputs/x.earlier-{number}"]
+        assert not Path("saves/x").exists()
+    assert Path("saves/x.earlier-1/adapter").read_text() == "run 1"
+    assert Path("saves/x.earlier-2/adapter").read_text() == "run 2"
+    made("saves/x/adapter")
+    made("outputs/y.earlier-3/other")
+    made("outputs/y/other")
+    assert {p.name for p in archive(Path("saves/x"), Path("outputs/y"))} == {"x.earlier-4", "y.earlier-4"}
+
+
+def test_the_last_whole_checkpoint_is_found_by_number():
+    assert last_checkpoint(Path("saves/x")) is None
+    for step in (9, 100, 20):
+        made(f"saves/x/checkpoint-{step}/trainer_state.json").write_text("{}")
+    made("saves/x/checkpoint-200/adapter_model.safetensors")  # killed while it saved
+    made("saves/x/checkpoint-300/trainer_state.json").write_text('{"half')
+    made("saves/x/checkpoint-best/trainer_state.json").write_text("{}")
+    assert last_checkpoint(Path("saves/x")) == Path("saves/x/checkpoint-100")
+
+
+def test_a_second_run_of_a_stage_is_refused_and_told_who_holds_it():
+    folder = Path("outputs/demo/sft")
+    with only_run(folder):
+        with (
+            pytest.raises(ArenaError, match=rf"process {os.getpid()} on {socket.gethostname()}, since 20"),
+            only_run(folder),
+        ):
+            pass
+        with only_run(Path("outputs/demo/rm")):  # another stage
+            pass
+    with only_run(folder):  # released
+        pass
+    assert not folder.exists()  # the lock lies beside it, so that an archived folder does not take it along
+
+
+def test_the_lock_of_a_killed_run_is_stale():
+    code = """
+        import os
+        from pathlib import Path
+        from factory.state import only_run
+        with only_run(Path("outputs/demo/sft")):
+            os.kill(os.getpid(), 9)
+    """
+    root = str(Path(__file__).parents[2])
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "PYTHONPATH": root})
+    assert ended.returncode == -9
+    assert json.loads(Path("outputs/demo/.sft.lock").read_text())["pid"] != os.getpid()
+    with only_run(Path("outputs/demo/sft")):
+        assert json.loads(Path("outputs/demo/.sft.lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_of_another_host_is_not_taken_over():
+    made("outputs/demo/.sft.lock").write_text('{"pid": 1, "host": "elsewhere", "started_at": "2026-01-01"}')
+    with (
+        pytest.raises(ArenaError, match="process 1 on elsewhere, since 2026-01-01") as caught,
+        only_run(Path("outputs/demo/sft")),
+    ):
+        pass
+    assert "delete outputs/demo/.sft.lock" in caught.value.remedy
+    assert "elsewhere" in Path("outputs/demo/.sft.lock").read_text()
+    Path("outputs/demo/.sft.lock").write_text('{"pid": 1, "ho')  # torn
+    with only_run(Path("outputs/demo/sft")):
+        pass
