@@ -88,9 +88,7 @@ def parse_one_hot(cells: Sequence[object]) -> str:
     if sorted(flags) != [0, 0, 1]:
         winners = flags.count(1)
         what = {0: "no winner", 1: "no clear winner"}.get(winners, f"{winners} winners")
-        raise BadVerdict(
-            f"{what}: winner_model_a, winner_model_b, winner_tie = {', '.join(map(_shown, cells))}"
-        )
+        raise BadVerdict(f"{what}: winner_model_a, winner_model_b, winner_tie = {', '.join(map(_shown, cells))}")
     return VERDICTS[flags.index(1)]
 
 
@@ -109,9 +107,7 @@ def _parse_list(cell: object, name: str) -> list:
         try:
             values = _decode_json(cell)
         except (ValueError, RecursionError) as error:
-            reason = (
-                error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply or too large"
-            )
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply or too large"
             raise BadCell(f"{name} is not a JSON list ({reason}): {_shown(cell)}") from None
     else:
         values = cell

@@ -201,9 +201,7 @@ class VoteReader:
         if bad < rows and (bad <= 1 or bad <= _MOST_BAD * rows):
             return
         first = self.rejected[:_SHOWN]
-        listed = [
-            f"  - row {r.row} (id {r.id if r.id is not None else 'missing'}): {r.reason}" for r in first
-        ]
+        listed = [f"  - row {r.row} (id {r.id if r.id is not None else 'missing'}): {r.reason}" for r in first]
         more = [f"  - … and {bad - _SHOWN} more"] if bad > _SHOWN else []
         verb = "no row is left" if bad == rows else f"more than {_MOST_BAD:.0%} of the rows are bad"
         raise ArenaError(

@@ -44,17 +44,13 @@ class BrokenRow:
 def open_table(path: Path) -> CsvTable | ParquetTable:
     """Return the table in `path`, its columns read. Raises ArenaError when it is none."""
     if not path.is_file():
-        what = (
-            "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
-        )
+        what = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
         raise ArenaError(what, where=str(path), remedy="give the path of a .csv, .csv.gz or .parquet file")
     try:
         with path.open("rb") as file:
             head = file.read(8)
     except OSError as error:
-        raise ArenaError(
-            f"cannot be read: {error.strerror}", where=str(path), remedy="check its rights"
-        ) from None
+        raise ArenaError(f"cannot be read: {error.strerror}", where=str(path), remedy="check its rights") from None
     if not head:
         raise ArenaError("is empty", where=str(path), remedy="give a file with a header and rows")
     for magic, (what, remedy) in _OTHER_MAGIC.items():

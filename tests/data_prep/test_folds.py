@@ -132,6 +132,12 @@ def test_frequent_prompts_validate_as_often_as_rare_ones():
     assert abs(sum(chosen[2000:]) - 500) <= 20
 
 
+@pytest.mark.parametrize(("rows", "share", "inside"), [(4, 0.1, 1), (2, 0.5, 1), (9, 0.9, 8), (30, 0.1, 3)])
+def test_neither_side_of_a_small_table_is_empty(rows, share, inside):
+    verdicts = [VERDICTS[i % 3] for i in range(rows)]
+    assert sum(validation_rows([str(i) for i in range(rows)], verdicts, share=share, seed=5)) == inside
+
+
 def test_swapped_copies_keep_the_group():
     battle = Battle("1", ("Hi!",), ("x",), ("y",), "a")
     copy = Battle("1", ("Hi!",), ("y",), ("x",), "b")

@@ -1,0 +1,599 @@
+"""Readers: three schemas, three file formats, one battle; bad rows are told apart from bad files."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from data_prep.errors import ArenaError
+from data_prep.readers import Rejected, VoteReader
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data"
+COLUMNS = ["id", "model_a", "model_b", "prompt", "response_a", "response_b", *PROBABILITY_COLUMNS]
+ONE_HOT = {"a": ["1", "0", "0"], "b": ["0", "1", "0"], "tie": ["0", "0", "1"], None: ["", "", ""]}
+
+
+def cell(turns: list[str | None]) -> str:
+    """Write turns as the competition does."""
+    return json.dumps(turns, ensure_ascii=True, separators=(",", ":")).replace("/", "\\/")
+
+
+def kaggle_row(identity: str, prompt="hi", a="yes", b="no", verdict: str | None = "a") -> list[str]:
+    texts = [text if isinstance(text, str) and text[:1] in "[{" else cell([text]) for text in (prompt, a, b)]
+    return [identity, "m1", "m2", *texts, *ONE_HOT[verdict]]
+
+
+def write_csv(path: Path, rows: list[list[str]], columns: list[str] = COLUMNS, encoding="utf-8") -> Path:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+    data = text.getvalue().encode(encoding)
+    path.write_bytes(gzip.compress(data, 1) if path.suffix == ".gz" else data)
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, list]) -> Path:
+    parquet.write_table(pa.table(columns), path)
+    return path
+
+
+def read(path: Path, labelled: bool = True) -> list[Battle]:
+    return [battle for _, battle in VoteReader(path, labelled=labelled)]
+
+
+def error_of(path: Path, labelled: bool = True) -> ArenaError:
+    with pytest.raises(ArenaError) as caught:
+        read(path, labelled)
+    error = caught.value
+    assert error.remedy
+    assert str(path) in error.where
+    return error
+
+
+def good_rows(count: int, start: int = 1000) -> list[list[str]]:
+    return [kaggle_row(str(start + i), verdict=VERDICTS[i % 3]) for i in range(count)]
+
+
+# --- the competition's schema ---------------------------------------------------------------------------------
+
+
+def test_turns_nulls_empty_texts_and_identical_responses(tmp_path):
+    rows = [
+        kaggle_row("1", cell(["a/b", "ü"]), cell(["x", None]), cell(["", "y"]), "b"),
+        kaggle_row("2", "same", "same", "same", "tie"),
+        kaggle_row("3", "[null]", "[null]", "[null]", "a"),
+    ]
+    reader = VoteReader(write_csv(tmp_path / "votes", rows), labelled=True)
+    assert list(reader) == [
+        (1, Battle("1", ("a/b", "ü"), ("x", ""), ("", "y"), "b")),
+        (2, Battle("2", ("same",), ("same",), ("same",), "tie")),
+        (3, Battle("3", ("",), ("",), ("",), "a")),
+    ]
+    assert (reader.schema, reader.rows_read, reader.rejected) == ("kaggle", 3, [])
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        (r'["\ud83d\ude00"]', "😀"),
+        (r'["\uD83D\uDE00"]', "😀"),
+        (r'["a\ud83d"]', "a\ufffd"),
+        (r'["\uDE00a"]', "\ufffda"),
+        (r'["\ude00\ud83d"]', "\ufffd\ufffd"),
+        (r'["\ud55c\uae00"]', "한글"),
+        (r'["\\ud83d"]', "\\ud83d"),
+        ('["tab\tnewline\n"]', "tab\tnewline\n"),
+        ('["nul\\u0000"]', "nul\0"),
+    ],
+)
+def test_escapes_become_text_that_can_be_written(tmp_path, written, text):
+    (battle,) = read(write_csv(tmp_path / "x.csv", [kaggle_row("1", "hi", written, written)]))
+    assert battle.responses_a == battle.responses_b == (text,)
+    assert "".join(battle.responses_a).encode("utf-8")
+
+
+@pytest.mark.parametrize("flags", [["0.0", "1.0", "0.0"], [" 0", "1 ", "0.00"]])
+def test_one_hot_in_other_spellings(tmp_path, flags):
+    rows = [kaggle_row("1")[:6] + flags]
+    assert read(write_csv(tmp_path / "x.csv", rows))[0].verdict == "b"
+
+
+def test_a_test_set_has_no_verdicts_and_a_labelled_file_may_be_scored(tmp_path):
+    bare = [row[:1] + row[3:6] for row in good_rows(3)]
+    path = write_csv(tmp_path / "test.csv", bare, ["id", "prompt", "response_a", "response_b"])
+    assert [battle.verdict for battle in read(path, labelled=False)] == [None, None, None]
+    rows = [*good_rows(3), kaggle_row("9", verdict=None), [*kaggle_row("8")[:6], "1", "1", "0"]]
+    path = write_csv(tmp_path / "train.csv", rows)
+    assert [battle.verdict for battle in read(path, labelled=False)] == ["a", "b", "tie", None, None]
+    assert "winner_model_a" in error_of(tmp_path / "test.csv").what
+    assert "test set" in error_of(tmp_path / "test.csv").remedy
+
+
+def test_columns_may_stand_in_any_order_after_a_byte_order_mark_and_between_blank_lines(tmp_path):
+    columns = ["language", *reversed(COLUMNS), "extra"]
+    rows = [["German", *reversed(kaggle_row(str(i), verdict="tie")), "?"] for i in range(2)]
+    path = write_csv(tmp_path / "x.csv", rows, columns, encoding="utf-8-sig")
+    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\r\n\r\n"))
+    reader = VoteReader(path, labelled=True)
+    assert [row for row, _ in reader] == [1, 2]
+    assert [(b.id, b.language, b.verdict) for b in read(path)] == [("0", "German", "tie"), ("1", "German", "tie")]
+    assert reader.schema == "kaggle"
+
+
+def test_reading_again_reads_the_file_again(tmp_path):
+    reader = VoteReader(write_csv(tmp_path / "x.csv", [*good_rows(200), kaggle_row("")]), labelled=True)
+    assert list(reader) == list(reader)
+    assert reader.rows_read == 201
+    assert len(reader.rejected) == 1
+    next(iter(reader))
+    assert (reader.rows_read, reader.rejected) == (1, [])
+
+
+# --- the other two schemas ------------------------------------------------------------------------------------
+
+
+def conversation(*texts: str | None) -> list[dict]:
+    return [{"content": text, "role": ("user", "assistant")[i % 2]} for i, text in enumerate(texts)]
+
+
+CONVERSATIONS = {
+    "question_id": ["q1", "q2", "q3", "q4"],
+    "model_a": ["m"] * 4,
+    "winner": ["model_a", "model_b", "tie", "tie (bothbad)"],
+    "conversation_a": [conversation("hi", f"a{i}", "more", None) for i in range(4)],
+    "conversation_b": [conversation("hi", f"b{i}", "more", "end") for i in range(4)],
+    "language": ["English", "German", None, "French"],
+}
+
+
+def as_text(columns: dict[str, list]) -> tuple[list[list[str]], list[str]]:
+    cells = [
+        [value if isinstance(value, str) else json.dumps(value) for value in row]
+        for row in zip(*columns.values(), strict=True)
+    ]
+    return [["" if value == "null" else value for value in row] for row in cells], list(columns)
+
+
+def test_arena_conversations_from_parquet_and_csv(tmp_path):
+    first = write_parquet(tmp_path / "first", CONVERSATIONS)
+    second = write_csv(tmp_path / "second", *as_text(CONVERSATIONS))
+    battles = read(first)
+    assert VoteReader(first, labelled=True).schema == "arena_conversations"
+    assert battles[1] == Battle("q2", ("hi", "more"), ("a1", ""), ("b1", "end"), "b", "German")
+    assert [battle.verdict for battle in battles] == ["a", "b", "tie", "tie"]
+    assert read(second) == battles
+    unlabelled = {name: CONVERSATIONS[name] for name in ("conversation_a", "conversation_b")} | {"id": [1, 2, 3, 4]}
+    assert [battle.id for battle in read(write_parquet(tmp_path / "third", unlabelled), labelled=False)] == list("1234")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (conversation("other", "b", "more", "end"), "the user's turns in conversation_a and conversation_b differ"),
+        (conversation("hi", "b", "more"), "conversation_b ends with the user"),
+        (conversation("hi", "b"), "the user's turns in conversation_a and conversation_b differ"),
+        ([{"role": "system", "content": "x"}], "conversation_b message 1 is by 'system' where 'user' must speak"),
+        ([{"role": "user"}], "conversation_b message 1 is not an object with role and content"),
+        (["hi"], "conversation_b message 1 is not an object with role and content"),
+        ([{"role": "user", "content": 7}], "conversation_b message 1 is not a text: 7"),
+        ([], "conversation_b has no turn"),
+    ],
+)
+def test_broken_conversations_are_rejected(tmp_path, broken, reason):
+    columns = {name: values[:2] for name, values in CONVERSATIONS.items()} | {
+        "conversation_b": [broken, CONVERSATIONS["conversation_b"][1]]
+    }
+    reader = VoteReader(write_csv(tmp_path / "x.csv", *as_text(columns)), labelled=True)
+    assert [battle.id for _, battle in reader] == ["q2"]
+    assert reader.rejected[0].reason.startswith(reason)
+    assert (reader.rejected[0].row, reader.rejected[0].id) == (1, "q1")
+
+
+WSDM = {
+    "id": ["w1", "w2", "w3"],
+    "prompt": ['["not a list, but a text"]', "two\nlines", "p"],
+    "response_a": ["a", "b", ""],
+    "response_b": ["c", "", "d"],
+    "winner": ["model_b", "model_a", "model_a"],
+    "language": ["Korean", "English", ""],
+}
+
+
+def test_the_wsdm_table_holds_plain_texts(tmp_path):
+    battles = read(write_csv(tmp_path / "x.csv", *as_text(WSDM)))
+    assert battles[0] == Battle("w1", ('["not a list, but a text"]',), ("a",), ("c",), "b", "Korean")
+    assert battles[1] == Battle("w2", ("two\nlines",), ("b",), ("",), "a", "English")
+    assert battles[2].language is None
+    with_nulls = {name: [value or None for value in values] for name, values in WSDM.items()}
+    assert read(write_parquet(tmp_path / "x.parquet", with_nulls)) == battles
+
+
+def test_the_wsdm_test_set_is_known_by_scored_or_language(tmp_path):
+    for mark in ("scored", "language"):
+        columns = {name: WSDM[name] for name in ("id", "prompt", "response_a", "response_b")} | {mark: ["True"] * 3}
+        reader = VoteReader(write_csv(tmp_path / "x.csv", *as_text(columns)), labelled=False)
+        assert [battle.verdict for _, battle in reader] == [None] * 3
+        assert reader.schema == "wsdm"
+
+
+# --- one table in three formats -------------------------------------------------------------------------------
+
+
+def test_csv_gzip_and_parquet_give_the_same_battles_whatever_the_files_name(tmp_path):
+    rows = [
+        kaggle_row(str(i), cell(["ü", None]), cell(["😀", ""]), cell([f"{i}", "/"]), VERDICTS[i % 3])
+        for i in range(700)
+    ]
+    plain = write_csv(tmp_path / "a.parquet", rows)
+    zipped = write_csv(tmp_path / "b.gz", rows).rename(tmp_path / "b.csv")
+    texts = {name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}
+    numbers = {name: [int(value) for value in texts[name]] for name in ("id", *PROBABILITY_COLUMNS)}
+    lists = {name: [json.loads(value) for value in texts[name]] for name in ("prompt", "response_a", "response_b")}
+    floats = {name: [float(value) for value in values] for name, values in numbers.items()}
+    battles = read(plain)
+    assert len(battles) == 700
+    assert battles[1] == Battle("1", ("ü", ""), ("😀", ""), ("1", "/"), "b")
+    assert read(zipped) == battles
+    assert read(write_parquet(tmp_path / "c.csv", texts)) == battles
+    assert read(write_parquet(tmp_path / "d", texts | numbers)) == battles
+    assert read(write_parquet(tmp_path / "e", texts | lists | floats)) == battles
+
+
+@pytest.mark.parametrize(
+    ("file", "rows", "verdicts"),
+    [
+        ("arena/train_natural.csv", 1479, {"a": 530, "b": 506, "tie": 443}),
+        ("arena/train_clean.csv.gz", 13579, {"a": 6584, "b": 6552, "tie": 443}),
+        ("mtbench/mtbench_human.csv", 1751, {"a": 294, "b": 1040, "tie": 417}),
+        ("arena/test.csv", 3, {None: 3}),
+    ],
+)
+def test_real_votes(file, rows, verdicts):
+    path = REAL / file
+    if not path.exists():
+        pytest.skip("the real votes are not on this machine")
+    reader = VoteReader(path, labelled=None not in verdicts)
+    battles = [battle for _, battle in reader]
+    assert (reader.schema, reader.rows_read, reader.rejected) == ("kaggle", rows, [])
+    assert Counter(battle.verdict for battle in battles) == verdicts
+    for battle in battles:
+        assert len(battle.prompts) == len(battle.responses_a) == len(battle.responses_b) >= 1
+        "".join((*battle.prompts, *battle.responses_a, *battle.responses_b)).encode("utf-8")
+
+
+def test_real_votes_are_the_same_from_gzip_and_parquet(tmp_path):
+    path = REAL / "arena" / "train_natural.csv"
+    if not path.exists():
+        pytest.skip("the real votes are not on this machine")
+    battles = read(path)
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    write_parquet(tmp_path / "x.parquet", {name: [row[name] for row in rows] for name in COLUMNS})
+    assert read(tmp_path / "x.csv.gz") == battles
+    assert read(tmp_path / "x.parquet") == battles
+    for battle, row in list(zip(battles, rows, strict=True))[:300]:
+        turns = tuple(turn or "" for turn in json.loads(row["response_a"]))
+        assert (battle.id, battle.responses_a) == (row["id"], turns) or "\ufffd" in "".join(battle.responses_a)
+
+
+def test_memory_stays_flat(tmp_path):
+    rows = [kaggle_row(str(i), "p" * 2000, "a" * 4000, "b" * 4000) for i in range(2000)]
+    for path in (
+        write_csv(tmp_path / "x.csv", rows),
+        write_parquet(tmp_path / "x", {name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}),
+    ):
+        del rows[:]
+        tracemalloc.start()
+        assert sum(1 for _ in VoteReader(path, labelled=True)) == 2000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 12e6  # of 20 MB of text
+
+
+# --- one bad row is rejected, the rest goes on ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "identity", "reason"),
+    [
+        (kaggle_row("7", '["a"'), "7", "prompt is not a JSON list (Expecting ',' delimiter): '[\"a\"'"),
+        (kaggle_row("7", "hi", '{"a":1}'), "7", "response_a is not a JSON list: '{\"a\":1}'"),
+        (kaggle_row("7", "hi", "yes", "[1]"), "7", "response_b turn 1 is not a text: 1"),
+        (kaggle_row("7", "hi", "yes", '[["a"]]'), "7", "response_b turn 1 is not a text: ['a']"),
+        (kaggle_row("7", "[]", "[]", "[]"), "7", "prompt has no turn"),
+        (kaggle_row("7", '["a","b"]'), "7", "the numbers of turns differ: prompt 2, response_a 1, response_b 1"),
+        (kaggle_row("7", "[" * 100_000), "7", "prompt is not a JSON list (nested too deeply or too large)"),
+        (kaggle_row("7", f"[{'9' * 5000}]"), "7", "prompt is not a JSON list (nested too deeply or too large)"),
+        (["7", "m", "m", "", "", "", "1", "0", "0"], "7", "prompt is not a JSON list (Expecting value): ''"),
+        (kaggle_row("  "), None, "has no id"),
+        (kaggle_row("7")[:-1], "7", "has 8 cells, the header has 9"),
+        ([*kaggle_row("7"), "more"], "7", "has 10 cells, the header has 9"),
+    ],
+)
+def test_a_bad_row_is_rejected_with_its_place_and_reason(tmp_path, row, identity, reason):
+    path = write_csv(tmp_path / "x.csv", [*good_rows(2), row, *good_rows(2, 2000)])
+    reader = VoteReader(path, labelled=True)
+    assert [number for number, _ in reader] == [1, 2, 4, 5]
+    (rejected,) = reader.rejected
+    assert rejected.reason.startswith(reason)
+    assert rejected == Rejected(str(path), 3, identity, rejected.reason)
+    assert len(rejected.reason) < 160
+
+
+def test_a_lost_quote_costs_its_rows_only(tmp_path):
+    path = write_csv(tmp_path / "x.csv", good_rows(300))
+    lines = path.read_bytes().split(b"\r\n")
+    lines[5] = lines[5].replace(b'"]"', b'"]', 1)
+    path.write_bytes(b"\r\n".join(lines))
+    reader = VoteReader(path, labelled=True)
+    assert 298 <= len(list(reader)) <= 299
+    assert "is not valid CSV" in reader.rejected[0].reason
+    assert reader.rejected[0].row == 5
+
+
+def test_scraps_of_a_broken_row_are_not_duplicate_ids(tmp_path):
+    rows = [[f"{i}", f"p{i}\n}}\n}}\nend", "a", "b", "model_a", ""] for i in range(500)]
+    path = write_csv(tmp_path / "x.csv", rows, list(WSDM))
+    path.write_bytes(path.read_bytes().replace(b'"p7\n', b'p7"\n'))
+    reader = VoteReader(path, labelled=True)
+    assert len(list(reader)) == 499
+    assert [(rejected.id, rejected.row) for rejected in reader.rejected[:3]] == [("7", 8), ("}", 9), ("}", 10)]
+
+
+def test_a_plain_csv_that_is_cut_off_loses_its_last_row_only(tmp_path):
+    path = write_csv(tmp_path / "x.csv", good_rows(3))
+    path.write_bytes(path.read_bytes()[:-20])
+    reader = VoteReader(path, labelled=True)
+    assert len(list(reader)) == 2
+    assert "unexpected end of data" in reader.rejected[0].reason
+
+
+def test_one_percent_is_allowed_and_more_is_not(tmp_path):
+    bad = [kaggle_row(f"bad{i}", "{}") for i in range(3)]
+    reader = VoteReader(write_csv(tmp_path / "x.csv", [*good_rows(198), *bad[:2]]), labelled=True)
+    assert len(list(reader)) == 198
+    error = error_of(write_csv(tmp_path / "y.csv", [*good_rows(197), *bad]))
+    assert "3 of 200 rows" in error.what
+    assert "row 198 (id bad0): prompt is not a JSON list" in error.what
+    assert error.where.endswith("y.csv row 198")
+
+
+# --- a bad file stops with one error --------------------------------------------------------------------------
+
+
+def test_no_row_left(tmp_path):
+    assert "1 of 1 rows" in error_of(write_csv(tmp_path / "x.csv", [kaggle_row("1", "[]")])).what
+    assert "no row" in error_of(write_csv(tmp_path / "y.csv", [])).what
+    assert "no row" in error_of(write_parquet(tmp_path / "z", {name: [] for name in COLUMNS})).what
+
+
+def test_duplicate_ids_name_both_rows(tmp_path):
+    error = error_of(write_csv(tmp_path / "x.csv", [*good_rows(5), kaggle_row("1002")]))
+    assert "'1002' stands in row 3 and again in row 6" in error.what
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["0", "0", "0"], "no winner"),
+        (["", "", ""], "no winner"),
+        (["1", "1", "0"], "2 winners"),
+        (["1", "1", "1"], "3 winners"),
+        (["1", "x", "0"], "no winner"),
+        (["0.7", "0.2", "0.1"], "no winner"),
+        (["1", "-1", "0"], "no clear winner"),
+        (["nan", "1", "0"], "no clear winner"),
+    ],
+)
+def test_a_row_without_exactly_one_winner_stops(tmp_path, flags, what):
+    error = error_of(write_csv(tmp_path / "x.csv", [*good_rows(4), kaggle_row("7")[:6] + flags]))
+    assert what in error.what
+    assert error.where.endswith("x.csv row 5")
+
+
+@pytest.mark.parametrize(
+    ("winner", "what"), [("", "no winner"), (None, "no winner"), ("model_c", "unknown winner 'model_c'")]
+)
+def test_an_unknown_winner_stops(tmp_path, winner, what):
+    for columns in (WSDM, CONVERSATIONS):
+        columns = columns | {"winner": [winner, *columns["winner"][1:]]}
+        assert what in error_of(write_parquet(tmp_path / "x", columns)).what
+
+
+@pytest.mark.parametrize(
+    ("columns", "missing", "schema"),
+    [
+        (["id", "prompt", "response_a", "winner_model_a", "winner_model_b"], ["response_b", "winner_tie"], "kaggle"),
+        (["id", "conversation_a", "winner"], ["conversation_b"], "arena_conversations"),
+        (["conversation_a", "conversation_b"], ["question_id or id", "winner"], "arena_conversations"),
+        (["id", "question", "answer", "language"], ["prompt", "response_a", "response_b", "winner"], "wsdm"),
+        (["x", "y"], ["id", "prompt", "response_a", "response_b", *PROBABILITY_COLUMNS], "kaggle"),
+    ],
+)
+def test_missing_columns_are_all_named_with_those_found_and_the_nearest_schema(tmp_path, columns, missing, schema):
+    error = error_of(write_csv(tmp_path / "x.csv", [["1"] * len(columns)], columns))
+    assert str(missing) in error.what
+    assert str(columns) in error.what
+    assert f"nearest known schema is {schema}" in error.remedy
+
+
+def test_another_separator_is_named(tmp_path):
+    (tmp_path / "x.csv").write_text(";".join(COLUMNS) + "\n1;2;3\n")
+    assert "commas" in error_of(tmp_path / "x.csv").remedy
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz"])
+def test_utf_16_is_named(tmp_path, encoding, suffix):
+    error = error_of(write_csv(tmp_path / f"x.{suffix}", good_rows(3), encoding=encoding))
+    assert "UTF-16" in error.what
+    assert "iconv" in error.remedy
+
+
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz"])
+def test_latin_1_is_named_with_row_and_byte(tmp_path, suffix):
+    rows = good_rows(900)
+    rows[700][3] = '["schön"]'
+    path = write_csv(tmp_path / f"x.{suffix}", rows, encoding="latin-1")
+    data = gzip.decompress(path.read_bytes()) if suffix == "csv.gz" else path.read_bytes()
+    error = error_of(path)
+    assert error.where.endswith("row 701")
+    assert f"byte {data.index(0xF6)} is 0xf6" in error.what
+    assert "iconv" in error.remedy
+
+
+def test_a_header_in_latin_1_is_named(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [["1", "2"]], ["id", "größe"], encoding="latin-1")
+    assert error_of(path).where.endswith("header")
+
+
+def test_a_parquet_text_that_is_not_utf_8_is_named(tmp_path):
+    columns = {name: [row[i] for row in good_rows(1500)] for i, name in enumerate(COLUMNS)}
+    raw = pa.array([b'["a"]'] * 1300 + [b'["\xff"]'] + [b'["c"]'] * 199, pa.binary()).view(pa.string())
+    error = error_of(write_parquet(tmp_path / "x", columns | {"prompt": raw}))
+    assert error.where.endswith("row 1301")
+    assert "prompt is not UTF-8: byte 2 of the cell is 0xff" in error.what
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.1])
+def test_cut_off_archives(tmp_path, keep):
+    rows = [kaggle_row(str(i), "".join(map(chr, range(200, 200 + i % 90)))) for i in range(2000)]
+    zipped = write_csv(tmp_path / "x.csv.gz", rows)
+    table = write_parquet(tmp_path / "y", {name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)})
+    for path, what in ((zipped, "cannot be read to its end"), (table, "is not a readable parquet file")):
+        data = path.read_bytes()
+        path.write_bytes(data[: int(len(data) * keep)])
+        error = error_of(path)
+        assert what in error.what
+        assert "cut off or damaged" in error.remedy
+
+
+def test_damaged_archives(tmp_path):
+    data = bytearray(write_csv(tmp_path / "x.csv.gz", good_rows(500)).read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (tmp_path / "x.csv.gz").write_bytes(data)
+    error_of(tmp_path / "x.csv.gz")
+    (tmp_path / "y").write_bytes(b"\x1f\x8b")
+    error_of(tmp_path / "y")
+    (tmp_path / "z").write_bytes(b"PAR1")
+    error_of(tmp_path / "z")
+
+
+def test_what_is_no_table(tmp_path):
+    assert error_of(tmp_path).what == "is a folder"
+    assert error_of(tmp_path / "none.csv").what == "does not exist"
+    for name, content, what in [
+        ("empty", b"", "is empty"),
+        ("bom", b"\xef\xbb\xbf", "is empty"),
+        ("blank", b"\n\n", "is empty"),
+        ("gzip", gzip.compress(b""), "is empty"),
+        ("zip", b"PK\x03\x04rest", "is a zip archive (or a spreadsheet)"),
+        ("quote", b'"id,prompt', "has no readable header: unexpected end of data"),
+        ("double", b"id,id,prompt\n1,2,3\n", "has the column(s) ['id'] twice"),
+        ("header", ",".join(COLUMNS).encode(), "has a header and no row"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        assert error_of(tmp_path / name).what == what
+
+
+# --- properties -----------------------------------------------------------------------------------------------
+
+ANY_TEXT = st.text(alphabet=st.one_of(st.characters(), st.characters(categories=["Cs"])), max_size=12)
+TURNS = st.lists(st.tuples(*[st.none() | ANY_TEXT] * 3), min_size=1, max_size=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("properties")
+
+
+def without_lone_surrogates(text: str | None) -> str:
+    return (text or "").encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+@given(
+    battles=st.lists(st.tuples(TURNS, st.sampled_from(VERDICTS)), min_size=1, max_size=4), name=st.sampled_from("pz")
+)
+@settings(deadline=None)
+def test_any_battle_survives_the_cell_format(folder, battles, name):
+    rows, expected = [], []
+    for i, (turns, verdict) in enumerate(battles):
+        texts = list(zip(*turns, strict=True))
+        rows.append([str(i), "m1", "m2", *(cell(list(text)) for text in texts), *ONE_HOT[verdict]])
+        expected.append(Battle(str(i), *(tuple(map(without_lone_surrogates, text)) for text in texts), verdict))
+    assert read(write_csv(folder / f"x.{name}.gz" if name == "z" else folder / "x.csv", rows)) == expected
+    columns = {column: [row[i] for row in rows] for i, column in enumerate(COLUMNS)}
+    assert read(write_parquet(folder / "x.parquet", columns)) == expected
+
+
+def never_a_traceback(path: Path) -> None:
+    for labelled in (True, False):
+        try:
+            reader = VoteReader(path, labelled=labelled)
+            for row, battle in reader:
+                assert 1 <= row <= reader.rows_read
+                assert isinstance(battle, Battle)
+                assert battle.id
+                assert len(battle.prompts) == len(battle.responses_a) == len(battle.responses_b) >= 1
+                json.dumps(battle.prompts, ensure_ascii=False).encode("utf-8")
+                assert battle.verdict in VERDICTS or (battle.verdict is None and not labelled)
+        except ArenaError as error:
+            assert error.what
+            assert error.remedy
+            assert str(path) in error.where
+
+
+KNOWN = [*COLUMNS, "winner", "scored", "language", "question_id", "conversation_a", "conversation_b"]
+ANY_CELL = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(["", "1", "0", "[]", '["a"]', '["a","b"]', "[null]", "{}", "tie", "model_a", '["\\ud83d"]', "[1]"]),
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=3),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+        max_leaves=6,
+    ).map(json.dumps),
+)
+
+
+@given(
+    columns=st.lists(st.sampled_from(KNOWN), unique=True, min_size=1) | st.lists(st.text(max_size=5), max_size=5),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=150)
+def test_any_table_is_read_or_refused(folder, columns, data):
+    rows = data.draw(st.lists(st.lists(ANY_CELL, min_size=len(columns), max_size=len(columns)), max_size=6))
+    never_a_traceback(write_csv(folder / "table.csv", rows, columns))
+    if len(set(columns)) == len(columns):
+        by_name = {name: [row[i] for row in rows] for i, name in enumerate(columns)}
+        never_a_traceback(write_parquet(folder / "table.parquet", by_name))
+
+
+ANY_BYTES = st.binary(max_size=60)
+STARTS = [
+    b"",
+    b"\x1f\x8b\x08",
+    b"PAR1",
+    b"\xff\xfe",
+    ",".join(COLUMNS).encode() + b"\n",
+    b"id,prompt,response_a,response_b\n",
+]
+
+
+@given(start=st.sampled_from(STARTS), rest=ANY_BYTES, zipped=st.booleans())
+@settings(deadline=None, max_examples=200)
+def test_any_bytes_are_read_or_refused(folder, start, rest, zipped):
+    path = folder / "bytes.csv"
+    path.write_bytes(gzip.compress(start + rest, 1) if zipped else start + rest)
+    never_a_traceback(path)
