@@ -71,14 +71,22 @@ def arguments() -> dict[str, Argument]:
 @cache
 def templates() -> dict[str, bool]:
     """Return the chat templates by name, and whether each puts (empty) thoughts before an answer."""
-    found = {}
-    for call in ast.walk(_parse("llamafactory.data.template")):
+    found, module = {}, "llamafactory.data.template"
+    for call in ast.walk(_parse(module)):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register_template":
             given = {keyword.arg: keyword.value for keyword in call.keywords}
             if isinstance(name := given.get("name"), ast.Constant):
                 kind = given.get("template_class")
-                found[str(name.value)] = isinstance(kind, ast.Name) and kind.id == "ReasoningTemplate"
+                found[str(name.value)] = isinstance(kind, ast.Name) and "ReasoningTemplate" in _lineage(kind.id, module)
     return found
+
+
+def _lineage(name: str, module: str) -> Iterator[str]:
+    """Yield the names of a class and of all its bases."""
+    yield name
+    if found := _find(name, module):
+        for base in found[0].bases:
+            yield from _lineage(ast.unparse(base), found[1])
 
 
 @cache

@@ -54,6 +54,20 @@ class BudgetShares(_Strict):
         return self
 
 
+class Prior(_Strict):
+    """The class shares of the rows to come, where they differ from those of the votes; they sum to 1."""
+
+    a: Share
+    b: Share
+    tie: Share
+
+    @model_validator(mode="after")
+    def _whole(self) -> Prior:
+        if abs(self.a + self.b + self.tie - 1) > 1e-6:
+            raise ValueError("a + b + tie must be 1")
+        return self
+
+
 class StartFrom(_Strict):
     """What a preference training starts from: the base, or the merged SFT judge, which is then its reference."""
 
@@ -81,6 +95,7 @@ class Experiment(_Strict):
     swap_copies: bool = True
     swap_tta: bool = False  # score both orders and average
     seed: int = Field(default=42, ge=0)
+    target_prior: Prior | None = None  # corrects the test set's probabilities where the votes' shares are not natural
     start_from: StartFrom = StartFrom()
     # First values of the rendered recipes, by step, in LLaMA-Factory's keys; the recipe rules once it is rendered.
     recipes: dict[str, dict[str, Any]] = {}

@@ -100,8 +100,9 @@ def render_recipe(experiment: Experiment, step: str, templates: Path = TEMPLATES
     shared = shared_values(experiment, step)
     _check_first_values(experiment, its, first, shared)
     sheet = _Sheet(first, shared)
-    _render(experiment, its, sheet, templates)  # finds out which keys the template names
-    body = _render(experiment, its, _Sheet(first, shared, extra=first.keys() - sheet.named), templates)
+    body = _render(experiment, its, sheet, templates)
+    if extra := first.keys() - sheet.named:  # the first pass has told which keys the template names
+        body = _render(experiment, its, _Sheet(first, shared, extra), templates)
     return _sealed(body, its)
 
 
@@ -154,7 +155,12 @@ class _Sheet:
         return f"{name}: {as_yaml(value)}{f'  # {comment}' if comment else ''}"
 
     def from_experiment(self, name: str) -> str:
-        """`name: value` for a key that all stages share."""
+        """`name: value` for a key that all stages share; raises ArenaError for any other."""
+        if name not in self.shared:
+            raise ArenaError(
+                f"a recipe template asks for shared({name!r}), which experiment.yaml does not rule",
+                remedy=f"choose one of: {', '.join(self.shared)}; or write key({name!r}, value)",
+            )
         return f"{name}: {as_yaml(self.shared[name])}"
 
     def rest(self, *sections: str) -> str:
@@ -177,13 +183,20 @@ def as_yaml(value: Any) -> str:
     """Return one line of YAML that PyYAML and OmegaConf read alike: 1.0e-4 for a small float, "no" quoted."""
     if isinstance(value, str):
         plain = _PLAIN_STRING.fullmatch(value) and value.lower() not in _YAML_WORDS
-        return value if plain else json.dumps(value, ensure_ascii=False)
+        return value if plain else "".join(map(_printable, json.dumps(value, ensure_ascii=False)))
     if isinstance(value, float) and value and (abs(value) < 1e-2 or abs(value) >= 1e16):
         mantissa, exponent = f"{Decimal(repr(value)).normalize():e}".split("e")
         return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(as_yaml, value))}]"
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _printable(character: str) -> str:
+    """Escape what YAML refuses in a file or takes for a line break, and JSON leaves as it is."""
+    if character.isprintable():
+        return character
+    return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
 
 
 def _check_first_values(

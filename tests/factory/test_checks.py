@@ -1,0 +1,247 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import ArenaError
+from factory.checks import check_environment, check_recipe, check_recipes
+from factory.experiment import load_experiment, parse_experiment
+from factory.recipe import write_recipe
+from factory.step import STEPS
+
+ROOT = Path(__file__).parents[2]
+
+
+def experiment(**values):
+    base = {"model": "org/base-4b", "template": "qwen3_nothink", "cutoff_len": 1024}
+    return parse_experiment(base | values, "exp", where="experiment.yaml")
+
+
+@pytest.fixture
+def faults(tmp_path):
+    """Render a step's recipe, edit it by {key: line or None to remove}, and return its faults by key."""
+
+    def of(step="sft", its=None, **lines):
+        its = its or experiment()
+        write_recipe(its, step, force=True, root=tmp_path)
+        path = tmp_path / its.recipe(step)
+        text = path.read_text(encoding="utf-8")
+        for key, value in lines.items():
+            text = re.sub(rf"^{key}: .*\n", "", text, flags=re.MULTILINE)
+            text += "" if value is None else f"{key}: {value}\n"
+        path.write_text(text, encoding="utf-8")
+        found = check_recipe(its, step, tmp_path)
+        assert all(fault.startswith(f"factory_configs/exp/{step}.yaml: ") for fault in found)
+        return dict(fault.removeprefix(f"factory_configs/exp/{step}.yaml: ").split(": ", 1) for fault in found)
+
+    return of
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("factory_configs/*/experiment.yaml")))
+def test_the_committed_recipes_are_without_a_fault(name):
+    check_recipes(load_experiment(name, ROOT), STEPS, ROOT)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_rendered_recipe_has_no_fault(faults, step):
+    for its in (
+        experiment(),
+        experiment(quantization_bit=None, enable_thinking=False, trust_remote_code=True, revision="v2"),
+        experiment(model="./models/base/", template="qwen3", enable_thinking=False, start_from={"rm": "sft"}),
+    ):
+        assert faults(step, its) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("lora_rnak", "8", "no such key; did you mean lora_rank?"),
+        ("compute_dtype", "bf16", "derives this value itself"),
+        ("eval_strategy", "no", 'YAML reads an unquoted no as false; write eval_strategy: "no"'),
+        ("save_strategy", "epochs", "did you mean epoch?"),
+        ("optim", "adamw", "choices: adamw_torch"),
+        ("lr_scheduler_type", "cosin", "did you mean cosine?"),
+        ("learning_rate", '"1e-4"', "write it without quotes"),
+        ("learning_rate", "0.0", "must be above 0"),
+        ("gradient_accumulation_steps", "0", "must be at least 1"),
+        ("warmup_steps", "-1", "must not be negative"),
+        ("lora_dropout", "1.0", "must lie in [0, 1)"),
+        ("per_device_train_batch_size", "2.0", "write 2"),
+        ("bf16", '"true"', "expected bool"),
+        ("report_to", "tensorbord", "is no reporter; choices: none, all"),
+        ("report_to", "[tensorboard, mlfow]", "'mlfow' is no reporter"),
+        ("model_name_or_path", "org/other", "is 'org/other', but by factory_configs/exp/experiment.yaml it is 'org/"),
+        ("template", "llama3", "change it there"),
+        ("cutoff_len", "512", "it is 1024; change it there"),
+        ("cutoff_len", None, "is missing, but by"),
+        ("quantization_bit", "8", "it is 4; change it there"),
+        ("quantization_bit", None, "is missing"),
+        ("quantization_method", "hqq", "it is 'bnb'"),
+        ("dataset", "exp_sft_valid", "it is 'exp_sft_train'"),
+        ("dataset", "exp_sft_train,extra", "it is 'exp_sft_train'"),
+        ("eval_dataset", None, "is missing"),
+        ("dataset_dir", "data/demo", "it is 'data/exp'"),
+        ("output_dir", "saves/x", "it is 'saves/base-4b/lora/exp_sft'"),
+        ("stage", "dpo", "it is 'sft'"),
+        ("trust_remote_code", "true", "it is False"),
+        ("enable_thinking", "false", "it is True"),
+        ("model_revision", "dev", "it is 'main'"),
+        ("model_name_or_path", "models/my base", "has a space, at which torchrun"),
+        ("output_dir", '"${oc.env:HOME}"', "does not resolve interpolations"),
+        ("do_train", "false", "nothing is trained"),
+        ("do_predict", "true", "run.py score scores"),
+        ("finetuning_type", "full", "the merge needs a LoRA adapter"),
+        ("val_size", "0.1", "splits by row, so that copies of one prompt land on both sides"),
+        ("tokenized_path", "data/tokens", "silently overrides every other key about data"),
+        ("overwrite_output_dir", "true", "a checkpoint in output_dir is resumed without being asked"),
+        ("packing", "true", "lets battles attend to each other"),
+        ("neat_packing", "true", "takes one token off cutoff_len"),
+        ("resize_vocab", "true", "a quantized model's embeddings cannot grow"),
+        ("use_dora", "true", "always refuses DoRA on a quantized model"),
+        ("pissa_init", "true", "is refused on a quantized model"),
+        ("quantization_device_map", "auto", "for inference only"),
+        ("fp16", "true", "at most one of fp16 and bf16"),
+        ("load_best_model_at_end", "true", ""),
+    ],
+)
+def test_a_fault_is_found_and_told(faults, key, value, part):
+    edits = {"save_strategy": "epoch"} if key == "load_best_model_at_end" else {}
+    found = faults(**{key: value, **edits})
+    assert list(found) == [key]
+    assert part in found[key]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("learning_rate", "5e-5"),
+        ("learning_rate", "1"),
+        ("lora_target", "[q_proj, v_proj]"),
+        ("dataset", "[exp_sft_train]"),
+        ("dataset_dir", "./data/exp/"),
+        ("report_to", "none"),
+        ("eval_strategy", '"no"'),
+        ("seed", "7"),
+        ("use_rslora", "true"),
+        ("max_samples", "100"),
+        ("lora_alpha", "null"),
+        ("lr_scheduler_kwargs", "{num_cycles: 2}"),
+        ("val_size", "0.0"),
+    ],
+)
+def test_what_a_user_may_choose_is_no_fault(faults, key, value):
+    assert faults(**{key: value}) == {}
+
+
+@pytest.mark.parametrize(("loss", "instead"), [("hinge", "sigmoid"), ("kto_pair", "sigmoid"), ("ipo", "averaged")])
+def test_a_loss_that_trains_another_is_refused(faults, loss, instead):
+    found = faults("dpo_judge", pref_loss=loss, dpo_label_smoothing=None)
+    assert list(found) == ["pref_loss"]
+    assert f"'{loss}' is refused; choices: sigmoid, orpo, simpo" in found["pref_loss"]
+    assert instead in found["pref_loss"]
+
+
+def test_the_losses_that_are_offered(faults):
+    for loss in ("sigmoid", "orpo", "simpo"):
+        assert faults("dpo_reward", pref_loss=loss) == {}
+    assert faults("dpo_judge", dpo_label_smoothing="0.1") == {}
+    assert "sigmoid only" in faults("dpo_judge", pref_loss="orpo", dpo_label_smoothing="0.1")["dpo_label_smoothing"]
+    assert "[0, 0.5)" in faults("dpo_judge", dpo_label_smoothing="0.5")["dpo_label_smoothing"]
+    assert "did you mean" in faults("dpo_judge", pref_loss="sigmod")["pref_loss"]
+
+
+def test_an_adapter_under_dpo_needs_its_own_reference(faults):
+    its = experiment(start_from={"dpo_judge": "base"})
+    adapter = "saves/base-4b/lora/exp_sft"
+    found = faults("dpo_judge", its, adapter_name_or_path=adapter)
+    assert "reference is silently the base model" in found["adapter_name_or_path"]
+    explicit = {"ref_model": "org/base-4b", "ref_model_adapters": adapter, "adapter_name_or_path": adapter}
+    assert faults("dpo_judge", its, **explicit) == {}
+    assert list(faults("dpo_judge", its, create_new_adapter="true", **explicit)) == ["create_new_adapter"]
+
+
+def test_a_stage_that_starts_elsewhere_than_its_merge_is_found(faults, tmp_path):
+    its = experiment(start_from={"dpo_judge": "sft"})
+    assert (
+        "'outputs/exp/sft/merged'" in faults("dpo_judge", its, model_name_or_path="org/base-4b")["model_name_or_path"]
+    )
+    assert "it is 'saves/" in faults("merge_sft", adapter_name_or_path="saves/other")["adapter_name_or_path"]
+    assert "it is 'outputs/exp/sft/merged'" in faults("merge_sft", export_dir="outputs/x")["export_dir"]
+
+
+def test_a_merge_takes_no_training_keys_and_no_quantized_base(faults):
+    assert "`llamafactory-cli export` rejects it" in faults("merge_sft", output_dir="saves/x")["output_dir"]
+    assert "cannot be merged into a quantized model" in faults("merge_sft", quantization_bit="4")["quantization_bit"]
+    found = faults("merge_sft", export_quantization_bit="4")
+    assert "quantize the merged model" in found["export_quantization_bit"]
+    assert "it is 'rm'" in faults("merge_rm", stage=None)["stage"]
+    assert "did you mean auto?" in faults("merge_sft", export_device="aut")["export_device"]
+
+
+def test_a_reward_model_cannot_load_its_best(faults):
+    found = faults("rm", load_best_model_at_end="true")
+    assert "not supported for a reward model" in found["load_best_model_at_end"]
+
+
+def test_chat_templates_are_checked(faults):
+    assert "did" not in faults(its=experiment(template="llama3"))
+    assert "no chat template 'qwen33'" in faults(its=experiment(template="qwen33"))["template"]
+    told = faults(its=experiment(template="qwen3"))["template"]
+    assert "trains on an empty thought before the label; write enable_thinking: false" in told
+    assert told.endswith("or template: qwen3_nothink")
+
+
+def test_all_faults_of_all_recipes_come_in_one_error(tmp_path):
+    its = experiment()
+    for step in ("sft", "merge_sft"):
+        write_recipe(its, step, root=tmp_path)
+    path = tmp_path / its.recipe("sft")
+    text = path.read_text(encoding="utf-8").replace("lora_rank: 64", "lora_rnak: 64")
+    path.write_text(text.replace("cutoff_len: 1024", "cutoff_len: 99"), encoding="utf-8")
+    (tmp_path / its.recipe("merge_sft")).write_text("a: [\n", encoding="utf-8")
+    with pytest.raises(ArenaError) as caught:
+        check_recipes(its, ["sft", "merge_sft", "rm"], tmp_path)
+    message = str(caught.value)
+    assert message.startswith("4 fault(s), found before anything was started:\n")
+    assert "\n  - factory_configs/exp/sft.yaml: lora_rnak: " in message
+    assert "\n  - factory_configs/exp/sft.yaml: cutoff_len: is 99, " in message
+    assert "\n  - factory_configs/exp/merge_sft.yaml: is not readable YAML: " in message
+    assert "\n  - factory_configs/exp/rm.yaml: is missing; `python run.py prepare -e exp" in message
+    assert message.index("lora_rnak") < message.index("cutoff_len"), "in the order of the file"
+    assert caught.value.remedy
+
+
+def test_a_repeated_key_and_an_empty_file_are_faults(tmp_path):
+    its = experiment()
+    write_recipe(its, "sft", root=tmp_path)
+    path = tmp_path / its.recipe("sft")
+    path.write_text(path.read_text(encoding="utf-8") + "seed: 1\n", encoding="utf-8")
+    assert "found duplicate key seed" in check_recipe(its, "sft", tmp_path)[0]
+    path.write_text("", encoding="utf-8")
+    assert any("model_name_or_path: is missing" in fault for fault in check_recipe(its, "sft", tmp_path))
+    path.write_text("- a\n", encoding="utf-8")
+    assert "must be a YAML mapping" in check_recipe(its, "sft", tmp_path)[0]
+
+
+def test_another_launcher_in_the_environment_is_a_fault(monkeypatch, tmp_path):
+    assert check_environment({"USE_V1": "0", "PATH": "x"}) == []
+    assert "unset USE_V1" in check_environment({"USE_V1": "1"})[0]
+    write_recipe(experiment(), "sft", root=tmp_path)
+    monkeypatch.setenv("USE_MCA", "true")
+    with pytest.raises(ArenaError, match="environment: USE_MCA"):
+        check_recipes(experiment(), ["sft"], tmp_path)
+
+
+def test_the_check_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from factory.checks import check_recipes; from factory.experiment import load_experiment\n"
+        "from factory.step import STEPS; check_recipes(load_experiment('qwen3-4b'), STEPS)\n"
+        "print([m for m in ('torch', 'transformers', 'llamafactory') if m in sys.modules], time.perf_counter() - start)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded, seconds = done.stdout.rsplit(" ", 1)
+    assert loaded == "[]"
+    assert float(seconds) < 5
