@@ -5,12 +5,16 @@ write_page(json.loads(Path("report.json").read_text()), Path("report.html"))
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.battle import VERDICTS
 from data_prep.files import atomic_file
 from scoring import charts, words
+
+if TYPE_CHECKING:
+    import jinja2
 
 # Longer tables go on in report.json: a page is for reading.
 MOST_ROWS = 20
@@ -23,7 +27,8 @@ _REPORT_KEYS = (
     *("experiment", "stage", "set", "rows", "class_counts", "log_loss", "log_loss_ci95", "accuracy", "ece"),
     *("per_class_log_loss", "baselines", "baselines_ci95", "bayes", "learned_share", "beats_prior", "flags"),
     *("position_bias", "merge_gate", "truncation", "calibration", "reliability", "confusion", "slices"),
-    *("loss_curve", "worst", "most_biased", "provenance"),
+    *("loss_curve", "worst", "most_biased", "provenance", "gain_over_prior_ci95", "learned_share_ci95"),
+    *("baseline_notes", "position_bias_reason", "target_prior"),
 )
 # Names of values between 0 and 1 that read better as a percentage.
 _SHARES = ("share", "rate", "fraction")
@@ -54,7 +59,8 @@ def _write(template: str, view: dict, path: Path) -> None:
         file.write(html.encode("utf-8", "replace"))
 
 
-def _environment():
+@functools.cache
+def _environment() -> jinja2.Environment:
     import jinja2
 
     environment = jinja2.Environment(
@@ -85,6 +91,7 @@ def report_view(report: dict) -> dict:
         "verdict": _verdict(report),
         "cards": _cards(report),
         "ladder": charts.ladder(report),
+        "rung_notes": facts(report["baseline_notes"]),
         "learned": words.finite(report["learned_share"]),
         "classes": _classes(report),
         "confusion": charts.confusion(report["confusion"]),
@@ -95,12 +102,14 @@ def report_view(report: dict) -> dict:
             for key, name in (("top", "Its first choice"), *words.CLASS_NAMES.items())
         ],
         "reliability_words": words.reliability(points.get("top") or []),
-        "position_words": words.position_bias(report["position_bias"]),
+        "position_words": words.position_bias(report["position_bias"], report["position_bias_reason"]),
         "calibration_words": words.calibration(report["calibration"]),
+        "target_words": words.target_prior(report["target_prior"]),
         "parameters": facts(words.link_of(report["calibration"])),
         "merge_words": words.merge_gate(report["merge_gate"]),
         "slices": _slices(report),
-        "truncation": facts(report["truncation"]),
+        "truncation": side_by_side(report["truncation"]),
+        "cut_words": words.cut_rows((report["truncation"] or {}).get("judged")),
         "curve": charts.curve(report["loss_curve"] or []),
         "worst": _worst(report["worst"] or []),
         "most_biased": free_table(report["most_biased"] or []),
@@ -126,7 +135,8 @@ def flags_of(report: dict) -> list[dict]:
         }
         for flag in report["flags"] or []
     ]
-    if report["beats_prior"] is False and not any(flag["level"] == "red" for flag in flags):
+    red = [flag["code"] for flag in flags if flag["level"] == "red"]
+    if report["beats_prior"] is False and not any("prior" in code for code in red):
         text = "This result does not beat the class prior: do not use it as a judge."
         flags.append({"level": "red", "code": "below_prior", "text": text})
     return sorted(flags, key=lambda flag: LEVELS.index(flag["level"]))
@@ -136,7 +146,12 @@ def _cards(report: dict) -> list[dict]:
     """Return the four figures at the top, each with what it means."""
     ends = words.interval(report["log_loss_ci95"])
     bayes = words.finite(report["bayes"])
-    learned = "the best possible judge is not known for human votes" if bayes is None else "of prior → best possible"
+    share_ends = words.pair(report["learned_share_ci95"])
+    learned = "of the way from the class prior to the best possible judge"
+    if share_ends:
+        learned += f"; 95% interval {words.percent(share_ends[0])} to {words.percent(share_ends[1])}"
+    if bayes is None:
+        learned = "the best possible judge is not known for human votes"
     return [
         {
             "name": "Log loss",
@@ -275,6 +290,20 @@ def facts(value: Any, name: str = "") -> list[tuple[str, str]]:
     return [(name, text)] if name else []
 
 
+def side_by_side(value: dict | None) -> dict:
+    """Return a table (`columns`, `rows`) of records that share their keys, one column each; plain facts otherwise."""
+    records = {
+        key: dict(facts(item)) for key, item in (value or {}).items() if isinstance(item, dict) and key != "judged"
+    }
+    single = {key: item for key, item in (value or {}).items() if not isinstance(item, dict)}
+    if not records or single:
+        rows = [(name, [text]) for name, text in facts({k: v for k, v in (value or {}).items() if k != "judged"})]
+        return {"columns": [""], "rows": rows}
+    names = list(dict.fromkeys(name for record in records.values() for name in record))[:MOST_FACTS]
+    rows = [(name, [record.get(name, words.MISSING) for record in records.values()]) for name in names]
+    return {"columns": [words.humanised(key) for key in records], "rows": rows}
+
+
 def compare_view(comparison: dict) -> dict:
     """Return everything that the comparison's template shows."""
     keys = ("experiment", "set", "rows", "table", "differences", "baselines", "baselines_ci95", "bayes", "blend")
@@ -327,9 +356,13 @@ def _flat(row: dict) -> dict:
     """Give a row's numbers fixed decimals and its intervals words, and spread a nested record over columns."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
+        if key == "rows":  # the same for every row; it stands in the heading
+            continue
         ends = words.pair(value) if str(key).endswith("ci95") else None
         if ends:
             flat[key.replace("_ci95", "_95%_interval")] = words.interval(ends)
+        elif key == "per_class_log_loss" and isinstance(value, dict):
+            flat |= {f"log loss: {words.CLASS_NAMES.get(inner, inner)}": item for inner, item in value.items()}
         elif isinstance(value, dict):
             flat |= {f"{key}: {inner}": item for inner, item in value.items()}
         elif key in ("accuracy", "ece", "learned_share"):

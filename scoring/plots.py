@@ -161,7 +161,13 @@ def _ladder(report: dict) -> Figure | None:
             axes.hlines(row, *mark.ends, color=color, lw=4, alpha=0.45)
         axes.plot(mark.value, row, "o", color=color, ms=8)
         axes.annotate(
-            words.number(mark.value), (mark.value, row), (0, 7), textcoords="offset points", ha="center", fontsize=8
+            words.number(mark.value),
+            (mark.value, row),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     axes.set_yticks(range(len(marks)), [mark.name for mark in marks])
     axes.set_ylim(len(marks) - 0.4, -0.8)

@@ -148,7 +148,8 @@ def lead(report: dict) -> list[str]:
         for key, value in (report["baselines"] or {}).items()
         if key in RUNGS and key not in ("uniform", "prior") and (finite(value) or math.inf) < model
     ]
-    if better:
+    # The flag of the same name says it too, and louder.
+    if better and not any(flag.get("code") == "baseline_ahead" for flag in report["flags"] or []):
         sentences.append(f"A much simpler method is better than it here: {' and '.join(better)}.")
     return sentences
 
@@ -194,8 +195,10 @@ def confusion(cells: list[list[dict]] | None) -> list[str]:
     return sentences
 
 
-def position_bias(bias: dict | None) -> list[str]:
-    """Return what happens when the two answers change places."""
+def position_bias(bias: dict | None, reason: str | None = None) -> list[str]:
+    """Return what happens when the two answers change places, or why (`reason`) it is not known."""
+    if not bias and reason:
+        return [f"Not measured: {reason}."]
     if not bias:
         return [
             "Not measured: each battle was scored in one order only. Scoring with swap test-time augmentation "
@@ -270,6 +273,39 @@ def _temperature(found: dict) -> list[str]:
         return []
     was, made = ("too sure", "softer") if value > 1 else ("too timid", "sharper")
     return [f"The raw model was {was}: a temperature of {number(value, 2)} makes its probabilities {made}."]
+
+
+def target_prior(found: dict | None) -> list[str]:
+    """Return what the correction to a declared class prior would reach, estimated on these rows."""
+    if not found:
+        return []
+    declared = found.get("declared") or {}
+    shares = ", ".join(f"{CLASS_NAMES.get(key, key)} {percent(value)}" for key, value in declared.items())
+    sentences = [f"The battles to come are declared to have other class shares: {shares}." if shares else ""]
+    loss, raw, prior = (number(found.get(key)) for key in ("log_loss", "log_loss_uncorrected", "prior"))
+    if loss != MISSING:
+        ends = interval(found.get("log_loss_ci95"))
+        within = f" (95% interval {ends})" if ends != MISSING else ""
+        sentences.append(
+            f"With these battles weighted to those shares, the corrected log loss is {loss}{within}; "
+            f"uncorrected it is {raw}, and the declared prior alone reaches {prior}."
+        )
+    elif found.get("reason"):
+        sentences.append(f"Its effect is not known: {found['reason']}.")
+    return [sentence for sentence in sentences if sentence]
+
+
+def cut_rows(judged: dict | None) -> list[str]:
+    """Return how many of the judged battles were shortened and whether they are judged worse."""
+    if not judged or finite(judged.get("rows_cut")) is None:
+        return []
+    if not judged["rows_cut"]:
+        return ["None of the judged battles was shortened."]
+    share, size = percent(judged.get("rows_cut_share")), count(judged["rows_cut"])
+    cut, whole = number(judged.get("log_loss_cut")), number(judged.get("log_loss_whole"))
+    return [
+        f"{size} of the judged battles ({share}) were shortened: log loss {cut}, against {whole} of the whole ones."
+    ]
 
 
 def merge_gate(gate: dict | None) -> str:
