@@ -24,7 +24,7 @@ from scoring.links import (
     log_softmax,
     smoothed_prior,
 )
-from scoring.metrics import as_groups, log_loss, verdict_codes
+from scoring.metrics import EPS, as_groups, log_loss, verdict_codes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,8 +112,9 @@ class Calibration:
 
     `log_loss_before`: of the identity (label logits) or of the class prior (rewards), on the labelled rows;
     `log_loss_cross_fitted`: of links fitted without the row's part; `probabilities` [rows, 3]: the cross-fitted
-    ones where the link was kept, for judging, and free of any target prior. `source_prior` [3]: the class shares
-    under which the probabilities hold; `target_prior`, where declared, is what `apply` corrects them to.
+    ones where the link was kept, for judging, and free of any target prior. `source_prior` [3]: the mean of these
+    probabilities on the labelled rows, which is what the judge takes the class shares to be; `target_prior`, where
+    declared, is what `apply` corrects them to.
     """
 
     kind: Kind
@@ -210,7 +211,7 @@ def calibrate(
     probabilities = _through(raw, link, prior)
     if kept:
         probabilities[known] = crossed
-    source = tuple((smoothed_prior(codes) if kept else prior).tolist())
+    source = tuple(_marginal(probabilities[known] if len(known) else prior[None]).tolist())
     return Calibration(
         kind=kind,
         kept=kept,
@@ -275,6 +276,16 @@ def _verdict(kind: Kind, kept: bool, before: float, after: float, *, ties: bool)
     if not ties:
         figures += "; no tie was seen, so ties get the share of one imagined row"
     return f"kept {name}: {figures}" if kept else f"did not keep {name}, {other} stays: {figures}"
+
+
+def _marginal(probabilities: np.ndarray) -> np.ndarray:
+    """Return the mean of probabilities [rows, 3], no class below machine epsilon.
+
+    The shares that the judge predicts and not those of its training rows: a judge that saw no tie still gives ties
+    some share, and dividing by a smaller one would hand every battle to them.
+    """
+    shares = np.maximum(probabilities.mean(axis=0), EPS)
+    return shares / shares.sum()
 
 
 def _through(raw: RawScores, link: Link | None, prior: np.ndarray) -> np.ndarray:

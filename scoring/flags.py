@@ -78,6 +78,8 @@ def _prior_words(report: Mapping[str, Any]) -> str:
     prior, loss, ends = report["baselines"]["prior"], report["log_loss"], report["gain_over_prior_ci95"]
     if loss >= prior:
         return f"Log loss {loss:.4f} does not beat the class prior ({prior:.4f}): this judge is useless as it is."
+    if loss >= report["baselines"]["uniform"]:
+        return f"Log loss {loss:.4f} is worse than a third for each class (1.0986): the prior is wrong for these rows."
     if ends is None:
         return f"Log loss {loss:.4f} against {prior:.4f} of the class prior, on one prompt only: nothing is shown."
     return (

@@ -22,6 +22,8 @@ from data_prep.errors import ArenaError
 PRIOR_DEVIATION = 10.0
 # A standardised score beyond this is set to it: one reward that exploded must not rule the fit.
 CLIP = 100.0
+# Spreads below these are rounding: dividing by them would overflow or blow noise up.
+_SMALLEST, _SMALLEST_LENGTH = 1e-290, 1e-9
 TIE = VERDICTS.index("tie")
 # Where no tie was seen, one imagined tie between equal rewards (Laplace's rule) keeps the tie parameter above 0.
 _IMAGINED_TIE = np.array([[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
@@ -106,13 +108,13 @@ def fit_conditional_logit(design: np.ndarray, truth: np.ndarray, lower: np.ndarr
 def robust_scale(values: np.ndarray) -> float:
     """Return a typical size of `values` about zero: 1.4826 · median |v|, or the mean |v| where that is 0.
 
-    0.0 where every value is 0. The factor makes it the standard deviation for normal values (Huber 1981).
+    0.0 where every value is as good as 0. The factor makes it the standard deviation for normal values (Huber 1981).
     """
     sizes = np.abs(values)
-    typical = 1.4826 * float(np.median(sizes)) if len(sizes) else 0.0
-    if typical > 0:
-        return typical
-    return float(sizes.mean()) if len(sizes) else 0.0
+    if not len(sizes):
+        return 0.0
+    typical = 1.4826 * float(np.median(sizes)) or float((sizes / len(sizes)).sum())
+    return typical if typical > _SMALLEST else 0.0
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class SoftmaxLink:
         centred = _centred(logits)
         unit = robust_scale(centred.ravel()) or 1.0
         design = np.zeros((len(truth), 3, 3))
-        design[:, :, 0] = np.clip(centred / unit, -CLIP, CLIP)
+        with np.errstate(over="ignore"):  # what overflows is clipped
+            design[:, :, 0] = np.clip(centred / unit, -CLIP, CLIP)
         design[:, 0, 1], design[:, 1, 2], design[:, 2, 1:] = 1.0, 1.0, -1.0
         fitted = fit_conditional_logit(design, truth, np.array([0.0, -np.inf, -np.inf]))
         slope, first, second = fitted.parameters
@@ -199,8 +202,11 @@ class DavidsonLink:
         `errors` holds standard errors of scale, position_bias, length and log_tie from the observed information.
         """
         unit = robust_scale(difference) or 1.0
-        length_unit = float(np.std(log_lengths)) or 1.0
-        columns = np.clip(difference / unit, -CLIP, CLIP), np.ones(len(truth)), log_lengths / length_unit
+        length_unit = float(np.std(log_lengths))
+        length_unit = length_unit if length_unit > _SMALLEST_LENGTH else 1.0
+        with np.errstate(over="ignore"):  # what overflows is clipped
+            standardised = np.clip(difference / unit, -CLIP, CLIP)
+        columns = standardised, np.ones(len(truth)), log_lengths / length_unit
         design = np.zeros((len(truth), 3, 4))
         design[:, 0, :3] = np.column_stack(columns) / 2
         design[:, 1, :3] = -design[:, 0, :3]

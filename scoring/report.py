@@ -78,7 +78,8 @@ def build_report(
     Without `calibration` one is fitted here and the rows are judged by its cross-fitted probabilities, before any
     `target_prior`, because these rows have their own prior; what the correction would reach is estimated by
     weighting. With `calibration`, fitted on other rows, the rows are judged by what it gives them, target prior
-    included, and the baselines get the same correction.
+    included, and the baselines get the same correction. `beats_prior` is true where the paired 95% interval of
+    the gain over the class prior lies above 0 and the log loss is below that of a third for each class.
     Raises ArenaError for broken scores (naming ids), rows without text, or no row with a verdict.
     """
     _check(scores, valid_texts)
@@ -136,7 +137,8 @@ def _figures(judged: _Judged, seed: int) -> dict[str, Any]:
         "per_class_log_loss": metrics.per_class_log_loss(model, truth),
         "baselines": losses,
         "baselines_ci95": {name: intervals[name] for name in losses} | _if(intervals, "bayes"),
-        "beats_prior": against is not None and against[0] > 0,
+        # Both rungs know nothing of the texts: ahead of a prior that is itself worse than a third each is no success.
+        "beats_prior": against is not None and against[0] > 0 and loss < losses["uniform"],
         "gain_over_prior": losses["prior"] - loss,
         "gain_over_prior_ci95": against,
         "bayes": bayes,

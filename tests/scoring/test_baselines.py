@@ -17,7 +17,7 @@ REAL = Path(__file__).parents[2].parent / "shared" / "data" / "arena"
 def arena(rows: int, seed: int = 0) -> pd.DataFrame:
     """Battles in which the longer answer wins more often, and so does the one that says `indeed`."""
     random = np.random.default_rng(seed)
-    words = np.array("the a cat dog runs sleeps over under hill river moon sun".split())
+    words = np.array(["the", "a", "cat", "dog", "runs", "sleeps", "over", "under", "hill", "river", "moon", "sun"])
 
     def answer() -> str:
         text = " ".join(random.choice(words, random.integers(3, 40)))

@@ -154,7 +154,7 @@ def test_one_prompt_cannot_be_cross_fitted():
 def test_broken_logits_stop_with_their_ids(value):
     table = logit_table()
     table.loc[[3, 8], "ab_b"] = value
-    with pytest.raises(ArenaError, match="2 row.*id r3, r8"):
+    with pytest.raises(ArenaError, match=r"2 row.*id r3, r8"):
         calibrated(table)
 
 
@@ -206,6 +206,16 @@ def test_a_target_prior_corrects_what_is_applied_and_not_what_is_judged():
     before, after = (metrics.log_loss(c.apply(balanced), codes(balanced)) for c in (plain, made))
     assert after < before - 0.1
     assert after < 1.0965  # the prior's own log loss there
+
+
+def test_a_judge_that_never_saw_a_tie_is_corrected_by_what_it_predicts_and_not_by_what_it_saw():
+    table = logit_table(3_000, bias=(0.0, 0.0, -3.0))
+    table["ab_tie"] -= 3.0  # it gives ties about 2%
+    table = table[table["verdict"] != "tie"]
+    train_prior = {"a": 0.49995, "b": 0.49995, "tie": 0.0001}
+    made = calibrated(table, train_prior=train_prior, target_prior={"a": 0.35, "b": 0.35, "tie": 0.30})
+    assert not made.kept
+    assert 0.15 < made.apply(table)[:, 2].mean() < 0.45
 
 
 def test_a_saved_calibration_gives_the_same_probabilities():
