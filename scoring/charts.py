@@ -108,8 +108,8 @@ def _placed(mark: Mark, axis: Axis | None) -> Mark:
 def mark(name: str, value: Any, ends: Any, *, note: str = "", kind: str = "model", **extra: Any) -> Mark:
     """Return an unplaced mark from raw values of a report; what is not a finite number counts as missing."""
     low_high = pair(ends)
-    # A constant (uniform's log loss) has no interval worth drawing.
-    spread = low_high if low_high and low_high[1] > low_high[0] else None
+    # A constant (uniform's log loss) has no interval worth drawing; resampling leaves rounding noise in it.
+    spread = low_high if low_high and low_high[1] - low_high[0] > 1e-9 else None
     return Mark(str(name), note, kind, finite(value), spread, extra=extra)
 
 

@@ -131,7 +131,7 @@ def flags_of(report: dict) -> list[dict]:
         {
             "level": flag.get("level") if flag.get("level") in LEVELS else "info",
             "code": flag.get("code") or "",
-            "text": flag.get("text") or flag.get("code") or "",
+            "text": _sentence(flag.get("text") or flag.get("code") or ""),
         }
         for flag in report["flags"] or []
     ]
@@ -140,6 +140,10 @@ def flags_of(report: dict) -> list[dict]:
         text = "This result does not beat the class prior: do not use it as a judge."
         flags.append({"level": "red", "code": "below_prior", "text": text})
     return sorted(flags, key=lambda flag: LEVELS.index(flag["level"]))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def _cards(report: dict) -> list[dict]:

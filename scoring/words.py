@@ -168,7 +168,7 @@ def reliability(points: list[dict]) -> str:
     text = f"On average the judge gave its first choice {percent(said)} and it came true in {percent(happened)}"
     gap = said - happened
     if abs(gap) < 0.02:
-        return f"{text}: its probabilities mean what they say."
+        return f"{text}: on average its probabilities mean what they say."
     kind = "overconfident" if gap > 0 else "too timid"
     return f"{text}: {kind} by {number(100 * abs(gap), 0)} percentage points."
 
@@ -223,18 +223,17 @@ def position_bias(bias: dict | None, reason: str | None = None) -> list[str]:
 
 
 def _tta(bias: dict) -> list[str]:
+    """Say what averaging both orders does to the log loss; `tta_gain` is what it saves."""
     gain, ends = finite(bias.get("tta_gain")), pair(bias.get("tta_gain_ci95"))
     if gain is None:
         return []
-    within = f" (95% interval {signed(ends[0])} to {signed(ends[1])})" if ends else ""
     if ends and ends[0] <= 0 <= ends[1]:
-        return [f"Averaging both orders changes the log loss by {signed(-gain)}: within chance{_of_gain(ends)}."]
-    verb = "lowers" if gain > 0 else "raises"
-    return [f"Averaging both orders {verb} the log loss by {number(abs(gain))}{within}."]
-
-
-def _of_gain(ends: tuple[float, float]) -> str:
-    return f" (95% interval {signed(-ends[1])} to {signed(-ends[0])})"
+        within = f"{signed(-ends[1])} to {signed(-ends[0])}"
+        return [
+            f"Averaging both orders changes the log loss by {signed(-gain)}: within chance (95% interval {within})."
+        ]
+    within = f" (95% interval {interval([abs(end) for end in ends])})" if ends else ""
+    return [f"Averaging both orders {'lowers' if gain > 0 else 'raises'} the log loss by {number(abs(gain))}{within}."]
 
 
 def link_of(found: dict | None) -> dict | None:

@@ -293,3 +293,33 @@ def test_an_empty_comparison_and_one_of_a_single_stage(tmp_path, comparison):
     _, found = shown(tmp_path, comparison, write_compare_page)
     assert "at least two stages must have run" in found.text
     assert "a blend needs at least two stages" in found.text
+
+
+def test_the_numbers_half_fits_the_page(tmp_path):
+    """What `compare` and `calibrate` return is shown as it is: no key is renamed between the two halves."""
+    import numpy as np
+    import pandas as pd
+
+    from scoring.calibration import calibrate
+    from scoring.compare import compare
+
+    random = np.random.default_rng(5)
+    logits = random.normal(0, 1.5, (300, 3))
+    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    verdicts = np.array(["a", "b", "tie"])[(chances.cumsum(axis=1) < random.random((300, 1))).sum(axis=1)]
+    rows = pd.DataFrame(
+        {"id": [str(n) for n in range(300)], "verdict": verdicts, "group": [str(n) for n in range(300)]}
+    )
+    scores = rows.assign(**{f"ab_{name}": 2 * logits[:, i] for i, name in enumerate(("a", "b", "tie"))})
+    found = calibrate(scores, "logits", groups=rows["group"], verdicts=rows["verdict"], seed=1)
+    _, shown_report = shown(tmp_path, {"calibration": found.to_json()})
+    assert "Kept: temperature and class bias. It takes the log loss from" in shown_report.text
+    assert "The raw model was too sure" in shown_report.text
+    frames = {
+        name: rows.assign(**{f"p_{key}": p[:, i] for i, key in enumerate(("a", "b", "tie"))})
+        for name, p in (("sft", chances), ("rm", np.full((300, 3), 1 / 3)))
+    }
+    _, found = shown(tmp_path, compare(frames, seed=1), write_compare_page)
+    assert "sft is better" in found.row("sft − rm")[0]
+    assert found.row("rm")[-1].startswith("1.099")
+    assert "cross-fitted; the weights shown are those of all rows" in found.text

@@ -47,6 +47,10 @@ def test_position_bias_whose_gain_is_chance_says_so():
     text = " ".join(words.position_bias(bias))
     assert "moves by 5.0 percentage points" in text
     assert "changes the log loss by −0.002: within chance (95% interval −0.005 to +0.001)" in text
+    worse = {"tta_gain": -0.033, "tta_gain_ci95": [-0.056, -0.007]}
+    assert words.position_bias(worse) == [
+        "Averaging both orders raises the log loss by 0.033 (95% interval 0.007 to 0.056)."
+    ]
     assert "raises the log loss by 0.002" in " ".join(words.position_bias({"tta_gain": -0.002}))
     assert words.position_bias(None, "the order cannot matter") == ["Not measured: the order cannot matter."]
 
