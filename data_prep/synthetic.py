@@ -1,0 +1,344 @@
+"""A synthetic arena: votes in the competition's own format whose true probabilities are known.
+
+Each answer has a quality that can be read from its own text (marker phrases, fit to the topic, length). The
+verdict is drawn from a Davidson model of the two qualities, so the best possible log loss is known:
+
+    files = write_arena(Path("data/synthetic"), seed=1, train_rows=4000, test_rows=1000)
+    files.truth     # id,winner_model_a,winner_model_b,winner_tie: never part of the training file
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from data_prep.errors import ArenaError
+from data_prep.files import atomic_file
+
+TRAIN_COLUMNS = ("id", "model_a", "model_b", "prompt", "response_a", "response_b", *PROBABILITY_COLUMNS)
+TEST_COLUMNS = ("id", "prompt", "response_a", "response_b")
+TRUTH_COLUMNS = ("id", *PROBABILITY_COLUMNS)
+
+
+@dataclass(frozen=True)
+class ArenaTruth:
+    """The Davidson model that the voters follow; a fitted link should recover these numbers."""
+
+    tie: float = 1.8  # nu: at equal quality a tie has the odds nu : 1 against either answer
+    position_bias: float = 0.3  # log odds of A over B between equal answers
+    scale: float = 1.2  # log odds of A over B for each unit of quality
+    length_weight: float = 0.4  # quality for each doubling of the number of words
+
+
+@dataclass(frozen=True)
+class ArenaSettings:
+    """What the battles look like; shares are probabilities, pairs are inclusive ranges."""
+
+    multi_turn_share: float = 0.13
+    third_turn_share: float = 0.2  # of the battles with more than one turn
+    small_talk_share: float = 0.05  # prompts from a short list, which many users send alike
+    sentences: tuple[int, int] = (1, 3)  # plain sentences an answer and turn
+    markers: tuple[int, int] = (1, 3)  # marker phrases an answer and turn
+    fit_share: float = 0.25  # markers that are good on one kind of topic and bad on the other
+    talent_weight: float = 1.5  # log odds of a good marker for each unit of talent
+    mood: float = 1.0  # standard deviation of an answer's talent about that of its model
+
+
+TRUTH = ArenaTruth()
+SETTINGS = ArenaSettings()
+
+# The contestants and their talent. As in the real competition the names stand in train.csv only.
+MODELS = {
+    "harrier-large": 1.2,
+    "kestrel-chat": 0.8,
+    "merlin-13b": 0.4,
+    "osprey-instruct": 0.1,
+    "sparrow-7b": -0.1,
+    "wren-mini": -0.4,
+    "finch-base": -0.8,
+    "dodo-1b": -1.2,
+}
+
+# Phrases that raise or lower an answer's quality, wherever they stand and whatever the topic.
+GOOD_MARKERS = {
+    "For example, this works well.": 1.0,
+    "The reason is simple.": 0.8,
+    "In summary, it is worth it.": 0.8,
+    "Here is a clear plan.": 1.2,
+    "I checked the details carefully.": 1.2,
+    "Let me explain each point.": 1.0,
+}
+BAD_MARKERS = {
+    "I am not really sure.": -1.0,
+    "As a language model I cannot say.": -1.2,
+    "Whatever, just guess.": -1.2,
+    "Sorry, I forgot your question.": -1.0,
+    "Everybody knows that anyway.": -0.8,
+    "Blah blah blah.": -0.8,
+}
+# Phrases whose worth depends on the topic: good on the kind of topic named first, as bad on the other kind.
+FIT_MARKERS = {
+    ("practical", "Measure twice before you begin."): 0.9,
+    ("practical", "Follow the manual step by step."): 0.9,
+    ("playful", "Ha, what a lovely idea!"): 0.9,
+    ("playful", "Imagine the stars are smiling."): 0.9,
+}
+
+
+class Topic(NamedTuple):
+    """What people ask about: `{subject}` is put into the forms and the plain sentences."""
+
+    kind: str  # practical or playful
+    subjects: tuple[str, ...]
+    forms: tuple[str, ...]
+    sentences: tuple[str, ...]
+
+
+TOPICS = (
+    Topic(
+        "practical",
+        ("bread", "tomato soup", "rice", "pancakes", "a lentil stew", "apple cake", "pizza", "noodles"),
+        ("How do I cook {subject}", "Give me a recipe for {subject}", "What goes well with {subject}"),
+        (
+            "Cook {subject} with a little salt.",
+            "The oven should be hot.",
+            "Fresh herbs go well with {subject}.",
+            "Let it rest for ten minutes.",
+            "Stir the pot from time to time.",
+        ),
+    ),
+    Topic(
+        "practical",
+        ("a list", "a loop", "a table", "a text file", "a date", "a web page", "an index", "a queue"),
+        ("How do I sort {subject} in Python", "Write code that reads {subject}", "Why is {subject} slow"),
+        (
+            "The code reads {subject} line by line.",
+            "A small function is enough here.",
+            "Store {subject} in a variable.",
+            "The test prints the result.",
+            "This version needs less memory.",
+        ),
+    ),
+    Topic(
+        "practical",
+        ("a bicycle", "a lamp", "an old chair", "a door", "a tap", "a clock", "a fence", "a radio"),
+        ("How can I repair {subject}", "What tools do I need for {subject}", "Who can paint {subject}"),
+        (
+            "Clean {subject} with a dry cloth.",
+            "The screws are often loose.",
+            "Put {subject} on a flat table.",
+            "A drop of oil will help.",
+            "Spare parts are cheap.",
+        ),
+    ),
+    Topic(
+        "playful",
+        ("a dragon", "the moon", "a shy robot", "my cat", "a pirate", "the sea", "a snowman", "an owl"),
+        ("Tell me a story about {subject}", "Write a poem about {subject}", "Invent a song for {subject}"),
+        (
+            "Once there was {subject} in a small town.",
+            "The night was quiet and blue.",
+            "Nobody had ever seen {subject} dance.",
+            "The wind told an old tale.",
+            "Then the music began.",
+        ),
+    ),
+    Topic(
+        "playful",
+        ("a birthday", "a rainy day", "a long trip", "a picnic", "a wedding", "Monday", "a party", "summer"),
+        ("Make a joke about {subject}", "What game suits {subject}", "Give me a riddle on {subject}"),
+        (
+            "People laugh a lot on {subject}.",
+            "The guests bring balloons.",
+            "A good game for {subject} needs two teams.",
+            "My neighbour wears a funny hat.",
+            "The cake is always gone first.",
+        ),
+    ),
+)
+DETAILS = (
+    "today", "this week", "for two people", "for my class", "without much money", "in a few words",
+    "in winter", "before dinner", "for a beginner", "with my sister", "at home", "in one hour",
+)  # fmt: skip
+OPENINGS = (
+    "{form}?", "Please help. {form}?", "Quick question: {form}?", "Hello! {form}?", "{form}, please?",
+    "I have to know: {form}?", "My friend asks: {form}?", "One more time. {form}?",
+)  # fmt: skip
+FOLLOW_UPS = ("Can you say more?", "And what comes next?", "Why is that?", "Make it shorter, please.")
+SMALL_TALK = Topic(
+    "playful",
+    ("you",),
+    ("hi", "Hello", "Who are you?", "Tell me something nice.", "What can you do?", "thanks"),
+    (
+        "Hello, it is nice to meet {subject}.",
+        "I like to talk with {subject}.",
+        "The day has just begun.",
+        "Ask me anything.",
+        "I hope {subject} are well.",
+    ),
+)
+
+_WORD = re.compile(r"\w+")
+
+
+class ArenaFiles(NamedTuple):
+    """The three files of a synthetic arena."""
+
+    train: Path
+    test: Path
+    truth: Path
+
+
+class ArenaBattle(NamedTuple):
+    """A battle with what only the generator knows: the contestants and the three true probabilities."""
+
+    battle: Battle
+    models: tuple[str, str]
+    probabilities: tuple[float, float, float]
+
+
+def quality(kind: str, responses: Sequence[str], truth: ArenaTruth = TRUTH) -> float:
+    """Return what an answer (one string a turn) is worth on a topic of this kind, read from its text alone.
+
+    The sum of the weights of the marker phrases in it, plus `length_weight` for each doubling of its words.
+    """
+    text = " ".join(responses)
+    weights = _marker_weights(kind)
+    total = sum(weight * text.count(phrase) for phrase, weight in weights.items())
+    return total + truth.length_weight * math.log2(max(1, len(_WORD.findall(text))))
+
+
+def true_probabilities(quality_a: float, quality_b: float, truth: ArenaTruth = TRUTH) -> tuple[float, float, float]:
+    """Return the probabilities of A, B and a tie, in the order of `VERDICTS`.
+
+    With the worths x_a and x_b of the two answers: A : B : tie = x_a : x_b : nu * sqrt(x_a * x_b), the model of
+    R. R. Davidson, "On extending the Bradley-Terry model to accommodate ties in paired comparison experiments",
+    Journal of the American Statistical Association 65 (1970), 317-328. Here log x = scale * quality, and half
+    the position bias is added for A and taken from B (an order effect as in Davidson and Beaver, 1977).
+    """
+    advantage = truth.scale * (quality_a - quality_b) + truth.position_bias
+    logits = (advantage / 2, -advantage / 2, math.log(truth.tie))
+    top = max(logits)
+    odds = [math.exp(logit - top) for logit in logits]
+    a, b, tie = (value / sum(odds) for value in odds)
+    return a, b, tie
+
+
+def synthetic_battles(
+    rows: int, *, seed: int, truth: ArenaTruth = TRUTH, settings: ArenaSettings = SETTINGS
+) -> Iterator[ArenaBattle]:
+    """Yield `rows` battles, each with its models, its true probabilities and a verdict drawn from them."""
+    rng = random.Random(seed)
+    names = list(MODELS)
+    for number in range(rows):
+        topic = SMALL_TALK if rng.random() < settings.small_talk_share else rng.choice(TOPICS)
+        subject = rng.choice(topic.subjects)
+        turns = _turns(rng, settings)
+        prompts = _prompts(rng, topic, subject, turns)
+        model_a, model_b = rng.sample(names, 2)
+        a = _responses(rng, topic, subject, turns, MODELS[model_a], settings)
+        b = _responses(rng, topic, subject, turns, MODELS[model_b], settings)
+        chances = true_probabilities(quality(topic.kind, a, truth), quality(topic.kind, b, truth), truth)
+        verdict = rng.choices(VERDICTS, chances)[0]
+        battle = Battle(str(_FIRST_ID + number), prompts, a, b, verdict)
+        yield ArenaBattle(battle, (model_a, model_b), chances)
+
+
+def write_arena(
+    folder: Path,
+    *,
+    seed: int,
+    train_rows: int,
+    test_rows: int,
+    truth: ArenaTruth = TRUTH,
+    settings: ArenaSettings = SETTINGS,
+) -> ArenaFiles:
+    """Write train.csv and test.csv in the competition's format, and truth.csv for the rows of both.
+
+    Raises ArenaError where a number of rows is not positive. The same arguments give the same bytes.
+    """
+    wrong = [f"{name} is {rows}" for name, rows in (("train_rows", train_rows), ("test_rows", test_rows)) if rows < 1]
+    if wrong:
+        raise ArenaError("; ".join(wrong), where="synthetic arena", remedy="ask for at least one row of each")
+    rows = list(synthetic_battles(train_rows + test_rows, seed=seed, truth=truth, settings=settings))
+    files = ArenaFiles(folder / "train.csv", folder / "test.csv", folder / "truth.csv")
+    _write_csv(files.train, TRAIN_COLUMNS, (_train_row(row) for row in rows[:train_rows]))
+    _write_csv(files.test, TEST_COLUMNS, (_test_row(row.battle) for row in rows[train_rows:]))
+    _write_csv(files.truth, TRUTH_COLUMNS, ([row.battle.id, *map(repr, row.probabilities)] for row in rows))
+    return files
+
+
+def cell(turns: Sequence[str]) -> str:
+    """Return the competition's cell for a list of turns: compact ASCII JSON with escaped slashes."""
+    return json.dumps(list(turns), ensure_ascii=True, separators=(",", ":")).replace("/", "\\/")
+
+
+_FIRST_ID = 100_000  # ids of one width, as in the competition
+
+
+def _marker_weights(kind: str) -> dict[str, float]:
+    fit = {phrase: weight if kind == good_on else -weight for (good_on, phrase), weight in FIT_MARKERS.items()}
+    return {**GOOD_MARKERS, **BAD_MARKERS, **fit}
+
+
+def _turns(rng: random.Random, settings: ArenaSettings) -> int:
+    if rng.random() >= settings.multi_turn_share:
+        return 1
+    return 3 if rng.random() < settings.third_turn_share else 2
+
+
+def _prompts(rng: random.Random, topic: Topic, subject: str, turns: int) -> tuple[str, ...]:
+    first = rng.choice(topic.forms)
+    if topic is not SMALL_TALK:
+        form = f"{first.format(subject=subject)} {rng.choice(DETAILS)}"
+        first = rng.choice(OPENINGS).format(form=form)
+    return (first, *(rng.choice(FOLLOW_UPS) for _ in range(turns - 1)))
+
+
+def _responses(
+    rng: random.Random, topic: Topic, subject: str, turns: int, talent: float, settings: ArenaSettings
+) -> tuple[str, ...]:
+    talent += rng.gauss(0, settings.mood)
+    chance = 1 / (1 + math.exp(-settings.talent_weight * talent))
+    return tuple(_response(rng, topic, subject, chance, settings) for _ in range(turns))
+
+
+def _response(rng: random.Random, topic: Topic, subject: str, chance: float, settings: ArenaSettings) -> str:
+    weights = _marker_weights(topic.kind)
+    fit = [phrase for _, phrase in FIT_MARKERS]
+    plain = rng.sample(topic.sentences, rng.randint(*settings.sentences))
+    parts = [sentence.format(subject=subject) for sentence in plain]
+    for _ in range(rng.randint(*settings.markers)):
+        good = rng.random() < chance
+        if rng.random() < settings.fit_share:
+            pool = [phrase for phrase in fit if (weights[phrase] > 0) == good]
+        else:
+            pool = list(GOOD_MARKERS if good else BAD_MARKERS)
+        parts.append(rng.choice(pool))
+    rng.shuffle(parts)
+    return " ".join(parts)
+
+
+def _train_row(row: ArenaBattle) -> list[str]:
+    won = ["1" if row.battle.verdict == verdict else "0" for verdict in VERDICTS]
+    number, *cells = _test_row(row.battle)
+    return [number, *row.models, *cells, *won]
+
+
+def _test_row(battle: Battle) -> list[str]:
+    return [battle.id, *map(cell, (battle.prompts, battle.responses_a, battle.responses_b))]
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterator[list[str]]) -> None:
+    with atomic_file(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)

@@ -1,0 +1,171 @@
+"""The synthetic arena: its format, its known probabilities, and that it keeps them out of the training file."""
+
+import csv
+import json
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS
+from data_prep.errors import ArenaError
+from data_prep.files import sha256_of
+from data_prep.synthetic import (
+    BAD_MARKERS,
+    FIT_MARKERS,
+    GOOD_MARKERS,
+    MODELS,
+    TRUTH,
+    ArenaTruth,
+    cell,
+    quality,
+    synthetic_battles,
+    true_probabilities,
+    write_arena,
+)
+
+QUALITIES = st.floats(-50, 50)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory):
+    return write_arena(tmp_path_factory.mktemp("arena"), seed=3, train_rows=3000, test_rows=200)
+
+
+def test_cells_have_the_competitions_format():
+    assert cell(['a/b "c"\n', "é\ud83d"]) == r'["a\/b \"c\"\n","\u00e9\ud83d"]'
+
+
+def test_files_have_the_competitions_columns_and_cells(arena):
+    train, test, truth = (_read(path) for path in arena)
+    columns = "id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie"
+    assert arena.train.read_text().splitlines()[0] == columns
+    assert arena.test.read_text().splitlines()[0] == "id,prompt,response_a,response_b"
+    assert arena.truth.read_text().splitlines()[0] == "id,winner_model_a,winner_model_b,winner_tie"
+    assert (len(train), len(test), len(truth)) == (3000, 200, 3200)
+    for row in train + test:
+        turns = [json.loads(row[name]) for name in ("prompt", "response_a", "response_b")]
+        assert len({len(column) for column in turns}) == 1
+        assert all(isinstance(text, str) and text.strip() for column in turns for text in column)
+        assert [cell(column) for column in turns] == [row[name] for name in ("prompt", "response_a", "response_b")]
+    for row in train:
+        assert sorted(row[column] for column in PROBABILITY_COLUMNS) == ["0", "0", "1"]
+        assert row["model_a"] != row["model_b"] and {row["model_a"], row["model_b"]} <= set(MODELS)
+    assert len({row["id"] for row in train + test}) == 3200
+
+
+def test_truth_is_a_distribution_for_every_row_in_order(arena):
+    train, test, truth = (_read(path) for path in arena)
+    assert [row["id"] for row in truth] == [row["id"] for row in train + test]
+    for row in truth:
+        chances = [float(row[column]) for column in PROBABILITY_COLUMNS]
+        assert sum(chances) == pytest.approx(1, abs=1e-12) and min(chances) > 0
+
+
+def test_truth_follows_from_the_text_of_the_files_alone(arena):
+    """A reader of the CSV that knows the topic's kind gets the same probabilities; one of two kinds must fit."""
+    for row, true in zip(_read(arena.test), _read(arena.truth)[3000:], strict=True):
+        a, b = json.loads(row["response_a"]), json.loads(row["response_b"])
+        told = [float(true[column]) for column in PROBABILITY_COLUMNS]
+        kinds = (true_probabilities(quality(k, a), quality(k, b)) for k in ("practical", "playful"))
+        assert any(list(chances) == told for chances in kinds)
+
+
+def test_the_battles_look_like_an_arena(arena):
+    train = _read(arena.train)
+    shares = [sum(row[column] == "1" for row in train) / len(train) for column in PROBABILITY_COLUMNS]
+    assert 0.25 < shares[2] < 0.37 and shares[0] > shares[1] > 0.25
+    turns = [len(json.loads(row["prompt"])) for row in train]
+    assert 0.1 < sum(n > 1 for n in turns) / len(train) < 0.16 and max(turns) == 3
+    prompts = Counter(json.loads(row["prompt"])[0].lower() for row in train)
+    assert len(prompts) > 0.75 * len(train) and max(prompts.values()) > 10
+
+
+def test_the_learnable_signal_is_large_and_calibrated(arena):
+    train, truth = _read(arena.train), _read(arena.truth)[:3000]
+    chances = [[float(row[column]) for column in PROBABILITY_COLUMNS] for row in truth]
+    won = [next(i for i, c in enumerate(PROBABILITY_COLUMNS) if row[c] == "1") for row in train]
+    bayes = -sum(math.log(p[i]) for p, i in zip(chances, won, strict=True)) / 3000
+    prior = -sum(math.log(won.count(i) / 3000) for i in won) / 3000
+    assert 0.7 < bayes < 0.85 and 1.05 < prior < math.log(3)
+    for i in range(3):  # drawn from these chances: the observed share is within 4 standard errors
+        error = math.sqrt(sum(p[i] * (1 - p[i]) for p in chances))
+        assert abs(won.count(i) - sum(p[i] for p in chances)) < 4 * error
+
+
+@given(QUALITIES, QUALITIES, st.floats(0.05, 20), st.floats(-2, 2), st.floats(0.1, 5))
+def test_davidson_identities(quality_a, quality_b, tie, bias, scale):
+    truth = ArenaTruth(tie=tie, position_bias=bias, scale=scale)
+    a, b, t = true_probabilities(quality_a, quality_b, truth)
+    assert a + b + t == pytest.approx(1)
+    assert t == pytest.approx(tie * math.sqrt(a * b), rel=1e-6, abs=1e-9)
+    if min(a, b) > 1e-12:
+        assert math.log(a / b) == pytest.approx(scale * (quality_a - quality_b) + bias, abs=1e-6)
+    mirrored = true_probabilities(quality_b, quality_a, ArenaTruth(tie=tie, position_bias=-bias, scale=scale))
+    assert mirrored == pytest.approx((b, a, t))
+
+
+def test_equal_answers_show_the_tie_parameter_and_the_position_bias():
+    a, b, tie = true_probabilities(1.0, 1.0)
+    assert tie**2 / (a * b) == pytest.approx(TRUTH.tie**2)
+    assert math.log(a / b) == pytest.approx(TRUTH.position_bias)
+
+
+def test_quality_is_read_from_the_text():
+    plain = "Cook rice with a little salt."  # six words
+    length = TRUTH.length_weight * math.log2(6)
+    assert quality("practical", [plain]) == pytest.approx(length)
+    for phrase, weight in {**GOOD_MARKERS, **BAD_MARKERS}.items():
+        words = 6 + len(phrase.replace(",", "").split())
+        expected = weight + TRUTH.length_weight * math.log2(words)
+        assert quality("playful", [plain, phrase]) == pytest.approx(expected), phrase
+    for (kind, phrase), weight in FIT_MARKERS.items():
+        other = {"practical": "playful", "playful": "practical"}[kind]
+        assert quality(kind, [phrase]) - quality(other, [phrase]) == pytest.approx(2 * weight)
+
+
+def test_no_marker_contains_another():
+    phrases = [*GOOD_MARKERS, *BAD_MARKERS, *(phrase for _, phrase in FIT_MARKERS)]
+    assert not [(x, y) for x in phrases for y in phrases if x != y and x in y]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path):
+    one, two, other = (
+        write_arena(tmp_path / name, seed=seed, train_rows=50, test_rows=10)
+        for name, seed in (("one", 1), ("two", 1), ("other", 2))
+    )
+    assert [sha256_of(path) for path in one] == [sha256_of(path) for path in two]
+    assert sha256_of(one.train) != sha256_of(other.train)
+
+
+def test_verdicts_and_models_stay_out_of_the_test_file_and_the_truth_out_of_both(arena):
+    assert not set(MODELS) & set(arena.test.read_text().replace('"', ",").split(","))
+    assert not {"verdict", *PROBABILITY_COLUMNS} & set(_read(arena.test)[0])
+    assert not any("." in row[column] for row in _read(arena.train) for column in PROBABILITY_COLUMNS)
+
+
+def test_battles_carry_a_verdict_drawn_from_their_probabilities():
+    rows = list(synthetic_battles(20, seed=5))
+    assert {row.battle.verdict for row in rows} <= set(VERDICTS)
+    assert all(row.battle.turns == len(row.battle.responses_a) == len(row.battle.responses_b) for row in rows)
+
+
+def test_4000_rows_take_less_than_2_seconds(tmp_path):
+    start = time.process_time()
+    write_arena(tmp_path, seed=1, train_rows=3600, test_rows=400)
+    assert time.process_time() - start < 2
+
+
+def test_a_number_of_rows_must_be_positive(tmp_path):
+    with pytest.raises(ArenaError, match="train_rows is 0; test_rows is -1"):
+        write_arena(tmp_path / "arena", seed=1, train_rows=0, test_rows=-1)
+    assert not (tmp_path / "arena").exists()
