@@ -105,7 +105,7 @@ def merge(
     recipe_path = experiment.recipe(step)
     recipe = read_yaml(recipe_path)
     folder = experiment.output_folder(stage_step)
-    merged = folder / "merged"
+    merged = experiment.merged_folder(stage_step)
     with only_run(folder):
         state = StageState(folder)
         _require_adapter(Path(recipe["adapter_name_or_path"]), stage_step)
