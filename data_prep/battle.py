@@ -1,6 +1,6 @@
 """One human vote between two answers, and the order of the classes, declared here and nowhere else.
 
-    Battle("65089", ("hi",), ("Hello!",), ("Hey, what's up?",), "b")
+Battle("65089", ("hi",), ("Hello!",), ("Hey, what's up?",), "b")
 """
 
 from __future__ import annotations

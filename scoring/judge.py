@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from data_prep.battle import VERDICTS, Battle, swap
 from data_prep.budget import Fitted, Fitter
 from data_prep.chat_frame import ChatFrame
+from data_prep.dataset import read_manifest
 from data_prep.errors import ArenaError
-from data_prep.files import write_json
+from data_prep.files import sha256_of, write_json
 from data_prep.prompt import JudgePrompt
 from factory.experiment import BudgetShares, Experiment, Labels
 
@@ -77,6 +78,24 @@ def write_judge(folder: Path, experiment: Experiment, frame: ChatFrame, prompt_s
     )
 
 
+def seal(folder: Path, experiment: Experiment, stage: str) -> None:
+    """Make a freshly merged folder a judge: the frame and the prompt are those that its training rows were made with.
+
+    Raises ArenaError if the export's judge prompt is gone or the folder's tokenizer is another.
+    """
+    data = experiment.data_folder
+    manifest = read_manifest(data)
+    frame = ChatFrame.from_dict(manifest["frame"])
+    source = {
+        "experiment": experiment.name,
+        "stage": stage,
+        "model": experiment.model,
+        "data": manifest["files"],
+        "recipe": sha256_of(experiment.recipe(stage)),
+    }
+    write_judge(folder, experiment, frame, (data / "judge_prompt.j2").read_text(encoding="utf-8"), source)
+
+
 def load_judge(folder: Path) -> Judge:
     """Read a merged folder's judge.json and tokenizer; raises ArenaError if it is no judge or does not fit itself."""
     path = folder / MANIFEST
@@ -108,7 +127,7 @@ def load_judge(folder: Path) -> Judge:
         raise ArenaError(
             "is not a judge: judge.json is missing", where=str(folder), remedy="merge first: run.py sft --until merge"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArenaError(f"is damaged: {error}", where=str(path), remedy="merge the adapter again") from None
 
 
@@ -118,7 +137,10 @@ def _tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ArenaError("tokenizer.json is missing", where=str(folder), remedy="merge the adapter again")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no narrower class
+        raise ArenaError(f"is damaged: {error}", where=str(path), remedy="merge the adapter again") from None
     # A saved tokenizer may carry the trainer's batch settings; a prompt is never padded or cut here.
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from data_prep.folds import prompt_group
-from data_prep.readers import VoteReader
 
 from data_prep.battle import SWAPPED_ORDER, VERDICTS, Battle
 from data_prep.budget import in_chunks
 from data_prep.dataset import read_battles, read_rows
 from data_prep.errors import ArenaError
 from data_prep.files import atomic_file
+from data_prep.folds import prompt_group
+from data_prep.readers import VoteReader
 from scoring.engine import ScoreProgress, score_labels
 from scoring.judge import Judge
 

@@ -1,0 +1,70 @@
+"""The demo's own two things: a synthetic arena and the embedded base model, both drawn from one seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.files import atomic_folder, write_json
+from data_prep.synthetic import ArenaFiles, write_arena
+
+if TYPE_CHECKING:
+    from factory.experiment import Experiment
+    from factory.progress import Show
+
+# The folder that stands for the embedded base wherever an experiment names it as its model.
+EMBEDDED_BASE = "models/arena-tiny"
+ARENA = Path("data") / "synthetic_arena"
+DEFAULT_SEED = 1
+TRAIN_ROWS, TEST_ROWS = 4000, 500
+
+
+def demo_arena(experiment: Experiment, seed: int, show: Show) -> tuple[ArenaFiles, bool]:
+    """Return the arena of this seed and whether another one (or another base) was there before."""
+    files = ArenaFiles(ARENA / "train.csv", ARENA / "test.csv", ARENA / "truth.csv")
+    drawn = {"seed": seed, "train_rows": TRAIN_ROWS, "test_rows": TEST_ROWS}
+    earlier = _read(ARENA / "drawn.json")
+    if earlier == drawn and Path(experiment.model).is_dir():
+        return files, False
+    with atomic_folder(ARENA) as folder:
+        write_arena(folder, seed=seed, train_rows=TRAIN_ROWS, test_rows=TEST_ROWS)
+        write_json(folder / "drawn.json", drawn)
+    show.note(f"drew {TRAIN_ROWS:,} battles with known probabilities and {TEST_ROWS} to submit (seed {seed}): {ARENA}")
+    build_embedded_base(Path(experiment.model), files.train, seed, show)
+    return files, earlier is not None and earlier != drawn
+
+
+def ensure_embedded_base(experiment: Experiment, show: Show) -> None:
+    """Build the embedded base if the experiment names it and it is not there yet."""
+    if experiment.model != EMBEDDED_BASE or Path(experiment.model).is_dir():
+        return
+    with atomic_folder(ARENA) as folder:
+        write_arena(folder, seed=DEFAULT_SEED, train_rows=TRAIN_ROWS, test_rows=TEST_ROWS)
+        write_json(folder / "drawn.json", {"seed": DEFAULT_SEED, "train_rows": TRAIN_ROWS, "test_rows": TEST_ROWS})
+    build_embedded_base(Path(experiment.model), ARENA / "train.csv", DEFAULT_SEED, show)
+
+
+def build_embedded_base(folder: Path, votes: Path, seed: int, show: Show) -> None:
+    """Build the tiny base, its tokenizer trained on the texts of `votes`."""
+    from factory.base_model import build_base_model
+
+    with show.line("embedded base") as line:
+        line.phase("training a tokenizer, drawing random weights")
+        build_base_model(folder, _texts(votes), seed=seed)
+    show.note(f"built a tiny base model with random weights (seed {seed}): {folder}")
+
+
+def _texts(votes: Path) -> Iterator[str]:
+    from data_prep.readers import VoteReader
+
+    for _, battle in VoteReader(votes, labelled=True):
+        yield from (*battle.prompts, *battle.responses_a, *battle.responses_b)
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

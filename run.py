@@ -1,0 +1,211 @@
+#!/usr/bin/env python
+"""arena-factory: pairwise human votes in, a fine-tuned judge and honest class probabilities out.
+
+Heavy imports stay inside the commands, so that every --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from factory import DEFAULT_EXPERIMENT
+
+
+class ErrorsWithRemedy(click.Group):
+    """Turns our errors into a message with its remedy and an exit code; -v shows where they come from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from data_prep.errors import ArenaError
+
+        try:
+            return super().invoke(ctx)
+        except ArenaError as error:
+            if ctx.params.get("verbose") or (ctx.obj or {}).get("verbose"):
+                raise
+            failure = click.ClickException(str(error))
+            failure.exit_code = error.exit_code
+            raise failure from None
+
+
+def _remember_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.ensure_object(dict)
+    ctx.find_root().ensure_object(dict)["verbose"] = value
+
+
+verbose_option = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_remember_verbose, help="Show details and tracebacks."
+)
+experiment_option = click.option(
+    "-e",
+    "--experiment",
+    default=DEFAULT_EXPERIMENT,
+    show_default=True,
+    metavar="EXP",
+    help="A folder of factory_configs/.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+file_argument = click.Path(path_type=Path)
+
+
+@click.group(cls=ErrorsWithRemedy, context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Turn pairwise human votes into a fine-tuned judge and calibrated probabilities of A / B / tie.
+
+    The first steps: `run.py demo`, then `run.py prepare -e EXP --train votes.csv` and `run.py sft -e EXP`.
+    """
+
+
+@cli.command()
+@click.option("--seed", default=1, show_default=True, type=click.IntRange(0), help="Draws arena and base model.")
+@click.option("--fresh", is_flag=True, help="Train anew; the earlier run is put aside, not deleted.")
+@json_option
+@verbose_option
+def demo(seed: int, fresh: bool, as_json: bool) -> None:
+    """The whole chain on a synthetic arena and a tiny base model, on a CPU, in minutes."""
+    from factory.demo import demo_arena
+
+    exp, show = _start("demo")
+    arena, changed = demo_arena(exp, seed, show)
+    _prepare(exp, arena.train, arena.test, arena.truth, force=False, show=show)
+    report = _stage(exp, "sft", until="score", resume=False, fresh=fresh or changed, show=show)
+    _finish(exp, "sft", report, as_json)
+
+
+@cli.command()
+@experiment_option
+@click.option("--train", required=True, type=file_argument, help="Votes: .csv, .csv.gz or .parquet.")
+@click.option("--test", type=file_argument, help="Battles without votes, for the submission.")
+@click.option("--truth", type=file_argument, help="Known probabilities of the votes (synthetic arenas only).")
+@click.option("--force", is_flag=True, help="Replace recipes that were edited by hand.")
+@json_option
+@verbose_option
+def prepare(experiment: str, train: Path, test: Path | None, truth: Path | None, force: bool, as_json: bool) -> None:
+    """Read votes, check them, fold them, fit them to the token budget; write data/EXP and the recipes."""
+    exp, show = _start(experiment)
+    audit = _prepare(exp, train, test, truth, force=force, show=show)
+    if as_json:
+        click.echo(json.dumps(audit, indent=2))
+    else:
+        click.echo(f"next: python run.py sft -e {exp.name}")
+
+
+_UNTIL = click.Choice(["train", "merge", "score"])
+
+
+def stage_options(command):
+    """Add the options that all trainings share."""
+    for option in (
+        verbose_option,
+        json_option,
+        click.option("--fresh", is_flag=True, help="Train anew; the earlier run is put aside, not deleted."),
+        click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an unfinished run."),
+        click.option("--until", type=_UNTIL, default="score", show_default=True, help="Stop after this step."),
+        experiment_option,
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@stage_options
+def sft(experiment: str, until: str, resume: bool, fresh: bool, as_json: bool) -> None:
+    """Fine-tune on the verdicts' labels, merge, score, report. What is finished is kept and not repeated."""
+    exp, show = _start(experiment)
+    report = _stage(exp, "sft", until=until, resume=resume, fresh=fresh, show=show)
+    _finish(exp, "sft", report, as_json)
+
+
+@cli.command()
+@experiment_option
+@click.option("--stage", default="sft", show_default=True, help="The stage whose judge answers.")
+@click.option("--input", "source", type=file_argument, help="A table of battles; without it the fold and the test set.")
+@click.option("--output", type=file_argument, help="Where --input's probabilities go [outputs/EXP/STAGE/<input>.csv].")
+@json_option
+@verbose_option
+def score(experiment: str, stage: str, source: Path | None, output: Path | None, as_json: bool) -> None:
+    """Write the probabilities of A / B / tie for any file of battles, or again for the fold and the test set."""
+    from scoring.stage import score_input, score_stage
+
+    exp, show = _start(experiment)
+    if source is None:
+        _finish(exp, stage, score_stage(exp, stage, show=show), as_json)
+        return
+    name = source.name.removesuffix(".gz").rsplit(".", 1)[0]
+    output = output or exp.output_folder(stage) / f"probabilities_{name}.csv"
+    rows = score_input(exp, stage, source, output, show=show)
+    click.echo(json.dumps({"rows": rows, "output": str(output)}) if as_json else f"{rows} rows: {output}")
+
+
+def _start(name: str):
+    """Load the experiment and open the place where progress is shown."""
+    from factory.experiment import load_experiment
+    from factory.progress import Show
+
+    verbose = (click.get_current_context().find_root().obj or {}).get("verbose", False)
+    return load_experiment(name), Show(verbose=verbose)
+
+
+def _prepare(exp, train: Path, test: Path | None, truth: Path | None, *, force: bool, show) -> dict[str, Any]:
+    from data_prep.export import export
+    from factory.demo import ensure_embedded_base
+    from factory.recipe import write_recipe
+    from factory.step import STEPS
+
+    ensure_embedded_base(exp, show)
+    with show.line(f"prepare {exp.name}") as line:
+        audit = export(exp, train, test, truth, progress=lambda p: line.count(p.rows, None, f"{p.phase} battles"))
+    show.note(_audit_line(exp, audit))
+    for outcome in (write_recipe(exp, step, force=force) for step in STEPS):
+        if outcome.state == "hand-edited" and outcome.diff:
+            show.note(f"{outcome.path}: edited by hand, kept; --force would replace it by:\n{outcome.diff}")
+        elif outcome.state != "unchanged":
+            show.note(f"{outcome.path}: {outcome.state}")
+    return audit
+
+
+def _audit_line(exp, audit: dict[str, Any]) -> str:
+    read, rows = audit["sources"]["train"], audit["exported"]
+    cut = audit["truncation"]["train"]["rows_cut_share"]
+    rejected = f", {read['rows_rejected']} rejected (data/{exp.name}/audit.json)" if read["rows_rejected"] else ""
+    return (
+        f"prepare {exp.name}: {read['rows_kept']:,} battles kept{rejected}; "
+        f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation, {rows['test']:,} to submit; "
+        f"{cut:.1%} shortened to {exp.cutoff_len} tokens"
+    )
+
+
+def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> dict[str, Any] | None:
+    """Train, merge and score one stage as far as asked; return its report, None before scoring."""
+    from factory.steps import merge, train
+    from scoring.judge import seal
+    from scoring.stage import score_stage
+
+    train(exp, stage, resume=resume, fresh=fresh, show=show)
+    if until == "train":
+        return None
+    merge(exp, stage, complete=lambda folder: seal(folder, exp, stage), show=show)
+    return None if until == "merge" else score_stage(exp, stage, show=show)
+
+
+def _finish(exp, stage: str, report: dict[str, Any] | None, as_json: bool) -> None:
+    """Print what was reached: for people a table, for programs the report."""
+    if report is None:
+        folder = exp.adapter_folder(stage)
+        click.echo(json.dumps({"adapter": str(folder)}) if as_json else f"adapter: {folder}")
+    elif as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        from rich.console import Console
+
+        from scoring.summary import print_summary
+
+        print_summary(Console(), exp, stage, report)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
