@@ -88,13 +88,7 @@ class Fitter:
 
     def clean(self, battle: Battle) -> Battle:
         """Return the battle with empty texts named and special strings broken up."""
-        n = self._neutral
-        return replace(
-            battle,
-            prompts=tuple(map(n, battle.prompts)),
-            responses_a=tuple(map(n, battle.responses_a)),
-            responses_b=tuple(map(n, battle.responses_b)),
-        )
+        return self._neutral.battle(battle)
 
     def fit(self, battles: Sequence[Battle], *, both_orders: bool) -> list[Fitted]:
         """Fit a batch of battles; the result is in the same order and every row is within `cutoff_len`.
@@ -178,7 +172,7 @@ class Fitter:
             if self._overhead(kept, dropped) + texts <= room or kept == 1:
                 break
         job.dropped = dropped
-        job.candidate = _last_turns(job.battle, dropped)
+        job.candidate = last_turns(job.battle, dropped)
         job.lost = (0, 0, 0)
         if self._overhead(kept, dropped) + texts > room:
             self._cut(job, turn=turns - 1, room=room - self._overhead(1, dropped))
@@ -246,7 +240,8 @@ def cut_middle(text: str, spans: list[tuple[int, int]], granted: int, marker_len
     return front + MARKER + back, len(spans) - keep
 
 
-def _last_turns(battle: Battle, dropped: int) -> Battle:
+def last_turns(battle: Battle, dropped: int) -> Battle:
+    """Return the battle without its `dropped` oldest turns."""
     return replace(
         battle,
         prompts=battle.prompts[dropped:],

@@ -1,6 +1,7 @@
-"""What LLaMA-Factory puts around a judge prompt, as token ids, so that fitting and scoring need no trainer.
+"""What LLaMA-Factory puts around a prompt and its answer, as token ids, so that fitting and scoring need no trainer.
 
-prefix_ids + encode(before + message + after) + suffix_ids   ->   the prompt that the label follows
+prefix_ids + encode(before + message + after) + suffix_ids                               ->   the prompt
+answer_prefix_ids + encode(answer_before + text + answer_after) + answer_suffix_ids      ->   the answer after it
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from factory.experiment import Experiment
 
 CACHE = Path("data") / ".frames"
+_FORMAT = 2  # of the cached files
 _MARK = "arenafactorymessage"
+_ANSWER_MARK = "arenafactoryanswer"
 # Texts on which a new frame must agree with LLaMA-Factory's own encoder before it is used.
 _PROBES = (
     "",
@@ -31,12 +34,13 @@ _PROBES = (
     "ünï ©ode 日本語 😀\n\n\tcode",
     "Verdict:\n\n",
     "1234567890 <b>&amp;</b>",
+    "First.\n\n### User\nMore?\n\n### Assistant\nSecond.\n",
 )
 
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """The ids and strings around a message, the three labels' ids, and the strings that parse as special tokens.
+    """The ids and strings around a message and an answer, the labels' ids, the strings that parse as special tokens.
 
     `label_ids` are in the order of VERDICTS; `answer_len` is the number of ids that training appends for a
     label (label, end of turn, …).
@@ -49,6 +53,10 @@ class ChatFrame:
     suffix_ids: tuple[int, ...]
     label_ids: tuple[int, int, int]
     answer_len: int
+    answer_prefix_ids: tuple[int, ...]
+    answer_before: str
+    answer_after: str
+    answer_suffix_ids: tuple[int, ...]
     special_strings: tuple[str, ...]
 
     def wrap(self, message: str) -> str:
@@ -58,6 +66,14 @@ class ChatFrame:
     def surround(self, ids: list[int]) -> list[int]:
         """Return the whole prompt's ids from the ids of the wrapped message."""
         return [*self.prefix_ids, *ids, *self.suffix_ids]
+
+    def wrap_answer(self, text: str) -> str:
+        """Return the one string of an answer that is tokenized."""
+        return self.answer_before + text + self.answer_after
+
+    def answer(self, ids: list[int]) -> list[int]:
+        """Return the whole answer's ids, end of turn included, from the ids of the wrapped text."""
+        return [*self.answer_prefix_ids, *ids, *self.answer_suffix_ids]
 
     @property
     def overhead(self) -> int:
@@ -102,22 +118,23 @@ def probe_frame(experiment: Experiment) -> tuple[ChatFrame, str]:
             remedy="choose a model that ships tokenizer.json, or convert it with transformers once",
         )
     recorder = _Recorder(tokenizer)
-    prompt_ids, _ = template.encode_oneturn(recorder, _turn(_MARK, experiment.labels.a))
-    text, ids = next(call for call in recorder.calls if _MARK in call[0])
-    before, after = text.split(_MARK)
-    start = _position(prompt_ids, ids)
+    prompt_ids, answer_ids = _encode_oneturn(recorder, template, _MARK, _ANSWER_MARK)
+    prefix_ids, before, after, suffix_ids = recorder.around(_MARK, prompt_ids)
+    answer_prefix_ids, answer_before, answer_after, answer_suffix_ids = recorder.around(_ANSWER_MARK, answer_ids)
     label_ids, answer_len = _labels(tokenizer, template, experiment)
     frame = ChatFrame(
         template=experiment.template,
-        prefix_ids=tuple(prompt_ids[:start]),
+        prefix_ids=prefix_ids,
         before=before,
         after=after,
-        suffix_ids=tuple(prompt_ids[start + len(ids) :]),
+        suffix_ids=suffix_ids,
         label_ids=label_ids,
-        answer_len=answer_len + (1 if template.efficient_eos else 0),
-        special_strings=tuple(
-            sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        ),
+        answer_len=answer_len,
+        answer_prefix_ids=answer_prefix_ids,
+        answer_before=answer_before,
+        answer_after=answer_after,
+        answer_suffix_ids=answer_suffix_ids,
+        special_strings=_special_strings(tokenizer, template),
     )
     _verify(frame, tokenizer, template, experiment)
     return frame, backend.to_str()
@@ -149,8 +166,24 @@ def _llamafactory_template(experiment: Experiment):
         ) from None
 
 
+def _encode_oneturn(tokenizer, template, message: str, answer: str) -> tuple[list[int], list[int]]:
+    """Return the ids of prompt and answer as LLaMA-Factory's processors feed them."""
+    turn = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+    prompt_ids, answer_ids = template.encode_oneturn(tokenizer, turn)
+    return prompt_ids, answer_ids + ([tokenizer.eos_token_id] if template.efficient_eos else [])
+
+
+def _special_strings(tokenizer, template) -> tuple[str, ...]:
+    from llamafactory.data.template import ReasoningTemplate
+
+    strings = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if isinstance(template, ReasoningTemplate):  # it looks for its thought words in every answer, and cuts them out
+        strings |= {word.strip() for word in template.thought_words}
+    return tuple(sorted(strings))
+
+
 def _labels(tokenizer, template, experiment: Experiment) -> tuple[tuple[int, int, int], int]:
-    answers = [template.encode_oneturn(tokenizer, _turn(_MARK, x))[1] for x in experiment.labels.in_order()]
+    answers = [_encode_oneturn(tokenizer, template, _MARK, x)[1] for x in experiment.labels.in_order()]
     first = tuple(answer[0] for answer in answers)
     rest = {tuple(answer[1:]) for answer in answers}
     texts = [tokenizer.decode([i]).strip() for i in first]
@@ -167,28 +200,27 @@ def _labels(tokenizer, template, experiment: Experiment) -> tuple[tuple[int, int
 
 
 def _verify(frame: ChatFrame, tokenizer, template, experiment: Experiment) -> None:
+    def ids(text: str) -> list[int]:
+        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
     for probe in _PROBES:
-        expected, _ = template.encode_oneturn(tokenizer, _turn(probe, experiment.labels.a))
-        ids = frame.surround(tokenizer.backend_tokenizer.encode(frame.wrap(probe), add_special_tokens=False).ids)
-        if ids != expected:
+        prompt_ids, answer_ids = _encode_oneturn(tokenizer, template, probe, probe)
+        own = {
+            "message": frame.surround(ids(frame.wrap(probe))) == prompt_ids,
+            "answer": frame.answer(ids(frame.wrap_answer(probe))) == answer_ids,
+        }
+        for kind in (kind for kind, same in own.items() if not same):
             raise ArenaError(
-                f"template {experiment.template!r} does not keep a fixed frame around the message {probe!r}",
+                f"template {experiment.template!r} does not keep a fixed frame around the {kind} {probe!r}",
                 where=experiment.model,
                 remedy="choose a text-only template of the same family (see LLaMA-Factory's template list)",
             )
 
 
-def _turn(message: str, label: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": message}, {"role": "assistant", "content": label}]
-
-
-def _position(whole: list[int], part: list[int]) -> int:
-    return next(i for i in range(len(whole) - len(part) + 1) if whole[i : i + len(part)] == part)
-
-
 def _cache_key(experiment: Experiment) -> str:
     digest = hashlib.sha256()
     asked = (
+        _FORMAT,
         experiment.model,
         experiment.revision,
         experiment.template,
@@ -219,3 +251,10 @@ class _Recorder:
         ids = self._tokenizer.encode(text, **options)
         self.calls.append((text, ids))
         return ids
+
+    def around(self, mark: str, whole: list[int]) -> tuple[tuple[int, ...], str, str, tuple[int, ...]]:
+        """Return what surrounds a marked text: ids before its piece, string before, string after, ids behind."""
+        text, ids = next(call for call in self.calls if mark in call[0])
+        before, after = text.split(mark)
+        start = next(i for i in range(len(whole) - len(ids) + 1) if whole[i : i + len(ids)] == ids)
+        return tuple(whole[:start]), before, after, tuple(whole[start + len(ids) :])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.battle import Battle
 from data_prep.errors import ArenaError
+from data_prep.flatten import Pair
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,3 +60,22 @@ def read_battles(folder: Path, split: str) -> list[tuple[Battle, int]]:
         for row, text in zip(rows, texts, strict=True)
         if row["split"] == split
     ]
+
+
+def read_pairs(folder: Path, split: str) -> list[Pair]:
+    """Return the fitted pairs of one split, ties included, in the order of `read_rows`.
+
+    Raises ArenaError where the reward view was not exported.
+    """
+    from pyarrow.parquet import read_table
+
+    path = folder / "pairs.parquet"
+    if not path.is_file():
+        raise ArenaError(
+            "the reward view (pairs of responses) was not exported",
+            where=str(folder),
+            remedy=f"run prepare again with the reward view: python run.py prepare -e {folder.name} --help",
+        )
+    splits = read_table(folder / "rows.parquet", columns=["split"])["split"].to_pylist()
+    texts = read_table(path, columns=["id", "prompt", "response_a", "response_b"]).to_pylist()
+    return [Pair(**text) for own, text in zip(splits, texts, strict=True) if own == split]

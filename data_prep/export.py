@@ -1,22 +1,27 @@
 """The export: votes from a table to data/<experiment>/, the folder that LLaMA-Factory and scoring read.
 
-sft_train.jsonl, sft_valid.jsonl   sharegpt rows: the judge prompt and the true verdict's label
-battles.parquet                    the fitted texts, one row a battle
-rows.parquet                       what is known of each battle: split, verdict, group, tokens, cuts
-dataset_info.json                  LLaMA-Factory's list of data sets
-audit.json                         rows read, kept, rejected; tokens lost
-manifest.json                      what all this was made from
+sft_{train,valid}.jsonl          sharegpt rows: the judge prompt and the true verdict's label
+dpo_judge_{train,valid}.jsonl    preference rows on the same prompts: the true verdict's label and a wrong one
+dpo_reward_{train,valid}.jsonl   preference rows on the users' prompts: the winning response and the losing one
+battles.parquet                  the texts fitted to the judge prompt, one row a battle
+pairs.parquet                    prompt and two responses fitted as a pair, one row a battle, ties included
+rows.parquet                     what is known of each battle: split, verdict, group, tokens, cuts
+dataset_info.json                LLaMA-Factory's list of data sets
+audit.json                       rows read, kept, rejected; tokens lost; pairs left out
+manifest.json                    what all this was made from
+
+The preference rows are written for the views that are asked for; pairs.parquet belongs to the reward view.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.battle import VERDICTS, Battle, swap_verdict
 from data_prep.budget import Fitted, Fitter, in_chunks
@@ -24,8 +29,21 @@ from data_prep.chat_frame import load_frame
 from data_prep.errors import ArenaError
 from data_prep.files import atomic_file, atomic_folder, sha256_of, write_json
 from data_prep.folds import prompt_group, validation_rows
+from data_prep.pair_budget import FittedPair, PairFitter
+from data_prep.pairs import (
+    VIEWS,
+    PairTally,
+    View,
+    judge_rows,
+    pair_record,
+    pair_schema,
+    reward_rows,
+    turn_json,
+    wrong_verdicts,
+)
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
+from data_prep.spool import Spool
 
 if TYPE_CHECKING:
     from factory.experiment import Experiment
@@ -91,43 +109,61 @@ def export(
     test: Path | None = None,
     truth: Path | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    views: Collection[View] = VIEWS,
 ) -> dict[str, Any]:
     """Read, fold, fit and write one experiment's data folder, whole or not at all; return the audit.
 
     `truth` is a table of known probabilities (synthetic arena only), copied beside the data for the report.
+    `views` are the preference sets to write beside those of SFT; "reward" tokenizes every text once more.
     Raises ArenaError; an earlier export then stays as it was.
     """
     reader = VoteReader(train, labelled=True)
     test_reader = VoteReader(test, labelled=False) if test else None
     frame, tokenizer = load_frame(experiment)
     prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
-    fitter = Fitter(frame, tokenizer, prompt, cutoff_len=experiment.cutoff_len, shares=experiment.budget_shares)
+    budget = {"cutoff_len": experiment.cutoff_len, "shares": experiment.budget_shares}
+    fitters = _Fitters(
+        Fitter(frame, tokenizer, prompt, **budget),
+        PairFitter(frame, tokenizer, **budget) if "reward" in views else None,
+    )
     with atomic_folder(experiment.data_folder) as folder:
-        writer = _Writer(folder, experiment)
-        with writer:
+        with _Writer(folder, experiment, views) as writer:
             tallies = {"train": _Tally(), "test": _Tally()}
-            for fitted in _fit_all(reader, fitter, experiment.swap_copies, "train", progress):
-                writer.add_labelled(fitted)
+            for fitted, pair in _fit_all(reader, fitters, experiment.swap_copies, "train", progress):
+                writer.add_labelled(fitted, pair)
                 tallies["train"].add(fitted)
-            for fitted in _fit_all(test_reader or (), fitter, False, "test", progress):
-                writer.add_test(fitted)
+            for fitted, pair in _fit_all(test_reader or (), fitters, False, "test", progress):
+                writer.add_test(fitted, pair)
                 tallies["test"].add(fitted)
         counts = writer.split()
         audit = _audit(experiment, reader, test_reader, tallies, counts)
+        audit["pairs"] = writer.pairs_audit(counts)
         _describe(folder, experiment, prompt, frame, audit, truth)
     _publish(experiment, audit)
     return audit
 
 
+@dataclass(frozen=True)
+class _Fitters:
+    """The judge's fitter and, where the reward view is asked for, that of pairs."""
+
+    judge: Fitter
+    pair: PairFitter | None
+
+    def fit(self, battles: list[Battle], both_orders: bool) -> list[tuple[Fitted, FittedPair | None]]:
+        pairs = self.pair.fit(battles) if self.pair else [None] * len(battles)
+        return list(zip(self.judge.fit(battles, both_orders=both_orders), pairs, strict=True))
+
+
 def _fit_all(
-    reader: Iterable[tuple[int, Battle]], fitter: Fitter, both_orders: bool, phase: str, progress
-) -> Iterator[Fitted]:
+    reader: Iterable[tuple[int, Battle]], fitters: _Fitters, both_orders: bool, phase: str, progress
+) -> Iterator[tuple[Fitted, FittedPair | None]]:
     """Fit in chunks, one chunk ahead in a thread: the tokenizer releases the interpreter while it works."""
     seen = 0
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = None
         for chunk in in_chunks((battle for _, battle in reader), _CHUNK):
-            following = pool.submit(fitter.fit, chunk, both_orders=both_orders)
+            following = pool.submit(fitters.fit, chunk, both_orders)
             if waiting is not None:
                 yield from waiting.result()
             waiting = following
@@ -140,38 +176,42 @@ def _fit_all(
 class _Writer:
     """Streams fitted battles to disk; the folds, which need all verdicts, divide the rows at the end."""
 
-    def __init__(self, folder: Path, experiment: Experiment):
-        self._folder, self._experiment = folder, experiment
+    def __init__(self, folder: Path, experiment: Experiment, views: Collection[View]):
+        self._folder, self._experiment, self._views = folder, experiment, views
         self._labels = dict(zip(VERDICTS, experiment.labels.in_order(), strict=True))
         self._rows: dict[str, list] = {name: [] for name in _row_schema().names}
-        self._texts: list[dict] = []
-        self._spool: IO[str] | None = None
-        self._parquet = None
+        self._tallies = {"train": PairTally(), "test": PairTally()}
+        self._spools = {name: Spool(folder, name) for name in set_names(views)}
+        self._battles = _ParquetFile(folder / "battles.parquet", _text_schema())
+        self._pairs = _ParquetFile(folder / "pairs.parquet", pair_schema()) if "reward" in views else None
 
     def __enter__(self) -> _Writer:
-        from pyarrow.parquet import ParquetWriter
-
-        self._spool = (self._folder / "spool.jsonl").open("w", encoding="utf-8")
-        self._parquet = ParquetWriter(self._folder / "battles.parquet", _text_schema(), compression="zstd")
         return self
 
     def __exit__(self, *_) -> None:
-        self._flush()
-        self._spool.close()
-        self._parquet.close()
+        for file in (*self._spools.values(), self._battles, self._pairs):
+            if file is not None:
+                file.close()
 
-    def add_labelled(self, fitted: Fitted) -> None:
-        verdict = fitted.battle.verdict
-        self._write_line(fitted.battle.id, fitted.message, verdict)
-        if self._experiment.swap_copies:
-            self._write_line(fitted.battle.id, fitted.message_swapped, swap_verdict(verdict))
-        self._add(fitted, split="train")
+    def add_labelled(self, fitted: Fitted, pair: FittedPair | None) -> None:
+        battle, experiment = fitted.battle, self._experiment
+        wrong = wrong_verdicts(battle.id, battle.verdict, rejected=experiment.dpo_rejected, seed=experiment.seed)
+        orders = [self._judge_lines(battle.id, fitted.message, battle.verdict, wrong)]
+        if experiment.swap_copies:
+            # A swapped copy is for training: the validation fold is judged on the battles as they were.
+            swapped = (swap_verdict(battle.verdict), tuple(map(swap_verdict, wrong)))
+            orders.append(self._judge_lines(battle.id, fitted.message_swapped, *swapped))
+        for name in orders[0]:
+            self._spools[name].add(orders[0][name], orders[1][name] if orders[1:] else ())
+        if pair is not None:
+            self._spools["dpo_reward"].add(reward_rows(pair.pair, battle.verdict))
+        self._add(fitted, pair, split="train")
 
-    def add_test(self, fitted: Fitted) -> None:
-        self._add(fitted, split="test")
+    def add_test(self, fitted: Fitted, pair: FittedPair | None) -> None:
+        self._add(fitted, pair, split="test")
 
     def split(self) -> dict[str, int]:
-        """Divide the labelled rows into the folds; write the two data sets and rows.parquet; return row counts."""
+        """Divide the labelled rows into the folds; write the data sets and rows.parquet; return row counts."""
         import pyarrow as pa
         from pyarrow.parquet import write_table
 
@@ -186,42 +226,33 @@ class _Writer:
         ):
             if valid:
                 self._rows["split"][i] = "valid"
-        counts = self._divide_spool([self._rows["split"][i] for i in labelled])
+        splits = [self._rows["split"][i] for i in labelled]
+        counts = {f"{n}_{s}": rows for n, spool in self._spools.items() for s, rows in spool.divide(splits).items()}
         write_table(pa.table(self._rows, schema=_row_schema()), self._folder / "rows.parquet", compression="zstd")
-        for name, count in counts.items():
-            if not count:
-                raise ArenaError(
-                    f"the {name} set has no row",
-                    where=str(experiment.data_folder),
-                    remedy="give more battles with different prompts, or change valid_share in experiment.yaml",
-                )
+        _refuse_empty(counts, experiment, ties=verdicts.count("tie"), battles=len(verdicts))
         return {**counts, "test": self._rows["split"].count("test")}
 
-    def _divide_spool(self, splits: list[str]) -> dict[str, int]:
-        spool = self._folder / "spool.jsonl"
-        copies = 2 if self._experiment.swap_copies else 1
-        counts = {"train": 0, "valid": 0}
-        names = {name: self._folder / f"sft_{name}.jsonl" for name in counts}
-        with (
-            spool.open(encoding="utf-8") as lines,
-            names["train"].open("w", encoding="utf-8") as train,
-            names["valid"].open("w", encoding="utf-8") as valid,
-        ):
-            for split in splits:
-                own = [next(lines) for _ in range(copies)]
-                # A swapped copy is for training: the validation fold is judged on the battles as they were.
-                own = own[:1] if split == "valid" else own
-                (valid if split == "valid" else train).writelines(own)
-                counts[split] += len(own)
-        spool.unlink()
-        return counts
+    def pairs_audit(self, counts: dict[str, int]) -> dict[str, Any]:
+        """Return what the audit says of the preference sets that were asked for."""
+        audit: dict[str, Any] = {}
+        for view in (view for view in VIEWS if view in self._views):
+            audit[view] = {split: counts[f"dpo_{view}_{split}"] for split in ("train", "valid")}
+        if "judge" in audit:
+            audit["judge"]["rejected"] = self._experiment.dpo_rejected
+        if "reward" in audit:
+            audit["reward"] |= self._tallies["train"].preferences()
+            audit["reward"]["truncation"] = {n: t.truncation() for n, t in self._tallies.items() if t.battles}
+        return audit
 
-    def _write_line(self, battle_id: str, message: str, verdict: str) -> None:
-        turns = [{"from": "human", "value": message}, {"from": "gpt", "value": self._labels[verdict]}]
-        # ASCII escapes: NULs and every other character reach LLaMA-Factory unchanged.
-        self._spool.write(json.dumps({"id": battle_id, "conversations": turns}) + "\n")
+    def _judge_lines(self, battle_id: str, message: str, verdict: str, wrong: tuple[str, ...]) -> dict[str, list[str]]:
+        human, label = turn_json("human", message), self._labels[verdict]
+        answered = f'{{"id": {json.dumps(battle_id)}, "conversations": [{human}, {turn_json("gpt", label)}]}}\n'
+        lines = {"sft": [answered]}
+        if "judge" in self._views:
+            lines["dpo_judge"] = judge_rows(battle_id, human, label, [self._labels[w] for w in wrong])
+        return lines
 
-    def _add(self, fitted: Fitted, split: str) -> None:
+    def _add(self, fitted: Fitted, pair: FittedPair | None, split: str) -> None:
         battle = fitted.battle
         for name, value in {
             "id": battle.id,
@@ -239,23 +270,36 @@ class _Writer:
             "chars_b": sum(map(len, battle.responses_b)),
         }.items():
             self._rows[name].append(value)
-        self._texts.append(
-            {
-                "id": battle.id,
-                "prompts": battle.prompts,
-                "responses_a": battle.responses_a,
-                "responses_b": battle.responses_b,
-            }
-        )
-        if len(self._texts) >= 2 * _CHUNK:
+        self._battles.add({name: getattr(battle, name) for name in _text_schema().names})
+        if pair is not None:
+            self._pairs.add(pair_record(pair))
+            self._tallies[split].add(pair, turns=battle.turns + fitted.dropped, verdict=battle.verdict)
+
+
+class _ParquetFile:
+    """A parquet file that is written row by row, in groups of rows."""
+
+    def __init__(self, path: Path, schema):
+        from pyarrow.parquet import ParquetWriter
+
+        self._schema, self._waiting = schema, []
+        self._writer = ParquetWriter(path, schema, compression="zstd")
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._waiting.append(row)
+        if len(self._waiting) >= 2 * _CHUNK:
             self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
 
     def _flush(self) -> None:
         import pyarrow as pa
 
-        if self._texts:
-            self._parquet.write_table(pa.Table.from_pylist(self._texts, schema=_text_schema()))
-            self._texts.clear()
+        if self._waiting:
+            self._writer.write_table(pa.Table.from_pylist(self._waiting, schema=self._schema))
+            self._waiting.clear()
 
 
 def _text_schema():
@@ -290,15 +334,30 @@ def _audit(experiment: Experiment, reader, test_reader, tallies, counts) -> dict
             for name, r in sources.items()
         },
         "rejected": [asdict(row) for r in sources.values() for row in r.rejected],
-        "exported": {"sft_train": counts["train"], "sft_valid": counts["valid"], "test": counts["test"]},
+        "exported": counts,
         "swap_copies": experiment.swap_copies,
         "truncation": {name: tally.summary() for name, tally in tallies.items() if tally.rows},
     }
 
 
+def _refuse_empty(counts: dict[str, int], experiment: Experiment, *, ties: int, battles: int) -> None:
+    """Raise ArenaError for a set without a row, on which LLaMA-Factory would stop or validate nothing."""
+    empty = [name for name, count in counts.items() if not count]
+    if not empty:
+        return
+    remedy = "give more battles with different prompts, or change valid_share in experiment.yaml"
+    if all(name.startswith("dpo_reward") for name in empty):
+        remedy = "give battles with a winner and two different responses, or prepare without the reward view"
+    raise ArenaError(
+        f"no row is left for {', '.join(empty)} ({battles} battles, {ties} of them ties)",
+        where=str(experiment.data_folder),
+        remedy=remedy,
+    )
+
+
 def _describe(folder: Path, experiment: Experiment, prompt: JudgePrompt, frame, audit, truth: Path | None) -> None:
     """Write the small files; the manifest with everybody's hash is the last."""
-    write_json(folder / "dataset_info.json", dataset_entries(experiment))
+    write_json(folder / "dataset_info.json", dataset_entries(experiment, audit["pairs"]))
     write_json(folder / "audit.json", audit)
     with atomic_file(folder / "judge_prompt.j2") as file:
         file.write(prompt.source)
@@ -315,22 +374,27 @@ def _describe(folder: Path, experiment: Experiment, prompt: JudgePrompt, frame, 
     )
 
 
-def dataset_entries(experiment: Experiment, within: str = "") -> dict[str, Any]:
+def set_names(views: Collection[View]) -> list[str]:
+    """Return the data sets of these views, without the experiment's name and the split."""
+    return ["sft", *(f"dpo_{view}" for view in VIEWS if view in views)]
+
+
+def dataset_entries(experiment: Experiment, views: Collection[View] = VIEWS, within: str = "") -> dict[str, Any]:
     """Return this experiment's entries of LLaMA-Factory's dataset_info.json; `within` is a folder prefix."""
-    return {
-        f"{experiment.name}_sft_{split}": {
-            "file_name": f"{within}sft_{split}.jsonl",
-            "formatting": "sharegpt",
-            "columns": {"messages": "conversations"},
-            "tags": {
-                "role_tag": "from",
-                "content_tag": "value",
-                "user_tag": "human",
-                "assistant_tag": "gpt",
-            },
-        }
-        for split in ("train", "valid")
-    }
+    tags = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
+    entries = {}
+    for name in set_names(views):
+        pairs = name != "sft"
+        columns = {"chosen": "chosen", "rejected": "rejected"} if pairs else {}
+        for split in ("train", "valid"):
+            entries[f"{experiment.name}_{name}_{split}"] = {
+                "file_name": f"{within}{name}_{split}.jsonl",
+                "formatting": "sharegpt",
+                **({"ranking": True} if pairs else {}),
+                "columns": {"messages": "conversations", **columns},
+                "tags": tags,
+            }
+    return entries
 
 
 def _publish(experiment: Experiment, audit: dict[str, Any]) -> None:
@@ -345,5 +409,5 @@ def _publish(experiment: Experiment, audit: dict[str, Any]) -> None:
         for name, entry in entries.items()
         if (DATA / entry.get("file_name", "")).exists() and not entry["file_name"].startswith(f"{experiment.name}/")
     }
-    write_json(path, {**entries, **dataset_entries(experiment, within=f"{experiment.name}/")})
+    write_json(path, {**entries, **dataset_entries(experiment, audit["pairs"], within=f"{experiment.name}/")})
     write_json(DATA / "audit.json", audit)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
+
+from data_prep.battle import Battle
 
 # What stands for a null or empty text, so that the judge sees that there was none.
 EMPTY = "(empty)"
@@ -31,3 +34,12 @@ class Neutralizer:
         while previous != text:  # breaking one string up may never build another, but stay certain
             previous, text = text, self._pattern.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
         return text
+
+    def battle(self, battle: Battle) -> Battle:
+        """Return the battle with each of its texts so treated."""
+        return replace(
+            battle,
+            prompts=tuple(map(self, battle.prompts)),
+            responses_a=tuple(map(self, battle.responses_a)),
+            responses_b=tuple(map(self, battle.responses_b)),
+        )

@@ -55,6 +55,10 @@ def small_frame(small_tokenizer) -> ChatFrame:
         suffix_ids=(),
         label_ids=tuple(small_tokenizer.encode(x).ids[0] for x in "ABC"),
         answer_len=3,
+        answer_prefix_ids=(),
+        answer_before="",
+        answer_after="<|im_end|>\n",
+        answer_suffix_ids=(),
         special_strings=tuple(SPECIALS),
     )
 

@@ -38,7 +38,11 @@ def test_the_exported_rows_are_the_battles(experiment, arena):
     folder = experiment.data_folder
     train, valid = lines(folder / "sft_train.jsonl"), lines(folder / "sft_valid.jsonl")
     rows = {split: read_rows(folder, split) for split in ("train", "valid", "test")}
-    assert audit["exported"] == {"sft_train": len(train), "sft_valid": len(valid), "test": 20}
+    assert {k: v for k, v in audit["exported"].items() if "dpo" not in k} == {
+        "sft_train": len(train),
+        "sft_valid": len(valid),
+        "test": 20,
+    }
     assert len(train) == 2 * len(rows["train"]) and len(valid) == len(rows["valid"])
     assert len(rows["train"]) + len(rows["valid"]) == 300
     assert abs(len(rows["valid"]) - 60) < 10
@@ -75,7 +79,9 @@ def test_files_describe_themselves(experiment, arena):
     assert manifest["files"] == {p.name: sha256_of(p) for p in folder.iterdir() if p.name != "manifest.json"}
     own = json.loads((folder / "dataset_info.json").read_text())
     shared = json.loads(Path("data/dataset_info.json").read_text())
-    assert set(own) == set(shared) == {"exam_sft_train", "exam_sft_valid"}
+    names = ("sft", "dpo_judge", "dpo_reward")
+    assert set(own) == set(shared) == {f"exam_{name}_{split}" for name in names for split in ("train", "valid")}
+    assert all(entry.get("ranking", False) == ("dpo" in name) for name, entry in own.items())
     assert (folder / own["exam_sft_train"]["file_name"]).is_file()
     assert (Path("data") / shared["exam_sft_train"]["file_name"]).is_file()
     assert json.loads(Path("data/audit.json").read_text()) == json.loads((folder / "audit.json").read_text())
