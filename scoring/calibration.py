@@ -37,6 +37,8 @@ REWARD_COLUMNS = ("reward_a", "reward_b")
 LENGTH_COLUMNS = ("chars_a", "chars_b")
 FEWEST_ROWS = 50
 PARTS = 5
+# Far beyond float32; sums of larger ones would overflow float64.
+_LARGEST_LOGIT = 1e150
 _IDENTITY = SoftmaxLink()
 _LINK_NAMES = {"logits": "temperature and class bias", "rewards": "Davidson link"}
 
@@ -302,6 +304,8 @@ def _finite(scores: pd.DataFrame, columns: tuple[str, ...]) -> np.ndarray:
         raise ArenaError(f"column(s) {', '.join(absent)} are missing", where="scores", remedy="score the stage again")
     values = scores[list(columns)].to_numpy(dtype=np.float64, na_value=np.nan)
     _refuse(scores, ~np.isfinite(values).all(axis=1), f"NaN or infinite {', '.join(columns)}")
+    if columns in (AB_COLUMNS, BA_COLUMNS):
+        _refuse(scores, (np.abs(values) > _LARGEST_LOGIT).any(axis=1), "logits that no model gives")
     return values
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from scoring.calibration import Calibration
 
 # From here on a figure is worth a warning.
-FEW_ROWS, FLIP_RATE, CUT_SHARE, ECE, PRIOR_SHIFT = 200, 0.15, 0.1, 0.05, 0.1
+FEW_ROWS, FLIP_RATE, CUT_SHARE, ECE, PRIOR_SHIFT = 200, 0.15, 0.1, 0.03, 0.1
 
 
 def flags_of(report: Mapping[str, Any], calibration: Calibration, train_prior: np.ndarray) -> list[dict[str, str]]:
@@ -67,7 +67,7 @@ def _cautions(report: Mapping[str, Any], calibration: Calibration) -> list[tuple
     cut = report["truncation"].get("judged", {}).get("rows_cut_share", 0)
     if cut > CUT_SHARE:
         found.append(("truncation", f"{cut:.0%} of the rows were shortened to fit: a larger cutoff_len may help."))
-    if report["ece"] > ECE:
+    if report["ece"] > max(ECE, report["ece_by_chance"]):
         found.append(
             ("ece", f"First choices are off by {report['ece']:.1%} on average: the probabilities are not honest.")
         )

@@ -146,7 +146,7 @@ class SoftmaxLink:
         sizes = dict(zip(("inverse_temperature", "bias_a", "bias_b"), map(float, fitted.errors), strict=True))
         sizes["inverse_temperature"] /= unit
         bias = (float(first), float(second), float(-first - second))
-        return cls(float(slope / unit), bias, CLIP * unit, {**sizes, "bias_tie": tie_error})
+        return cls(float(slope / unit), bias, _limit(unit), {**sizes, "bias_tie": tie_error})
 
     @property
     def temperature(self) -> float | None:
@@ -199,7 +199,7 @@ class DavidsonLink:
         """Fit on reward differences ra − rb [rows], log-length differences [rows] and class codes [rows].
 
         The scale is never negative: a link does not turn a preference around.
-        `errors` holds standard errors of scale, position_bias, length and log_tie from the observed information.
+        `errors` holds standard errors of scale, position_bias, length, tie and log_tie from the observed information.
         """
         unit = robust_scale(difference) or 1.0
         length_unit = float(np.std(log_lengths))
@@ -218,7 +218,9 @@ class DavidsonLink:
         names = ("scale", "position_bias", "length", "log_tie")
         errors = dict(zip(names, map(float, fitted.errors), strict=True))
         errors["scale"] /= unit
-        return cls(scale / unit, position, length, float(np.exp(log_tie)), length_unit, CLIP * unit, errors)
+        tie = float(np.exp(log_tie))
+        errors["tie"] = tie * errors["log_tie"]  # delta method
+        return cls(scale / unit, position, length, tie, length_unit, _limit(unit), errors)
 
     def probabilities(self, difference: np.ndarray, log_lengths: np.ndarray) -> np.ndarray:
         """Return [rows, 3] probabilities of reward differences [rows] and log-length differences [rows]."""
@@ -293,6 +295,12 @@ def smoothed_prior(truth: np.ndarray) -> np.ndarray:
     """Return [3] class shares with one pseudo-row a class (Laplace), so that none is 0; rows of code −1 are ignored."""
     counts = np.bincount(truth[truth >= 0], minlength=3) + 1.0
     return counts / counts.sum()
+
+
+def _limit(unit: float) -> float:
+    """Return `CLIP` in raw units, finite whatever the unit."""
+    largest = float(np.finfo(np.float64).max)
+    return CLIP * unit if unit < largest / CLIP else largest
 
 
 def _with_errors(values: dict[str, Any], errors: Mapping[str, float] | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ EPS = float(np.finfo(np.float64).eps)
 ECE_BINS = 15
 CURVE_BINS = 10
 DRAWS = 2_000
+CHANCE_DRAWS = 500
 # Group sums are resampled a few draws at a time, so that 57k rows need megabytes and not gigabytes.
 _CELLS_AT_ONCE = 4_000_000
 
@@ -76,11 +77,9 @@ def reliability_points(predicted: np.ndarray, happened: np.ndarray, bins: int) -
     Bins hold about equally many rows (quantiles of `predicted`); rows with one same prediction are never
     split, so a constant forecast gives one point. `predicted` [rows] in 0..1, `happened` [rows] of bool.
     """
-    edges = np.unique(np.quantile(predicted, np.linspace(0, 1, bins + 1)[1:-1]))
-    place = np.searchsorted(edges, predicted, side="right")
-    counts = np.bincount(place, minlength=len(edges) + 1)
-    sums = np.bincount(place, weights=predicted, minlength=len(edges) + 1)
-    hits = np.bincount(place, weights=happened, minlength=len(edges) + 1)
+    place = _bin_of(predicted, bins)
+    counts = np.bincount(place)
+    sums, hits = (np.bincount(place, weights=column) for column in (predicted, happened))
     return [
         {"confidence": float(s / n), "frequency": float(h / n), "count": int(n)}
         for s, h, n in zip(sums, hits, counts, strict=True)
@@ -106,6 +105,27 @@ def ece(probabilities: np.ndarray, truth: np.ndarray, bins: int = ECE_BINS) -> f
     hit = np.argmax(probabilities, axis=1) == truth
     points = reliability_points(np.max(probabilities, axis=1), hit, bins)
     return float(sum(p["count"] * abs(p["confidence"] - p["frequency"]) for p in points) / len(truth))
+
+
+def ece_by_chance(probabilities: np.ndarray, *, seed: int, bins: int = ECE_BINS, draws: int = CHANCE_DRAWS) -> float:
+    """Return the ECE that an honest judge with these probabilities stays below in 95 of 100 cases.
+
+    Few rows a bin look miscalibrated by chance alone: first choices are drawn true with their own probability
+    (consistency resampling, Bröcker & Smith, Weather and Forecasting 22, 2007).
+    """
+    confidence = np.max(probabilities, axis=1)
+    place = _bin_of(confidence, bins)
+    random, found = np.random.default_rng(seed), []
+    for _ in range(draws):
+        surplus = confidence - (random.random(len(confidence)) < confidence)
+        found.append(np.abs(np.bincount(place, weights=surplus)).sum() / len(confidence))
+    return float(np.quantile(found, 0.95))
+
+
+def _bin_of(values: np.ndarray, bins: int) -> np.ndarray:
+    """Return the bin of each value: quantiles, but equal values are never split."""
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1]))
+    return np.searchsorted(edges, values, side="right")
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ def _figures(judged: _Judged, seed: int) -> dict[str, Any]:
         "log_loss_ci95": intervals["model"],
         "accuracy": metrics.accuracy(model, truth),
         "ece": metrics.ece(model, truth),
+        "ece_by_chance": metrics.ece_by_chance(model, seed=seed),
         "per_class_log_loss": metrics.per_class_log_loss(model, truth),
         "baselines": losses,
         "baselines_ci95": {name: intervals[name] for name in losses} | _if(intervals, "bayes"),

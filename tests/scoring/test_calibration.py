@@ -150,7 +150,7 @@ def test_one_prompt_cannot_be_cross_fitted():
     assert "share one prompt" in calibrated(logit_table().assign(group="same")).reason
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e200])
 def test_broken_logits_stop_with_their_ids(value):
     table = logit_table()
     table.loc[[3, 8], "ab_b"] = value

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from data_prep.battle import VERDICTS
 from data_prep.errors import ArenaError
 from scoring import links
 
 # Denormal, ordinary and nearly overflowing numbers in one array.
 REWARDS = st.floats(-1e6, 1e6) | st.floats(-1e-300, 1e-300) | st.floats(-8e307, 8e307)
+LOGITS = st.floats(-1e6, 1e6) | st.floats(-1e-300, 1e-300) | st.floats(-1e150, 1e150)
 
 
 def drawn(p: np.ndarray, seed: int) -> np.ndarray:
@@ -139,7 +141,7 @@ def test_any_rewards_and_verdicts_give_proper_probabilities(difference, truth):
 
 
 @settings(max_examples=60, deadline=None)
-@given(hnp.arrays(np.float64, (60, 3), elements=REWARDS), hnp.arrays(np.int64, 60, elements=st.integers(0, 2)))
+@given(hnp.arrays(np.float64, (60, 3), elements=LOGITS), hnp.arrays(np.int64, 60, elements=st.integers(0, 2)))
 def test_any_logits_and_verdicts_give_proper_probabilities(logits, truth):
     link = links.SoftmaxLink.fit(logits, truth)
     p = link.probabilities(logits)
@@ -195,3 +197,19 @@ def test_a_source_class_without_rows_cannot_be_corrected():
 def test_a_broken_saved_link_is_refused(value):
     with pytest.raises(ArenaError, match="score again"):
         links.link_from_json(value)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_synthetic_arena_s_tie_parameter_and_position_bias_are_recovered(seed):
+    from data_prep import synthetic
+
+    rows = list(synthetic.synthetic_battles(2_500, seed=seed))
+    # ln(P(a) / P(b)) is what the generator made of the two qualities: scale times their difference, plus the bias.
+    p = np.array([row.probabilities for row in rows])
+    rewards = (np.log(p[:, 0] / p[:, 1]) - synthetic.TRUTH.position_bias) / synthetic.TRUTH.scale
+    truth = np.array([VERDICTS.index(row.battle.verdict) for row in rows])
+    link = links.DavidsonLink.fit(rewards, np.zeros(len(rows)), truth)
+    assert link.errors["tie"] == pytest.approx(link.tie * link.errors["log_tie"])
+    assert abs(np.log(link.tie / synthetic.TRUTH.tie)) < 3 * link.errors["log_tie"]
+    assert abs(link.position_bias - synthetic.TRUTH.position_bias) < 3 * link.errors["position_bias"]
+    assert abs(link.scale - synthetic.TRUTH.scale) < 3 * link.errors["scale"]

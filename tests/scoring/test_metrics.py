@@ -75,6 +75,17 @@ def test_ece_sees_overconfidence_and_forgives_honesty():
     assert metrics.ece(sharp, truth) > 0.15
 
 
+def test_the_ece_of_an_honest_judge_is_below_its_chance_level_19_times_in_20():
+    below = sum(
+        metrics.ece(*simulated(300, seed)) <= metrics.ece_by_chance(simulated(300, seed)[0], seed=seed, draws=200)
+        for seed in range(60)
+    )
+    assert below >= 52
+    p, truth = simulated(300, 0)
+    sharp = p**3 / (p**3).sum(axis=1, keepdims=True)
+    assert metrics.ece(sharp, truth) > 2 * metrics.ece_by_chance(sharp, seed=0)
+
+
 def test_bins_hold_equal_mass():
     p, truth = simulated(5_000)
     counts = [point["count"] for point in metrics.reliability(p, truth, bins=10)["a"]]

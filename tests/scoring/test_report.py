@@ -202,7 +202,7 @@ def test_a_reward_model_gets_a_davidson_link():
     scores, texts, truth = arena(1_500, 8)
     report, p, _ = built(as_rewards(scores), texts, truth, stage="rm")
     assert report["calibration"]["kind"] == "Davidson link"
-    assert report["calibration"]["parameters"]["tie"] == pytest.approx(np.exp(-0.2), rel=0.25)
+    assert report["calibration"]["parameters"]["tie"]["value"] == pytest.approx(np.exp(-0.2), rel=0.25)
     assert report["position_bias"] is None
     assert "alone" in report["position_bias_reason"]
     assert report["learned_share"] > 0.7
