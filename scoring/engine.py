@@ -41,21 +41,30 @@ def device_name() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def weight_dtype(device: str, precision: str | None = None) -> torch.dtype:
+    """Return the type that weights are loaded in: 16-bit on a GPU, fp32 on a CPU unless `precision` names another."""
+    import torch
+
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return names[precision or ("bf16" if device == "cuda" else "fp32")]
+
+
 def load_model(folder: Path, device: str, *, precision: str | None = None) -> Any:
     """Load a causal language model for scoring: 16-bit on a GPU, fp32 on a CPU unless `precision` names another.
 
     Only safetensors are read and no code from the folder is run. Raises ArenaError if it cannot be loaded.
     """
-    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = names[precision or ("bf16" if device == "cuda" else "fp32")]
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+            folder,
+            dtype=weight_dtype(device, precision),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ArenaError(
@@ -80,54 +89,77 @@ def score_labels(
     """
     import torch
 
-    device = model.device
-    budget = token_budget or TOKEN_BUDGET[device.type]
-    total = sum(map(len, sequences))
-    # Longest first: a batch that does not fit in memory shows at once, not after an hour.
-    waiting = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     result = np.full((len(sequences), len(label_ids)), np.nan)
-    columns = torch.tensor(list(label_ids), device=device)
-    tokens = 0
-    with torch.inference_mode(), _last_token_only(model) as last:
-        while waiting:
-            batch = _next_batch(waiting, sequences, budget)
-            try:
-                logits = _forward(model, [sequences[i] for i in batch], last)
-            except torch.OutOfMemoryError:
-                budget = _smaller_budget(budget, batch, sequences)
-                torch.cuda.empty_cache()
-                continue
+    columns = torch.tensor(list(label_ids), device=model.device)
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    with _last_token_only(model) as last:
+
+        def work(batch: list[int], ids: torch.Tensor) -> None:
+            last.index = (lengths[batch] - 1).to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, 0]
             result[batch] = logits[:, columns].double().cpu().numpy()
-            waiting = waiting[len(batch) :]
-            tokens += sum(len(sequences[i]) for i in batch)
-            progress(ScoreProgress(len(sequences) - len(waiting), len(sequences), tokens, total))
+
+        run_batches(sequences, work, device=model.device, token_budget=token_budget, progress=progress)
     return result
 
 
-def _next_batch(waiting: list[int], sequences: Sequence[Sequence[int]], budget: int) -> list[int]:
-    """Take from the front as many sequences as fit in `budget` tokens when padded to the first, the longest."""
-    return waiting[: max(1, budget // len(sequences[waiting[0]]))]
+def run_batches(
+    sequences: Sequence[Sequence[int]],
+    work: Callable[[list[int], torch.Tensor], None],
+    *,
+    device: torch.device,
+    token_budget: int | None = None,
+    progress: Callable[[ScoreProgress], None] = lambda _: None,
+    name: Callable[[int], str] = "prompt {}".format,
+) -> None:
+    """Call `work(indices, ids)` on every sequence once, in batches; `ids` is [batch, longest], padded on the right.
+
+    `work` may be called again for the same indices: out of GPU memory halves the token budget and goes on; with one
+    sequence a batch it is an ArenaError, which calls the sequence by `name(index)`.
+    """
+    import torch
+
+    budget = token_budget or TOKEN_BUDGET[device.type]
+    total = sum(map(len, sequences))
+    # Longest first: a batch that does not fit in memory shows at once, not after an hour.
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    done = tokens = 0
+    while done < len(order):
+        # As many as fit in the budget when padded to the first, the longest.
+        batch = order[done : done + max(1, budget // len(sequences[order[done]]))]
+        try:
+            with torch.inference_mode():
+                work(batch, _padded([sequences[i] for i in batch]).to(device))
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        if not fits:
+            # Only here, where the exception and with it the failed pass's frames are gone, can memory be given back.
+            torch.cuda.empty_cache()
+            budget = _smaller_budget(budget, batch, sequences, name)
+            continue
+        done += len(batch)
+        tokens += sum(len(sequences[i]) for i in batch)
+        progress(ScoreProgress(done, len(order), tokens, total))
 
 
-def _smaller_budget(budget: int, batch: list[int], sequences: Sequence[Sequence[int]]) -> int:
+def _smaller_budget(budget: int, batch: list[int], sequences: Sequence[Sequence[int]], name: Callable) -> int:
     if len(batch) == 1:
         raise ArenaError(
-            f"one prompt of {len(sequences[batch[0]])} tokens does not fit in the GPU's memory",
-            where=f"prompt {batch[0]}",
+            f"its {len(sequences[batch[0]])} tokens alone do not fit in the GPU's memory",
+            where=name(batch[0]),
             remedy="free GPU memory, or lower cutoff_len and train again",
         )
     return max(1, min(budget, len(batch) * len(sequences[batch[0]])) // 2)
 
 
-def _forward(model: Any, batch: list[Sequence[int]], last: _LastToken) -> torch.Tensor:
+def _padded(batch: Sequence[Sequence[int]]) -> torch.Tensor:
     import torch
 
-    lengths = torch.tensor([len(ids) for ids in batch])
-    padded = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
+    padded = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
     for row, ids in zip(padded, batch, strict=True):
         row[: len(ids)] = torch.tensor(ids)
-    last.index = (lengths - 1).to(model.device)
-    return model(input_ids=padded.to(model.device), use_cache=False).logits[:, 0]
+    return padded
 
 
 class _LastToken:

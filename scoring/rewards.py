@@ -1,0 +1,397 @@
+"""Rewards: what a preference model gives each of two answers, before any link makes probabilities of them.
+
+triples [(prompt_ids, answer_a_ids, answer_b_ids), …]  ->  rewards [battles, 2]
+
+A DPO policy's reward is implicit, beta * (log pi - log pi_ref) of the answer's tokens; a reward model's comes from
+its value head. Answers end as they were trained, with their end-of-turn tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.errors import ArenaError
+from scoring.engine import ScoreProgress, run_batches, weight_dtype
+from scoring.scores import COLUMNS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+Triple = tuple[Sequence[int], Sequence[int], Sequence[int]]
+
+VALUE_HEAD = "value_head.safetensors"
+# The most logits (positions x vocabulary) that exist at a time: 256 MiB in fp32, and two such tensors beside it.
+LOGITS = 2**26
+_PROBE_LENGTH = 8
+
+
+@dataclass(frozen=True)
+class ValueHead:
+    """The linear layer that makes a score of a hidden state: `weight` [hidden size] and `bias`, both float64."""
+
+    weight: torch.Tensor
+    bias: float
+
+
+def load_policy(
+    base: str,
+    adapter: Path,
+    device: str,
+    *,
+    quantization_bit: int | None,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    precision: str | None = None,
+    quantization_type: str = "nf4",
+    double_quantization: bool = True,
+) -> Any:
+    """Load a base model as LLaMA-Factory trained on it, with the trained adapter on it, unmerged.
+
+    `base` must be the model that the training started from: it is also the reference. Only safetensors are read.
+    Raises ArenaError if either cannot be loaded, the adapter belongs to another base or does not fit this one, or
+    switching it off does not give the base back.
+    """
+    import torch
+    from peft import PeftModel
+
+    _check_adapter(adapter, base)
+    dtype = weight_dtype(device, precision)
+    quantization = _quantization(quantization_bit, quantization_type, double_quantization, dtype, device)
+    model = _load_base(base, device, dtype, quantization, revision=revision, trust_remote_code=trust_remote_code)
+    with torch.inference_mode():
+        before = _probe(model)
+    try:
+        with warnings.catch_warnings():
+            # PEFT warns of missing weights, which are an error here, and of tied ones where none are.
+            warnings.simplefilter("ignore", UserWarning)
+            policy = PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _misfit(adapter, f"cannot be put on {base}: {_first_line(error)}") from None
+    _check_weights(policy, adapter)
+    with torch.inference_mode(), policy.disable_adapter():
+        after = _probe(policy)
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
+        raise ArenaError(
+            "switching the adapter off does not give the base back, so there is no reference to compare with",
+            where=str(adapter),
+            remedy="train without the key that changes the base itself (pissa_init, resize_vocab, a trained bias)",
+        )
+    return policy
+
+
+def implicit_rewards(
+    model: Any,
+    triples: Sequence[Triple],
+    *,
+    beta: float,
+    length_normalised: bool,
+    reference: bool,
+    token_budget: int | None = None,
+    progress: Callable[[ScoreProgress], None] = lambda _: None,
+) -> np.ndarray:
+    """Return beta * (log pi - log pi_ref) of both answers, [len(triples), 2] float64.
+
+    The log-probabilities are summed over the answer's tokens, or averaged with `length_normalised`. With `reference`
+    `model` is a policy of `load_policy`, whose adapter is switched off for pi_ref; without it log pi_ref is left out,
+    which with `length_normalised` is what the losses orpo and simpo train. Raises ArenaError that names the row where
+    a triple is empty or a reward is not finite. Source: Rafailov et al. 2023, equation 5 and section 4.
+    """
+    pairs, places = _distinct(triples)
+    reader = _AnswerReader(model, pairs)
+    result = np.full(len(pairs), np.nan)
+
+    def work(batch: list[int], ids: torch.Tensor) -> None:
+        scores = reader.log_probabilities(batch, ids)
+        if reference:
+            with model.disable_adapter():
+                scores = scores - reader.log_probabilities(batch, ids)
+        result[batch] = scores.cpu().numpy()
+
+    _run(pairs, places, work, model, token_budget, progress)
+    if length_normalised:
+        result /= [len(answer) for _, answer in pairs]
+    return _finite(beta * result[places])
+
+
+def value_rewards(
+    model: Any,
+    head: ValueHead,
+    triples: Sequence[Triple],
+    *,
+    token_budget: int | None = None,
+    progress: Callable[[ScoreProgress], None] = lambda _: None,
+) -> np.ndarray:
+    """Return the value head's score behind the last token of prompt + answer for both answers, [len(triples), 2].
+
+    That is the token that LLaMA-Factory's reward stage trains on (train/rm/trainer.py: the last one that is not
+    padding). Raises ArenaError if the head is of another model, and names the row where a triple is empty or a
+    reward is not finite.
+    """
+    import torch
+
+    size = model.config.get_text_config().hidden_size
+    if len(head.weight) != size:
+        raise ArenaError(
+            f"the value head takes {len(head.weight)} numbers, the model's hidden states have {size}",
+            where=VALUE_HEAD,
+            remedy="merge the reward model again: the two files are of different trainings",
+        )
+    pairs, places = _distinct(triples)
+    last = torch.tensor([len(prompt) + len(answer) - 1 for prompt, answer in pairs])
+    weight, body = head.weight.to(model.device), _body(model)
+    result = np.full(len(pairs), np.nan)
+
+    def work(batch: list[int], ids: torch.Tensor) -> None:
+        hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+        states = hidden[range(len(batch)), last[batch].to(hidden.device)]
+        result[batch] = (states.double() @ weight + head.bias).cpu().numpy()
+
+    _run(pairs, places, work, model, token_budget, progress)
+    return _finite(result[places])
+
+
+def load_value_head(folder: Path) -> ValueHead:
+    """Read the value head that LLaMA-Factory puts beside a merged reward model; raises ArenaError if it is no such."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / VALUE_HEAD
+    remedy = "merge the reward model again; its merge recipe needs `stage: rm`, or the value head is left behind"
+    try:
+        tensors = load_file(path)
+        weight, bias = tensors["v_head.summary.weight"].double(), tensors["v_head.summary.bias"].double()
+    except FileNotFoundError:
+        raise ArenaError("is not a reward model: the value head is missing", where=str(path), remedy=remedy) from None
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ArenaError(f"is damaged: {_first_line(error)}", where=str(path), remedy=remedy) from None
+    if weight.ndim != 2 or len(weight) != 1 or bias.shape != (1,) or not (weight.isfinite().all() and bias.isfinite()):
+        raise ArenaError("holds no finite linear layer with one output", where=str(path), remedy=remedy)
+    return ValueHead(weight[0], float(bias))
+
+
+def reward_table(rows: pd.DataFrame, rewards: np.ndarray) -> pd.DataFrame:
+    """Return the score table of a reward stage: `scores.COLUMNS` of `rows`, then reward_a and reward_b.
+
+    `rewards` is [len(rows), 2] in the order of the rows. Raises ArenaError that names the ids of rewards that are
+    not finite.
+    """
+    if rewards.shape != (len(rows), 2):
+        raise ValueError(f"{len(rows)} rows need rewards of shape ({len(rows)}, 2), not {rewards.shape}")
+    bad = np.flatnonzero(~np.isfinite(rewards).all(axis=1))
+    if len(bad):
+        raise _not_finite(len(bad), f"id {rows['id'].iloc[bad[0]]}")
+    return rows[list(COLUMNS)].assign(reward_a=rewards[:, 0], reward_b=rewards[:, 1])
+
+
+class _AnswerReader:
+    """Sums of log-probabilities of answers behind their prompts; only answer positions go through the head."""
+
+    def __init__(self, model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]):
+        self._causal, self._body, self._pairs = _causal(model), _body(model), pairs
+        self._positions = max(1, LOGITS // self._causal.config.get_text_config().vocab_size)
+
+    def log_probabilities(self, batch: list[int], ids: torch.Tensor) -> torch.Tensor:
+        """Return the sum over each answer's tokens, [len(batch)] float64; `ids` is [batch, longest]."""
+        import torch
+
+        pairs = [self._pairs[i] for i in batch]
+        # A token's distribution stands at the position before it.
+        places = torch.tensor(
+            [(r, len(p) + t - 1) for r, (p, answer) in enumerate(pairs) for t in range(len(answer))], device=ids.device
+        )
+        output = self._body(input_ids=ids, use_cache=False)
+        states = output.last_hidden_state
+        sums = torch.zeros(len(batch), dtype=torch.float64, device=ids.device)
+        for part in places.split(self._positions):
+            rows, positions = part.T
+            logits = self._logits(output, states[rows, positions]).float()
+            targets = ids[rows, positions + 1].unsqueeze(1)
+            values = logits.gather(1, targets).squeeze(1) - logits.logsumexp(1)
+            sums.index_add_(0, rows, values.double())
+        return sums
+
+    def _logits(self, output: Any, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits [n, vocabulary] of hidden states [n, hidden]: the model's own forward, its body left out.
+
+        So whatever a model does behind its head (Gemma's soft-cap, a scale) is done by its own code.
+        """
+        import torch
+
+        ready = type(output)(last_hidden_state=states.unsqueeze(0))
+        kept = self._body.__dict__.get("forward")  # a quantised or dispatched module may carry its own
+        self._body.forward = lambda *_, **__: ready
+        try:
+            ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+            return self._causal(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            del self._body.forward
+            if kept is not None:
+                self._body.forward = kept
+
+
+def _distinct(triples: Sequence[Triple]) -> tuple[list[tuple[Sequence[int], Sequence[int]]], np.ndarray]:
+    """Return the distinct (prompt, answer) pairs and the place of each answer among them, [len(triples), 2].
+
+    Equal answers then have the very same reward, whatever batches they would have come into.
+    """
+    found: dict[tuple, int] = {}
+    places = np.empty((len(triples), 2), dtype=int)
+    for row, (prompt, *answers) in enumerate(triples):
+        if not len(prompt) or not all(map(len, answers)):
+            raise ArenaError(
+                "the prompt or an answer has no tokens",
+                where=f"row {row}",
+                remedy="give the prompt and both answers with the chat template's tokens",
+            )
+        for side, answer in enumerate(answers):
+            places[row, side] = found.setdefault((tuple(prompt), tuple(answer)), len(found))
+    return list(found), places
+
+
+def _run(pairs, places: np.ndarray, work: Callable, model: Any, token_budget: int | None, progress: Callable) -> None:
+    run_batches(
+        [(*prompt, *answer) for prompt, answer in pairs],
+        work,
+        device=model.device,
+        token_budget=token_budget,
+        progress=progress,
+        name=lambda i: f"row {np.argwhere(places == i)[0, 0]}",
+    )
+
+
+def _finite(rewards: np.ndarray) -> np.ndarray:
+    bad = np.flatnonzero(~np.isfinite(rewards).all(axis=1))
+    if len(bad):
+        raise _not_finite(len(bad), f"row {bad[0]}")
+    return rewards
+
+
+def _not_finite(count: int, first: str) -> ArenaError:
+    return ArenaError(
+        f"the model gave no finite reward for {count} battle(s), this one first",
+        where=first,
+        remedy="the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve",
+    )
+
+
+def _causal(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _body(model: Any) -> Any:
+    """Return the model without its head: token ids in, final hidden states out."""
+    causal = _causal(model)
+    if causal.base_model is causal:
+        raise ArenaError(
+            f"{type(causal).__name__} does not tell its body from its head",
+            where="model",
+            remedy="choose a base model of a common decoder family (Llama, Qwen, Gemma, Mistral, Phi)",
+        )
+    return causal.base_model
+
+
+def _probe(model: Any) -> torch.Tensor:
+    import torch
+
+    ids = torch.arange(_PROBE_LENGTH, device=model.device).unsqueeze(0)
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def _quantization(bit: int | None, kind: str, double: bool, dtype: torch.dtype, device: str) -> Any:
+    """Return what LLaMA-Factory's own quantisation is (model/model_utils/quantization.py), or None."""
+    if bit is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if bit == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if device == "cpu":
+        # With avx512_bf16, bitsandbytes repacks nf4 weights in the first pass and computes in bf16 from then on:
+        # that is neither the function that was trained nor the fp32 that is asked for here.
+        import bitsandbytes.nn.modules as modules
+
+        modules.has_avx512bf16 = lambda: False
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_quant_storage=dtype,
+    )
+
+
+def _load_base(base: str, device: str, dtype: torch.dtype, quantization: Any, **options) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArenaError(
+            f"the base model cannot be loaded: {_first_line(error)}",
+            where=base,
+            remedy="the folder or hub id must be the one that the training started from",
+        ) from None
+    # bitsandbytes puts quantised weights in their place itself
+    return (model if quantization is not None else model.to(device)).eval()
+
+
+def _check_adapter(adapter: Path, base: str) -> None:
+    """Raise ArenaError unless `adapter` is a folder with safetensors that was trained on `base`."""
+    missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (adapter / name).is_file()]
+    if missing:
+        raise _misfit(adapter, f"is no finished adapter: {' and '.join(missing)} missing")
+    try:
+        trained_on = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _misfit(adapter, f"adapter_config.json is damaged: {error}") from None
+    if trained_on and not _same_model(trained_on, base):
+        raise _misfit(adapter, f"was trained on {trained_on}, not on {base}: another reference gives other rewards")
+
+
+def _same_model(one: str, other: str) -> bool:
+    folders = [Path(name) for name in (one, other)]
+    if all(folder.is_dir() for folder in folders):
+        return folders[0].samefile(folders[1])
+    # A hub id may have been kept as the folder of its download (ModelScope writes "." as "___"); that of a merged
+    # judge is never taken for another's.
+    ends = {Path(name).name.replace("___", ".").lower() for name in (one, other)}
+    return one == other or (len(ends) == 1 and not any(folder.is_dir() for folder in folders))
+
+
+def _check_weights(policy: Any, adapter: Path) -> None:
+    """Raise ArenaError unless the file's weights are exactly those that the policy has places for.
+
+    PEFT only warns of such a thing, and the rewards would all be nearly zero.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+    expected = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
+    if missing := sorted(expected - saved):
+        raise _misfit(adapter, f"lacks {len(missing)} weights that its configuration names, such as {missing[0]}")
+    if extra := sorted(saved - expected - set(policy.state_dict())):
+        raise _misfit(adapter, f"has {len(extra)} weights that the base has no place for, such as {extra[0]}")
+
+
+def _misfit(adapter: Path, what: str) -> ArenaError:
+    return ArenaError(what, where=str(adapter), remedy="train again (run.py dpo --view reward --fresh)")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
