@@ -6,7 +6,6 @@ something else than they say. Each rule here gives the key, the reason and the r
 
 from __future__ import annotations
 
-import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -187,7 +186,7 @@ _NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "datal
 
 def check_recipes(experiment: Experiment, steps: Iterable[str], root: Path = Path()) -> None:
     """Raise one ArenaError that lists every fault of these steps' recipes, each with file, key and remedy."""
-    faults = [*check_environment(os.environ), *(f for step in steps for f in check_recipe(experiment, step, root))]
+    faults = [fault for step in steps for fault in check_recipe(experiment, step, root)]
     if faults:
         raise ArenaError(
             "\n".join([f"{len(faults)} fault(s), found before anything was started:", *(f"  - {f}" for f in faults)]),
@@ -208,7 +207,7 @@ def check_recipe(experiment: Experiment, step: str, root: Path = Path()) -> list
 
 
 def check_environment(environment: Mapping[str, str]) -> list[str]:
-    """Return the environment variables under which llamafactory-cli would not read these recipes as they are meant."""
+    """Return the variables with which a plain llamafactory-cli would not take these recipes; our child drops them."""
     return [
         f"environment: {name}: swaps in another launcher, which does not take these recipes; unset {name}"
         for name in _OTHER_LAUNCHERS

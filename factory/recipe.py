@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -179,16 +180,16 @@ def _section(argument: Argument) -> str:
     return _SECTIONS[argument.group]
 
 
-def as_yaml(value: Any) -> str:
+def as_yaml(value: Any, *, in_list: bool = False) -> str:
     """Return one line of YAML that PyYAML and OmegaConf read alike: 1.0e-4 for a small float, "no" quoted."""
     if isinstance(value, str):
-        plain = _PLAIN_STRING.fullmatch(value) and value.lower() not in _YAML_WORDS
+        plain = _PLAIN_STRING.fullmatch(value) and value.lower() not in _YAML_WORDS and not (in_list and "," in value)
         return value if plain else "".join(map(_printable, json.dumps(value, ensure_ascii=False)))
     if isinstance(value, float) and value and (abs(value) < 1e-2 or abs(value) >= 1e16):
         mantissa, exponent = f"{Decimal(repr(value)).normalize():e}".split("e")
         return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(as_yaml, value))}]"
+        return f"[{', '.join(as_yaml(each, in_list=True) for each in value)}]"
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
@@ -248,13 +249,25 @@ def _render(experiment: Experiment, step: Step, sheet: _Sheet, templates: Path) 
         raise ArenaError(
             f"the recipe template fails: {error}", where=where, remedy="mend the template, or restore it from git"
         ) from None
+    _check_keys(text, sheet, f"{templates.name}/{step.template}")
+    return text
+
+
+def _check_keys(text: str, sheet: _Sheet, where: str) -> None:
+    """Raise ArenaError if a template lost a first value or wrote a key twice."""
     if lost := sorted(sheet.extra - sheet.placed):
         raise ArenaError(
             f"has no place for the first value(s) of: {', '.join(lost)}",
-            where=f"{templates.name}/{step.template}",
+            where=where,
             remedy="give each section of the template a {{ rest(…) }}",
         )
-    return text
+    written = Counter(re.findall(r"^(\w+):", text, re.MULTILINE))
+    if twice := sorted(key for key, times in written.items() if times > 1):
+        raise ArenaError(
+            f"writes twice: {', '.join(twice)}",
+            where=where,
+            remedy="let the template write these keys by {{ key(name, value) }}, which `recipes:` may replace",
+        )
 
 
 def _sealed(body: str, step: Step) -> str:

@@ -225,13 +225,10 @@ def test_a_repeated_key_and_an_empty_file_are_faults(tmp_path):
     assert "must be a YAML mapping" in check_recipe(its, "sft", tmp_path)[0]
 
 
-def test_another_launcher_in_the_environment_is_a_fault(monkeypatch, tmp_path):
+def test_another_launcher_in_the_environment_is_a_fault():
     assert check_environment({"USE_V1": "0", "PATH": "x"}) == []
     assert "unset USE_V1" in check_environment({"USE_V1": "1"})[0]
-    write_recipe(experiment(), "sft", root=tmp_path)
-    monkeypatch.setenv("USE_MCA", "true")
-    with pytest.raises(ArenaError, match="environment: USE_MCA"):
-        check_recipes(experiment(), ["sft"], tmp_path)
+    assert "environment: USE_MCA" in check_environment({"USE_MCA": "true"})[0]
 
 
 def test_the_check_is_quick_and_imports_nothing_heavy():

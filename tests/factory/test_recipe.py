@@ -109,7 +109,15 @@ def test_dpo_starts_where_the_experiment_says():
 
 
 def test_first_values_stand_in_place_or_in_their_section():
-    first = {"lora_rank": 8, "neftune_noise_alpha": 5.0, "use_rslora": True, "upcast_layernorm": True, "eval_delay": 2}
+    first = {
+        "lora_rank": 8,
+        "do_train": True,
+        "finetuning_type": "lora",
+        "neftune_noise_alpha": 5.0,
+        "use_rslora": True,
+        "upcast_layernorm": True,
+        "eval_delay": 2,
+    }
     text = render_recipe(experiment(recipes={"sft": first}), "sft")
     sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^###|\Z)", text, re.MULTILINE | re.DOTALL))
     assert re.findall(r"^lora_rank: .*", text, re.MULTILINE) == [
@@ -265,6 +273,9 @@ def test_a_faulty_template_is_named_and_the_recipe_stays(tmp_path):
         with pytest.raises(ArenaError, match=part):
             write_recipe(its, "sft", force=True, root=tmp_path, templates=templates)
         assert (tmp_path / its.recipe("sft")).read_bytes() == before
+    (templates / "sft.yaml.j2").write_text("seed: 1\nseed: 2\n", encoding="utf-8")
+    with pytest.raises(ArenaError, match="writes twice: seed"):
+        render_recipe(its, "sft", templates)
     (templates / "sft.yaml.j2").write_text("# no sections\n", encoding="utf-8")
     with pytest.raises(ArenaError, match=r"no place for the first value\(s\) of: lora_rank"):
         render_recipe(experiment(recipes={"sft": {"lora_rank": 4}}), "sft", templates)
