@@ -150,8 +150,8 @@ class SoftmaxLink:
 
     @property
     def temperature(self) -> float | None:
-        """1 / inverse temperature; None where it is infinite."""
-        return 1 / self.inverse_temperature if self.inverse_temperature > 0 else None
+        """1 / inverse temperature; None where it is infinite or as good as that."""
+        return 1 / self.inverse_temperature if self.inverse_temperature > _SMALLEST else None
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Return [rows, 3] probabilities of label logits [rows, 3]."""
