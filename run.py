@@ -15,6 +15,8 @@ import click
 
 from factory import DEFAULT_EXPERIMENT
 
+VIEWS = ("judge", "reward")
+
 
 class ErrorsWithRemedy(click.Group):
     """Turns our errors into a message with its remedy and an exit code; -v shows where they come from."""
@@ -82,18 +84,25 @@ def demo(seed: int, fresh: bool, as_json: bool) -> None:
 @click.option("--test", type=file_argument, help="Battles without votes, for the submission.")
 @click.option("--truth", type=file_argument, help="Known probabilities of the votes (synthetic arenas only).")
 @click.option("--force", is_flag=True, help="Replace recipes that were edited by hand.")
+@click.option("--sft-only", is_flag=True, help="Leave out the sets of dpo and rm: faster, for large tables.")
 @json_option
 @verbose_option
-def prepare(experiment: str, train: Path, test: Path | None, truth: Path | None, force: bool, as_json: bool) -> None:
+def prepare(
+    experiment: str, train: Path, test: Path | None, truth: Path | None, force: bool, sft_only: bool, as_json: bool
+) -> None:
     """Read votes, check them, fold them, fit them to the token budget; write data/EXP and the recipes."""
     exp, show = _start(experiment)
-    audit = _prepare(exp, train, test, truth, force=force, show=show)
+    views = () if sft_only else VIEWS
+    audit = _prepare(exp, train, test, truth, force=force, views=views, show=show)
     if as_json:
         click.echo(json.dumps(audit, indent=2))
     else:
         click.echo(f"next: python run.py sft -e {exp.name}")
 
 
+# The view that measured better on the synthetic arena and on real votes; see docs/methods.md.
+DEFAULT_VIEW = "judge"
+_VIEW_HELP = "judge: the true verdict's label over a wrong one; reward: the winning response over the losing one."
 _UNTIL = click.Choice(["train", "merge", "score"])
 
 
@@ -118,6 +127,45 @@ def sft(experiment: str, until: str, resume: bool, fresh: bool, as_json: bool) -
     exp, show = _start(experiment)
     report = _stage(exp, "sft", until=until, resume=resume, fresh=fresh, show=show)
     _finish(exp, "sft", report, as_json)
+
+
+@cli.command()
+@click.option("--view", type=click.Choice(VIEWS), default=DEFAULT_VIEW, show_default=True, help=_VIEW_HELP)
+@stage_options
+def dpo(view: str, experiment: str, until: str, resume: bool, fresh: bool, as_json: bool) -> None:
+    """Train on preferences: of labels (judge view) or of responses (reward view); then score and report."""
+    exp, show = _start(experiment)
+    report = _stage(exp, f"dpo_{view}", until=until, resume=resume, fresh=fresh, show=show)
+    _finish(exp, f"dpo_{view}", report, as_json)
+
+
+@cli.command()
+@stage_options
+def rm(experiment: str, until: str, resume: bool, fresh: bool, as_json: bool) -> None:
+    """Train a reward model on winning and losing responses, merge it with its value head, score, report."""
+    exp, show = _start(experiment)
+    report = _stage(exp, "rm", until=until, resume=resume, fresh=fresh, show=show)
+    _finish(exp, "rm", report, as_json)
+
+
+@cli.command()
+@experiment_option
+@json_option
+@verbose_option
+def compare(experiment: str, as_json: bool) -> None:
+    """Put every stage that was scored side by side, on the same battles, with paired intervals and a blend."""
+    from scoring.comparison import compare_stages
+
+    exp, _ = _start(experiment)
+    result = compare_stages(exp)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    from rich.console import Console
+
+    from scoring.summary import print_comparison
+
+    print_comparison(Console(), exp, result)
 
 
 @cli.command()
@@ -150,7 +198,9 @@ def _start(name: str):
     return load_experiment(name), Show(verbose=verbose)
 
 
-def _prepare(exp, train: Path, test: Path | None, truth: Path | None, *, force: bool, show) -> dict[str, Any]:
+def _prepare(
+    exp, train: Path, test: Path | None, truth: Path | None, *, force: bool, views=VIEWS, show
+) -> dict[str, Any]:
     from data_prep.export import export
     from factory.demo import ensure_embedded_base
     from factory.recipe import write_recipe
@@ -158,7 +208,8 @@ def _prepare(exp, train: Path, test: Path | None, truth: Path | None, *, force: 
 
     ensure_embedded_base(exp, show)
     with show.line(f"prepare {exp.name}") as line:
-        audit = export(exp, train, test, truth, progress=lambda p: line.count(p.rows, None, f"{p.phase} battles"))
+        tell = lambda p: line.count(p.rows, None, f"{p.phase} battles")  # noqa: E731
+        audit = export(exp, train, test, truth, progress=tell, views=views)
     show.note(_audit_line(exp, audit))
     for outcome in (write_recipe(exp, step, force=force) for step in STEPS):
         if outcome.state == "hand-edited" and outcome.diff:
@@ -188,7 +239,8 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
     train(exp, stage, resume=resume, fresh=fresh, show=show)
     if until == "train":
         return None
-    merge(exp, stage, complete=lambda folder: seal(folder, exp, stage), show=show)
+    if stage != "dpo_reward" or until == "merge":  # an implicit reward needs the adapter on and off, not a merge
+        merge(exp, stage, complete=lambda folder: seal(folder, exp, stage), show=show)
     return None if until == "merge" else score_stage(exp, stage, show=show)
 
 

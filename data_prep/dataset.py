@@ -62,6 +62,14 @@ def read_battles(folder: Path, split: str) -> list[tuple[Battle, int]]:
     ]
 
 
+def truth_of(folder: Path) -> pd.DataFrame | None:
+    """Return the known probabilities of a synthetic arena's battles (id and `PROBABILITY_COLUMNS`), or None."""
+    import pandas as pd
+
+    path = folder / "truth.csv"
+    return pd.read_csv(path, dtype={"id": str}) if path.is_file() else None
+
+
 def read_pairs(folder: Path, split: str) -> list[Pair]:
     """Return the fitted pairs of one split, ties included, in the order of `read_rows`.
 

@@ -94,6 +94,7 @@ class Experiment(_Strict):
     valid_share: float = Field(default=0.1, gt=0, lt=0.9)
     swap_copies: bool = True
     dpo_rejected: Literal["each", "one"] = "each"  # the wrong labels that a judge pair rejects
+    reward_length_normalised: bool = False  # implicit rewards: the mean over an answer's tokens instead of the sum
     swap_tta: bool = False  # score both orders and average
     seed: int = Field(default=42, ge=0)
     target_prior: Prior | None = None  # corrects the test set's probabilities where the votes' shares are not natural

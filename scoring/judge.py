@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.battle import VERDICTS, Battle, swap
 from data_prep.budget import Fitted, Fitter
-from data_prep.chat_frame import ChatFrame
+from data_prep.chat_frame import ChatFrame, load_frame
 from data_prep.dataset import read_manifest
 from data_prep.errors import ArenaError
 from data_prep.files import sha256_of, write_json
@@ -93,6 +93,14 @@ def seal(folder: Path, experiment: Experiment, stage: str) -> None:
         "data": manifest["files"],
         "recipe": sha256_of(experiment.recipe(stage)),
     }
+    _, trained = load_frame(experiment)
+    own = _tokenizer(folder)
+    if any(_ids(own, text) != _ids(trained, text) for text in _CANARIES):
+        raise ArenaError(
+            "the merged folder's tokenizer is not the one that the training rows were made with",
+            where=str(folder),
+            remedy="check that the merge recipe and experiment.yaml name the same model",
+        )
     write_judge(folder, experiment, frame, (data / "judge_prompt.j2").read_text(encoding="utf-8"), source)
 
 

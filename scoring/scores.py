@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,13 @@ from data_prep.errors import ArenaError
 from data_prep.files import atomic_file
 from data_prep.folds import prompt_group
 from data_prep.readers import VoteReader
-from scoring.engine import ScoreProgress, score_labels
+from scoring.engine import score_labels
 from scoring.judge import Judge
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_CHUNK = 512
 COLUMNS = ("id", "group", "verdict", "language", "turns", "chars_prompt", "chars_a", "chars_b", "tokens", "cut")
 
 
@@ -34,13 +35,19 @@ def score_file(judge: Judge, model: Any, path: Path, *, tta: bool, progress: Cal
     """Score any table of battles, fitted as the judge's training rows were; bad rows stop it, each one named."""
     import pandas as pd
 
-    reader = VoteReader(path, labelled=False)
     fitter = judge.fitter()
-    table, fitted = [], []
-    for chunk in in_chunks((battle for _, battle in reader), 512):
-        for one in fitter.fit(chunk, both_orders=tta):
-            fitted.append((one.battle, one.dropped))
-            table.append(_describe(one))
+    rows, fed = [], []
+    for chunk in in_chunks(battles_to_score(path), _CHUNK):
+        for battle, fitted in zip(chunk, fitter.fit(chunk, both_orders=tta), strict=True):
+            fed.append((fitted.battle, fitted.dropped))
+            rows.append(describe(battle, tokens=fitted.tokens, cut=fitted.cut))
+    return _with_logits(pd.DataFrame(rows, columns=list(COLUMNS)), fed, judge, model, tta=tta, progress=progress)
+
+
+def battles_to_score(path: Path) -> Iterator[Battle]:
+    """Yield the battles of a table; at its end raises ArenaError if a row could not be read: each needs its answer."""
+    reader = VoteReader(path, labelled=False)
+    yield from (battle for _, battle in reader)
     if reader.rejected:
         first = reader.rejected[0]
         raise ArenaError(
@@ -48,22 +55,21 @@ def score_file(judge: Judge, model: Any, path: Path, *, tta: bool, progress: Cal
             where=f"{path} row {first.row}",
             remedy="mend or remove these rows: every row needs its own probabilities",
         )
-    return _with_logits(pd.DataFrame(table), fitted, judge, model, tta=tta, progress=progress)
 
 
-def _describe(fitted) -> dict[str, Any]:
-    battle: Battle = fitted.battle
+def describe(battle: Battle, *, tokens: int, cut: bool) -> dict[str, Any]:
+    """Return one row of `COLUMNS` for a battle as it was before it was fitted."""
     return {
         "id": battle.id,
         "group": prompt_group(battle),
         "verdict": battle.verdict,
         "language": battle.language,
-        "turns": battle.turns + fitted.dropped,
+        "turns": battle.turns,
         "chars_prompt": sum(map(len, battle.prompts)),
         "chars_a": sum(map(len, battle.responses_a)),
         "chars_b": sum(map(len, battle.responses_b)),
-        "tokens": fitted.tokens,
-        "cut": fitted.cut,
+        "tokens": tokens,
+        "cut": cut,
     }
 
 
@@ -90,6 +96,3 @@ def write_scores(path: Path, scores: pd.DataFrame) -> None:
     """Write the table as parquet, whole or not at all."""
     with atomic_file(path, "wb") as file:
         scores.to_parquet(file, index=False)
-
-
-__all__ = ["COLUMNS", "ScoreProgress", "score_file", "score_split", "write_scores"]

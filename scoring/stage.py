@@ -9,18 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.dataset import read_battles, read_manifest, read_rows
+from data_prep.dataset import read_battles, read_manifest, read_rows, truth_of
 from data_prep.errors import ArenaError
-from data_prep.files import sha256_of, write_json
+from data_prep.files import write_json
+from factory.progress import duration, loss_curve
+from factory.step import STEPS, merge_of
 from scoring.calibration import Calibration, calibration_from_json
-from scoring.engine import ScoreProgress, device_name, load_model
-from scoring.judge import MANIFEST, Judge, load_judge
+from scoring.engine import ScoreProgress
+from scoring.judge import MANIFEST
 from scoring.page import write_page
 from scoring.plots import write_plots
 from scoring.probabilities import check_submission, write_probabilities
 from scoring.provenance import provenance
 from scoring.report import build_report
-from scoring.scores import score_file, score_split, write_scores
+from scoring.scorer import Scorer, scorer_of
+from scoring.scores import write_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,50 +37,37 @@ REPORT = "report.json"
 def score_stage(experiment: Experiment, stage: str, *, show: Show) -> dict[str, Any]:
     """Score the validation fold and the test set of one stage and write its report; return the report.
 
-    The validation fold is scored in both orders, for the position bias; the test set in both only with `swap_tta`.
-    Raises ArenaError if the merged model, the export or the scores are not what they should be.
+    Label logits of the validation fold are taken in both orders, for the position bias; those of the test set only
+    with `swap_tta`. Raises ArenaError if the model, the export or the scores are not what they should be.
     """
-    from factory.progress import loss_curve
     from factory.state import StageState, only_run
 
     folder = experiment.output_folder(stage)
-    judge = load_judge(experiment.merged_folder(stage))
-    inputs = _inputs(experiment, judge)
+    scorer = scorer_of(experiment, stage)
+    inputs = {"model": scorer.inputs(), **_inputs(experiment)}
     with only_run(folder):
         state = StageState(folder)
-        if state.finished("score", inputs, fresh_remedy="move report.json away to score again"):
+        if state.finished("score", inputs, fresh_remedy=f"move {folder / REPORT} away to score again"):
             show.note(f"{stage}: scores kept, finished {state.record('score').finished_at}")
             return read_report(experiment, stage)
         state.begin("score", inputs)
         started = time.monotonic()
-        valid, test = _score_splits(experiment, judge, folder, stage, show)
-        report, probabilities, calibration = build_report(
-            experiment=experiment.name,
-            stage=stage,
-            scores=valid,
-            train_rows=texts(experiment.data_folder, "train"),
-            valid_texts=texts(experiment.data_folder, "valid"),
-            truth=_truth(experiment.data_folder),
-            audit=json.loads((experiment.data_folder / "audit.json").read_text(encoding="utf-8")),
-            loss_curve=loss_curve(experiment.adapter_folder(stage) / "trainer_log.jsonl"),
-            provenance=_provenance(experiment, stage, judge, time.monotonic() - started),
-            swap_tta=experiment.swap_tta,
-            seed=experiment.seed,
-            target_prior=experiment.target_prior.model_dump() if experiment.target_prior else None,
-        )
+        valid, test = _score_splits(experiment, scorer, folder, stage, show)
+        seconds = time.monotonic() - started
+        report, probabilities, calibration = _report(experiment, stage, valid, seconds)
         outputs = _write(folder, report, valid, probabilities, test, calibration)
         state.finish("score", outputs, time.monotonic() - started)
-    show.note(f"{stage}: scored {len(valid)} validation and {len(test)} test battles")
+    show.note(f"{stage}: scored {len(valid)} validation and {len(test)} test battles in {duration(seconds)}")
     return report
 
 
 def score_input(experiment: Experiment, stage: str, path: Path, output: Path, *, show: Show) -> int:
-    """Score any table of battles with a scored stage's judge and calibration; return the number of rows written."""
-    judge = load_judge(experiment.merged_folder(stage))
+    """Score any table of battles with a scored stage's model and calibration; return the number of rows written."""
     calibration = calibration_from_json(read_report(experiment, stage)["calibration"])
-    model = load_model(judge.folder, device_name())
+    scorer = scorer_of(experiment, stage)
+    scorer.open()
     with _bar(show, f"{stage}: {path.name}") as progress:
-        scores = score_file(judge, model, path, tta=calibration.swap_tta, progress=progress)
+        scores = scorer.file(path, both_orders=calibration.swap_tta, progress=progress)
     write_probabilities(output, scores["id"], calibration.apply(scores))
     return check_submission(output, scores["id"])
 
@@ -113,49 +103,54 @@ def texts(data: Path, split: str) -> pd.DataFrame:
     )
 
 
-def _inputs(experiment: Experiment, judge: Judge) -> dict[str, Any]:
-    """What the probabilities depend on: the judge, the exported rows, and how they are scored."""
-    weights = sorted(judge.folder.glob("*.safetensors"))
+def _inputs(experiment: Experiment) -> dict[str, Any]:
+    """What the probabilities depend on beside the model: the exported rows, and what is made of the scores."""
+    read = ("rows.parquet", "battles.parquet", "pairs.parquet", "truth.csv")
+    files = read_manifest(experiment.data_folder)["files"]
     return {
-        "judge": {p.name: f"sha256:{sha256_of(p)}" for p in [judge.folder / MANIFEST, *weights]},
-        "data": {
-            name: f"sha256:{digest}"
-            for name, digest in read_manifest(experiment.data_folder)["files"].items()
-            if name in ("rows.parquet", "battles.parquet", "truth.csv")
-        },
+        "data": {name: f"sha256:{digest}" for name, digest in files.items() if name in read},
         "swap_tta": experiment.swap_tta,
         "seed": experiment.seed,
-        "target_prior": experiment.target_prior.model_dump() if experiment.target_prior else None,
+        "target_prior": _target_prior(experiment),
     }
 
 
-def _score_splits(experiment: Experiment, judge: Judge, folder: Path, stage: str, show: Show):
-    data = experiment.data_folder
-    _same_frame(experiment, judge)
-    show.note(f"{stage}: loading the merged model")
-    model = load_model(judge.folder, device_name())
+def _score_splits(experiment: Experiment, scorer: Scorer, folder: Path, stage: str, show: Show):
+    show.note(f"{stage}: loading the trained model")
+    scorer.open()
     with _bar(show, f"{stage}: scoring the validation fold") as progress:
-        valid = score_split(judge, model, data, "valid", tta=True, progress=progress)
-    if read_rows(data, "test").empty:
+        valid = scorer.split("valid", both_orders=True, progress=progress)
+    if read_rows(experiment.data_folder, "test").empty:
         test = valid.iloc[:0]
     else:
         with _bar(show, f"{stage}: scoring the test set") as progress:
-            test = score_split(judge, model, data, "test", tta=experiment.swap_tta, progress=progress)
+            test = scorer.split("test", both_orders=experiment.swap_tta, progress=progress)
     write_scores(folder / "scores_valid.parquet", valid)
     write_scores(folder / "scores_test.parquet", test)
     return valid, test
 
 
-def _same_frame(experiment: Experiment, judge: Judge) -> None:
-    from dataclasses import asdict
+def _report(experiment: Experiment, stage: str, valid: pd.DataFrame, seconds: float):
+    """Build the report; return it with the validation rows' probabilities and the calibration."""
+    data = experiment.data_folder
+    return build_report(
+        experiment=experiment.name,
+        stage=stage,
+        scores=valid,
+        train_rows=texts(data, "train"),
+        valid_texts=texts(data, "valid"),
+        truth=truth_of(data),
+        audit=json.loads((data / "audit.json").read_text(encoding="utf-8")),
+        loss_curve=loss_curve(experiment.adapter_folder(stage) / "trainer_log.jsonl"),
+        provenance=_provenance(experiment, stage, seconds),
+        swap_tta=experiment.swap_tta and "ab_a" in valid,
+        seed=experiment.seed,
+        target_prior=_target_prior(experiment),
+    )
 
-    exported = read_manifest(experiment.data_folder)["frame"]
-    if json.loads(json.dumps(asdict(judge.frame))) != exported:
-        raise ArenaError(
-            "the data was exported for another tokenizer or chat template than this judge was trained with",
-            where=str(judge.folder),
-            remedy=f"run.py prepare -e {experiment.name} again, then train with --fresh",
-        )
+
+def _target_prior(experiment: Experiment) -> dict[str, float] | None:
+    return experiment.target_prior.model_dump() if experiment.target_prior else None
 
 
 def _write(folder: Path, report, valid, probabilities, test, calibration: Calibration) -> list[Path]:
@@ -174,23 +169,14 @@ def _write(folder: Path, report, valid, probabilities, test, calibration: Calibr
     return [*(folder / name for name in names), *plots, folder / "report.html", folder / REPORT]
 
 
-def _truth(data: Path) -> pd.DataFrame | None:
-    import pandas as pd
-
-    path = data / "truth.csv"
-    return pd.read_csv(path, dtype={"id": str}) if path.is_file() else None
-
-
-def _provenance(experiment: Experiment, stage: str, judge: Judge, seconds: float) -> dict[str, Any]:
-    from factory.step import merge_of
-
-    data = experiment.data_folder
+def _provenance(experiment: Experiment, stage: str, seconds: float) -> dict[str, Any]:
+    data, step = experiment.data_folder, STEPS[stage]
     files = [
         experiment.folder / "experiment.yaml",
         experiment.recipe(stage),
         experiment.recipe(merge_of(stage)),
-        *(data / name for name in ("manifest.json", f"{stage}_train.jsonl", "rows.parquet")),
-        judge.folder / MANIFEST,
+        *(data / name for name in ("manifest.json", "rows.parquet", f"{step.data}_train.jsonl")),
+        experiment.merged_folder(stage) / MANIFEST,
     ]
     return {**provenance(seed=experiment.seed, files=files), "scoring_seconds": round(seconds, 2)}
 
@@ -198,8 +184,6 @@ def _provenance(experiment: Experiment, stage: str, judge: Judge, seconds: float
 @contextmanager
 def _bar(show: Show, label: str) -> Iterator[Callable[[ScoreProgress], None]]:
     """Yield a callback that keeps one live line: prompts done, tokens a second, time left."""
-    from factory.progress import duration
-
     started = time.monotonic()
     with show.line(label) as line:
 

@@ -41,6 +41,31 @@ def print_summary(console: Console, experiment: Experiment, stage: str, report: 
         console.print(f"submission: {folder / 'submission.csv'}", highlight=False)
 
 
+def print_comparison(console: Console, experiment: Experiment, result: dict[str, Any]) -> None:
+    """Print every stage beside the baselines, and which differences are more than chance."""
+    from rich.table import Table
+
+    table = Table(title=f"{experiment.name}: log loss on the same {result['rows']} held-out battles", min_width=64)
+    for heading in ("", "log loss", "95% interval", "accuracy", "ECE"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in sorted(result["table"], key=lambda row: row["log_loss"]):
+        ends = row["log_loss_ci95"]
+        shown = f"{ends[0]:.4f} – {ends[1]:.4f}" if ends else ""
+        table.add_row(row["name"], f"{row['log_loss']:.4f}", shown, f"{row['accuracy']:.3f}", f"{row['ece']:.3f}")
+    for name, loss in sorted(result["baselines"].items(), key=lambda item: item[1]):
+        table.add_row(_NAMES.get(name, name), f"{loss:.4f}", "", "", "", style="dim")
+    if result.get("bayes") is not None:
+        table.add_row(_NAMES["bayes"], f"{result['bayes']:.4f}", "", "", "", style="dim")
+    console.print(table)
+    for pair in result["differences"]:
+        ends = pair["ci95"]
+        said = f"{pair['better']} is better" if pair["better"] else "chance alone may explain it"
+        between = f" [{ends[0]:+.4f}, {ends[1]:+.4f}]" if ends else ""
+        line = f"{pair['first']} - {pair['second']}: {pair['difference']:+.4f}{between}: {said}"
+        console.print(line, highlight=False, markup=False)
+    console.print(f"page: {experiment.output_folder('compare') / 'compare.html'}", highlight=False)
+
+
 def ladder(stage: str, report: dict[str, Any]) -> list[tuple[str, float, list[float] | None]]:
     """Return (name, log loss, interval) of every baseline, the model and Bayes, the worst first."""
     intervals = report.get("baselines_ci95") or {}

@@ -1,0 +1,64 @@
+"""Comparing the stages of an experiment that were scored: outputs/<experiment>/compare/."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from data_prep.battle import PROBABILITY_COLUMNS
+from data_prep.dataset import truth_of
+from data_prep.errors import ArenaError
+from data_prep.files import write_json
+from factory.step import TRAININGS
+from scoring.baselines import baseline_ladder
+from scoring.compare import CHANCES, compare
+from scoring.page import write_compare_page
+from scoring.stage import REPORT, texts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from factory.experiment import Experiment
+
+
+def compare_stages(experiment: Experiment) -> dict[str, Any]:
+    """Compare every scored stage on identical validation rows; write compare.json and compare.html, return the numbers.
+
+    Raises ArenaError if nothing was scored, or the stages were scored on different rows.
+    """
+    frames = {
+        stage: _frame(experiment, stage) for stage in TRAININGS if (experiment.output_folder(stage) / REPORT).is_file()
+    }
+    if not frames:
+        raise ArenaError(
+            "no stage of this experiment was scored yet",
+            where=str(experiment.output_folder("compare").parent),
+            remedy=f"run.py sft -e {experiment.name}, then dpo and rm",
+        )
+    rows = texts(experiment.data_folder, "valid")
+    ladder = baseline_ladder(texts(experiment.data_folder, "train"), rows, experiment.seed)
+    truth = truth_of(experiment.data_folder)
+    bayes = None
+    if truth is not None:
+        bayes = truth.set_index("id").loc[rows["id"], list(PROBABILITY_COLUMNS)].to_numpy(float)
+    result = {"experiment": experiment.name, **compare(frames, experiment.seed, baselines=ladder, bayes=bayes)}
+    folder = experiment.output_folder("compare")
+    write_compare_page(result, folder / "compare.html")
+    write_json(folder / "compare.json", result)
+    return result
+
+
+def _frame(experiment: Experiment, stage: str) -> pd.DataFrame:
+    import pandas as pd
+
+    folder = experiment.output_folder(stage)
+    scores = pd.read_parquet(folder / "scores_valid.parquet", columns=["id", "verdict", "group"])
+    chances = pd.read_csv(folder / "probabilities_valid.csv", dtype={"id": str})
+    if scores["id"].tolist() != chances["id"].tolist():
+        raise ArenaError(
+            "scores_valid.parquet and probabilities_valid.csv hold different rows",
+            where=str(folder),
+            remedy=f"move {folder / REPORT} away and score again: run.py score -e {experiment.name} --stage {stage}",
+        )
+    for name, column in zip(CHANCES, PROBABILITY_COLUMNS, strict=True):
+        scores[name] = chances[column].to_numpy()
+    return scores

@@ -1,0 +1,177 @@
+"""The command line: help that answers at once, errors with remedies, and the whole chain by content."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import run
+from data_prep.battle import PROBABILITY_COLUMNS
+from data_prep.synthetic import write_arena
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = sorted(run.cli.commands)
+HEAVY = ("torch", "transformers", "llamafactory", "pandas", "pydantic", "sklearn", "numpy", "rich")
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_answers_without_heavy_imports(command):
+    arguments = [command, "--help"] if command else ["--help"]
+    code = (
+        "import sys, run\n"
+        f"try: run.cli({arguments!r})\n"
+        "except SystemExit as end: code = end.code\n"
+        f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules], code)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.rstrip().endswith("HEAVY [] 0")
+    assert "Usage:" in shown and "--help" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_and_option_is_explained_and_stands_in_the_readme(command):
+    assert f"run.py {command}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    definition = run.cli.commands[command]
+    assert definition.help and all(getattr(option, "help", "given") for option in definition.params)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (
+            ["prepare", "-e", "nowhere", "--train", "x.csv"],
+            2,
+            ["no experiment 'nowhere'", "remedy: choose one of: demo"],
+        ),
+        (["prepare", "-e", "../demo", "--train", "x.csv"], 2, ["is not an experiment's name", "remedy"]),
+        (["prepare", "-e", "demo"], 2, ["--train"]),
+        (["sft", "-e", "demo", "--until", "never"], 2, ["--until"]),
+        (["score", "-e", "demo", "--input", "x.csv"], 1, ["judge.json is missing", "remedy"]),
+        (["nonsense"], 2, ["No such command"]),
+    ],
+)
+def test_wrong_use_is_told_without_a_traceback(arguments, code, words, workplace):
+    (workplace / "factory_configs").symlink_to(ROOT / "factory_configs")
+    result = CliRunner().invoke(run.cli, arguments)
+    assert result.exit_code == code, result.output
+    assert all(word in result.output for word in words), result.output
+    assert "Traceback" not in result.output
+
+
+def test_verbose_shows_where_an_error_comes_from(workplace):
+    result = CliRunner().invoke(run.cli, ["prepare", "-e", "nowhere", "--train", "x.csv", "-v"])
+    assert result.exit_code == 1 and type(result.exception).__name__ == "UsageError"
+
+
+def run_py(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Call run.py as a user does, from `folder`."""
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
+    call = [sys.executable, str(ROOT / "run.py"), *arguments]
+    return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def place(folder: Path, **changed) -> Path:
+    """Lay out templates and a demo experiment of its own, with the given recipe keys changed."""
+    from omegaconf import OmegaConf
+
+    folder.mkdir()
+    shutil.copytree(ROOT / "templates", folder / "templates")
+    target = folder / "factory_configs" / "demo"
+    target.mkdir(parents=True)
+    content = OmegaConf.to_container(OmegaConf.load(ROOT / "factory_configs" / "demo" / "experiment.yaml"))
+    content.setdefault("recipes", {}).setdefault("sft", {}).update(changed)
+    OmegaConf.save(OmegaConf.create(content), target / "experiment.yaml")
+    return folder
+
+
+def check_probabilities(path: Path, ids: list[str]) -> None:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["id", *PROBABILITY_COLUMNS]
+    assert [row["id"] for row in rows] == ids
+    for row in rows:
+        values = [float(row[name]) for name in PROBABILITY_COLUMNS]
+        assert math.isclose(sum(values), 1, abs_tol=1e-6) and all(0 < v < 1 for v in values)
+    assert len({row["winner_model_a"] for row in rows}) > 1, "not constant"
+
+
+def ids_of(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row["id"] for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_the_whole_chain_from_votes_to_submission(tmp_path):
+    place(tmp_path / "own place", max_steps=12)
+    folder = tmp_path / "own place"
+    arena = write_arena(folder / "arena", seed=11, train_rows=400, test_rows=30)
+    done = run_py(folder, "prepare", "-e", "demo", "--train", "arena/train.csv", "--test", "arena/test.csv")
+    assert done.returncode == 0, done.stderr
+    assert "400 battles kept" in done.stderr and "next: python run.py sft -e demo" in done.stdout
+    done = run_py(folder, "sft", "-e", "demo", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    output = folder / "outputs" / "demo" / "sft"
+    assert report == json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert report["rows"] == len(ids_of(output / "probabilities_valid.csv"))
+    assert 0 < report["log_loss_ci95"][0] < report["log_loss"] < report["log_loss_ci95"][1]
+    assert set(report["baselines"]) == {"uniform", "prior", "length", "tfidf"}
+    assert report["position_bias"]["mean_abs_diff"] >= 0
+    assert report["provenance"]["versions"]["llamafactory"] == "0.9.5"
+    assert len(report["loss_curve"]) >= 1
+    check_probabilities(output / "submission.csv", ids_of(arena.test))
+    assert (output / "submission.csv").read_bytes() == (output / "probabilities_test.csv").read_bytes()
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page and f"{report['log_loss']:.3f}"[:5] in page
+    assert {p.name for p in (output / "plots").iterdir()} >= {"loss_curve.png", "reliability.png", "confusion.png"}
+    assert str(tmp_path) not in page + json.dumps(report), "no path of this machine in a report"
+
+    before = (output / "report.json").stat().st_mtime_ns
+    again = run_py(folder, "sft", "-e", "demo")
+    assert again.returncode == 0 and again.stderr.count("kept") == 3
+    assert (output / "report.json").stat().st_mtime_ns == before, "a finished step is not repeated"
+    assert "this judge (sft)" in again.stdout and "class prior" in again.stdout
+
+    scored = run_py(folder, "score", "-e", "demo", "--input", "arena/test.csv", "--output", "mine.csv")
+    assert scored.returncode == 0, scored.stderr
+    check_probabilities(folder / "mine.csv", ids_of(arena.test))
+    ours = (folder / "mine.csv").read_text().splitlines()[1:]
+    theirs = (output / "submission.csv").read_text().splitlines()[1:]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert [float(x) for x in mine.split(",")] == pytest.approx([float(x) for x in other.split(",")], abs=1e-5)
+
+    changed = folder / "factory_configs" / "demo" / "sft.yaml"
+    changed.write_text(changed.read_text().replace("max_steps: 12", "max_steps: 13"))
+    refused = run_py(folder, "sft", "-e", "demo")
+    assert refused.returncode == 1 and "max_steps 12 -> 13" in refused.stderr and "--fresh" in refused.stderr
+    kept = run_py(folder, "prepare", "-e", "demo", "--train", "arena/train.csv")
+    assert "edited by hand, kept" in kept.stderr and "max_steps: 13" in changed.read_text()
+
+
+@pytest.mark.slow
+def test_real_votes_go_through_to_a_submission(tmp_path, real_data):
+    folder = place(tmp_path / "real", max_steps=6)
+    table = real_data / "arena" / "train_natural.csv"
+    with table.open(newline="", encoding="utf-8") as source, (folder / "votes.csv").open("w", newline="") as target:
+        reader, writer = csv.reader(source), csv.writer(target)
+        writer.writerows(row for number, row in enumerate(reader) if number <= 300)
+    test = real_data / "arena" / "test.csv"
+    done = run_py(folder, "prepare", "-e", "demo", "--train", "votes.csv", "--test", str(test))
+    assert done.returncode == 0, done.stderr
+    done = run_py(folder, "sft", "-e", "demo")
+    assert done.returncode == 0, done.stderr
+    output = folder / "outputs" / "demo" / "sft"
+    check_probabilities(output / "submission.csv", ids_of(test))
+    report = json.loads((output / "report.json").read_text())
+    assert report["rows"] == 30 and math.isfinite(report["log_loss"])
+    assert report["bayes"] is None and report["learned_share"] is None
+    if not report["beats_prior"]:
+        assert any(flag["level"] == "red" for flag in report["flags"])
+    assert report["calibration"]["kept"] is False, "30 rows are too few for a calibration"
