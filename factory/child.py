@@ -213,7 +213,7 @@ class _Family:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
         for other in self._others:
-            with suppress(psutil.Error):
+            with suppress(psutil.Error, ProcessLookupError):
                 if os.getpgid(other.pid) != self._process.pid:  # the group has it already
                     other.send_signal(number)
 

@@ -30,16 +30,17 @@ def inputs_of(recipe_path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         for name in names(recipe.get(key)):
             if Path(name).exists():
                 inputs[f"{key} {name}"] = _files(Path(name))
-    data = {str(path): _content(path) for key in ("dataset", "eval_dataset") for path in dataset_files(recipe, key)}
+    data: dict[str, Any] = {}
+    for key in ("dataset", "eval_dataset"):
+        data.update({f"{_info(recipe)} {name}": entry for name, entry in _entries(recipe, key).items()})
+        data.update({str(path): _content(path) for path in dataset_files(recipe, key)})
     return {**inputs, "data": data} if data else inputs
 
 
 def dataset_files(recipe: dict[str, Any], key: str) -> list[Path]:
     """Return the local files of the recipe's `dataset` or `eval_dataset`, those that exist."""
-    folder = Path(recipe.get("dataset_dir", "data"))
-    return [
-        folder / name for entry in _entries(recipe, key) if (folder / (name := entry.get("file_name", ""))).is_file()
-    ]
+    paths = [_info(recipe).parent / entry.get("file_name", "") for entry in _entries(recipe, key).values()]
+    return [path for path in paths if path.is_file()]
 
 
 def training_rows(recipe: dict[str, Any]) -> int | None:
@@ -53,10 +54,10 @@ def training_rows(recipe: dict[str, Any]) -> int | None:
         return None
     entries = _entries(recipe, "dataset")
     files = dataset_files(recipe, "dataset")
-    if not files or len(files) != len(entries) or any(path.suffix != ".jsonl" for path in files):
+    if not files or len(files) != len(names(recipe.get("dataset"))) or any(path.suffix != ".jsonl" for path in files):
         return None
     total = 0
-    for entry, path in zip(entries, files, strict=True):
+    for entry, path in zip(entries.values(), files, strict=True):
         rows = entry.get("num_samples") or _count_lines(path)
         total += min(rows, recipe.get("max_samples") or rows)
     return total
@@ -68,16 +69,19 @@ def names(value: Any) -> list[str]:
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
-def _entries(recipe: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    path = Path(recipe.get("dataset_dir", "data")) / "dataset_info.json"
-    wanted = names(recipe.get(key))
+def _info(recipe: dict[str, Any]) -> Path:
+    return Path(recipe.get("dataset_dir", "data")) / "dataset_info.json"
+
+
+def _entries(recipe: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    path, wanted = _info(recipe), names(recipe.get(key))
     if not wanted or not path.is_file():
-        return []
+        return {}
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ArenaError(f"is not JSON: {error}", where=str(path), remedy="run `run.py prepare` again") from None
-    return [info[name] for name in wanted if name in info]
+    return {name: info[name] for name in wanted if name in info}
 
 
 def _files(path: Path) -> Any:

@@ -156,11 +156,11 @@ class Line:
 class _PlainLine(Line):
     def __init__(self, show: Show, label: str, start_step: int):
         super().__init__(show, label, start_step)
-        self._printed_at, self._phase = -math.inf, ""
+        self._printed_at, self._phases = -math.inf, set[str]()
 
     def phase(self, text: str) -> None:
-        if text != self._phase:
-            self._phase = text
+        if text not in self._phases:  # once: a long run validates and saves again and again
+            self._phases.add(text)
             self.print(f"{self.label}: {text}")
 
     def point(self, point: LogPoint) -> None:

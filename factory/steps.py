@@ -34,6 +34,7 @@ _PHASES = (
     (re.compile(r"Saving model checkpoint"), "saving"),
     (re.compile(r"Merged \d+ adapter"), "merging"),
 )
+_PHASES_OF_TRAINING = tuple(pair for pair in _PHASES if pair[1] in ("validating", "saving"))
 _ROWS = re.compile(r"Num examples = ([\d,]+)")
 
 
@@ -220,13 +221,16 @@ class _Reader:
 
     def __init__(self, line: Line, then: Callable[[str], None] | None, show: Show):
         self._line, self._then, self._show = line, then, show
+        self._phases = _PHASES
 
     def __call__(self, text: str) -> None:
         if self._show.verbose and text.strip():
             self._show.note(text)
-        for pattern, phase in _PHASES:
-            if pattern.search(text):
-                self._line.phase(phase)
+        phase = next((name for pattern, name in self._phases if pattern.search(text)), None)
+        if phase:
+            self._line.phase(phase)
+        if phase == "training":  # from now on a file that is loaded is no model
+            self._phases = _PHASES_OF_TRAINING
         if self._then:
             self._then(text)
 
@@ -268,6 +272,8 @@ class _Rows:
 def _look_at(point: LogPoint, line: Line, adapter: Path) -> None:
     if not point.finite:
         raise _not_finite(f"the loss is NaN or infinite at step {point.step}", adapter)
+    if point.loss is not None:
+        line.phase("training")  # again, after a validation
     line.point(point)
 
 

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from data_prep.errors import ArenaError
+from factory import child
 from factory.child import Watch, child_environment, llamafactory, run_child
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +147,25 @@ def test_what_a_child_leaves_behind_is_ended(tmp_path):
         what="a test",
     )
     wait_for(lambda: alive(pids_in(log)) == [])
+
+
+def test_descendants_that_end_by_themselves_are_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(child._Family, "_LOOK", 0.0)
+    log = tmp_path / "run.log"
+    run_child(
+        script(
+            """
+            import subprocess, sys, time
+            other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.6)"], start_new_session=True)
+            print("pids", other.pid, flush=True)
+            time.sleep(0.5)
+            other.wait()
+            """
+        ),
+        log,
+        what="a test",
+    )
+    assert alive(pids_in(log)) == []
 
 
 def outer(log, grace):

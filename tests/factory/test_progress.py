@@ -96,13 +96,14 @@ def test_plain_lines_come_at_a_modest_rate_with_first_and_last_and_without_colou
     stream = io.StringIO()
     show = Show(stream, interval=3600)
     with show.line("sft") as line:
-        line.phase("training")
-        line.phase("training")
+        for phase in ("training", "validating", "training"):
+            line.phase(phase)
         for step in range(1, 11):
             line.point(LogPoint(step, 10, loss=2 - step / 10, lr=1e-4, elapsed=float(step)))
         show.note("a note")
     assert stream.getvalue().splitlines() == [
         "sft: training",
+        "sft: validating",
         "sft: step 1/10  loss 1.9000  lr 1.00e-04  0:00:09 left",
         "sft: step 10/10  loss 1.0000  lr 1.00e-04  0:00:00 left",
         "a note",

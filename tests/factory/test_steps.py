@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import ArenaError, UsageError
+from data_prep.files import sha256_of
 from factory import steps
 from factory.base_model import BaseModelSize, build_base_model
 from factory.experiment import parse_experiment, read_yaml
@@ -117,7 +118,10 @@ def test_training_writes_adapter_state_and_log_and_shows_progress(experiment):
     assert "loss 1.9000 -> 1.6000" in shown
     record = StageState(Path("outputs/demo/sft")).record("train")
     assert record.finished_at
-    assert record.inputs["data"] == {"data/demo/sft_train.jsonl": record.inputs["data"]["data/demo/sft_train.jsonl"]}
+    assert record.inputs["data"] == {
+        "data/demo/dataset_info.json demo_sft_train": {"file_name": "sft_train.jsonl"},
+        "data/demo/sft_train.jsonl": f"sha256:{sha256_of(Path('data/demo/sft_train.jsonl'))}",
+    }
     assert record.inputs["factory_configs/demo/sft.yaml"]["learning_rate"] == 1.0e-4
     assert set(record.inputs["model_name_or_path models/tiny"]) == {"config.json"}
     assert "Num examples = 6" in Path("outputs/demo/sft/train.log").read_text()
