@@ -60,7 +60,6 @@ def load_policy(
     switching it off does not give the base back.
     """
     import torch
-    from peft import PeftModel
 
     _check_adapter(adapter, base)
     dtype = weight_dtype(device, precision)
@@ -68,14 +67,7 @@ def load_policy(
     model = _load_base(base, device, dtype, quantization, revision=revision, trust_remote_code=trust_remote_code)
     with torch.inference_mode():
         before = _probe(model)
-    try:
-        with warnings.catch_warnings():
-            # PEFT warns of missing weights, which are an error here, and of tied ones where none are.
-            warnings.simplefilter("ignore", UserWarning)
-            policy = PeftModel.from_pretrained(model, str(adapter)).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise _misfit(adapter, f"cannot be put on {base}: {_first_line(error)}") from None
-    _check_weights(policy, adapter)
+    policy = _with_adapter(model, adapter, base)
     with torch.inference_mode(), policy.disable_adapter():
         after = _probe(policy)
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
@@ -370,6 +362,20 @@ def _same_model(one: str, other: str) -> bool:
     # judge is never taken for another's.
     ends = {Path(name).name.replace("___", ".").lower() for name in (one, other)}
     return one == other or (len(ends) == 1 and not any(folder.is_dir() for folder in folders))
+
+
+def _with_adapter(model: Any, adapter: Path, base: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            # PEFT warns of missing weights, which are an error here, and of tied ones where none are.
+            warnings.simplefilter("ignore", UserWarning)
+            policy = PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _misfit(adapter, f"cannot be put on {base}: {_first_line(error)}") from None
+    _check_weights(policy, adapter)
+    return policy
 
 
 def _check_weights(policy: Any, adapter: Path) -> None:

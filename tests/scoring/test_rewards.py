@@ -426,6 +426,22 @@ class TestAgainstLlamaFactory:
         averaged = implicit_rewards(policy, triples, beta=1.0, length_normalised=True, reference=False)
         np.testing.assert_allclose(averaged[:, 0], own["chosen_logps_avg"].numpy(), atol=1e-5)
 
+    @pytest.mark.parametrize("bit", [4, 8])
+    def test_a_quantised_policy_is_the_one_that_its_own_loader_makes(self, tiny_base, tmp_path, bit, plain_logits):
+        pytest.importorskip("bitsandbytes")
+        from llamafactory.hparams import get_infer_args
+        from llamafactory.model import load_model, load_tokenizer
+
+        adapter = trained_adapter(tiny_base, tmp_path)
+        policy = load_policy(str(tiny_base), adapter, "cpu", quantization_bit=bit)
+        keys = {"model_name_or_path": str(tiny_base), "adapter_name_or_path": str(adapter), "quantization_bit": bit}
+        model_args, _, method_args, _ = get_infer_args(keys | {"template": "qwen3_nothink", "infer_dtype": "float32"})
+        theirs = load_model(load_tokenizer(model_args)["tokenizer"], model_args, method_args)
+        ids = range(3, 60)
+        assert (plain_logits(policy, ids) == plain_logits(theirs, ids)).all()
+        with policy.disable_adapter(), theirs.disable_adapter():
+            assert (plain_logits(policy, ids) == plain_logits(theirs, ids)).all()
+
     @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
     def test_value_rewards_are_the_scores_that_its_reward_stage_trains(self, batch, tiny_model, tmp_path, family):
         import torch
