@@ -90,7 +90,7 @@ def run_child(
         file.write(f"### {datetime.now().isoformat(timespec='seconds')} {' '.join(command)}\n".encode())
         file.flush()
         begins_at, started = file.tell(), time.monotonic()
-        with _stop_signals(), _lifeline() as (ours, environment):
+        with _stop_signals(), _lifeline() as (theirs, environment):
             try:
                 # The output goes into the file itself: no pipe that could fill up and hold the child.
                 process = subprocess.Popen(
@@ -99,7 +99,7 @@ def run_child(
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     env=environment,
-                    pass_fds=(ours,),
+                    pass_fds=(theirs,),
                     start_new_session=True,
                 )
             except OSError as error:
