@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPLITS = ("train", "valid", "test")
+# Of the manifest and the files that it names.
+FORMAT = 2
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a data folder's manifest; raises ArenaError if nothing was exported there or it is damaged."""
     path = folder / "manifest.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArenaError(
             "there is no exported data",
@@ -29,6 +31,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError:
         raise ArenaError("is damaged", where=str(path), remedy="run prepare again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArenaError("was exported by another version", where=str(folder), remedy="run prepare again")
+    return manifest
 
 
 def read_rows(folder: Path, split: str) -> pd.DataFrame:

@@ -17,33 +17,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.battle import VERDICTS, Battle, swap_verdict
+from data_prep.battle import Battle
 from data_prep.budget import Fitted, Fitter, in_chunks
 from data_prep.chat_frame import load_frame
+from data_prep.data_sets import dataset_entries
+from data_prep.dataset import FORMAT, read_manifest
 from data_prep.errors import ArenaError
 from data_prep.files import atomic_file, atomic_folder, sha256_of, write_json
-from data_prep.folds import prompt_group, validation_rows
 from data_prep.pair_budget import FittedPair, PairFitter
-from data_prep.pairs import (
-    VIEWS,
-    PairTally,
-    View,
-    judge_rows,
-    pair_record,
-    pair_schema,
-    reward_rows,
-    turn_json,
-    wrong_verdicts,
-)
+from data_prep.pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
-from data_prep.spool import Spool
+from data_prep.writer import Writer
 
 if TYPE_CHECKING:
     from factory.experiment import Experiment
@@ -51,7 +42,8 @@ if TYPE_CHECKING:
 DATA = Path("data")
 # Battles per tokenizer call: enough to keep every core busy, little enough to keep memory flat.
 _CHUNK = 512
-FORMAT = 1
+# The files that name all sets: a set more changes them.
+_LISTS = ("dataset_info.json", "audit.json")
 
 
 @dataclass
@@ -109,12 +101,14 @@ def export(
     test: Path | None = None,
     truth: Path | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
-    views: Collection[View] = VIEWS,
+    views: Collection[View] = ("judge",),
+    unchanged: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Read, fold, fit and write one experiment's data folder, whole or not at all; return the audit.
 
     `truth` is a table of known probabilities (synthetic arena only), copied beside the data for the report.
-    `views` are the preference sets to write beside those of SFT; "reward" tokenizes every text once more.
+    `views` are the preference sets to write beside those of SFT; "reward" tokenizes every text once more, and
+    may follow later with `ensure_views`. `unchanged` are SHA-256 sums of files that must come out as they were.
     Raises ArenaError; an earlier export then stays as it was.
     """
     reader = VoteReader(train, labelled=True)
@@ -127,7 +121,7 @@ def export(
         PairFitter(frame, tokenizer, **budget) if "reward" in views else None,
     )
     with atomic_folder(experiment.data_folder) as folder:
-        with _Writer(folder, experiment, views) as writer:
+        with Writer(folder, experiment, views) as writer:
             tallies = {"train": _Tally(), "test": _Tally()}
             for fitted, pair in _fit_all(reader, fitters, experiment.swap_copies, "train", progress):
                 writer.add_labelled(fitted, pair)
@@ -138,9 +132,46 @@ def export(
         counts = writer.split()
         audit = _audit(experiment, reader, test_reader, tallies, counts)
         audit["pairs"] = writer.pairs_audit(counts)
-        _describe(folder, experiment, prompt, frame, audit, truth)
+        files = _describe(folder, experiment, prompt, frame, audit, truth)
+        _refuse_changed(experiment, files, unchanged or {})
     _publish(experiment, audit)
     return audit
+
+
+def ensure_views(
+    experiment: Experiment, views: Collection[View], progress: Callable[[Progress], None] = lambda _: None
+) -> bool:
+    """Add preference sets that an export left out, from the same tables; return whether any was missing.
+
+    The other files come out byte for byte as they were, so that what was trained on them stays valid. Raises
+    ArenaError, and changes nothing, where tables, experiment.yaml, judge prompt or tokenizer are not those of before.
+    """
+    folder = experiment.data_folder
+    manifest = read_manifest(folder)
+    missing = [view for view in VIEWS if view in views and view not in manifest["views"]]
+    if not missing:
+        return False
+    remedy = f"python run.py prepare -e {experiment.name} --train FILE, with every set that you need"
+    tables = {}
+    for name, source in manifest["sources"].items():
+        tables[name] = Path(source["file"])
+        if not tables[name].is_file() or sha256_of(tables[name]) != source["sha256"]:
+            raise ArenaError(
+                f"is not the table that {folder} was exported from, so its {' and '.join(missing)} view cannot follow",
+                where=source["file"],
+                remedy=remedy,
+            )
+    truth = folder / "truth.csv"
+    export(
+        experiment,
+        tables["train"],
+        tables.get("test"),
+        truth if truth.exists() else None,
+        progress,
+        views=[view for view in VIEWS if view in missing or view in manifest["views"]],
+        unchanged={name: digest for name, digest in manifest["files"].items() if name not in _LISTS},
+    )
+    return True
 
 
 @dataclass(frozen=True)
@@ -173,151 +204,6 @@ def _fit_all(
             yield from waiting.result()
 
 
-class _Writer:
-    """Streams fitted battles to disk; the folds, which need all verdicts, divide the rows at the end."""
-
-    def __init__(self, folder: Path, experiment: Experiment, views: Collection[View]):
-        self._folder, self._experiment, self._views = folder, experiment, views
-        self._labels = dict(zip(VERDICTS, experiment.labels.in_order(), strict=True))
-        self._rows: dict[str, list] = {name: [] for name in _row_schema().names}
-        self._tallies = {"train": PairTally(), "test": PairTally()}
-        self._spools = {name: Spool(folder, name) for name in set_names(views)}
-        self._battles = _ParquetFile(folder / "battles.parquet", _text_schema())
-        self._pairs = _ParquetFile(folder / "pairs.parquet", pair_schema()) if "reward" in views else None
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *_) -> None:
-        for file in (*self._spools.values(), self._battles, self._pairs):
-            if file is not None:
-                file.close()
-
-    def add_labelled(self, fitted: Fitted, pair: FittedPair | None) -> None:
-        battle, experiment = fitted.battle, self._experiment
-        wrong = wrong_verdicts(battle.id, battle.verdict, rejected=experiment.dpo_rejected, seed=experiment.seed)
-        orders = [self._judge_lines(battle.id, fitted.message, battle.verdict, wrong)]
-        if experiment.swap_copies:
-            # A swapped copy is for training: the validation fold is judged on the battles as they were.
-            swapped = (swap_verdict(battle.verdict), tuple(map(swap_verdict, wrong)))
-            orders.append(self._judge_lines(battle.id, fitted.message_swapped, *swapped))
-        for name in orders[0]:
-            self._spools[name].add(orders[0][name], orders[1][name] if orders[1:] else ())
-        if pair is not None:
-            self._spools["dpo_reward"].add(reward_rows(pair.pair, battle.verdict))
-        self._add(fitted, pair, split="train")
-
-    def add_test(self, fitted: Fitted, pair: FittedPair | None) -> None:
-        self._add(fitted, pair, split="test")
-
-    def split(self) -> dict[str, int]:
-        """Divide the labelled rows into the folds; write the data sets and rows.parquet; return row counts."""
-        import pyarrow as pa
-        from pyarrow.parquet import write_table
-
-        labelled = [i for i, split in enumerate(self._rows["split"]) if split == "train"]
-        groups = [self._rows["group"][i] for i in labelled]
-        verdicts = [self._rows["verdict"][i] for i in labelled]
-        experiment = self._experiment
-        for i, valid in zip(
-            labelled,
-            validation_rows(groups, verdicts, share=experiment.valid_share, seed=experiment.seed),
-            strict=True,
-        ):
-            if valid:
-                self._rows["split"][i] = "valid"
-        splits = [self._rows["split"][i] for i in labelled]
-        counts = {f"{n}_{s}": rows for n, spool in self._spools.items() for s, rows in spool.divide(splits).items()}
-        write_table(pa.table(self._rows, schema=_row_schema()), self._folder / "rows.parquet", compression="zstd")
-        _refuse_empty(counts, experiment, ties=verdicts.count("tie"), battles=len(verdicts))
-        return {**counts, "test": self._rows["split"].count("test")}
-
-    def pairs_audit(self, counts: dict[str, int]) -> dict[str, Any]:
-        """Return what the audit says of the preference sets that were asked for."""
-        audit: dict[str, Any] = {}
-        for view in (view for view in VIEWS if view in self._views):
-            audit[view] = {split: counts[f"dpo_{view}_{split}"] for split in ("train", "valid")}
-        if "judge" in audit:
-            audit["judge"]["rejected"] = self._experiment.dpo_rejected
-        if "reward" in audit:
-            audit["reward"] |= self._tallies["train"].preferences()
-            audit["reward"]["truncation"] = {n: t.truncation() for n, t in self._tallies.items() if t.battles}
-        return audit
-
-    def _judge_lines(self, battle_id: str, message: str, verdict: str, wrong: tuple[str, ...]) -> dict[str, list[str]]:
-        human, label = turn_json("human", message), self._labels[verdict]
-        answered = f'{{"id": {json.dumps(battle_id)}, "conversations": [{human}, {turn_json("gpt", label)}]}}\n'
-        lines = {"sft": [answered]}
-        if "judge" in self._views:
-            lines["dpo_judge"] = judge_rows(battle_id, human, label, [self._labels[w] for w in wrong])
-        return lines
-
-    def _add(self, fitted: Fitted, pair: FittedPair | None, split: str) -> None:
-        battle = fitted.battle
-        for name, value in {
-            "id": battle.id,
-            "split": split,
-            "verdict": battle.verdict,
-            "group": prompt_group(battle),
-            "language": battle.language,
-            "turns": battle.turns + fitted.dropped,
-            "dropped": fitted.dropped,
-            "cut": fitted.cut,
-            "tokens": fitted.tokens,
-            "tokens_full": fitted.tokens_full,
-            "chars_prompt": sum(map(len, battle.prompts)),
-            "chars_a": sum(map(len, battle.responses_a)),
-            "chars_b": sum(map(len, battle.responses_b)),
-        }.items():
-            self._rows[name].append(value)
-        self._battles.add({name: getattr(battle, name) for name in _text_schema().names})
-        if pair is not None:
-            self._pairs.add(pair_record(pair))
-            self._tallies[split].add(pair, turns=battle.turns + fitted.dropped, verdict=battle.verdict)
-
-
-class _ParquetFile:
-    """A parquet file that is written row by row, in groups of rows."""
-
-    def __init__(self, path: Path, schema):
-        from pyarrow.parquet import ParquetWriter
-
-        self._schema, self._waiting = schema, []
-        self._writer = ParquetWriter(path, schema, compression="zstd")
-
-    def add(self, row: dict[str, Any]) -> None:
-        self._waiting.append(row)
-        if len(self._waiting) >= 2 * _CHUNK:
-            self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        if self._waiting:
-            self._writer.write_table(pa.Table.from_pylist(self._waiting, schema=self._schema))
-            self._waiting.clear()
-
-
-def _text_schema():
-    import pyarrow as pa
-
-    texts = pa.list_(pa.string())
-    return pa.schema([("id", pa.string()), ("prompts", texts), ("responses_a", texts), ("responses_b", texts)])
-
-
-def _row_schema():
-    import pyarrow as pa
-
-    strings = ("id", "split", "verdict", "group", "language")
-    counts = ("turns", "dropped", "tokens", "tokens_full", "chars_prompt", "chars_a", "chars_b")
-    fields = {**dict.fromkeys(strings, pa.string()), **dict.fromkeys(counts, pa.int32()), "cut": pa.bool_()}
-    return pa.schema(list(fields.items()))
-
-
 def _audit(experiment: Experiment, reader, test_reader, tallies, counts) -> dict[str, Any]:
     sources = {"train": reader} | ({"test": test_reader} if test_reader else {})
     return {
@@ -340,61 +226,43 @@ def _audit(experiment: Experiment, reader, test_reader, tallies, counts) -> dict
     }
 
 
-def _refuse_empty(counts: dict[str, int], experiment: Experiment, *, ties: int, battles: int) -> None:
-    """Raise ArenaError for a set without a row, on which LLaMA-Factory would stop or validate nothing."""
-    empty = [name for name, count in counts.items() if not count]
-    if not empty:
-        return
-    remedy = "give more battles with different prompts, or change valid_share in experiment.yaml"
-    if all(name.startswith("dpo_reward") for name in empty):
-        remedy = "give battles with a winner and two different responses, or prepare without the reward view"
-    raise ArenaError(
-        f"no row is left for {', '.join(empty)} ({battles} battles, {ties} of them ties)",
-        where=str(experiment.data_folder),
-        remedy=remedy,
-    )
-
-
-def _describe(folder: Path, experiment: Experiment, prompt: JudgePrompt, frame, audit, truth: Path | None) -> None:
-    """Write the small files; the manifest with everybody's hash is the last."""
+def _describe(
+    folder: Path, experiment: Experiment, prompt: JudgePrompt, frame, audit, truth: Path | None
+) -> dict[str, str]:
+    """Write the small files, the manifest with everybody's hash last; return the hashes."""
     write_json(folder / "dataset_info.json", dataset_entries(experiment, audit["pairs"]))
     write_json(folder / "audit.json", audit)
     with atomic_file(folder / "judge_prompt.j2") as file:
         file.write(prompt.source)
     if truth:
         shutil.copyfile(truth, folder / "truth.csv")
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
     write_json(
         folder / "manifest.json",
         {
             "format": FORMAT,
             "experiment": experiment.model_dump(mode="json", exclude={"recipes", "description"}),
+            "views": list(audit["pairs"]),
+            "sources": {
+                name: {"file": source["file"], "sha256": sha256_of(Path(source["file"]))}
+                for name, source in audit["sources"].items()
+            },
             "frame": asdict(frame),
-            "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
+            "files": files,
         },
     )
+    return files
 
 
-def set_names(views: Collection[View]) -> list[str]:
-    """Return the data sets of these views, without the experiment's name and the split."""
-    return ["sft", *(f"dpo_{view}" for view in VIEWS if view in views)]
-
-
-def dataset_entries(experiment: Experiment, views: Collection[View] = VIEWS, within: str = "") -> dict[str, Any]:
-    """Return this experiment's entries of LLaMA-Factory's dataset_info.json; `within` is a folder prefix."""
-    tags = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
-    entries = {}
-    for name in set_names(views):
-        pairs = name != "sft"
-        columns = {"chosen": "chosen", "rejected": "rejected"} if pairs else {}
-        for split in ("train", "valid"):
-            entries[f"{experiment.name}_{name}_{split}"] = {
-                "file_name": f"{within}{name}_{split}.jsonl",
-                "formatting": "sharegpt",
-                **({"ranking": True} if pairs else {}),
-                "columns": {"messages": "conversations", **columns},
-                "tags": tags,
-            }
-    return entries
+def _refuse_changed(experiment: Experiment, files: Mapping[str, str], unchanged: Mapping[str, str]) -> None:
+    changed = [name for name, digest in unchanged.items() if files.get(name) != digest]
+    if changed:
+        raise ArenaError(
+            f"{', '.join(changed)} would come out otherwise than before: experiment.yaml, the judge prompt or the "
+            "tokenizer has changed since the export",
+            where=str(experiment.data_folder),
+            remedy=f"python run.py prepare -e {experiment.name} --train FILE, and train again",
+        )
 
 
 def _publish(experiment: Experiment, audit: dict[str, Any]) -> None:

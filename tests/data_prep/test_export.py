@@ -79,7 +79,7 @@ def test_files_describe_themselves(experiment, arena):
     assert manifest["files"] == {p.name: sha256_of(p) for p in folder.iterdir() if p.name != "manifest.json"}
     own = json.loads((folder / "dataset_info.json").read_text())
     shared = json.loads(Path("data/dataset_info.json").read_text())
-    names = ("sft", "dpo_judge", "dpo_reward")
+    names = ("sft", "dpo_judge")
     assert set(own) == set(shared) == {f"exam_{name}_{split}" for name in names for split in ("train", "valid")}
     assert all(entry.get("ranking", False) == ("dpo" in name) for name, entry in own.items())
     assert (folder / own["exam_sft_train"]["file_name"]).is_file()
