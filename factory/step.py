@@ -25,6 +25,11 @@ class Step:
         return self.merges or self.name
 
     @property
+    def asked_by(self) -> str:
+        """The arguments of run.py that run it: sft, dpo --view judge, dpo --view reward, rm."""
+        return self.trains.replace("dpo_", "dpo --view ")
+
+    @property
     def command(self) -> str:
         """The command of llamafactory-cli that runs it."""
         return "export" if self.merges else "train"

@@ -79,7 +79,9 @@ def read_report(experiment: Experiment, stage: str) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ArenaError(
-            "there is no readable report of this stage", where=str(path), remedy=f"run.py {stage} -e {experiment.name}"
+            "there is no readable report of this stage",
+            where=str(path),
+            remedy=f"python run.py {STEPS[stage].asked_by} -e {experiment.name}" if stage in STEPS else "check --stage",
         ) from None
 
 

@@ -53,7 +53,11 @@ def test_every_command_and_option_is_explained_and_stands_in_the_readme(command)
         (["prepare", "-e", "../demo", "--train", "x.csv"], 2, ["is not an experiment's name", "remedy"]),
         (["prepare", "-e", "demo"], 2, ["--train"]),
         (["sft", "-e", "demo", "--until", "never"], 2, ["--until"]),
-        (["score", "-e", "demo", "--input", "x.csv"], 1, ["judge.json is missing", "remedy"]),
+        (
+            ["score", "-e", "demo", "--input", "x.csv"],
+            1,
+            ["no readable report of this stage", "remedy: python run.py sft -e demo"],
+        ),
         (["nonsense"], 2, ["No such command"]),
     ],
 )
