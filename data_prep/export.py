@@ -116,10 +116,8 @@ def export(
     frame, tokenizer = load_frame(experiment)
     prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
     budget = {"cutoff_len": experiment.cutoff_len, "shares": experiment.budget_shares}
-    fitters = _Fitters(
-        Fitter(frame, tokenizer, prompt, **budget),
-        PairFitter(frame, tokenizer, **budget) if "reward" in views else None,
-    )
+    pair_fitter = PairFitter(frame, tokenizer, **budget) if "reward" in views else None
+    fitters = _Fitters(Fitter(frame, tokenizer, prompt, **budget), pair_fitter)
     with atomic_folder(experiment.data_folder) as folder:
         with Writer(folder, experiment, views) as writer:
             tallies = {"train": _Tally(), "test": _Tally()}

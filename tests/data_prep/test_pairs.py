@@ -271,11 +271,11 @@ def test_exported_trained_and_scored_ids_are_the_same(experiment, arena, source,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "changed"),
-    [("llama3", {}), ("default", {}), ("gemma2", {}), ("qwen3", {"enable_thinking": False}), ("mistral", {})],
+    [("llama3", {}), ("default", {}), ("gemma2", {}), ("qwen3", {"enable_thinking": False}), ("vicuna", {})],
 )
 def test_the_frame_of_other_templates_is_found(experiment, arena, template, changed, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(Path("hf_cache").absolute()))
-    experiment = experiment.model_copy(update={"template": template, **changed})
+    experiment = experiment.model_copy(update={"template": template, "cutoff_len": 400, **changed})
     table = pd.read_csv(arena.train, dtype=str, keep_default_na=False)
     thoughtful = next(i for i, cell in enumerate(table["prompt"]) if len(json.loads(cell)) == 1)
     table.loc[thoughtful, "response_a"] = json.dumps(["<think>\nhm\n</think>\n\nyes"])
