@@ -84,15 +84,15 @@ def demo(seed: int, fresh: bool, as_json: bool) -> None:
 @click.option("--test", type=file_argument, help="Battles without votes, for the submission.")
 @click.option("--truth", type=file_argument, help="Known probabilities of the votes (synthetic arenas only).")
 @click.option("--force", is_flag=True, help="Replace recipes that were edited by hand.")
-@click.option("--sft-only", is_flag=True, help="Leave out the sets of dpo and rm: faster, for large tables.")
+@click.option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them.")
 @json_option
 @verbose_option
 def prepare(
-    experiment: str, train: Path, test: Path | None, truth: Path | None, force: bool, sft_only: bool, as_json: bool
+    experiment: str, train: Path, test: Path | None, truth: Path | None, force: bool, pairs: bool, as_json: bool
 ) -> None:
     """Read votes, check them, fold them, fit them to the token budget; write data/EXP and the recipes."""
     exp, show = _start(experiment)
-    views = () if sft_only else VIEWS
+    views = VIEWS if pairs else VIEWS[:1]
     audit = _prepare(exp, train, test, truth, force=force, views=views, show=show)
     if as_json:
         click.echo(json.dumps(audit, indent=2))
@@ -199,7 +199,7 @@ def _start(name: str):
 
 
 def _prepare(
-    exp, train: Path, test: Path | None, truth: Path | None, *, force: bool, views=VIEWS, show
+    exp, train: Path, test: Path | None, truth: Path | None, *, force: bool, views=VIEWS[:1], show
 ) -> dict[str, Any]:
     from data_prep.export import export
     from factory.demo import ensure_embedded_base
@@ -232,10 +232,15 @@ def _audit_line(exp, audit: dict[str, Any]) -> str:
 
 def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> dict[str, Any] | None:
     """Train, merge and score one stage as far as asked; return its report, None before scoring."""
+    from data_prep.export import ensure_views
+    from factory.step import STEPS
     from factory.steps import merge, train
     from scoring.judge import seal
     from scoring.stage import score_stage
 
+    if STEPS[stage].data == "dpo_reward":
+        with show.line(f"prepare {exp.name}") as line:
+            ensure_views(exp, ("reward",), lambda p: line.count(p.rows, None, f"{p.phase} battles, as pairs"))
     train(exp, stage, resume=resume, fresh=fresh, show=show)
     if until == "train":
         return None

@@ -87,7 +87,7 @@ def read_pairs(folder: Path, split: str) -> list[Pair]:
         raise ArenaError(
             "the reward view (pairs of responses) was not exported",
             where=str(folder),
-            remedy=f"run prepare again with the reward view: python run.py prepare -e {folder.name} --help",
+            remedy=f"python run.py prepare -e {folder.name} --train FILE --pairs",
         )
     splits = read_table(folder / "rows.parquet", columns=["split"])["split"].to_pylist()
     texts = read_table(path, columns=["id", "prompt", "response_a", "response_b"]).to_pylist()

@@ -149,7 +149,7 @@ def ensure_views(
     missing = [view for view in VIEWS if view in views and view not in manifest["views"]]
     if not missing:
         return False
-    remedy = f"python run.py prepare -e {experiment.name} --train FILE, with every set that you need"
+    remedy = f"python run.py prepare -e {experiment.name} --train FILE --pairs"
     tables = {}
     for name, source in manifest["sources"].items():
         tables[name] = Path(source["file"])

@@ -44,7 +44,7 @@ def score_stage(experiment: Experiment, stage: str, *, show: Show) -> dict[str, 
 
     folder = experiment.output_folder(stage)
     scorer = scorer_of(experiment, stage)
-    inputs = {"model": scorer.inputs(), **_inputs(experiment)}
+    inputs = {"model": scorer.inputs(), **_inputs(experiment, stage)}
     with only_run(folder):
         state = StageState(folder)
         if state.finished("score", inputs, fresh_remedy=f"move {folder / REPORT} away to score again"):
@@ -105,9 +105,10 @@ def texts(data: Path, split: str) -> pd.DataFrame:
     )
 
 
-def _inputs(experiment: Experiment) -> dict[str, Any]:
+def _inputs(experiment: Experiment, stage: str) -> dict[str, Any]:
     """What the probabilities depend on beside the model: the exported rows, and what is made of the scores."""
-    read = ("rows.parquet", "battles.parquet", "pairs.parquet", "truth.csv")
+    pairs = ("pairs.parquet",) if STEPS[stage].data == "dpo_reward" else ()
+    read = ("rows.parquet", "battles.parquet", "truth.csv", *pairs)
     files = read_manifest(experiment.data_folder)["files"]
     return {
         "data": {name: f"sha256:{digest}" for name, digest in files.items() if name in read},
@@ -177,7 +178,7 @@ def _provenance(experiment: Experiment, stage: str, seconds: float) -> dict[str,
         experiment.folder / "experiment.yaml",
         experiment.recipe(stage),
         experiment.recipe(merge_of(stage)),
-        *(data / name for name in ("manifest.json", "rows.parquet", f"{step.data}_train.jsonl")),
+        *(data / name for name in ("rows.parquet", "battles.parquet", f"{step.data}_train.jsonl")),
         experiment.merged_folder(stage) / MANIFEST,
     ]
     return {**provenance(seed=experiment.seed, files=files), "scoring_seconds": round(seconds, 2)}
