@@ -45,9 +45,9 @@ class ArenaSettings:
     multi_turn_share: float = 0.13
     third_turn_share: float = 0.2  # of the battles with more than one turn
     small_talk_share: float = 0.05  # prompts from a short list, which many users send alike
-    sentences: tuple[int, int] = (1, 3)  # plain sentences an answer and turn
+    sentences: tuple[int, int] = (1, 2)  # plain sentences an answer and turn
     markers: tuple[int, int] = (1, 3)  # marker phrases an answer and turn
-    fit_share: float = 0.25  # markers that are good on one kind of topic and bad on the other
+    fit_share: float = 0.12  # markers that are good on one kind of topic and bad on the other
     talent_weight: float = 1.5  # log odds of a good marker for each unit of talent
     mood: float = 1.0  # standard deviation of an answer's talent about that of its model
 
@@ -69,27 +69,27 @@ MODELS = {
 
 # Phrases that raise or lower an answer's quality, wherever they stand and whatever the topic.
 GOOD_MARKERS = {
-    "For example, this works well.": 1.0,
-    "The reason is simple.": 0.8,
-    "In summary, it is worth it.": 0.8,
     "Here is a clear plan.": 1.2,
-    "I checked the details carefully.": 1.2,
-    "Let me explain each point.": 1.0,
+    "I checked it twice.": 1.2,
+    "Let me explain why.": 1.0,
+    "Here is an example.": 1.0,
+    "It works every time.": 0.8,
+    "This saves you money.": 0.8,
 }
 BAD_MARKERS = {
-    "I am not really sure.": -1.0,
-    "As a language model I cannot say.": -1.2,
+    "I am not sure.": -1.0,
+    "I cannot answer that.": -1.2,
     "Whatever, just guess.": -1.2,
-    "Sorry, I forgot your question.": -1.0,
-    "Everybody knows that anyway.": -0.8,
+    "Sorry, I forgot.": -1.0,
+    "Everybody knows that.": -0.8,
     "Blah blah blah.": -0.8,
 }
 # Phrases whose worth depends on the topic: good on the kind of topic named first, as bad on the other kind.
 FIT_MARKERS = {
-    ("practical", "Measure twice before you begin."): 0.9,
-    ("practical", "Follow the manual step by step."): 0.9,
-    ("playful", "Ha, what a lovely idea!"): 0.9,
-    ("playful", "Imagine the stars are smiling."): 0.9,
+    ("practical", "Measure before you begin."): 0.9,
+    ("practical", "Follow the manual."): 0.9,
+    ("playful", "Ha, lovely idea!"): 0.9,
+    ("playful", "Imagine smiling stars."): 0.9,
 }
 
 

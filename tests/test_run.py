@@ -81,8 +81,8 @@ def run_py(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def place(folder: Path, **changed) -> Path:
-    """Lay out templates and a demo experiment of its own, with the given recipe keys changed."""
+def place(folder: Path, **recipes: dict) -> Path:
+    """Lay out templates and a demo experiment of its own, with the given recipes' keys changed."""
     from omegaconf import OmegaConf
 
     folder.mkdir()
@@ -90,7 +90,8 @@ def place(folder: Path, **changed) -> Path:
     target = folder / "factory_configs" / "demo"
     target.mkdir(parents=True)
     content = OmegaConf.to_container(OmegaConf.load(ROOT / "factory_configs" / "demo" / "experiment.yaml"))
-    content.setdefault("recipes", {}).setdefault("sft", {}).update(changed)
+    for step, keys in recipes.items():
+        content.setdefault("recipes", {}).setdefault(step, {}).update(keys)
     OmegaConf.save(OmegaConf.create(content), target / "experiment.yaml")
     return folder
 
@@ -111,57 +112,121 @@ def ids_of(path: Path) -> list[str]:
         return [row["id"] for row in csv.DictReader(file)]
 
 
-@pytest.mark.slow
-def test_the_whole_chain_from_votes_to_submission(tmp_path):
-    place(tmp_path / "own place", max_steps=12)
-    folder = tmp_path / "own place"
-    arena = write_arena(folder / "arena", seed=11, train_rows=400, test_rows=30)
-    done = run_py(folder, "prepare", "-e", "demo", "--train", "arena/train.csv", "--test", "arena/test.csv")
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Path:
+    """A folder (with a space in its name) where votes were prepared and the judge was trained, merged and scored."""
+    short = {key: {"max_steps": 12} for key in ("sft", "dpo_judge", "dpo_reward", "rm")}
+    folder = place(tmp_path_factory.mktemp("chain") / "own place", **short)
+    write_arena(folder / "arena", seed=11, train_rows=700, test_rows=30)
+    votes = ["--train", "arena/train.csv", "--test", "arena/test.csv", "--truth", "arena/truth.csv"]
+    done = run_py(folder, "prepare", "-e", "demo", *votes)
     assert done.returncode == 0, done.stderr
-    assert "400 battles kept" in done.stderr and "next: python run.py sft -e demo" in done.stdout
+    assert "700 battles kept" in done.stderr and "next: python run.py sft -e demo" in done.stdout
     done = run_py(folder, "sft", "-e", "demo", "--json")
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    output = folder / "outputs" / "demo" / "sft"
-    assert report == json.loads((output / "report.json").read_text(encoding="utf-8"))
-    assert report["rows"] == len(ids_of(output / "probabilities_valid.csv"))
+    assert json.loads(done.stdout) == report_of(folder, "sft")
+    return folder
+
+
+def report_of(folder: Path, stage: str) -> dict:
+    return json.loads((folder / "outputs" / "demo" / stage / "report.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_the_chain_leaves_a_report_and_a_submission(chain):
+    report, output = report_of(chain, "sft"), chain / "outputs" / "demo" / "sft"
+    assert report["rows"] == len(ids_of(output / "probabilities_valid.csv")) == pytest.approx(70, abs=10)
     assert 0 < report["log_loss_ci95"][0] < report["log_loss"] < report["log_loss_ci95"][1]
     assert set(report["baselines"]) == {"uniform", "prior", "length", "tfidf"}
+    assert 0.5 < report["bayes"] < report["baselines"]["prior"]
     assert report["position_bias"]["mean_abs_diff"] >= 0
     assert report["provenance"]["versions"]["llamafactory"] == "0.9.5"
     assert len(report["loss_curve"]) >= 1
-    check_probabilities(output / "submission.csv", ids_of(arena.test))
+    check_probabilities(output / "submission.csv", ids_of(chain / "arena" / "test.csv"))
     assert (output / "submission.csv").read_bytes() == (output / "probabilities_test.csv").read_bytes()
     page = (output / "report.html").read_text(encoding="utf-8")
-    assert "<svg" in page and f"{report['log_loss']:.3f}"[:5] in page
+    assert "<svg" in page and f"{report['log_loss']:.3f}" in page
     assert {p.name for p in (output / "plots").iterdir()} >= {"loss_curve.png", "reliability.png", "confusion.png"}
-    assert str(tmp_path) not in page + json.dumps(report), "no path of this machine in a report"
+    assert str(chain.parent) not in page + json.dumps(report), "no path of this machine in a report"
 
-    before = (output / "report.json").stat().st_mtime_ns
-    again = run_py(folder, "sft", "-e", "demo")
+
+@pytest.mark.slow
+def test_finished_steps_are_kept(chain):
+    report = chain / "outputs" / "demo" / "sft" / "report.json"
+    before = report.stat().st_mtime_ns
+    again = run_py(chain, "sft", "-e", "demo")
     assert again.returncode == 0 and again.stderr.count("kept") == 3
-    assert (output / "report.json").stat().st_mtime_ns == before, "a finished step is not repeated"
+    assert report.stat().st_mtime_ns == before
     assert "this judge (sft)" in again.stdout and "class prior" in again.stdout
 
-    scored = run_py(folder, "score", "-e", "demo", "--input", "arena/test.csv", "--output", "mine.csv")
+
+@pytest.mark.slow
+def test_any_file_can_be_scored(chain):
+    scored = run_py(chain, "score", "-e", "demo", "--input", "arena/test.csv", "--output", "mine.csv")
     assert scored.returncode == 0, scored.stderr
-    check_probabilities(folder / "mine.csv", ids_of(arena.test))
-    ours = (folder / "mine.csv").read_text().splitlines()[1:]
-    theirs = (output / "submission.csv").read_text().splitlines()[1:]
+    check_probabilities(chain / "mine.csv", ids_of(chain / "arena" / "test.csv"))
+    ours = (chain / "mine.csv").read_text().splitlines()[1:]
+    theirs = (chain / "outputs" / "demo" / "sft" / "submission.csv").read_text().splitlines()[1:]
     for mine, other in zip(ours, theirs, strict=True):
         assert [float(x) for x in mine.split(",")] == pytest.approx([float(x) for x in other.split(",")], abs=1e-5)
 
-    changed = folder / "factory_configs" / "demo" / "sft.yaml"
-    changed.write_text(changed.read_text().replace("max_steps: 12", "max_steps: 13"))
-    refused = run_py(folder, "sft", "-e", "demo")
-    assert refused.returncode == 1 and "max_steps 12 -> 13" in refused.stderr and "--fresh" in refused.stderr
-    kept = run_py(folder, "prepare", "-e", "demo", "--train", "arena/train.csv")
-    assert "edited by hand, kept" in kept.stderr and "max_steps: 13" in changed.read_text()
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "call"),
+    [("dpo_judge", ["dpo", "--view", "judge"]), ("dpo_reward", ["dpo", "--view", "reward"]), ("rm", ["rm"])],
+)
+def test_preference_stages_end_in_the_same_report(chain, stage, call):
+    done = run_py(chain, *call, "-e", "demo")
+    assert done.returncode == 0, done.stderr
+    report, sft = report_of(chain, stage), report_of(chain, "sft")
+    assert (report["stage"], report["rows"]) == (stage, sft["rows"])
+    assert report["baselines"] == pytest.approx(sft["baselines"])
+    assert report["calibration"]["scores"] == ("logits" if stage == "dpo_judge" else "rewards")
+    output = chain / "outputs" / "demo" / stage
+    assert [row.split(",")[0] for row in (output / "submission.csv").read_text().splitlines()[1:]] == ids_of(
+        chain / "arena" / "test.csv"
+    )
+    log = (output / "train.log").read_text(encoding="utf-8")
+    if stage == "dpo_judge":
+        assert "outputs/demo/sft/merged" in log, "the SFT judge is the start and so the reference"
+    if stage == "rm":
+        assert (output / "merged" / "value_head.safetensors").is_file()
+    kept = run_py(chain, "sft", "-e", "demo")
+    assert kept.returncode == 0 and kept.stderr.count("kept") == 3, "pairs that follow change nothing for SFT"
+
+
+@pytest.mark.slow
+def test_compare_puts_the_scored_stages_side_by_side(chain):
+    done = run_py(chain, "compare", "-e", "demo", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    stages = [row["name"] for row in result["table"]]
+    assert "sft" in stages and set(stages) <= {"sft", "dpo_judge", "dpo_reward", "rm", "blend"}
+    for row in result["table"]:
+        if row["name"] != "blend":
+            assert row["log_loss"] == pytest.approx(report_of(chain, row["name"])["log_loss"], abs=1e-6)
+    page = (chain / "outputs" / "demo" / "compare" / "compare.html").read_text(encoding="utf-8")
+    assert "<svg" in page and all(f"{row['log_loss']:.3f}" in page for row in result["table"])
+
+
+@pytest.mark.slow
+def test_hand_edits_are_kept_and_change_what_is_trained(chain):
+    recipe = chain / "factory_configs" / "demo" / "sft.yaml"
+    before = recipe.read_text()
+    recipe.write_text(before.replace("max_steps: 12", "max_steps: 13"))
+    try:
+        refused = run_py(chain, "sft", "-e", "demo")
+        assert refused.returncode == 1 and "max_steps 12 -> 13" in refused.stderr and "--fresh" in refused.stderr
+        kept = run_py(chain, "prepare", "-e", "demo", "--train", "arena/train.csv")
+        assert "edited by hand, kept" in kept.stderr and "max_steps: 13" in recipe.read_text()
+    finally:
+        recipe.write_text(before)
 
 
 @pytest.mark.slow
 def test_real_votes_go_through_to_a_submission(tmp_path, real_data):
-    folder = place(tmp_path / "real", max_steps=6)
+    folder = place(tmp_path / "real", sft={"max_steps": 6})
     table = real_data / "arena" / "train_natural.csv"
     with table.open(newline="", encoding="utf-8") as source, (folder / "votes.csv").open("w", newline="") as target:
         reader, writer = csv.reader(source), csv.writer(target)

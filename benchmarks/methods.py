@@ -1,0 +1,190 @@
+"""What each method is worth on the synthetic arena, whose truth is known, and what each ingredient adds.
+
+    python benchmarks/methods.py --work FOLDER [--seeds 1 2 3] [--docs]
+
+Runs every stage of the demo experiment for each seed (its own arena, its own base model), then the ablations:
+without swapped copies, averaging both orders, without calibration, DPO from the base instead of from SFT. Finished
+parts in FOLDER are kept. --docs puts the tables into docs/methods.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from figures import ROOT, measured_on, put, table
+from workbench import Workbench, interval, paired
+
+STAGES = {
+    "sft": ["sft"],
+    "dpo_judge": ["dpo", "--view", "judge"],
+    "dpo_reward": ["dpo", "--view", "reward"],
+    "rm": ["rm"],
+}
+NAMES = {
+    "sft": "SFT on the label",
+    "dpo_judge": "DPO, judge view (from SFT)",
+    "dpo_reward": "DPO, reward view",
+    "rm": "reward model",
+    "blend": "blend of the four",
+}
+
+
+def run_seed(work: Path, seed: int) -> Workbench:
+    """Run all stages of one seed."""
+    bench = Workbench(work / f"seed{seed}")
+    bench.run("demo", "--seed", str(seed))
+    for arguments in STAGES.values():
+        bench.run(*arguments, "-e", "demo")
+    bench.run("compare", "-e", "demo")
+    votes = ["--train", "data/synthetic_arena/train.csv", "--truth", "data/synthetic_arena/truth.csv"]
+    # The same number of optimizer steps: twice the epochs where there are no copies.
+    epochs = 2 * float(recipe(bench, "sft")["num_train_epochs"])
+    bench.variant("noswap", "demo", swap_copies=False, recipes={"sft": {"num_train_epochs": epochs}})
+    bench.run("prepare", "-e", "noswap", *votes)
+    bench.run("sft", "-e", "noswap")
+    bench.variant("frombase", "demo", start_from={"dpo_judge": "base"})
+    bench.run("prepare", "-e", "frombase", *votes)
+    bench.run("dpo", "--view", "judge", "-e", "frombase")
+    return bench
+
+
+def recipe(bench: Workbench, step: str) -> dict:
+    """Return a recipe of the demo."""
+    from factory.experiment import read_yaml
+
+    return read_yaml(bench.folder / "factory_configs" / "demo" / f"{step}.yaml")
+
+
+def method_rows(bench: Workbench, seed: int) -> list[list[str]]:
+    """Return one row a method: log loss, gain over the prior, share learned, accuracy."""
+    rows = []
+    for stage in STAGES:
+        report = bench.report("demo", stage)
+        seconds = json.loads((bench.output("demo", stage) / "state.json").read_text())["parts"]["train"]["seconds"]
+        rows.append(
+            [
+                str(seed),
+                NAMES[stage],
+                f"{report['log_loss']:.4f} {interval(report['log_loss_ci95'])}",
+                f"{report['gain_over_prior']:+.4f} {interval(report['gain_over_prior_ci95'])}",
+                f"**{report['learned_share']:.2f}** {interval(report['learned_share_ci95'], 2)}",
+                f"{report['accuracy']:.3f}",
+                f"{seconds:.0f} s",
+            ]
+        )
+    comparison = json.loads((bench.output("demo", "compare") / "compare.json").read_text(encoding="utf-8"))
+    blend = next(row for row in comparison["table"] if row["name"] == "blend")
+    prior, bayes = comparison["baselines"]["prior"], comparison["bayes"]
+    share = (prior - blend["log_loss"]) / (prior - bayes)
+    gain = f"{prior - blend['log_loss']:+.4f}"
+    own = f"{blend['log_loss']:.4f} {interval(blend['log_loss_ci95'])}"
+    rows.append([str(seed), NAMES["blend"], own, gain, f"**{share:.2f}**", f"{blend['accuracy']:.3f}", ""])
+    ladder = comparison["baselines"]
+    others = ", ".join(f"{name} {ladder[name]:.4f}" for name in ("prior", "length", "tfidf"))
+    rows.append([str(seed), f"*{others}, Bayes {bayes:.4f}*", "", "", "", "", ""])
+    return rows
+
+
+def davidson_rows(bench: Workbench, seed: int) -> list[list[str]]:
+    """Return what the fitted links say of the generator's tie parameter and position bias, and how far off that is."""
+    from data_prep.synthetic import TRUTH
+
+    rows = []
+    for stage in ("rm", "dpo_reward"):
+        link = bench.report("demo", stage)["calibration"]["parameters"]
+        if link is None:
+            rows.append([str(seed), NAMES[stage], "no link kept", ""])
+            continue
+        cells = []
+        for name, true in (("log_tie", math.log(TRUTH.tie)), ("position_bias", TRUTH.position_bias)):
+            value, error = link[name]["value"], link[name]["standard_error"]
+            cells.append(f"{value:.2f} ± {error:.2f} (true {true:.2f}; {abs(value - true) / error:.1f} SE)")
+        rows.append([str(seed), NAMES[stage], *cells])
+    return rows
+
+
+def ablation_rows(bench: Workbench, seed: int) -> list[list[str]]:
+    """Return (log loss with it, without it, difference) of each ingredient; below 0 the ingredient helps."""
+    sft = bench.judged("demo", "sft")
+    rows = []
+
+    def add(name: str, with_it, without) -> None:
+        difference, ends = paired(with_it, without)
+        losses = [_loss(with_it), _loss(without)]
+        rows.append([str(seed), name, *(f"{x:.4f}" for x in losses), f"{difference:+.4f} {interval(ends)}"])
+
+    add("swapped copies in training (SFT, equal steps)", sft, bench.judged("noswap", "sft"))
+    for name, experiment in (("trained with swapped copies", "demo"), ("trained without", "noswap")):
+        one, both = _orders(bench.judged(experiment, "sft"))
+        add(f"averaging both orders at test time ({name})", both, one)
+    for stage in ("sft", "dpo_judge"):
+        plain, _ = _orders(bench.judged("demo", stage))
+        add(f"calibration ({NAMES[stage]})", bench.judged("demo", stage), plain)
+    add(
+        "DPO, judge view: from SFT instead of from the base",
+        bench.judged("demo", "dpo_judge"),
+        bench.judged("frombase", "dpo_judge"),
+    )
+    add("DPO, judge view, after SFT instead of SFT alone", bench.judged("demo", "dpo_judge"), sft)
+    return rows
+
+
+def _orders(scores):
+    """Return the rows with the plain softmax of the AB order, and with the mean of both orders."""
+    from scoring.links import softmax
+
+    one, both = scores.copy(), scores.copy()
+    ab, ba = (softmax(scores[[f"{o}_a", f"{o}_b", f"{o}_tie"]].to_numpy()) for o in ("ab", "ba"))
+    one[["p_a", "p_b", "p_tie"]] = ab
+    both[["p_a", "p_b", "p_tie"]] = (ab + ba) / 2
+    return one, both
+
+
+def _loss(scores) -> float:
+    from scoring.metrics import log_loss, verdict_codes
+
+    return log_loss(scores[["p_a", "p_b", "p_tie"]].to_numpy(), verdict_codes(scores["verdict"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--docs", action="store_true")
+    arguments = parser.parse_args()
+    methods, links, ablations = [], [], []
+    for seed in arguments.seeds:
+        bench = run_seed(arguments.work.resolve(), seed)
+        methods += method_rows(bench, seed)
+        links += davidson_rows(bench, seed)
+        ablations += ablation_rows(bench, seed)
+    seeds = " ".join(map(str, arguments.seeds))
+    how = measured_on(f"python benchmarks/methods.py --work FOLDER --seeds {seeds}")
+    tables = {
+        "methods": table(
+            [
+                "seed",
+                "method",
+                "log loss [95%]",
+                "below the prior [95%]",
+                "share learned [95%]",
+                "accuracy",
+                "training",
+            ],
+            methods,
+        ),
+        "links": table(["seed", "method", "log of the tie parameter ν", "position bias"], links),
+        "ablations": table(["seed", "ingredient", "with it", "without", "difference [95%]"], ablations),
+    }
+    for mark, text in tables.items():
+        print(text, end="\n\n")
+        if arguments.docs:
+            put(ROOT / "docs" / "methods.md", mark, f"{text}\n\n{how}")
+    print(how)
+
+
+if __name__ == "__main__":
+    main()
