@@ -15,14 +15,8 @@ import math
 from pathlib import Path
 
 from figures import ROOT, measured_on, put, table
-from workbench import Workbench, interval, paired
+from workbench import STAGES, Workbench, interval, paired
 
-STAGES = {
-    "sft": ["sft"],
-    "dpo_judge": ["dpo", "--view", "judge"],
-    "dpo_reward": ["dpo", "--view", "reward"],
-    "rm": ["rm"],
-}
 NAMES = {
     "sft": "SFT on the label",
     "dpo_judge": "DPO, judge view (from SFT)",

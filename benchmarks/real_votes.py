@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from figures import ROOT, measured_on, put, table
-from workbench import Workbench, interval
+from workbench import STAGES, Workbench, interval
 
 from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 from data_prep.folds import prompt_group
@@ -73,7 +73,7 @@ def own_methods(bench: Workbench, natural: Path) -> list[list[str]]:
 
 
 def scarce_ties(bench: Workbench, natural: Path, clean: Path) -> list[list[str]]:
-    """Train where ties are scarce, judge on held-out natural rows; return a row with and one without the target prior."""
+    """Train where ties are scarce, judge on held-out natural rows; return rows with and without the target prior."""
     battles = [battle for _, battle in VoteReader(natural, labelled=True)]
     groups = sorted({prompt_group(battle) for battle in battles})
     random.Random(1).shuffle(groups)

@@ -12,6 +12,14 @@ from typing import Any
 
 from figures import ROOT
 
+# Each stage's outputs and the arguments of run.py that make them.
+STAGES = {
+    "sft": ["sft"],
+    "dpo_judge": ["dpo", "--view", "judge"],
+    "dpo_reward": ["dpo", "--view", "reward"],
+    "rm": ["rm"],
+}
+
 
 class Workbench:
     """A copy of templates and experiments in which run.py works without touching the checkout's own runs."""
