@@ -28,12 +28,6 @@ from data_prep.readers import VoteReader
 from data_prep.synthetic import TRAIN_COLUMNS, cell
 
 HELD_OUT = 500
-STAGES = {
-    "sft": ["sft"],
-    "dpo_judge": ["dpo", "--view", "judge"],
-    "dpo_reward": ["dpo", "--view", "reward"],
-    "rm": ["rm"],
-}
 # The competition's class shares in its own training table, as its participants knew them.
 NATURAL = {"a": 0.35, "b": 0.34, "tie": 0.31}
 
