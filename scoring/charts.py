@@ -70,7 +70,9 @@ def axis_of(values: list[float], *, most_ticks: int = 6, padding: float = 0.06) 
     if not values:
         return None
     low, high = min(values), max(values)
-    span = (high - low) or max(abs(high), 1.0) * 0.1
+    if low == high:  # one value stands in the middle of its axis
+        low, high = low - max(abs(low), 1.0) * 0.05, high + max(abs(high), 1.0) * 0.05
+    span = high - low
     low, high = low - padding * span, high + padding * span
     step = _round_step((high - low) / most_ticks)
     first, last = math.ceil(low / step), math.floor(high / step)

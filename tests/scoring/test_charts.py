@@ -77,3 +77,10 @@ def test_confusion_shares_are_of_the_row():
     cells = charts.confusion([[3, 1, 0], [0, 0, 0], [1, 1, 2]])
     assert [cell["share"] for cell in cells[0]] == [0.75, 0.25, 0.0]
     assert [cell["share"] for cell in cells[1]] == [None] * 3
+
+
+def test_a_curve_of_one_point_can_be_drawn():
+    drawing = charts.curve([{"step": 10, "loss": 1.2}])
+    assert drawing["first"] == drawing["last"] == (10, 1.2)
+    x, y = map(float, drawing["raw"].split()[0].split(","))
+    assert x == 50 and 40 < y < 60
