@@ -25,10 +25,10 @@ class BaseModelSize:
     """The shape of the network; the vocabulary is an upper bound, a small corpus fills less."""
 
     vocabulary: int = 1024
-    hidden: int = 128
+    hidden: int = 64
     layers: int = 2
-    heads: int = 4
-    feed_forward: int = 256
+    heads: int = 8
+    feed_forward: int = 128
     positions: int = 4096
 
 

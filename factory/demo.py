@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 EMBEDDED_BASE = "models/arena-tiny"
 ARENA = Path("data") / "synthetic_arena"
 DEFAULT_SEED = 1
-TRAIN_ROWS, TEST_ROWS = 4000, 500
+TRAIN_ROWS, TEST_ROWS = 6000, 500
 
 
 def demo_arena(experiment: Experiment, seed: int, show: Show) -> tuple[ArenaFiles, bool]:
@@ -32,7 +31,7 @@ def demo_arena(experiment: Experiment, seed: int, show: Show) -> tuple[ArenaFile
         write_arena(folder, seed=seed, train_rows=TRAIN_ROWS, test_rows=TEST_ROWS)
         write_json(folder / "drawn.json", drawn)
     show.note(f"drew {TRAIN_ROWS:,} battles with known probabilities and {TEST_ROWS} to submit (seed {seed}): {ARENA}")
-    build_embedded_base(Path(experiment.model), files.train, seed, show)
+    build_embedded_base(experiment, files.train, seed, show)
     return files, earlier is not None and earlier != drawn
 
 
@@ -43,24 +42,21 @@ def ensure_embedded_base(experiment: Experiment, show: Show) -> None:
     with atomic_folder(ARENA) as folder:
         write_arena(folder, seed=DEFAULT_SEED, train_rows=TRAIN_ROWS, test_rows=TEST_ROWS)
         write_json(folder / "drawn.json", {"seed": DEFAULT_SEED, "train_rows": TRAIN_ROWS, "test_rows": TEST_ROWS})
-    build_embedded_base(Path(experiment.model), ARENA / "train.csv", DEFAULT_SEED, show)
+    build_embedded_base(experiment, ARENA / "train.csv", DEFAULT_SEED, show)
 
 
-def build_embedded_base(folder: Path, votes: Path, seed: int, show: Show) -> None:
-    """Build the tiny base, its tokenizer trained on the texts of `votes`."""
+def build_embedded_base(experiment: Experiment, votes: Path, seed: int, show: Show) -> None:
+    """Build the tiny base; its tokenizer learns from whole judge prompts, so that their fixed parts take few tokens."""
+    from data_prep.prompt import JudgePrompt
+    from data_prep.readers import VoteReader
     from factory.base_model import build_base_model
 
+    folder = Path(experiment.model)
+    prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
     with show.line("embedded base") as line:
         line.phase("training a tokenizer, drawing random weights")
-        build_base_model(folder, _texts(votes), seed=seed)
+        build_base_model(folder, (prompt.message(b) for _, b in VoteReader(votes, labelled=True)), seed=seed)
     show.note(f"built a tiny base model with random weights (seed {seed}): {folder}")
-
-
-def _texts(votes: Path) -> Iterator[str]:
-    from data_prep.readers import VoteReader
-
-    for _, battle in VoteReader(votes, labelled=True):
-        yield from (*battle.prompts, *battle.responses_a, *battle.responses_b)
 
 
 def _read(path: Path) -> dict | None:
