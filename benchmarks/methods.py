@@ -27,22 +27,33 @@ NAMES = {
 
 
 def run_seed(work: Path, seed: int) -> Workbench:
-    """Run all stages of one seed."""
+    """Run all stages of one seed and then its ablations; what is finished is kept."""
     bench = Workbench(work / f"seed{seed}")
-    bench.run("demo", "--seed", str(seed))
-    for arguments in STAGES.values():
-        bench.run(*arguments, "-e", "demo")
-    bench.run("compare", "-e", "demo")
+    if not bench.output("demo", "sft").exists():
+        bench.run("demo", "--seed", str(seed))
+    for stage in STAGES:
+        bench.stage("demo", stage)
+    if not (bench.output("demo", "compare") / "compare.json").is_file():
+        bench.run("compare", "-e", "demo")
     votes = ["--train", "data/synthetic_arena/train.csv", "--truth", "data/synthetic_arena/truth.csv"]
     # The same number of optimizer steps: twice the epochs where there are no copies.
     epochs = 2 * float(recipe(bench, "sft")["num_train_epochs"])
     bench.variant("noswap", "demo", swap_copies=False, recipes={"sft": {"num_train_epochs": epochs}})
-    bench.run("prepare", "-e", "noswap", *votes)
-    bench.run("sft", "-e", "noswap")
-    bench.variant("frombase", "demo", start_from={"dpo_judge": "base"})
-    bench.run("prepare", "-e", "frombase", *votes)
-    bench.run("dpo", "--view", "judge", "-e", "frombase")
+    bench.prepare("noswap", *votes)
+    bench.stage("noswap", "sft")
+    # As many optimizer steps from the base as SFT and DPO take together, at SFT's rate.
+    steps = {"max_steps": sft_steps(bench) + recipe(bench, "dpo_judge")["max_steps"]}
+    rate = {"learning_rate": recipe(bench, "sft")["learning_rate"]}
+    bench.variant("frombase", "demo", start_from={"dpo_judge": "base"}, recipes={"dpo_judge": steps | rate})
+    bench.prepare("frombase", *votes)
+    bench.stage("frombase", "dpo_judge")
     return bench
+
+
+def sft_steps(bench: Workbench) -> int:
+    """Return the number of optimizer steps that the demo's SFT took."""
+    log = bench.folder / "saves" / "arena-tiny" / "lora" / "demo_sft" / "trainer_log.jsonl"
+    return json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["total_steps"]
 
 
 def recipe(bench: Workbench, step: str) -> dict:
@@ -57,7 +68,6 @@ def method_rows(bench: Workbench, seed: int) -> list[list[str]]:
     rows = []
     for stage in STAGES:
         report = bench.report("demo", stage)
-        seconds = json.loads((bench.output("demo", stage) / "state.json").read_text())["parts"]["train"]["seconds"]
         rows.append(
             [
                 str(seed),
@@ -66,7 +76,6 @@ def method_rows(bench: Workbench, seed: int) -> list[list[str]]:
                 f"{report['gain_over_prior']:+.4f} {interval(report['gain_over_prior_ci95'])}",
                 f"**{report['learned_share']:.2f}** {interval(report['learned_share_ci95'], 2)}",
                 f"{report['accuracy']:.3f}",
-                f"{seconds:.0f} s",
             ]
         )
     comparison = json.loads((bench.output("demo", "compare") / "compare.json").read_text(encoding="utf-8"))
@@ -75,10 +84,10 @@ def method_rows(bench: Workbench, seed: int) -> list[list[str]]:
     share = (prior - blend["log_loss"]) / (prior - bayes)
     gain = f"{prior - blend['log_loss']:+.4f}"
     own = f"{blend['log_loss']:.4f} {interval(blend['log_loss_ci95'])}"
-    rows.append([str(seed), NAMES["blend"], own, gain, f"**{share:.2f}**", f"{blend['accuracy']:.3f}", ""])
+    rows.append([str(seed), NAMES["blend"], own, gain, f"**{share:.2f}**", f"{blend['accuracy']:.3f}"])
     ladder = comparison["baselines"]
     others = ", ".join(f"{name} {ladder[name]:.4f}" for name in ("prior", "length", "tfidf"))
-    rows.append([str(seed), f"*{others}, Bayes {bayes:.4f}*", "", "", "", "", ""])
+    rows.append([str(seed), f"*{others}, Bayes {bayes:.4f}*", "", "", "", ""])
     return rows
 
 

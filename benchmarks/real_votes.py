@@ -53,10 +53,10 @@ def build_base(bench: Workbench, battles: list[Battle]) -> None:
 
 def own_methods(bench: Workbench, natural: Path) -> list[list[str]]:
     """Train every stage on the natural votes; return one row a method and rung of the ladder."""
-    bench.run("prepare", "-e", "real", "--train", str(natural))
+    bench.prepare("real", "--train", str(natural))
     rows = []
-    for stage, call in STAGES.items():
-        bench.run(*call, "-e", "real")
+    for stage in STAGES:
+        bench.stage("real", stage)
         report = bench.report("real", stage)
         gain = f"{report['gain_over_prior']:+.4f} {interval(report['gain_over_prior_ci95'])}"
         loss = f"{report['log_loss']:.4f} {interval(report['log_loss_ci95'])}"
@@ -85,8 +85,8 @@ def scarce_ties(bench: Workbench, natural: Path, clean: Path) -> list[list[str]]
     rows = []
     for name, prior in (("scarce", None), ("corrected", NATURAL)):
         bench.variant(name, "real", target_prior=prior)
-        bench.run("prepare", "-e", name, "--train", "scarce.csv")
-        bench.run("sft", "-e", name)
+        bench.prepare(name, "--train", "scarce.csv")
+        bench.stage(name, "sft")
         bench.run("score", "-e", name, "--input", "held_out.csv", "--output", f"{name}.csv")
         loss, ends = judged(bench.folder / f"{name}.csv", held)
         said = "declared natural" if prior else "none"

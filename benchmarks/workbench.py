@@ -38,6 +38,16 @@ class Workbench:
         subprocess.run(call, cwd=self.folder, check=True, stdout=subprocess.DEVNULL)
         return time.monotonic() - started
 
+    def stage(self, experiment: str, stage: str) -> None:
+        """Run a stage to its report, unless the report is there already."""
+        if not (self.output(experiment, stage) / "report.json").is_file():
+            self.run(*STAGES[stage], "-e", experiment)
+
+    def prepare(self, experiment: str, *votes: str) -> None:
+        """Export votes for an experiment, unless that was done already."""
+        if not (self.folder / "data" / experiment / "manifest.json").is_file():
+            self.run("prepare", "-e", experiment, *votes)
+
     def variant(self, name: str, of: str, **changed: Any) -> None:
         """Make another experiment from one that is there, with keys of experiment.yaml changed (`recipes` merged)."""
         from omegaconf import OmegaConf
