@@ -100,8 +100,8 @@ def prepare(
         click.echo(f"next: python run.py sft -e {exp.name}")
 
 
-# The view that measured better on the synthetic arena and on real votes; see docs/methods.md.
-DEFAULT_VIEW = "judge"
+# The view that measured better; docs/methods.md has the figures.
+DEFAULT_VIEW = "reward"
 _VIEW_HELP = "judge: the true verdict's label over a wrong one; reward: the winning response over the losing one."
 _UNTIL = click.Choice(["train", "merge", "score"])
 

@@ -3,7 +3,7 @@
     python benchmarks/methods.py --work FOLDER [--seeds 1 2 3] [--docs]
 
 Runs every stage of the demo experiment for each seed (its own arena, its own base model), then the ablations:
-without swapped copies, averaging both orders, without calibration, DPO from the base instead of from SFT. Finished
+without swapped copies, averaging both orders, without calibration, DPO from the base instead of from SFT (first seed only: it is the longest training). Finished
 parts in FOLDER are kept. --docs puts the tables into docs/methods.md.
 """
 
@@ -26,7 +26,7 @@ NAMES = {
 }
 
 
-def run_seed(work: Path, seed: int) -> Workbench:
+def run_seed(work: Path, seed: int, from_base: bool) -> Workbench:
     """Run all stages of one seed and then its ablations; what is finished is kept."""
     bench = Workbench(work / f"seed{seed}")
     if not bench.output("demo", "sft").exists():
@@ -41,13 +41,19 @@ def run_seed(work: Path, seed: int) -> Workbench:
     bench.variant("noswap", "demo", swap_copies=False, recipes={"sft": {"num_train_epochs": epochs}})
     bench.prepare("noswap", *votes)
     bench.stage("noswap", "sft")
+    if from_base:
+        run_from_base(bench, votes)
+    return bench
+
+
+def run_from_base(bench: Workbench, votes: list[str]) -> None:
+    """Run DPO's judge view without SFT before it."""
     # As many optimizer steps from the base as SFT and DPO take together, at SFT's rate.
     steps = {"max_steps": sft_steps(bench) + recipe(bench, "dpo_judge")["max_steps"]}
     rate = {"learning_rate": recipe(bench, "sft")["learning_rate"]}
     bench.variant("frombase", "demo", start_from={"dpo_judge": "base"}, recipes={"dpo_judge": steps | rate})
     bench.prepare("frombase", *votes)
     bench.stage("frombase", "dpo_judge")
-    return bench
 
 
 def sft_steps(bench: Workbench) -> int:
@@ -160,7 +166,7 @@ def main() -> None:
     arguments = parser.parse_args()
     methods, links, ablations = [], [], []
     for seed in arguments.seeds:
-        bench = run_seed(arguments.work.resolve(), seed)
+        bench = run_seed(arguments.work.resolve(), seed, from_base=seed == arguments.seeds[0])
         methods += method_rows(bench, seed)
         links += davidson_rows(bench, seed)
         ablations += ablation_rows(bench, seed)
