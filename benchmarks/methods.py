@@ -3,8 +3,8 @@
     python benchmarks/methods.py --work FOLDER [--seeds 1 2 3] [--docs]
 
 Runs every stage of the demo experiment for each seed (its own arena, its own base model), then the ablations:
-without swapped copies, averaging both orders, without calibration, DPO from the base instead of from SFT (first seed only: it is the longest training). Finished
-parts in FOLDER are kept. --docs puts the tables into docs/methods.md.
+without swapped copies, averaging both orders, without calibration, and (first seed only: it is the longest training)
+DPO from the base instead of from SFT. Finished parts in FOLDER are kept. --docs puts the tables into docs/methods.md.
 """
 
 from __future__ import annotations
