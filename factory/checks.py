@@ -29,7 +29,6 @@ _REFUSED_LOSSES = {
 }
 _RESUMES = "a checkpoint in output_dir is resumed without being asked"
 # The variables that make llamafactory-cli another program, which rejects or reads these recipes otherwise.
-_OTHER_LAUNCHERS = ("USE_V1", "USE_MCA")
 
 
 @dataclass(frozen=True)
@@ -204,15 +203,6 @@ def check_recipe(experiment: Experiment, step: str, root: Path = Path()) -> list
     except ArenaError as error:
         return [f"{path}: {error.what}; {error.remedy}"]
     return [f"{path}: {key}: {fault}" for key, fault in _faults(experiment, its, content)]
-
-
-def check_environment(environment: Mapping[str, str]) -> list[str]:
-    """Return the variables with which a plain llamafactory-cli would not take these recipes; our child drops them."""
-    return [
-        f"environment: {name}: swaps in another launcher, which does not take these recipes; unset {name}"
-        for name in _OTHER_LAUNCHERS
-        if environment.get(name, "").lower() in ("true", "y", "1")
-    ]
 
 
 def _faults(experiment: Experiment, step: Step, content: Mapping[str, Any]) -> list[Fault]:

@@ -30,6 +30,7 @@ _TAIL = 400_000  # bytes of the log that are searched for the error
 # about unknown keys; a log without the number of rows; LLaMA Board's mode; the place of an outer torchrun's worker.
 _REMOVED = (
     "USE_V1",
+    "USE_MCA",
     "ALLOW_EXTRA_ARGS",
     "LLAMAFACTORY_VERBOSITY",
     "LLAMABOARD_ENABLED",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import ArenaError
-from factory.checks import check_environment, check_recipe, check_recipes
+from factory.checks import check_recipe, check_recipes
 from factory.experiment import load_experiment, parse_experiment
 from factory.recipe import write_recipe
 from factory.step import STEPS
@@ -223,12 +223,6 @@ def test_a_repeated_key_and_an_empty_file_are_faults(tmp_path):
     assert any("model_name_or_path: is missing" in fault for fault in check_recipe(its, "sft", tmp_path))
     path.write_text("- a\n", encoding="utf-8")
     assert "must be a YAML mapping" in check_recipe(its, "sft", tmp_path)[0]
-
-
-def test_another_launcher_in_the_environment_is_a_fault():
-    assert check_environment({"USE_V1": "0", "PATH": "x"}) == []
-    assert "unset USE_V1" in check_environment({"USE_V1": "1"})[0]
-    assert "environment: USE_MCA" in check_environment({"USE_MCA": "true"})[0]
 
 
 def test_the_check_is_quick_and_imports_nothing_heavy():

@@ -222,13 +222,13 @@ def test_the_child_ends_when_we_are_killed(tmp_path):
 
 
 def test_the_childs_environment(monkeypatch):
-    for name in ("USE_V1", "ALLOW_EXTRA_ARGS", "LLAMABOARD_ENABLED", "TORCHELASTIC_RUN_ID"):
+    for name in ("USE_V1", "USE_MCA", "ALLOW_EXTRA_ARGS", "LLAMABOARD_ENABLED", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "DISABLE_VERSION_CHECK", "FORCE_TORCHRUN", "GRADIO_SERVER_NAME"):
         monkeypatch.setenv(name, "kept")
     monkeypatch.setenv("PYTHONPATH", "mine")
     environment = child_environment()
-    assert not {"USE_V1", "ALLOW_EXTRA_ARGS", "LLAMABOARD_ENABLED", "TORCHELASTIC_RUN_ID"} & set(environment)
+    assert not {"USE_V1", "USE_MCA", "ALLOW_EXTRA_ARGS", "LLAMABOARD_ENABLED", "TORCHELASTIC_RUN_ID"} & set(environment)
     kept = ("HF_HUB_OFFLINE", "HF_TOKEN", "DISABLE_VERSION_CHECK", "FORCE_TORCHRUN", "GRADIO_SERVER_NAME")
     assert {environment[name] for name in kept} == {"kept"}
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "mine"]
