@@ -28,7 +28,6 @@ _REFUSED_LOSSES = {
     "ipo": "LLaMA-Factory 0.9.5 silently trains sigmoid on length-averaged log-probabilities for it",
 }
 _RESUMES = "a checkpoint in output_dir is resumed without being asked"
-# The variables that make llamafactory-cli another program, which rejects or reads these recipes otherwise.
 
 
 @dataclass(frozen=True)
