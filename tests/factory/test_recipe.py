@@ -103,7 +103,8 @@ def test_dpo_starts_where_the_experiment_says():
     assert (reward["model_name_or_path"], reward["model_revision"]) == ("org/base-4b", "abc123")
     assert judge["dataset"] == "exp_dpo_judge_train"
     assert reward["dataset"] == read(render_recipe(its, "rm"))["dataset"] == "exp_dpo_reward_train"
-    assert (judge["stage"], judge["pref_loss"], judge["pref_beta"]) == ("dpo", "sigmoid", 0.1)
+    assert (judge["stage"], judge["pref_loss"], judge["pref_beta"]) == ("dpo", "sigmoid", 1.0)
+    assert reward["pref_beta"] == 0.1
     assert "adapter_name_or_path" not in judge
     assert "outputs/exp/sft/merged, made by: python run.py sft" in render_recipe(its, "dpo_judge")
 
