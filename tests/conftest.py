@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ CORPUS = [
     "The quick brown fox jumps over the lazy dog. Two assistants answered the same user; decide which is better.",
     "def f(x):\n    return x + 1\n\nnaïve café 日本語 😀 1234567890",
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible():
+    """Let Ctrl-C reach the processes that tests start, also where the shell that started us ignores it (a job with &)."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
 
 
 @pytest.fixture(scope="session")
