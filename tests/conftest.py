@@ -23,7 +23,7 @@ CORPUS = [
 
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible():
-    """Let Ctrl-C reach the processes that tests start, also where the shell that started us ignores it (a job with &)."""
+    """Let Ctrl-C reach the processes that tests start, also where our own shell ignores it (a job with &)."""
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, earlier)
