@@ -1,6 +1,6 @@
 """What each method is worth on the synthetic arena, whose truth is known, and what each ingredient adds.
 
-    python benchmarks/methods.py --work FOLDER [--seeds 1 2 3] [--docs]
+    python benchmarks/methods.py --work FOLDER [--seeds 1 2 3] [--collect] [--docs]
 
 Runs every stage of the demo experiment for each seed (its own arena, its own base model), then the ablations:
 without swapped copies, averaging both orders, without calibration, and (first seed only: it is the longest training)
@@ -118,6 +118,7 @@ def davidson_rows(bench: Workbench, seed: int) -> list[list[str]]:
 def ablation_rows(bench: Workbench, seed: int) -> list[list[str]]:
     """Return (log loss with it, without it, difference) of each ingredient; below 0 the ingredient helps."""
     sft = bench.judged("demo", "sft")
+    unswapped = bench.judged("noswap", "sft") if bench.has("noswap", "sft") else None
     rows = []
 
     def add(name: str, with_it, without) -> None:
@@ -125,10 +126,12 @@ def ablation_rows(bench: Workbench, seed: int) -> list[list[str]]:
         losses = [_loss(with_it), _loss(without)]
         rows.append([str(seed), name, *(f"{x:.4f}" for x in losses), f"{difference:+.4f} {interval(ends)}"])
 
-    add("swapped copies in training (SFT, equal steps)", sft, bench.judged("noswap", "sft"))
-    for name, experiment in (("trained with swapped copies", "demo"), ("trained without", "noswap")):
-        one, both = _orders(bench.judged(experiment, "sft"))
-        add(f"averaging both orders at test time ({name})", both, one)
+    if unswapped is not None:
+        add("swapped copies in training (SFT, equal steps)", sft, unswapped)
+        one, both = _orders(unswapped)
+        add("averaging both orders at test time (trained without swapped copies)", both, one)
+    one, both = _orders(sft)
+    add("averaging both orders at test time (trained with swapped copies)", both, one)
     for stage in ("sft", "dpo_judge"):
         plain, _ = _orders(bench.judged("demo", stage))
         add(f"calibration ({NAMES[stage]})", bench.judged("demo", stage), plain)
@@ -162,11 +165,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--collect", action="store_true", help="run nothing, tabulate what FOLDER holds")
     parser.add_argument("--docs", action="store_true")
     arguments = parser.parse_args()
     methods, links, ablations = [], [], []
     for seed in arguments.seeds:
-        bench = run_seed(arguments.work.resolve(), seed, from_base=seed == arguments.seeds[0])
+        work = arguments.work.resolve()
+        if arguments.collect:
+            bench = Workbench(work / f"seed{seed}")
+        else:
+            bench = run_seed(work, seed, from_base=seed == arguments.seeds[0])
         methods += method_rows(bench, seed)
         links += davidson_rows(bench, seed)
         ablations += ablation_rows(bench, seed)

@@ -40,8 +40,12 @@ class Workbench:
 
     def stage(self, experiment: str, stage: str) -> None:
         """Run a stage to its report, unless the report is there already."""
-        if not (self.output(experiment, stage) / "report.json").is_file():
+        if not self.has(experiment, stage):
             self.run(*STAGES[stage], "-e", experiment)
+
+    def has(self, experiment: str, stage: str) -> bool:
+        """Return whether a stage was run to its report."""
+        return (self.output(experiment, stage) / "report.json").is_file()
 
     def prepare(self, experiment: str, *votes: str) -> None:
         """Export votes for an experiment, unless that was done already."""
