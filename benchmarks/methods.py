@@ -135,12 +135,11 @@ def ablation_rows(bench: Workbench, seed: int) -> list[list[str]]:
     for stage in ("sft", "dpo_judge"):
         plain, _ = _orders(bench.judged("demo", stage))
         add(f"calibration ({NAMES[stage]})", bench.judged("demo", stage), plain)
-    add(
-        "DPO, judge view: from SFT instead of from the base",
-        bench.judged("demo", "dpo_judge"),
-        bench.judged("frombase", "dpo_judge"),
-    )
-    add("DPO, judge view, after SFT instead of SFT alone", bench.judged("demo", "dpo_judge"), sft)
+    dpo = bench.judged("demo", "dpo_judge")
+    if bench.has("frombase", "dpo_judge"):
+        base = bench.judged("frombase", "dpo_judge")
+        add("DPO, judge view: after SFT instead of from the base (equal steps)", dpo, base)
+    add("DPO, judge view, after SFT instead of SFT alone", dpo, sft)
     return rows
 
 
