@@ -188,7 +188,6 @@ def main() -> None:
                 "below the prior [95%]",
                 "share learned [95%]",
                 "accuracy",
-                "training",
             ],
             methods,
         ),
