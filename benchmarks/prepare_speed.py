@@ -161,7 +161,6 @@ def main() -> None:
     parser.add_argument("--cutoff", type=int, default=2048)
     arguments = parser.parse_args()
     battles = battles_of(arguments.votes)
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, {date.today()}\n")
     print("| rows | swapped copies | bare tokenizer | prepare | rows/s | ratio of speeds | peak memory |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
