@@ -1,18 +1,17 @@
 """How fast `prepare` is against the bare tokenizer, and how much memory it takes.
 
-    python benchmarks/prepare_speed.py --votes FILE [FILE ...] [--rows 57477] [--runs 3]
+    python benchmarks/prepare_speed.py --votes FILE [FILE ...] [--rows 57477] [--runs 3] [--readme]
 
 Real rows are repeated with fresh ids up to --rows. In one process, in turn: the bare `tokenizers` batch call over
 the texts that prepare has to measure (each battle's whole judge prompt, uncut, in each order that is exported), then
 the export itself. The tokenizer is a byte-level BPE of 32,000 entries trained on the same votes, the size class of
-real models' tokenizers. Prints a Markdown table; medians over the runs.
+real models' tokenizers. Medians over the runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import resource
 import statistics
 import subprocess
@@ -21,11 +20,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import date
 from itertools import cycle, islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from figures import ROOT, measured_on, put, table
 
 from data_prep import export as export_module
 from data_prep.battle import Battle, swap
@@ -143,7 +141,7 @@ def one_setting(votes: Path, swap_copies: bool, cutoff: int) -> None:
         template="qwen3_nothink",
         cutoff_len=cutoff,
         swap_copies=swap_copies,
-        prompt_template=str(Path(__file__).resolve().parents[1] / "templates" / "judge_prompt.j2"),
+        prompt_template=str(ROOT / "templates" / "judge_prompt.j2"),
     )
     started = time.perf_counter()
     export_module.export(experiment, votes)
@@ -159,29 +157,40 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=57_477)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cutoff", type=int, default=2048)
+    parser.add_argument("--readme", action="store_true")
     arguments = parser.parse_args()
     battles = battles_of(arguments.votes)
-    print("| rows | swapped copies | bare tokenizer | prepare | rows/s | ratio of speeds | peak memory |")
-    print("|---|---|---|---|---|---|---|")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         votes = Path(folder) / "votes.csv"
         write_votes(battles, arguments.rows, votes)
         train_tokenizer(battles[:4000]).save(str(Path(folder) / "tokenizer.json"))
         del battles
         for swap_copies in (False, True):
-            results = []
-            for _ in range(arguments.runs):
-                call = [sys.executable, __file__, "--one", str(votes), str(int(swap_copies)), str(arguments.cutoff)]
-                found = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=True).stdout.split()
-                results.append([float(x) for x in found])
-            bare, prepare, _, peak = (statistics.median(column) for column in zip(*results, strict=True))
-            ratio = statistics.median(r[0] / r[1] for r in results)
-            copies = "yes" if swap_copies else "no"
-            print(
-                f"| {arguments.rows:,} | {copies} | {bare:.1f} s | {prepare:.1f} s | {arguments.rows / prepare:,.0f} "
-                f"| {ratio:.2f} | {peak:.2f} GiB |",
-                flush=True,
-            )
+            rows.append(one_row(folder, votes, swap_copies, arguments))
+            print(" | ".join(rows[-1]), flush=True)
+    headings = ["battles", "swapped copies", "bare tokenizer", "prepare", "battles/s", "ratio of speeds", "peak memory"]
+    names = " ".join(path.name for path in arguments.votes)
+    how = measured_on(f"python benchmarks/prepare_speed.py --votes {names} --runs {arguments.runs}")
+    text = f"{table(headings, rows)}\n\n{how}"
+    if arguments.readme:
+        put(ROOT / "README.md", "prepare figures", text)
+    print(text)
+
+
+def one_row(folder: str, votes: Path, swap_copies: bool, arguments: argparse.Namespace) -> list[str]:
+    """Measure one setting in as many fresh processes as there are runs; return the table's row of medians."""
+    results = []
+    for _ in range(arguments.runs):
+        call = [sys.executable, __file__, "--one", str(votes), str(int(swap_copies)), str(arguments.cutoff)]
+        found = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=True).stdout.split()
+        results.append([float(x) for x in found])
+    bare, prepare, _, peak = (statistics.median(column) for column in zip(*results, strict=True))
+    ratio = statistics.median(r[0] / r[1] for r in results)
+    speed = f"{arguments.rows / prepare:,.0f}"
+    copies = "yes" if swap_copies else "no"
+    seconds = [f"{bare:.1f} s", f"{prepare:.1f} s"]
+    return [f"{arguments.rows:,}", copies, *seconds, speed, f"**{ratio:.2f}**", f"{peak:.2f} GiB"]
 
 
 if __name__ == "__main__":

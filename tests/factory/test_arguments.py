@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from factory.arguments import GROUPS, UNKNOWN, Argument, arguments, key_fault, reporters, templates, value_fault
+from factory.experiment import read_yaml
 from factory.step import STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +118,9 @@ def test_llamafactory_takes_every_committed_recipe(imported):
     assert len(RECIPES) >= 2 * len(STEPS)
     assert set(imported["loaded"]) == {str(path) for path in RECIPES}
     demo = imported["loaded"][str(ROOT / "factory_configs/demo/sft.yaml")]
-    assert demo["learning_rate"] == "0.002"
+    written = read_yaml(ROOT / "factory_configs/demo/sft.yaml")
+    assert demo["learning_rate"] == str(written["learning_rate"]), "a number, as it stands in the recipe"
+    assert isinstance(written["learning_rate"], float)
     assert demo["eval_strategy"] == "'no'"
     assert demo["dataset"] == "['demo_sft_train']"
     assert demo["additional_target"] == "['embed_tokens', 'lm_head']"
