@@ -16,6 +16,7 @@ import click
 from factory import DEFAULT_EXPERIMENT
 
 VIEWS = ("judge", "reward")
+STAGES = ("sft", "dpo_judge", "dpo_reward", "rm")
 
 
 class ErrorsWithRemedy(click.Group):
@@ -27,8 +28,11 @@ class ErrorsWithRemedy(click.Group):
         try:
             return super().invoke(ctx)
         except ArenaError as error:
-            if ctx.params.get("verbose") or (ctx.obj or {}).get("verbose"):
-                raise
+            if (ctx.obj or {}).get("verbose"):
+                import traceback
+
+                click.echo(traceback.format_exc(), err=True, nl=False)
+                ctx.exit(error.exit_code)
             failure = click.ClickException(str(error))
             failure.exit_code = error.exit_code
             raise failure from None
@@ -170,9 +174,15 @@ def compare(experiment: str, as_json: bool) -> None:
 
 @cli.command()
 @experiment_option
-@click.option("--stage", default="sft", show_default=True, help="The stage whose judge answers.")
+@click.option(
+    "--stage", type=click.Choice(STAGES), default="sft", show_default=True, help="The stage whose judge answers."
+)
 @click.option("--input", "source", type=file_argument, help="A table of battles; without it the fold and the test set.")
-@click.option("--output", type=file_argument, help="Where --input's probabilities go [outputs/EXP/STAGE/<input>.csv].")
+@click.option(
+    "--output",
+    type=file_argument,
+    help="Where --input's probabilities go [outputs/EXP/STAGE/probabilities_<input>.csv].",
+)
 @json_option
 @verbose_option
 def score(experiment: str, stage: str, source: Path | None, output: Path | None, as_json: bool) -> None:
@@ -203,9 +213,10 @@ def _prepare(
 ) -> dict[str, Any]:
     from data_prep.export import export
     from factory.demo import ensure_embedded_base
-    from factory.recipe import write_recipe
+    from factory.recipe import check_first_values, write_recipe
     from factory.step import STEPS
 
+    check_first_values(exp)
     ensure_embedded_base(exp, show)
     with show.line(f"prepare {exp.name}") as line:
         tell = lambda p: line.count(p.rows, None, f"{p.phase} battles")  # noqa: E731
@@ -223,22 +234,26 @@ def _audit_line(exp, audit: dict[str, Any]) -> str:
     read, rows = audit["sources"]["train"], audit["exported"]
     cut = audit["truncation"]["train"]["rows_cut_share"]
     rejected = f", {read['rows_rejected']} rejected (data/{exp.name}/audit.json)" if read["rows_rejected"] else ""
+    lost = audit["sources"].get("test", {}).get("rows_rejected")
+    unanswered = f" ({lost} rejected: the submission will lack them, see data/{exp.name}/audit.json)" if lost else ""
     return (
         f"prepare {exp.name}: {read['rows_kept']:,} battles kept{rejected}; "
-        f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation, {rows['test']:,} to submit; "
-        f"{cut:.1%} shortened to {exp.cutoff_len} tokens"
+        f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation, {rows['test']:,} to submit"
+        f"{unanswered}; {cut:.1%} shortened to {exp.cutoff_len} tokens"
     )
 
 
 def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> dict[str, Any] | None:
     """Train, merge and score one stage as far as asked; return its report, None before scoring."""
     from data_prep.export import ensure_views
+    from factory.checks import check_recipes
     from factory.step import STEPS
     from factory.steps import merge, train
     from scoring.judge import seal
     from scoring.stage import score_stage
 
     if STEPS[stage].data == "dpo_reward":
+        check_recipes(exp, [stage])  # before the time that the pairs take
         with show.line(f"prepare {exp.name}") as line:
             ensure_views(exp, ("reward",), lambda p: line.count(p.rows, None, f"{p.phase} battles, as pairs"))
     train(exp, stage, resume=resume, fresh=fresh, show=show)

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.battle import Battle
+from data_prep.battle import PROBABILITY_COLUMNS, Battle
 from data_prep.budget import Fitted, Fitter, in_chunks
 from data_prep.chat_frame import load_frame
 from data_prep.data_sets import dataset_entries
@@ -34,6 +34,7 @@ from data_prep.pair_budget import FittedPair, PairFitter
 from data_prep.pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
+from data_prep.tables import open_table
 from data_prep.writer import Writer
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def export(
     may follow later with `ensure_views`. `unchanged` are SHA-256 sums of files that must come out as they were.
     Raises ArenaError; an earlier export then stays as it was.
     """
+    if truth:
+        _check_truth(truth)
     reader = VoteReader(train, labelled=True)
     test_reader = VoteReader(test, labelled=False) if test else None
     frame, tokenizer = load_frame(experiment)
@@ -134,6 +137,17 @@ def export(
         _refuse_changed(experiment, files, unchanged or {})
     _publish(experiment, audit)
     return audit
+
+
+def _check_truth(path: Path) -> None:
+    """Raise ArenaError now, not in the report after hours of training, if this is no table of probabilities."""
+    columns = open_table(path).columns
+    if missing := [name for name in ("id", *PROBABILITY_COLUMNS) if name not in columns]:
+        raise ArenaError(
+            f"lacks the column(s) {missing}",
+            where=str(path),
+            remedy="--truth is the truth.csv of a synthetic arena; leave it out for votes of people",
+        )
 
 
 def ensure_views(

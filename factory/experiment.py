@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -171,14 +173,23 @@ def parse_experiment(content: dict[str, Any], name: str, where: str) -> Experime
     try:
         return Experiment(name=name, **content)
     except ValidationError as error:
-        faults = [f"  - {'.'.join(map(str, e['loc'])) or '(file)'}: {e['msg']}" for e in error.errors()]
+        faults = [f"  - {'.'.join(map(str, e['loc'])) or '(file)'}: {_in_words(e)}" for e in error.errors()]
         raise ArenaError(
             "\n".join([f"{len(faults)} fault(s) in the experiment:", *faults]),
             where=where,
-            remedy="mend these keys; docs and comments in factory_configs/demo/experiment.yaml name each",
+            remedy="mend these keys; the comments in factory_configs/demo/experiment.yaml explain each",
         ) from None
     except TypeError as error:  # `name` given twice, or a key that is not a string
         raise ArenaError(str(error), where=where, remedy="remove that key; the folder is the name") from None
+
+
+def _in_words(fault: Mapping[str, Any]) -> str:
+    """Say a fault in a user's words: pydantic calls keys "inputs"."""
+    if fault["type"] == "extra_forbidden":
+        near = get_close_matches(str(fault["loc"][-1]), Experiment.model_fields, 1) if len(fault["loc"]) == 1 else []
+        return f"there is no such key{f'; did you mean {near[0]}?' if near else ''}"
+    words = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return words if fault["type"] == "value_error" else f"{words}, not {fault['input']!r}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -99,12 +99,22 @@ def render_recipe(experiment: Experiment, step: str, templates: Path = TEMPLATES
     its = step_of(step)
     first = experiment.recipes.get(step, {})
     shared = shared_values(experiment, step)
-    _check_first_values(experiment, its, first, shared)
+    _refuse_first_values(experiment, _first_value_faults(its, first, shared))
     sheet = _Sheet(first, shared)
     body = _render(experiment, its, sheet, templates)
     if extra := first.keys() - sheet.named:  # the first pass has told which keys the template names
         body = _render(experiment, its, _Sheet(first, shared, extra), templates)
     return _sealed(body, its)
+
+
+def check_first_values(experiment: Experiment) -> None:
+    """Raise one ArenaError that lists every fault of `experiment.recipes`, of all steps together."""
+    faults = [
+        fault
+        for name, first in experiment.recipes.items()
+        for fault in _first_value_faults(step_of(name), first, shared_values(experiment, name))
+    ]
+    _refuse_first_values(experiment, faults)
 
 
 def write_recipe(
@@ -200,9 +210,7 @@ def _printable(character: str) -> str:
     return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
 
 
-def _check_first_values(
-    experiment: Experiment, step: Step, first: Mapping[str, Any], shared: Mapping[str, Any]
-) -> None:
+def _first_value_faults(step: Step, first: Mapping[str, Any], shared: Mapping[str, Any]) -> list[str]:
     faults = []
     for key, value in first.items():
         if key in shared:
@@ -211,6 +219,10 @@ def _check_first_values(
             fault = key_fault(key, training=not step.merges) or value_fault(arguments()[key], value)
         if fault:
             faults.append(f"  - recipes.{step.name}.{key}: {fault}")
+    return faults
+
+
+def _refuse_first_values(experiment: Experiment, faults: list[str]) -> None:
     if faults:
         raise ArenaError(
             "\n".join([f"{len(faults)} fault(s) in the first values of a recipe:", *faults]),

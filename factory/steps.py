@@ -68,6 +68,7 @@ def train(
         raise UsageError("--resume and --fresh exclude each other", remedy="give one of them")
     show = show or Show()
     check_recipes(experiment, [stage_step])
+    _require_start(experiment, stage_step)
     recipe_path = experiment.recipe(stage_step)
     recipe = read_yaml(recipe_path)
     adapter, folder = Path(recipe["output_dir"]), experiment.output_folder(stage_step)
@@ -122,6 +123,25 @@ def merge(
         state.finish("merge", [merged / "config.json"], seconds)
     show.note(f"{stage_step}: merged in {duration(seconds)}")
     return merged
+
+
+def _require_start(experiment: Experiment, stage_step: str) -> None:
+    """Raise ArenaError where nothing was exported or the merged judge to start from is missing: the child tells it
+    late, and takes the missing folder for a misspelt name on the hub."""
+    if not (experiment.data_folder / "dataset_info.json").is_file():
+        raise ArenaError(
+            "there is no exported data",
+            where=str(experiment.data_folder),
+            remedy=f"python run.py prepare -e {experiment.name} --train FILE",
+        )
+    start = experiment.start_model(stage_step)
+    if start != experiment.model and not (Path(start) / "config.json").is_file():
+        raise ArenaError(
+            f"{stage_step} starts from the merged SFT judge, which is not there",
+            where=start,
+            remedy=f"python run.py sft -e {experiment.name} --until merge; or start_from: {{{stage_step}: base}} in "
+            "experiment.yaml, then prepare again",
+        )
 
 
 def _put_aside(show: Show, *paths: Path) -> None:

@@ -32,7 +32,7 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
         raise ArenaError(
             "no stage of this experiment was scored yet",
             where=str(experiment.output_folder("compare").parent),
-            remedy=f"run.py sft -e {experiment.name}, then dpo and rm",
+            remedy=f"python run.py sft -e {experiment.name}, then dpo and rm",
         )
     rows = texts(experiment.data_folder, "valid")
     ladder = baseline_ladder(texts(experiment.data_folder, "train"), rows, experiment.seed)

@@ -70,7 +70,7 @@ def load_model(folder: Path, device: str, *, precision: str | None = None) -> An
         raise ArenaError(
             f"the model cannot be loaded: {str(error).splitlines()[0]}",
             where=str(folder),
-            remedy="merge the adapter again (run.py sft --fresh --until merge if the folder is damaged)",
+            remedy="move the folder away and merge again: python run.py sft (dpo, rm) -e EXP --until merge",
         ) from None
     return model.to(device).eval()
 

@@ -117,7 +117,7 @@ def load_judge(folder: Path) -> Judge:
             raise ArenaError(
                 f"the tokenizer in this folder is not the one that the judge was trained with ({changed[0]!r} differs)",
                 where=str(folder),
-                remedy="merge the adapter again: run.py sft --until merge",
+                remedy="move the folder away and merge again: python run.py sft (dpo, rm) -e EXP --until merge",
             )
         labels = Labels(**content["labels"])
         return Judge(
@@ -133,7 +133,9 @@ def load_judge(folder: Path) -> Judge:
         )
     except FileNotFoundError:
         raise ArenaError(
-            "is not a judge: judge.json is missing", where=str(folder), remedy="merge first: run.py sft --until merge"
+            "is not a judge: judge.json is missing",
+            where=str(folder),
+            remedy="train and merge first: python run.py sft (dpo, rm) -e EXP --until merge",
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArenaError(f"is damaged: {error}", where=str(path), remedy="merge the adapter again") from None

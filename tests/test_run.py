@@ -58,6 +58,8 @@ def test_every_command_and_option_is_explained_and_stands_in_the_readme(command)
             1,
             ["no readable report of this stage", "remedy: python run.py sft -e demo"],
         ),
+        (["score", "-e", "demo", "--stage", "nonsense"], 2, ["is not one of 'sft'"]),
+        (["sft", "-e", "demo"], 1, ["data/demo: there is no exported data", "remedy: python run.py prepare -e demo"]),
         (["nonsense"], 2, ["No such command"]),
     ],
 )
@@ -71,7 +73,8 @@ def test_wrong_use_is_told_without_a_traceback(arguments, code, words, workplace
 
 def test_verbose_shows_where_an_error_comes_from(workplace):
     result = CliRunner().invoke(run.cli, ["prepare", "-e", "nowhere", "--train", "x.csv", "-v"])
-    assert result.exit_code == 1 and type(result.exception).__name__ == "UsageError"
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr and "UsageError: there is no experiment 'nowhere'" in result.stderr
 
 
 def run_py(folder: Path, *arguments: str) -> subprocess.CompletedProcess:

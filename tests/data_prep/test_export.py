@@ -120,6 +120,14 @@ def test_a_bad_row_is_named_in_the_audit_and_the_rest_goes_on(experiment, arena,
     assert "JSON" in rejected["reason"]
 
 
+def test_a_truth_that_is_none_is_refused_before_the_export(experiment, arena):
+    with pytest.raises(ArenaError, match=r"absent\.csv: does not exist"):
+        export(experiment, arena.train, truth=Path("absent.csv"))
+    with pytest.raises(ArenaError, match="lacks the column"):
+        export(experiment, arena.train, truth=arena.test)
+    assert not experiment.data_folder.exists()
+
+
 def test_no_swapped_copies_without_being_asked(make_experiment, experiment, arena):
     plain = experiment.model_copy(update={"swap_copies": False})
     export(plain, arena.train)

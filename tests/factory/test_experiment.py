@@ -49,13 +49,13 @@ def test_a_preference_stage_starts_where_it_is_told():
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"cutoff": 5}, "cutoff: Extra inputs"),
+        ({"cutoff": 5}, "cutoff: there is no such key; did you mean cutoff_len?"),
         ({"cutoff_len": 8}, "cutoff_len: "),
         ({"quantization_bit": 3}, "quantization_bit: "),
         ({"labels": {"a": "A", "b": "A", "tie": "C"}}, "must be distinct"),
         ({"budget_shares": {"prompt": 0.2, "a": 0.5, "b": 0.3}}, "position bias by construction"),
         ({"budget_shares": {"prompt": 0.2, "a": 0.2, "b": 0.2}}, "must be 1"),
-        ({"start_from": {"sft": "sft"}}, "start_from.sft: Extra inputs"),
+        ({"start_from": {"sft": "sft"}}, "start_from.sft: there is no such key"),
         ({"start_from": {"rm": "dpo"}}, "start_from.rm: "),
         ({"recipes": {"dpo": {}}}, "no such step: dpo (choices: sft, merge_sft, dpo_judge"),
     ],

@@ -9,7 +9,16 @@ from omegaconf import OmegaConf
 
 from data_prep.errors import ArenaError, UsageError
 from factory.experiment import load_experiment, parse_experiment
-from factory.recipe import TEMPLATES, as_yaml, is_as_rendered, render_recipe, shared_values, step_of, write_recipe
+from factory.recipe import (
+    TEMPLATES,
+    as_yaml,
+    check_first_values,
+    is_as_rendered,
+    render_recipe,
+    shared_values,
+    step_of,
+    write_recipe,
+)
 from factory.step import STEPS, TRAININGS, merge_of
 
 ROOT = Path(__file__).parents[2]
@@ -302,3 +311,12 @@ def test_shared_values_are_in_the_recipe():
         given = {key: value for key, value in shared_values(its, step).items() if key in content}
         assert content == content | given
         assert len(given) >= 4
+
+
+def test_first_values_of_all_steps_are_refused_together():
+    recipes = {"sft": {"lora_rnk": 8}, "rm": {"learning_rate": "fast"}}
+    values = {"model": "models/tiny", "template": "llama3", "cutoff_len": 64, "recipes": recipes}
+    with pytest.raises(ArenaError) as caught:
+        check_first_values(parse_experiment(values, "demo", where="here"))
+    assert "2 fault(s)" in str(caught.value)
+    assert "recipes.sft.lora_rnk" in str(caught.value) and "recipes.rm.learning_rate" in str(caught.value)

@@ -10,7 +10,7 @@ from data_prep.errors import ArenaError, UsageError
 from data_prep.files import sha256_of
 from factory import steps
 from factory.base_model import BaseModelSize, build_base_model
-from factory.experiment import parse_experiment, read_yaml
+from factory.experiment import StartFrom, parse_experiment, read_yaml
 from factory.inputs import inputs_of
 from factory.progress import Show, loss_curve
 from factory.recipe import write_recipe as render
@@ -125,6 +125,18 @@ def test_training_writes_adapter_state_and_log_and_shows_progress(experiment):
     assert record.inputs["factory_configs/demo/sft.yaml"]["learning_rate"] == 1.0e-4
     assert set(record.inputs["model_name_or_path models/tiny"]) == {"config.json"}
     assert "Num examples = 6" in Path("outputs/demo/sft/train.log").read_text()
+
+
+def test_a_start_that_is_missing_is_told_before_the_child_starts(experiment):
+    from_sft = experiment.model_copy(update={"start_from": StartFrom(dpo_judge="sft")})
+    with pytest.raises(ArenaError) as caught:
+        steps.train(from_sft, "dpo_judge", show=Show(io.StringIO()))
+    assert caught.value.where == "outputs/demo/sft/merged"
+    assert "python run.py sft -e demo --until merge" in caught.value.remedy
+    Path("data/demo/dataset_info.json").unlink()
+    with pytest.raises(ArenaError, match="there is no exported data"):
+        run(experiment)
+    assert calls() == []
 
 
 def test_a_finished_training_is_kept(experiment):
