@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=57_477)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cutoff", type=int, default=2048)
+    parser.add_argument("--copies", nargs="+", choices=["no", "yes"], default=["no", "yes"], help="swapped copies")
     parser.add_argument("--readme", action="store_true")
     arguments = parser.parse_args()
     battles = battles_of(arguments.votes)
@@ -166,12 +167,14 @@ def main() -> None:
         write_votes(battles, arguments.rows, votes)
         train_tokenizer(battles[:4000]).save(str(Path(folder) / "tokenizer.json"))
         del battles
-        for swap_copies in (False, True):
-            rows.append(one_row(folder, votes, swap_copies, arguments))
+        for copies in arguments.copies:
+            rows.append(one_row(folder, votes, copies == "yes", arguments))
             print(" | ".join(rows[-1]), flush=True)
     headings = ["battles", "swapped copies", "bare tokenizer", "prepare", "battles/s", "ratio of speeds", "peak memory"]
     names = " ".join(path.name for path in arguments.votes)
-    how = measured_on(f"python benchmarks/prepare_speed.py --votes {names} --runs {arguments.runs}")
+    how = measured_on(
+        f"python benchmarks/prepare_speed.py --votes {names} --rows {arguments.rows} --runs {arguments.runs}"
+    )
     text = f"{table(headings, rows)}\n\n{how}"
     if arguments.readme:
         put(ROOT / "README.md", "prepare figures", text)
