@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from factory import DEFAULT_EXPERIMENT
+from factory.step import TRAININGS
 
 VIEWS = ("judge", "reward")
-STAGES = ("sft", "dpo_judge", "dpo_reward", "rm")
 
 
 class ErrorsWithRemedy(click.Group):
@@ -175,7 +175,7 @@ def compare(experiment: str, as_json: bool) -> None:
 @cli.command()
 @experiment_option
 @click.option(
-    "--stage", type=click.Choice(STAGES), default="sft", show_default=True, help="The stage whose judge answers."
+    "--stage", type=click.Choice(TRAININGS), default="sft", show_default=True, help="The stage whose judge answers."
 )
 @click.option("--input", "source", type=file_argument, help="A table of battles; without it the fold and the test set.")
 @click.option(
