@@ -42,8 +42,9 @@ def wait_for(condition, seconds=10.0):
 
 def pids_in(log):
     def read():
-        text = log.read_text() if log.exists() else ""
-        line = next((line for line in text.splitlines() if line.startswith("pids ")), None)
+        # Only a whole line: unbuffered, print writes its arguments one by one.
+        *lines, _ = (log.read_text() if log.exists() else "").split("\n")
+        line = next((line for line in lines if line.startswith("pids ")), None)
         return [int(part) for part in line.split()[1:]] if line else None
 
     return wait_for(read)
