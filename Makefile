@@ -4,7 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.synced
 
-.PHONY: install demo test check lock
+EXTRAS := openvino ray gguf browser fuzz audit
+
+.PHONY: install demo test check lock $(EXTRAS:%=extra-%)
 
 install: $(STAMP)
 
@@ -17,6 +19,10 @@ $(STAMP): requirements.lock
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
 	@touch $@
 
+# What not everybody needs, each from its own lock beside it: make extra-openvino, extra-ray, extra-gguf, …
+$(EXTRAS:%=extra-%): extra-%: install
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --require-hashes -r extras/$*.lock
+
 demo: install
 	$(BIN)/python run.py demo
 
@@ -27,5 +33,8 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+COMPILE := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url
+
 lock:
-	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --group dev pyproject.toml -o requirements.lock
+	$(COMPILE) --group dev pyproject.toml -o requirements.lock
+	for extra in $(EXTRAS); do $(COMPILE) -c requirements.lock extras/$$extra.in -o extras/$$extra.lock || exit; done
