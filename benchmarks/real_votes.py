@@ -7,8 +7,8 @@ The base has random weights and a tokenizer trained on these votes: it shows tha
 not what a pretrained model would reach. Two parts:
 
 1. sft, dpo and rm trained on `natural`, judged on its validation fold.
-2. sft trained on `clean` less the held-out prompts, ties scarce, judged on held-out natural rows: without and with
-   `target_prior` set to the natural class shares.
+2. sft and rm trained on `clean` less the held-out prompts, ties scarce, judged on held-out natural rows: without and
+   with `target_prior` set to the natural class shares.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from figures import ROOT, measured_on, put, table
 from workbench import STAGES, Workbench, interval
 
@@ -84,42 +85,52 @@ def scarce_ties(bench: Workbench, natural: Path, clean: Path) -> list[list[str]]
     rest = [battle for _, battle in VoteReader(clean, labelled=True) if prompt_group(battle) not in groups_held]
     write_votes(bench.folder / "held_out.csv", held)
     write_votes(bench.folder / "scarce.csv", rest)
-    rows = []
-    for said, prior in (("none", None), ("declared natural", NATURAL)):
-        # The prior enters after the training: the same judge is scored twice.
-        bench.variant("scarce", "real", target_prior=prior, swap_copies=False, recipes={"sft": {"max_steps": STEPS}})
-        bench.prepare("scarce", "--train", "scarce.csv")
-        (bench.output("scarce", "sft") / "report.json").unlink(missing_ok=True)
-        bench.stage("scarce", "sft")
-        output = f"held_out_{'plain' if prior is None else 'corrected'}.csv"
-        bench.run("score", "-e", "scarce", "--input", "held_out.csv", "--output", output)
-        loss, ends = judged(bench.folder / output, held)
-        rows.append([said, f"{loss:.4f} {interval(ends)}"])
     shares = [sum(b.verdict == v for b in battles if prompt_group(b) not in groups_held) for v in VERDICTS]
-    prior_loss, ends = constant([s / sum(shares) for s in shares], held)
+    constant = [s / sum(shares) for s in shares]
+    rows = [scarce_row(bench, stage, prior, held, constant) for stage in ("sft", "rm") for prior in (None, NATURAL)]
+    loss, ends = losses(np.tile(constant, (len(held), 1)), held)
+    rows.append(["*natural class prior*", "", f"{loss:.4f} {interval(ends)}", ""])
     ties = sum(b.verdict == "tie" for b in rest) / len(rest)
-    rows.append(["*natural class prior*", f"{prior_loss:.4f} {interval(ends)}"])
-    rows.append([f"*training: {len(rest):,} battles, {ties:.1%} ties; judged: {len(held)} natural battles*", ""])
+    rows.append(
+        [f"*training: {len(rest):,} battles, {ties:.1%} ties; judged: {len(held)} natural battles*", "", "", ""]
+    )
     return rows
 
 
-def judged(path: Path, held: list[Battle]) -> tuple[float, list[float] | None]:
-    """Return the log loss of a table of probabilities and its interval."""
-    import numpy as np
+def scarce_row(bench: Workbench, stage: str, prior: dict | None, held: list[Battle], constant: list[float]) -> list:
+    """Score the judge trained on scarce ties with or without the target prior; return the table's row."""
+    # The prior enters after the training: the same judge is scored twice.
+    steps = {"sft": {"max_steps": STEPS}, "rm": {"num_train_epochs": 1.0}}
+    bench.variant("scarce", "real", target_prior=prior, swap_copies=False, recipes=steps)
+    bench.prepare("scarce", "--train", "scarce.csv")
+    (bench.output("scarce", stage) / "report.json").unlink(missing_ok=True)
+    bench.stage("scarce", stage)
+    output = f"held_out_{stage}_{'plain' if prior is None else 'corrected'}.csv"
+    bench.run("score", "-e", "scarce", "--stage", stage, "--input", "held_out.csv", "--output", output)
+    found = probabilities(bench.folder / output, held)
+    loss, ends = losses(found, held)
+    against = against_prior(found, np.tile(constant, (len(held), 1)), held)
+    return [stage, "declared natural" if prior else "none", f"{loss:.4f} {interval(ends)}", against]
 
+
+def probabilities(path: Path, held: list[Battle]) -> np.ndarray:
+    """Return a written table's probabilities [battles, 3] in the order of `held`."""
     with path.open(newline="", encoding="utf-8") as file:
         found = {row["id"]: [float(row[c]) for c in PROBABILITY_COLUMNS] for row in csv.DictReader(file)}
-    return losses(np.array([found[b.id] for b in held]), held)
+    return np.array([found[b.id] for b in held])
 
 
-def constant(shares: list[float], held: list[Battle]) -> tuple[float, list[float] | None]:
-    """Return the log loss of the same shares for every battle."""
-    import numpy as np
+def against_prior(found: np.ndarray, constant: np.ndarray, held: list[Battle]) -> str:
+    """Return how far the log loss lies above (+) or below (-) that of the constant shares, paired."""
+    from scoring.metrics import paired_difference, verdict_codes
 
-    return losses(np.tile(shares, (len(held), 1)), held)
+    groups = [prompt_group(b) for b in held]
+    paired = paired_difference(found, constant, verdict_codes([b.verdict for b in held]), groups, seed=1)
+    return f"{paired['difference']:+.4f} {interval(paired['ci95'])}"
 
 
-def losses(probabilities, held: list[Battle]) -> tuple[float, list[float] | None]:
+def losses(probabilities: np.ndarray, held: list[Battle]) -> tuple[float, list[float] | None]:
+    """Return the log loss of probabilities [battles, 3] and its interval."""
     from scoring.metrics import bootstrap_interval, row_losses, verdict_codes
 
     values = row_losses(probabilities, verdict_codes([b.verdict for b in held]))
@@ -139,7 +150,8 @@ def main() -> None:
     recipes = {"dpo_judge": {"max_steps": 80}}
     bench.variant("real", "demo", model="models/real-tiny", cutoff_len=320, valid_share=0.3, recipes=recipes)
     first = table(["method", "log loss [95%]", "below the prior [95%]", "beats the prior"], own_methods(bench, natural))
-    second = table(["target prior", "log loss on held-out natural rows [95%]"], scarce_ties(bench, natural, clean))
+    headings = ["method", "target prior", "log loss on held-out natural rows [95%]", "above the natural prior [95%]"]
+    second = table(headings, scarce_ties(bench, natural, clean))
     how = measured_on(f"python benchmarks/real_votes.py --work FOLDER --natural {natural.name} --clean {clean.name}")
     text = (
         f"A tiny base with random weights, trained on the {natural.name} of the competition's table.\n\n{first}\n\n"
