@@ -43,6 +43,12 @@ def _remember_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> No
     ctx.find_root().ensure_object(dict)["verbose"] = value
 
 
+def _complete_experiment(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Name the experiments for the shell: the folders that hold an experiment.yaml."""
+    names = sorted(path.parent.name for path in Path("factory_configs").glob("*/experiment.yaml"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
 verbose_option = click.option(
     "-v", "--verbose", is_flag=True, expose_value=False, callback=_remember_verbose, help="Show details and tracebacks."
 )
@@ -52,6 +58,7 @@ experiment_option = click.option(
     default=DEFAULT_EXPERIMENT,
     show_default=True,
     metavar="EXP",
+    shell_complete=_complete_experiment,
     help="A folder of factory_configs/.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
@@ -170,6 +177,29 @@ def compare(experiment: str, as_json: bool) -> None:
     from scoring.summary import print_comparison
 
     print_comparison(Console(), exp, result)
+
+
+@cli.command()
+@click.option(
+    "-e", "--experiment", metavar="EXP", shell_complete=_complete_experiment, help="Only this one [all of them]."
+)
+@json_option
+@verbose_option
+def status(experiment: str | None, as_json: bool) -> None:
+    """List the experiments, how far each stage is, its log loss beside the class prior, and what to do next."""
+    from dataclasses import asdict
+
+    from factory.survey import experiment_names, print_survey, survey
+
+    if experiment:
+        _start(experiment)  # an unknown name is wrong use
+    views = survey([experiment] if experiment else experiment_names())
+    if as_json:
+        click.echo(json.dumps({"experiments": [asdict(view) for view in views]}, indent=2))
+        return
+    from rich.console import Console
+
+    print_survey(Console(), views)
 
 
 @cli.command()

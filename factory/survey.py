@@ -1,0 +1,248 @@
+"""A survey: every experiment, how far each of its stages is, and the command that goes on from there.
+
+Reads files only and takes no lock, so that it may look on while runs are at work.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.errors import ArenaError
+from factory.experiment import Experiment, load_experiment
+from factory.progress import TrainerLog
+from factory.state import StageState
+from factory.step import STEPS, TRAININGS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# What a part is called while it runs, when it was left in the middle, and when it is done.
+_RUNNING = {"train": "training", "merge": "merging", "score": "scoring"}
+_DONE = {"train": "trained", "merge": "merged", "score": "scored"}
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class StageView:
+    """How far one stage is. `state`: new, training, merging, scoring, interrupted, trained, merged or scored."""
+
+    stage: str
+    state: str
+    detail: str = ""
+    step: int | None = None
+    steps: int | None = None
+    log_loss: float | None = None
+    prior: float | None = None
+    report: str | None = None
+    next: str = ""
+
+
+@dataclass(frozen=True)
+class ExperimentView:
+    """One folder of factory_configs; `fault` says why its experiment.yaml cannot be read."""
+
+    name: str
+    description: str = ""
+    model: str = ""
+    prepared: bool = False
+    battles: int | None = None
+    stages: list[StageView] = field(default_factory=list)
+    fault: str | None = None
+    next: str = ""
+
+
+def experiment_names(root: Path = Path()) -> list[str]:
+    """Return the experiments of a checkout, sorted."""
+    return sorted(path.parent.name for path in (root / "factory_configs").glob("*/experiment.yaml"))
+
+
+def survey(names: list[str]) -> list[ExperimentView]:
+    """Return a view of each experiment; a faulty one has its fault in its place and does not hide the others."""
+    return [_experiment_view(name) for name in names]
+
+
+def running_stages(experiment: Experiment) -> list[str]:
+    """Return the stages of an experiment on which a run is at work on this machine."""
+    return [stage for stage in TRAININGS if is_at_work(experiment.output_folder(stage))]
+
+
+def is_at_work(folder: Path) -> bool:
+    """Tell whether a living process of this machine holds a stage's lock, by what the lock's owner wrote into it.
+
+    The lock itself is not tried: a try would hold it for a moment, and a run that starts then would be refused.
+    """
+    import psutil
+
+    try:
+        owner = json.loads(folder.with_name(f".{folder.name}.lock").read_text(encoding="utf-8"))
+        if owner["host"] != socket.gethostname():
+            return False
+        begun = psutil.Process(int(owner["pid"])).create_time()
+        # A number that the system gave to another process since then belongs to a younger one.
+        return begun <= datetime.fromisoformat(owner["started_at"]).timestamp() + 1
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return False
+
+
+def _experiment_view(name: str) -> ExperimentView:
+    try:
+        experiment = load_experiment(name)
+    except ArenaError as error:
+        return ExperimentView(name, fault=str(error))
+    prepared = (experiment.data_folder / "manifest.json").is_file()
+    stages = [stage_view(experiment, stage, prepared) for stage in TRAININGS]
+    prepare = "" if prepared else f"python run.py prepare -e {shlex.quote(name)} --train FILE"
+    if not prepared and name == "demo":
+        prepare = "python run.py demo"
+    return ExperimentView(
+        name, experiment.description, experiment.model, prepared, _battles(experiment), stages, next=prepare
+    )
+
+
+def stage_view(experiment: Experiment, stage: str, prepared: bool = True) -> StageView:
+    """Return how far a stage is; what state.json holds rules, and an adapter without one was trained by hand."""
+    folder, adapter = experiment.output_folder(stage), experiment.adapter_folder(stage)
+    call = f"python run.py {STEPS[stage].asked_by} -e {shlex.quote(experiment.name)}"
+    at_work = is_at_work(folder)
+    try:
+        state = StageState(folder)
+    except ArenaError as error:
+        return StageView(stage, "unreadable", detail=str(error).splitlines()[0], next=f"{call} --fresh")
+    parts = {part: record for part in _DONE if (record := state.record(part))}
+    if not parts:
+        return _without_state(stage, adapter, call, at_work, prepared)
+    part, record = list(parts.items())[-1]
+    step, steps = _steps(adapter)
+    if at_work:
+        detail = f"step {step}/{steps}" if part == "train" and step else ""
+        return StageView(stage, _RUNNING[part], detail, step, steps, next=_watching(experiment, stage))
+    if record.finished_at is None:
+        earlier = "" if part == "train" else f"; {_DONE[list(parts)[-2]]}" if len(parts) > 1 else ""
+        where = f" at step {step}/{steps}" if part == "train" and step else ""
+        resume = " --resume" if part == "train" else ""
+        return StageView(stage, INTERRUPTED, f"{_RUNNING[part]}{where}{earlier}", step, steps, next=f"{call}{resume}")
+    if record.missing:
+        return StageView(stage, INTERRUPTED, f"gone: {', '.join(record.missing)}", step, steps, next=call)
+    if part != "score":
+        return StageView(stage, _DONE[part], f"on {_day(record.finished_at)}", step, steps, next=call)
+    return _scored(experiment, stage, record.finished_at, step, steps)
+
+
+def _without_state(stage: str, adapter: Path, call: str, at_work: bool, prepared: bool) -> StageView:
+    step, steps = _steps(adapter)
+    if at_work:
+        return StageView(stage, "training", "starting", step, steps)
+    if (adapter / "adapter_model.safetensors").is_file():
+        return StageView(stage, "trained", f"not by run.py: {adapter}", step, steps, next=f"{call} --fresh")
+    return StageView(stage, "new", next=call if prepared else "")
+
+
+def _scored(experiment: Experiment, stage: str, finished_at: str, step: int | None, steps: int | None) -> StageView:
+    report = experiment.output_folder(stage) / "report.json"
+    name = shlex.quote(experiment.name)
+    try:
+        content = json.loads(report.read_text(encoding="utf-8"))
+        loss, prior = float(content["log_loss"]), float(content["baselines"]["prior"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return StageView(stage, INTERRUPTED, f"{report} is unreadable", next=f"python run.py score -e {name}")
+    return StageView(
+        stage,
+        "scored",
+        f"on {_day(finished_at)}",
+        step,
+        steps,
+        loss,
+        prior,
+        report.with_suffix(".html").as_posix(),
+        next=f"python run.py compare -e {name}",
+    )
+
+
+def _watching(experiment: Experiment, stage: str) -> str:
+    return f"python run.py watch -e {shlex.quote(experiment.name)} --stage {stage}"
+
+
+def _steps(adapter: Path) -> tuple[int | None, int | None]:
+    points = TrainerLog(adapter / "trainer_log.jsonl").read_new()
+    return (points[-1].step, points[-1].total) if points else (None, None)
+
+
+def _battles(experiment: Experiment) -> int | None:
+    try:
+        audit = json.loads((experiment.data_folder / "audit.json").read_text(encoding="utf-8"))
+        return int(audit["sources"]["train"]["rows_kept"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _day(moment: str) -> str:
+    return moment[:16].replace("T", " ")
+
+
+def print_survey(console: Console, views: list[ExperimentView]) -> None:
+    """Print one table: every experiment, its stages that began, and what to do next."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(min_width=72)
+    for heading, justify in (("experiment", "left"), ("stage", "left"), ("state", "left"), ("log loss", "right")):
+        table.add_column(heading, justify=justify, no_wrap=heading != "state")
+    table.add_column("prior", justify="right", no_wrap=True)
+    for view in views:
+        rows = _table_rows(view)
+        for number, (cells, style) in enumerate(rows):
+            # Text, for a fault may hold brackets that rich would take for its own markup.
+            table.add_row(
+                *(Text(cell) for cell in (view.name if number == 0 else "", *cells)),
+                style=style,
+                end_section=number == len(rows) - 1,
+            )
+    console.print(table)
+    for command in dict.fromkeys(_next_commands(views)):
+        console.print(Text(f"next: {command}"), soft_wrap=True)
+
+
+def _table_rows(view: ExperimentView) -> list[tuple[tuple[str, str, str, str], str | None]]:
+    if view.fault:
+        return [(("", f"faulty: {view.fault}", "", ""), "red")]
+    known = f", {view.battles:,} battles" if view.battles is not None else ""
+    rows: list[tuple[tuple[str, str, str, str], str | None]] = [
+        (("", f"prepared{known}" if view.prepared else "not prepared", "", ""), None)
+    ]
+    for stage in view.stages:
+        if stage.state == "new":
+            continue
+        loss = "" if stage.log_loss is None else f"{stage.log_loss:.4f}"
+        prior = "" if stage.prior is None else f"{stage.prior:.4f}"
+        state = f"{stage.state} {stage.detail}".rstrip()
+        rows.append(((stage.stage, state, loss, prior), _style(stage)))
+    return rows
+
+
+def _style(stage: StageView) -> str | None:
+    if stage.log_loss is not None and stage.prior is not None:
+        return "green" if stage.log_loss < stage.prior else "red"
+    return {INTERRUPTED: "yellow", "unreadable": "red", "training": "cyan"}.get(stage.state)
+
+
+def _next_commands(views: list[ExperimentView]) -> list[str]:
+    """Return one command an experiment: what an unfinished stage needs, or the first step; a scored one, the last."""
+    commands = []
+    for view in views:
+        begun = [stage for stage in view.stages if stage.state not in ("new", "scored") and stage.next]
+        scored = [stage for stage in view.stages if stage.state == "scored"]
+        if view.next:
+            commands.append(view.next)
+        elif begun:
+            commands += [stage.next for stage in begun]
+        elif len(scored) > 1:
+            commands.append(scored[-1].next)
+        elif view.stages:
+            commands.append(next(stage.next for stage in view.stages if stage.state == "new"))
+    return commands
