@@ -20,6 +20,9 @@ from data_prep.errors import ArenaError
 if TYPE_CHECKING:
     import torch
 
+    from scoring.adapters import TrainedAdapter
+    from scoring.judge import Judge
+
 # Tokens in one forward pass, padding included. On a CPU larger batches gain nothing and cost memory.
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 32768}
 
@@ -34,6 +37,66 @@ class ScoreProgress:
     total_tokens: int
 
 
+class TorchEngine:
+    """The judge in torch: its merged model in any precision, or with "adapter" its adapter on the quantised base."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        judge: Judge,
+        precision: str = "auto",
+        *,
+        device: str | None = None,
+        adapter: TrainedAdapter | None = None,
+        token_budget: int | None = None,
+    ):
+        """Load the model; `adapter` is the one that the judge was merged from unless another is given."""
+        device = device or device_name()
+        self._where, self._token_budget = str(judge.folder), token_budget
+        if precision == "adapter":
+            from scoring.adapters import adapter_of
+
+            self.precision = precision
+            self._model = (adapter or adapter_of(judge)).load(device)
+            return
+        self.precision = ("bf16" if device.startswith("cuda") else "fp32") if precision == "auto" else precision
+        self._model = load_model(judge.folder, device, precision=self.precision)
+
+    def label_logits(
+        self,
+        sequences: Sequence[Sequence[int]],
+        label_ids: Sequence[int],
+        *,
+        progress: Callable[[ScoreProgress], None] = lambda _: None,
+        name: Callable[[int], str] = "prompt {}".format,
+    ) -> np.ndarray:
+        """Return the labels' logits behind each sequence, [n, len(label_ids)] float64, in input order.
+
+        Out of memory halves the token budget and goes on. Raises ArenaError that calls a row by `name(index)` where
+        it does not fit alone or its logits are not finite.
+        """
+        logits = score_labels(
+            self._model, sequences, label_ids, token_budget=self._token_budget, progress=progress, name=name
+        )
+        bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+        if len(bad):
+            raise ArenaError(
+                f"the model gave no finite score for {len(bad)} row(s), this one first: {name(bad[0])}",
+                where=self._where,
+                remedy="the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve",
+            )
+        return logits
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        import torch
+
+        self._model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def device_name() -> str:
     """Return "cuda" where a GPU is visible, else "cpu"."""
     import torch
@@ -46,22 +109,31 @@ def weight_dtype(device: str, precision: str | None = None) -> torch.dtype:
     import torch
 
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return names[precision or ("bf16" if device == "cuda" else "fp32")]
+    return names[precision or ("bf16" if device.startswith("cuda") else "fp32")]
 
 
 def load_model(folder: Path, device: str, *, precision: str | None = None) -> Any:
     """Load a causal language model for scoring: 16-bit on a GPU, fp32 on a CPU unless `precision` names another.
 
-    Only safetensors are read and no code from the folder is run. Raises ArenaError if it cannot be loaded.
+    `precision` is fp32, bf16, fp16, 8bit or 4bit (the last two by bitsandbytes). Only safetensors are read and no
+    code from the folder is run. Raises ArenaError if it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    options: dict[str, Any] = {}
+    if precision in ("8bit", "4bit"):
+        from scoring.rewards import quantization
+
+        bits, precision = int(precision[0]), None
+        options["quantization_config"] = quantization(bits, "nf4", True, weight_dtype(device), device)
+        options["device_map"] = {"": device}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=weight_dtype(device, precision),
+            **options,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -72,7 +144,8 @@ def load_model(folder: Path, device: str, *, precision: str | None = None) -> An
             where=str(folder),
             remedy="move the folder away and merge again: python run.py sft (dpo, rm) -e EXP --until merge",
         ) from None
-    return model.to(device).eval()
+    # bitsandbytes puts quantised weights in their place itself
+    return (model if options else model.to(device)).eval()
 
 
 def score_labels(
@@ -82,6 +155,7 @@ def score_labels(
     *,
     token_budget: int | None = None,
     progress: Callable[[ScoreProgress], None] = lambda _: None,
+    name: Callable[[int], str] = "prompt {}".format,
 ) -> np.ndarray:
     """Return the labels' logits behind each sequence, [len(sequences), len(label_ids)] float64, in input order.
 
@@ -99,7 +173,7 @@ def score_labels(
             logits = model(input_ids=ids, use_cache=False).logits[:, 0]
             result[batch] = logits[:, columns].double().cpu().numpy()
 
-        run_batches(sequences, work, device=model.device, token_budget=token_budget, progress=progress)
+        run_batches(sequences, work, device=model.device, token_budget=token_budget, progress=progress, name=name)
     return result
 
 

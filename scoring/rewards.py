@@ -63,8 +63,8 @@ def load_policy(
 
     _check_adapter(adapter, base)
     dtype = weight_dtype(device, precision)
-    quantization = _quantization(quantization_bit, quantization_type, double_quantization, dtype, device)
-    model = _load_base(base, device, dtype, quantization, revision=revision, trust_remote_code=trust_remote_code)
+    config = quantization(quantization_bit, quantization_type, double_quantization, dtype, device)
+    model = _load_base(base, device, dtype, config, revision=revision, trust_remote_code=trust_remote_code)
     with torch.inference_mode():
         before = _probe(model)
     policy = _with_adapter(model, adapter, base)
@@ -297,7 +297,7 @@ def _probe(model: Any) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def _quantization(bit: int | None, kind: str, double: bool, dtype: torch.dtype, device: str) -> Any:
+def quantization(bit: int | None, kind: str, double: bool, dtype: torch.dtype, device: str) -> Any:
     """Return what LLaMA-Factory's own quantisation is (model/model_utils/quantization.py), or None."""
     if bit is None:
         return None
@@ -320,13 +320,13 @@ def _quantization(bit: int | None, kind: str, double: bool, dtype: torch.dtype, 
     )
 
 
-def _load_base(base: str, device: str, dtype: torch.dtype, quantization: Any, **options) -> Any:
+def _load_base(base: str, device: str, dtype: torch.dtype, config: Any, **options) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if quantization is not None:
-        options |= {"quantization_config": quantization, "device_map": {"": device}}
+    if config is not None:
+        options |= {"quantization_config": config, "device_map": {"": device}}
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
@@ -336,7 +336,7 @@ def _load_base(base: str, device: str, dtype: torch.dtype, quantization: Any, **
             remedy="the folder or hub id must be the one that the training started from",
         ) from None
     # bitsandbytes puts quantised weights in their place itself
-    return (model if quantization is not None else model.to(device)).eval()
+    return (model if config is not None else model.to(device)).eval()
 
 
 def _check_adapter(adapter: Path, base: str) -> None:
