@@ -23,6 +23,19 @@ $(STAMP): requirements.lock
 $(EXTRAS:%=extra-%): extra-%: install
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --require-hashes -r extras/$*.lock
 
+# llama.cpp is compiled for this machine's processor (minutes; needs a C++ compiler), without its image part. The same
+# source distribution holds the converter, which no package installs: it is unpacked where `run.py export` looks.
+extra-gguf: export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
+extra-gguf: $(VENV)/llama.cpp
+
+$(VENV)/llama.cpp: extras/gguf.lock | $(STAMP)
+	@rm -rf $@.new && mkdir $@.new
+	@sed -n '/^llama-cpp-python==/,/[^\\]$$/p' $< > $@.new/source.txt
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+	  --require-hashes -r $@.new/source.txt -d $@.new
+	@tar -xzf $@.new/llama_cpp_python-*.tar.gz -C $@.new
+	@rm -rf $@ && mv $@.new/llama_cpp_python-*/vendor/llama.cpp $@ && touch $@ && rm -rf $@.new
+
 demo: install
 	$(BIN)/python run.py demo
 
