@@ -90,6 +90,30 @@ def demo(seed: int, fresh: bool, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("name", metavar="EXP")
+@click.option("--model", required=True, metavar="ID", help="A Hugging Face hub id, or a folder that holds config.json.")
+@click.option("--template", metavar="T", help="LLaMA-Factory's chat template [the model's own, where it is known].")
+@click.option(
+    "--bits",
+    type=click.Choice(["4", "8", "none"]),
+    default="4",
+    show_default=True,
+    help="Of the frozen base in training.",
+)
+@click.option("--cutoff", type=click.IntRange(32), help="Token budget of prompt and label [2048].")
+@json_option
+@verbose_option
+def new(name: str, model: str, template: str | None, bits: str, cutoff: int | None, as_json: bool) -> None:
+    """Make another experiment: factory_configs/EXP with experiment.yaml and all its recipes, for one model."""
+    from factory.new import BITS, CUTOFF_LEN, Wish, new_experiment
+
+    exp = new_experiment(Wish(name, model, template, BITS[bits], cutoff or CUTOFF_LEN))
+    made = {"folder": str(exp.folder), "model": exp.model, "template": exp.template}
+    line = f"{exp.folder}: {exp.model} with template {exp.template}; next: python run.py prepare -e {name} --train FILE"
+    click.echo(json.dumps(made) if as_json else line)
+
+
+@cli.command()
 @experiment_option
 @click.option("--train", required=True, type=file_argument, help="Votes: .csv, .csv.gz or .parquet.")
 @click.option("--test", type=file_argument, help="Battles without votes, for the submission.")

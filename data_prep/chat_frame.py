@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from factory.experiment import Experiment
 
 CACHE = Path("data") / ".frames"
-_FORMAT = 2  # of the cached files
+_FORMAT = 3  # of the cached files
 _MARK = "arenafactorymessage"
 _ANSWER_MARK = "arenafactoryanswer"
 # Texts on which a new frame must agree with LLaMA-Factory's own encoder before it is used.
@@ -33,6 +33,7 @@ _PROBES = (
     " leading and trailing \n",
     "ünï ©ode 日本語 😀\n\n\tcode",
     "Verdict:\n\n",
+    "\n\n  after empty lines",
     "1234567890 <b>&amp;</b>",
     "First.\n\n### User\nMore?\n\n### Assistant\nSecond.\n",
 )
@@ -43,7 +44,7 @@ class ChatFrame:
     """The ids and strings around a message and an answer, the labels' ids, the strings that parse as special tokens.
 
     `label_ids` are in the order of VERDICTS; `answer_len` is the number of ids that training appends for a
-    label (label, end of turn, …).
+    label (label, end of turn, …). `answer_lstrip` are characters that the template takes off an answer's front.
     """
 
     template: str
@@ -58,6 +59,7 @@ class ChatFrame:
     answer_after: str
     answer_suffix_ids: tuple[int, ...]
     special_strings: tuple[str, ...]
+    answer_lstrip: str = ""
 
     def wrap(self, message: str) -> str:
         """Return the one string of the prompt that is tokenized."""
@@ -69,7 +71,7 @@ class ChatFrame:
 
     def wrap_answer(self, text: str) -> str:
         """Return the one string of an answer that is tokenized."""
-        return self.answer_before + text + self.answer_after
+        return self.answer_before + text.lstrip(self.answer_lstrip) + self.answer_after
 
     def answer(self, ids: list[int]) -> list[int]:
         """Return the whole answer's ids, end of turn included, from the ids of the wrapped text."""
@@ -135,6 +137,7 @@ def probe_frame(experiment: Experiment) -> tuple[ChatFrame, str]:
         answer_after=answer_after,
         answer_suffix_ids=answer_suffix_ids,
         special_strings=_special_strings(tokenizer, template),
+        answer_lstrip=_answer_lstrip(template),
     )
     _verify(frame, tokenizer, template, experiment)
     return frame, backend.to_str()
@@ -156,12 +159,18 @@ def _llamafactory_template(experiment: Experiment):
         data_args = DataArguments(template=experiment.template, **thinking)
         return tokenizer, get_template_and_fix_tokenizer(tokenizer, data_args)
     except (OSError, ValueError) as error:
-        cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines()
+        from factory.remedies import remedy_for
+
+        causes = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        told = error.__cause__ or error
+        reason = str(told).strip().splitlines()
         raise ArenaError(
-            f"tokenizer or chat template {experiment.template!r} cannot be loaded: {reason[0] if reason else cause!r}",
+            f"tokenizer or chat template {experiment.template!r} cannot be loaded: {reason[0] if reason else told!r}",
             where=experiment.model,
-            remedy="check the keys model and template in experiment.yaml; a gated model needs its licence accepted "
+            remedy=remedy_for("\n".join(f"{type(each).__name__}: {each}" for each in causes))
+            or "check the keys model and template in experiment.yaml; a gated model needs its licence accepted "
             "and HF_TOKEN set; without internet give a local folder as model (the demo's is made by `run.py demo`)",
         ) from None
 
@@ -180,6 +189,14 @@ def _special_strings(tokenizer, template) -> tuple[str, ...]:
     if isinstance(template, ReasoningTemplate):  # it looks for its thought words in every answer, and cuts them out
         strings |= {word.strip() for word in template.thought_words}
     return tuple(sorted(strings))
+
+
+def _answer_lstrip(template) -> str:
+    """Return what is cut off an answer: where thinking is off, a reasoning template removes a thought that may stand
+    before the answer, and the line ends behind it, also where there was none."""
+    from llamafactory.data.template import ReasoningTemplate
+
+    return "\n" if isinstance(template, ReasoningTemplate) and template.enable_thinking is False else ""
 
 
 def _labels(tokenizer, template, experiment: Experiment) -> tuple[tuple[int, int, int], int]:

@@ -34,11 +34,12 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a new empty folder beside `path`; it takes the place of `path` when the block ends without an error.
 
     An earlier `path` survives a failed block untouched. Between the two renames a crash leaves the
-    earlier folder as `.<name>.old`, which the next call puts back.
+    earlier folder as `.<name>.old`, which the next call puts back. Without `replace` an earlier `path` raises
+    FileExistsError and stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.with_name(f".{path.name}.old")
@@ -50,6 +51,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield fresh
         if path.exists():
+            if not replace:
+                raise FileExistsError(path)
             path.rename(old)
         fresh.rename(path)
         shutil.rmtree(old, ignore_errors=True)

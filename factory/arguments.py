@@ -72,7 +72,7 @@ def arguments() -> dict[str, Argument]:
 def templates() -> dict[str, bool]:
     """Return the chat templates by name, and whether each puts (empty) thoughts before an answer."""
     found, module = {}, "llamafactory.data.template"
-    for call in ast.walk(_parse(module)):
+    for call in ast.walk(parse_module(module)):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "register_template":
             given = {keyword.arg: keyword.value for keyword in call.keywords}
             if isinstance(name := given.get("name"), ast.Constant):
@@ -156,7 +156,8 @@ def _file(module: str) -> Path | None:
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
-def _parse(module: str) -> ast.Module:
+def parse_module(module: str) -> ast.Module:
+    """Return the syntax tree of an installed module without importing it; raises ArenaError if it is not installed."""
     path = _file(module)
     if path is None:
         raise ArenaError(
@@ -168,7 +169,7 @@ def _parse(module: str) -> ast.Module:
 @cache
 def _source(module: str) -> _Source:
     source = _Source(module)
-    for node in _statements(_parse(module).body):
+    for node in _statements(parse_module(module).body):
         if isinstance(node, ast.ClassDef):
             source.classes[node.name] = node
         elif isinstance(node, ast.ImportFrom):

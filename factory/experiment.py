@@ -147,23 +147,28 @@ class Experiment(_Strict):
         return self.model.rstrip("/").rsplit("/", 1)[-1]
 
 
+def check_name(name: str) -> None:
+    """Raise UsageError unless `name` may be a folder of factory_configs and a part of file names."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise UsageError(
+            f"{name!r} is not an experiment's name",
+            remedy="use letters, digits, '.', '_' and '-', at most 64",
+        )
+
+
 def load_experiment(name: str, root: Path = Path()) -> Experiment:
     """Read and check factory_configs/<name>/experiment.yaml.
 
     Raises UsageError for an unknown or unsafe name, ArenaError that lists every fault of the file.
     """
     configs = root / "factory_configs"
-    if not _NAME.fullmatch(name) or ".." in name:
-        raise UsageError(
-            f"{name!r} is not an experiment's name",
-            remedy="use letters, digits, '.', '_' and '-', at most 64",
-        )
+    check_name(name)
     path = configs / name / "experiment.yaml"
     if not path.is_file():
         known = sorted(p.parent.name for p in configs.glob("*/experiment.yaml"))
         raise UsageError(
             f"there is no experiment {name!r} ({path} is missing)",
-            remedy=f"choose one of: {', '.join(known) or 'none yet'}, or make a folder with an experiment.yaml",
+            remedy=f"choose one of: {', '.join(known) or 'none yet'}; or make it: python run.py new {name} --model ID",
         )
     return parse_experiment(read_yaml(path), name, where=str(path))
 

@@ -38,8 +38,18 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_tokenizer():
+def small_tokenizer(train_tokenizer):
     """A byte-level BPE tokenizer with Qwen's special tokens, made in milliseconds."""
+    return train_tokenizer(SPECIALS)
+
+
+@pytest.fixture(scope="session")
+def train_tokenizer():
+    """A function that makes a small byte-level BPE tokenizer with the given special tokens."""
+    return _train_tokenizer
+
+
+def _train_tokenizer(specials: list[str]):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -47,7 +57,7 @@ def small_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=alphabet, special_tokens=SPECIALS, show_progress=False
+        vocab_size=600, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
     return tokenizer

@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+
+from factory.checks import check_recipes
+from factory.experiment import load_experiment, read_yaml
+from factory.model_table import known_models
+from factory.new import render_experiment
+from factory.presets import PRESETS, write_preset
+from factory.step import STEPS, TRAININGS
+
+ROOT = Path(__file__).parents[2]
+NAMES = [preset.name for preset in PRESETS]
+# What LLaMA-Factory itself takes for these models; Phi-4-mini's it has in its table, and forgets for a small letter.
+TEMPLATES = {
+    "qwen3-4b": ("Qwen/Qwen3-4B-Instruct-2507", "qwen3_nothink"),
+    "llama3-8b": ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),
+    "llama3.1-8b": ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama3"),
+    "gemma2-9b": ("google/gemma-2-9b-it", "gemma2"),
+    "qwen2.5-7b": ("Qwen/Qwen2.5-7B-Instruct", "qwen"),
+    "qwen3-8b": ("Qwen/Qwen3-8B", "qwen3"),
+    "phi4-mini": ("microsoft/Phi-4-mini-instruct", "phi4_mini"),
+    "qwen2.5-1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", "qwen"),
+}
+
+
+def test_the_presets_are_the_committed_experiments():
+    folders = {path.parent.name for path in ROOT.glob("factory_configs/*/experiment.yaml")}
+    assert folders == {"demo", *NAMES}
+    assert set(NAMES) == set(TEMPLATES)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=NAMES)
+def test_a_committed_preset_is_what_is_rendered(preset, tmp_path):
+    write_preset(preset, tmp_path)
+    fresh = tmp_path / "factory_configs" / preset.name
+    committed = ROOT / "factory_configs" / preset.name
+    assert sorted(p.name for p in committed.iterdir()) == sorted(p.name for p in fresh.iterdir())
+    for path in fresh.iterdir():
+        there = (committed / path.name).read_text(encoding="utf-8")
+        assert there == path.read_text(encoding="utf-8"), "render it anew: python -m factory.presets"
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=NAMES)
+def test_a_preset_names_its_model_and_what_it_needs(preset):
+    its = load_experiment(preset.name, ROOT)
+    assert (its.model, its.template) == TEMPLATES[preset.name]
+    assert known_models()[its.model.lower()].template == its.template
+    assert its.enable_thinking is (False if its.template == "qwen3" else None)
+    assert its.cutoff_len == (1024 if preset.name == "qwen2.5-1.5b" else 2048)
+    text = render_experiment(preset)
+    assert max(map(len, text.splitlines())) <= 160
+    gated = its.model.startswith(("meta-llama/", "google/"))
+    assert ("This model is gated" in text) == gated
+    assert ("not gated" in text) == (not gated)
+    check_recipes(its, STEPS, ROOT)
+    for training in TRAININGS:
+        recipe = read_yaml(ROOT / its.recipe(training))
+        assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 16
+
+
+@pytest.mark.slow
+def test_every_preset_and_step_loads_in_llamafactorys_own_parser(tmp_path, monkeypatch):
+    """All of them in one process, at 4, 8 and no bits; on a CPU bf16 needs use_cpu beside it."""
+    from llamafactory.data.template import TEMPLATES as THEIRS
+    from llamafactory.extras.constants import DEFAULT_TEMPLATE, SUPPORTED_MODELS
+    from llamafactory.hparams import get_infer_args, get_train_args
+
+    monkeypatch.chdir(tmp_path)
+    names = {id: name for name, ids in SUPPORTED_MODELS.items() for id in ids.values()}
+    seen = 0
+    for preset in PRESETS:
+        its = load_experiment(preset.name, ROOT)
+        known = names[its.model]
+        assert its.template in THEIRS
+        assert its.template == DEFAULT_TEMPLATE.get(known) or known == "Phi-4-3.8B-instruct"
+        for step in STEPS.values():
+            recipe = read_yaml(ROOT / its.recipe(step.name))
+            if step.merges:
+                model, data, method, _ = get_infer_args(dict(recipe))
+                assert model.export_dir == recipe["export_dir"]
+                assert model.adapter_name_or_path == [recipe["adapter_name_or_path"]]
+            else:
+                model, data, training, method, _ = get_train_args(recipe | {"use_cpu": True})
+                assert (model.quantization_bit, training.bf16, method.lora_rank) == (4, True, recipe["lora_rank"])
+                assert data.dataset == [recipe["dataset"]] and data.cutoff_len == its.cutoff_len
+            assert (method.stage, data.template) == (recipe.get("stage", "sft"), its.template)
+            assert data.enable_thinking is recipe.get("enable_thinking", True)
+            seen += 1
+    assert seen == len(PRESETS) * len(STEPS)
