@@ -90,7 +90,7 @@ def demo(seed: int, fresh: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("name", metavar="EXP")
+@click.argument("name", metavar="EXP", help="Its name, a new folder of factory_configs/.")
 @click.option("--model", required=True, metavar="ID", help="A Hugging Face hub id, or a folder that holds config.json.")
 @click.option("--template", metavar="T", help="LLaMA-Factory's chat template [the model's own, where it is known].")
 @click.option(

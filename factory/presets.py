@@ -26,8 +26,7 @@ PRESETS: tuple[Wish, ...] = (
         model="Qwen/Qwen3-4B-Instruct-2507",
         model_note="Apache-2.0, not gated, 8 GB to download",
         opening=(
-            "The default experiment: a 4B instruct model that anyone may download, judged in one pass of QLoRA over the "
-            "votes.",
+            "The default experiment: a 4B instruct model that anyone may download, one pass of QLoRA over the votes.",
         ),
         description=f"sized for one 24 GB GPU {_FORECAST}",
     ),

@@ -10,8 +10,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>"
-    "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content }}<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
 GEMMA = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -44,7 +44,7 @@ def test_the_table_is_the_imported_one():
     forgotten = []
     for id, known in ours.items():
         if (expected := DEFAULT_TEMPLATE.get(known.name, BASE_TEMPLATE)) != known.template:
-            forgotten.append((id, expected, known.template))
+            forgotten.append((known.name, expected, known.template))
         # Two models of that name are registered: with images, and without.
         assert known.multimodal == (known.name in MULTIMODAL_SUPPORTED_MODELS) or known.name == "MedGemma-27B-Instruct"
         assert known.template in TEMPLATES
