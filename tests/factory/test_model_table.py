@@ -42,7 +42,7 @@ def test_the_table_is_the_imported_one():
     theirs = {id.lower(): name for name, ids in reversed(SUPPORTED_MODELS.items()) for id in ids.values()}
     assert set(ours) == set(theirs)
     forgotten = []
-    for id, known in ours.items():
+    for known in ours.values():
         if (expected := DEFAULT_TEMPLATE.get(known.name, BASE_TEMPLATE)) != known.template:
             forgotten.append((known.name, expected, known.template))
         # Two models of that name are registered: with images, and without.
