@@ -227,6 +227,30 @@ def status(experiment: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("battle_id", metavar="ID")
+@experiment_option
+@click.option(
+    "--stage", type=click.Choice(TRAININGS), default="sft", show_default=True, help="The stage whose judge answered."
+)
+@click.option("--split", type=click.Choice(["train", "valid", "test"]), help="Where an id stands twice.")
+@click.option("--swapped", is_flag=True, help="Print the prompt with A and B exchanged.")
+@json_option
+@verbose_option
+def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped: bool, as_json: bool) -> None:
+    """Print one battle: verdict, probabilities in both orders, and the exact prompt that was fed, cuts marked."""
+    from scoring.exhibit import exhibit, print_exhibit
+
+    exp, _ = _start(experiment)
+    shown = exhibit(exp, stage, battle_id, split)
+    if as_json:
+        click.echo(json.dumps(shown.to_json(), indent=2))
+        return
+    from rich.console import Console
+
+    print_exhibit(Console(), shown, swapped=swapped)
+
+
+@cli.command()
 @experiment_option
 @click.option(
     "--stage", type=click.Choice(TRAININGS), default="sft", show_default=True, help="The stage whose judge answers."
@@ -251,6 +275,25 @@ def score(experiment: str, stage: str, source: Path | None, output: Path | None,
     output = output or exp.output_folder(stage) / f"probabilities_{name}.csv"
     rows = score_input(exp, stage, source, output, show=show)
     click.echo(json.dumps({"rows": rows, "output": str(output)}) if as_json else f"{rows} rows: {output}")
+
+
+host_option = click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+port_option = click.option("--port", type=click.IntRange(1, 65535), help="[the first free one from 7860 on]")
+open_option = click.option("--no-open", is_flag=True, help="Do not open a browser.")
+
+
+@cli.command()
+@host_option
+@port_option
+@open_option
+@verbose_option
+def board(host: str, port: int | None, no_open: bool) -> None:
+    """LLaMA-Factory's web UI (LLaMA Board) with these experiments, data sets and adapters in it, on 127.0.0.1."""
+    from factory.board import lay_out, serve_board
+    from factory.progress import Show
+
+    show = Show()
+    serve_board(lay_out(), host, port, open_browser=not no_open, show=show)
 
 
 def _start(name: str):

@@ -43,3 +43,23 @@ class Neutralizer:
             responses_a=tuple(map(self, battle.responses_a)),
             responses_b=tuple(map(self, battle.responses_b)),
         )
+
+
+# What moves a terminal's cursor, rings, recolours, turns the writing round or cannot be encoded.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Return a text that a terminal prints as it stands: control characters become signs that can be read.
+
+    Line ends and tabs stay; ESC becomes ␛, other controls their pictures or \\x9b, \\u202e.
+    """
+    return _UNSAFE.sub(lambda match: _picture(ord(match[0])), text)
+
+
+def _picture(code: int) -> str:
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "\u2421"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

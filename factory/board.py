@@ -1,0 +1,274 @@
+"""LLaMA Board's folder: what LLaMA-Factory's web page reads from the current folder, filled with our experiments.
+
+data/dataset_info.json                        our exported sets
+llamaboard_config/<experiment>_<stage>.yaml   every recipe, to be loaded and started
+saves/<model>/lora/<adapter>/                 trained adapters: llamaboard_config.yaml and running_log.txt for the page
+llamaboard_cache/user_config.yaml             the model that the page opens with, unless the user chose one
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import webbrowser
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.errors import ArenaError, UsageError
+from data_prep.files import atomic_file, write_json
+from factory.board_config import BoardConfig, board_config
+from factory.experiment import Experiment, load_experiment, read_yaml
+from factory.recipe import render_recipe
+from factory.remedies import clean_lines
+from factory.step import TRAININGS
+from factory.survey import experiment_names
+
+if TYPE_CHECKING:
+    from factory.progress import Show
+
+CONFIGS = Path("llamaboard_config")
+CACHE = Path("llamaboard_cache")
+DATA = Path("data")
+RUN_CONFIG, RUN_LOG = "llamaboard_config.yaml", "running_log.txt"  # as LLaMA-Factory calls them
+_LOG_TAIL = 60_000  # bytes of train.log; the page shows the last 20,000 characters
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+FIRST_PORT = 7860  # Gradio's
+
+
+@dataclass(frozen=True)
+class BoardModel:
+    """A model as the page lists it. Its adapters lie in saves/<name>/lora."""
+
+    name: str
+    path: str
+    template: str
+
+    @property
+    def folder(self) -> Path:
+        """Where LLaMA Board looks for this model's adapters: its name without spaces."""
+        return Path("saves") / self.name.replace(" ", "") / "lora"
+
+
+@dataclass
+class BoardPlace:
+    """What was laid out: the models by (experiment, stage), the configurations written, and what to tell the user."""
+
+    models: dict[tuple[str, str], BoardModel] = field(default_factory=dict)
+    configs: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def board_models(experiments: list[Experiment]) -> dict[tuple[str, str], BoardModel]:
+    """Return the page's model for every experiment and stage.
+
+    A base model is called by the last part of its name, as the folder of its adapters is. A merged judge that a
+    stage starts from is a model of its own, or its adapters would be offered on top of the wrong base.
+    """
+    models: dict[tuple[str, str], BoardModel] = {}
+    taken: dict[str, tuple[str, str]] = {}
+    for experiment in experiments:
+        for stage in TRAININGS:
+            path = experiment.start_model(stage)
+            name = experiment.short_model if path == experiment.model else f"{experiment.name}_sft_merged"
+            if taken.setdefault(name, (path, experiment.template)) != (path, experiment.template):
+                name = f"{name} of {experiment.name}"
+                taken[name] = (path, experiment.template)
+            models[experiment.name, stage] = BoardModel(name, path, experiment.template)
+    return models
+
+
+def readable_experiments() -> tuple[list[Experiment], list[str]]:
+    """Return the experiments of the current folder, and a sentence for each that cannot be read."""
+    found, faults = [], []
+    for name in experiment_names():
+        try:
+            found.append(load_experiment(name))
+        except ArenaError as error:
+            faults.append(f"experiment {name} is left out: {str(error).splitlines()[0]}")
+    return found, faults
+
+
+def lay_out() -> BoardPlace:
+    """Write everything that the page reads; raises UsageError outside a folder with experiments.
+
+    Files of the user (other configurations, other data sets, other adapters) stay as they are.
+    """
+    experiments, faults = readable_experiments()
+    if not experiments:
+        raise UsageError(
+            "there is no experiment here",
+            where=str(Path.cwd()),
+            remedy="call run.py from the folder that holds factory_configs/",
+        )
+    place = BoardPlace(board_models(experiments), notes=faults)
+    _list_data(experiments)
+    for experiment in experiments:
+        for stage in TRAININGS:
+            try:
+                place.configs.append(_save_config(experiment, stage, place))
+                publish_run(experiment, stage, place.models[experiment.name, stage])
+            except ArenaError as error:
+                place.notes.append(f"{experiment.name} {stage} is left out: {str(error).splitlines()[0]}")
+    _choose_first_model(experiments, place.models)
+    return place
+
+
+def configuration(experiment: Experiment, stage: str, model: BoardModel) -> BoardConfig:
+    """Return a stage's configuration, from its recipe or, before `prepare`, from what would be rendered."""
+    path = experiment.recipe(stage)
+    if path.is_file():
+        recipe = read_yaml(path)
+    else:
+        from omegaconf import OmegaConf
+
+        recipe = dict(OmegaConf.to_container(OmegaConf.create(render_recipe(experiment, stage))))
+    return board_config(experiment, stage, recipe, model.name, DATA.as_posix())
+
+
+def publish_run(experiment: Experiment, stage: str, model: BoardModel) -> None:
+    """Let the page list and show a run of the command line: its adapter folder, its log, its settings.
+
+    Nothing happens where nothing was trained. The log is that of the run so far.
+    """
+    adapter = experiment.adapter_folder(stage)
+    if not adapter.is_dir():
+        return
+    if model.folder != adapter.parent:
+        _link(model.folder / adapter.name, adapter)
+    if not (adapter / RUN_CONFIG).is_file():
+        _write_yaml(adapter / RUN_CONFIG, configuration(experiment, stage, model).values)
+    log = experiment.output_folder(stage) / "train.log"
+    if log.is_file():
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LOG_TAIL))
+            lines = clean_lines(file.read().decode("utf-8", "replace"))
+        with atomic_file(adapter / RUN_LOG) as file:
+            file.write("\n".join(line for line in lines if line.strip()) + "\n")
+
+
+def free_port(host: str, wanted: int | None = None) -> int:
+    """Return `wanted`, or the first free port from Gradio's on; raises UsageError if it cannot be listened on."""
+    tries = [wanted] if wanted else range(FIRST_PORT, FIRST_PORT + 100)
+    for port in tries:
+        try:
+            family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, number) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except socket.gaierror:
+            raise UsageError(f"{host!r} is no address of this machine", remedy="--host 127.0.0.1") from None
+        except OSError:
+            continue
+        return port
+    taken = f"port {wanted}" if wanted else f"every port from {FIRST_PORT} to {FIRST_PORT + 99}"
+    raise UsageError(f"{taken} of {host} cannot be listened on", remedy="choose another one with --port")
+
+
+def exposure(host: str) -> str | None:
+    """Return a warning where others than this machine can reach a page, None on the loopback."""
+    if host in LOOPBACK:
+        return None
+    return (
+        f"warning: everybody who reaches this machine at {host} can start trainings, load models and read files there; "
+        "prefer 127.0.0.1 and `ssh -L`"
+    )
+
+
+def serve_board(place: BoardPlace, host: str, port: int | None, *, open_browser: bool, show: Show) -> None:
+    """Serve LLaMA Board in the current folder until Ctrl-C, and say what is in it."""
+    port = free_port(host, port)
+    for note in [*place.notes, exposure(host)]:
+        if note:
+            show.note(note)
+    show.note(
+        f"board: {len(place.configs)} configurations in {CONFIGS}/: choose one at 'Config path', then Load, Start"
+    )
+    show.note("board: starting LLaMA Board (half a minute)")
+
+    def ready(url: str) -> None:
+        show.note(f"board: {url}   (Ctrl-C ends it and a training that it started)")
+        if open_browser:
+            webbrowser.open(url)
+
+    command = [sys.executable, "-m", "factory.webui", "--host", host, "--port", str(port)]
+    serve(command, "LLaMA Board", CACHE / "board.log", ready)
+    show.note(f"board: ended; its log is {CACHE / 'board.log'}, what it trained lies under saves/")
+
+
+def serve(command: list[str], what: str, log: Path, ready: Callable[[str], None]) -> None:
+    """Run a page's server until Ctrl-C or its end; `ready(url)` is called when it listens.
+
+    Raises ArenaError if it ends by itself with an error.
+    """
+    from factory.child import Watch, run_child
+
+    told = False
+
+    def read(line: str) -> None:
+        nonlocal told
+        if not told and "Running on local URL:" in line:
+            told = True
+            ready(line.split("Running on local URL:")[1].strip())
+
+    try:
+        run_child(command, log, what=what, watch=Watch(on_line=read), interrupted_remedy="")
+    except ArenaError as error:
+        if "was interrupted" not in error.what:  # Ctrl-C is how one leaves a page
+            raise
+
+
+def _save_config(experiment: Experiment, stage: str, place: BoardPlace) -> Path:
+    config = configuration(experiment, stage, place.models[experiment.name, stage])
+    path = CONFIGS / f"{experiment.name}_{stage}.yaml"
+    _write_yaml(path, config.values)
+    place.notes += [f"{path}: LLaMA Board cannot set {each}" for each in config.left_out]
+    return path
+
+
+def _list_data(experiments: list[Experiment]) -> None:
+    """List exported sets that data/dataset_info.json lacks, for instance because the folder was copied here."""
+    path = DATA / "dataset_info.json"
+    entries = _read_json(path)
+    missing = {
+        name: {**entry, "file_name": f"{experiment.name}/{entry['file_name']}"}
+        for experiment in experiments
+        for name, entry in _read_json(experiment.data_folder / "dataset_info.json").items()
+        if name not in entries
+    }
+    if missing:
+        write_json(path, {**entries, **missing})
+
+
+def _choose_first_model(experiments: list[Experiment], models: dict[tuple[str, str], BoardModel]) -> None:
+    path = CACHE / "user_config.yaml"
+    prepared = [each for each in experiments if (each.data_folder / "manifest.json").is_file()]
+    if path.exists() or not prepared:
+        return
+    first = models[prepared[0].name, "sft"].name
+    _write_yaml(path, {"lang": "en", "hub_name": None, "last_model": first, "path_dict": {}, "cache_dir": None})
+
+
+def _link(link: Path, target: Path) -> None:
+    if link.is_symlink() or link.exists():
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_yaml(path: Path, values: dict[str, Any]) -> None:
+    import yaml
+
+    with atomic_file(path) as file:
+        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)

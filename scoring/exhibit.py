@@ -1,0 +1,309 @@
+"""An exhibit: one battle as a stage's judge got it, with its verdict and what the judge said in both orders."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
+from data_prep.budget import MARKER
+from data_prep.chat_frame import ChatFrame, load_frame
+from data_prep.dataset import read_manifest
+from data_prep.errors import ArenaError, UsageError
+from data_prep.flatten import Pair
+from data_prep.neutral import visible
+from data_prep.prompt import JudgePrompt
+from factory.experiment import Experiment, Labels
+from factory.step import STEPS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+_SETS = {"train": "training rows", "valid": "validation fold", "test": "test set"}
+_VERDICT_NAMES = {"a": "A wins", "b": "B wins", "tie": "tie"}
+Shares = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """What is known of one battle.
+
+    `prompts` are the strings that are tokenized, by name (judge: "prompt", "prompt, A and B exchanged"; pairs:
+    "prompt and answer A", "prompt and answer B"). `tokens` count the longest with its answer, `tokens_full` before
+    cutting. `probabilities` by order ("A first", "B first", before calibration) and "final", as in the stage's
+    probabilities file; `rewards` of A and B in stages that have them.
+    """
+
+    id: str
+    experiment: str
+    stage: str
+    split: str
+    verdict: str | None
+    language: str | None
+    turns: int
+    dropped: int
+    cut: bool
+    tokens: int
+    tokens_full: int
+    cutoff_len: int
+    prompts: dict[str, str]
+    cuts: list[str]
+    probabilities: dict[str, Shares]
+    rewards: dict[str, float]
+    source: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def exhibit(experiment: Experiment, stage: str, battle_id: str, split: str | None = None) -> Exhibit:
+    """Return the exhibit of one exported battle.
+
+    Raises UsageError for an id that was not exported or that two splits hold, ArenaError for a missing export.
+    """
+    data = experiment.data_folder
+    manifest = read_manifest(data)
+    place, row = _row(experiment, battle_id, split)
+    split, dropped = row["split"], row["dropped"]
+    frame = ChatFrame.from_dict(manifest["frame"])
+    battle = _battle(data, place)
+    if STEPS[stage].data == "dpo_reward":
+        pair = _pair(data, place)
+        texts = {"prompt": pair.prompt, "response A": pair.response_a, "response B": pair.response_b}
+        whole = {f"prompt and answer {x}": (pair.prompt, texts[f"response {x}"]) for x in "AB"}
+        prompts = {name: _pair_text(experiment, frame, *both) for name, both in whole.items()}
+        cuts = _cuts(texts) if any(MARKER in text for text in texts.values()) else []
+    else:
+        prompts = _judge_texts(experiment, frame, manifest, battle, dropped)
+        cuts = _cuts(_named_texts(battle, dropped)) if row["cut"] else []
+    folder = experiment.output_folder(stage)
+    probabilities, rewards = _scores(folder, split, battle_id)
+    return Exhibit(
+        id=battle_id,
+        experiment=experiment.name,
+        stage=stage,
+        split=split,
+        verdict=row["verdict"],
+        language=row["language"],
+        turns=row["turns"],
+        dropped=dropped,
+        cut=bool(row["cut"]),
+        tokens=row["tokens"],
+        tokens_full=row["tokens_full"],
+        cutoff_len=manifest["experiment"]["cutoff_len"],
+        prompts=prompts,
+        cuts=cuts,
+        probabilities=probabilities,
+        rewards=rewards,
+        source=manifest["sources"]["test" if split == "test" else "train"]["file"],
+    )
+
+
+def _row(experiment: Experiment, battle_id: str, split: str | None) -> tuple[int, dict[str, Any]]:
+    """Return the battle's place in rows.parquet (and so in battles.parquet and pairs.parquet) and its row."""
+    from pyarrow.parquet import read_table
+
+    table = read_table(experiment.data_folder / "rows.parquet")
+    hits = [
+        (i, table.slice(i, 1).to_pylist()[0]) for i, each in enumerate(table["id"].to_pylist()) if each == battle_id
+    ]
+    found = [(i, row) for i, row in hits if split in (None, row["split"])]
+    if len(found) == 1:
+        return found[0]
+    command = f"python run.py show {battle_id} -e {experiment.name}"
+    if found:
+        names = " and ".join(row["split"] for _, row in found)
+        raise UsageError(f"{battle_id!r} is an id of {names}", remedy=f"{command} --split {found[0][1]['split']}")
+    other = f"; it is one of {hits[0][1]['split']}" if hits else ""
+    raise UsageError(
+        f"{battle_id!r} is not an id of {split or 'train, valid or test'}{other}",
+        where=str(experiment.data_folder),
+        remedy="take an id of the exported table; report.html lists the worst ones. Rejected rows are in audit.json",
+    )
+
+
+def _battle(data: Path, place: int) -> Battle:
+    """Return one fitted battle without making Python objects of all the others."""
+    from pyarrow.parquet import read_table
+
+    (text,) = read_table(data / "battles.parquet").slice(place, 1).to_pylist()
+    return Battle(text["id"], tuple(text["prompts"]), tuple(text["responses_a"]), tuple(text["responses_b"]))
+
+
+def _pair(data: Path, place: int) -> Pair:
+    from pyarrow.parquet import read_table
+
+    path = data / "pairs.parquet"
+    if not path.is_file():
+        raise ArenaError(
+            "the reward view (pairs of responses) was not exported",
+            where=str(data),
+            remedy=f"python run.py prepare -e {data.name} --train FILE --pairs",
+        )
+    names = ["id", "prompt", "response_a", "response_b"]
+    return Pair(**read_table(path, columns=names).slice(place, 1).to_pylist()[0])
+
+
+def _judge_texts(
+    experiment: Experiment, frame: ChatFrame, manifest: dict[str, Any], battle: Battle, dropped: int
+) -> dict[str, str]:
+    source = (experiment.data_folder / "judge_prompt.j2").read_text(encoding="utf-8")
+    prompt = JudgePrompt(source, Labels(**manifest["experiment"]["labels"]), where="judge_prompt.j2")
+    orders = {"prompt": battle, "prompt, A and B exchanged": swap(battle)}
+    return {name: _whole(experiment, frame, frame.wrap(prompt.message(each, dropped))) for name, each in orders.items()}
+
+
+def _pair_text(experiment: Experiment, frame: ChatFrame, prompt: str, answer: str) -> str:
+    answered = _whole(experiment, frame, frame.wrap_answer(answer), frame.answer_prefix_ids, frame.answer_suffix_ids)
+    return _whole(experiment, frame, frame.wrap(prompt)) + answered
+
+
+def _whole(
+    experiment: Experiment,
+    frame: ChatFrame,
+    text: str,
+    before: tuple[int, ...] | None = None,
+    behind: tuple[int, ...] | None = None,
+) -> str:
+    """Return a wrapped text with the ids that stand outside its string (a BOS, say) written as their tokens."""
+    before = frame.prefix_ids if before is None else before
+    behind = frame.suffix_ids if behind is None else behind
+    if not before and not behind:
+        return text
+    _, tokenizer = load_frame(experiment)
+
+    def decode(ids: tuple[int, ...]) -> str:
+        return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    return decode(before) + text + decode(behind)
+
+
+def _named_texts(battle: Battle, dropped: int) -> dict[str, str]:
+    columns = {"user": battle.prompts, "response A": battle.responses_a, "response B": battle.responses_b}
+    return {
+        f"turn {turn + dropped + 1}, {name}": texts[turn]
+        for turn in range(battle.turns)
+        for name, texts in columns.items()
+    }
+
+
+def _cuts(texts: dict[str, str]) -> list[str]:
+    """Return one line for each place where the middle of a text was cut out."""
+    lines = []
+    for name, text in texts.items():
+        at = text.find(MARKER)
+        if at >= 0:
+            behind = len(text) - at - len(MARKER)
+            lines.append(f"{name}: {at:,} characters kept before the cut, {behind:,} behind it")
+    return lines
+
+
+def _scores(folder: Path, split: str, battle_id: str) -> tuple[dict[str, Shares], dict[str, float]]:
+    """Return the probabilities by order and the rewards that scoring left; both empty for a row that was not scored."""
+    from pyarrow.parquet import read_table
+
+    path = folder / f"scores_{split}.parquet"
+    if not path.is_file():
+        return {}, {}
+    row = next(iter(read_table(path, filters=[("id", "==", battle_id)]).to_pylist()), None)
+    if row is None:
+        return {}, {}
+    shares = {}
+    for name, order in (("A first", "ab"), ("B first", "ba")):
+        logits = [row.get(f"{order}_{verdict}") for verdict in VERDICTS]
+        if all(value is not None and value == value for value in logits):
+            shares[name] = _softmax(logits)
+    rewards = {x: row[f"reward_{x}"] for x in ("a", "b") if f"reward_{x}" in row}
+    final = _final(folder / f"probabilities_{split}.csv", battle_id)
+    return {**shares, **({"final": final} if final else {})}, rewards
+
+
+def _softmax(logits: list[float]) -> Shares:
+    import numpy as np
+
+    from scoring.links import log_softmax
+
+    values = np.exp(log_softmax(np.array([logits], dtype=np.float64)))[0]
+    return dict(zip(VERDICTS, map(float, values), strict=True))
+
+
+def _final(path: Path, battle_id: str) -> Shares | None:
+    if not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["id"] == battle_id:
+                return {v: float(row[column]) for v, column in zip(VERDICTS, PROBABILITY_COLUMNS, strict=True)}
+    raise ArenaError("lacks a row that was scored", where=f"{path} id {battle_id}", remedy="score the stage again")
+
+
+def print_exhibit(console: Console, shown: Exhibit, *, swapped: bool = False) -> None:
+    """Print an exhibit; texts are made harmless for a terminal, and the cut places stand out."""
+    from rich.text import Text
+
+    head = f"battle {shown.id}: {shown.experiment} / {shown.stage}, {_SETS[shown.split]} of {shown.source}"
+    console.print(Text(visible(head), style="bold"), soft_wrap=True)
+    for line in _facts(shown):
+        console.print(Text(visible(line)), soft_wrap=True)
+    _print_probabilities(console, shown)
+    names = list(shown.prompts)
+    pairs = len(names) > 1 and "answer" in names[0]
+    for name in names if pairs else names[1:] if swapped else names[:1]:
+        console.print(Text(f"--- {name}, exactly as fed ---", style="bold"))
+        console.print(_lit(visible(shown.prompts[name])), soft_wrap=True)
+    console.print(Text("--- end ---", style="bold"))
+
+
+def _lit(text: str) -> Text:
+    """Return a prompt whose cut places and section headings stand out."""
+    from rich.text import Text
+
+    lit = Text(text)
+    lit.highlight_words([MARKER.strip()], style="black on yellow")
+    lit.highlight_regex(r"(?m)^### .*$", style="cyan")
+    return lit
+
+
+def _facts(shown: Exhibit) -> list[str]:
+    verdict = _VERDICT_NAMES.get(shown.verdict or "", "not known")
+    lines = [f"verdict: {verdict}" + (f"; language: {shown.language}" if shown.language else "")]
+    full = f" ({shown.tokens_full:,} before cutting)" if shown.tokens_full != shown.tokens else ""
+    lines.append(
+        f"turns: {shown.turns}; judge prompt: {shown.tokens:,} of {shown.cutoff_len:,} tokens with the label{full}"
+    )
+    if shown.dropped:
+        lines.append(f"left out: the {shown.dropped} oldest turn(s)")
+    lines += [f"cut: {line}" for line in shown.cuts]
+    if shown.dropped or shown.cuts:
+        lines.append(f"the whole texts are in {shown.source}")
+    return lines
+
+
+def _print_probabilities(console: Console, shown: Exhibit) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if shown.rewards:
+        console.print(Text("rewards: " + ", ".join(f"{x.upper()} {v:+.4f}" for x, v in shown.rewards.items())))
+    if not shown.probabilities:
+        what = "training rows are not scored" if shown.split == "train" else "this stage was not scored yet"
+        call = f"python run.py {STEPS[shown.stage].asked_by} -e {shown.experiment}"
+        console.print(Text(f"probabilities: none; {what}" + ("" if shown.split == "train" else f" ({call})")))
+        return
+    table = Table()
+    for heading in ("", *_VERDICT_NAMES.values(), "log loss"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, shares in shown.probabilities.items():
+        note = {"final": "final, as submitted" if shown.split == "test" else "final"}.get(name, f"{name}, softmax")
+        table.add_row(note, *(f"{shares[v]:.4f}" for v in VERDICTS), _loss(shares, shown.verdict))
+    console.print(table)
+
+
+def _loss(shares: Shares, verdict: str | None) -> str:
+    import math
+
+    return f"{-math.log(max(shares[verdict], 1e-15)):.4f}" if verdict in shares else ""

@@ -1,0 +1,138 @@
+"""Saved configurations against the real page: ids, values, and the arguments that LLaMA Board makes of them."""
+
+import json
+import math
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from factory.board import BoardModel, board_models, configuration
+from factory.board_config import board_config
+from factory.experiment import load_experiment
+from factory.recipe import render_recipe
+from factory.step import TRAININGS
+from factory.webui import build
+
+ROOT_EXPERIMENTS = ("demo", "qwen3-4b")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The real page with the committed experiments; what it draws and its manager of elements."""
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parents[2]
+    folder = tmp_path_factory.mktemp("page")
+    for name in ("factory_configs", "templates"):
+        (folder / name).symlink_to(root / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        page = build()
+        yield page
+
+
+def function_named(page, name):
+    return next(each for each in page.fns.values() if each.name == name)
+
+
+@pytest.fixture(scope="module")
+def runner(page):
+    return function_named(page, "load_args").fn.__self__
+
+
+def configured(experiment, stage):
+    models = board_models([experiment])
+    return configuration(experiment, stage, models[experiment.name, stage])
+
+
+def elements_with(page, runner, values) -> dict:
+    """Return what Start gets: every element's own value, replaced by the loaded ones as the browser sends them back."""
+    loaded = {runner.manager.get_elem_by_id(key): value for key, value in values.items()}
+    start = function_named(page, "run_train")
+    data = {element: loaded.get(element, element.value) for element in start.inputs}
+    return {element: element.preprocess(value) if element in loaded else value for element, value in data.items()}
+
+
+def rendered(experiment, stage) -> dict:
+    return dict(OmegaConf.to_container(OmegaConf.create(render_recipe(experiment, stage))))
+
+
+@pytest.mark.parametrize("stage", TRAININGS)
+@pytest.mark.parametrize("name", ROOT_EXPERIMENTS)
+def test_loading_and_starting_a_configuration_is_running_the_recipe(page, runner, name, stage):
+    experiment = load_experiment(name)
+    config = configured(experiment, stage)
+    assert config.left_out == []
+    load = function_named(page, "load_args")
+    for key in config.values:
+        assert runner.manager.get_elem_by_id(key) in load.outputs, f"{key} is no element that Load may set"
+    data = elements_with(page, runner, config.values)
+    model = board_models([experiment])[name, stage]
+    data[runner.manager.get_elem_by_id("top.model_path")] = model.path  # what the page looks up for the model's name
+    data[runner.manager.get_elem_by_id("train.output_dir")] = "trial"
+    started = json.loads(json.dumps({k: v for k, v in runner._parse_train_args(data).items() if v is not None}))
+    recipe = {key: value for key, value in rendered(experiment, stage).items() if value is not None}
+    for key, value in recipe.items():
+        if key == "output_dir":
+            assert started[key] == f"{model.folder}/trial"
+        elif key == "dataset_dir":
+            assert started[key] == "data"
+        elif isinstance(value, float):
+            assert math.isclose(started[key], value), key
+        else:
+            assert started.get(key, False) == value, key
+    own = {"max_samples", "ddp_timeout", "include_num_input_tokens_seen", "double_quantization", "flash_attn"}
+    additions = {k: v for k, v in started.items() if k not in recipe and v not in (False, "", 0) and k not in own}
+    unchanged = {"enable_thinking": True, "max_grad_norm": 1.0, "pref_loss": "sigmoid", "template": recipe["template"]}
+    assert additions.items() <= unchanged.items(), additions
+
+
+def test_a_configuration_survives_its_file(page):
+    config = configured(load_experiment("demo"), "sft")
+    assert yaml.safe_load(yaml.safe_dump(config.values)) == config.values
+
+
+def test_what_no_element_takes_goes_to_the_extra_arguments_or_is_told(make_experiment):
+    recipe = {"template": "qwen3_nothink", "stage": "dpo", "pref_beta": 2.0, "warmup_steps": 0.05, "save_steps": 3}
+    recipe |= {"report_to": ["wandb", "tensorboard"], "quantization_bit": 8, "double_quantization": False}
+    config = board_config(make_experiment(), "dpo_judge", recipe, "none")
+    extra = json.loads(config.values["train.extra_args"])
+    assert (extra["warmup_steps"], extra["save_steps"]) == (0.05, 3)
+    assert extra["report_to"] == ["wandb", "tensorboard"] and config.values["train.report_to"] == "wandb"
+    assert config.left_out == [
+        "pref_beta: 2.0 is not between 0 and 1",
+        "double_quantization: LLaMA Board always quantizes twice",
+    ]
+    assert config.values["top.quantization_bit"] == "8" and "pref_beta" not in extra
+
+
+def test_every_base_has_its_own_name_and_folder(make_experiment):
+    one, two = make_experiment("one", model="models/tiny"), make_experiment("two", model="other/tiny")
+    three = make_experiment("three", model="models/tiny")
+    models = board_models([one, two, three])
+    assert models["one", "sft"] == models["three", "rm"] == BoardModel("tiny", "models/tiny", "qwen3_nothink")
+    assert (
+        models["two", "sft"].name == "tiny of two" and models["two", "sft"].folder.as_posix() == "saves/tinyoftwo/lora"
+    )
+    assert models["one", "dpo_judge"] == BoardModel("one_sft_merged", "outputs/one/sft/merged", "qwen3_nothink")
+    assert models["one", "sft"].folder == one.adapter_folder("sft").parent
+
+
+def test_the_page_lists_our_models_first_with_path_and_template(page, runner):
+    from llamafactory.webui.common import get_model_path, get_template
+
+    names = [value for _, value in runner.manager.get_elem_by_id("top.model_name").choices]
+    assert names[:2] == ["arena-tiny", "demo_sft_merged"] and "Custom" in names
+    assert (get_model_path("arena-tiny"), get_template("arena-tiny")) == ("models/arena-tiny", "qwen3_nothink")
+    assert get_model_path("Qwen3-4B-Instruct-2507") == "Qwen/Qwen3-4B-Instruct-2507"
+
+
+def test_a_loaded_stage_keeps_its_data_sets(page):
+    targets = [event for each in page.fns.values() if each.name == "change_stage" for _, event in each.targets]
+    assert targets == ["input"]
+
+
+def test_code_of_a_model_is_not_trusted(runner):
+    for name in ("infer.extra_args", "export.extra_args"):
+        assert json.loads(runner.manager.get_elem_by_id(name).value)["trust_remote_code"] is False
