@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import webbrowser
@@ -35,6 +36,7 @@ CACHE = Path("llamaboard_cache")
 DATA = Path("data")
 RUN_CONFIG, RUN_LOG = "llamaboard_config.yaml", "running_log.txt"  # as LLaMA-Factory calls them
 _LOG_TAIL = 60_000  # bytes of train.log; the page shows the last 20,000 characters
+_BAR = re.compile(r"\d+%\|.*\|")  # a progress bar: hundreds of lines that say nothing afterwards
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 FIRST_PORT = 7860  # Gradio's
 
@@ -147,7 +149,7 @@ def publish_run(experiment: Experiment, stage: str, model: BoardModel) -> None:
             file.seek(max(0, log.stat().st_size - _LOG_TAIL))
             lines = clean_lines(file.read().decode("utf-8", "replace"))
         with atomic_file(adapter / RUN_LOG) as file:
-            file.write("\n".join(line for line in lines if line.strip()) + "\n")
+            file.write("\n".join(line for line in lines if line.strip() and not _BAR.search(line)) + "\n")
 
 
 def free_port(host: str, wanted: int | None = None) -> int:

@@ -178,13 +178,15 @@ def _own_checkpoints(native: Any) -> Any:
 
     def list_checkpoints(model_name: str, finetuning_type: str) -> Any:
         import gradio as gr
+        from llamafactory.extras.constants import PEFT_METHODS
         from llamafactory.webui.common import get_model_path, get_save_dir
 
         listed = native(model_name, finetuning_type)
         base = get_model_path(model_name) if model_name else ""
         names = [value for _, value in listed.choices]
         own = [name for name in names if _fits(Path(get_save_dir(model_name, finetuning_type, name)), base)]
-        return gr.Dropdown(value=listed.value, choices=sorted(own), multiselect=listed.multiselect)
+        several = finetuning_type in PEFT_METHODS
+        return gr.Dropdown(value=[] if several else None, choices=sorted(own), multiselect=several)
 
     return list_checkpoints
 
