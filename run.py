@@ -90,6 +90,20 @@ def demo(seed: int, fresh: bool, as_json: bool) -> None:
 
 
 @cli.command()
+@json_option
+@verbose_option
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Say what this machine can run and what is missing, each with its remedy; exit code 1 on a fault."""
+    from factory.doctor import as_lines, as_report, examine
+
+    findings = examine()
+    report = as_report(findings)
+    click.echo(json.dumps(report, indent=2) if as_json else "\n".join(as_lines(findings)))
+    ctx.exit(0 if report["ok"] else 1)
+
+
+@cli.command()
 @click.argument("name", metavar="EXP", help="Its name, a new folder of factory_configs/.")
 @click.option("--model", required=True, metavar="ID", help="A Hugging Face hub id, or a folder that holds config.json.")
 @click.option("--template", metavar="T", help="LLaMA-Factory's chat template [the model's own, where it is known].")

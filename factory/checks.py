@@ -6,18 +6,23 @@ something else than they say. Each rule here gives the key, the reason and the r
 
 from __future__ import annotations
 
+import json
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import ArenaError
 from factory.arguments import UNKNOWN, arguments, key_fault, reporters, templates, value_fault
 from factory.experiment import Experiment, read_yaml
+from factory.inputs import names
 from factory.recipe import shared_values, step_of
 from factory.step import Step
+
+if TYPE_CHECKING:
+    from factory.devices import Devices
 
 Fault = tuple[str, str]  # key, what is wrong and the remedy
 
@@ -42,6 +47,21 @@ class _Rule:
 def _strategies_differ(v: Mapping[str, Any]) -> bool:
     best = v["load_best_model_at_end"] and v["save_strategy"] != "best"
     return bool(best and v["eval_strategy"] != v["save_strategy"])
+
+
+def _has_reference(v: Mapping[str, Any]) -> bool:
+    return bool(v["stage"] == "dpo" and v["pref_loss"] not in ("orpo", "simpo"))
+
+
+def _zero_stage(config: Any) -> int | None:
+    """Return the ZeRO stage of a DeepSpeed configuration, None where there is none or it cannot be read."""
+    if isinstance(config, str):
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None  # LLaMA-Factory names the file that it cannot read
+    stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
+    return stage if isinstance(stage, int) else None
 
 
 def _base_is_reference(v: Mapping[str, Any]) -> bool:
@@ -100,8 +120,61 @@ _TRAIN_RULES = (
     ),
     _Rule(
         "pissa_init",
-        lambda v: v["pissa_init"] and (v["quantization_bit"] or v["stage"] == "dpo"),
+        lambda v: v["pissa_init"] and (v["quantization_bit"] or _has_reference(v)),
         "is refused on a quantized model and beside a DPO reference; remove it",
+    ),
+    _Rule(
+        "adapter_name_or_path",
+        lambda v: v["quantization_bit"] and len(names(v["adapter_name_or_path"])) > 1,
+        "are several adapters on a quantized model, which takes one; merge them first",
+    ),
+    _Rule(
+        "quantization_type",
+        lambda v: v["quantization_bit"] == 8 and v["quantization_type"] != "nf4",
+        "is for 4 bits only, 8 ignore it; remove it",
+    ),
+    _Rule(
+        "deepspeed",
+        lambda v: v["quantization_bit"] == 8 and _zero_stage(v["deepspeed"]) == 3,
+        "is ZeRO-3, which takes 4 bits or none, not 8; change quantization_bit of experiment.yaml, or take ZeRO-2",
+    ),
+    _Rule(
+        "fsdp",
+        lambda v: v["quantization_bit"] == 8 and v["fsdp"],
+        "takes 4 bits or none, not 8; change quantization_bit of experiment.yaml",
+    ),
+    _Rule(
+        "ref_model_quantization_bit",
+        lambda v: v["ref_model_quantization_bit"] not in (None, 4, 8),
+        "is refused; choices: 4, 8, null",
+    ),
+    *(
+        _Rule(key, lambda v, key=key: v[key], "does not go with a LoRA adapter; remove it")
+        for key in ("use_galore", "use_apollo", "use_badam")
+    ),
+    *(
+        _Rule(
+            key,
+            lambda v, key=key: v[key] and v["stage"] != "sft",
+            "is for sft only; LLaMA-Factory refuses it; remove it",
+        )
+        for key in ("train_on_prompt", "mask_history")
+    ),
+    _Rule(
+        "flash_attn",
+        lambda v: v["flash_attn"] == "fa3",
+        "is not implemented in LLaMA-Factory 0.9.5; write fa2, sdpa or auto",
+    ),
+    _Rule(
+        "infer_backend",
+        lambda v: v["infer_backend"] != "huggingface",
+        "cannot train; remove it",
+    ),
+    _Rule("pure_bf16", lambda v: v["pure_bf16"] and v["fp16"], "and fp16 exclude each other; remove one"),
+    _Rule(
+        "pure_bf16",
+        lambda v: v["pure_bf16"] and _zero_stage(v["deepspeed"]) == 3,
+        "is incompatible with ZeRO-3; remove it: bf16 trains in mixed precision",
     ),
     _Rule(
         "create_new_adapter",
@@ -170,6 +243,14 @@ _MERGE_RULES = (
         "only a LoRA adapter is merged; remove it",
     ),
 )
+# Keys that need a package which is not in the lock: LLaMA-Factory says so late, or goes on without it.
+_NEEDS = {
+    "enable_liger_kernel": "liger_kernel",
+    "use_unsloth": "unsloth",
+    "use_adam_mini": "adam_mini",
+    "use_swanlab": "swanlab",
+    "mixture_of_depths": "MoD",
+}
 _POSITIVE = ("learning_rate", "num_train_epochs", "logging_steps", "pref_beta")
 _AT_LEAST_ONE = (
     "per_device_train_batch_size",
@@ -215,6 +296,41 @@ def _faults(experiment: Experiment, step: Step, content: Mapping[str, Any]) -> l
     return sorted(unique.values(), key=lambda fault: order.get(fault[0], len(order)))
 
 
+def check_device(experiment: Experiment, step: str, root: Path = Path()) -> None:
+    """Raise ArenaError if this machine lacks what a training recipe computes in; asks a child process only if needed.
+
+    torch would emulate bf16 on a card before Ampere, without a word and slowly, and refuse it without a GPU.
+    """
+    recipe = read_yaml(root / experiment.recipe(step))
+    if not any(recipe.get(key) for key in ("bf16", "fp16", "pure_bf16", "use_cpu")):
+        return
+    from factory.devices import devices
+
+    if faults := [f"  - {experiment.recipe(step)}: {key}: {fault}" for key, fault in device_faults(recipe, devices())]:
+        raise ArenaError(
+            "\n".join([f"{len(faults)} fault(s) of this recipe on this machine:", *faults]),
+            remedy="mend these keys, in the recipe or for good under `recipes:` of experiment.yaml; "
+            "`run.py doctor` shows what this machine has",
+        )
+
+
+def device_faults(recipe: Mapping[str, Any], seen: Devices) -> Iterator[Fault]:
+    """Yield the keys that `seen` cannot compute in; nothing where torch itself could not be asked."""
+    if seen.failure:
+        return
+    if recipe.get("use_cpu") and seen.accelerator:
+        yield "use_cpu", "moves no model off a GPU; remove it, and hide the GPU with CUDA_VISIBLE_DEVICES="
+    old = [gpu.name for gpu in seen.gpus if not gpu.bf16]
+    for key in ("bf16", "pure_bf16"):
+        if recipe.get(key) and old:
+            yield key, f"{old[0]} has no bf16; write {key}: false and fp16: true"
+        elif recipe.get(key) and not seen.accelerator and (key == "pure_bf16" or not recipe.get("use_cpu")):
+            beside = ", or use_cpu: true beside it, which pays with avx512_bf16 only" if key == "bf16" else ""
+            yield key, f"there is no GPU here; write {key}: false{beside}"
+    if recipe.get("fp16") and not seen.accelerator:
+        yield "fp16", "there is no GPU here, and fp16 needs one; write fp16: false"
+
+
 def _own_faults(content: Mapping[str, Any], training: bool) -> Iterator[Fault]:
     """Yield unknown keys, wrong types, wrong choices and numbers out of range."""
     for key, value in content.items():
@@ -223,6 +339,8 @@ def _own_faults(content: Mapping[str, Any], training: bool) -> Iterator[Fault]:
             fault = f"{value!r} has a space, at which torchrun's command line and LLaMA Board break; rename the folder"
         if key == "report_to" and not fault:
             fault = _reporter_fault(value)
+        if value and not fault:
+            fault = _package_fault(key, value)
         if fault:
             yield key, fault
 
@@ -250,6 +368,13 @@ def _reporter_fault(value: str | list[str] | None) -> str | None:
     return None
 
 
+def _package_fault(key: str, value: Any) -> str | None:
+    package = "flash_attn" if (key, value) == ("flash_attn", "fa2") else _NEEDS.get(key)
+    if package is None or find_spec(package) is not None:
+        return None
+    return f"needs the package {package}, which is not installed; install it, or remove the key"
+
+
 def _disagreements(
     experiment: Experiment, step: Step, content: Mapping[str, Any], sound: Mapping[str, Any]
 ) -> Iterator[Fault]:
@@ -261,6 +386,12 @@ def _disagreements(
         if _comparable(key, given) != _comparable(key, expected):
             said = "is missing" if key not in content else f"is {given!r}"
             yield key, f"{said}, but by {experiment.folder / 'experiment.yaml'} it is {expected!r}; change it there"
+    if _is_quantized(experiment.model):
+        yield (
+            "model_name_or_path",
+            f"{experiment.model} holds quantized weights, into which no adapter can be merged; take the model's 16-bit "
+            "weights: quantization_bit of experiment.yaml quantizes them while training",
+        )
     known = templates()
     if experiment.template not in known:
         yield "template", f"LLaMA-Factory has no chat template {experiment.template!r}; choices: {', '.join(known)}"
@@ -270,6 +401,14 @@ def _disagreements(
             f"{experiment.template} trains on an empty thought before the label; write enable_thinking: false in "
             f"experiment.yaml{_nothink(experiment.template)}",
         )
+
+
+def _is_quantized(model: str) -> bool:
+    try:
+        content = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # a hub id, or a folder that LLaMA-Factory will name
+    return isinstance(content, dict) and bool(content.get("quantization_config"))
 
 
 def _nothink(template: str) -> str:

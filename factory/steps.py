@@ -12,7 +12,7 @@ from typing import Any
 
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import atomic_folder
-from factory.checks import check_recipes
+from factory.checks import check_device, check_recipes
 from factory.child import Watch, llamafactory, run_child
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import inputs_of, training_rows
@@ -69,6 +69,7 @@ def train(
     show = show or Show()
     check_recipes(experiment, [stage_step])
     _require_start(experiment, stage_step)
+    check_device(experiment, stage_step)
     recipe_path = experiment.recipe(stage_step)
     recipe = read_yaml(recipe_path)
     adapter, folder = Path(recipe["output_dir"]), experiment.output_folder(stage_step)

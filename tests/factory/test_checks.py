@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import ArenaError
-from factory.checks import check_recipe, check_recipes
+from factory.checks import check_device, check_recipe, check_recipes, device_faults
+from factory.devices import Devices, Gpu
 from factory.experiment import load_experiment, parse_experiment
 from factory.recipe import write_recipe
 from factory.step import STEPS
@@ -103,6 +104,16 @@ def test_a_rendered_recipe_has_no_fault(faults, step):
         ("pissa_init", "true", "is refused on a quantized model"),
         ("quantization_device_map", "auto", "for inference only"),
         ("fp16", "true", "at most one of fp16 and bf16"),
+        ("use_galore", "true", "does not go with a LoRA adapter"),
+        ("use_apollo", "true", "does not go with a LoRA adapter"),
+        ("use_badam", "true", "does not go with a LoRA adapter"),
+        ("flash_attn", "fa3", "not implemented"),
+        ("flash_attn", "fa2", "needs the package flash_attn, which is not installed"),
+        ("enable_liger_kernel", "true", "needs the package liger_kernel"),
+        ("use_unsloth", "true", "needs the package unsloth"),
+        ("infer_backend", "vllm", "cannot train"),
+        ("ref_model_quantization_bit", "3", "choices: 4, 8, null"),
+        ("adapter_name_or_path", "saves/a,saves/b", "which takes one; merge them first"),
         ("load_best_model_at_end", "true", ""),
     ],
 )
@@ -183,6 +194,128 @@ def test_a_merge_takes_no_training_keys_and_no_quantized_base(faults):
 def test_a_reward_model_cannot_load_its_best(faults):
     found = faults("rm", load_best_model_at_end="true")
     assert "not supported for a reward model" in found["load_best_model_at_end"]
+
+
+# Each was refused, or silently done otherwise, by LLaMA-Factory 0.9.5's own parser, loader or adapter code.
+@pytest.mark.parametrize(
+    ("bits", "key", "value", "part"),
+    [
+        *((bits, "use_dora", "true", "DoRA on a quantized model") for bits in (4, 8)),
+        *((bits, "pissa_init", "true", "is refused on a quantized model") for bits in (4, 8)),
+        *((bits, "resize_vocab", "true", "embeddings cannot grow") for bits in (4, 8)),
+        *((bits, "fp8", "true", "not compatible with quantization_bit") for bits in (4, 8)),
+        *((bits, "finetuning_type", kind, "needs a LoRA adapter") for bits in (4, 8) for kind in ("full", "oft")),
+        *((bits, "quantization_bit", None, "is missing") for bits in (4, 8)),
+        (8, "quantization_type", "fp4", "for 4 bits only"),
+        (8, "fsdp", "full_shard", "takes 4 bits or none, not 8"),
+        (8, "deepspeed", "zero3.json", "ZeRO-3, which takes 4 bits or none"),
+        (None, "quantization_bit", "4", "it is None; change it there"),
+        (None, "finetuning_type", "full", "needs a LoRA adapter"),
+    ],
+)
+def test_what_does_not_go_with_the_bits_is_refused(faults, monkeypatch, tmp_path, bits, key, value, part):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("factory.checks.find_spec", lambda name: True)
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}', encoding="utf-8")
+    for step in ("sft", "dpo_reward", "rm"):
+        found = faults(step, experiment(quantization_bit=bits), **{key: value})
+        assert list(found) == [key]
+        assert part in found[key]
+
+
+@pytest.mark.parametrize(
+    ("bits", "key", "value"),
+    [
+        (None, "use_dora", "true"),
+        (None, "resize_vocab", "true"),
+        (None, "deepspeed", "zero3.json"),
+        (None, "fsdp", "full_shard"),
+        (4, "quantization_type", "fp4"),
+        (4, "deepspeed", "zero3.json"),
+        (4, "fsdp", "full_shard"),
+        (8, "deepspeed", "zero2.json"),
+        (8, "use_rslora", "true"),
+    ],
+)
+def test_what_goes_with_the_bits_stands(faults, monkeypatch, tmp_path, bits, key, value):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("factory.checks.find_spec", lambda name: True)
+    for stage in (2, 3):
+        (tmp_path / f"zero{stage}.json").write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}', encoding="utf-8")
+    for step in ("sft", "dpo_reward", "rm"):
+        assert faults(step, experiment(quantization_bit=bits), **{key: value}) == {}
+
+
+def test_pissa_goes_without_bits_and_without_a_reference(faults):
+    plain = experiment(quantization_bit=None)
+    assert faults("sft", plain, pissa_init="true") == faults("rm", plain, pissa_init="true") == {}
+    assert "beside a DPO reference" in faults("dpo_reward", plain, pissa_init="true")["pissa_init"]
+    assert faults("dpo_reward", plain, pissa_init="true", pref_loss="orpo") == {}
+
+
+@pytest.mark.parametrize("bits", [4, 8, None])
+def test_no_merge_takes_bits(faults, bits):
+    its = experiment(quantization_bit=bits)
+    for step in STEPS.values():
+        if step.merges:
+            assert faults(step.name, its) == {}
+            for given in ("4", "8"):
+                assert "cannot be merged" in faults(step.name, its, quantization_bit=given)["quantization_bit"]
+
+
+def test_a_quantized_base_is_refused_before_it_is_trained_on(faults, tmp_path):
+    base = tmp_path / "gptq"
+    base.mkdir()
+    (base / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}', encoding="utf-8")
+    its = experiment(model=str(base))
+    assert "no adapter can be merged" in faults("sft", its)["model_name_or_path"]
+    (base / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    assert faults("sft", its) == {}
+
+
+AMPERE, TURING = Gpu("A100", 80.0, 79.0, True), Gpu("T4", 15.0, 14.9, False)
+CPU, NEW, OLD = Devices(), Devices(accelerator="cuda", gpus=(AMPERE,)), Devices(accelerator="cuda", gpus=(TURING,))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seen", "expected"),
+    [
+        ({"bf16": True}, NEW, {}),
+        ({"bf16": True}, OLD, {"bf16": "T4 has no bf16; write bf16: false and fp16: true"}),
+        ({"bf16": True}, Devices(accelerator="cuda", gpus=(AMPERE, TURING)), {"bf16": "T4 has no bf16"}),
+        ({"fp16": True}, OLD, {}),
+        ({"fp16": True}, CPU, {"fp16": "fp16 needs one; write fp16: false"}),
+        ({"bf16": True}, CPU, {"bf16": "write bf16: false, or use_cpu: true beside it"}),
+        ({"bf16": True, "use_cpu": True}, CPU, {}),
+        ({"fp16": True, "use_cpu": True}, CPU, {"fp16": "needs one"}),
+        ({"pure_bf16": True, "use_cpu": True}, CPU, {"pure_bf16": "there is no GPU here; write pure_bf16: false"}),
+        ({"pure_bf16": True}, OLD, {"pure_bf16": "write pure_bf16: false and fp16: true"}),
+        ({"use_cpu": True}, NEW, {"use_cpu": "hide the GPU with CUDA_VISIBLE_DEVICES="}),
+        ({"bf16": True}, Devices(accelerator="mps"), {}),
+        ({"bf16": True}, Devices(failure="torch is broken"), {}),
+        ({}, CPU, {}),
+    ],
+)
+def test_what_a_device_cannot_compute_in(recipe, seen, expected):
+    found = dict(device_faults(recipe, seen))
+    assert found.keys() == expected.keys()
+    assert all(part in found[key] for key, part in expected.items())
+
+
+def test_a_device_is_asked_only_where_it_matters(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise AssertionError("asked for nothing")
+
+    its = experiment(recipes={"sft": {"bf16": False}})
+    write_recipe(its, "sft", root=tmp_path)
+    monkeypatch.setattr("factory.devices.devices", refuse)
+    check_device(its, "sft", tmp_path)
+    monkeypatch.setattr("factory.devices.devices", lambda: OLD)
+    write_recipe(experiment(), "sft", root=tmp_path)
+    with pytest.raises(ArenaError, match="1 fault") as caught:
+        check_device(experiment(), "sft", tmp_path)
+    assert "factory_configs/exp/sft.yaml: bf16: T4 has no bf16" in str(caught.value)
+    assert "run.py doctor" in caught.value.remedy
 
 
 def test_chat_templates_are_checked(faults):

@@ -1,0 +1,88 @@
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from factory import devices as module
+from factory.devices import Devices, Gpu, Product, devices, four_bit_product, look
+
+
+@pytest.mark.slow
+def test_a_child_process_tells_what_torch_sees():
+    import torch
+
+    seen = devices(products=True)
+    assert seen.failure == ""
+    assert seen.torch == torch.__version__
+    assert len(seen.gpus) == torch.cuda.device_count()
+    assert [product.device for product in seen.products] == ["cpu", *(["cuda"] if seen.gpus else [])]
+    assert all(product.works for product in seen.products), seen.products
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "hip", "bf16"),
+    [((7, 5), None, False), ((8, 0), None, True), ((9, 0), None, True), ((9, 4), "6", True)],
+)
+def test_gpus_are_read_from_torch(monkeypatch, capability, hip, bf16):
+    import torch
+
+    card = SimpleNamespace(name="Card", major=capability[0], minor=capability[1], total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (6 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type="cuda"))
+    seen = look(products=False)
+    assert seen.gpus == (Gpu("Card", 24.0, 6.0, bf16),) * 2
+    assert seen.accelerator == "cuda"
+
+
+@pytest.mark.slow
+def test_a_4_bit_product_is_near_and_a_broken_kernel_is_not(monkeypatch):
+    from bitsandbytes.nn import Linear4bit
+
+    good = four_bit_product("cpu")
+    assert good.works
+    assert 0.05 < good.nf4_error < module.NF4_ERROR, "4 bits cost something: the weights were quantized"
+    true = Linear4bit.forward
+    monkeypatch.setattr(Linear4bit, "forward", lambda self, x: true(self, x) * 1.1)
+    assert not four_bit_product("cpu").works
+
+    def crash(self, x):
+        raise RuntimeError("no kernel image is available\nand more")
+
+    monkeypatch.setattr(Linear4bit, "forward", crash)
+    assert four_bit_product("cpu") == Product("cpu", failure="RuntimeError: no kernel image is available")
+    assert not four_bit_product("cpu").works
+
+
+def test_a_child_that_dies_or_hangs_is_a_finding(monkeypatch):
+    died = subprocess.CompletedProcess([], -11, "", "Traceback\nOSError: libcudart.so is missing\n")
+    monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: died)
+    assert devices() == Devices(failure="importing torch ended with -11: OSError: libcudart.so is missing")
+
+    def hang(*_, **__):
+        raise subprocess.TimeoutExpired("x", 1)
+
+    monkeypatch.setattr(module.subprocess, "run", hang)
+    assert devices().failure == "torch did not answer: TimeoutExpired"
+
+
+def test_what_the_child_prints_is_read_back(monkeypatch):
+    content = {"torch": "2", "cuda": "13", "accelerator": "cuda", "failure": ""}
+    content |= {"gpus": [vars(Gpu("A", 1.0, 0.5, True))], "products": [vars(Product("cpu", 0.1, 0.001))]}
+    calls = []
+
+    def run(command, **options):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 0, "a library's chatter\n" + json.dumps(content) + "\n", "")
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    seen = devices(products=True)
+    assert seen.gpus[0].name == "A" and seen.products[0].works
+    assert calls == [[sys.executable, "-m", "factory.devices", "--products"]]
