@@ -240,6 +240,44 @@ def status(experiment: str | None, as_json: bool) -> None:
     print_survey(Console(), views)
 
 
+# Those of scoring.engines; its import would cost --help its speed, a test compares them.
+ENGINES = ("torch", "openvino", "llama.cpp")
+
+
+def engine_options(command):
+    """Add the options that say what computes the scores, how often side by side, and how long."""
+    for option in (
+        click.option("--fresh", is_flag=True, help="Score fold and test set anew; the earlier report is put aside."),
+        click.option(
+            "--time-limit",
+            metavar="9h",
+            help="Score all rows once within 9h (90m, 1h30m, 3600s), then the most uncertain ones in the other order.",
+        ),
+        click.option(
+            "--ray",
+            is_flag=False,
+            flag_value="local",
+            metavar="[ADDRESS]",
+            help="Score with Ray's actors: here, or on the cluster at ray://… (make extra-ray).",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            help="Processes with a model each [one a visible GPU; 1 on a CPU]. With --ray: actors.",
+        ),
+        click.option(
+            "--precision",
+            metavar="P",
+            help="auto, fp32, bf16, fp16, 8bit, 4bit, adapter (not merged); a GGUF file's own [experiment.yaml].",
+        ),
+        click.option(
+            "--engine", type=click.Choice(ENGINES), default="torch", show_default=True, help="What runs the model."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command()
 @click.argument("battle_id", metavar="ID")
 @experiment_option
@@ -275,19 +313,24 @@ def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped
     type=file_argument,
     help="Where --input's probabilities go [outputs/EXP/STAGE/probabilities_<input>.csv].",
 )
+@engine_options
 @json_option
 @verbose_option
-def score(experiment: str, stage: str, source: Path | None, output: Path | None, as_json: bool) -> None:
-    """Write the probabilities of A / B / tie for any file of battles, or again for the fold and the test set."""
-    from scoring.stage import score_input, score_stage
+def score(experiment: str, stage: str, source: Path | None, output: Path | None, as_json: bool, **how: Any) -> None:
+    """Write the probabilities of A / B / tie for any file of battles, or again for the fold and the test set.
+
+    What is scored is kept: after an interruption the same command goes on.
+    """
+    from scoring.stage import ScoreOptions, score_input, score_stage
 
     exp, show = _start(experiment)
+    options = ScoreOptions.of(**how)
     if source is None:
-        _finish(exp, stage, score_stage(exp, stage, show=show), as_json)
+        _finish(exp, stage, score_stage(exp, stage, show=show, options=options), as_json)
         return
     name = source.name.removesuffix(".gz").rsplit(".", 1)[0]
     output = output or exp.output_folder(stage) / f"probabilities_{name}.csv"
-    rows = score_input(exp, stage, source, output, show=show)
+    rows = score_input(exp, stage, source, output, show=show, options=options)
     click.echo(json.dumps({"rows": rows, "output": str(output)}) if as_json else f"{rows} rows: {output}")
 
 

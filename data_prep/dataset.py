@@ -82,6 +82,14 @@ def read_pairs(folder: Path, split: str) -> list[Pair]:
     """
     from pyarrow.parquet import read_table
 
+    path = require_pairs(folder)
+    splits = read_table(folder / "rows.parquet", columns=["split"])["split"].to_pylist()
+    texts = read_table(path, columns=["id", "prompt", "response_a", "response_b"]).to_pylist()
+    return [Pair(**text) for own, text in zip(splits, texts, strict=True) if own == split]
+
+
+def require_pairs(folder: Path) -> Path:
+    """Return the path of pairs.parquet; raises ArenaError where the reward view was not exported."""
     path = folder / "pairs.parquet"
     if not path.is_file():
         raise ArenaError(
@@ -89,6 +97,4 @@ def read_pairs(folder: Path, split: str) -> list[Pair]:
             where=str(folder),
             remedy=f"python run.py prepare -e {folder.name} --train FILE --pairs",
         )
-    splits = read_table(folder / "rows.parquet", columns=["split"])["split"].to_pylist()
-    texts = read_table(path, columns=["id", "prompt", "response_a", "response_b"]).to_pylist()
-    return [Pair(**text) for own, text in zip(splits, texts, strict=True) if own == split]
+    return path

@@ -98,6 +98,7 @@ class Experiment(_Strict):
     dpo_rejected: Literal["each", "one"] = "each"  # the wrong labels that a judge pair rejects
     reward_length_normalised: bool = False  # implicit rewards: the mean over an answer's tokens instead of the sum
     swap_tta: bool = False  # score both orders and average
+    precision: Literal["auto", "fp32", "bf16", "fp16", "8bit", "4bit", "adapter"] = "auto"  # of the scoring
     seed: int = Field(default=42, ge=0)
     target_prior: Prior | None = None  # corrects the test set's probabilities where the votes' shares are not natural
     start_from: StartFrom = StartFrom()

@@ -7,7 +7,9 @@ id,winner_model_a,winner_model_b,winner_tie
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ HEADER = ("id", *PROBABILITY_COLUMNS)
 SUM_TOLERANCE = 1e-6
 # Rounding of float32 sums stays far below this; what exceeds it is a fault and not rounding.
 _INPUT_TOLERANCE = 1e-3
+_CHUNK = 8192
 
 
 def write_probabilities(path: Path, ids: Iterable, probabilities: np.ndarray) -> None:
@@ -30,38 +33,76 @@ def write_probabilities(path: Path, ids: Iterable, probabilities: np.ndarray) ->
     Raises ArenaError, with all faults together, for NaN, numbers outside 0..1, rows that do not sum to 1,
     ids that are floats, missing or not unique.
     """
-    names, values = list(ids), np.asarray(probabilities, dtype=np.float64)
-    if values.shape != (len(names), 3):
-        raise ArenaError(f"{len(names)} ids but probabilities of shape {values.shape}", where=str(path), remedy=_AGAIN)
-    faults = [*_id_faults(names), *_value_faults([str(name) for name in names], values, _INPUT_TOLERANCE)]
-    _raise(faults, path)
-    values = values / values.sum(axis=1, keepdims=True)
+    with probability_file(path) as add:
+        add(ids, probabilities)
+
+
+@contextmanager
+def probability_file(path: Path) -> Iterator[Callable[[Iterable, np.ndarray], None]]:
+    """Yield a function that adds rows as `write_probabilities` does; the file is there, whole, when the block ends.
+
+    Rows that are added together are checked together, also for ids that occur twice.
+    """
     with atomic_file(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADER)
-        writer.writerows([name, *(f"{p:.9g}" for p in row)] for name, row in zip(names, values, strict=True))
+
+        def add(ids: Iterable, probabilities: np.ndarray) -> None:
+            names, values = list(ids), np.asarray(probabilities, dtype=np.float64)
+            if values.shape != (len(names), 3):
+                what = f"{len(names)} ids but probabilities of shape {values.shape}"
+                raise ArenaError(what, where=str(path), remedy=_AGAIN)
+            _raise([*_id_faults(names), *_value_faults([str(n) for n in names], values, _INPUT_TOLERANCE)], path)
+            values = values / values.sum(axis=1, keepdims=True)
+            writer.writerows([name, *(f"{p:.9g}" for p in row)] for name, row in zip(names, values, strict=True))
+
+        yield add
 
 
 def check_submission(path: Path, ids: Iterable) -> int:
     """Check a written table against the test set's ids in its order, and return the number of rows.
 
     Raises ArenaError, with all faults together: header, ids missing, unknown or out of order, NaN, sums.
+    The table is read in pieces; `ids` is gone through once more only where the order is not the wanted one.
     """
+    wanted, rows = map(str, ids), 0
+    order: list[str] | None = None
+    faults: list[str] = []
+    for names, values in _chunks(path):
+        faults += _value_faults(names, values, SUM_TOLERANCE)
+        expected = list(islice(wanted, len(names)))
+        if order is None and names != expected:
+            order = _whole_order_faults(path, rows, [*expected, *wanted])
+        rows += len(names)
+    if order is None and (missing := list(wanted)):
+        order = _whole_order_faults(path, rows, missing)
+    _raise([*(order or []), *faults], path)
+    return rows
+
+
+def _whole_order_faults(path: Path, same: int, wanted: list[str]) -> list[str]:
+    """Compare all ids of a table, of which the first `same` are as wanted, with these and the `wanted` after them."""
+    names = [name for names, _ in _chunks(path) for name in names]
+    return _order_faults(names, [*names[:same], *wanted])
+
+
+def _chunks(path: Path) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yield (ids, probabilities [rows, 3]) of some thousand lines of a table at a time."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            lines = list(csv.reader(file))
+            reader = csv.reader(file)
+            if tuple(next(reader, ())) != HEADER:
+                raise ArenaError(f"the header must be {','.join(HEADER)}", where=str(path), remedy=_AGAIN)
+            line = 1
+            while rows := list(islice(reader, _CHUNK)):
+                short = [number for number, row in enumerate(rows, line + 1) if len(row) != len(HEADER)]
+                if short:
+                    what = f"line {short[0]} has not {len(HEADER)} cells"
+                    raise ArenaError(what, where=str(path), remedy=_AGAIN)
+                line += len(rows)
+                yield [row[0] for row in rows], np.array([[_number(cell) for cell in row[1:]] for row in rows])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ArenaError(f"cannot be read: {error}", where=str(path), remedy=_AGAIN) from None
-    if not lines or tuple(lines[0]) != HEADER:
-        raise ArenaError(f"the header must be {','.join(HEADER)}", where=str(path), remedy=_AGAIN)
-    rows, wanted = lines[1:], [str(name) for name in ids]
-    short = [number for number, row in enumerate(rows, 2) if len(row) != len(HEADER)]
-    if short:
-        raise ArenaError(f"line {short[0]} has not {len(HEADER)} cells", where=str(path), remedy=_AGAIN)
-    names = [row[0] for row in rows]
-    values = np.array([[_number(cell) for cell in row[1:]] for row in rows]).reshape(-1, 3)
-    _raise([*_order_faults(names, wanted), *_value_faults(names, values, SUM_TOLERANCE)], path)
-    return len(rows)
 
 
 _AGAIN = "score the stage again; please report it if it comes back"

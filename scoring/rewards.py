@@ -88,6 +88,7 @@ def implicit_rewards(
     reference: bool,
     token_budget: int | None = None,
     progress: Callable[[ScoreProgress], None] = lambda _: None,
+    name: Callable[[int], str] = "row {}".format,
 ) -> np.ndarray:
     """Return beta * (log pi - log pi_ref) of both answers, [len(triples), 2] float64.
 
@@ -96,7 +97,7 @@ def implicit_rewards(
     which with `length_normalised` is what the losses orpo and simpo train. Raises ArenaError that names the row where
     a triple is empty or a reward is not finite. Source: Rafailov et al. 2023, equation 5 and section 4.
     """
-    pairs, places = _distinct(triples)
+    pairs, places = _distinct(triples, name)
     reader = _AnswerReader(model, pairs)
     result = np.full(len(pairs), np.nan)
 
@@ -107,10 +108,10 @@ def implicit_rewards(
                 scores = scores - reader.log_probabilities(batch, ids)
         result[batch] = scores.cpu().numpy()
 
-    _run(pairs, places, work, model, token_budget, progress)
+    _run(pairs, places, work, model, token_budget, progress, name)
     if length_normalised:
         result /= [len(answer) for _, answer in pairs]
-    return _finite(beta * result[places])
+    return _finite(beta * result[places], name)
 
 
 def value_rewards(
@@ -120,6 +121,7 @@ def value_rewards(
     *,
     token_budget: int | None = None,
     progress: Callable[[ScoreProgress], None] = lambda _: None,
+    name: Callable[[int], str] = "row {}".format,
 ) -> np.ndarray:
     """Return the value head's score behind the last token of prompt + answer for both answers, [len(triples), 2].
 
@@ -136,7 +138,7 @@ def value_rewards(
             where=VALUE_HEAD,
             remedy="merge the reward model again: the two files are of different trainings",
         )
-    pairs, places = _distinct(triples)
+    pairs, places = _distinct(triples, name)
     last = torch.tensor([len(prompt) + len(answer) - 1 for prompt, answer in pairs])
     weight, body = head.weight.to(model.device), _body(model)
     result = np.full(len(pairs), np.nan)
@@ -146,8 +148,8 @@ def value_rewards(
         states = hidden[range(len(batch)), last[batch].to(hidden.device)]
         result[batch] = (states.double() @ weight + head.bias).cpu().numpy()
 
-    _run(pairs, places, work, model, token_budget, progress)
-    return _finite(result[places])
+    _run(pairs, places, work, model, token_budget, progress, name)
+    return _finite(result[places], name)
 
 
 def load_value_head(folder: Path) -> ValueHead:
@@ -229,7 +231,9 @@ class _AnswerReader:
                 self._body.forward = kept
 
 
-def _distinct(triples: Sequence[Triple]) -> tuple[list[tuple[Sequence[int], Sequence[int]]], np.ndarray]:
+def _distinct(
+    triples: Sequence[Triple], name: Callable[[int], str]
+) -> tuple[list[tuple[Sequence[int], Sequence[int]]], np.ndarray]:
     """Return the distinct (prompt, answer) pairs and the place of each answer among them, [len(triples), 2].
 
     Equal answers then have the very same reward, whatever batches they would have come into.
@@ -240,7 +244,7 @@ def _distinct(triples: Sequence[Triple]) -> tuple[list[tuple[Sequence[int], Sequ
         if not len(prompt) or not all(map(len, answers)):
             raise ArenaError(
                 "the prompt or an answer has no tokens",
-                where=f"row {row}",
+                where=name(row),
                 remedy="give the prompt and both answers with the chat template's tokens",
             )
         for side, answer in enumerate(answers):
@@ -248,21 +252,21 @@ def _distinct(triples: Sequence[Triple]) -> tuple[list[tuple[Sequence[int], Sequ
     return list(found), places
 
 
-def _run(pairs, places: np.ndarray, work: Callable, model: Any, token_budget: int | None, progress: Callable) -> None:
+def _run(pairs, places: np.ndarray, work, model: Any, token_budget: int | None, progress, name: Callable) -> None:
     run_batches(
         [(*prompt, *answer) for prompt, answer in pairs],
         work,
         device=model.device,
         token_budget=token_budget,
         progress=progress,
-        name=lambda i: f"row {np.argwhere(places == i)[0, 0]}",
+        name=lambda i: name(int(np.argwhere(places == i)[0, 0])),
     )
 
 
-def _finite(rewards: np.ndarray) -> np.ndarray:
+def _finite(rewards: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(rewards).all(axis=1))
     if len(bad):
-        raise _not_finite(len(bad), f"row {bad[0]}")
+        raise _not_finite(len(bad), name(int(bad[0])))
     return rewards
 
 

@@ -3,67 +3,129 @@
 sft, dpo_judge   label logits of the merged model behind the judge prompt, in both orders where asked
 dpo_reward       implicit rewards of both responses: the adapter on its base, switched on and off
 rm               rewards of both responses: the merged model's value head
+
+It reads rows (from an export or from any table), makes token ids of them, and asks the model. Reading and asking may
+happen in different processes: `ScorerSpec` is what one tells the other.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+import numpy as np
+
+from data_prep.battle import Battle
 from data_prep.budget import in_chunks
 from data_prep.chat_frame import load_frame
-from data_prep.dataset import read_manifest, read_pairs, read_rows
-from data_prep.errors import ArenaError
+from data_prep.dataset import read_manifest
+from data_prep.errors import ArenaError, UsageError
 from data_prep.files import sha256_of
 from data_prep.flatten import Pair
 from data_prep.pair_budget import PairFitter
 from data_prep.pairs import pair_sequences
 from factory.experiment import Experiment, read_yaml
 from factory.step import STEPS
+from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
 from scoring.engine import device_name, load_model
+from scoring.engines import open_engine
 from scoring.judge import MANIFEST, load_judge
-from scoring.rewards import VALUE_HEAD, implicit_rewards, load_policy, load_value_head, reward_table, value_rewards
-from scoring.scores import COLUMNS, battles_to_score, describe, score_file, score_split
-
-if TYPE_CHECKING:
-    import pandas as pd
+from scoring.rewards import VALUE_HEAD, implicit_rewards, load_policy, load_value_head, value_rewards
+from scoring.row_store import Facts, Fed
+from scoring.scores import battles_to_score, describe, exported_rows
 
 _CHUNK = 512
+_FLOATS = ("auto", "fp32", "bf16", "fp16")
+# Where the engine of a stage is not a choice, the precisions that it has.
+_REWARD_PRECISIONS = {"rm": (*_FLOATS, "8bit", "4bit"), "dpo_reward": _FLOATS}
 
 
 class Scorer(Protocol):
     """What scoring a stage needs of its model; loading it is put off until `open`."""
 
+    columns: tuple[str, ...]  # what the scores of one row are called
+    label_ids: tuple[int, ...]  # tokens whose logits are the scores; none for rewards
+    engine: str
+    precision: str  # what was asked for; after `open` what it really computes in
+
     def inputs(self) -> dict[str, Any]:
         """Return what the scores depend on, weights as 'sha256:…'."""
+
+    def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
+        """Yield the rows of one exported split, in the order of the input."""
+
+    def read(self, path: Path, *, both_orders: bool) -> Iterator[tuple[Facts, Fed]]:
+        """Yield the rows of any table of battles, fitted as the training rows were; a bad row stops it by name."""
 
     def open(self) -> None:
         """Load the model."""
 
-    def split(self, split: str, *, both_orders: bool, progress: Callable) -> pd.DataFrame:
-        """Score one exported split; one row a battle, in the order of the input."""
+    def prepare(self, fed: Sequence[Fed], *, swapped: bool) -> list:
+        """Return the token ids of rows, with the answers' places exchanged where `swapped`."""
 
-    def file(self, path: Path, *, both_orders: bool, progress: Callable) -> pd.DataFrame:
-        """Score any table of battles."""
+    def ask(self, prepared: list, *, progress: Callable, name: Callable[[int], str]) -> np.ndarray:
+        """Return scores [rows, columns] of prepared rows; raises ArenaError that calls a bad one by `name(i)`."""
+
+    def close(self) -> None:
+        """Give the model's memory back."""
 
 
-def scorer_of(experiment: Experiment, stage: str) -> Scorer:
-    """Return the scorer of a stage; raises ArenaError if its model is missing or does not fit the export."""
+@dataclass(frozen=True)
+class ScorerSpec:
+    """Which scorer: an experiment's stage, asked through which engine in which precision."""
+
+    experiment: Experiment
+    stage: str
+    engine: str = "torch"
+    precision: str = "auto"
+
+    def scorer(self) -> Scorer:
+        """Return the scorer, its model not yet loaded; raises as `scorer_of`."""
+        return scorer_of(self.experiment, self.stage, self.engine, self.precision)
+
+
+def scorer_of(experiment: Experiment, stage: str, engine: str = "torch", precision: str = "auto") -> Scorer:
+    """Return the scorer of a stage; raises ArenaError if its model is missing or does not fit the export.
+
+    Raises UsageError for an engine or a precision that this stage has not.
+    """
     if stage not in STEPS or STEPS[stage].merges:
         raise ArenaError(f"{stage!r} is no stage", remedy="choose one of: sft, dpo_judge, dpo_reward, rm")
-    if stage == "dpo_reward":
-        return _PolicyScorer(experiment)
-    return _ValueScorer(experiment) if stage == "rm" else _LabelScorer(experiment, stage)
+    if stage not in _REWARD_PRECISIONS:
+        return _LabelScorer(experiment, stage, engine, precision)
+    if engine != "torch":
+        raise UsageError(
+            f"the stage {stage} gives rewards, which only the engine torch computes",
+            where=f"--engine {engine}",
+            remedy="leave --engine out, or choose a judge: --stage sft or dpo_judge",
+        )
+    if precision not in _REWARD_PRECISIONS[stage]:
+        raise UsageError(
+            f"the stage {stage} cannot be scored in {precision}",
+            where=f"--precision {precision}",
+            remedy=f"choose one of: {', '.join(_REWARD_PRECISIONS[stage])}",
+        )
+    return _PolicyScorer(experiment, precision) if stage == "dpo_reward" else _ValueScorer(experiment, precision)
+
+
+def own_precision(experiment: Experiment, stage: str) -> str:
+    """Return the experiment's `precision`, or auto for a stage that has no such precision."""
+    asked = experiment.precision
+    return asked if asked in _REWARD_PRECISIONS.get(stage, (asked,)) else "auto"
 
 
 class _LabelScorer:
-    def __init__(self, experiment: Experiment, stage: str):
+    columns = AB_COLUMNS
+
+    def __init__(self, experiment: Experiment, stage: str, engine: str, precision: str):
+        self.engine, self.precision = engine, precision
         self._data = experiment.data_folder
         self._judge = load_judge(experiment.merged_folder(stage))
-        self._model: Any = None
+        self.label_ids = self._judge.frame.label_ids
+        self._engine: Any = None
         exported = read_manifest(self._data)["frame"]
         if json.loads(json.dumps(asdict(self._judge.frame))) != exported:
             raise ArenaError(
@@ -75,52 +137,73 @@ class _LabelScorer:
     def inputs(self) -> dict[str, Any]:
         return _hashes(self._judge.folder, [MANIFEST, "*.safetensors"])
 
+    def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
+        for facts, text in exported_rows(self._data, split, "battles.parquet"):
+            yield facts, {**text, "dropped": facts.pop("dropped")}
+
+    def read(self, path: Path, *, both_orders: bool) -> Iterator[tuple[Facts, Fed]]:
+        fitter = self._judge.fitter()
+        for chunk in in_chunks(battles_to_score(path), _CHUNK):
+            for battle, fitted in zip(chunk, fitter.fit(chunk, both_orders=both_orders), strict=True):
+                fed = {name: getattr(fitted.battle, name) for name in ("id", "prompts", "responses_a", "responses_b")}
+                yield describe(battle, tokens=fitted.tokens, cut=fitted.cut), {**fed, "dropped": fitted.dropped}
+
     def open(self) -> None:
-        self._model = load_model(self._judge.folder, device_name())
+        self._engine = open_engine(self._judge, self.engine, self.precision)
+        self.precision = self._engine.precision
 
-    def split(self, split: str, *, both_orders: bool, progress: Callable) -> pd.DataFrame:
-        return score_split(self._judge, self._model, self._data, split, tta=both_orders, progress=progress)
+    def prepare(self, fed: Sequence[Fed], *, swapped: bool) -> list:
+        texts = [(row["id"], *(tuple(row[k]) for k in ("prompts", "responses_a", "responses_b"))) for row in fed]
+        battles = [(Battle(*text), row["dropped"]) for text, row in zip(texts, fed, strict=True)]
+        return self._judge.sequences(battles, swapped=swapped)
 
-    def file(self, path: Path, *, both_orders: bool, progress: Callable) -> pd.DataFrame:
-        return score_file(self._judge, self._model, path, tta=both_orders, progress=progress)
+    def ask(self, prepared: list, *, progress: Callable, name: Callable[[int], str]) -> np.ndarray:
+        return self._engine.label_logits(prepared, self.label_ids, progress=progress, name=name)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
 
 class _PairScorer:
     """Rewards have no order: each response is scored alone, after the same prompt."""
 
-    def __init__(self, experiment: Experiment):
+    columns, label_ids = REWARD_COLUMNS, ()
+    engine = "torch"
+
+    def __init__(self, experiment: Experiment, precision: str):
+        self.precision = precision
         self._experiment = experiment
         self._frame, self._tokenizer = load_frame(experiment)
+        self._model: Any = None
 
-    def rewards(self, triples: list, progress: Callable):
-        raise NotImplementedError
+    def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
+        for facts, text in exported_rows(self._experiment.data_folder, split, "pairs.parquet"):
+            facts.pop("dropped")
+            yield facts, {name: text[name] for name in ("id", "prompt", "response_a", "response_b")}
 
-    def split(self, split: str, *, both_orders: bool, progress: Callable) -> pd.DataFrame:
-        data = self._experiment.data_folder
-        return self._scored(read_rows(data, split), read_pairs(data, split), progress)
-
-    def file(self, path: Path, *, both_orders: bool, progress: Callable) -> pd.DataFrame:
-        import pandas as pd
-
+    def read(self, path: Path, *, both_orders: bool) -> Iterator[tuple[Facts, Fed]]:
         shares, cutoff = self._experiment.budget_shares, self._experiment.cutoff_len
         fitter = PairFitter(self._frame, self._tokenizer, cutoff_len=cutoff, shares=shares)
-        rows, pairs = [], []
         for chunk in in_chunks(battles_to_score(path), _CHUNK):
             for battle, fitted in zip(chunk, fitter.fit(chunk), strict=True):
-                rows.append(describe(battle, tokens=fitted.tokens, cut=fitted.cut))
-                pairs.append(fitted.pair)
-        return self._scored(pd.DataFrame(rows, columns=list(COLUMNS)), pairs, progress)
+                pair = fitted.pair
+                fed = {name: getattr(pair, name) for name in ("id", "prompt", "response_a", "response_b")}
+                yield describe(battle, tokens=fitted.tokens, cut=fitted.cut), fed
 
-    def _scored(self, rows: pd.DataFrame, pairs: list[Pair], progress: Callable) -> pd.DataFrame:
-        return reward_table(rows, self.rewards(pair_sequences(self._frame, self._tokenizer, pairs), progress))
+    def prepare(self, fed: Sequence[Fed], *, swapped: bool) -> list:
+        return pair_sequences(self._frame, self._tokenizer, [Pair(**row) for row in fed])
+
+    def close(self) -> None:
+        self._model = None
 
 
 class _PolicyScorer(_PairScorer):
-    def __init__(self, experiment: Experiment):
-        super().__init__(experiment)
+    def __init__(self, experiment: Experiment, precision: str):
+        super().__init__(experiment, precision)
         self._recipe = read_yaml(experiment.recipe("dpo_reward"))
         self._adapter = Path(self._recipe["output_dir"])
-        self._model: Any = None
 
     def inputs(self) -> dict[str, Any]:
         return {
@@ -138,43 +221,52 @@ class _PolicyScorer(_PairScorer):
         return self._loss != "sigmoid" or self._experiment.reward_length_normalised
 
     def open(self) -> None:
+        self.precision, device = _float_of(self.precision)
         self._model = load_policy(
             self._recipe["model_name_or_path"],
             self._adapter,
-            device_name(),
+            device,
             quantization_bit=self._recipe.get("quantization_bit"),
             quantization_type=self._recipe.get("quantization_type", "nf4"),
             double_quantization=self._recipe.get("double_quantization", True),
             revision=self._experiment.revision,
             trust_remote_code=self._experiment.trust_remote_code,
+            precision=self.precision,
         )
 
-    def rewards(self, triples: list, progress: Callable):
+    def ask(self, prepared: list, *, progress: Callable, name: Callable[[int], str]) -> np.ndarray:
         return implicit_rewards(
             self._model,
-            triples,
+            prepared,
             beta=self._recipe.get("pref_beta", 0.1),
             length_normalised=self._length_normalised,
             reference=self._loss == "sigmoid",
             progress=progress,
+            name=name,
         )
 
 
 class _ValueScorer(_PairScorer):
-    def __init__(self, experiment: Experiment):
-        super().__init__(experiment)
+    def __init__(self, experiment: Experiment, precision: str):
+        super().__init__(experiment, precision)
         self._folder = experiment.merged_folder("rm")
         self._head = load_value_head(self._folder)
-        self._model: Any = None
 
     def inputs(self) -> dict[str, Any]:
         return _hashes(self._folder, [VALUE_HEAD, "*.safetensors"])
 
     def open(self) -> None:
-        self._model = load_model(self._folder, device_name())
+        self.precision, device = _float_of(self.precision)
+        self._model = load_model(self._folder, device, precision=self.precision)
 
-    def rewards(self, triples: list, progress: Callable):
-        return value_rewards(self._model, self._head, triples, progress=progress)
+    def ask(self, prepared: list, *, progress: Callable, name: Callable[[int], str]) -> np.ndarray:
+        return value_rewards(self._model, self._head, prepared, progress=progress, name=name)
+
+
+def _float_of(precision: str) -> tuple[str, str]:
+    """Return what a precision really is on this machine, and the device."""
+    device = device_name()
+    return ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision, device
 
 
 def _hashes(folder: Path, patterns: list[str]) -> dict[str, str]:

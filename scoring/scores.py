@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from data_prep.battle import SWAPPED_ORDER, VERDICTS, Battle
-from data_prep.budget import in_chunks
-from data_prep.dataset import read_battles, read_rows
+from data_prep.battle import Battle
+from data_prep.dataset import require_pairs
 from data_prep.errors import ArenaError
-from data_prep.files import atomic_file
 from data_prep.folds import prompt_group
 from data_prep.readers import VoteReader
-from scoring.engine import score_labels
-from scoring.judge import Judge
+from scoring.row_store import ROW_FACTS, Facts
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-_CHUNK = 512
-COLUMNS = ("id", "group", "verdict", "language", "turns", "chars_prompt", "chars_a", "chars_b", "tokens", "cut")
+# The first columns of every score table.
+COLUMNS = ROW_FACTS
+_BATCH = 512
 
 
-def score_split(judge: Judge, model: Any, data: Path, split: str, *, tta: bool, progress: Callable) -> pd.DataFrame:
-    """Score one split of an exported data folder; one row a battle, in the order of the input."""
-    rows = read_rows(data, split)
-    return _with_logits(rows[list(COLUMNS)], read_battles(data, split), judge, model, tta=tta, progress=progress)
+def exported_rows(data: Path, split: str, texts: str) -> Iterator[tuple[Facts, dict[str, Any]]]:
+    """Yield (facts and `dropped`, texts as fed) of one exported split, in the order of the input.
 
+    `texts` is the table that lies beside rows.parquet, row by row: battles.parquet or pairs.parquet. Raises ArenaError
+    where it was not exported.
+    """
+    from pyarrow.parquet import ParquetFile
 
-def score_file(judge: Judge, model: Any, path: Path, *, tta: bool, progress: Callable) -> pd.DataFrame:
-    """Score any table of battles, fitted as the judge's training rows were; bad rows stop it, each one named."""
-    import pandas as pd
-
-    fitter = judge.fitter()
-    rows, fed = [], []
-    for chunk in in_chunks(battles_to_score(path), _CHUNK):
-        for battle, fitted in zip(chunk, fitter.fit(chunk, both_orders=tta), strict=True):
-            fed.append((fitted.battle, fitted.dropped))
-            rows.append(describe(battle, tokens=fitted.tokens, cut=fitted.cut))
-    return _with_logits(pd.DataFrame(rows, columns=list(COLUMNS)), fed, judge, model, tta=tta, progress=progress)
+    if texts == "pairs.parquet":
+        require_pairs(data)
+    columns = ["split", "dropped", *COLUMNS]
+    with ParquetFile(data / "rows.parquet") as rows, ParquetFile(data / texts) as fed:
+        beside = (text for batch in fed.iter_batches(batch_size=_BATCH) for text in batch.to_pylist())
+        for batch in rows.iter_batches(batch_size=_BATCH, columns=columns):
+            for facts, text in zip(batch.to_pylist(), beside, strict=False):
+                if facts.pop("split") == split:
+                    yield facts, text
 
 
 def battles_to_score(path: Path) -> Iterator[Battle]:
@@ -50,14 +43,15 @@ def battles_to_score(path: Path) -> Iterator[Battle]:
     yield from (battle for _, battle in reader)
     if reader.rejected:
         first = reader.rejected[0]
+        named = f" (id {first.id})" if first.id is not None else ""
         raise ArenaError(
-            f"{len(reader.rejected)} row(s) cannot be scored; the first: {first.reason}",
+            f"{len(reader.rejected)} row(s) cannot be scored; the first{named}: {first.reason}",
             where=f"{path} row {first.row}",
             remedy="mend or remove these rows: every row needs its own probabilities",
         )
 
 
-def describe(battle: Battle, *, tokens: int, cut: bool) -> dict[str, Any]:
+def describe(battle: Battle, *, tokens: int, cut: bool) -> Facts:
     """Return one row of `COLUMNS` for a battle as it was before it was fitted."""
     return {
         "id": battle.id,
@@ -71,28 +65,3 @@ def describe(battle: Battle, *, tokens: int, cut: bool) -> dict[str, Any]:
         "tokens": tokens,
         "cut": cut,
     }
-
-
-def _with_logits(rows: pd.DataFrame, fitted, judge: Judge, model: Any, *, tta: bool, progress) -> pd.DataFrame:
-    sequences = judge.sequences(fitted)
-    if tta:
-        sequences += judge.sequences(fitted, swapped=True)
-    logits = score_labels(model, sequences, judge.frame.label_ids, progress=progress)
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1)) % max(len(rows), 1)
-    if len(bad):
-        raise ArenaError(
-            f"the model gave no finite score for {len(bad)} row(s), the first with id {rows['id'].iloc[bad[0]]}",
-            where=str(judge.folder),
-            remedy="the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve",
-        )
-    table = rows.copy()
-    for i, verdict in enumerate(VERDICTS):
-        table[f"ab_{verdict}"] = logits[: len(rows), i]
-        table[f"ba_{verdict}"] = logits[len(rows) :, SWAPPED_ORDER[i]] if tta else np.nan
-    return table
-
-
-def write_scores(path: Path, scores: pd.DataFrame) -> None:
-    """Write the table as parquet, whole or not at all."""
-    with atomic_file(path, "wb") as file:
-        scores.to_parquet(file, index=False)

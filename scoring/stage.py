@@ -4,72 +4,146 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.dataset import read_battles, read_manifest, read_rows, truth_of
-from data_prep.errors import ArenaError
-from data_prep.files import write_json
+from data_prep.dataset import read_battles, read_manifest, truth_of
+from data_prep.errors import ArenaError, UsageError
+from data_prep.files import atomic_file, sha256_of, write_json
+from data_prep.readers import VoteReader
 from factory.progress import duration, loss_curve
 from factory.step import STEPS, merge_of
-from scoring.calibration import Calibration, calibration_from_json
-from scoring.engine import ScoreProgress
+from scoring.executors import Executor, open_executor
+from scoring.job import Job, open_job
 from scoring.judge import MANIFEST
+from scoring.orders import OrderCalibrations, fit_orders, orders_of
+from scoring.pace import Pace, parse_duration
 from scoring.page import write_page
 from scoring.plots import write_plots
-from scoring.probabilities import check_submission, write_probabilities
+from scoring.probabilities import check_submission, probability_file, write_probabilities
 from scoring.provenance import provenance
 from scoring.report import build_report
-from scoring.scorer import Scorer, scorer_of
-from scoring.scores import write_scores
+from scoring.scorer import Scorer, ScorerSpec, own_precision
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
     from factory.experiment import Experiment
     from factory.progress import Show
 
 REPORT = "report.json"
+_LABELS = {"valid": "scoring the validation fold", "test": "scoring the test set"}
 
 
-def score_stage(experiment: Experiment, stage: str, *, show: Show) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How to score: what computes, in which precision (None: the experiment's), how often side by side, how long.
+
+    `time_limit` is in seconds from `started` (time.monotonic) on; `ray` the address of a cluster, "local" for one of
+    its own; `fresh` puts an earlier report aside.
+    """
+
+    engine: str = "torch"
+    precision: str | None = None
+    workers: int | None = None
+    ray: str | None = None
+    time_limit: float | None = None
+    fresh: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, *, time_limit: str | None = None, **options: Any) -> ScoreOptions:
+        """Return the options of a command line, where a time limit is text such as 1h30m; raises UsageError."""
+        return cls(time_limit=parse_duration(time_limit) if time_limit else None, **options)
+
+    def spec(self, experiment: Experiment, stage: str) -> ScorerSpec:
+        """Return which scorer is asked; raises UsageError for options that exclude each other."""
+        if self.ray is not None and self.time_limit is not None:
+            raise UsageError(
+                "a time limit needs shards that are given out one by one, and Ray takes all of them at once",
+                where="--time-limit --ray",
+                remedy="give one of the two",
+            )
+        return ScorerSpec(experiment, stage, self.engine, self.precision or own_precision(experiment, stage))
+
+
+def score_stage(
+    experiment: Experiment, stage: str, *, show: Show, options: ScoreOptions | None = None
+) -> dict[str, Any]:
     """Score the validation fold and the test set of one stage and write its report; return the report.
 
     Label logits of the validation fold are taken in both orders, for the position bias; those of the test set only
-    with `swap_tta`. Raises ArenaError if the model, the export or the scores are not what they should be.
+    with `swap_tta` or, as far as it goes, a time limit. Raises ArenaError if the model, the export or the scores are
+    not what they should be.
     """
-    from factory.state import StageState, only_run
+    from factory.state import StageState, archive, only_run
 
-    folder = experiment.output_folder(stage)
-    scorer = scorer_of(experiment, stage)
-    inputs = {"model": scorer.inputs(), **_inputs(experiment, stage)}
+    options, folder = options or ScoreOptions(), experiment.output_folder(stage)
+    spec = options.spec(experiment, stage)
+    scorer = spec.scorer()
+    inputs = {"model": scorer.inputs(), **_inputs(experiment, stage), **_asked(spec)}
     with only_run(folder):
+        if options.fresh:
+            archive(folder / REPORT)
         state = StageState(folder)
-        if state.finished("score", inputs, fresh_remedy=f"move {folder / REPORT} away to score again"):
+        if state.finished("score", inputs, fresh_remedy=f"run.py score -e {experiment.name} --stage {stage} --fresh"):
             show.note(f"{stage}: scores kept, finished {state.record('score').finished_at}")
             return read_report(experiment, stage)
         state.begin("score", inputs)
         started = time.monotonic()
-        valid, test = _score_splits(experiment, scorer, folder, stage, show)
-        seconds = time.monotonic() - started
-        report, probabilities, calibration = _report(experiment, stage, valid, seconds)
-        outputs = _write(folder, report, valid, probabilities, test, calibration)
+        jobs, scoring = _score_splits(experiment, scorer, spec, options, show)
+        scoring["seconds"] = seconds = round(time.monotonic() - started, 2)
+        report, outputs = _write(experiment, stage, jobs, scoring)
         state.finish("score", outputs, time.monotonic() - started)
-    show.note(f"{stage}: scored {len(valid)} validation and {len(test)} test battles in {duration(seconds)}")
+        for job in jobs.values():
+            job.remove()
+    show.note(
+        f"{stage}: scored {jobs['valid'].rows} validation and {jobs['test'].rows} test battles in {duration(seconds)}"
+    )
     return report
 
 
-def score_input(experiment: Experiment, stage: str, path: Path, output: Path, *, show: Show) -> int:
-    """Score any table of battles with a scored stage's model and calibration; return the number of rows written."""
-    calibration = calibration_from_json(read_report(experiment, stage)["calibration"])
-    scorer = scorer_of(experiment, stage)
-    scorer.open()
-    with _bar(show, f"{stage}: {path.name}") as progress:
-        scores = scorer.file(path, both_orders=calibration.swap_tta, progress=progress)
-    write_probabilities(output, scores["id"], calibration.apply(scores))
-    return check_submission(output, scores["id"])
+def score_input(
+    experiment: Experiment, stage: str, path: Path, output: Path, *, show: Show, options: ScoreOptions | None = None
+) -> int:
+    """Score any table of battles with a scored stage's model and calibration; return the number of rows written.
+
+    Memory does not grow with the number of rows, except by the ids (checked for doubles) and, with the swapped order,
+    by eight bytes a row. Raises ArenaError that names a row that cannot be scored.
+    """
+    from factory.state import only_run
+
+    options = options or ScoreOptions()
+    spec, report = options.spec(experiment, stage), read_report(experiment, stage)
+    calibrations, wanted = orders_of(report), bool(report["calibration"]["swap_tta"])
+    if wanted and options.time_limit is not None:
+        calibrations.require_one()
+    scorer = spec.scorer()
+    VoteReader(path, labelled=False)  # a file that is none is told before the model is loaded
+    base, target = _base(experiment, stage), f"input-{output.name}"
+    inputs = {"data": f"sha256:{sha256_of(path)}", "both_orders": wanted}
+    with only_run(base / target), closing(_opened(spec, stage, options, show)) as executor:
+        _tell_mismatch(report, executor, stage, show)
+        job = open_job(
+            base,
+            target,
+            scorer,
+            executor,
+            inputs=inputs,
+            rows=lambda: scorer.read(path, both_orders=wanted),
+            label=f"{stage}: {path.name}",
+            show=show,
+        )
+        pace = _pace([job], options, show)
+        job.straight(executor, pace)
+        if wanted or (options.time_limit is not None and calibrations.both is not None):
+            _tell_partial(job.swapped(executor, pace), job.rows, stage, options, show)
+    rows = _write_table(output, job, calibrations)
+    job.remove()
+    return rows
 
 
 def read_report(experiment: Experiment, stage: str) -> dict[str, Any]:
@@ -105,38 +179,78 @@ def texts(data: Path, split: str) -> pd.DataFrame:
     )
 
 
-def _inputs(experiment: Experiment, stage: str) -> dict[str, Any]:
-    """What the probabilities depend on beside the model: the exported rows, and what is made of the scores."""
-    pairs = ("pairs.parquet",) if STEPS[stage].data == "dpo_reward" else ()
-    read = ("rows.parquet", "battles.parquet", "truth.csv", *pairs)
-    files = read_manifest(experiment.data_folder)["files"]
-    return {
-        "data": {name: f"sha256:{digest}" for name, digest in files.items() if name in read},
-        "swap_tta": experiment.swap_tta,
-        "seed": experiment.seed,
-        "target_prior": _target_prior(experiment),
-    }
-
-
-def _score_splits(experiment: Experiment, scorer: Scorer, folder: Path, stage: str, show: Show):
+def _opened(spec: ScorerSpec, stage: str, options: ScoreOptions, show: Show) -> Executor:
     show.note(f"{stage}: loading the trained model")
-    scorer.open()
-    with _bar(show, f"{stage}: scoring the validation fold") as progress:
-        valid = scorer.split("valid", both_orders=True, progress=progress)
-    if read_rows(experiment.data_folder, "test").empty:
-        test = valid.iloc[:0]
-    else:
-        with _bar(show, f"{stage}: scoring the test set") as progress:
-            test = scorer.split("test", both_orders=experiment.swap_tta, progress=progress)
-    write_scores(folder / "scores_valid.parquet", valid)
-    write_scores(folder / "scores_test.parquet", test)
-    return valid, test
+    return open_executor(spec, show.note, workers=options.workers, ray=options.ray)
 
 
-def _report(experiment: Experiment, stage: str, valid: pd.DataFrame, seconds: float):
-    """Build the report; return it with the validation rows' probabilities and the calibration."""
+def _score_splits(
+    experiment: Experiment, scorer: Scorer, spec: ScorerSpec, options: ScoreOptions, show: Show
+) -> tuple[dict[str, Job], dict[str, Any]]:
+    """Score both splits; return their jobs, and what the report says of how they were scored."""
+    stage = spec.stage
+    with closing(_opened(spec, stage, options, show)) as executor:
+        jobs = {
+            split: open_job(
+                _base(experiment, stage),
+                split,
+                scorer,
+                executor,
+                inputs={"data": _data(experiment, stage)},
+                rows=lambda split=split: scorer.exported(split),
+                label=f"{stage}: {label}",
+                show=show,
+            )
+            for split, label in _LABELS.items()
+        }
+        valid, test = jobs.values()
+        pace = _pace(jobs.values(), options, show)
+        for job in jobs.values():
+            job.straight(executor, pace)
+        both = {"valid": 0, "test": 0}
+        if not scorer.label_ids:
+            pass  # rewards have no order
+        elif pace.allows(valid.tokens):
+            both["valid"] = valid.swapped(executor, pace, whole=True)
+            if experiment.swap_tta or options.time_limit is not None:
+                both["test"] = test.swapped(executor, pace)
+                _tell_partial(both["test"], test.rows, stage, options, show)
+        else:
+            show.note(f"{stage}: the time limit leaves no room for the other order of the answers: no row was swapped")
+    scoring = {"engine": executor.engine, "precision": executor.precision, "device": executor.device}
+    limit = {} if options.time_limit is None else {"time_limit_seconds": options.time_limit}
+    return jobs, {**scoring, "rows_in_both_orders": both, **limit}
+
+
+def _pace(jobs, options: ScoreOptions, show: Show) -> Pace:
+    pace = Pace(show.note, sum(job.tokens for job in jobs), options.time_limit, started=options.started)
+    pace.begin()
+    return pace
+
+
+def _tell_partial(both: int, rows: int, stage: str, options: ScoreOptions, show: Show) -> None:
+    """Say how far a time limit went with the other order."""
+    if options.time_limit is not None and rows:
+        words = f"{both:,} of {rows:,} rows ({both / rows:.0%}) were scored in both orders, the most uncertain first"
+        show.note(f"{stage}: within the time limit {words}")
+
+
+def _tell_mismatch(report: dict[str, Any], executor: Executor, stage: str, show: Show) -> None:
+    """Say it where the calibration was fitted on the scores of another engine or precision."""
+    fitted, now = report.get("scoring"), (executor.engine, executor.precision)
+    if fitted and (fitted["engine"], fitted["precision"]) != now:
+        show.note(
+            f"{stage}: the calibration was fitted on scores of {fitted['engine']} in {fitted['precision']}, "
+            f"these are of {now[0]} in {now[1]}: run.py score --fresh with the same options fits it anew"
+        )
+
+
+def _report(
+    experiment: Experiment, stage: str, valid: pd.DataFrame, rows: dict[str, int], scoring: dict[str, Any]
+) -> tuple[dict[str, Any], np.ndarray, OrderCalibrations]:
+    """Build the report; return it with the validation rows' probabilities and the calibrations."""
     data = experiment.data_folder
-    return build_report(
+    report, probabilities, used = build_report(
         experiment=experiment.name,
         stage=stage,
         scores=valid,
@@ -145,31 +259,94 @@ def _report(experiment: Experiment, stage: str, valid: pd.DataFrame, seconds: fl
         truth=truth_of(data),
         audit=json.loads((data / "audit.json").read_text(encoding="utf-8")),
         loss_curve=loss_curve(experiment.adapter_folder(stage) / "trainer_log.jsonl"),
-        provenance=_provenance(experiment, stage, seconds),
-        swap_tta=experiment.swap_tta and "ab_a" in valid,
+        provenance=_provenance(experiment, stage, scoring.pop("seconds")),
+        swap_tta=experiment.swap_tta and bool(scoring["rows_in_both_orders"]["valid"]),
         seed=experiment.seed,
         target_prior=_target_prior(experiment),
     )
+    calibrations = fit_orders(valid, used, seed=experiment.seed, target_prior=_target_prior(experiment))
+    report |= {"calibrations": calibrations.to_json(), "scoring": scoring}
+    both = scoring["rows_in_both_orders"]["test"]
+    if 0 < both < rows["test"] or (experiment.swap_tta and both < rows["test"]):
+        text = f"{both:,} of {rows['test']:,} test rows were scored in both orders, the others in one: a time limit."
+        report["flags"].append({"level": "info", "code": "one_order", "text": text})
+    return report, probabilities, calibrations
 
 
-def _target_prior(experiment: Experiment) -> dict[str, float] | None:
-    return experiment.target_prior.model_dump() if experiment.target_prior else None
+def _write(
+    experiment: Experiment, stage: str, jobs: dict[str, Job], scoring: dict[str, Any]
+) -> tuple[dict[str, Any], list[Path]]:
+    """Write everything that a person or a program reads, report.json the last; return the report and the files."""
+    import pandas as pd
 
-
-def _write(folder: Path, report, valid, probabilities, test, calibration: Calibration) -> list[Path]:
-    """Write everything that a person or a program reads; report.json is the last."""
+    folder = experiment.output_folder(stage)
+    for split, job in jobs.items():
+        _write_scores(folder / f"scores_{split}.parquet", job)
+    valid = pd.read_parquet(folder / "scores_valid.parquet")
+    rows = {split: job.rows for split, job in jobs.items()}
+    report, probabilities, calibrations = _report(experiment, stage, valid, rows, scoring)
     names = ["probabilities_valid.csv"]
     write_probabilities(folder / names[0], valid["id"], probabilities)
-    if len(test):
-        found = calibration.apply(test)
+    if rows["test"]:
         for name in ("probabilities_test.csv", "submission.csv"):
-            write_probabilities(folder / name, test["id"], found)
-            check_submission(folder / name, test["id"])
+            _write_table(folder / name, jobs["test"], calibrations)
             names.append(name)
     plots = write_plots(report, folder / "plots")
     write_page(report, folder / "report.html")
     write_json(folder / REPORT, report)
-    return [*(folder / name for name in names), *plots, folder / "report.html", folder / REPORT]
+    return report, [*(folder / name for name in names), *plots, folder / "report.html", folder / REPORT]
+
+
+def _write_table(path: Path, job: Job, calibrations: OrderCalibrations) -> int:
+    """Write a job's probabilities, piece by piece, and check what was written; return the number of rows."""
+    with probability_file(path) as add:
+        for table in job.tables():
+            add(table["id"], calibrations.apply(table))
+    return check_submission(path, job.ids())
+
+
+def _write_scores(path: Path, job: Job) -> None:
+    """Write a job's raw scores as parquet, piece by piece, whole or not at all."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    schema = job.schema()
+    with atomic_file(path, "wb") as file, ParquetWriter(file, schema, compression="zstd") as writer:
+        for table in job.tables():
+            writer.write_table(pa.Table.from_pandas(table, schema=schema, preserve_index=False))
+
+
+def _base(experiment: Experiment, stage: str) -> Path:
+    """Return where unfinished scores wait."""
+    return experiment.output_folder(stage) / "scoring"
+
+
+def _inputs(experiment: Experiment, stage: str) -> dict[str, Any]:
+    """What the probabilities depend on beside the model: the exported rows, and what is made of the scores."""
+    return {
+        "data": _data(experiment, stage),
+        "swap_tta": experiment.swap_tta,
+        "seed": experiment.seed,
+        "target_prior": _target_prior(experiment),
+    }
+
+
+def _data(experiment: Experiment, stage: str) -> dict[str, str]:
+    """The exported files that rows, texts and known probabilities are read from."""
+    pairs = ("pairs.parquet",) if STEPS[stage].data == "dpo_reward" else ()
+    read = ("rows.parquet", "battles.parquet", "truth.csv", *pairs)
+    files = read_manifest(experiment.data_folder)["files"]
+    return {name: f"sha256:{digest}" for name, digest in files.items() if name in read}
+
+
+def _asked(spec: ScorerSpec) -> dict[str, str]:
+    """Engine and precision where they are not what they were before there was a choice: earlier runs stay finished."""
+    asked = {"engine": (spec.engine, "torch"), "precision": (spec.precision, "auto")}
+    return {name: value for name, (value, usual) in asked.items() if value != usual}
+
+
+def _target_prior(experiment: Experiment) -> dict[str, float] | None:
+    return experiment.target_prior.model_dump() if experiment.target_prior else None
 
 
 def _provenance(experiment: Experiment, stage: str, seconds: float) -> dict[str, Any]:
@@ -182,18 +359,3 @@ def _provenance(experiment: Experiment, stage: str, seconds: float) -> dict[str,
         experiment.merged_folder(stage) / MANIFEST,
     ]
     return {**provenance(seed=experiment.seed, files=files), "scoring_seconds": round(seconds, 2)}
-
-
-@contextmanager
-def _bar(show: Show, label: str) -> Iterator[Callable[[ScoreProgress], None]]:
-    """Yield a callback that keeps one live line: prompts done, tokens a second, time left."""
-    started = time.monotonic()
-    with show.line(label) as line:
-
-        def tell(progress: ScoreProgress) -> None:
-            seconds = max(time.monotonic() - started, 1e-3)
-            left = seconds * (progress.total_tokens - progress.tokens) / max(progress.tokens, 1)
-            detail = f"{progress.tokens / seconds:,.0f} tokens/s, {duration(left)} left"
-            line.count(progress.rows, progress.total_rows, detail)
-
-        yield tell

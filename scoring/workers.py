@@ -1,0 +1,201 @@
+"""Workers: several processes, each with a model of its own on a GPU of its own (or a share of the cores).
+
+A worker computes one shard at a time. One that dies is replaced once, its shard is given out again and this is said;
+a shard that ends two workers stops the run, and what is finished is kept.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import ArenaError
+from scoring.executors import Progress, ask, device_of, prepare, visible_gpus
+from scoring.row_store import RowStore
+from scoring.scorer import ScorerSpec
+from scoring.shard_plan import Shard
+
+_GRACE = 10.0  # seconds that a worker has to end
+
+
+@dataclass
+class _Worker:
+    """A process as its parent sees it: its pipe, its GPU or None, and the shard that it is computing."""
+
+    process: Any
+    pipe: Connection
+    slot: int
+    shard: Shard | None = None
+
+
+class Workers:
+    """Processes that compute shards side by side, one model each."""
+
+    def __init__(self, spec: ScorerSpec, note: Callable[[str], None], count: int):
+        """Start the processes and wait until every model is loaded; raises what one of them raises."""
+        self._spec, self._note, self._count = spec, note, count
+        self._gpus = visible_gpus() if spec.engine == "torch" else []
+        if self._gpus and count > len(self._gpus):
+            raise ArenaError(
+                f"{count} workers for {len(self._gpus)} visible GPU(s): two models would share one",
+                where="--workers",
+                remedy=f"give at most {len(self._gpus)}, or leave it out",
+            )
+        self.device = device_of(spec.engine)
+        self._workers: list[_Worker] = []
+        self._retries: dict[str, int] = {}
+        try:
+            self._workers = [self._start(slot) for slot in range(count)]
+            found = [self._ready(worker) for worker in self._workers]
+        except BaseException:
+            self.close()
+            raise
+        self.engine, self.precision = found[0]
+
+    def run(self, store: RowStore, shards: Iterator[Shard], progress: Progress) -> Iterator[tuple[Shard, np.ndarray]]:
+        """Yield each shard with its scores as workers finish them."""
+        again: deque[Shard] = deque()
+        while True:
+            for worker in self._workers:
+                if worker.shard is None:
+                    self._give(worker, store, again.popleft() if again else next(shards, None))
+            busy = [worker for worker in self._workers if worker.shard is not None]
+            if not busy:
+                return
+            ready = wait([worker.pipe for worker in busy])
+            for worker in busy:
+                if worker.pipe in ready:
+                    found = self._hear(worker, progress, again)
+                    if found is not None:
+                        yield found
+
+    def close(self) -> None:
+        """End every process."""
+        for worker in self._workers:
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(_GRACE)
+            if worker.process.is_alive():
+                worker.process.kill()
+            worker.pipe.close()
+        self._workers = []
+
+    def _start(self, slot: int) -> _Worker:
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+        ours, theirs = context.Pipe()
+        place = _Place(str(Path.cwd()), self._gpus[slot] if self._gpus else None, self._count)
+        process = context.Process(
+            target=_work, args=(theirs, self._spec, place), name=f"scoring worker {slot + 1}", daemon=True
+        )
+        process.start()
+        theirs.close()
+        return _Worker(process, ours, slot)
+
+    def _ready(self, worker: _Worker) -> tuple[str, str]:
+        try:
+            kind, content = worker.pipe.recv()
+        except (EOFError, OSError):
+            raise self._died(worker, "while it loaded the model") from None
+        if kind == "error":
+            raise ArenaError(**content)
+        return content
+
+    def _give(self, worker: _Worker, store: RowStore, shard: Shard | None) -> None:
+        if shard is not None:
+            worker.shard = shard
+            with suppress(OSError):  # it died just now: `run` hears of it
+                worker.pipe.send((store.folder, shard))
+
+    def _hear(self, worker: _Worker, progress: Progress, again: deque[Shard]) -> tuple[Shard, np.ndarray] | None:
+        """Take one message of a worker; return what it finished, if anything."""
+        try:
+            kind, content = worker.pipe.recv()
+        except (EOFError, OSError):
+            self._replace(worker, again)
+            return None
+        if kind == "error":
+            raise ArenaError(**content)
+        if kind == "progress":
+            progress(worker.shard, content)
+            return None
+        shard, worker.shard = worker.shard, None
+        return shard, content
+
+    def _replace(self, worker: _Worker, again: deque[Shard]) -> None:
+        """Start another process in a dead one's place, or raise ArenaError where its shard has ended two."""
+        shard = worker.shard
+        what = self._died(worker, f"on shard {shard.name}")
+        if self._retries.get(shard.name, 0):
+            raise what
+        self._retries[shard.name] = 1
+        self._note(f"{what.where} {what.what}: started again, and the shard once more")
+        fresh = self._start(worker.slot)
+        self._workers[self._workers.index(worker)] = fresh
+        self._ready(fresh)
+        again.append(shard)
+
+    def _died(self, worker: _Worker, when: str) -> ArenaError:
+        worker.process.join(_GRACE)
+        code = worker.process.exitcode
+        killed = code is not None and code < 0
+        how = f"was killed by {signal.Signals(-code).name}" if killed else f"ended with exit code {code}"
+        remedy = "the same command goes on from what is scored; if it happens again, give fewer --workers"
+        if killed and -code == signal.SIGKILL:
+            remedy += " or a smaller --precision: an end by SIGKILL is mostly the system's, for want of memory"
+        return ArenaError(f"{how} {when}", where=worker.process.name, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a worker works: the current folder, the GPU that it sees (None: none), among how many workers."""
+
+    folder: str
+    gpu: str | None
+    workers: int
+
+
+def _work(pipe: Connection, spec: ScorerSpec, place: _Place) -> None:
+    """Be a worker: load the model, then compute the shards that come through the pipe until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    os.chdir(place.folder)
+    if place.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu  # before torch looks
+    with suppress(BrokenPipeError, EOFError):  # the parent is gone
+        try:
+            scorer = _opened(spec, place)
+            pipe.send(("ready", (scorer.engine, scorer.precision)))
+            stores: dict[Path, RowStore] = {}
+            while True:
+                folder, shard = pipe.recv()
+                if folder not in stores:  # its sums were checked by the parent
+                    stores[folder] = RowStore(folder, checked=False)
+                prepared = prepare(scorer, stores[folder], shard)
+                pipe.send(("done", ask(scorer, shard, prepared, lambda _, share: pipe.send(("progress", share)))))
+        except ArenaError as error:
+            pipe.send(("error", {"what": error.what, "where": error.where, "remedy": error.remedy}))
+        except (BrokenPipeError, EOFError):
+            raise
+        except Exception:
+            pipe.send(("error", {"what": f"a worker failed:\n{traceback.format_exc()}", "remedy": "please report it"}))
+
+
+def _opened(spec: ScorerSpec, place: _Place) -> Any:
+    import torch
+
+    if place.gpu is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(cores // place.workers, 1))
+    scorer = spec.scorer()
+    scorer.open()
+    return scorer
