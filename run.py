@@ -404,6 +404,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
     from factory.step import STEPS
     from factory.steps import merge, train
     from scoring.judge import seal
+    from scoring.merge_gate import gate
     from scoring.stage import score_stage
 
     if STEPS[stage].data == "dpo_reward":
@@ -415,6 +416,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
         return None
     if stage != "dpo_reward" or until == "merge":  # an implicit reward needs the adapter on and off, not a merge
         merge(exp, stage, complete=lambda folder: seal(folder, exp, stage), show=show)
+        gate(exp, stage, show=show)
     return None if until == "merge" else score_stage(exp, stage, show=show)
 
 

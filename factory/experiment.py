@@ -70,6 +70,13 @@ class Prior(_Strict):
         return self
 
 
+class MergeGate(_Strict):
+    """How the merged model is held against the trained adapter: on how many battles, and how far it may differ."""
+
+    rows: int = Field(default=200, ge=1)
+    max_abs_diff: Annotated[float, Field(gt=0, le=1)] = 0.05
+
+
 class StartFrom(_Strict):
     """What a preference training starts from: the base, or the merged SFT judge, which is then its reference."""
 
@@ -102,6 +109,8 @@ class Experiment(_Strict):
     seed: int = Field(default=42, ge=0)
     target_prior: Prior | None = None  # corrects the test set's probabilities where the votes' shares are not natural
     start_from: StartFrom = StartFrom()
+    merge_onto: Literal["dequantised", "base"] = "dequantised"  # docs/merge.md has the figures
+    merge_gate: MergeGate = MergeGate()
     # First values of the rendered recipes, by step, in LLaMA-Factory's keys; the recipe rules once it is rendered.
     recipes: dict[str, dict[str, Any]] = {}
 
@@ -109,6 +118,15 @@ class Experiment(_Strict):
     def _known_steps(self) -> Experiment:
         if unknown := sorted(self.recipes.keys() - STEPS.keys()):
             raise ValueError(f"recipes: no such step: {', '.join(unknown)} (choices: {', '.join(STEPS)})")
+        return self
+
+    @model_validator(mode="after")
+    def _own_code(self) -> Experiment:
+        if self.trust_remote_code and self.quantization_bit and self.merge_onto == "dequantised":
+            raise ValueError(
+                "merge_onto: dequantised makes a copy of the base without the code that comes with the model; "
+                "write merge_onto: base beside trust_remote_code: true"
+            )
         return self
 
     @property
@@ -141,6 +159,19 @@ class Experiment(_Strict):
         """Return the model that a training starts from: `model`, or the merged SFT judge (see `start_from`)."""
         start: Start = getattr(self.start_from, training, "base")
         return self.merged_folder("sft").as_posix() if start == "sft" else self.model
+
+    @property
+    def merges_dequantised(self) -> bool:
+        """Tell whether adapters are merged into the dequantised base: where there is a quantised one to copy."""
+        return self.merge_onto == "dequantised" and self.quantization_bit is not None
+
+    def merge_model(self, training: str) -> str:
+        """Return the model that a training's adapter is merged into: its start, or the dequantised copy of it."""
+        start = self.start_model(training)
+        if not self.merges_dequantised:
+            return start
+        origin = "base" if start == self.model else f"{self.name}_sft"
+        return f"saves/{self.short_model}/dequantised/{origin}_{self.quantization_bit}bit"
 
     @property
     def short_model(self) -> str:

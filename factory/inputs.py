@@ -20,16 +20,16 @@ _TRAINERS_OWN = frozenset({"training_args.bin", "optimizer.bin", "pytorch_model_
 _HASHED_UP_TO = 256 * 2**20  # bytes
 
 
-def inputs_of(recipe_path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs of a recipe: its keys, its data files and local models.
+def inputs_of(recipe_path: Path, recipe: dict[str, Any], *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the inputs of a recipe: its keys, its data files and local models, but those of the keys `without`.
 
     A weights file of over 256 MiB counts by size and time of change, as hashing an 8B model takes half a minute.
     """
     inputs: dict[str, Any] = {str(recipe_path): recipe}
-    for key in _PATH_KEYS:
+    for key in (key for key in _PATH_KEYS if key not in without):
         for name in names(recipe.get(key)):
             if Path(name).exists():
-                inputs[f"{key} {name}"] = _files(Path(name))
+                inputs[f"{key} {name}"] = model_files(Path(name))
     data: dict[str, Any] = {}
     for key in ("dataset", "eval_dataset"):
         data.update({f"{_info(recipe)} {name}": entry for name, entry in _entries(recipe, key).items()})
@@ -84,7 +84,8 @@ def _entries(recipe: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
     return {name: info[name] for name in wanted if name in info}
 
 
-def _files(path: Path) -> Any:
+def model_files(path: Path) -> Any:
+    """Return what a model's or an adapter's folder holds, by name, each as 'sha256:…'; of a file its content alone."""
     if path.is_file():
         return _content(path)
     own = [

@@ -62,13 +62,13 @@ def shared_values(experiment: Experiment, step: str) -> dict[str, Any]:
     among them.
     """
     its = step_of(step)
-    start = experiment.start_model(its.trains)
+    start = experiment.merge_model(its.trains) if its.merges else experiment.start_model(its.trains)
     values: dict[str, Any] = {
         "model_name_or_path": start,
         "trust_remote_code": experiment.trust_remote_code,
         "template": experiment.template,
     }
-    if start == experiment.model:  # a merged judge has no revisions
+    if start == experiment.model:  # a folder that we made has no revisions
         values["model_revision"] = experiment.revision
     if its.merges:
         return values | {
@@ -249,6 +249,7 @@ def _render(experiment: Experiment, step: Step, sheet: _Sheet, templates: Path) 
         "path": experiment.recipe(step.name).as_posix(),
         "merged": experiment.merged_folder(step.trains).as_posix(),
         "from_sft": experiment.start_model(step.trains) != experiment.model,
+        "dequantised": experiment.merges_dequantised,
         "key": sheet.key,
         "shared": sheet.from_experiment,
         "rest": sheet.rest,

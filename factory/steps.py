@@ -14,6 +14,7 @@ from data_prep.errors import ArenaError, UsageError
 from data_prep.files import atomic_folder
 from factory.checks import check_device, check_recipes
 from factory.child import Watch, llamafactory, run_child
+from factory.dequantised import DequantisedBase, dequantised_base
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import inputs_of, training_rows
 from factory.progress import Line, LogPoint, Show, duration, loss_curve
@@ -96,7 +97,8 @@ def merge(
     complete: Callable[[Path], None] | None = None,
     show: Show | None = None,
 ) -> Path:
-    """Merge the adapter of `stage_step` into its base model and return the merged folder.
+    """Merge the adapter of `stage_step` into its base model, or into the dequantised copy of it, and return the
+    merged folder.
 
     The folder appears when it is whole: `complete` may still add files to it. A finished merge with the same
     inputs is kept; an earlier folder that was made from another training is renamed, not deleted.
@@ -112,7 +114,8 @@ def merge(
     with only_run(folder):
         state = StageState(folder)
         _require_adapter(Path(recipe["adapter_name_or_path"]), stage_step)
-        inputs = inputs_of(recipe_path, recipe)
+        base = dequantised_base(experiment, stage_step)
+        inputs = _merge_inputs(recipe_path, recipe, base)
         remedy = f"move {merged} away to merge again (--fresh would also train again)"
         if state.finished("merge", inputs, fresh_remedy=remedy):
             show.note(f"{stage_step}: merge kept, finished {state.record('merge').finished_at}")
@@ -120,10 +123,19 @@ def merge(
         for old in archive(merged):
             show.note(f"{stage_step}: the earlier merge is now {old}")
         state.begin("merge", inputs)
+        if base:
+            base.ensure(show)
         seconds = _run_merge(stage_step, recipe_path, merged, folder / "merge.log", complete, show, _head(recipe))
         state.finish("merge", [merged / "config.json"], seconds)
     show.note(f"{stage_step}: merged in {duration(seconds)}")
     return merged
+
+
+def _merge_inputs(recipe_path: Path, recipe: dict[str, Any], base: DequantisedBase | None) -> dict[str, Any]:
+    """Return what a merge depends on; of a dequantised copy its source, so that the copy itself may be deleted."""
+    if base is None:
+        return inputs_of(recipe_path, recipe)
+    return {**inputs_of(recipe_path, recipe, without=("model_name_or_path",)), "dequantised": base.source()}
 
 
 def _require_start(experiment: Experiment, stage_step: str) -> None:

@@ -1,0 +1,228 @@
+"""The merge gate: the trained adapter, un-merged on its quantised base, and the merged model answer the same battles.
+
+    record = gate(experiment, "sft", show=show)["merge_gate"]
+    {"max_abs_diff": 6.4e-07, "mean_abs_diff": 8.8e-08, "log_loss_adapter": 0.8842, "log_loss_merged": 0.8842, …}
+
+sft, dpo_judge   the three label probabilities behind the judge prompt, answers in their own order
+rm               P(A beats B) = sigmoid(reward A - reward B) from the value head; ties have no place in its log loss
+dpo_reward       nothing: its score is the adapter switched on and off, no merged model answers
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.battle import VERDICTS
+from data_prep.dataset import read_battles, read_pairs
+from data_prep.errors import ArenaError
+from data_prep.files import write_json
+from data_prep.pairs import pair_sequences
+from factory.experiment import Experiment, read_yaml
+from factory.inputs import model_files
+from factory.progress import duration
+from scoring.canaries import CANARIES, label_canaries, reward_canaries, seal_canaries
+from scoring.engine import device_name, load_model, score_labels
+from scoring.judge import Judge, load_judge
+from scoring.links import softmax
+from scoring.metrics import log_loss
+from scoring.rewards import load_policy, load_value_head, value_rewards
+
+if TYPE_CHECKING:
+    from factory.progress import Show
+
+RECORD = "merge_gate.json"
+# On these of the battles the adapter is also switched off: it must make a difference, and the merge must keep it.
+EFFECT_ROWS = 32
+
+
+def gate(experiment: Experiment, stage: str, *, show: Show) -> dict[str, Any] | None:
+    """Compare a stage's adapter with its merged model and return the record, None where nothing merged is scored.
+
+    The record is kept beside the merged folder and made again only if adapter, merged model, rows or settings changed;
+    the answers to the canaries are put into the merged folder. Raises ArenaError, after the record is written, if a
+    probability differs by more than the experiment's `merge_gate.max_abs_diff`.
+    """
+    if stage == "dpo_reward":
+        return None
+    path, inputs = experiment.output_folder(stage) / RECORD, _inputs(experiment, stage)
+    record = _kept(path, inputs)
+    if inputs["adapter"] is None and record is None:
+        show.note(f"{stage}: the adapter is not here any more, so the merged model cannot be compared with it")
+        return None
+    if record is None or not (experiment.merged_folder(stage) / CANARIES).is_file():
+        started = time.monotonic()
+        with show.line(f"{stage}: merge gate") as line:
+            record = {"inputs": inputs, **_measure(experiment, stage, line.phase)}
+        write_json(path, record)
+        show.note(f"{stage}: {_in_words(record['merge_gate'])}, in {duration(time.monotonic() - started)}")
+    _require_passed(experiment, stage, record["merge_gate"], path)
+    return record
+
+
+def compared(adapter: np.ndarray, merged: np.ndarray, verdicts: Sequence[str | None], limit: float) -> dict[str, Any]:
+    """Return the contract's figures of two sets of answers to the same battles, [n, 3] or P(A beats B) [n, 1].
+
+    A probability that is not a number passes no gate.
+    """
+    differences = np.abs(adapter - merged)
+    largest = float(differences.max())
+    return {
+        "max_abs_diff": _finite(largest),
+        "mean_abs_diff": _finite(float(differences.mean())),
+        "log_loss_adapter": _loss(adapter, verdicts),
+        "log_loss_merged": _loss(merged, verdicts),
+        "rows": len(adapter),
+        "threshold": limit,
+        "passed": bool(largest <= limit),
+    }
+
+
+def _measure(experiment: Experiment, stage: str, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Ask both models; one is given back before the other is loaded."""
+    device, recipe = device_name(), read_yaml(experiment.recipe(stage))
+    judge = load_judge(experiment.merged_folder(stage))
+    questions = (_reward_questions if stage == "rm" else _label_questions)(experiment, judge)
+    tell("the adapter on its quantised base")
+    policy = _policy(experiment, stage, recipe, device)
+    adapter = questions.ask(policy, questions.rows)
+    with policy.disable_adapter():
+        base = questions.ask(policy, questions.rows[:EFFECT_ROWS])
+    del policy
+    tell("the merged model")
+    model = load_model(judge.folder, device)
+    merged = questions.ask(model, questions.rows)
+    seal_canaries(judge, questions.ask(model, questions.canaries), "bf16" if device == "cuda" else "fp32")
+    found = compared(adapter, merged, questions.verdicts, experiment.merge_gate.max_abs_diff)
+    measure = "P(A beats B) from the rewards" if stage == "rm" else "label probabilities"
+    few = len(base)
+    effect = {
+        "rows": few,
+        "mean_abs_diff": _finite(float(np.abs(adapter[:few] - base).mean())),
+        "merged_mean_abs_diff": _finite(float(np.abs(adapter[:few] - merged[:few]).mean())),
+    }
+    merged_into = experiment.merge_model(stage)
+    return {"merge_gate": {**found, "measure": measure, "merged_into": merged_into}, "adapter_effect": effect}
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """What both models are asked: the drawn battles with their verdicts, the canaries, and how to ask."""
+
+    rows: list
+    verdicts: list[str | None]
+    canaries: list
+    ask: Callable[[Any, Sequence], np.ndarray]
+
+
+def _label_questions(experiment: Experiment, judge: Judge) -> _Questions:
+    battles = _drawn(read_battles(experiment.data_folder, "valid"), experiment)
+
+    def ask(model: Any, sequences: Sequence) -> np.ndarray:
+        return softmax(score_labels(model, sequences, judge.frame.label_ids))
+
+    verdicts = [battle.verdict for battle, _ in battles]
+    return _Questions(judge.sequences(battles), verdicts, label_canaries(judge), ask)
+
+
+def _reward_questions(experiment: Experiment, judge: Judge) -> _Questions:
+    data, head = experiment.data_folder, load_value_head(judge.folder)
+    drawn = _drawn(list(zip(read_battles(data, "valid"), read_pairs(data, "valid"), strict=True)), experiment)
+
+    def ask(model: Any, triples: Sequence) -> np.ndarray:
+        rewards = value_rewards(model, head, triples)
+        return 1 / (1 + np.exp(rewards[:, [1]] - rewards[:, [0]]))
+
+    triples = pair_sequences(judge.frame, judge.tokenizer, [pair for _, pair in drawn])
+    verdicts = [battle.verdict for (battle, _), _ in drawn]
+    return _Questions(triples, verdicts, reward_canaries(judge), ask)
+
+
+def _drawn(rows: list, experiment: Experiment) -> list:
+    """Return as many rows as the gate compares, drawn by the experiment's seed, in the order of the input."""
+    size = min(experiment.merge_gate.rows, len(rows))
+    chosen = np.random.default_rng(experiment.seed).choice(len(rows), size, replace=False)
+    return [rows[i] for i in sorted(chosen)]
+
+
+def _policy(experiment: Experiment, stage: str, recipe: dict[str, Any], device: str) -> Any:
+    return load_policy(
+        recipe["model_name_or_path"],
+        experiment.adapter_folder(stage),
+        device,
+        quantization_bit=recipe.get("quantization_bit"),
+        quantization_type=recipe.get("quantization_type", "nf4"),
+        double_quantization=recipe.get("double_quantization", True),
+        revision=recipe.get("model_revision", "main"),
+        trust_remote_code=experiment.trust_remote_code,
+    )
+
+
+def _loss(answers: np.ndarray, verdicts: Sequence[str | None]) -> float | None:
+    """Return the log loss of the rows with a verdict, of P(A beats B) without the ties; None if there is none."""
+    if answers.shape[1] == 1:
+        answers = np.column_stack([answers, 1 - answers])
+    known = [(row, VERDICTS.index(v)) for row, v in enumerate(verdicts) if v in VERDICTS[: answers.shape[1]]]
+    if not known:
+        return None
+    rows, codes = (np.array(part) for part in zip(*known, strict=True))
+    return _finite(log_loss(answers[rows], codes))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _inputs(experiment: Experiment, stage: str) -> dict[str, Any]:
+    merged, adapter = model_files(experiment.merged_folder(stage)), experiment.adapter_folder(stage)
+    return {
+        "adapter": model_files(adapter) if (adapter / "adapter_model.safetensors").is_file() else None,
+        "merged": {name: value for name, value in merged.items() if name.endswith((".safetensors", "config.json"))},
+        "data": model_files(experiment.data_folder / "battles.parquet"),
+        "recipe": read_yaml(experiment.recipe(stage)),
+        "settings": experiment.merge_gate.model_dump() | {"seed": experiment.seed},
+    }
+
+
+def _kept(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record on disk if it was made from these inputs; an adapter that is gone contradicts nothing."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        gone = {"adapter": record["inputs"]["adapter"]} if inputs["adapter"] is None else {}
+        same = record["inputs"] == json.loads(json.dumps(inputs | gone))
+        return record if same and record["merge_gate"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # made anew
+
+
+def _in_words(found: dict[str, Any]) -> str:
+    largest = "not a number" if found["max_abs_diff"] is None else f"at most {found['max_abs_diff']:.1e}"
+    return f"merged model against trained adapter: {largest} apart on {found['rows']} battles"
+
+
+def _require_passed(experiment: Experiment, stage: str, found: dict[str, Any], path: Path) -> None:
+    if found["passed"]:
+        return
+    merged = experiment.merged_folder(stage)
+    again = f"then move {merged} away and run the same command again"
+    if experiment.quantization_bit and not experiment.merges_dequantised:
+        remedy = (
+            f"merge_onto: dequantised in experiment.yaml merges into the weights that were trained on; prepare, {again}"
+        )
+    else:
+        remedy = f"infer_dtype: float32 in the merge recipe rounds less, {again}; or accept it by merge_gate in "
+        remedy += "experiment.yaml"
+    losses = (f"{name} {found[key]}" for name, key in (("adapter", "log_loss_adapter"), ("merged", "log_loss_merged")))
+    raise ArenaError(
+        f"the merged model is not the trained adapter: {_in_words(found)}, allowed {found['threshold']} "
+        f"(log loss: {', '.join(losses)})",
+        where=str(path),
+        remedy=remedy,
+    )
