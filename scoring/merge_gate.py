@@ -28,12 +28,13 @@ from data_prep.pairs import pair_sequences
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import model_files
 from factory.progress import duration
+from scoring.adapters import trained_adapter
 from scoring.canaries import CANARIES, label_canaries, reward_canaries, seal_canaries
 from scoring.engine import device_name, load_model, score_labels
 from scoring.judge import Judge, load_judge
 from scoring.links import softmax
 from scoring.metrics import log_loss
-from scoring.rewards import load_policy, load_value_head, value_rewards
+from scoring.rewards import load_value_head, value_rewards
 
 if TYPE_CHECKING:
     from factory.progress import Show
@@ -54,8 +55,9 @@ def gate(experiment: Experiment, stage: str, *, show: Show) -> dict[str, Any] | 
         return None
     path, inputs = experiment.output_folder(stage) / RECORD, _inputs(experiment, stage)
     record = _kept(path, inputs)
-    if inputs["adapter"] is None and record is None:
-        show.note(f"{stage}: the adapter is not here any more, so the merged model cannot be compared with it")
+    reason = _not_comparable(inputs)
+    if record is None and reason:
+        show.note(f"{stage}: the merged model is not compared with the trained adapter: {reason}")
         return None
     if record is None or not (experiment.merged_folder(stage) / CANARIES).is_file():
         started = time.monotonic()
@@ -87,11 +89,11 @@ def compared(adapter: np.ndarray, merged: np.ndarray, verdicts: Sequence[str | N
 
 def _measure(experiment: Experiment, stage: str, tell: Callable[[str], None]) -> dict[str, Any]:
     """Ask both models; one is given back before the other is loaded."""
-    device, recipe = device_name(), read_yaml(experiment.recipe(stage))
+    device = device_name()
     judge = load_judge(experiment.merged_folder(stage))
     questions = (_reward_questions if stage == "rm" else _label_questions)(experiment, judge)
     tell("the adapter on its quantised base")
-    policy = _policy(experiment, stage, recipe, device)
+    policy = trained_adapter(experiment, stage).load(device)
     adapter = questions.ask(policy, questions.rows)
     with policy.disable_adapter():
         base = questions.ask(policy, questions.rows[:EFFECT_ROWS])
@@ -152,19 +154,6 @@ def _drawn(rows: list, experiment: Experiment) -> list:
     return [rows[i] for i in sorted(chosen)]
 
 
-def _policy(experiment: Experiment, stage: str, recipe: dict[str, Any], device: str) -> Any:
-    return load_policy(
-        recipe["model_name_or_path"],
-        experiment.adapter_folder(stage),
-        device,
-        quantization_bit=recipe.get("quantization_bit"),
-        quantization_type=recipe.get("quantization_type", "nf4"),
-        double_quantization=recipe.get("double_quantization", True),
-        revision=recipe.get("model_revision", "main"),
-        trust_remote_code=experiment.trust_remote_code,
-    )
-
-
 def _loss(answers: np.ndarray, verdicts: Sequence[str | None]) -> float | None:
     """Return the log loss of the rows with a verdict, of P(A beats B) without the ties; None if there is none."""
     if answers.shape[1] == 1:
@@ -189,6 +178,14 @@ def _inputs(experiment: Experiment, stage: str) -> dict[str, Any]:
         "recipe": read_yaml(experiment.recipe(stage)),
         "settings": experiment.merge_gate.model_dump() | {"seed": experiment.seed},
     }
+
+
+def _not_comparable(inputs: dict[str, Any]) -> str | None:
+    if inputs["adapter"] is None:
+        return "the adapter is not here any more"
+    if inputs["recipe"].get("adapter_name_or_path"):
+        return "the training went on from another adapter, so its base is not a model by itself"
+    return None
 
 
 def _kept(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:

@@ -106,7 +106,7 @@ def report_view(report: dict) -> dict:
         "calibration_words": words.calibration(report["calibration"]),
         "target_words": words.target_prior(report["target_prior"]),
         "parameters": facts(words.link_of(report["calibration"])),
-        "merge_words": words.merge_gate(report["merge_gate"]),
+        "merge_words": words.merge_gate(report["merge_gate"], report["stage"]),
         "slices": _slices(report),
         "truncation": side_by_side(report["truncation"]),
         "cut_words": words.cut_rows((report["truncation"] or {}).get("judged")),

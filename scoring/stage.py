@@ -18,6 +18,7 @@ from factory.step import STEPS, merge_of
 from scoring.executors import Executor, open_executor
 from scoring.job import Job, open_job
 from scoring.judge import MANIFEST
+from scoring.merge_gate import gate
 from scoring.orders import OrderCalibrations, fit_orders, orders_of
 from scoring.pace import Pace, parse_duration
 from scoring.page import write_page
@@ -84,6 +85,7 @@ def score_stage(
     options, folder = options or ScoreOptions(), experiment.output_folder(stage)
     spec = options.spec(experiment, stage)
     scorer = spec.scorer()
+    compared = gate(experiment, stage, show=show)
     inputs = {"model": scorer.inputs(), **_inputs(experiment, stage), **_asked(spec)}
     with only_run(folder):
         if options.fresh:
@@ -96,7 +98,7 @@ def score_stage(
         started = time.monotonic()
         jobs, scoring = _score_splits(experiment, scorer, spec, options, show)
         scoring["seconds"] = seconds = round(time.monotonic() - started, 2)
-        report, outputs = _write(experiment, stage, jobs, scoring)
+        report, outputs = _write(experiment, stage, jobs, scoring, compared)
         state.finish("score", outputs, time.monotonic() - started)
         for job in jobs.values():
             job.remove()
@@ -246,7 +248,12 @@ def _tell_mismatch(report: dict[str, Any], executor: Executor, stage: str, show:
 
 
 def _report(
-    experiment: Experiment, stage: str, valid: pd.DataFrame, rows: dict[str, int], scoring: dict[str, Any]
+    experiment: Experiment,
+    stage: str,
+    valid: pd.DataFrame,
+    rows: dict[str, int],
+    scoring: dict[str, Any],
+    compared: dict[str, Any] | None,
 ) -> tuple[dict[str, Any], np.ndarray, OrderCalibrations]:
     """Build the report; return it with the validation rows' probabilities and the calibrations."""
     data = experiment.data_folder
@@ -263,6 +270,7 @@ def _report(
         swap_tta=experiment.swap_tta and bool(scoring["rows_in_both_orders"]["valid"]),
         seed=experiment.seed,
         target_prior=_target_prior(experiment),
+        merge_gate=compared and compared["merge_gate"],
     )
     calibrations = fit_orders(valid, used, seed=experiment.seed, target_prior=_target_prior(experiment))
     report |= {"calibrations": calibrations.to_json(), "scoring": scoring}
@@ -274,7 +282,11 @@ def _report(
 
 
 def _write(
-    experiment: Experiment, stage: str, jobs: dict[str, Job], scoring: dict[str, Any]
+    experiment: Experiment,
+    stage: str,
+    jobs: dict[str, Job],
+    scoring: dict[str, Any],
+    compared: dict[str, Any] | None,
 ) -> tuple[dict[str, Any], list[Path]]:
     """Write everything that a person or a program reads, report.json the last; return the report and the files."""
     import pandas as pd
@@ -284,7 +296,7 @@ def _write(
         _write_scores(folder / f"scores_{split}.parquet", job)
     valid = pd.read_parquet(folder / "scores_valid.parquet")
     rows = {split: job.rows for split, job in jobs.items()}
-    report, probabilities, calibrations = _report(experiment, stage, valid, rows, scoring)
+    report, probabilities, calibrations = _report(experiment, stage, valid, rows, scoring, compared)
     names = ["probabilities_valid.csv"]
     write_probabilities(folder / names[0], valid["id"], probabilities)
     if rows["test"]:

@@ -307,14 +307,29 @@ def cut_rows(judged: dict | None) -> list[str]:
     ]
 
 
-def merge_gate(gate: dict | None) -> str:
+def merge_gate(gate: dict | None, stage: str | None = None) -> list[str]:
     """Return whether the merged model still says what the trained adapter said."""
+    if not gate and stage == "dpo_reward":
+        return [
+            "Nothing merged is scored: the reward is the adapter switched on and off, on the base as it was trained."
+        ]
     if not gate:
-        return "Not measured: the merged model was not compared with the trained adapter."
-    largest = finite(gate.get("max_abs_diff"))
-    adapter, merged = number(gate.get("log_loss_adapter")), number(gate.get("log_loss_merged"))
-    head = "The same battles were scored by the trained adapter and by the merged model"
+        return ["Not measured: the merged model was not compared with the trained adapter."]
+    adapter, merged = number(gate.get("log_loss_adapter"), 4), number(gate.get("log_loss_merged"), 4)
+    rows = f"{count(gate['rows'])} battles" if finite(gate.get("rows")) is not None else "The same battles"
+    head = f"{rows} were scored by the trained adapter on its quantised base and by the merged model"
     losses = f"their log losses are {adapter} and {merged}"
+    largest, mean = finite(gate.get("max_abs_diff")), finite(gate.get("mean_abs_diff"))
     if largest is None:
-        return f"{head}: {losses}."
-    return f"{head}: no probability differs by more than {number(100 * largest, 2)} percentage points, and {losses}."
+        return [f"{head}: {losses}."]
+    words = f"{head}: no probability differs by more than {_points(largest)} percentage points"
+    words += f" ({_points(mean)} on average)" if mean is not None else ""
+    limit, base = finite(gate.get("threshold")), gate.get("merged_into")
+    told = [f"{words}, and {losses}."]
+    told += [f"Allowed are {_points(limit)} points: {'passed' if gate.get('passed') else 'failed'}."] if limit else []
+    told += [f"What was measured: {gate['measure']}."] if gate.get("measure") else []
+    return told + ([f"It was merged into {base}."] if base else [])
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.2g}"

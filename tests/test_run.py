@@ -145,6 +145,10 @@ def test_the_chain_leaves_a_report_and_a_submission(chain):
     assert report["position_bias"]["mean_abs_diff"] >= 0
     assert report["provenance"]["versions"]["llamafactory"] == "0.9.5"
     assert len(report["loss_curve"]) >= 1
+    gate = report["merge_gate"]
+    assert gate["max_abs_diff"] < 1e-4, "merged into the dequantised base it is the trained function"
+    assert gate["log_loss_merged"] == pytest.approx(gate["log_loss_adapter"], abs=1e-4)
+    assert gate["passed"] and gate["rows"] == report["rows"]
     check_probabilities(output / "submission.csv", ids_of(chain / "arena" / "test.csv"))
     assert (output / "submission.csv").read_bytes() == (output / "probabilities_test.csv").read_bytes()
     page = (output / "report.html").read_text(encoding="utf-8")

@@ -55,6 +55,8 @@ def test_a_preference_stage_starts_where_it_is_told():
         ({"labels": {"a": "A", "b": "A", "tie": "C"}}, "must be distinct"),
         ({"budget_shares": {"prompt": 0.2, "a": 0.5, "b": 0.3}}, "position bias by construction"),
         ({"budget_shares": {"prompt": 0.2, "a": 0.2, "b": 0.2}}, "must be 1"),
+        ({"trust_remote_code": True}, "write merge_onto: base beside trust_remote_code: true"),
+        ({"merge_gate": {"max_abs_diff": 0}}, "merge_gate.max_abs_diff: "),
         ({"start_from": {"sft": "sft"}}, "start_from.sft: there is no such key"),
         ({"start_from": {"rm": "dpo"}}, "start_from.rm: "),
         ({"recipes": {"dpo": {}}}, "no such step: dpo (choices: sft, merge_sft, dpo_judge"),

@@ -97,7 +97,10 @@ def test_a_merge_fits_its_training():
         its = experiment()
         trained, merged = read(render_recipe(its, training)), read(render_recipe(its, merge_of(training)))
         assert merged["adapter_name_or_path"] == trained["output_dir"] == f"saves/base-4b/lora/exp_{training}"
-        assert merged["model_name_or_path"] == trained["model_name_or_path"]
+        copy = "exp_sft" if training == "dpo_judge" else "base"
+        assert merged["model_name_or_path"] == f"saves/base-4b/dequantised/{copy}_4bit"
+        onto_base = read(render_recipe(experiment(merge_onto="base"), merge_of(training)))
+        assert onto_base["model_name_or_path"] == trained["model_name_or_path"]
         assert merged["template"] == trained["template"]
         assert merged["export_dir"] == f"outputs/exp/{training}/merged"
         assert "quantization_bit" not in merged
@@ -162,7 +165,8 @@ def test_all_faults_of_first_values_come_together():
 def test_thinking_and_remote_code_appear_only_when_declared():
     plain = read(render_recipe(experiment(), "sft"))
     assert not plain.keys() & {"enable_thinking", "trust_remote_code", "model_revision"}
-    told = read(render_recipe(experiment(enable_thinking=False, trust_remote_code=True, revision="v1"), "sft"))
+    its = experiment(enable_thinking=False, trust_remote_code=True, merge_onto="base", revision="v1")
+    told = read(render_recipe(its, "sft"))
     assert (told["enable_thinking"], told["trust_remote_code"], told["model_revision"]) == (False, True, "v1")
     assert "quantization_bit" not in read(render_recipe(experiment(quantization_bit=None), "sft"))
 

@@ -72,7 +72,7 @@ def experiment(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "check_recipes", lambda experiment, names: None)
     Path("fake.py").write_text(FAKE)
     monkeypatch.setattr(steps, "llamafactory", lambda *arguments: [sys.executable, "fake.py", *arguments])
-    values = {"model": "models/tiny", "template": "llama3", "cutoff_len": 64}
+    values = {"model": "models/tiny", "template": "llama3", "cutoff_len": 64, "merge_onto": "base"}
     experiment = parse_experiment(values, "demo", where="here")
     write_recipe(experiment)
     Path("data/demo").mkdir(parents=True)
