@@ -1,0 +1,49 @@
+"""A place with a judge in it that was never trained, as training and scoring would have left it, made in a second."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.dataset import FORMAT
+from data_prep.files import write_json
+from factory.experiment import Experiment
+from scoring.calibration import Calibration
+from scoring.judge import write_judge
+
+
+def identity(swap_tta: bool = False) -> dict:
+    """Return the calibration that leaves the softmax as it is, as a report keeps it."""
+    third = (1 / 3, 1 / 3, 1 / 3)
+    plain = Calibration("logits", False, None, "few rows", None, None, 0, swap_tta, third, None, np.empty((0, 3)))
+    return plain.to_json()
+
+
+def judged_place(experiment: Experiment, model, tokenizer, frame, prompt, *, swap_tta: bool = False) -> None:
+    """Lay a judge, its export's manifest and its report into the current folder."""
+    merged = experiment.merged_folder("sft")
+    model.save_pretrained(merged)
+    tokenizer.save(str(merged / "tokenizer.json"))
+    write_judge(merged, experiment, frame, prompt.source, {"experiment": experiment.name, "stage": "sft"})
+    manifest = {"format": FORMAT, "frame": json.loads(json.dumps(asdict(frame))), "files": {}}
+    write_json(experiment.data_folder / "manifest.json", manifest)
+    calibrations = {"one_order": identity(), "both_orders": identity(True)}
+    report = {"calibration": identity(swap_tta), "calibrations": calibrations}
+    report["scoring"] = {"engine": "torch", "precision": "fp32"}
+    write_json(experiment.output_folder("sft") / "report.json", report)
+
+
+def write_battles(path: Path, count: int, seed: int = 0) -> Path:
+    """Write short battles of varying length in the competition's schema."""
+    random = np.random.default_rng(seed)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "prompt", "response_a", "response_b"])
+        for number in range(count):
+            texts = ["quick fox " * int(random.integers(1, 6)) + str(random.integers(1000)) for _ in range(3)]
+            writer.writerow([f"b{number}", *(json.dumps([text]) for text in texts)])
+    return path

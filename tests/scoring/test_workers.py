@@ -1,0 +1,78 @@
+"""scoring.workers: several processes give what one gives; one that dies is told, replaced once, and loses nothing."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from data_prep.errors import ArenaError
+from scoring import shard_plan
+from scoring.executors import InProcess, default_workers, visible_gpus
+from scoring.job import open_job
+from scoring.pace import Pace
+from scoring.workers import Workers
+from tests.scoring.fakes import FakeScorer, FakeSpec, quiet_show, rows
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch):
+    monkeypatch.setattr(shard_plan, "SHARD_TOKENS", 600)
+
+
+def scored(base, executor, show):
+    scorer = FakeScorer()
+    scorer.open()
+    job = open_job(base, "valid", scorer, executor, inputs={}, rows=lambda: rows(200), label="sft", show=show)
+    pace = Pace(show.note, job.tokens)
+    pace.begin()
+    try:
+        job.straight(executor, pace)
+        job.swapped(executor, pace)
+    finally:
+        executor.close()
+    return pd.concat(job.tables(), ignore_index=True)
+
+
+def test_two_workers_give_what_one_process_gives_also_when_one_is_killed(tmp_path):
+    show, spec = quiet_show(), FakeSpec(deadly=77, flag=str(tmp_path / "died"))
+    executor = Workers(spec, show.note, 2)
+    assert (executor.engine, executor.precision) == ("fake", "fp32")
+    processes = [worker.process for worker in executor._workers]
+    table = scored(tmp_path / "two", executor, show)
+    pd.testing.assert_frame_equal(table, scored(tmp_path / "one", InProcess(FakeScorer()), quiet_show()))
+    assert not any(process.is_alive() for process in processes)
+    told = show.stream.getvalue()
+    assert "was killed by SIGKILL on shard" in told and "started again, and the shard once more" in told
+
+
+def test_a_shard_that_kills_every_worker_stops_the_run_and_what_is_scored_is_kept(tmp_path):
+    show = quiet_show()
+    spec = FakeSpec(deadly=77, flag=str(tmp_path / "died"), always=True)
+    with pytest.raises(ArenaError, match="scoring worker 1: was killed by SIGKILL on shard ab-") as caught:
+        scored(tmp_path / "work", Workers(spec, show.note, 1), show)
+    assert "goes on from what is scored" in caught.value.remedy and "memory" in caught.value.remedy
+    kept = len(list((tmp_path / "work").rglob("*.scores")))
+    assert kept > 0
+    scorer, again = FakeScorer(), quiet_show()
+    scored(tmp_path / "work", InProcess(scorer), again)
+    assert "rows were scored by an earlier call, and kept" in again.stream.getvalue()
+
+
+def test_a_fault_in_a_worker_comes_out_as_it_is(tmp_path):
+    with pytest.raises(ArenaError, match="id r7: has no finite score") as caught:
+        scored(tmp_path, Workers(FakeSpec(fault=True), quiet_show().note, 1), quiet_show())
+    assert caught.value.remedy == "look at the weights"
+
+
+def test_each_visible_gpu_gets_a_process_by_the_name_that_the_user_gave(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa, 3")
+    assert visible_gpus() == ["GPU-aa", "3"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus() == ["0", "1"]
+    assert (default_workers("torch"), default_workers("openvino")) == (2, 1)
+    with pytest.raises(ArenaError, match="3 workers for 2 visible GPU") as caught:
+        Workers(FakeSpec(engine="torch"), lambda _: None, 3)
+    assert "at most 2" in caught.value.remedy
