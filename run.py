@@ -353,6 +353,40 @@ def board(host: str, port: int | None, no_open: bool) -> None:
     serve_board(lay_out(), host, port, open_browser=not no_open, show=show)
 
 
+@cli.command()
+@experiment_option
+@click.option("--stage", type=click.Choice(TRAININGS), default="sft", show_default=True, help="The judge to export.")
+@click.option(
+    "--format", "file_format", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="Its file."
+)
+@click.option(
+    "--quantization",
+    type=click.Choice(["f16", "bf16", "q8_0", "q4_k_m"]),
+    default="q8_0",
+    show_default=True,
+    help="Bits of the weights; docs/edge.md has what each costs.",
+)
+@click.option("--output", type=file_argument, help="The file [outputs/EXP/STAGE/judge-QUANTIZATION.gguf].")
+@click.option("--converter", type=file_argument, help="A folder of llama.cpp [ARENA_LLAMA_CPP, .venv/llama.cpp].")
+@json_option
+@verbose_option
+def export(
+    experiment: str,
+    stage: str,
+    file_format: str,
+    quantization: str,
+    output: Path | None,
+    converter: Path | None,
+    as_json: bool,
+) -> None:
+    """Write a merged judge as one file for a small machine, and prove that it is still the same judge."""
+    from scoring.gguf_export import export_gguf
+
+    exp, show = _start(experiment)
+    manifest = export_gguf(exp, stage, quantization, output=output, converter=converter, show=show)
+    click.echo(json.dumps(manifest, indent=2) if as_json else f"{file_format}: {manifest['output']}")
+
+
 def _start(name: str):
     """Load the experiment and open the place where progress is shown."""
     from factory.experiment import load_experiment
