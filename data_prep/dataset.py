@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ from data_prep.flatten import Pair
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 SPLITS = ("train", "valid", "test")
 # Of the manifest and the files that it names.
-FORMAT = 2
+FORMAT = 3
+_BATCH = 1024
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -38,33 +41,49 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def read_rows(folder: Path, split: str) -> pd.DataFrame:
     """Return rows.parquet's rows of one split, in the order of the input, one row a battle."""
-    import pandas as pd
+    from pyarrow.parquet import read_table
 
-    rows = pd.read_parquet(folder / "rows.parquet")
-    return rows[rows["split"] == split].reset_index(drop=True)
+    return read_table(folder / "rows.parquet", filters=[("split", "==", split)]).to_pandas()
 
 
 def read_battles(folder: Path, split: str) -> list[tuple[Battle, int]]:
     """Return the fitted battles of one split with the number of turns dropped from each, in the input's order."""
+    return list(iter_battles(folder, split))
+
+
+def iter_battles(folder: Path, split: str) -> Iterator[tuple[Battle, int]]:
+    """Yield what `read_battles` returns, without holding more than some hundred texts."""
     from pyarrow.parquet import read_table
 
-    rows = read_table(folder / "rows.parquet", columns=["split", "verdict", "language", "dropped"]).to_pylist()
-    texts = read_table(folder / "battles.parquet").to_pylist()
-    return [
-        (
-            Battle(
-                text["id"],
-                tuple(text["prompts"]),
-                tuple(text["responses_a"]),
-                tuple(text["responses_b"]),
-                row["verdict"],
-                row["language"],
-            ),
-            row["dropped"],
-        )
-        for row, text in zip(rows, texts, strict=True)
-        if row["split"] == split
-    ]
+    columns = ["split", "verdict", "language", "dropped"]
+    rows = read_table(folder / "rows.parquet", columns=columns, filters=[("split", "==", split)])
+    known = zip(*(_cells(rows[name]) for name in columns[1:]), strict=True)
+    texts = _of_split(folder, split, folder / "battles.parquet", ["id", "prompts", "responses_a", "responses_b"])
+    for text, (verdict, language, dropped) in zip(texts, known, strict=True):
+        turns = (tuple(text[name]) for name in ("prompts", "responses_a", "responses_b"))
+        yield Battle(text["id"], *turns, verdict, language), dropped
+
+
+def _cells(column: pa.ChunkedArray) -> Iterator[Any]:
+    """Yield a column's cells as Python values, some thousand at a time."""
+    for start in range(0, len(column), _BATCH):
+        yield from column.slice(start, _BATCH).to_pylist()
+
+
+def _of_split(folder: Path, split: str, path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table beside rows.parquet that belong to one split."""
+    from pyarrow import compute
+    from pyarrow.parquet import ParquetFile, read_table
+
+    wanted = compute.equal(read_table(folder / "rows.parquet", columns=["split"])["split"], split)
+    at = 0
+    with ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
+            mine = wanted.slice(at, len(batch)).combine_chunks()
+            yield from batch.filter(mine).to_pylist()
+            at += len(batch)
+    if at != len(wanted):
+        raise ArenaError(f"has {at} rows, rows.parquet {len(wanted)}", where=str(path), remedy="run prepare again")
 
 
 def truth_of(folder: Path) -> pd.DataFrame | None:
@@ -80,12 +99,8 @@ def read_pairs(folder: Path, split: str) -> list[Pair]:
 
     Raises ArenaError where the reward view was not exported.
     """
-    from pyarrow.parquet import read_table
-
     path = require_pairs(folder)
-    splits = read_table(folder / "rows.parquet", columns=["split"])["split"].to_pylist()
-    texts = read_table(path, columns=["id", "prompt", "response_a", "response_b"]).to_pylist()
-    return [Pair(**text) for own, text in zip(splits, texts, strict=True) if own == split]
+    return [Pair(**text) for text in _of_split(folder, split, path, ["id", "prompt", "response_a", "response_b"])]
 
 
 def require_pairs(folder: Path) -> Path:

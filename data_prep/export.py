@@ -10,7 +10,9 @@ dataset_info.json                LLaMA-Factory's list of data sets
 audit.json                       rows read, kept, rejected; tokens lost; pairs left out
 manifest.json                    what all this was made from
 
-The preference rows are written for the views that are asked for; pairs.parquet belongs to the reward view.
+The preference rows are written for the views that are asked for; pairs.parquet belongs to the reward view. A set of
+more than 500,000 rows is a folder of parts (sft_train/part-00000.jsonl, …) instead of one file. Nothing here holds the
+rows: memory grows by some ten bytes a battle, so that millions of votes are a matter of time and disk.
 """
 
 from __future__ import annotations
@@ -18,19 +20,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.batch import BatchMaker
 from data_prep.battle import PROBABILITY_COLUMNS, Battle
-from data_prep.budget import Fitted, Fitter, in_chunks
+from data_prep.budget import in_chunks
 from data_prep.chat_frame import load_frame
+from data_prep.crew import open_crew, usual_workers
 from data_prep.data_sets import dataset_entries
 from data_prep.dataset import FORMAT, read_manifest
 from data_prep.errors import ArenaError
-from data_prep.files import atomic_file, atomic_folder, sha256_of, write_json
-from data_prep.pair_budget import FittedPair, PairFitter
+from data_prep.files import atomic_file, atomic_folder, sha256_of, sha256_of_table, write_json
 from data_prep.pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
@@ -55,47 +57,6 @@ class Progress:
     rows: int
 
 
-@dataclass
-class _Tally:
-    """Counts for the audit, added up row by row."""
-
-    rows: int = 0
-    cut_rows: int = 0
-    rows_with_dropped_turns: int = 0
-    turns_dropped: int = 0
-    tokens_full: int = 0
-    tokens_kept: int = 0
-    lost: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "a": 0, "b": 0})
-    cut: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "a": 0, "b": 0})
-    longest: int = 0
-
-    def add(self, fitted: Fitted) -> None:
-        self.rows += 1
-        self.cut_rows += fitted.cut
-        self.rows_with_dropped_turns += fitted.dropped > 0
-        self.turns_dropped += fitted.dropped
-        self.tokens_full += fitted.tokens_full
-        self.tokens_kept += fitted.tokens
-        self.longest = max(self.longest, fitted.tokens, fitted.tokens_swapped)
-        for name, lost in zip(self.lost, fitted.lost, strict=True):
-            self.lost[name] += lost
-            self.cut[name] += lost > 0
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "rows": self.rows,
-            "rows_cut": self.cut_rows,
-            "rows_cut_share": round(self.cut_rows / self.rows, 6) if self.rows else 0.0,
-            "rows_with_dropped_turns": self.rows_with_dropped_turns,
-            "turns_dropped": self.turns_dropped,
-            "tokens_before": self.tokens_full,
-            "tokens_fed": self.tokens_kept,
-            "fields_cut": self.cut,
-            "tokens_lost_in_kept_turns": self.lost,
-            "longest_row": self.longest,
-        }
-
-
 def export(
     experiment: Experiment,
     train: Path,
@@ -104,13 +65,15 @@ def export(
     progress: Callable[[Progress], None] = lambda _: None,
     views: Collection[View] = ("judge",),
     unchanged: Mapping[str, str] | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Read, fold, fit and write one experiment's data folder, whole or not at all; return the audit.
 
     `truth` is a table of known probabilities (synthetic arena only), copied beside the data for the report.
     `views` are the preference sets to write beside those of SFT; "reward" tokenizes every text once more, and
     may follow later with `ensure_views`. `unchanged` are SHA-256 sums of files that must come out as they were.
-    Raises ArenaError; an earlier export then stays as it was.
+    `workers` is the number of processes that fit (0: a thread; None: what suits the machine); the files do not
+    depend on it. Raises ArenaError; an earlier export then stays as it was.
     """
     if truth:
         _check_truth(truth)
@@ -118,25 +81,32 @@ def export(
     test_reader = VoteReader(test, labelled=False) if test else None
     frame, tokenizer = load_frame(experiment)
     prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
-    budget = {"cutoff_len": experiment.cutoff_len, "shares": experiment.budget_shares}
-    pair_fitter = PairFitter(frame, tokenizer, **budget) if "reward" in views else None
-    fitters = _Fitters(Fitter(frame, tokenizer, prompt, **budget), pair_fitter)
+    maker = BatchMaker(experiment, frame, tokenizer, views, prompt.source)
     with atomic_folder(experiment.data_folder) as folder:
-        with Writer(folder, experiment, views) as writer:
-            tallies = {"train": _Tally(), "test": _Tally()}
-            for fitted, pair in _fit_all(reader, fitters, experiment.swap_copies, "train", progress):
-                writer.add_labelled(fitted, pair)
-                tallies["train"].add(fitted)
-            for fitted, pair in _fit_all(test_reader or (), fitters, False, "test", progress):
-                writer.add_test(fitted, pair)
-                tallies["test"].add(fitted)
+        with (
+            Writer(folder, experiment, views) as writer,
+            open_crew(maker, usual_workers() if workers is None else workers) as crew,
+        ):
+            for phase, votes in (("train", reader), ("test", test_reader or ())):
+                chunks = _counted(votes, phase, progress)
+                for batch in crew.batches(chunks, labelled=phase == "train"):
+                    writer.add(batch)
         counts = writer.split()
-        audit = _audit(experiment, reader, test_reader, tallies, counts)
+        audit = _audit(experiment, reader, test_reader, writer.tallies, counts)
         audit["pairs"] = writer.pairs_audit(counts)
         files = _describe(folder, experiment, prompt, frame, audit, truth)
         _refuse_changed(experiment, files, unchanged or {})
     _publish(experiment, audit)
     return audit
+
+
+def _counted(reader: Iterable[tuple[int, Battle]], phase: str, progress) -> Iterator[list[Battle]]:
+    """Yield the battles in chunks and tell how many there were."""
+    seen = 0
+    for chunk in in_chunks((battle for _, battle in reader), _CHUNK):
+        yield chunk
+        seen += len(chunk)
+        progress(Progress(phase, seen))
 
 
 def _check_truth(path: Path) -> None:
@@ -167,7 +137,7 @@ def ensure_views(
     tables = {}
     for name, source in manifest["sources"].items():
         tables[name] = Path(source["file"])
-        if not tables[name].is_file() or sha256_of(tables[name]) != source["sha256"]:
+        if not tables[name].exists() or sha256_of_table(tables[name]) != source["sha256"]:
             raise ArenaError(
                 f"is not the table that {folder} was exported from, so its {' and '.join(missing)} view cannot follow",
                 where=source["file"],
@@ -184,36 +154,6 @@ def ensure_views(
         unchanged={name: digest for name, digest in manifest["files"].items() if name not in _LISTS},
     )
     return True
-
-
-@dataclass(frozen=True)
-class _Fitters:
-    """The judge's fitter and, where the reward view is asked for, that of pairs."""
-
-    judge: Fitter
-    pair: PairFitter | None
-
-    def fit(self, battles: list[Battle], both_orders: bool) -> list[tuple[Fitted, FittedPair | None]]:
-        pairs = self.pair.fit(battles) if self.pair else [None] * len(battles)
-        return list(zip(self.judge.fit(battles, both_orders=both_orders), pairs, strict=True))
-
-
-def _fit_all(
-    reader: Iterable[tuple[int, Battle]], fitters: _Fitters, both_orders: bool, phase: str, progress
-) -> Iterator[tuple[Fitted, FittedPair | None]]:
-    """Fit in chunks, one chunk ahead in a thread: the tokenizer releases the interpreter while it works."""
-    seen = 0
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = None
-        for chunk in in_chunks((battle for _, battle in reader), _CHUNK):
-            following = pool.submit(fitters.fit, chunk, both_orders)
-            if waiting is not None:
-                yield from waiting.result()
-            waiting = following
-            seen += len(chunk)
-            progress(Progress(phase, seen))
-        if waiting is not None:
-            yield from waiting.result()
 
 
 def _audit(experiment: Experiment, reader, test_reader, tallies, counts) -> dict[str, Any]:
@@ -242,13 +182,15 @@ def _describe(
     folder: Path, experiment: Experiment, prompt: JudgePrompt, frame, audit, truth: Path | None
 ) -> dict[str, str]:
     """Write the small files, the manifest with everybody's hash last; return the hashes."""
-    write_json(folder / "dataset_info.json", dataset_entries(experiment, audit["pairs"]))
+    entries = dataset_entries(experiment, audit["pairs"], folders=_folders(folder))
+    write_json(folder / "dataset_info.json", entries)
     write_json(folder / "audit.json", audit)
     with atomic_file(folder / "judge_prompt.j2") as file:
         file.write(prompt.source)
     if truth:
         shutil.copyfile(truth, folder / "truth.csv")
-    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    whole = (path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(whole)}
     write_json(
         folder / "manifest.json",
         {
@@ -256,7 +198,7 @@ def _describe(
             "experiment": experiment.model_dump(mode="json", exclude={"recipes", "description"}),
             "views": list(audit["pairs"]),
             "sources": {
-                name: {"file": source["file"], "sha256": sha256_of(Path(source["file"]))}
+                name: {"file": source["file"], "sha256": sha256_of_table(Path(source["file"]))}
                 for name, source in audit["sources"].items()
             },
             "frame": asdict(frame),
@@ -264,6 +206,11 @@ def _describe(
         },
     )
     return files
+
+
+def _folders(folder: Path) -> set[str]:
+    """Return the data sets that are folders of parts."""
+    return {path.name for path in folder.iterdir() if path.is_dir()}
 
 
 def _refuse_changed(experiment: Experiment, files: Mapping[str, str], unchanged: Mapping[str, str]) -> None:
@@ -289,5 +236,8 @@ def _publish(experiment: Experiment, audit: dict[str, Any]) -> None:
         for name, entry in entries.items()
         if (DATA / entry.get("file_name", "")).exists() and not entry["file_name"].startswith(f"{experiment.name}/")
     }
-    write_json(path, {**entries, **dataset_entries(experiment, audit["pairs"], within=f"{experiment.name}/")})
+    own = dataset_entries(
+        experiment, audit["pairs"], within=f"{experiment.name}/", folders=_folders(experiment.data_folder)
+    )
+    write_json(path, {**entries, **own})
     write_json(DATA / "audit.json", audit)

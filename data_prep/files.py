@@ -76,6 +76,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_table(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a folder of parts: of the list of their names and sums."""
+    if not path.is_dir():
+        return sha256_of(path)
+    parts = "".join(f"{sha256_of(part)}  {part.name}\n" for part in sorted(path.iterdir()) if part.is_file())
+    return hashlib.sha256(parts.encode(errors="surrogateescape")).hexdigest()
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

@@ -92,19 +92,17 @@ def pair_schema() -> pa.Schema:
     )
 
 
-def pair_record(fitted: FittedPair) -> dict[str, Any]:
-    """Return one battle's row of pairs.parquet."""
-    pair = fitted.pair
-    return {
-        "id": pair.id,
-        "prompt": pair.prompt,
-        "response_a": pair.response_a,
-        "response_b": pair.response_b,
-        "tokens_a": fitted.tokens_a,
-        "tokens_b": fitted.tokens_b,
-        "dropped": fitted.dropped,
-        "cut": fitted.cut,
+def pair_table(fitted: Sequence[FittedPair]) -> pa.RecordBatch:
+    """Return battles' rows of pairs.parquet."""
+    import pyarrow as pa
+
+    columns: dict[str, list[Any]] = {
+        **{
+            name: [getattr(each.pair, name) for each in fitted] for name in ("id", "prompt", "response_a", "response_b")
+        },
+        **{name: [getattr(each, name) for each in fitted] for name in ("tokens_a", "tokens_b", "dropped", "cut")},
     }
+    return pa.RecordBatch.from_pydict(columns, schema=pair_schema())
 
 
 @dataclass

@@ -1,9 +1,11 @@
-"""Readers of votes: a table on the disk in, one `Battle` after another out.
+"""Readers of votes: a table on the disk in, one `Battle` after another out, at flat memory.
 
     reader = VoteReader(Path("train.csv"), labelled=True)
     for row, battle in reader:         # row 1 is the first after the header
         ...
     reader.rejected                    # the rows that were left out, each with its reason
+
+A table may be a folder of parts, which are read in the order of their names; rows are counted in each part.
 
 Three schemas are told apart by their columns, never by the file's name: the competition's ("kaggle"),
 LMSYS chatbot_arena_conversations ("arena_conversations") and the WSDM Cup's ("wsdm").
@@ -28,9 +30,12 @@ from data_prep.cells import (
     parse_winner,
 )
 from data_prep.errors import ArenaError
-from data_prep.tables import BrokenRow, open_table
+from data_prep.seen_ids import SeenIds, first_repeat
+from data_prep.tables import BrokenRow, CsvTable, ParquetTable, open_tables
 
 _MOST_BAD = 0.01
+# Bad rows that, more than half of those read so far, end the reading: they wait in memory for the audit.
+_HOPELESS = 10_000
 _SHOWN = 5
 Texts = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
@@ -125,49 +130,79 @@ class VoteReader:
         self.path, self.labelled = Path(path), labelled
         self.rejected: list[Rejected] = []
         self.rows_read = 0
-        self._table = open_table(self.path)
-        columns = self._table.columns
+        self._tables = open_tables(self.path)
+        columns = self._tables[0].columns
         self._schema = schema = _schema_of(columns)
-        missing = schema.missing(columns, labelled)
-        if missing:
-            raise self._missing_columns(missing)
+        for table in self._tables:
+            missing = schema.missing(table.columns, labelled)
+            if missing:
+                raise self._missing_columns(table, missing)
         # Only a complete set of winner columns says anything.
         self._winners = schema.winners if set(schema.winners) <= set(columns) else ()
         identity = next(name for name in schema.ids if name in columns)
         language = ("language",) if "language" in columns else ()
         self._names = (identity, *schema.texts, *self._winners, *language)
+        for table in self._tables[1:]:
+            if missing := [name for name in self._names if name not in table.columns]:
+                raise self._missing_columns(table, missing)
 
     @property
     def schema(self) -> str:
         """The kind of table: kaggle, arena_conversations or wsdm."""
         return self._schema.name
 
-    def __iter__(self) -> Iterator[tuple[int, Battle]]:
-        """Yield (row number, battle) in the file's order; bad rows go to `rejected`.
+    @property
+    def parts(self) -> list[Path]:
+        """The files that are read, in their order."""
+        return [table.path for table in self._tables]
 
-        Raises ArenaError at once for duplicate ids and for a row without exactly one winner, and at the
-        end when more than one row and more than 1 % of the rows are bad, or when none is left.
+    def __iter__(self) -> Iterator[tuple[int, Battle]]:
+        """Yield (row number in its file, battle) in the files' order; bad rows go to `rejected`.
+
+        Raises ArenaError for duplicate ids (65,536 rows after the second at the latest), at once for a row without
+        exactly one winner, and at the end when more than one row and more than 1 % of the rows are bad, or when
+        none is left.
         """
         self.rejected, self.rows_read = [], 0
-        rows_by_id: dict[str, int] = {}
-        for number, cells in enumerate(self._table.rows(self._names), 1):
-            self.rows_read = number
+        seen = SeenIds()
+        for where, number, cells in self._rows(self._names):
+            self.rows_read += 1
             broken = isinstance(cells, BrokenRow)
             identity = parse_id(cells.first if broken else cells[0])
             # The first cell of a broken row may be any scrap of text: it is reported, and not compared.
             if identity is not None and not broken:
-                first = rows_by_id.setdefault(identity, number)
-                if first != number:
-                    raise self._duplicate(identity, first, number)
+                self._refuse_repeats(seen.add(identity))
             try:
                 battle = self._battle(identity, cells)
             except BadCell as error:
-                self.rejected.append(Rejected(str(self.path), number, identity, str(error)))
+                self._reject(Rejected(str(where), number, identity, str(error)))
             except BadVerdict as error:
-                raise self._bad_verdict(number, identity, error) from None
+                raise self._bad_verdict(where, number, identity, error) from None
             else:
                 yield number, battle
+        self._refuse_repeats(seen.check())
         self._check_rejected()
+
+    def _rows(self, names: Sequence[str]) -> Iterator[tuple[Path, int, Sequence[object] | BrokenRow]]:
+        """Yield (file, row number in it, cells) of all parts."""
+        for table in self._tables:
+            for number, cells in enumerate(table.rows(names), 1):
+                yield table.path, number, cells
+
+    def _refuse_repeats(self, suspects: set[int]) -> None:
+        """Raise ArenaError if ids of these hashes really come twice; the table is read once more to see."""
+        if not suspects:
+            return
+        rows = self._rows(self._names[:2])
+        whole = ((parse_id(cells[0]), (where, n)) for where, n, cells in rows if not isinstance(cells, BrokenRow))
+        if repeat := first_repeat(((i, place) for i, place in whole if i is not None), suspects):
+            raise self._duplicate(*repeat)
+
+    def _reject(self, row: Rejected) -> None:
+        """Note a bad row; raises ArenaError as soon as there are too many for any table that could still follow."""
+        self.rejected.append(row)
+        if len(self.rejected) >= _HOPELESS and 2 * len(self.rejected) > self.rows_read:
+            self._check_rejected()
 
     def _battle(self, identity: str | None, cells: Sequence[object] | BrokenRow) -> Battle:
         if isinstance(cells, BrokenRow):
@@ -206,12 +241,12 @@ class VoteReader:
         verb = "no row is left" if bad == rows else f"more than {_MOST_BAD:.0%} of the rows are bad"
         raise ArenaError(
             "\n".join([f"{verb}: {bad} of {rows} rows", *listed, *more]),
-            where=f"{self.path} row {first[0].row}",
+            where=f"{first[0].file} row {first[0].row}",
             remedy=f"mend or remove these rows; the columns were read as the {self.schema} schema",
         )
 
-    def _missing_columns(self, missing: list[str]) -> ArenaError:
-        columns = self._table.columns
+    def _missing_columns(self, table: CsvTable | ParquetTable, missing: list[str]) -> ArenaError:
+        columns = table.columns
         remedy = f"the nearest known schema is {self.schema}: add or rename these columns"
         if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
             remedy = "the header looks like one cell: separate the cells with commas"
@@ -219,20 +254,22 @@ class VoteReader:
             remedy += ", or pass a file without verdicts as the test set"
         return ArenaError(
             f"lacks {len(missing)} column(s) {missing}; found {columns[:30]}",
-            where=f"{self.path} header",
+            where=f"{table.path} header",
             remedy=remedy,
         )
 
-    def _duplicate(self, identity: str, first: int, second: int) -> ArenaError:
+    def _duplicate(self, identity: str, first: tuple[Path, int], second: tuple[Path, int]) -> ArenaError:
+        (file, row), (other, again) = first, second
+        row_of_file = f"row {row}" if file == other else f"{file} row {row}"
         return ArenaError(
-            f"the {self._names[0]} {identity!r} stands in row {first} and again in row {second}",
-            where=f"{self.path} row {second}",
+            f"the {self._names[0]} {identity!r} stands in {row_of_file} and again in row {again}",
+            where=f"{other} row {again}",
             remedy="remove one of the two rows, or give each its own id",
         )
 
-    def _bad_verdict(self, number: int, identity: str | None, error: BadVerdict) -> ArenaError:
+    def _bad_verdict(self, where: Path, number: int, identity: str | None, error: BadVerdict) -> ArenaError:
         return ArenaError(
             f"(id {identity}) {error}",
-            where=f"{self.path} row {number}",
+            where=f"{where} row {number}",
             remedy="give the row exactly one winner, or remove it",
         )

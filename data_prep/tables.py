@@ -1,6 +1,7 @@
 """Tables on the disk, read as a stream of rows: CSV (plain or gzip) and parquet, told apart by their first bytes.
 
 table = open_table(Path("train.csv"))
+tables = open_tables(Path("parts"))  # a folder of such files
 table.columns                      # ["id", "model_a", …]
 next(table.rows(["id", "prompt"]))  # ("30192", '["Is it morally right …"]')
 """
@@ -23,6 +24,8 @@ from data_prep.errors import ArenaError
 # One cell larger than this is a lost quote that has swallowed rows, not a text.
 _LARGEST_CELL = 1 << 26
 _PARQUET_BATCH = 512
+# What the parts of a table in a folder end with.
+PARTS = (".csv", ".csv.gz", ".parquet")
 _UTF8 = "convert the file to UTF-8, for example: iconv -f {encoding} -t UTF-8 old.csv > new.csv"
 _OTHER_MAGIC = {
     b"PK\x03\x04": ("is a zip archive (or a spreadsheet)", "unpack it, or save the sheet as CSV in UTF-8"),
@@ -39,6 +42,26 @@ class BrokenRow:
 
     reason: str
     first: str | None = None
+
+
+def open_tables(path: Path) -> list[CsvTable | ParquetTable]:
+    """Return the table in `path`, or those of a folder of parts (.csv, .csv.gz, .parquet) in the order of their names.
+
+    Hidden files and what other programs leave (`_SUCCESS`) are no parts. Raises ArenaError, for any other file as well.
+    """
+    if not path.is_dir():
+        return [open_table(path)]
+    files = sorted(p for p in path.iterdir() if not p.name.startswith((".", "_")))
+    others = [p.name for p in files if not p.is_file() or not p.name.endswith(PARTS)]
+    if others:
+        raise ArenaError(
+            f"is a folder that holds more than parts of a table: {', '.join(others[:5])}",
+            where=str(path),
+            remedy=f"give a folder with nothing but files named {', '.join('*' + end for end in PARTS)}",
+        )
+    if not files:
+        raise ArenaError("is a folder without a part", where=str(path), remedy=f"put {' or '.join(PARTS)} files in it")
+    return [open_table(file) for file in files]
 
 
 def open_table(path: Path) -> CsvTable | ParquetTable:

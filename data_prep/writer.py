@@ -1,96 +1,86 @@
-"""The writer of an export: fitted battles become the data sets' rows and the two or three tables beside them."""
+"""The writer of an export: batches become the data sets' files and the two or three tables beside them."""
 
 from __future__ import annotations
 
-import json
+from array import array
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.battle import VERDICTS, swap_verdict
+from data_prep.batch import Batch, row_schema, text_schema
+from data_prep.battle import VERDICTS
 from data_prep.data_sets import set_names
 from data_prep.errors import ArenaError
-from data_prep.folds import prompt_group, validation_rows
-from data_prep.pairs import (
-    VIEWS,
-    PairTally,
-    View,
-    judge_rows,
-    pair_record,
-    pair_schema,
-    reward_rows,
-    turn_json,
-    wrong_verdicts,
-)
+from data_prep.folds import validation_mask
+from data_prep.pairs import VIEWS, PairTally, View, pair_schema
 from data_prep.spool import Spool
+from data_prep.tally import Tally, add_counts
 
 if TYPE_CHECKING:
-    from data_prep.budget import Fitted
-    from data_prep.pair_budget import FittedPair
+    import numpy as np
+    import pyarrow as pa
+
     from factory.experiment import Experiment
 
-# Rows that are put into one group of a parquet file: they wait in memory.
-_ROW_GROUP = 1024
+# Rows that are put into one group of a parquet file: they wait in memory. Texts are large, what is known of them small.
+_TEXT_GROUP = 1024
+_ROW_GROUP = 1 << 16
 
 
 class Writer:
-    """Streams fitted battles to disk; the folds, which need all verdicts, divide the rows at the end."""
+    """Streams batches to disk; the folds, which need all verdicts, divide the rows at the end.
+
+    Of each labelled battle nine bytes stay in memory: its group and its verdict.
+    """
 
     def __init__(self, folder: Path, experiment: Experiment, views: Collection[View]):
         self._folder, self._experiment, self._views = folder, experiment, views
-        self._labels = dict(zip(VERDICTS, experiment.labels.in_order(), strict=True))
-        self._rows: dict[str, list] = {name: [] for name in _row_schema().names}
-        self._tallies = {"train": PairTally(), "test": PairTally()}
+        self._groups, self._kinds = array("Q"), array("b")
+        self._tests = 0
+        self.tallies = {"train": Tally(), "test": Tally()}
+        self._pair_tallies = {"train": PairTally(), "test": PairTally()}
         self._spools = {name: Spool(folder, name) for name in set_names(views)}
-        self._battles = _ParquetFile(folder / "battles.parquet", _text_schema())
-        self._pairs = _ParquetFile(folder / "pairs.parquet", pair_schema()) if "reward" in views else None
+        self._waiting = folder / "rows.waiting"
+        self._rows = _ParquetFile(self._waiting, row_schema(), _ROW_GROUP)
+        self._battles = _ParquetFile(folder / "battles.parquet", text_schema(), _TEXT_GROUP)
+        self._pairs = _ParquetFile(folder / "pairs.parquet", pair_schema(), _TEXT_GROUP) if "reward" in views else None
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *_) -> None:
-        for file in (*self._spools.values(), self._battles, self._pairs):
+        for file in (*self._spools.values(), self._rows, self._battles, self._pairs):
             if file is not None:
                 file.close()
 
-    def add_labelled(self, fitted: Fitted, pair: FittedPair | None) -> None:
-        battle, experiment = fitted.battle, self._experiment
-        wrong = wrong_verdicts(battle.id, battle.verdict, rejected=experiment.dpo_rejected, seed=experiment.seed)
-        orders = [self._judge_lines(battle.id, fitted.message, battle.verdict, wrong)]
-        if experiment.swap_copies:
-            # A swapped copy is for training: the validation fold is judged on the battles as they were.
-            swapped = (swap_verdict(battle.verdict), tuple(map(swap_verdict, wrong)))
-            orders.append(self._judge_lines(battle.id, fitted.message_swapped, *swapped))
-        for name in orders[0]:
-            self._spools[name].add(orders[0][name], orders[1][name] if orders[1:] else ())
-        if pair is not None:
-            self._spools["dpo_reward"].add(reward_rows(pair.pair, battle.verdict))
-        self._add(fitted, pair, split="train")
-
-    def add_test(self, fitted: Fitted, pair: FittedPair | None) -> None:
-        self._add(fitted, pair, split="test")
+    def add(self, batch: Batch) -> None:
+        """Append a batch; all labelled ones come before the others."""
+        split = "train" if batch.labelled else "test"
+        for name, records in batch.lines.items():
+            self._spools[name].add(records, batch.battles)
+        self._groups.extend(batch.groups)
+        self._kinds.extend(batch.kinds)
+        self._tests += 0 if batch.labelled else batch.battles
+        self._rows.add(batch.rows)
+        self._battles.add(batch.texts)
+        add_counts(self.tallies[split], batch.tally)
+        if self._pairs is not None:
+            self._pairs.add(batch.pairs)
+            add_counts(self._pair_tallies[split], batch.pair_tally)
 
     def split(self) -> dict[str, int]:
         """Divide the labelled rows into the folds; write the data sets and rows.parquet; return row counts."""
-        import pyarrow as pa
-        from pyarrow.parquet import write_table
+        import numpy as np
 
-        labelled = [i for i, split in enumerate(self._rows["split"]) if split == "train"]
-        groups = [self._rows["group"][i] for i in labelled]
-        verdicts = [self._rows["verdict"][i] for i in labelled]
+        kinds = np.frombuffer(self._kinds, dtype=np.int8) if self._kinds else np.empty(0, np.int8)
+        groups = np.frombuffer(self._groups, dtype=np.uint64) if self._groups else np.empty(0, np.uint64)
         experiment = self._experiment
-        for i, valid in zip(
-            labelled,
-            validation_rows(groups, verdicts, share=experiment.valid_share, seed=experiment.seed),
-            strict=True,
-        ):
-            if valid:
-                self._rows["split"][i] = "valid"
-        splits = [self._rows["split"][i] for i in labelled]
-        counts = {f"{n}_{s}": rows for n, spool in self._spools.items() for s, rows in spool.divide(splits).items()}
-        write_table(pa.table(self._rows, schema=_row_schema()), self._folder / "rows.parquet", compression="zstd")
-        _refuse_empty(counts, experiment, ties=verdicts.count("tie"), battles=len(verdicts))
-        return {**counts, "test": self._rows["split"].count("test")}
+        valid = validation_mask(groups, kinds, share=experiment.valid_share, seed=experiment.seed)
+        counts = {f"{n}_{s}": rows for n, spool in self._spools.items() for s, rows in spool.divide(valid).items()}
+        self._write_rows(valid)
+        ties = int((kinds == VERDICTS.index("tie")).sum())
+        _refuse_empty(counts, experiment, ties=ties, battles=len(kinds))
+        return {**counts, "test": self._tests}
 
     def pairs_audit(self, counts: dict[str, int]) -> dict[str, Any]:
         """Return what the audit says of the preference sets that were asked for."""
@@ -100,66 +90,55 @@ class Writer:
         if "judge" in audit:
             audit["judge"]["rejected"] = self._experiment.dpo_rejected
         if "reward" in audit:
-            audit["reward"] |= self._tallies["train"].preferences()
-            audit["reward"]["truncation"] = {n: t.truncation() for n, t in self._tallies.items() if t.battles}
+            audit["reward"] |= self._pair_tallies["train"].preferences()
+            audit["reward"]["truncation"] = {n: t.truncation() for n, t in self._pair_tallies.items() if t.battles}
         return audit
 
-    def _judge_lines(self, battle_id: str, message: str, verdict: str, wrong: tuple[str, ...]) -> dict[str, list[str]]:
-        human, label = turn_json("human", message), self._labels[verdict]
-        answered = f'{{"id": {json.dumps(battle_id)}, "conversations": [{human}, {turn_json("gpt", label)}]}}\n'
-        lines = {"sft": [answered]}
-        if "judge" in self._views:
-            lines["dpo_judge"] = judge_rows(battle_id, human, label, [self._labels[w] for w in wrong])
-        return lines
+    def _write_rows(self, valid: np.ndarray) -> None:
+        """Write rows.parquet from what waits, now that the folds are known."""
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetFile
 
-    def _add(self, fitted: Fitted, pair: FittedPair | None, split: str) -> None:
-        battle = fitted.battle
-        for name, value in {
-            "id": battle.id,
-            "split": split,
-            "verdict": battle.verdict,
-            "group": prompt_group(battle),
-            "language": battle.language,
-            "turns": battle.turns + fitted.dropped,
-            "dropped": fitted.dropped,
-            "cut": fitted.cut,
-            "tokens": fitted.tokens,
-            "tokens_full": fitted.tokens_full,
-            "chars_prompt": sum(map(len, battle.prompts)),
-            "chars_a": sum(map(len, battle.responses_a)),
-            "chars_b": sum(map(len, battle.responses_b)),
-        }.items():
-            self._rows[name].append(value)
-        self._battles.add({name: getattr(battle, name) for name in _text_schema().names})
-        if pair is not None:
-            self._pairs.add(pair_record(pair))
-            self._tallies[split].add(pair, turns=battle.turns + fitted.dropped, verdict=battle.verdict)
+        place = row_schema().get_field_index("split")
+        target, at = _ParquetFile(self._folder / "rows.parquet", row_schema(), _ROW_GROUP), 0
+        with ParquetFile(self._waiting) as waiting:
+            for batch in waiting.iter_batches(batch_size=_ROW_GROUP):
+                mine = valid[at : at + len(batch)].tolist()
+                split = ["valid" if held else "train" for held in mine] + ["test"] * (len(batch) - len(mine))
+                target.add(batch.set_column(place, "split", pa.array(split, pa.string())))
+                at += len(batch)
+        target.close()
+        self._waiting.unlink()
 
 
 class _ParquetFile:
-    """A parquet file that is written row by row, in groups of rows."""
+    """A parquet file that is written batch by batch, in groups of rows that do not depend on the batches' sizes."""
 
-    def __init__(self, path: Path, schema):
+    def __init__(self, path: Path, schema: pa.Schema, group: int):
         from pyarrow.parquet import ParquetWriter
 
-        self._schema, self._waiting = schema, []
-        self._writer = ParquetWriter(path, schema, compression="zstd")
+        self._schema, self._group, self._waiting = schema, group, []
+        # Statistics of texts would hold a text a group in memory until the end, and nobody asks for them.
+        self._writer = ParquetWriter(path, schema, compression="zstd", write_statistics=["split"])
 
-    def add(self, row: dict[str, Any]) -> None:
-        self._waiting.append(row)
-        if len(self._waiting) >= _ROW_GROUP:
+    def add(self, batch: pa.RecordBatch) -> None:
+        self._waiting.append(batch)
+        while sum(map(len, self._waiting)) >= self._group:
             self._flush()
 
     def close(self) -> None:
-        self._flush()
-        self._writer.close()
+        if self._writer.is_open:
+            if self._waiting:
+                self._flush()
+            self._writer.close()
 
     def _flush(self) -> None:
+        """Write one group, the rest goes on waiting."""
         import pyarrow as pa
 
-        if self._waiting:
-            self._writer.write_table(pa.Table.from_pylist(self._waiting, schema=self._schema))
-            self._waiting.clear()
+        table = pa.Table.from_batches(self._waiting, schema=self._schema)
+        self._writer.write_table(table.slice(0, self._group), row_group_size=self._group)
+        self._waiting = table.slice(self._group).to_batches()
 
 
 def _refuse_empty(counts: dict[str, int], experiment: Experiment, *, ties: int, battles: int) -> None:
@@ -175,19 +154,3 @@ def _refuse_empty(counts: dict[str, int], experiment: Experiment, *, ties: int, 
         where=str(experiment.data_folder),
         remedy=remedy,
     )
-
-
-def _text_schema():
-    import pyarrow as pa
-
-    texts = pa.list_(pa.string())
-    return pa.schema([("id", pa.string()), ("prompts", texts), ("responses_a", texts), ("responses_b", texts)])
-
-
-def _row_schema():
-    import pyarrow as pa
-
-    strings = ("id", "split", "verdict", "group", "language")
-    counts = ("turns", "dropped", "tokens", "tokens_full", "chars_prompt", "chars_a", "chars_b")
-    fields = {**dict.fromkeys(strings, pa.string()), **dict.fromkeys(counts, pa.int32()), "cut": pa.bool_()}
-    return pa.schema(list(fields.items()))

@@ -492,7 +492,7 @@ def test_damaged_archives(tmp_path):
 
 
 def test_what_is_no_table(tmp_path):
-    assert error_of(tmp_path).what == "is a folder"
+    assert error_of(tmp_path).what == "is a folder without a part"
     assert error_of(tmp_path / "none.csv").what == "does not exist"
     for name, content, what in [
         ("empty", b"", "is empty"),
