@@ -129,20 +129,30 @@ def new(name: str, model: str, template: str | None, bits: str, cutoff: int | No
 
 @cli.command()
 @experiment_option
-@click.option("--train", required=True, type=file_argument, help="Votes: .csv, .csv.gz or .parquet.")
+@click.option("--train", required=True, type=file_argument, help="Votes: .csv, .csv.gz, .parquet, or a folder of such.")
 @click.option("--test", type=file_argument, help="Battles without votes, for the submission.")
 @click.option("--truth", type=file_argument, help="Known probabilities of the votes (synthetic arenas only).")
 @click.option("--force", is_flag=True, help="Replace recipes that were edited by hand.")
 @click.option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them.")
+@click.option(
+    "--workers", type=click.IntRange(0, 256), help="Processes that fit the votes; 0: a thread [by the number of cores]."
+)
 @json_option
 @verbose_option
 def prepare(
-    experiment: str, train: Path, test: Path | None, truth: Path | None, force: bool, pairs: bool, as_json: bool
+    experiment: str,
+    train: Path,
+    test: Path | None,
+    truth: Path | None,
+    force: bool,
+    pairs: bool,
+    workers: int | None,
+    as_json: bool,
 ) -> None:
     """Read votes, check them, fold them, fit them to the token budget; write data/EXP and the recipes."""
     exp, show = _start(experiment)
     views = VIEWS if pairs else VIEWS[:1]
-    audit = _prepare(exp, train, test, truth, force=force, views=views, show=show)
+    audit = _prepare(exp, train, test, truth, force=force, views=views, workers=workers, show=show)
     if as_json:
         click.echo(json.dumps(audit, indent=2))
     else:
@@ -397,7 +407,7 @@ def _start(name: str):
 
 
 def _prepare(
-    exp, train: Path, test: Path | None, truth: Path | None, *, force: bool, views=VIEWS[:1], show
+    exp, train: Path, test: Path | None, truth: Path | None, *, force: bool, views=VIEWS[:1], workers=None, show
 ) -> dict[str, Any]:
     from data_prep.export import export
     from factory.demo import ensure_embedded_base
@@ -408,7 +418,7 @@ def _prepare(
     ensure_embedded_base(exp, show)
     with show.line(f"prepare {exp.name}") as line:
         tell = lambda p: line.count(p.rows, None, f"{p.phase} battles")  # noqa: E731
-        audit = export(exp, train, test, truth, progress=tell, views=views)
+        audit = export(exp, train, test, truth, progress=tell, views=views, workers=workers)
     show.note(_audit_line(exp, audit))
     for outcome in (write_recipe(exp, step, force=force) for step in STEPS):
         if outcome.state == "hand-edited" and outcome.diff:
@@ -445,8 +455,8 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
         check_recipes(exp, [stage])  # before the time that the pairs take
         with show.line(f"prepare {exp.name}") as line:
             ensure_views(exp, ("reward",), lambda p: line.count(p.rows, None, f"{p.phase} battles, as pairs"))
-    train(exp, stage, resume=resume, fresh=fresh, show=show)
-    if until == "train":
+    adapter = train(exp, stage, resume=resume, fresh=fresh, show=show)
+    if adapter is None or until == "train":  # None: a node that only trains along
         return None
     if stage != "dpo_reward" or until == "merge":  # an implicit reward needs the adapter on and off, not a merge
         merge(exp, stage, complete=lambda folder: seal(folder, exp, stage), show=show)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MARKER = "\n[… cut …]\n"
 # Joining texts can merge or split tokens at the seams, so an estimate may be a few tokens off: try again, tighter.
 _ROUNDS = 24
+# Letters that hardly any tokenizer puts into one token on average: more are too long, most likely.
+_LETTERS_A_TOKEN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +101,7 @@ class Fitter:
         jobs = [_Job(self.clean(battle)) for battle in battles]
         for job in jobs:
             job.candidate = job.battle
-        over = self._measure(jobs, both_orders)
-        for job in jobs:
-            job.tokens_full = job.tokens[0]
-        self._analyse(over)
+        over = self._first_look(jobs, both_orders)
         for attempt in range(_ROUNDS):
             if not over:
                 break
@@ -116,6 +115,20 @@ class Fitter:
                 remedy="raise cutoff_len in experiment.yaml",
             )
         return [self._finish(job) for job in jobs]
+
+    def _first_look(self, jobs: list[_Job], both_orders: bool) -> list[_Job]:
+        """Count the whole battles and return those that are too long, with their tokens' places."""
+        # What is far too long by its letters is tokenized once, with places, instead of twice and in both orders.
+        likely = [job for job in jobs if _letters(job.battle) > _LETTERS_A_TOKEN * self.cutoff_len]
+        self._analyse(likely)
+        long = [job for job in likely if job.tokens_full > self.cutoff_len]
+        known = set(map(id, long))
+        others = [job for job in jobs if id(job) not in known]
+        over = self._measure(others, both_orders)
+        for job in others:
+            job.tokens_full = job.tokens[0]
+        self._analyse(over)
+        return [*long, *over]
 
     def _finish(self, job: _Job) -> Fitted:
         return Fitted(
@@ -141,10 +154,11 @@ class Fitter:
         return [job for job in jobs if max(job.tokens) > self.cutoff_len]
 
     def _analyse(self, jobs: list[_Job]) -> None:
-        """Find every token's place in the texts of the battles that are too long."""
+        """Count a battle's tokens and find their places in its texts."""
         texts = [self.frame.wrap(self.prompt.message(job.battle)) for job in jobs]
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         for job, encoding in zip(jobs, encodings, strict=True):
+            job.tokens_full = len(encoding) + self.frame.overhead
             job.tokens_of = self._locate(job.battle, encoding)
 
     def _locate(self, battle: Battle, encoding: Encoding) -> dict[tuple[int, str], list[tuple[int, int]]]:
@@ -207,6 +221,10 @@ class Fitter:
 
     def _count(self, text: str) -> int:
         return len(self._encode(text))
+
+
+def _letters(battle: Battle) -> int:
+    return sum(map(len, (*battle.prompts, *battle.responses_a, *battle.responses_b)))
 
 
 def share_out(wanted: dict[str, int], shares: dict[str, float], room: int, floor: int) -> dict[str, int]:

@@ -195,7 +195,7 @@ def _describe(
         folder / "manifest.json",
         {
             "format": FORMAT,
-            "experiment": experiment.model_dump(mode="json", exclude={"recipes", "description"}),
+            "experiment": experiment.model_dump(mode="json", exclude={"recipes", "description", "distributed"}),
             "views": list(audit["pairs"]),
             "sources": {
                 name: {"file": source["file"], "sha256": sha256_of_table(Path(source["file"]))}

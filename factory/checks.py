@@ -335,8 +335,6 @@ def _own_faults(content: Mapping[str, Any], training: bool) -> Iterator[Fault]:
     """Yield unknown keys, wrong types, wrong choices and numbers out of range."""
     for key, value in content.items():
         fault = key_fault(key, training) or value_fault(arguments()[key], value) or _range_fault(key, value)
-        if key in _PATHS and isinstance(value, str) and not fault and any(each.isspace() for each in value):
-            fault = f"{value!r} has a space, at which torchrun's command line and LLaMA Board break; rename the folder"
         if key == "report_to" and not fault:
             fault = _reporter_fault(value)
         if value and not fault:

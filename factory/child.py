@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -79,8 +79,9 @@ def run_child(
     watch: Watch | None = None,
     interrupted_remedy: str = "go on with --resume",
     grace: float = 10.0,
+    environment: Mapping[str, str] | None = None,
 ) -> Finished:
-    """Run `command` to its end, appending all of its output to `log`.
+    """Run `command` to its end, appending all of its output to `log`; `environment` is added to ours.
 
     Ctrl-C, SIGTERM or SIGHUP to us end the child with all of its descendants: SIGINT, after `grace` seconds
     SIGTERM, then SIGKILL (a second Ctrl-C does not wait). If we are killed by -9 the launcher notices.
@@ -91,7 +92,7 @@ def run_child(
         file.write(f"### {datetime.now().isoformat(timespec='seconds')} {' '.join(command)}\n".encode())
         file.flush()
         begins_at, started = file.tell(), time.monotonic()
-        with _stop_signals(), _lifeline() as (theirs, environment):
+        with _stop_signals(), _lifeline() as (theirs, ours):
             try:
                 # The output goes into the file itself: no pipe that could fill up and hold the child.
                 process = subprocess.Popen(
@@ -99,7 +100,7 @@ def run_child(
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    env=environment,
+                    env={**ours, **(environment or {})},
                     pass_fds=(theirs,),
                     start_new_session=True,
                 )

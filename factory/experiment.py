@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from data_prep.battle import VERDICTS
 from data_prep.errors import ArenaError, UsageError
+from factory.launch import Engine
 from factory.step import STEPS, Start
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -106,6 +107,7 @@ class Experiment(_Strict):
     reward_length_normalised: bool = False  # implicit rewards: the mean over an answer's tokens instead of the sum
     swap_tta: bool = False  # score both orders and average
     precision: Literal["auto", "fp32", "bf16", "fp16", "8bit", "4bit", "adapter"] = "auto"  # of the scoring
+    distributed: Engine = "auto"  # what starts the training's processes
     seed: int = Field(default=42, ge=0)
     target_prior: Prior | None = None  # corrects the test set's probabilities where the votes' shares are not natural
     start_from: StartFrom = StartFrom()

@@ -38,9 +38,13 @@ def inputs_of(recipe_path: Path, recipe: dict[str, Any], *, without: tuple[str, 
 
 
 def dataset_files(recipe: dict[str, Any], key: str) -> list[Path]:
-    """Return the local files of the recipe's `dataset` or `eval_dataset`, those that exist."""
-    paths = [_info(recipe).parent / entry.get("file_name", "") for entry in _entries(recipe, key).values()]
-    return [path for path in paths if path.is_file()]
+    """Return the local files of the recipe's `dataset` or `eval_dataset`, those that exist; of a folder its parts."""
+    return [file for entry in _entries(recipe, key).values() for file in _entry_files(recipe, entry)]
+
+
+def _entry_files(recipe: dict[str, Any], entry: dict[str, Any]) -> list[Path]:
+    path = _info(recipe).parent / entry.get("file_name", "")
+    return sorted(path.iterdir()) if path.is_dir() and entry.get("file_name") else [path] if path.is_file() else []
 
 
 def training_rows(recipe: dict[str, Any]) -> int | None:
@@ -53,12 +57,14 @@ def training_rows(recipe: dict[str, Any]) -> int | None:
     if any(recipe.get(key) for key in open_keys) or recipe.get("mix_strategy", "concat") != "concat":
         return None
     entries = _entries(recipe, "dataset")
-    files = dataset_files(recipe, "dataset")
-    if not files or len(files) != len(names(recipe.get("dataset"))) or any(path.suffix != ".jsonl" for path in files):
+    files = {name: _entry_files(recipe, entry) for name, entry in entries.items()}
+    if not files or len(files) != len(names(recipe.get("dataset"))):
+        return None
+    if not all(files.values()) or any(path.suffix != ".jsonl" for each in files.values() for path in each):
         return None
     total = 0
-    for entry, path in zip(entries.values(), files, strict=True):
-        rows = entry.get("num_samples") or _count_lines(path)
+    for name, entry in entries.items():
+        rows = entry.get("num_samples") or sum(map(_count_lines, files[name]))
         total += min(rows, recipe.get("max_samples") or rows)
     return total
 

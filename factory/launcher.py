@@ -1,18 +1,23 @@
-"""LLaMA-Factory's command line as our child process runs it, with one guard before the model loads.
+"""LLaMA-Factory's command line as our child process runs it, with guards before the model loads.
 
-`python -m factory.launcher train recipe.yaml [key=value]` is `llamafactory-cli train recipe.yaml [key=value]`:
-same entry, same arguments, and the same re-execution under torchrun where there are several GPUs.
+`python -m factory.launcher train recipe.yaml [key=value]` is `llamafactory-cli train recipe.yaml [key=value]`: same
+entry, same arguments, same environment variables. Where several processes train, torchrun (or accelerate) is called
+here: LLaMA-Factory puts its command line together as one string and splits it at blanks, of which a path may have some.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
+from collections.abc import Mapping
 
 # Number of an inherited pipe whose other end only our parent holds: it ends when the parent ends, even by -9.
 LIFELINE = "ARENA_FACTORY_LIFELINE"
+# Names accelerate's config file: then accelerate starts the workers instead of torchrun (FSDP).
+ACCELERATE_CONFIG = "ARENA_FACTORY_ACCELERATE"
 COMMANDS = ("train", "export", "chat", "api", "webchat", "webui", "env", "version", "help")
 _GRACE = 5.0  # seconds that descendants get to end by themselves
 
@@ -20,8 +25,8 @@ _GRACE = 5.0  # seconds that descendants get to end by themselves
 def main(arguments: list[str]) -> int:
     """Run one LLaMA-Factory command and return the exit code; 2 for a command that does not exist."""
     follow_parent()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a worker of torchrun, see `_guard_workers`
-        _keep_nf4_weights_as_they_are()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a worker of torchrun: this file runs in it, see `_run_workers`
+        guard_worker()
         from llamafactory.train.tuner import run_exp
 
         run_exp()
@@ -31,16 +36,70 @@ def main(arguments: list[str]) -> int:
         print(f"Unknown command: {given}. Choose one of: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     from llamafactory.cli import main as llamafactory_cli
-    from llamafactory.extras.misc import get_current_device, get_device_count, is_env_enabled
+    from llamafactory.extras.misc import get_current_device, get_device_count, is_env_enabled, use_kt, use_ray
 
-    if arguments[0] == "train" and (is_env_enabled("FORCE_TORCHRUN") or get_device_count() > 1):
-        _refuse_spaces(arguments)
+    several = get_device_count() > 1 and not use_ray() and not use_kt()
+    if arguments[0] == "train" and (is_env_enabled("FORCE_TORCHRUN") or several):
+        _run_workers(arguments[1:], get_device_count())
+        return 0
     if get_current_device().type == "cpu":
-        _keep_nf4_weights_as_they_are()
-        _guard_workers()
+        guard_worker()
     sys.argv = ["llamafactory-cli", *arguments]
     llamafactory_cli()
     return 0
+
+
+def _run_workers(arguments: list[str], devices: int) -> None:
+    """Start this file in several processes, as LLaMA-Factory's own launcher starts its own, and wait for them."""
+    if os.getenv("OPTIM_TORCH", "1").lower() in ("true", "y", "1"):  # LLaMA-Factory's default for its workers
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ["TORCH_NCCL_AVOID_RECORD_STREAMS"] = "1"
+    config = os.environ.pop(ACCELERATE_CONFIG, None)
+    if config is None:
+        from torch.distributed.run import main as torchrun
+
+        torchrun([*torchrun_options(os.environ, devices), __file__, *arguments])
+        return
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    options = accelerate_options(os.environ, devices)
+    launch_command(launch_command_parser().parse_args(["--config_file", config, *options, __file__, *arguments]))
+
+
+def torchrun_options(given: Mapping[str, str], devices: int) -> list[str]:
+    """Return torchrun's options from the environment, by the names and defaults of LLaMA-Factory's launcher."""
+    nodes, port = given.get("NNODES", "1"), given.get("MASTER_PORT") or _free_port()
+    address, processes = given.get("MASTER_ADDR", "127.0.0.1"), given.get("NPROC_PER_NODE", str(max(devices, 1)))
+    if "RDZV_ID" not in given:
+        rank = given.get("NODE_RANK", "0")
+        return [
+            *("--nnodes", nodes, "--node_rank", rank, "--nproc_per_node", processes),
+            *("--master_addr", address, "--master_port", port),
+        ]
+    if "MIN_NNODES" in given and "MAX_NNODES" in given:
+        nodes = f"{given['MIN_NNODES']}:{given['MAX_NNODES']}"
+    return [
+        *("--nnodes", nodes, "--nproc-per-node", processes, "--max-restarts", given.get("MAX_RESTARTS", "0")),
+        *("--rdzv-id", given["RDZV_ID"], "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}"),
+    ]
+
+
+def accelerate_options(given: Mapping[str, str], devices: int) -> list[str]:
+    """Return accelerate's options from the same variables; it counts the processes of all nodes together."""
+    nodes, processes = int(given.get("NNODES", "1")), int(given.get("NPROC_PER_NODE", max(devices, 1)))
+    options = ["--num_processes", str(nodes * processes), "--num_machines", str(nodes)]
+    options += ["--machine_rank", given.get("NODE_RANK", "0")]
+    options += ["--main_process_ip", given.get("MASTER_ADDR", "127.0.0.1")]
+    options += ["--main_process_port", given.get("MASTER_PORT") or _free_port()]
+    if "RDZV_ID" in given:
+        options += ["--rdzv_backend", "c10d", "--max_restarts", given.get("MAX_RESTARTS", "0")]
+    return options
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def follow_parent() -> None:
@@ -70,6 +129,12 @@ def _end_with_parent(handle: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def guard_worker() -> None:
+    """Set right, in a process that is about to train, what would spoil the training without a word."""
+    _keep_nf4_weights_as_they_are()
+    _read_parts_in_the_order_of_their_names()
+
+
 def _keep_nf4_weights_as_they_are() -> None:
     # On a CPU with avx512_bf16, bitsandbytes repacks nf4 weights for good in the first forward pass of an
     # evaluation; the training steps after it take a kernel without autograd and get wrong gradients silently.
@@ -80,21 +145,24 @@ def _keep_nf4_weights_as_they_are() -> None:
     modules.has_avx512bf16 = lambda: False
 
 
-def _guard_workers() -> None:
-    # Under FORCE_TORCHRUN the workers run the file of LLaMA-Factory's launcher, where the guard would be
-    # missing; on a CPU they run this file instead, which then calls the same function.
-    import llamafactory.launcher as native
+def _read_parts_in_the_order_of_their_names() -> None:
+    # LLaMA-Factory takes a folder's files as the disk lists them. Each process reads for itself and trains on its
+    # share of the rows: two nodes with another order would train on some rows twice and on others never.
+    import llamafactory.data.loader as loader
 
-    native.__file__ = __file__
+    if not isinstance(loader.os, _SortedListing):
+        loader.os = _SortedListing()
 
 
-def _refuse_spaces(arguments: list[str]) -> None:
-    spaced = [part for part in (*arguments, __file__) if len(part.split()) != 1]
-    if spaced:  # LLaMA-Factory builds torchrun's command line with str.split()
-        raise SystemExit(
-            f"ValueError: LLaMA-Factory cannot pass {spaced[0]!r} to torchrun because of the blank in it; "
-            "move the project to a folder without blanks, or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
-        )
+class _SortedListing:
+    """The module `os`, with a `listdir` in the order of the names."""
+
+    def __getattr__(self, name: str):
+        return getattr(os, name)
+
+    @staticmethod
+    def listdir(path: str) -> list[str]:
+        return sorted(os.listdir(path))  # noqa: PTH208
 
 
 if __name__ == "__main__":

@@ -153,7 +153,6 @@ REMEDIES: tuple[Remedy, ...] = (
         r"No such file or directory: 'torchrun'",
         "torchrun must be on the PATH for several GPUs: activate the environment (`source .venv/bin/activate`)",
     ),
-    _remedy(r"cannot pass .+ to torchrun", "use a folder whose path holds no blank"),
     _remedy(
         r"EADDRINUSE|address already in use",
         "another run holds the port: wait for it, or set MASTER_PORT to a free one",

@@ -17,6 +17,7 @@ from factory.child import Watch, llamafactory, run_child
 from factory.dequantised import DequantisedBase, dequantised_base
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import inputs_of, training_rows
+from factory.launch import Launch, plan_launch
 from factory.progress import Line, LogPoint, Show, duration, loss_curve
 from factory.state import StageState, archive, last_checkpoint, only_run
 from factory.step import merge_of
@@ -57,11 +58,12 @@ def train(
     resume: bool = False,
     fresh: bool = False,
     show: Show | None = None,
-) -> Path:
+) -> Path | None:
     """Train the adapter of `stage_step` (sft, dpo_judge, …) by its recipe and return the adapter's folder.
 
     A finished training with the same inputs is kept; `resume` goes on from the last checkpoint of an unfinished
-    one; `fresh` first renames the earlier run (adapter and outputs) to '<name>.earlier-N'.
+    one; `fresh` first renames the earlier run (adapter and outputs) to '<name>.earlier-N'. On a node that only trains
+    along (see factory.launch) nothing is kept and None is returned.
     Raises ArenaError for faults in the recipe, changed inputs, an earlier run in the way, an error of the child, a
     loss or weights that are not finite, or if the child trains on other rows than were exported.
     """
@@ -74,17 +76,20 @@ def train(
     recipe_path = experiment.recipe(stage_step)
     recipe = read_yaml(recipe_path)
     adapter, folder = Path(recipe["output_dir"]), experiment.output_folder(stage_step)
+    launch = plan_launch(experiment.distributed, recipe, recipe_path)
+    if not launch.keeps_books:
+        return _train_along(stage_step, recipe_path, adapter, folder, launch, resume, show)
     with only_run(folder):
         if fresh:
             _put_aside(show, adapter, folder)
-        state, inputs = StageState(folder), inputs_of(recipe_path, recipe)
+        state, inputs = StageState(folder), {**inputs_of(recipe_path, recipe), **launch.inputs}
         remedy = "--fresh archives the earlier run and trains anew"
         if state.finished("train", inputs, fresh_remedy=remedy):
             show.note(f"{stage_step}: training kept, finished {state.record('train').finished_at}")
             return adapter
         start = _start(state, inputs, recipe, adapter, folder, resume, show)
         state.begin("train", inputs)
-        seconds = _run_training(stage_step, recipe_path, recipe, adapter, folder / "train.log", start, show)
+        seconds = _run_training(stage_step, recipe_path, recipe, adapter, folder / "train.log", start, launch, show)
         state.finish("train", [adapter / name for name in _ADAPTER_FILES], seconds)
     show.note(f"{stage_step}: trained in {duration(seconds)}{_summary(adapter)}")
     return adapter
@@ -201,11 +206,34 @@ def _start(
     return _Start(checkpoint)
 
 
+def _train_along(
+    stage_step: str, recipe_path: Path, adapter: Path, folder: Path, launch: Launch, resume: bool, show: Show
+) -> None:
+    """Train as another node than the first, which keeps state, log and adapter; here only a log of our own."""
+    checkpoint = last_checkpoint(adapter) if resume else None  # on a disk that the nodes share
+    options = [*launch.options, *([f"resume_from_checkpoint={checkpoint}"] if checkpoint else [])]
+    log = folder / f"train.node-{launch.node}.log"
+    with show.line(f"{stage_step}, node {launch.node}") as line:
+        line.phase("starting LLaMA-Factory")
+        command = llamafactory("train", str(recipe_path), *options)
+        watch = Watch(on_line=_Reader(line, None, show))
+        what = f"training {stage_step} on node {launch.node}"
+        finished = run_child(command, log, what=what, watch=watch, environment=launch.environment)
+    show.note(f"{stage_step}: node {launch.node} trained along in {duration(finished.seconds)}; node 0 goes on")
+
+
 def _run_training(
-    stage_step: str, recipe_path: Path, recipe: dict[str, Any], adapter: Path, log: Path, start: _Start, show: Show
+    stage_step: str,
+    recipe_path: Path,
+    recipe: dict[str, Any],
+    adapter: Path,
+    log: Path,
+    start: _Start,
+    launch: Launch,
+    show: Show,
 ) -> float:
     # Named, for LLaMA-Factory itself would also take a checkpoint that was only half written.
-    options = [f"resume_from_checkpoint={start.checkpoint}"] if start.checkpoint else []
+    options = [*launch.options, *([f"resume_from_checkpoint={start.checkpoint}"] if start.checkpoint else [])]
     rows = _Rows(training_rows(recipe), recipe_path)
     if rows.expected is None:
         show.note(f"{stage_step}: this recipe leaves open how many rows are trained, so they are not compared")
@@ -217,7 +245,8 @@ def _run_training(
             trainer_log=adapter / "trainer_log.jsonl",
         )
         command = llamafactory("train", str(recipe_path), *options)
-        finished = run_child(command, log, what=f"training {stage_step}", watch=watch)
+        what = f"training {stage_step}"
+        finished = run_child(command, log, what=what, watch=watch, environment=launch.environment)
     _require(adapter, _ADAPTER_FILES, log, f"training {stage_step}")
     rows.require_seen(log)
     _require_finite(adapter, log)

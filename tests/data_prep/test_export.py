@@ -2,18 +2,23 @@
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep import export as export_module
+from data_prep import writer as writer_module
 from data_prep.battle import VERDICTS, swap, swap_verdict
 from data_prep.chat_frame import load_frame
 from data_prep.dataset import read_battles, read_manifest, read_rows
 from data_prep.errors import ArenaError
-from data_prep.export import export
+from data_prep.export import ensure_views, export
 from data_prep.files import sha256_of
+from data_prep.spool import Spool
 from data_prep.synthetic import write_arena
+from factory.inputs import training_rows
 from scoring.judge import load_judge, write_judge
 
 
@@ -187,3 +192,91 @@ def test_fitted_trained_and_scored_ids_are_the_same(experiment, arena, source, r
         assert len(answer_ids) == frame.answer_len
     fitted = read_rows(experiment.data_folder, "train")["tokens"].tolist()
     assert [len(p) + len(a) for p, a in trained[::2]] == fitted
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): sha256_of(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_processes_write_the_same_bytes_as_a_thread(experiment, arena, monkeypatch):
+    monkeypatch.setattr(export_module, "_CHUNK", 64)
+    export(experiment, arena.train, arena.test, views=("judge", "reward"), workers=0)
+    before = digests(experiment.data_folder)
+    export(experiment, arena.train, arena.test, views=("judge", "reward"), workers=2)
+    assert digests(experiment.data_folder) == before
+    monkeypatch.setattr(export_module, "_CHUNK", 512)
+    export(experiment, arena.train, arena.test, views=("judge", "reward"), workers=0)
+    assert digests(experiment.data_folder) == before, "nor does it matter how many are fitted at once"
+
+
+def in_parts(table: Path, folder: Path, sizes: list[int]) -> Path:
+    """Write a table's rows as a folder of parts, the last of them parquet."""
+    import csv
+
+    import pyarrow as pa
+
+    folder.mkdir()
+    with table.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    for number, size in enumerate(sizes):
+        part, rows = rows[:size], rows[size:]
+        if rows:
+            with (folder / f"{number}.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([header, *part])
+        else:
+            columns = {name: [row[i] for row in part] for i, name in enumerate(header)}
+            pq.write_table(pa.table(columns), folder / f"{number}.parquet")
+    return folder
+
+
+def test_a_folder_of_parts_is_one_table(experiment, arena, workplace):
+    export(experiment, arena.train)
+    before = digests(experiment.data_folder)
+    parts = in_parts(arena.train, workplace / "parts", [120, 1, 179])
+    (parts / "_SUCCESS").touch()
+    audit = export(experiment, parts)
+    after = digests(experiment.data_folder)
+    told = {"audit.json", "manifest.json"}  # they name the file
+    assert {k: v for k, v in after.items() if k not in told} == {k: v for k, v in before.items() if k not in told}
+    assert audit["sources"]["train"]["rows_kept"] == 300
+    assert ensure_views(experiment, ("reward",))
+    export(experiment, parts)
+    (parts / "1.csv").rename(parts / "7.csv")
+    with pytest.raises(ArenaError, match="is not the table"):
+        ensure_views(experiment, ("reward",))
+
+
+def test_faults_of_a_folder_name_the_part(experiment, arena, workplace):
+    parts = in_parts(arena.train, workplace / "parts", [100, 100, 100])
+    text = (parts / "1.csv").read_text().splitlines(keepends=True)
+    (parts / "1.csv").write_text("".join([*text, (parts / "0.csv").read_text().splitlines(keepends=True)[7]]))
+    with pytest.raises(ArenaError, match=r"stands in .*0\.csv row 7 and again in row 101") as caught:
+        export(experiment, parts)
+    assert caught.value.where.endswith("1.csv row 101")
+    (parts / "1.csv").write_text("".join([text[0].replace("response_b", "answer_b"), *text[1:]]))
+    with pytest.raises(ArenaError, match=r"1\.csv header: lacks 1 column\(s\) \['response_b'\]"):
+        export(experiment, parts)
+    (parts / "1.csv").write_text("".join([text[0], text[1].replace('"[""', '"(""', 1), *text[2:]]))
+    audit = export(experiment, parts)
+    (rejected,) = audit["rejected"]
+    assert rejected["file"].endswith("parts/1.csv") and rejected["row"] == 1
+    (parts / "notes.txt").write_text("x")
+    with pytest.raises(ArenaError, match=r"holds more than parts of a table: notes\.txt"):
+        export(experiment, parts)
+
+
+@pytest.mark.slow
+def test_llamafactory_reads_a_set_in_parts(experiment, arena, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(Path("hf_cache").absolute()))
+    export(experiment, arena.train)
+    whole = llamafactory_rows(experiment)
+    monkeypatch.setattr(writer_module, "Spool", partial(Spool, part=100))
+    export(experiment, arena.train)
+    folder = experiment.data_folder
+    assert len(list((folder / "sft_train").iterdir())) > 3 and not (folder / "sft_train.jsonl").exists()
+    assert (folder / "sft_valid.jsonl").is_file(), "a small set stays one file"
+    entry = json.loads((folder / "dataset_info.json").read_text())["exam_sft_train"]
+    assert entry["file_name"] == "sft_train"
+    assert json.loads(Path("data/dataset_info.json").read_text())["exam_sft_train"]["file_name"] == "exam/sft_train"
+    assert training_rows({"dataset": "exam_sft_train", "dataset_dir": str(folder)}) == len(whole)
+    assert sorted(llamafactory_rows(experiment)) == sorted(whole)

