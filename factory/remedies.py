@@ -32,7 +32,7 @@ REMEDIES: tuple[Remedy, ...] = (
     _remedy(
         r"signal 9\b|SIGKILL|exitcode\s*: -9|exit code 137",
         "most likely the system ran out of memory and killed it (see `dmesg`): close other programs, use a "
-        f"machine with more memory, or {_LESS_MEMORY}",
+        f"machine with more memory, or {_LESS_MEMORY}; --resume goes on from the last checkpoint",
     ),
     _remedy(
         r"No space left on device|Disk quota exceeded|errno 28\b|errno 122\b",

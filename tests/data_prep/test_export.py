@@ -1,6 +1,7 @@
 """The export, from a table to files, and its parity with what LLaMA-Factory trains on and scoring feeds."""
 
 import json
+import pickle
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -280,3 +281,8 @@ def test_llamafactory_reads_a_set_in_parts(experiment, arena, monkeypatch):
     assert json.loads(Path("data/dataset_info.json").read_text())["exam_sft_train"]["file_name"] == "exam/sft_train"
     assert training_rows({"dataset": "exam_sft_train", "dataset_dir": str(folder)}) == len(whole)
     assert sorted(llamafactory_rows(experiment)) == sorted(whole)
+
+
+def test_an_error_comes_whole_out_of_a_process():
+    error = pickle.loads(pickle.dumps(ArenaError("cannot be fitted", where="battle 7", remedy="raise cutoff_len")))
+    assert (error.what, error.where, error.remedy) == ("cannot be fitted", "battle 7", "raise cutoff_len")
