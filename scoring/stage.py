@@ -368,6 +368,7 @@ def _provenance(experiment: Experiment, stage: str, seconds: float) -> dict[str,
         experiment.recipe(stage),
         experiment.recipe(merge_of(stage)),
         *(data / name for name in ("rows.parquet", "battles.parquet", f"{step.data}_train.jsonl")),
+        *sorted((data / f"{step.data}_train").glob("*.jsonl")),  # a large set is a folder of parts
         experiment.merged_folder(stage) / MANIFEST,
     ]
     return {**provenance(seed=experiment.seed, files=files), "scoring_seconds": round(seconds, 2)}
