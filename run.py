@@ -315,6 +315,30 @@ def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped
 @cli.command()
 @experiment_option
 @click.option(
+    "--stage", "stages", multiple=True, type=click.Choice(TRAININGS), help="Only this stage (may be repeated)."
+)
+@click.option("--card", "cards", multiple=True, metavar="CARD", help="Only this card: T4, RTX-4090, H100, cpu, …")
+@json_option
+@verbose_option
+def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], as_json: bool) -> None:
+    """Tell memory and hours of training and scoring on named cards, from the exported rows' token lengths."""
+    from factory.card import CARDS
+    from factory.forecast import forecast as make_forecast
+    from factory.forecast import print_forecast, stages_with_recipes
+
+    exp, _ = _start(experiment)
+    found = make_forecast(exp, stages or stages_with_recipes(exp), cards or CARDS)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    print_forecast(Console(), found)
+
+
+@cli.command()
+@experiment_option
+@click.option(
     "--stage", type=click.Choice(TRAININGS), default="sft", show_default=True, help="The stage whose judge answers."
 )
 @click.option("--input", "source", type=file_argument, help="A table of battles; without it the fold and the test set.")

@@ -1,0 +1,229 @@
+"""The forecast: memory and hours of every stage on named cards, from the exported rows, before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from data_prep.errors import UsageError
+from factory.card import CARDS, Card
+from factory.hours import (
+    CPU_LAYER_CALL,
+    CPU_SHARE,
+    CPU_START,
+    SCORING_SHARE,
+    TRAINING_SHARE,
+    Speed,
+    scoring_work,
+    training_work,
+)
+from factory.memory import Memory, scoring_memory, training_memory
+from factory.setup import Setup, setup_of
+from factory.shape import ModelShape, shape_of
+from factory.step import STEPS
+from factory.workload import Workload, workload_of
+
+if TYPE_CHECKING:
+    from factory.experiment import Experiment
+
+# This machine's CPU, beside the cards' names.
+CPU = "cpu"
+_GPU_BUDGET, _CPU_BUDGET = 32768, 4096  # tokens of one forward pass in scoring
+_TERA = 1e12
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One stage of one experiment, as a forecast sees it."""
+
+    experiment: Experiment
+    stage: str
+    shape: ModelShape
+    setup: Setup
+    workload: Workload
+
+    @property
+    def implicit(self) -> bool:
+        """Whether scoring reads each response with and without the adapter."""
+        return self.stage == "dpo_reward" and self.setup.reference
+
+
+def forecast(experiment: Experiment, stages: Iterable[str], devices: Iterable[str]) -> dict[str, Any]:
+    """Return memory (GiB) and hours of each stage on each device: names of `CARDS`, or "cpu" for this machine.
+
+    Raises UsageError for an unknown device, ArenaError where rows, recipe or the model's sizes are missing.
+    """
+    devices = list(devices)
+    if unknown := [name for name in devices if name not in (*CARDS, CPU)]:
+        raise UsageError(f"there is no card {', '.join(unknown)}", remedy=f"choose from: {', '.join((*CARDS, CPU))}")
+    shape = shape_of(experiment.model, experiment.revision)
+    found = {}
+    for stage in stages:
+        job = _Job(experiment, stage, shape, setup_of(experiment, stage), workload_of(experiment, stage))
+        found[stage] = _stage(job, devices)
+    return {"experiment": experiment.name, "model": experiment.model, "parameters": shape.parameters, "stages": found}
+
+
+def _stage(job: _Job, devices: list[str]) -> dict[str, Any]:
+    work = training_work(job.shape, job.setup, job.workload)
+    return {
+        "rows": len(job.workload.train),
+        "longest": job.workload.longest,
+        "mean_tokens": float(job.workload.train.mean()),
+        "steps": work.steps,
+        "scored_sequences": len(job.workload.scored),
+        "devices": {name: _device(job, name) for name in devices},
+    }
+
+
+def _device(job: _Job, name: str) -> dict[str, Any]:
+    if name == CPU:
+        return _on_cpu(job)
+    card = CARDS[name]
+    memory = _training(job, job.setup, job.workload.longest)
+    fits = memory.total <= card.memory
+    train = Speed(card.rate * _TERA * TRAINING_SHARE)
+    score = Speed(card.rate * _TERA * SCORING_SHARE)
+    scoring = _scoring(job, None)
+    return {
+        "memory": memory.total,
+        "memory_parts": dict(memory.parts),
+        "fits": fits,
+        "training_hours": train.seconds(training_work(job.shape, job.setup, job.workload)) / 3600,
+        "scoring_memory": scoring.total,
+        "scoring_fits": scoring.total <= card.memory,
+        "scoring_hours": score.seconds(scoring_work(job.shape, job.workload, reference=job.implicit)) / 3600,
+        "advice": [*_format_advice(job, card), *([] if fits else _advice(job, card)), *_scoring_advice(job, card)],
+    }
+
+
+def _on_cpu(job: _Job) -> dict[str, Any]:
+    import psutil
+
+    from factory.probe import probe_cpu
+
+    probe = probe_cpu(job.shape, nf4=job.setup.bits == 4)
+    speed = Speed(probe.rate * CPU_SHARE, probe.dequantise or float("inf"), CPU_LAYER_CALL, CPU_START)
+    memory = training_memory(job.shape, job.setup, job.workload.longest, device="cpu")
+    available = psutil.virtual_memory().total / 2**30
+    scoring = scoring_memory(
+        job.shape, bits=None, budget=_CPU_BUDGET, longest=int(job.workload.scored.max()), device="cpu"
+    )
+    return {
+        "memory": memory.total,
+        "memory_parts": dict(memory.parts),
+        "fits": memory.total <= available,
+        "training_hours": speed.seconds(training_work(job.shape, job.setup, job.workload)) / 3600,
+        "scoring_memory": scoring.total,
+        "scoring_fits": scoring.total <= available,
+        "scoring_hours": speed.seconds(scoring_work(job.shape, job.workload, reference=job.implicit)) / 3600,
+        "advice": [],
+    }
+
+
+def _training(job: _Job, setup: Setup, longest: int) -> Memory:
+    return training_memory(job.shape, setup, longest)
+
+
+def _scoring(job: _Job, bits: int | None) -> Memory:
+    bits = job.setup.bits if job.implicit else bits  # the adapter is scored on the base that it was trained on
+    longest = int(job.workload.scored.max())
+    return scoring_memory(job.shape, bits=bits, budget=_GPU_BUDGET, longest=longest)
+
+
+def _advice(job: _Job, card: Card) -> list[str]:
+    """Return the changes that make training fit, each on top of those before it, as far as any do."""
+    lines: list[str] = []
+    for said, setup, longest in _smaller(job):
+        total = _training(job, setup, longest).total
+        lines.append(f"{said}: {total:.1f} GiB")
+        if total <= card.memory:
+            return lines
+    return [*lines, "it still does not fit: choose a smaller model or a larger card"]
+
+
+def _smaller(job: _Job) -> Iterator[tuple[str, Setup, int]]:
+    """Yield what to change, and set-up and longest row after it, the cheapest change first."""
+    setup, longest = job.setup, job.workload.longest
+    if not setup.checkpointing:
+        setup = setup.changed(checkpointing=True)
+        yield "disable_gradient_checkpointing: false (a third more hours)", setup, longest
+    if setup.batch > 1:
+        accumulation = setup.accumulation * setup.batch
+        setup = setup.changed(batch=1, accumulation=accumulation)
+        yield f"per_device_train_batch_size: 1, gradient_accumulation_steps: {accumulation}", setup, longest
+    if setup.stage == "sft" and not setup.liger:
+        setup = setup.changed(liger=True)
+        yield "enable_liger_kernel: true (pip install liger-kernel)", setup, longest
+    if setup.bits != 4:
+        setup = setup.changed(bits=4)
+        yield "quantization_bit: 4 in experiment.yaml", setup, longest
+    if setup.optimizer_bytes > 2:
+        setup = setup.changed(optimizer_bytes=2)
+        yield "optim: paged_adamw_8bit", setup, longest
+    while longest > 512:
+        longest //= 2
+        yield f"cutoff_len: {longest} in experiment.yaml, then prepare again", setup, longest
+
+
+def _format_advice(job: _Job, card: Card) -> list[str]:
+    if card.bf16 or job.setup.compute_bytes == 4:
+        return []
+    return ["it has no bf16: write bf16: false and fp16: true in the recipe"]
+
+
+def _scoring_advice(job: _Job, card: Card) -> list[str]:
+    if _scoring(job, None).total <= card.memory:
+        return []
+    for bits in (8, 4):
+        total = _scoring(job, bits).total
+        if total <= card.memory:
+            return [f"scoring in 16 bits does not fit: precision: {bits}bit takes {total:.1f} GiB"]
+    return ["scoring does not fit in any precision: choose a smaller model or a larger card"]
+
+
+def print_forecast(console, found: dict[str, Any]) -> None:
+    """Print one table a stage: memory, hours and what to change where it does not fit."""
+    from rich.table import Table
+
+    console.print(f"{found['model']}: {found['parameters'] / 1e6:,.1f} million parameters", highlight=False)
+    for stage, one in found["stages"].items():
+        title = (
+            f"{found['experiment']} / {stage}: {one['rows']:,} rows, {one['mean_tokens']:.0f} tokens on average, "
+            f"the longest {one['longest']:,}; {one['steps']:,} steps"
+        )
+        table = Table(title=title, title_justify="left")
+        for heading in ("device", "train GiB", "train hours", "score GiB", "score hours"):
+            table.add_column(heading, justify="left" if heading == "device" else "right")
+        for name, device in one["devices"].items():
+            table.add_row(name, *_cells(device))
+        console.print(table)
+        for name, device in one["devices"].items():
+            for line in device["advice"]:
+                console.print(f"  {name}: {line}", highlight=False)
+    console.print(
+        "By formula (docs/forecast.md). Cards: assumed shares of their data sheet's rate, not run; cpu: measured here.",
+        highlight=False,
+    )
+
+
+def _cells(device: dict[str, Any]) -> list[str]:
+    train, score = ("" if device[key] else " (too much)" for key in ("fits", "scoring_fits"))
+    return [
+        f"{device['memory']:.1f}{train}",
+        _hours(device["training_hours"]),
+        f"{device['scoring_memory']:.1f}{score}",
+        _hours(device["scoring_hours"]),
+    ]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
+
+
+def stages_with_recipes(experiment: Experiment) -> list[str]:
+    """Return the trainings whose recipes and rows are there."""
+    ready = [name for name, step in STEPS.items() if not step.merges and experiment.recipe(name).is_file()]
+    pairs = (experiment.data_folder / "pairs.parquet").is_file()
+    return [name for name in ready if pairs or STEPS[name].data != "dpo_reward"]
