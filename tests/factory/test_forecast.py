@@ -179,9 +179,7 @@ def test_a_set_up_is_the_recipe_with_llamafactorys_defaults(exported):
     setup = setup_of(exported, "sft")
     assert (setup.batch, setup.bits, setup.rank, setup.checkpointing, setup.compute_bytes) == (2, 4, 64, True, 2)
     path = exported.recipe("dpo_judge")
-    path.write_text(
-        path.read_text().replace("bf16: true", "bf16: false") + "pref_loss: orpo\noptim: paged_adamw_8bit\n"
-    )
+    path.write_text(path.read_text().replace("bf16: true", "bf16: false") + "optim: paged_adamw_8bit\n")
     changed = setup_of(exported, "dpo_judge")
     assert (changed.compute_bytes, changed.optimizer_bytes, changed.reference) == (4, 2, True)
 
