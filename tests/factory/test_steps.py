@@ -387,6 +387,19 @@ def test_llamafactory_trains_resumes_and_merges(real):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("bits", "said"), [(8, "Quantizing model to 8 bit with bitsandbytes"), (None, "")])
+def test_a_training_in_8_bits_and_one_without_learn_as_well(real, bits, said):
+    experiment = real.model_copy(update={"quantization_bit": bits})
+    render(experiment, "sft")
+    adapter = steps.train(experiment, "sft", show=Show(io.StringIO()))
+    curve = [row["loss"] for row in loss_curve(adapter / "trainer_log.jsonl") if row["loss"] is not None]
+    assert len(curve) == 4 and curve[-1] < curve[0]
+    log = Path("outputs/demo/sft/train.log").read_text(encoding="utf-8")
+    assert said in log and ("Quantizing model" in log) == bool(bits)
+    assert any("lora_A" in name for name in weights_in(adapter / "adapter_model.safetensors"))
+
+
+@pytest.mark.slow
 def test_the_error_of_llamafactory_itself_is_told(real):
     Path("data/demo/sft_train.jsonl").write_text("{broken\n")
     with pytest.raises(ArenaError, match=r"JSON parse error|Missing a name|Expecting") as caught:

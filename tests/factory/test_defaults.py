@@ -1,0 +1,79 @@
+"""docs/defaults.md says what the templates write: the same keys, the same values, a source for each."""
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from factory.experiment import Experiment, load_experiment
+from factory.new import CUTOFF_LEN, Wish, render_experiment
+from factory.recipe import as_yaml, render_recipe, shared_values
+from factory.step import TRAININGS
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "defaults.md").read_text(encoding="utf-8")
+
+
+def table(name: str) -> dict[str, list[str]]:
+    """Return the cells of a marked table by key."""
+    block = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", PAGE, re.DOTALL)[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
+    return {cells[0].strip("`"): cells[1:] for cells in rows}
+
+
+def read(text: str) -> dict:
+    return OmegaConf.to_container(OmegaConf.create(text))
+
+
+def recipes() -> dict[str, dict]:
+    """Return the recipes of the default experiment, which replaces no first value."""
+    its = load_experiment("qwen3-4b", ROOT)
+    assert its.recipes == {}
+    return {step: read(render_recipe(its, step)) for step in TRAININGS}
+
+
+def test_every_default_of_a_recipe_is_on_the_page_with_its_source():
+    its, listed = load_experiment("qwen3-4b", ROOT), table("recipe defaults")
+    written = set()
+    for step, recipe in recipes().items():
+        column = TRAININGS.index(step)
+        own = recipe.keys() - shared_values(its, step).keys() - {"seed"}  # the seed is the experiment's
+        written |= own
+        for key in own:
+            assert listed[key][column] == as_yaml(recipe[key]), f"{key} of {step}"
+        assert {key for key, cells in listed.items() if cells[column] != "-"} == own
+    assert set(listed) == written
+    assert all(len(cells) == 5 and len(cells[-1]) > 10 for cells in listed.values())
+
+
+def test_every_default_of_an_experiment_is_on_the_page_with_its_source():
+    listed = table("experiment defaults")
+    content = read(render_experiment(Wish("x", "Qwen/Qwen3-4B-Instruct-2507")))
+    defaults = content.keys() - {"model", "template", "description"}
+    assert set(listed) == defaults
+    for key in defaults:
+        assert OmegaConf.to_container(OmegaConf.create(f"x: {listed[key][0]}"))["x"] == content[key], key
+    assert all(len(cells) == 2 and len(cells[-1]) >= 8 for cells in listed.values())
+    assert content["cutoff_len"] == CUTOFF_LEN == 2048
+
+
+@pytest.mark.parametrize("key", ["swap_copies", "dpo_rejected", "valid_share", "seed", "revision", "quantization_bit"])
+def test_what_is_left_out_of_an_experiment_has_the_value_on_the_page(key):
+    assert as_yaml(Experiment.model_fields[key].default) == table("experiment defaults")[key][0]
+
+
+def test_the_rest_of_the_page_holds():
+    its = load_experiment("qwen3-4b", ROOT)
+    shares = its.budget_shares
+    assert (shares.prompt, shares.a, shares.b) == (0.2, 0.4, 0.4) and "20 / 40 / 40" in PAGE
+    assert all("disable_gradient_checkpointing" not in recipe for recipe in recipes().values())
+    assert recipes()["sft"]["save_steps"] * 16 == 3200 and "3,200 rows" in PAGE
+
+
+def test_a_default_is_written_once():
+    """No template but the shared one names what all trainings share."""
+    shared = set(re.findall(r'key\("(\w+)"', (ROOT / "templates" / "train.yaml.j2").read_text(encoding="utf-8")))
+    for name in ("sft", "dpo", "rm", "merge"):
+        own = re.findall(r'key\("(\w+)"', (ROOT / "templates" / f"{name}.yaml.j2").read_text(encoding="utf-8"))
+        assert not shared & set(own), name
