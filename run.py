@@ -468,7 +468,7 @@ def _audit_line(exp, audit: dict[str, Any]) -> str:
 def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> dict[str, Any] | None:
     """Train, merge and score one stage as far as asked; return its report, None before scoring."""
     from data_prep.export import ensure_views
-    from factory.checks import check_recipes
+    from factory.checks import check_device, check_recipes
     from factory.step import STEPS
     from factory.steps import merge, train
     from scoring.judge import seal
@@ -477,6 +477,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
 
     if STEPS[stage].data == "dpo_reward":
         check_recipes(exp, [stage])  # before the time that the pairs take
+        check_device(exp, stage)
         with show.line(f"prepare {exp.name}") as line:
             ensure_views(exp, ("reward",), lambda p: line.count(p.rows, None, f"{p.phase} battles, as pairs"))
     adapter = train(exp, stage, resume=resume, fresh=fresh, show=show)

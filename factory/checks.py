@@ -10,6 +10,7 @@ import json
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -304,14 +305,19 @@ def check_device(experiment: Experiment, step: str, root: Path = Path()) -> None
     recipe = read_yaml(root / experiment.recipe(step))
     if not any(recipe.get(key) for key in ("bf16", "fp16", "pure_bf16", "use_cpu")):
         return
-    from factory.devices import devices
-
-    if faults := [f"  - {experiment.recipe(step)}: {key}: {fault}" for key, fault in device_faults(recipe, devices())]:
+    if faults := [f"  - {experiment.recipe(step)}: {key}: {fault}" for key, fault in device_faults(recipe, _seen())]:
         raise ArenaError(
             "\n".join([f"{len(faults)} fault(s) of this recipe on this machine:", *faults]),
             remedy="mend these keys, in the recipe or for good under `recipes:` of experiment.yaml; "
             "`run.py doctor` shows what this machine has",
         )
+
+
+@cache
+def _seen() -> Devices:
+    from factory.devices import devices
+
+    return devices()
 
 
 def device_faults(recipe: Mapping[str, Any], seen: Devices) -> Iterator[Fault]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import ArenaError
+from factory import checks
 from factory.checks import check_device, check_recipe, check_recipes, device_faults
 from factory.devices import Devices, Gpu
 from factory.experiment import load_experiment, parse_experiment
@@ -308,6 +309,7 @@ def test_a_device_is_asked_only_where_it_matters(tmp_path, monkeypatch):
 
     its = experiment(recipes={"sft": {"bf16": False}})
     write_recipe(its, "sft", root=tmp_path)
+    checks._seen.cache_clear()
     monkeypatch.setattr("factory.devices.devices", refuse)
     check_device(its, "sft", tmp_path)
     monkeypatch.setattr("factory.devices.devices", lambda: OLD)
@@ -316,6 +318,7 @@ def test_a_device_is_asked_only_where_it_matters(tmp_path, monkeypatch):
         check_device(experiment(), "sft", tmp_path)
     assert "factory_configs/exp/sft.yaml: bf16: T4 has no bf16" in str(caught.value)
     assert "run.py doctor" in caught.value.remedy
+    checks._seen.cache_clear()
 
 
 def test_chat_templates_are_checked(faults):

@@ -59,6 +59,21 @@ def test_a_preset_names_its_model_and_what_it_needs(preset):
         assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 16
 
 
+def test_the_page_lists_each_preset_as_it_is():
+    page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
+    ]
+    assert sorted(row[0].split("`")[1] for row in rows) == sorted(NAMES)
+    for name, model, template, card, download, licence in rows:
+        its = load_experiment(name.split("`")[1], ROOT)
+        text = (ROOT / its.folder / "experiment.yaml").read_text(encoding="utf-8")
+        assert (model, template.split("`")[1]) == (f"`{its.model}`", its.template)
+        assert f"one {card.split(' (')[0]} GPU" in its.description
+        assert f"{download} to download" in text and licence.removeprefix("gated: ") in text
+        assert licence.startswith("gated") == ("This model is gated" in text)
+
+
 @pytest.mark.slow
 def test_every_preset_and_step_loads_in_llamafactorys_own_parser(tmp_path, monkeypatch):
     """All of them in one process, at 4, 8 and no bits; on a CPU bf16 needs use_cpu beside it."""
