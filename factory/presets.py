@@ -1,8 +1,8 @@
 """The presets: the experiments for models that people use for this task, as `run.py new` would make them.
 
 `python -m factory.presets` renders their folders in factory_configs anew after a change here or in templates/; a test
-compares the committed files with what is rendered. Memory is by calculation (4-bit weights, LoRA with its optimizer in
-fp32, four fp32 copies of the logits a row); none of them was run on its card.
+compares the committed files with what is rendered. The card of each is by the forecast's formula, by test; none of them
+was run on it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ PRESETS: tuple[Wish, ...] = (
         model_note="Apache-2.0, not gated, 3 GB to download",
         cutoff_len=1024,
         opening=(
-            "Qwen2.5 1.5B: small enough to train on one 6 GB GPU. dpo and rm hold two rows at once and need 8 GB, or",
+            "Qwen2.5 1.5B: small enough for SFT on one 6 GB GPU. dpo and rm hold two rows at once and need 10 GB, or",
             "cutoff_len: 512. A card before Ampere has no bf16: give each step fp16: true and bf16: false.",
         ),
         description=f"sized for SFT on one 6 GB GPU {_FORECAST}",

@@ -70,6 +70,7 @@ class ModelShape:
 _KNOWN = {
     "meta-llama/Meta-Llama-3-8B-Instruct": ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
     "meta-llama/Llama-3.1-8B-Instruct": ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
+    "meta-llama/Meta-Llama-3.1-8B-Instruct": ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
     "google/gemma-2-9b-it": ModelShape(3584, 42, 16, 8, 256, 14336, 256000, tied=True),
     "Qwen/Qwen2.5-1.5B-Instruct": ModelShape(1536, 28, 12, 2, 128, 8960, 151936, tied=True),
     "Qwen/Qwen2.5-7B-Instruct": ModelShape(3584, 28, 28, 4, 128, 18944, 152064, tied=False),

@@ -1,12 +1,16 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from factory.checks import check_recipes
 from factory.experiment import load_experiment, read_yaml
+from factory.memory import training_memory
 from factory.model_table import known_models
 from factory.new import render_experiment
 from factory.presets import PRESETS, write_preset
+from factory.setup import setup_of
+from factory.shape import shape_of
 from factory.step import STEPS, TRAININGS
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +76,26 @@ def test_the_page_lists_each_preset_as_it_is():
         assert f"one {card.split(' (')[0]} GPU" in its.description
         assert f"{download} to download" in text and licence.removeprefix("gated: ") in text
         assert licence.startswith("gated") == ("This model is gated" in text)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=NAMES)
+def test_a_preset_fits_its_card_by_the_forecasts_formula(preset, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    its = load_experiment(preset.name)
+    card = int(re.search(r"one (\d+) GB GPU", its.description)[1]) * 0.98  # GiB: what 24 GB and 48 GB cards offer
+
+    def takes(training, longest):
+        return training_memory(shape_of(its.model), setup_of(its, training), longest).total
+
+    only_sft = "SFT on one" in its.description
+    for training in TRAININGS[:1] if only_sft else TRAININGS:
+        assert takes(training, its.cutoff_len) < card, training
+    if only_sft:
+        assert card < takes("dpo_judge", its.cutoff_len) < 10, "the file says 10 GB"
+        assert max(takes(training, 512) for training in TRAININGS) < card, "the file says that 512 tokens fit"
+    if preset.name == "gemma2-9b":
+        assert max(takes(training, 1024) for training in TRAININGS) < 24 * 0.98, "the file says that 1024 tokens fit"
+        assert takes("dpo_judge", 2048) > 24
 
 
 @pytest.mark.slow
