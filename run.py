@@ -129,8 +129,8 @@ def new(name: str, model: str, template: str | None, bits: str, cutoff: int | No
 
 @cli.command()
 @experiment_option
-@click.option("--train", required=True, type=file_argument, help="Votes: .csv, .csv.gz, .parquet, or a folder of such.")
-@click.option("--test", type=file_argument, help="Battles without votes, for the submission.")
+@click.option("--train", required=True, help="Votes: a table, a folder, Kaggle's zip, or hf://datasets/OWNER/NAME.")
+@click.option("--test", help="Battles without votes, for the submission; as --train.")
 @click.option("--truth", type=file_argument, help="Known probabilities of the votes (synthetic arenas only).")
 @click.option("--force", is_flag=True, help="Replace recipes that were edited by hand.")
 @click.option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them.")
@@ -141,8 +141,8 @@ def new(name: str, model: str, template: str | None, bits: str, cutoff: int | No
 @verbose_option
 def prepare(
     experiment: str,
-    train: Path,
-    test: Path | None,
+    train: str,
+    test: str | None,
     truth: Path | None,
     force: bool,
     pairs: bool,
@@ -431,15 +431,26 @@ def _start(name: str):
 
 
 def _prepare(
-    exp, train: Path, test: Path | None, truth: Path | None, *, force: bool, views=VIEWS[:1], workers=None, show
+    exp,
+    train: Path | str,
+    test: Path | str | None,
+    truth: Path | None,
+    *,
+    force: bool,
+    views=VIEWS[:1],
+    workers=None,
+    show,
 ) -> dict[str, Any]:
     from data_prep.export import export
+    from data_prep.source import votes_at
     from factory.demo import ensure_embedded_base
     from factory.recipe import check_first_values, write_recipe
     from factory.step import STEPS
 
     check_first_values(exp)
     ensure_embedded_base(exp, show)
+    train = votes_at(train, labelled=True)
+    test = votes_at(test, labelled=False) if test else None
     with show.line(f"prepare {exp.name}") as line:
         tell = lambda p: line.count(p.rows, None, f"{p.phase} battles")  # noqa: E731
         audit = export(exp, train, test, truth, progress=tell, views=views, workers=workers)
