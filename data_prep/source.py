@@ -129,8 +129,8 @@ def _from_hub(source: str) -> Path:
         raise ArenaError(
             f"cannot be had from the hub: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             where=source,
-            remedy="check the name; log in (hf auth login) and accept the data set's terms; or download it and give its "
-            "path. With HF_HUB_OFFLINE=1 only what is in the cache is found",
+            remedy="check the name; log in (hf auth login) and accept the data set's terms; or download it and give "
+            "its path. With HF_HUB_OFFLINE=1 only what is in the cache is found",
         ) from None
 
 
