@@ -22,6 +22,7 @@ PARTS = ("train", "merge", "score")
 NEUTRAL_KEYS = frozenset(
     {
         "logging_steps",
+        "logging_first_step",
         "save_steps",
         "save_strategy",
         "save_total_limit",

@@ -136,6 +136,21 @@ def merge(
     return merged
 
 
+def trained_rows(log: Path) -> int | None:
+    """Return on how many rows a training's log says that LLaMA-Factory trained, None where it does not say it."""
+    found, training = None, False
+    try:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            for text in lines:
+                if "***** Running " in text:
+                    training = "Running training" in text
+                elif training and (told := _ROWS.search(text)):
+                    found = int(told[1].replace(",", ""))
+    except OSError:
+        return None
+    return found
+
+
 def _merge_inputs(recipe_path: Path, recipe: dict[str, Any], base: DequantisedBase | None) -> dict[str, Any]:
     """Return what a merge depends on; of a dequantised copy its source, so that the copy itself may be deleted."""
     if base is None:

@@ -9,7 +9,9 @@ score. Other kernels, another precision or another engine move the answers a lit
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -65,23 +67,44 @@ def seal_canaries(judge: Judge, answers: np.ndarray, precision: str) -> None:
     write_json(judge.folder / CANARIES, {"format": FORMAT, "precision": precision, "answers": content})
 
 
-def canary_distance(judge: Judge, answers: np.ndarray, precision: str) -> tuple[float, float] | None:
-    """Return (largest difference from the sealed answers, what is allowed); None where nothing was sealed.
+def canary_limit(folder: Path, precision: str) -> float | None:
+    """Return how far answers in this precision may lie from those sealed in a judge's folder; None without any.
 
-    Raises ArenaError if the sealed file is damaged. An answer that is not a number is infinitely far away.
+    Raises ArenaError if the sealed file is damaged.
     """
-    path = judge.folder / CANARIES
+    sealed = _sealed(folder)
+    if sealed is None:
+        return None
+    return max(TOLERANCE.get(name, COARSEST) for name in (sealed["precision"], precision))
+
+
+def require_canaries(folder: Path, precision: str, answer: Callable[[], np.ndarray]) -> None:
+    """Raise ArenaError unless a loaded model answers the canaries, [n, classes], as it did when it was sealed."""
+    sealed, limit = _sealed(folder), canary_limit(folder, precision)
+    if sealed is None or limit is None:
+        return
+    expected = np.array([sealed["answers"][battle.id] for battle in BATTLES], dtype=np.float64)
+    distance = float(np.abs(expected - answer()).max())
+    if not distance <= limit:  # NaN is not within anything
+        raise ArenaError(
+            f"this model does not answer as it did when it was merged: the canary battles' probabilities "
+            f"moved by up to {distance:.2g} ({sealed['precision']} then, {precision} now), allowed {limit}",
+            where=str(folder / CANARIES),
+            remedy="the weights, the engine or its kernels are others: copy the folder again, or merge again; "
+            "--precision fp32 shows whether it is the precision",
+        )
+
+
+def _sealed(folder: Path) -> dict[str, Any] | None:
+    path = folder / CANARIES
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}")
-        sealed = np.array([content["answers"][battle.id] for battle in BATTLES], dtype=np.float64)
-        distance = float(np.abs(sealed - answers).max())
+        shapes = {len(content["answers"][battle.id]) for battle in BATTLES}
+        if content["format"] != FORMAT or len(shapes) != 1 or not isinstance(content["precision"], str):
+            raise ValueError("not what this version writes")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArenaError(
-            f"is damaged: {error}", where=str(path), remedy="move the folder away and merge again"
-        ) from None
-    allowed = max(TOLERANCE.get(name, COARSEST) for name in (content["precision"], precision))
-    return (distance if np.isfinite(distance) else float("inf")), allowed
+        remedy = "move the folder away and merge again"
+        raise ArenaError(f"is damaged: {error}", where=str(path), remedy=remedy) from None
+    return content

@@ -34,7 +34,7 @@ from scoring.engine import device_name, load_model, score_labels
 from scoring.judge import Judge, load_judge
 from scoring.links import softmax
 from scoring.metrics import log_loss
-from scoring.rewards import load_value_head, value_rewards
+from scoring.rewards import beats, load_value_head, value_rewards
 
 if TYPE_CHECKING:
     from factory.progress import Show
@@ -139,8 +139,7 @@ def _reward_questions(experiment: Experiment, judge: Judge) -> _Questions:
     drawn = _drawn(list(zip(read_battles(data, "valid"), read_pairs(data, "valid"), strict=True)), experiment)
 
     def ask(model: Any, triples: Sequence) -> np.ndarray:
-        rewards = value_rewards(model, head, triples)
-        return 1 / (1 + np.exp(rewards[:, [1]] - rewards[:, [0]]))
+        return beats(value_rewards(model, head, triples))
 
     triples = pair_sequences(judge.frame, judge.tokenizer, [pair for _, pair in drawn])
     verdicts = [battle.verdict for (battle, _), _ in drawn]

@@ -28,7 +28,7 @@ _REPORT_KEYS = (
     *("per_class_log_loss", "baselines", "baselines_ci95", "bayes", "learned_share", "beats_prior", "flags"),
     *("position_bias", "merge_gate", "truncation", "calibration", "reliability", "confusion", "slices"),
     *("loss_curve", "worst", "most_biased", "provenance", "gain_over_prior_ci95", "learned_share_ci95"),
-    *("baseline_notes", "position_bias_reason", "target_prior"),
+    *("baseline_notes", "position_bias_reason", "target_prior", "checks"),
 )
 # Names of values between 0 and 1 that read better as a percentage.
 _SHARES = ("share", "rate", "fraction")
@@ -107,6 +107,7 @@ def report_view(report: dict) -> dict:
         "target_words": words.target_prior(report["target_prior"]),
         "parameters": facts(words.link_of(report["calibration"])),
         "merge_words": words.merge_gate(report["merge_gate"], report["stage"]),
+        "checks": _checks(report["checks"] or []),
         "slices": _slices(report),
         "truncation": side_by_side(report["truncation"]),
         "cut_words": words.cut_rows((report["truncation"] or {}).get("judged")),
@@ -198,6 +199,19 @@ def _classes(report: dict) -> list[dict]:
             }
         )
     return rows
+
+
+def _checks(checks: list[dict]) -> list[dict]:
+    """Return one row a check with its outcome in a word."""
+    outcomes = {True: "passed", False: "failed"}
+    return [
+        {
+            "name": words.plain(check.get("name")),
+            "outcome": outcomes.get(check.get("passed"), "nothing to look at"),
+            "detail": words.plain(check.get("detail")),
+        }
+        for check in checks
+    ]
 
 
 def _slices(report: dict) -> list[dict]:

@@ -7,7 +7,7 @@ write_json(folder / "report.json", report)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ def build_report(
     seed: int,
     target_prior: Mapping[str, float] | None = None,
     merge_gate: Mapping[str, Any] | None = None,
+    checks: Sequence[Mapping[str, Any]] = (),
     calibration: Calibration | None = None,
     set_name: str = "valid",
 ) -> tuple[dict[str, Any], np.ndarray, Calibration]:
@@ -108,6 +109,7 @@ def build_report(
         "calibration": calibration.to_json(),
         "target_prior": _weighted_to_target(judged, calibration, seed) if fitted_here else None,
         "merge_gate": merge_gate,
+        "checks": list(checks),
         "truncation": _truncation(judged, audit),
         "train_class_counts": _counts(train_truth),
         "baseline_notes": ladder_notes(int((train_truth >= 0).sum())),

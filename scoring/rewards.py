@@ -152,6 +152,11 @@ def value_rewards(
     return _finite(result[places], name)
 
 
+def beats(rewards: np.ndarray) -> np.ndarray:
+    """Return P(A beats B) = sigmoid(reward A - reward B) of rewards [n, 2], as [n, 1] (Bradley and Terry 1952)."""
+    return 1 / (1 + np.exp(rewards[:, [1]] - rewards[:, [0]]))
+
+
 def load_value_head(folder: Path) -> ValueHead:
     """Read the value head that LLaMA-Factory puts beside a merged reward model; raises ArenaError if it is no such."""
     from safetensors import SafetensorError

@@ -30,10 +30,12 @@ from data_prep.pairs import pair_sequences
 from factory.experiment import Experiment, read_yaml
 from factory.step import STEPS
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
+from scoring.canaries import label_canaries, require_canaries, reward_canaries
 from scoring.engine import device_name, load_model
 from scoring.engines import open_engine
 from scoring.judge import MANIFEST, load_judge
-from scoring.rewards import VALUE_HEAD, implicit_rewards, load_policy, load_value_head, value_rewards
+from scoring.links import softmax
+from scoring.rewards import VALUE_HEAD, beats, implicit_rewards, load_policy, load_value_head, value_rewards
 from scoring.row_store import Facts, Fed
 from scoring.scores import battles_to_score, describe, exported_rows
 
@@ -151,6 +153,10 @@ class _LabelScorer:
     def open(self) -> None:
         self._engine = open_engine(self._judge, self.engine, self.precision)
         self.precision = self._engine.precision
+        require_canaries(self._judge.folder, self.precision, self._canaries)
+
+    def _canaries(self) -> np.ndarray:
+        return softmax(self._engine.label_logits(label_canaries(self._judge), self.label_ids))
 
     def prepare(self, fed: Sequence[Fed], *, swapped: bool) -> list:
         texts = [(row["id"], *(tuple(row[k]) for k in ("prompts", "responses_a", "responses_b"))) for row in fed]
@@ -258,6 +264,10 @@ class _ValueScorer(_PairScorer):
     def open(self) -> None:
         self.precision, device = _float_of(self.precision)
         self._model = load_model(self._folder, device, precision=self.precision)
+        require_canaries(self._folder, self.precision, self._canaries)
+
+    def _canaries(self) -> np.ndarray:
+        return beats(value_rewards(self._model, self._head, reward_canaries(load_judge(self._folder))))
 
     def ask(self, prepared: list, *, progress: Callable, name: Callable[[int], str]) -> np.ndarray:
         return value_rewards(self._model, self._head, prepared, progress=progress, name=name)

@@ -26,6 +26,7 @@ from scoring.plots import write_plots
 from scoring.probabilities import check_submission, probability_file, write_probabilities
 from scoring.provenance import provenance
 from scoring.report import build_report
+from scoring.run_checks import require_sound, run_checks, stopping
 from scoring.scorer import Scorer, ScorerSpec, own_precision
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ def score_stage(
         state = StageState(folder)
         if state.finished("score", inputs, fresh_remedy=f"run.py score -e {experiment.name} --stage {stage} --fresh"):
             show.note(f"{stage}: scores kept, finished {state.record('score').finished_at}")
-            return read_report(experiment, stage)
+            report = read_report(experiment, stage)
+            require_sound(report.get("checks", []), folder / REPORT)
+            return report
         state.begin("score", inputs)
         started = time.monotonic()
         jobs, scoring = _score_splits(experiment, scorer, spec, options, show)
@@ -102,6 +105,7 @@ def score_stage(
         state.finish("score", outputs, time.monotonic() - started)
         for job in jobs.values():
             job.remove()
+    require_sound(report["checks"], folder / REPORT)
     show.note(
         f"{stage}: scored {jobs['valid'].rows} validation and {jobs['test'].rows} test battles in {duration(seconds)}"
     )
@@ -253,7 +257,7 @@ def _report(
     valid: pd.DataFrame,
     rows: dict[str, int],
     scoring: dict[str, Any],
-    compared: dict[str, Any] | None,
+    trust: dict[str, Any],
 ) -> tuple[dict[str, Any], np.ndarray, OrderCalibrations]:
     """Build the report; return it with the validation rows' probabilities and the calibrations."""
     data = experiment.data_folder
@@ -270,7 +274,7 @@ def _report(
         swap_tta=experiment.swap_tta and bool(scoring["rows_in_both_orders"]["valid"]),
         seed=experiment.seed,
         target_prior=_target_prior(experiment),
-        merge_gate=compared and compared["merge_gate"],
+        **trust,
     )
     calibrations = fit_orders(valid, used, seed=experiment.seed, target_prior=_target_prior(experiment))
     report |= {"calibrations": calibrations.to_json(), "scoring": scoring}
@@ -296,17 +300,40 @@ def _write(
         _write_scores(folder / f"scores_{split}.parquet", job)
     valid = pd.read_parquet(folder / "scores_valid.parquet")
     rows = {split: job.rows for split, job in jobs.items()}
-    report, probabilities, calibrations = _report(experiment, stage, valid, rows, scoring, compared)
+    trust = _trust(experiment, stage, valid, jobs["test"], scoring, compared)
+    report, probabilities, calibrations = _report(experiment, stage, valid, rows, scoring, trust)
     names = ["probabilities_valid.csv"]
     write_probabilities(folder / names[0], valid["id"], probabilities)
+    (folder / "submission.csv").unlink(missing_ok=True)
     if rows["test"]:
-        for name in ("probabilities_test.csv", "submission.csv"):
+        for name in ("probabilities_test.csv", *(() if stopping(report["checks"]) else ("submission.csv",))):
             _write_table(folder / name, jobs["test"], calibrations)
             names.append(name)
     plots = write_plots(report, folder / "plots")
     write_page(report, folder / "report.html")
     write_json(folder / REPORT, report)
     return report, [*(folder / name for name in names), *plots, folder / "report.html", folder / REPORT]
+
+
+def _trust(
+    experiment: Experiment,
+    stage: str,
+    valid: pd.DataFrame,
+    test: Job,
+    scoring: dict[str, Any],
+    compared: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return what the report says of whether it may be trusted: the merge gate and the run's checks."""
+    checks = run_checks(
+        experiment,
+        stage,
+        scores=valid,
+        test_ids=list(test.ids()),
+        loss_curve=loss_curve(experiment.adapter_folder(stage) / "trainer_log.jsonl"),
+        compared=compared,
+        precision=scoring["precision"],
+    )
+    return {"merge_gate": compared and compared["merge_gate"], "checks": [check.to_json() for check in checks]}
 
 
 def _write_table(path: Path, job: Job, calibrations: OrderCalibrations) -> int:

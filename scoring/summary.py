@@ -91,6 +91,10 @@ def findings(report: dict[str, Any]) -> list[str]:
     judged = (report.get("truncation") or {}).get("judged") or {}
     if judged.get("rows_cut"):
         lines.append(f"{judged['rows_cut_share']:.1%} of these battles were shortened to fit cutoff_len")
+    if checks := report.get("checks"):
+        states = [check["passed"] for check in checks]
+        without = f", {states.count(None)} with nothing to look at" if None in states else ""
+        lines.append(f"run checks: {states.count(True)} passed, {states.count(False)} failed{without}")
     return lines
 
 

@@ -149,6 +149,9 @@ def test_the_chain_leaves_a_report_and_a_submission(chain):
     assert gate["max_abs_diff"] < 1e-4, "merged into the dequantised base it is the trained function"
     assert gate["log_loss_merged"] == pytest.approx(gate["log_loss_adapter"], abs=1e-4)
     assert gate["passed"] and gate["rows"] == report["rows"]
+    checked = {check["name"]: check["passed"] for check in report["checks"]}
+    few = {"step-1 DPO reward about 0": None, "loss not rising": None}  # one is not DPO's, 12 steps log a loss or two
+    assert len(checked) == 11 and checked == dict.fromkeys(checked, True) | few
     check_probabilities(output / "submission.csv", ids_of(chain / "arena" / "test.csv"))
     assert (output / "submission.csv").read_bytes() == (output / "probabilities_test.csv").read_bytes()
     page = (output / "report.html").read_text(encoding="utf-8")
@@ -197,6 +200,12 @@ def test_preference_stages_end_in_the_same_report(chain, stage, call):
     log = (output / "train.log").read_text(encoding="utf-8")
     if stage == "dpo_judge":
         assert "outputs/demo/sft/merged" in log, "the SFT judge is the start and so the reference"
+    checked = {check["name"]: check["passed"] for check in report["checks"]}
+    assert False not in checked.values() and checked["adapter applied"] and checked["exported rows = trained rows"]
+    assert checked["step-1 DPO reward about 0"] is (None if stage == "rm" else True)
+    gate = report["merge_gate"]
+    assert gate is None if stage == "dpo_reward" else gate["max_abs_diff"] < 1e-4
+    assert checked["canaries"] is (None if stage == "dpo_reward" else True)
     if stage == "rm":
         assert (output / "merged" / "value_head.safetensors").is_file()
     kept = run_py(chain, "sft", "-e", "demo")

@@ -7,7 +7,15 @@ import pytest
 
 from data_prep.errors import ArenaError
 from factory.experiment import BudgetShares
-from scoring.canaries import BATTLES, CANARIES, canary_distance, label_canaries, reward_canaries, seal_canaries
+from scoring.canaries import (
+    BATTLES,
+    CANARIES,
+    canary_limit,
+    label_canaries,
+    require_canaries,
+    reward_canaries,
+    seal_canaries,
+)
 from scoring.judge import Judge
 
 ANSWERS = np.tile([0.5, 0.3, 0.2], (len(BATTLES), 1))
@@ -41,22 +49,29 @@ def test_the_canaries_are_asked_as_any_battle(judge):
 )
 def test_the_coarser_precision_decides(judge, sealed, asked, moved, passes):
     seal_canaries(judge, ANSWERS, sealed)
-    distance, allowed = canary_distance(judge, ANSWERS + np.eye(*ANSWERS.shape) * moved, asked)
-    assert distance == pytest.approx(moved)
-    assert (distance <= allowed) is passes
+    answers = ANSWERS + np.eye(*ANSWERS.shape) * moved
+    assert (moved <= canary_limit(judge.folder, asked)) is passes
+    if passes:
+        require_canaries(judge.folder, asked, lambda: answers)
+        return
+    with pytest.raises(ArenaError, match="does not answer as it did when it was merged") as caught:
+        require_canaries(judge.folder, asked, lambda: answers)
+    assert f"({sealed} then, {asked} now)" in caught.value.what and "merge again" in caught.value.remedy
 
 
 def test_nothing_sealed_nan_and_a_damaged_file(judge):
-    assert canary_distance(judge, ANSWERS, "fp32") is None
+    assert canary_limit(judge.folder, "fp32") is None
+    require_canaries(judge.folder, "fp32", lambda: pytest.fail("asked"))
     with pytest.raises(ArenaError, match="no finite answer"):
         seal_canaries(judge, ANSWERS * np.nan, "fp32")
     assert not (judge.folder / CANARIES).exists()
     seal_canaries(judge, ANSWERS, "fp32")
-    assert canary_distance(judge, ANSWERS * np.nan, "fp32")[0] == np.inf
+    with pytest.raises(ArenaError, match="moved by up to nan"):
+        require_canaries(judge.folder, "fp32", lambda: ANSWERS * np.nan)
     content = json.loads((judge.folder / CANARIES).read_text())
     del content["answers"]["sum"]
     for text in (json.dumps(content), "{", "[]", json.dumps(content | {"format": 9})):
         (judge.folder / CANARIES).write_text(text)
         with pytest.raises(ArenaError, match="is damaged") as caught:
-            canary_distance(judge, ANSWERS, "fp32")
+            canary_limit(judge.folder, "fp32")
         assert "merge again" in caught.value.remedy
