@@ -9,7 +9,7 @@ from data_prep.errors import ArenaError
 from factory import checks
 from factory.checks import check_device, check_recipe, check_recipes, device_faults
 from factory.devices import Devices, Gpu
-from factory.experiment import load_experiment, parse_experiment
+from factory.experiment import load_experiment, parse_experiment, read_yaml
 from factory.recipe import write_recipe
 from factory.step import STEPS
 
@@ -245,6 +245,42 @@ def test_what_goes_with_the_bits_stands(faults, monkeypatch, tmp_path, bits, key
         (tmp_path / f"zero{stage}.json").write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}', encoding="utf-8")
     for step in ("sft", "dpo_reward", "rm"):
         assert faults(step, experiment(quantization_bit=bits), **{key: value}) == {}
+
+
+@pytest.mark.slow
+def test_llamafactorys_own_parser_refuses_and_takes_the_same(faults, tmp_path, monkeypatch):
+    """What it refuses only with the model in memory (DoRA with bnb, ZeRO-3 with 8 bits) cannot be asked here."""
+    from llamafactory.hparams import get_train_args
+
+    monkeypatch.chdir(tmp_path)
+    refused = [
+        *((bits, "sft", {key: True}) for bits in (4, 8) for key in ("pissa_init", "resize_vocab", "fp8")),
+        *((bits, "rm", {"finetuning_type": "full"}) for bits in (4, 8)),
+        *((None, "sft", {key: True}) for key in ("use_galore", "use_apollo", "use_badam")),
+        *((None, "rm", {key: True}) for key in ("train_on_prompt", "mask_history", "load_best_model_at_end")),
+        (4, "sft", {"quantization_device_map": "auto"}),
+        (4, "sft", {"adapter_name_or_path": "saves/a,saves/b"}),
+        (4, "dpo_reward", {"ref_model_quantization_bit": 3}),
+        (None, "dpo_reward", {"pissa_init": True}),
+    ]
+    taken = [
+        (None, "sft", {"pissa_init": True}),
+        (None, "sft", {"resize_vocab": True}),
+        (None, "dpo_reward", {"pissa_init": True, "pref_loss": "orpo"}),
+        (8, "sft", {"use_rslora": True}),
+        (4, "sft", {"quantization_type": "fp4"}),
+    ]
+    for bits, step, values in refused + taken:
+        its = experiment(quantization_bit=bits)
+        lines = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in values.items()}
+        told = faults(step, its, **lines)
+        recipe = read_yaml(tmp_path / its.recipe(step)) | {"use_cpu": True}
+        assert bool(told) == ((bits, step, values) in refused), (told, values)
+        if told:
+            with pytest.raises((ValueError, AssertionError)):
+                get_train_args(recipe)
+        else:
+            get_train_args(recipe)
 
 
 def test_pissa_goes_without_bits_and_without_a_reference(faults):

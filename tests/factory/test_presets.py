@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from factory.checks import check_recipes
 from factory.experiment import load_experiment, read_yaml
@@ -9,6 +10,7 @@ from factory.memory import training_memory
 from factory.model_table import known_models
 from factory.new import render_experiment
 from factory.presets import PRESETS, write_preset
+from factory.recipe import render_recipe
 from factory.setup import setup_of
 from factory.shape import shape_of
 from factory.step import STEPS, TRAININGS
@@ -109,21 +111,27 @@ def test_every_preset_and_step_loads_in_llamafactorys_own_parser(tmp_path, monke
     names = {id: name for name, ids in SUPPORTED_MODELS.items() for id in ids.values()}
     seen = 0
     for preset in PRESETS:
-        its = load_experiment(preset.name, ROOT)
-        known = names[its.model]
-        assert its.template in THEIRS
-        assert its.template == DEFAULT_TEMPLATE.get(known) or known == "Phi-4-3.8B-instruct"
-        for step in STEPS.values():
-            recipe = read_yaml(ROOT / its.recipe(step.name))
-            if step.merges:
-                model, data, method, _ = get_infer_args(dict(recipe))
-                assert model.export_dir == recipe["export_dir"]
-                assert model.adapter_name_or_path == [recipe["adapter_name_or_path"]]
-            else:
-                model, data, training, method, _ = get_train_args(recipe | {"use_cpu": True})
-                assert (model.quantization_bit, training.bf16, method.lora_rank) == (4, True, recipe["lora_rank"])
-                assert data.dataset == [recipe["dataset"]] and data.cutoff_len == its.cutoff_len
-            assert (method.stage, data.template) == (recipe.get("stage", "sft"), its.template)
-            assert data.enable_thinking is recipe.get("enable_thinking", True)
-            seen += 1
-    assert seen == len(PRESETS) * len(STEPS)
+        known = names[preset.model]
+        for bits in (4, 8, None):
+            its = load_experiment(preset.name, ROOT).model_copy(update={"quantization_bit": bits})
+            assert its.template in THEIRS
+            assert its.template == DEFAULT_TEMPLATE.get(known) or known == "Phi-4-3.8B-instruct"
+            for step in STEPS.values():
+                recipe = OmegaConf.to_container(OmegaConf.create(render_recipe(its, step.name)))
+                if step.merges:
+                    model, data, method, _ = get_infer_args(dict(recipe))
+                    assert model.export_dir == recipe["export_dir"]
+                    assert model.adapter_name_or_path == [recipe["adapter_name_or_path"]]
+                    assert model.quantization_bit is None
+                else:
+                    model, data, training, method, _ = get_train_args(recipe | {"use_cpu": True})
+                    assert (model.quantization_bit, training.bf16, method.lora_rank) == (
+                        bits,
+                        True,
+                        recipe["lora_rank"],
+                    )
+                    assert data.dataset == [recipe["dataset"]] and data.cutoff_len == its.cutoff_len
+                assert (method.stage, data.template) == (recipe.get("stage", "sft"), its.template)
+                assert data.enable_thinking is recipe.get("enable_thinking", True)
+                seen += 1
+    assert seen == len(PRESETS) * len(STEPS) * 3
