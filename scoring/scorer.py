@@ -10,9 +10,8 @@ happen in different processes: `ScorerSpec` is what one tells the other.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from data_prep.battle import Battle
 from data_prep.budget import in_chunks
-from data_prep.chat_frame import load_frame
+from data_prep.chat_frame import ChatFrame, load_frame
 from data_prep.dataset import read_manifest
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import sha256_of
@@ -128,8 +127,7 @@ class _LabelScorer:
         self._judge = load_judge(experiment.merged_folder(stage))
         self.label_ids = self._judge.frame.label_ids
         self._engine: Any = None
-        exported = read_manifest(self._data)["frame"]
-        if json.loads(json.dumps(asdict(self._judge.frame))) != exported:
+        if ChatFrame.from_dict(read_manifest(self._data)["frame"]) != self._judge.frame:
             raise ArenaError(
                 "the data was exported for another tokenizer or chat template than this judge was trained with",
                 where=str(self._judge.folder),
