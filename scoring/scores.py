@@ -16,6 +16,7 @@ from scoring.row_store import ROW_FACTS, Facts
 # The first columns of every score table.
 COLUMNS = ROW_FACTS
 _BATCH = 512
+_AGAIN = "run prepare again"
 
 
 def exported_rows(data: Path, split: str, texts: str) -> Iterator[tuple[Facts, dict[str, Any]]]:
@@ -32,7 +33,10 @@ def exported_rows(data: Path, split: str, texts: str) -> Iterator[tuple[Facts, d
     with ParquetFile(data / "rows.parquet") as rows, ParquetFile(data / texts) as fed:
         beside = (text for batch in fed.iter_batches(batch_size=_BATCH) for text in batch.to_pylist())
         for batch in rows.iter_batches(batch_size=_BATCH, columns=columns):
-            for facts, text in zip(batch.to_pylist(), beside, strict=False):
+            for facts in batch.to_pylist():
+                text = next(beside, None)
+                if text is None:
+                    raise ArenaError("has fewer rows than rows.parquet", where=str(data / texts), remedy=_AGAIN)
                 if facts.pop("split") == split:
                     yield facts, text
 

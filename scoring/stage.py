@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.dataset import read_battles, read_manifest, truth_of
 from data_prep.errors import ArenaError, UsageError
-from data_prep.files import atomic_file, sha256_of, write_json
+from data_prep.files import atomic_file, sha256_of_table, write_json
 from data_prep.readers import VoteReader
 from factory.progress import duration, loss_curve
 from factory.step import STEPS, merge_of
@@ -130,7 +130,7 @@ def score_input(
     scorer = spec.scorer()
     VoteReader(path, labelled=False)  # a file that is none is told before the model is loaded
     base, target = _base(experiment, stage), f"input-{output.name}"
-    inputs = {"data": f"sha256:{sha256_of(path)}", "both_orders": wanted}
+    inputs = {"data": f"sha256:{sha256_of_table(path)}", "both_orders": wanted}
     with only_run(base / target), closing(_opened(spec, stage, options, show)) as executor:
         _tell_mismatch(report, executor, stage, show)
         job = open_job(
