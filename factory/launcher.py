@@ -18,6 +18,7 @@ from collections.abc import Mapping
 LIFELINE = "ARENA_FACTORY_LIFELINE"
 # Names accelerate's config file: then accelerate starts the workers instead of torchrun (FSDP).
 ACCELERATE_CONFIG = "ARENA_FACTORY_ACCELERATE"
+RAY_CORES = 10  # that LLaMA-Factory asks of Ray for each worker, whatever the machine has
 COMMANDS = ("train", "export", "chat", "api", "webchat", "webui", "env", "version", "help")
 _GRACE = 5.0  # seconds that descendants get to end by themselves
 
@@ -44,6 +45,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if get_current_device().type == "cpu":
         guard_worker()
+        if arguments[0] == "train" and use_ray():
+            _claim_a_bundle_a_worker()
     sys.argv = ["llamafactory-cli", *arguments]
     llamafactory_cli()
     return 0
@@ -133,6 +136,7 @@ def guard_worker() -> None:
     """Set right, in a process that is about to train, what would spoil the training without a word."""
     _keep_nf4_weights_as_they_are()
     _read_parts_in_the_order_of_their_names()
+    _read_checkpoints_of_numbered_cpus()
 
 
 def _keep_nf4_weights_as_they_are() -> None:
@@ -152,6 +156,23 @@ def _read_parts_in_the_order_of_their_names() -> None:
 
     if not isinstance(loader.os, _SortedListing):
         loader.os = _SortedListing()
+
+
+def _read_checkpoints_of_numbered_cpus() -> None:
+    # Where several processes train on CPUs their devices are called cpu:0, cpu:1, …; the trainer asks torch to read a
+    # checkpoint's optimizer to such a place, which torch does not know, so that no such run could be resumed.
+    from torch.serialization import register_package
+
+    register_package(9, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None)
+
+
+def _claim_a_bundle_a_worker() -> None:
+    # Without a GPU LLaMA-Factory takes every core for a device and claims ten cores for each of them, which no machine
+    # has: Ray would wait for them for ever. One bundle of ten for each ten cores is what its workers then use.
+    import llamafactory.train.tuner as tuner
+
+    claim = tuner.get_placement_group
+    tuner.get_placement_group = lambda cores: claim(max(cores // RAY_CORES, 1))
 
 
 class _SortedListing:

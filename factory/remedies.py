@@ -49,6 +49,16 @@ REMEDIES: tuple[Remedy, ...] = (
         "unset it, or set `model` in experiment.yaml to a local folder",
     ),
     _remedy(
+        r"ray\.util\.state.*(ServerUnavailable|API server)",
+        "LLaMA-Factory asks Ray's dashboard for the first node: install it there (`pip install ray[default]`), or "
+        "write master_addr, that node's address, into the recipe",
+    ),
+    _remedy(
+        r"RayActorError|ActorDiedError|ActorUnavailableError|WorkerCrashedError|The actor died",
+        "a Ray worker ended without a word, most likely killed for lack of memory (see `dmesg` on its node); --resume "
+        "goes on from the last checkpoint",
+    ),
+    _remedy(
         r"couldn't connect to|MaxRetryError|ConnectionError|ConnectError|ReadTimeout|Name or service not known"
         r"|Temporary failure in name resolution|LocalEntryNotFound|Network is unreachable",
         "the hub cannot be reached: check the network or HF_ENDPOINT, or download the model elsewhere and set "
