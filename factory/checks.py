@@ -222,6 +222,11 @@ _TRAIN_RULES = (
         "streaming needs max_steps",
     ),
     _Rule(
+        "dataloader_num_workers",
+        lambda v: v["streaming"] and v["dataloader_num_workers"] < 1,
+        "streams nothing at all: LLaMA-Factory shares a local file out among the loader's processes; write 1 or more",
+    ),
+    _Rule(
         "max_samples",
         lambda v: v["streaming"] and v["max_samples"] is not None,
         "is incompatible with streaming",

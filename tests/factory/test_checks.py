@@ -408,3 +408,13 @@ def test_the_check_is_quick_and_imports_nothing_heavy():
     loaded, seconds = done.stdout.rsplit(" ", 1)
     assert loaded == "[]"
     assert float(seconds) < 5
+
+
+def test_a_stream_needs_steps_and_somebody_who_reads_it(faults):
+    found = faults(streaming="true", max_steps="-1", dataloader_num_workers="0")
+    assert found["max_steps"] == "-1 streaming needs max_steps"
+    assert (
+        "streams nothing at all" in found["dataloader_num_workers"]
+        and "write 1 or more" in found["dataloader_num_workers"]
+    )
+    assert faults(streaming="true", max_steps="100", dataloader_num_workers="2") == {}
