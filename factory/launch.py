@@ -26,7 +26,6 @@ from factory.launcher import ACCELERATE_CONFIG, RAY_CORES
 Engine = Literal["auto", "ddp", "zero2", "zero3", "fsdp", "ray"]
 CONFIGS = Path("templates") / "distributed"
 _TRUE = ("true", "y", "1")  # as LLaMA-Factory reads switches
-_HERE = "127.0.0.1"
 _PLACE_OF_NODES = ("MASTER_ADDR", "MASTER_PORT")
 
 
@@ -155,11 +154,9 @@ def _ray_options(recipe: Mapping[str, Any], given: Mapping[str, str]) -> tuple[s
     workers = recipe.get("ray_num_workers") or int(given.get("NPROC_PER_NODE", "0")) or _gpus() or 1
     options = [] if recipe.get("ray_num_workers") else [f"ray_num_workers={workers}"]
     if not recipe.get("ray_init_kwargs") and "RAY_ADDRESS" not in given:
-        claim: dict[str, Any] = {"num_cpus": RAY_CORES * max(workers, _gpus()), "_node_ip_address": _HERE}
+        claim: dict[str, Any] = {"num_cpus": RAY_CORES * max(workers, _gpus()), "include_dashboard": False}
         claim["runtime_env"] = {"worker_process_setup_hook": "factory.launcher.guard_worker"}
         options.append(f"ray_init_kwargs={json.dumps(claim)}")
-        # Without it LLaMA-Factory asks Ray's dashboard, which is not part of the locked ray.
-        options += [] if recipe.get("master_addr") else [f"master_addr={_HERE}"]
     return tuple(options)
 
 

@@ -45,8 +45,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if get_current_device().type == "cpu":
         guard_worker()
-        if arguments[0] == "train" and use_ray():
-            _claim_a_bundle_a_worker()
+    if arguments[0] == "train" and use_ray():
+        _mend_ray(on_cpus=get_current_device().type == "cpu")
     sys.argv = ["llamafactory-cli", *arguments]
     llamafactory_cli()
     return 0
@@ -166,13 +166,22 @@ def _read_checkpoints_of_numbered_cpus() -> None:
     register_package(9, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None)
 
 
-def _claim_a_bundle_a_worker() -> None:
-    # Without a GPU LLaMA-Factory takes every core for a device and claims ten cores for each of them, which no machine
-    # has: Ray would wait for them for ever. One bundle of ten for each ten cores is what its workers then use.
+def _mend_ray(*, on_cpus: bool) -> None:
+    """Let LLaMA-Factory find Ray's first node without Ray's dashboard, and on CPUs claim what there is."""
     import llamafactory.train.tuner as tuner
 
-    claim = tuner.get_placement_group
-    tuner.get_placement_group = lambda cores: claim(max(cores // RAY_CORES, 1))
+    def head() -> str:
+        import ray
+
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        return next(node["NodeManagerAddress"] for node in nodes if "node:__internal_head__" in node["Resources"])
+
+    tuner.get_ray_head_node_ip = head
+    if on_cpus:
+        # Every core counts as a device there, and ten cores are claimed for each device, which no machine has: Ray
+        # would wait for them for ever. One bundle for each ten cores is what the workers then use.
+        claim = tuner.get_placement_group
+        tuner.get_placement_group = lambda cores: claim(max(cores // RAY_CORES, 1))
 
 
 class _SortedListing:

@@ -49,11 +49,6 @@ REMEDIES: tuple[Remedy, ...] = (
         "unset it, or set `model` in experiment.yaml to a local folder",
     ),
     _remedy(
-        r"ray\.util\.state.*(ServerUnavailable|API server)",
-        "LLaMA-Factory asks Ray's dashboard for the first node: install it there (`pip install ray[default]`), or "
-        "write master_addr, that node's address, into the recipe",
-    ),
-    _remedy(
         r"RayActorError|ActorDiedError|ActorUnavailableError|WorkerCrashedError|The actor died",
         "a Ray worker ended without a word, most likely killed for lack of memory (see `dmesg` on its node); --resume "
         "goes on from the last checkpoint",

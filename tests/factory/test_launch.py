@@ -85,7 +85,6 @@ def test_ray_is_told_of_the_cores_that_llamafactory_asks_for():
     assert made.environment == {"USE_RAY": "1"} and made.options[0] == "ray_num_workers=2"
     claim = json.loads(made.options[1].removeprefix("ray_init_kwargs="))
     assert claim["num_cpus"] == 20, "ten a worker"
-    assert claim["_node_ip_address"] == "127.0.0.1" and made.options[2] == "master_addr=127.0.0.1"
     assert claim["runtime_env"]["worker_process_setup_hook"] == "factory.launcher.guard_worker"
     assert plan("ray", {**RECIPE, "ray_num_workers": 4, "ray_init_kwargs": {}}, RAY_ADDRESS="auto").options == ()
 
