@@ -421,6 +421,49 @@ def export(
     click.echo(json.dumps(manifest, indent=2) if as_json else f"{file_format}: {manifest['output']}")
 
 
+@cli.command()
+@experiment_option
+@click.option("--stage", type=click.Choice(TRAININGS), help="The stage to watch [the one that runs].")
+@click.option("--terminal", is_flag=True, help="Here instead of in a browser, until the run ends.")
+@click.option("--once", is_flag=True, help="Print how far the run is, and end.")
+@click.option("--tensorboard", is_flag=True, help="TensorBoard instead of our own page.")
+@click.option(
+    "--score", type=click.IntRange(0), default=0, metavar="ROWS", help="Ask every checkpoint about ROWS battles, too."
+)
+@host_option
+@port_option
+@open_option
+@json_option
+@verbose_option
+def watch(
+    experiment: str,
+    stage: str | None,
+    terminal: bool,
+    once: bool,
+    tensorboard: bool,
+    score: int,
+    host: str,
+    port: int | None,
+    no_open: bool,
+    as_json: bool,
+) -> None:
+    """Watch a run of the command line: progress, losses, and its log loss beside what a judge must beat."""
+    from factory.board import serve_tensorboard
+    from scoring.watching import Watcher, follow, in_words, serve_watch_page, stage_to_watch
+
+    exp, show = _start(experiment)
+    if tensorboard:
+        serve_tensorboard(exp, host, port, open_browser=not no_open, show=show)
+        return
+    stage = stage_to_watch(exp, stage)
+    if not (once or terminal or as_json):
+        serve_watch_page(exp, stage, score, host, port, open_browser=not no_open, show=show)
+        return
+    watcher = Watcher(exp, stage, score)
+    seen = watcher.finish().look() if once or as_json else follow(watcher.start(), show)
+    click.echo(json.dumps(seen.to_json(), indent=2) if as_json else "\n".join([*in_words(seen), *watcher.faults]))
+
+
 def _start(name: str):
     """Load the experiment and open the place where progress is shown."""
     from factory.experiment import load_experiment

@@ -14,7 +14,6 @@ import re
 import socket
 import sys
 import webbrowser
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ DATA = Path("data")
 RUN_CONFIG, RUN_LOG = "llamaboard_config.yaml", "running_log.txt"  # as LLaMA-Factory calls them
 _LOG_TAIL = 60_000  # bytes of train.log; the page shows the last 20,000 characters
 _BAR = re.compile(r"\d+%\|.*\|")  # a progress bar: hundreds of lines that say nothing afterwards
+_LISTENING = ("Running on local URL:", "(Press CTRL+C to quit)")  # what Gradio and TensorBoard say then
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 FIRST_PORT = 7860  # Gradio's
 
@@ -145,11 +145,18 @@ def publish_run(experiment: Experiment, stage: str, model: BoardModel) -> None:
         _write_yaml(adapter / RUN_CONFIG, configuration(experiment, stage, model).values)
     log = experiment.output_folder(stage) / "train.log"
     if log.is_file():
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _LOG_TAIL))
-            lines = clean_lines(file.read().decode("utf-8", "replace"))
         with atomic_file(adapter / RUN_LOG) as file:
-            file.write("\n".join(line for line in lines if line.strip() and not _BAR.search(line)) + "\n")
+            file.write("\n".join(log_lines(log)) + "\n")
+
+
+def log_lines(log: Path) -> list[str]:
+    """Return the last lines of a run's log without colours and progress bars, none if it is not there."""
+    if not log.is_file():
+        return []
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _LOG_TAIL))
+        lines = clean_lines(file.read().decode("utf-8", "replace"))
+    return [line for line in lines if line.strip() and not _BAR.search(line)]
 
 
 def free_port(host: str, wanted: int | None = None) -> int:
@@ -182,45 +189,69 @@ def exposure(host: str) -> str | None:
 
 def serve_board(place: BoardPlace, host: str, port: int | None, *, open_browser: bool, show: Show) -> None:
     """Serve LLaMA Board in the current folder until Ctrl-C, and say what is in it."""
-    port = free_port(host, port)
-    for note in [*place.notes, exposure(host)]:
-        if note:
-            show.note(note)
+    for note in place.notes:
+        show.note(note)
     show.note(
         f"board: {len(place.configs)} configurations in {CONFIGS}/: choose one at 'Config path', then Load, Start"
     )
-    show.note("board: starting LLaMA Board (half a minute)")
-
-    def ready(url: str) -> None:
-        show.note(f"board: {url}   (Ctrl-C ends it and a training that it started)")
-        if open_browser:
-            webbrowser.open(url)
-
-    command = [sys.executable, "-m", "factory.webui", "--host", host, "--port", str(port)]
-    serve(command, "LLaMA Board", CACHE / "board.log", ready)
-    show.note(f"board: ended; its log is {CACHE / 'board.log'}, what it trained lies under saves/")
+    serve_page("factory.webui", [], "board", CACHE / "board.log", host, port, open_browser=open_browser, show=show)
+    show.note("what was trained there lies under saves/; a training that was at work there ended with the page")
 
 
-def serve(command: list[str], what: str, log: Path, ready: Callable[[str], None]) -> None:
-    """Run a page's server until Ctrl-C or its end; `ready(url)` is called when it listens.
+def serve_tensorboard(experiment: Experiment, host: str, port: int | None, *, open_browser: bool, show: Show) -> None:
+    """Serve TensorBoard over every run on an experiment's base model until Ctrl-C."""
+    folder = experiment.adapter_folder("sft").parent
+    if not any(folder.glob("*/runs/*/events.*")):
+        raise ArenaError(
+            "no run here wrote anything for TensorBoard",
+            where=str(folder),
+            remedy=f"train first, with report_to: tensorboard in the recipe: python run.py sft -e {experiment.name}",
+        )
+    arguments = ["--logdir", str(folder), "--reload_interval", "5"]
+    log = CACHE / "tensorboard.log"
+    serve_page("tensorboard.main", arguments, "tensorboard", log, host, port, open_browser=open_browser, show=show)
 
-    Raises ArenaError if it ends by itself with an error.
+
+def serve_page(
+    module: str,
+    arguments: list[str],
+    label: str,
+    log: Path,
+    host: str,
+    port: int | None,
+    *,
+    open_browser: bool,
+    show: Show,
+) -> None:
+    """Run a module that serves a page, as a watched child, until Ctrl-C or its own end.
+
+    Its address is told when it listens, and opened in a browser where asked. Raises ArenaError if the module ends
+    with an error, UsageError for an address that cannot be listened on.
     """
     from factory.child import Watch, run_child
 
+    port = free_port(host, port)
+    if warning := exposure(host):
+        show.note(warning)
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/"
+    show.note(f"{label}: starting (up to half a minute)")
     told = False
 
     def read(line: str) -> None:
         nonlocal told
-        if not told and "Running on local URL:" in line:
+        if not told and any(sign in line for sign in _LISTENING):
             told = True
-            ready(line.split("Running on local URL:")[1].strip())
+            show.note(f"{label}: {url}   (Ctrl-C ends it)")
+            if open_browser:
+                webbrowser.open(url)
 
+    command = [sys.executable, "-m", module, *arguments, "--host", host, "--port", str(port)]
     try:
-        run_child(command, log, what=what, watch=Watch(on_line=read), interrupted_remedy="")
+        run_child(command, log, what=label, watch=Watch(on_line=read), interrupted_remedy="")
     except ArenaError as error:
         if "was interrupted" not in error.what:  # Ctrl-C is how one leaves a page
             raise
+    show.note(f"{label}: ended; its log is {log}")
 
 
 def _save_config(experiment: Experiment, stage: str, place: BoardPlace) -> Path:

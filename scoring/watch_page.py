@@ -1,0 +1,123 @@
+"""The watch page: a run of the command line in the browser, drawn by LLaMA-Factory's own readers (Gradio).
+
+`python -m scoring.watch_page --experiment demo --stage sft --port 7860`; `run.py watch` starts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from factory.board import log_lines
+from factory.experiment import load_experiment
+from factory.launcher import follow_parent
+from scoring.watching import RUNG_NAMES, Look, Watcher, in_words
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_TICK = 2.0  # seconds between two looks
+_LOG_LINES = 40
+
+
+def main(arguments: list[str]) -> int:
+    """Serve the page until the process is ended."""
+    follow_parent()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--experiment", required=True)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--score", type=int, default=0)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    options = parser.parse_args(arguments)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from llamafactory.extras.misc import fix_proxy
+
+    fix_proxy()
+    experiment = load_experiment(options.experiment)
+    watcher = Watcher(experiment, options.stage, options.score).start()
+    log = experiment.output_folder(options.stage) / "train.log"
+    page = build(watcher, experiment.adapter_folder(options.stage), log)
+    page.queue().launch(server_name=options.host, server_port=options.port, share=False, inbrowser=False)
+    return 0
+
+
+def build(watcher: Watcher, adapter: Path, log: Path) -> Any:
+    """Return the page (gradio.Blocks), which looks anew every two seconds; an unchanged chart is not drawn again."""
+    import gradio as gr
+
+    seen = watcher.look()
+    # Fonts of the reader's own system: the page asks nobody on the internet for any.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    with gr.Blocks(title=f"{seen.experiment} {seen.stage}", theme=theme) as page:
+        drawn = gr.State(None)
+        gr.Markdown(f"## {seen.experiment} / {seen.stage}")
+        words = gr.Markdown(elem_id="words")
+        progress = gr.Slider(0, 100, visible=False, interactive=False)
+        with gr.Row():
+            losses = gr.Plot(label="Training loss", elem_id="losses")
+            ladder = gr.Plot(label="Validation log loss and what it must beat", elem_id="ladder")
+        with gr.Accordion("The end of train.log", open=False):
+            tail = gr.Code(interactive=False, language=None)
+        shown = [drawn, words, progress, losses, ladder, tail]
+
+        def update(before: Any) -> list[Any]:
+            return _update(watcher, adapter, log, before)
+
+        page.load(update, [drawn], shown, show_progress="hidden")
+        gr.Timer(_TICK).tick(update, [drawn], shown, show_progress="hidden")
+    return page
+
+
+def _update(watcher: Watcher, adapter: Path, log: Path, before: Any) -> list[Any]:
+    import gradio as gr
+    from llamafactory.webui.control import get_trainer_info
+
+    seen = watcher.look()
+    now = (len(seen.curve), len(seen.measured), bool(seen.ladder), seen.point and seen.point.step)
+    progress, chart = gr.skip(), gr.skip()
+    try:
+        _, progress, info = get_trainer_info("en", str(adapter), True)
+        chart = info.get("loss_viewer", gr.skip())
+    except ValueError:  # the trainer is in the middle of a line: the next look has it
+        now = before
+    changed = now != before
+    return [
+        now,
+        "\n\n".join([*in_words(seen), *watcher.faults]),
+        progress,
+        chart if changed else gr.skip(),
+        gr.Plot(ladder_plot(seen)) if changed else gr.skip(),
+        "\n".join(log_lines(log)[-_LOG_LINES:]),
+    ]
+
+
+def ladder_plot(seen: Look) -> Figure:
+    """Draw the log losses of evaluations (upper bounds) and checkpoints (measured) over the baselines' lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    for name, loss in (seen.ladder or {}).items():
+        axes.axhline(loss, linestyle="--", linewidth=1, color="#2a7f3f" if name == "bayes" else "#8a8a8a")
+        axes.annotate(f"{RUNG_NAMES[name]} {loss:.4f}", (1.01, loss), xycoords=("axes fraction", "data"), va="center")
+    bounds = [(each.step, each.log_loss) for each in seen.evaluations if each.log_loss is not None]
+    if bounds:
+        axes.plot(*zip(*bounds, strict=True), "v-", color="#1f77b4", label="at most, from the evaluation loss")
+    if seen.measured:
+        points = [(each.step, each.log_loss) for each in seen.measured]
+        label = f"measured on {seen.measured[-1].rows} validation battles"
+        axes.plot(*zip(*points, strict=True), "o-", color="#d62728", label=label)
+    axes.set_xlim(0, seen.point.total if seen.point else 1)
+    axes.set_xlabel("step")
+    axes.set_ylabel("log loss")
+    if bounds or seen.measured:
+        axes.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

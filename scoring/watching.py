@@ -1,0 +1,354 @@
+"""Watching a run: what its own files tell while it trains, beside what a judge must beat.
+
+An SFT run's evaluation loss is not the competition's log loss. It is the mean over the answer's tokens (the label and
+what closes the turn) of −log p over the whole vocabulary. A row's label costs at most the sum over its tokens, and
+−log p of the label among the three labels is at most that among all tokens, so
+
+    log loss  <=  evaluation loss x tokens of an answer
+
+on the same rows in the same order (A first), without calibration. The bound is nearly met once the judge has learned
+the form of an answer. A measured figure comes from `CheckpointScorer`: the checkpoint itself, asked for its labels.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_prep.battle import PROBABILITY_COLUMNS
+from data_prep.chat_frame import ChatFrame, load_frame
+from data_prep.dataset import read_battles, read_manifest, truth_of
+from data_prep.errors import ArenaError, UsageError
+from data_prep.prompt import JudgePrompt
+from factory.board import serve_page
+from factory.experiment import Experiment, read_yaml
+from factory.inputs import names
+from factory.progress import LogPoint, Show, TrainerLog, describe, duration, loss_curve, seconds_left
+from factory.state import last_checkpoint
+from factory.step import STEPS, TRAININGS
+from factory.survey import running_stages, stage_view
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RUNG_NAMES = {
+    "uniform": "uniform, 1/3 each",
+    "prior": "class prior",
+    "length": "length features",
+    "tfidf": "TF-IDF",
+    "bayes": "Bayes: the best possible",
+}
+COIN = 0.6931  # −log 1/2: what a pair of responses costs a judge that throws a coin
+# With any of these the evaluation loss is another quantity, and the bound does not hold.
+_OTHER_LOSS = (
+    *("label_smoothing_factor", "train_on_prompt", "packing", "neat_packing", "use_dft_loss", "use_asft_loss"),
+    *("use_eaft_loss", "max_samples", "val_size"),
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation in the middle of a run. `log_loss` is an upper bound on the validation fold, None without one."""
+
+    step: int
+    eval_loss: float
+    log_loss: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A checkpoint's log loss (plain softmax, A first) on `rows` validation battles, and the ladder on these rows."""
+
+    step: int
+    log_loss: float
+    rows: int
+    ladder: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a run shows at one moment; `seconds_left` is None while nobody can tell."""
+
+    experiment: str
+    stage: str
+    state: str
+    detail: str
+    next: str
+    point: LogPoint | None
+    seconds_left: float | None
+    curve: list[dict[str, float | None]]
+    evaluations: list[Evaluation]
+    why_no_log_loss: str | None
+    measured: list[Measured] = field(default_factory=list)
+    ladder: dict[str, float] | None = None
+
+    @property
+    def at_work(self) -> bool:
+        """Whether a run of this machine is training, merging or scoring."""
+        return self.state in ("training", "merging", "scoring")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def stage_to_watch(experiment: Experiment, stage: str | None) -> str:
+    """Return `stage`, or the only one that runs; raises UsageError where there is none or more than one."""
+    if stage:
+        return stage
+    running = running_stages(experiment)
+    if len(running) == 1:
+        return running[0]
+    what = f"{' and '.join(running)} run" if running else "no stage of this experiment runs now"
+    remedy = f"python run.py watch -e {experiment.name} --stage {running[0] if running else TRAININGS[0]}"
+    raise UsageError(what, where=experiment.name, remedy=remedy)
+
+
+def look(experiment: Experiment, stage: str) -> Look:
+    """Return what the files of a run tell now; nothing is loaded and nothing locked."""
+    view = stage_view(experiment, stage)
+    path = experiment.adapter_folder(stage) / "trainer_log.jsonl"
+    points, curve = TrainerLog(path).read_new(), loss_curve(path)
+    tokens, why = answer_tokens(experiment, stage)
+    evaluations = [
+        Evaluation(int(row["step"]), row["eval_loss"], row["eval_loss"] * tokens if tokens else None)
+        for row in curve
+        if row["eval_loss"] is not None
+    ]
+    point = points[-1] if points else None
+    left = seconds_left(point) if point and view.state == "training" else None
+    return Look(experiment.name, stage, view.state, view.detail, view.next, point, left, curve, evaluations, why)
+
+
+def answer_tokens(experiment: Experiment, stage: str) -> tuple[int | None, str | None]:
+    """Return the tokens of an answer where the bound holds, else None and why it does not."""
+    if stage != "sft":
+        return None, f"the loss of {stage} is that of pairs (a coin has {COIN}); its log loss is measured by scoring"
+    path = experiment.recipe(stage)
+    if not path.is_file():
+        return None, f"{path} is not there"
+    recipe = read_yaml(path)
+    changed = [key for key in _OTHER_LOSS if recipe.get(key)]
+    if changed:
+        return None, f"with {', '.join(changed)} the evaluation loss says nothing about the log loss"
+    if names(recipe.get("eval_dataset")) != [f"{experiment.name}_sft_valid"]:
+        return None, f"{path} does not evaluate on the validation fold"
+    try:
+        return ChatFrame.from_dict(read_manifest(experiment.data_folder)["frame"]).answer_len, None
+    except ArenaError as error:
+        return None, str(error).splitlines()[0]
+
+
+class Ladder:
+    """The baselines on the validation fold: made once from the training rows, then read off for any of its rows."""
+
+    def __init__(self, experiment: Experiment):
+        """Fit the baselines; seconds for thousands of battles, up to a minute for 60,000."""
+        from scoring.baselines import baseline_ladder
+        from scoring.metrics import row_losses, verdict_codes
+        from scoring.stage import texts
+
+        data = experiment.data_folder
+        valid = texts(data, "valid")
+        truth = verdict_codes(valid["verdict"])
+        self.ids = list(valid["id"])
+        found = baseline_ladder(texts(data, "train"), valid, experiment.seed)
+        self._losses = {name: row_losses(shares, truth) for name, shares in found.items()}
+        known = truth_of(data)
+        if known is not None:
+            self._losses["bayes"] = row_losses(_in_order(known, self.ids), truth)
+
+    def at(self, ids: list[str] | None = None) -> dict[str, float]:
+        """Return the log loss of each rung on some validation rows, or on all of them."""
+        places = range(len(self.ids))
+        if ids is not None:
+            place = {name: number for number, name in enumerate(self.ids)}
+            places = [place[name] for name in ids]
+        return {name: float(losses[list(places)].mean()) for name, losses in self._losses.items()}
+
+
+def _in_order(known: pd.DataFrame, ids: list[str]) -> np.ndarray:
+    return known.set_index("id").loc[ids, list(PROBABILITY_COLUMNS)].to_numpy()
+
+
+class CheckpointScorer:
+    """Asks a run's newest checkpoint about some validation battles, on its base as it was trained.
+
+    A second copy of the model: on a GPU it shares the training's memory.
+    """
+
+    def __init__(self, experiment: Experiment, stage: str, rows: int):
+        """Choose the rows, the same for every checkpoint; raises UsageError for a stage without labels."""
+        if STEPS[stage].data == "dpo_reward":
+            raise UsageError(f"{stage} has rewards and no labels", remedy="leave --score out: scoring fits their link")
+        self._experiment, self._stage = experiment, stage
+        manifest = read_manifest(experiment.data_folder)
+        frame, tokenizer = load_frame(experiment)
+        source = (experiment.data_folder / "judge_prompt.j2").read_text(encoding="utf-8")
+        prompt = JudgePrompt(source, experiment.labels, where="judge_prompt.j2")
+        battles = read_battles(experiment.data_folder, "valid")
+        chosen = np.sort(np.random.default_rng(experiment.seed).permutation(len(battles))[:rows])
+        picked = [battles[i] for i in chosen]
+        self.ids = [battle.id for battle, _ in picked]
+        self._verdicts = [battle.verdict for battle, _ in picked]
+        self._label_ids = tuple(manifest["frame"]["label_ids"])
+        wrapped = [frame.wrap(prompt.message(battle, dropped)) for battle, dropped in picked]
+        encoded = tokenizer.encode_batch_fast(wrapped, add_special_tokens=False)
+        self._sequences = [frame.surround(each.ids) for each in encoded]
+        self._done: set[Path] = set()
+
+    def newest(self, ladder: Ladder) -> Measured | None:
+        """Score the last whole checkpoint if it was not scored yet; raises ArenaError if it cannot be loaded."""
+        checkpoint = last_checkpoint(self._experiment.adapter_folder(self._stage))
+        if checkpoint is None or checkpoint in self._done:
+            return None
+        self._done.add(checkpoint)
+        step = int(checkpoint.name.rsplit("-", 1)[1])
+        return Measured(step, self.log_loss(checkpoint), len(self.ids), ladder.at(self.ids))
+
+    def log_loss(self, adapter: Path) -> float:
+        """Return the log loss of an adapter's folder on the chosen rows."""
+        from scoring.adapters import trained_adapter
+        from scoring.engine import device_name, score_labels
+        from scoring.links import log_softmax
+        from scoring.metrics import log_loss, verdict_codes
+
+        model = replace(trained_adapter(self._experiment, self._stage), folder=adapter).load(device_name())
+        logits = score_labels(model, self._sequences, self._label_ids)
+        return log_loss(np.exp(log_softmax(logits)), verdict_codes(self._verdicts))
+
+
+class Watcher:
+    """Looks at a run again and again; the ladder and the checkpoints' scores follow from a thread behind it."""
+
+    def __init__(self, experiment: Experiment, stage: str, score_rows: int = 0):
+        self._experiment, self._stage, self._rows = experiment, stage, score_rows
+        self.ladder: Ladder | None = None
+        self.measured: list[Measured] = []
+        self.faults: list[str] = []
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> Watcher:
+        """Begin the work behind; the thread ends with the process."""
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+        return self
+
+    def finish(self) -> Watcher:
+        """Do that work now, once."""
+        self._prepare()
+        return self
+
+    def look(self) -> Look:
+        """Return the run as it is now, with what the thread has found out."""
+        seen = look(self._experiment, self._stage)
+        return replace(seen, measured=list(self.measured), ladder=self.ladder.at() if self.ladder else None)
+
+    def _prepare(self) -> CheckpointScorer | None:
+        try:
+            self.ladder = Ladder(self._experiment)
+            scorer = CheckpointScorer(self._experiment, self._stage, self._rows) if self._rows else None
+            self._score(scorer)
+        except (ArenaError, OSError) as error:
+            self.faults.append(str(error))
+            return None
+        return scorer
+
+    def _score(self, scorer: CheckpointScorer | None) -> None:
+        if scorer and self.ladder and (found := scorer.newest(self.ladder)):
+            self.measured.append(found)
+
+    def _work(self) -> None:
+        scorer = self._prepare()
+        while scorer:
+            try:
+                self._score(scorer)
+            except (ArenaError, OSError) as error:  # a checkpoint that the trainer removed while it was read
+                self.faults.append(str(error))
+            time.sleep(2)
+
+
+def serve_watch_page(
+    experiment: Experiment, stage: str, score_rows: int, host: str, port: int | None, *, open_browser: bool, show: Show
+) -> None:
+    """Serve the watch page of one stage until Ctrl-C."""
+    label = f"watch {experiment.name} {stage}"
+    arguments = ["--experiment", experiment.name, "--stage", stage, "--score", str(score_rows)]
+    log = experiment.output_folder(stage).with_name(f"{stage}_watch.log")
+    serve_page("scoring.watch_page", arguments, label, log, host, port, open_browser=open_browser, show=show)
+
+
+def follow(watcher: Watcher, show: Show, *, pause: float = 1.0) -> Look:
+    """Show a run in the terminal until it is not at work any more; return the last look."""
+    seen = watcher.look()
+    told: set[tuple] = set()
+    with show.line(f"{seen.experiment} {seen.stage}") as line:
+        while True:
+            line.phase(seen.state)
+            if seen.point:
+                line.point(_last_loss(seen))
+            for key, sentence in sentences(seen):
+                # An evaluation waits for the ladder that it is told beside.
+                if key not in told and (seen.ladder or watcher.faults or not seen.at_work):
+                    told.add(key)
+                    show.note(sentence)
+            for fault in watcher.faults[:]:
+                if ("fault", fault) not in told:
+                    told.add(("fault", fault))
+                    show.note(fault)
+            if not seen.at_work:
+                return seen
+            time.sleep(pause)
+            seen = watcher.look()
+
+
+def _last_loss(seen: Look) -> LogPoint:
+    """Return the newest point; that of an evaluation gets the loss that was logged last."""
+    losses = [row for row in seen.curve if row["loss"] is not None]
+    if seen.point.loss is not None or not losses:
+        return seen.point
+    return replace(seen.point, loss=losses[-1]["loss"], lr=losses[-1]["lr"])
+
+
+def sentences(seen: Look) -> list[tuple[tuple, str]]:
+    """Return one sentence for every evaluation and scored checkpoint, each with a key to tell it once."""
+    found: list[tuple[tuple, str]] = []
+    for each in seen.evaluations:
+        text = f"step {each.step}: evaluation loss {each.eval_loss:.4f}"
+        if each.log_loss is not None:
+            text += f", so a log loss of at most {each.log_loss:.4f}{_beside(seen.ladder)}"
+        found.append((("evaluation", each.step), text))
+    for each in seen.measured:
+        text = f"checkpoint {each.step}: log loss {each.log_loss:.4f} on {each.rows} validation battles"
+        found.append((("measured", each.step), text + _beside(each.ladder)))
+    return sorted(found, key=lambda item: item[0][1])
+
+
+def _beside(ladder: dict[str, float] | None) -> str:
+    if not ladder:
+        return ""
+    return " (" + ", ".join(f"{RUNG_NAMES[name]} {loss:.4f}" for name, loss in ladder.items()) + ")"
+
+
+def in_words(seen: Look) -> list[str]:
+    """Return a run as lines: how far it is, its losses, the ladder, and the command that comes next."""
+    lines = [f"{seen.experiment} {seen.stage}: {seen.state} {seen.detail}".rstrip()]
+    if seen.point:
+        left = f"  {duration(seen.seconds_left)} left" if seen.seconds_left is not None else ""
+        losses = describe(replace(_last_loss(seen), elapsed=None))
+        lines.append(f"step {seen.point.step}/{seen.point.total}  {losses}{left}")
+    lines += [sentence for _, sentence in sentences(seen)]
+    if seen.why_no_log_loss:
+        lines.append(f"no log loss yet: {seen.why_no_log_loss}")
+    elif not seen.evaluations and not seen.measured:
+        lines.append("no evaluation yet: set eval_strategy: steps in the recipe, or ask checkpoints with --score 200")
+    if seen.ladder:
+        lines.append("to beat:" + _beside(seen.ladder)[1:].replace("(", " ").rstrip(")"))
+    if seen.next and not seen.at_work:
+        lines.append(f"next: {seen.next}")
+    return lines

@@ -1,0 +1,116 @@
+import json
+import socket
+
+import pytest
+import yaml
+
+from data_prep.errors import ArenaError, UsageError
+from factory.board import exposure, free_port, lay_out, log_lines, publish_run, serve_page, serve_tensorboard
+from factory.experiment import load_experiment
+from factory.progress import Show
+
+
+@pytest.fixture
+def place(workplace):
+    folder = workplace / "factory_configs" / "exam"
+    folder.mkdir(parents=True)
+    (folder / "experiment.yaml").write_text("model: models/tiny\ntemplate: qwen3_nothink\ncutoff_len: 512\n")
+    return workplace
+
+
+def trained(experiment, stage="sft"):
+    adapter, output = experiment.adapter_folder(stage), experiment.output_folder(stage)
+    adapter.mkdir(parents=True)
+    output.mkdir(parents=True)
+    lines = [
+        "\x1b[32m***** Running training *****\x1b[0m",
+        " 10%|█         | 4/40 [00:01<00:10,  3.5it/s]",
+        "{'loss': 1.0}",
+    ]
+    (output / "train.log").write_text("\n".join(lines))
+    return adapter
+
+
+def test_the_folder_holds_what_the_page_reads(place):
+    exam = load_experiment("exam")
+    adapter, judge = trained(exam), trained(exam, "dpo_judge")
+    exam.data_folder.mkdir(parents=True)
+    (exam.data_folder / "manifest.json").write_text("{}")
+    entry = {"file_name": "sft_train.jsonl", "formatting": "sharegpt"}
+    (exam.data_folder / "dataset_info.json").write_text(json.dumps({"exam_sft_train": entry}))
+    (place / "data" / "dataset_info.json").write_text(json.dumps({"theirs": {"file_name": "x.json"}}))
+    (place / "llamaboard_config").mkdir()
+    (place / "llamaboard_config" / "mine.yaml").write_text("a: 1\n")
+    board = lay_out()
+    assert [path.name for path in board.configs] == [f"exam_{s}.yaml" for s in ("sft", "dpo_judge", "dpo_reward", "rm")]
+    assert yaml.safe_load(board.configs[0].read_text())["train.dataset"] == ["exam_sft_train"]
+    assert (place / "llamaboard_config" / "mine.yaml").read_text() == "a: 1\n"
+    listed = json.loads((place / "data" / "dataset_info.json").read_text())
+    assert listed == {
+        "theirs": {"file_name": "x.json"},
+        "exam_sft_train": {**entry, "file_name": "exam/sft_train.jsonl"},
+    }
+    assert yaml.safe_load((adapter / "llamaboard_config.yaml").read_text())["top.model_name"] == "tiny"
+    assert (adapter / "running_log.txt").read_text() == "***** Running training *****\n{'loss': 1.0}\n"
+    link = place / "saves" / "exam_sft_merged" / "lora" / judge.name
+    assert link.is_symlink() and link.resolve() == judge.resolve(), "offered on the base that it was trained on"
+    assert yaml.safe_load((place / "llamaboard_cache" / "user_config.yaml").read_text())["last_model"] == "tiny"
+    assert board.notes == []
+
+
+def test_a_second_time_nothing_of_the_user_is_overwritten(place):
+    adapter = trained(load_experiment("exam"))
+    lay_out()
+    (adapter / "llamaboard_config.yaml").write_text("top.model_name: own\n")
+    (place / "llamaboard_cache").mkdir(exist_ok=True)
+    (place / "llamaboard_cache" / "user_config.yaml").write_text("lang: zh\n")
+    lay_out()
+    assert (adapter / "llamaboard_config.yaml").read_text() == "top.model_name: own\n"
+    assert (place / "llamaboard_cache" / "user_config.yaml").read_text() == "lang: zh\n"
+
+
+def test_a_faulty_experiment_or_recipe_is_told_and_the_others_are_there(place):
+    broken = place / "factory_configs" / "broken"
+    broken.mkdir()
+    (broken / "experiment.yaml").write_text("modle: x\n")
+    (place / "factory_configs" / "exam" / "rm.yaml").write_text("a: [\n")
+    board = lay_out()
+    assert [path.stem for path in board.configs] == ["exam_sft", "exam_dpo_judge", "exam_dpo_reward"]
+    assert any("experiment broken is left out" in note for note in board.notes)
+    assert any("exam rm is left out" in note for note in board.notes)
+
+
+def test_without_experiments_it_is_the_wrong_folder(workplace):
+    with pytest.raises(UsageError, match="there is no experiment here"):
+        lay_out()
+    assert list(workplace.iterdir()) == [workplace / "templates"]
+
+
+def test_what_was_not_trained_is_not_published(place):
+    exam = load_experiment("exam")
+    publish_run(exam, "sft", None)
+    assert not exam.adapter_folder("sft").exists() and log_lines(place / "none.log") == []
+
+
+def test_ports_are_free_and_the_loopback_is_no_exposure():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"port {port} of 127.0.0.1 cannot be listened on"):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", port) == port
+    assert free_port("127.0.0.1") >= 7860
+    with pytest.raises(UsageError, match="no address of this machine"):
+        free_port("no.such.host.invalid")
+    assert exposure("127.0.0.1") is None and exposure("localhost") is None
+    assert "prefer 127.0.0.1" in exposure("0.0.0.0")
+
+
+def test_a_page_that_cannot_start_says_why(place, capsys):
+    with pytest.raises(ArenaError, match="thing ended with exit code"):
+        serve_page(
+            "no_such_module_at_all", [], "thing", place / "x.log", "127.0.0.1", None, open_browser=False, show=Show()
+        )
+    with pytest.raises(ArenaError, match="no run here wrote anything for TensorBoard"):
+        serve_tensorboard(load_experiment("exam"), "127.0.0.1", None, open_browser=False, show=Show())

@@ -1,0 +1,81 @@
+"""The mended parts of LLaMA Board that need no browser: its job's output, foreign adapters, other runs' folders."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import factory.webui as webui
+from factory.webui import Job, _own_checkpoints
+
+CHATTY = """#!/bin/sh
+head -c 500000 /dev/zero | tr '\\0' 'x' >&2
+echo ' the last word' >&2
+exit 3
+"""
+
+
+@pytest.fixture
+def chatty(tmp_path) -> Path:
+    """A program that says more than a pipe holds."""
+    path = tmp_path / "chatty"
+    path.write_text(CHATTY)
+    path.chmod(0o755)
+    return path
+
+
+def test_a_job_ends_although_nobody_reads_what_it_says(chatty, tmp_path, monkeypatch):
+    native = subprocess.Popen([str(chatty)], stderr=subprocess.PIPE)  # as LLaMA-Factory 0.9.5 starts it
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            native.wait(2)
+    finally:
+        native.kill()
+        native.communicate()
+    monkeypatch.setattr(webui.sys, "executable", str(chatty))
+    job = Job(["llamafactory-cli", "train", "x.yaml"], env={"LLAMABOARD_WORKDIR": str(tmp_path)}, stderr=-1, text=True)
+    assert job.wait(20) == 3
+    out, said = job.communicate(timeout=1)
+    assert out is None and said.rstrip().endswith("the last word")
+    assert (tmp_path / "board_job.log").stat().st_size > 500_000
+
+
+def test_a_job_is_our_launcher_in_boards_mode_and_nothing_else_of_the_shell(tmp_path, monkeypatch):
+    seen = {}
+
+    def start(self, command, **options):
+        seen.update(command=command, **options)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", start)
+    monkeypatch.setenv("USE_V1", "1")
+    board = {"LLAMABOARD_ENABLED": "1", "LLAMABOARD_WORKDIR": str(tmp_path), "FORCE_TORCHRUN": "1", "USE_V1": "1"}
+    job = Job(["llamafactory-cli", "train", "args.yaml"], env=board, stderr=subprocess.PIPE, text=True)
+    job.returncode = 0
+    assert seen["command"] == [sys.executable, "-m", "factory.launcher", "train", "args.yaml"]
+    assert seen["env"]["LLAMABOARD_ENABLED"] == "1" and seen["env"]["FORCE_TORCHRUN"] == "1"
+    assert "USE_V1" not in seen["env"] and str(Path(webui.__file__).parents[1]) in seen["env"]["PYTHONPATH"]
+
+
+def test_adapters_of_another_base_are_not_offered(tmp_path, monkeypatch):
+    from llamafactory.extras.constants import SUPPORTED_MODELS
+    from llamafactory.webui.control import list_checkpoints
+
+    monkeypatch.chdir(tmp_path)
+    for name, base in (("own", "models/tiny"), ("foreign", "outputs/merged"), ("hub", "somebody/model")):
+        folder = tmp_path / "saves" / "tiny" / "lora" / name
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").touch()
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    for base in ("models/tiny", "outputs/merged"):
+        (tmp_path / base).mkdir(parents=True)
+    monkeypatch.setitem(SUPPORTED_MODELS, "tiny", {webui_default(): "models/tiny"})
+    listed = _own_checkpoints(list_checkpoints)("tiny", "lora")
+    assert [value for _, value in listed.choices] == ["hub", "own"]
+
+
+def webui_default():
+    from llamafactory.extras.constants import DownloadSource
+
+    return DownloadSource.DEFAULT

@@ -1,0 +1,167 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import scoring.watching as watching
+from data_prep.errors import UsageError
+from data_prep.export import export
+from data_prep.synthetic import write_arena
+from factory.experiment import load_experiment
+from factory.progress import Show
+from factory.recipe import write_recipe
+from factory.state import StageState, only_run
+from scoring.watching import CheckpointScorer, Ladder, Watcher, answer_tokens, follow, in_words, look, stage_to_watch
+
+ROOT = watching.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_base):
+    """A folder with an exported synthetic arena and rendered recipes."""
+    folder = tmp_path_factory.mktemp("watching")
+    (folder / "templates").symlink_to(ROOT / "templates")
+    (folder / "models").mkdir()
+    (folder / "models" / "arena-tiny").symlink_to(tiny_base)
+    configs = folder / "factory_configs" / "exam"
+    configs.mkdir(parents=True)
+    keys = ["model: models/arena-tiny", "template: qwen3_nothink", "cutoff_len: 300", "valid_share: 0.2"]
+    keys += ["quantization_bit: null", "recipes: {sft: {bf16: false}}"]
+    (configs / "experiment.yaml").write_text("\n".join(keys))
+    arena = write_arena(folder / "arena", seed=5, train_rows=300, test_rows=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        experiment = load_experiment("exam")
+        export(experiment, arena.train, arena.test, arena.truth)
+        write_recipe(experiment, "sft")
+        write_recipe(experiment, "rm")
+    return folder
+
+
+@pytest.fixture
+def exam(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return load_experiment("exam")
+
+
+def log(experiment, stage, *points):
+    folder = experiment.adapter_folder(stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"current_steps": step, "total_steps": 10, **values}) for step, values in points]
+    (folder / "trainer_log.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_an_evaluation_loss_becomes_an_upper_bound_of_the_log_loss(exam):
+    log(exam, "sft", (2, {"loss": 0.5, "lr": 1e-3}), (4, {"loss": 0.4}), (4, {"eval_loss": 0.3}))
+    seen = look(exam, "sft")
+    (evaluation,) = seen.evaluations
+    assert (evaluation.step, evaluation.eval_loss) == (4, 0.3)
+    tokens = json.loads((exam.data_folder / "manifest.json").read_text())["frame"]["answer_len"]
+    assert tokens == 3 and evaluation.log_loss == pytest.approx(0.9)
+    text = "\n".join(in_words(seen))
+    assert "step 4: evaluation loss 0.3000, so a log loss of at most 0.9000" in text
+    assert "step 4/10  loss 0.4000" in text, "an evaluation's line keeps the last loss in sight"
+
+
+def test_the_bound_holds_for_any_judge():
+    """log loss <= tokens x mean loss, for random logits of three answer tokens over a vocabulary."""
+    random = np.random.default_rng(0)
+    for scale in (0.1, 1.0, 10.0):
+        logits = random.normal(0, scale, (200, 3, 50))
+        answers = random.integers(0, 3, 200), random.integers(0, 50, 200), random.integers(0, 50, 200)
+        losses = np.log(np.exp(logits).sum(axis=2)) - np.stack(
+            [logits[np.arange(200), i, answer] for i, answer in enumerate(answers)], axis=1
+        )
+        labels = logits[:, 0, :3]
+        own = np.log(np.exp(labels).sum(axis=1)) - labels[np.arange(200), answers[0]]
+        assert own.mean() <= 3 * losses.mean()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("label_smoothing_factor", 0.1), ("train_on_prompt", True), ("max_samples", 10), ("eval_dataset", "other")],
+)
+def test_where_the_bound_does_not_hold_none_is_told(exam, key, value, monkeypatch):
+    recipe = watching.read_yaml(exam.recipe("sft"))
+    monkeypatch.setattr(watching, "read_yaml", lambda _: {**recipe, key: value})
+    tokens, why = answer_tokens(exam, "sft")
+    assert tokens is None and (key in why or "does not evaluate on the validation fold" in why)
+    assert "a coin has 0.6931" in answer_tokens(exam, "rm")[1]
+
+
+def test_the_ladder_is_that_of_the_report_and_can_be_read_off_for_some_rows(exam):
+    ladder = Ladder(exam)
+    whole = ladder.at()
+    assert list(whole) == ["uniform", "prior", "length", "tfidf", "bayes"]
+    assert whole["uniform"] == pytest.approx(math.log(3)) and whole["bayes"] < whole["prior"]
+    halves = [ladder.at(ladder.ids[::2]), ladder.at(ladder.ids[1::2])]
+    sizes = len(ladder.ids[::2]), len(ladder.ids[1::2])
+    for name, loss in whole.items():
+        joined = sum(size * half[name] for size, half in zip(sizes, halves, strict=True)) / sum(sizes)
+        assert joined == pytest.approx(loss)
+
+
+def test_a_checkpoint_is_asked_once_and_answers_as_the_model_does(exam, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("models/arena-tiny")
+    folder = exam.adapter_folder("sft") / "checkpoint-7"
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    (folder / "trainer_state.json").write_text("{}")
+    ladder, scorer = Ladder(exam), CheckpointScorer(exam, "sft", 20)
+    assert len(scorer.ids) == 20 and scorer.ids == CheckpointScorer(exam, "sft", 20).ids
+    found = scorer.newest(ladder)
+    assert (found.step, found.rows) == (7, 20) and found.ladder == ladder.at(scorer.ids)
+    # an untrained adapter is the random base: near a third for each label
+    assert found.log_loss == pytest.approx(math.log(3), abs=0.15)
+    assert scorer.newest(ladder) is None
+    with pytest.raises(UsageError, match="rewards and no labels"):
+        CheckpointScorer(exam, "rm", 20)
+
+
+def test_the_stage_that_runs_is_watched(exam):
+    with pytest.raises(UsageError, match="no stage of this experiment runs now"):
+        stage_to_watch(exam, None)
+    assert stage_to_watch(exam, "rm") == "rm"
+    with only_run(exam.output_folder("sft")):
+        assert stage_to_watch(exam, None) == "sft"
+        with only_run(exam.output_folder("rm")), pytest.raises(UsageError, match="sft and rm run"):
+            stage_to_watch(exam, None)
+
+
+def test_the_terminal_tells_each_evaluation_once_beside_the_ladder(exam, capsys):
+    state = StageState(exam.output_folder("sft"))
+    log(exam, "sft", (2, {"loss": 0.5}), (2, {"eval_loss": 0.35}), (5, {"loss": 0.4}), (5, {"eval_loss": 0.3}))
+    looks = []
+
+    class Acted(Watcher):
+        def look(self):
+            seen = replace(look(exam, "sft"), ladder={"uniform": 1.0986, "prior": 1.0956})
+            looks.append(seen)
+            return replace(seen, state="training") if len(looks) < 4 else seen
+
+    state.begin("train", {})
+    adapter = exam.adapter_folder("sft") / "adapter_config.json"
+    adapter.touch()
+    state.finish("train", [adapter], 1.0)
+    seen = follow(Acted(exam, "sft"), Show(attended=False), pause=0.01)
+    said = capsys.readouterr().err
+    assert seen.state == "trained" and len(looks) == 4
+    assert said.count("step 2: evaluation loss 0.3500, so a log loss of at most 1.0500") == 1
+    assert said.count("step 5: evaluation loss 0.3000") == 1 and "class prior 1.0956" in said
+    assert "exam sft: training" in said
+    assert in_words(seen)[-1] == "next: python run.py sft -e exam"
+
+
+def test_a_fault_of_the_ladder_is_told_and_does_not_end_the_watch(exam, monkeypatch, capsys):
+    def broken(_):
+        raise watching.ArenaError("is damaged", where="rows.parquet")
+
+    monkeypatch.setattr(watching, "Ladder", broken)
+    watcher = Watcher(exam, "sft").finish()
+    assert watcher.faults == ["rows.parquet: is damaged"] and watcher.look().ladder is None
+    follow(watcher, Show(attended=False), pause=0.01)
+    assert "rows.parquet: is damaged" in capsys.readouterr().err
