@@ -289,7 +289,7 @@ def engine_options(command):
 
 
 @cli.command()
-@click.argument("battle_id", metavar="ID")
+@click.argument("battle_id", metavar="ID", help="The battle, as the votes name it.")
 @experiment_option
 @click.option(
     "--stage", type=click.Choice(TRAININGS), default="sft", show_default=True, help="The stage whose judge answered."
