@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -116,4 +117,25 @@ def tiny_base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "arena-tiny"
     battles = [row.battle for row in synthetic_battles(seed=3, rows=400)]
     build_base_model(folder, (t for b in battles for t in b.prompts + b.responses_a + b.responses_b), seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory) -> Path:
+    """A folder (with a space in its name) where votes were prepared and the judge was trained, merged and scored."""
+    from chain import place, run_py
+
+    from data_prep.synthetic import write_arena
+
+    short = {key: {"max_steps": 12} for key in ("sft", "dpo_judge", "dpo_reward", "rm")}
+    folder = place(tmp_path_factory.mktemp("chain") / "own place", **short)
+    write_arena(folder / "arena", seed=11, train_rows=700, test_rows=30)
+    votes = ["--train", "arena/train.csv", "--test", "arena/test.csv", "--truth", "arena/truth.csv"]
+    done = run_py(folder, "prepare", "-e", "demo", *votes)
+    assert done.returncode == 0, done.stderr
+    assert "700 battles kept" in done.stderr and "next: python run.py sft -e demo" in done.stdout
+    done = run_py(folder, "sft", "-e", "demo", "--json")
+    assert done.returncode == 0, done.stderr
+    report = folder / "outputs" / "demo" / "sft" / "report.json"
+    assert json.loads(done.stdout) == json.loads(report.read_text(encoding="utf-8"))
     return folder

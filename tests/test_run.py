@@ -3,18 +3,16 @@
 import csv
 import json
 import math
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from chain import place, run_py
 from click.testing import CliRunner
 
 import run
 from data_prep.battle import PROBABILITY_COLUMNS
-from data_prep.synthetic import write_arena
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(run.cli.commands)
@@ -77,28 +75,6 @@ def test_verbose_shows_where_an_error_comes_from(workplace):
     assert "Traceback" in result.stderr and "UsageError: there is no experiment 'nowhere'" in result.stderr
 
 
-def run_py(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Call run.py as a user does, from `folder`."""
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
-    call = [sys.executable, str(ROOT / "run.py"), *arguments]
-    return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-
-
-def place(folder: Path, **recipes: dict) -> Path:
-    """Lay out templates and a demo experiment of its own, with the given recipes' keys changed."""
-    from omegaconf import OmegaConf
-
-    folder.mkdir()
-    shutil.copytree(ROOT / "templates", folder / "templates")
-    target = folder / "factory_configs" / "demo"
-    target.mkdir(parents=True)
-    content = OmegaConf.to_container(OmegaConf.load(ROOT / "factory_configs" / "demo" / "experiment.yaml"))
-    for step, keys in recipes.items():
-        content.setdefault("recipes", {}).setdefault(step, {}).update(keys)
-    OmegaConf.save(OmegaConf.create(content), target / "experiment.yaml")
-    return folder
-
-
 def check_probabilities(path: Path, ids: list[str]) -> None:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -113,22 +89,6 @@ def check_probabilities(path: Path, ids: list[str]) -> None:
 def ids_of(path: Path) -> list[str]:
     with path.open(newline="", encoding="utf-8") as file:
         return [row["id"] for row in csv.DictReader(file)]
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory) -> Path:
-    """A folder (with a space in its name) where votes were prepared and the judge was trained, merged and scored."""
-    short = {key: {"max_steps": 12} for key in ("sft", "dpo_judge", "dpo_reward", "rm")}
-    folder = place(tmp_path_factory.mktemp("chain") / "own place", **short)
-    write_arena(folder / "arena", seed=11, train_rows=700, test_rows=30)
-    votes = ["--train", "arena/train.csv", "--test", "arena/test.csv", "--truth", "arena/truth.csv"]
-    done = run_py(folder, "prepare", "-e", "demo", *votes)
-    assert done.returncode == 0, done.stderr
-    assert "700 battles kept" in done.stderr and "next: python run.py sft -e demo" in done.stdout
-    done = run_py(folder, "sft", "-e", "demo", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == report_of(folder, "sft")
-    return folder
 
 
 def report_of(folder: Path, stage: str) -> dict:

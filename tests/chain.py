@@ -1,0 +1,31 @@
+"""What a user does, for the tests of run.py and of the documents: a place of one's own, and calls of run.py in it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_py(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Call run.py as a user does, from `folder`."""
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
+    call = [sys.executable, str(ROOT / "run.py"), *arguments]
+    return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def place(folder: Path, **recipes: dict) -> Path:
+    """Lay out templates and a demo experiment of its own, with the given recipes' keys changed."""
+    from omegaconf import OmegaConf
+
+    folder.mkdir()
+    shutil.copytree(ROOT / "templates", folder / "templates")
+    target = folder / "factory_configs" / "demo"
+    target.mkdir(parents=True)
+    content = OmegaConf.to_container(OmegaConf.load(ROOT / "factory_configs" / "demo" / "experiment.yaml"))
+    for step, keys in recipes.items():
+        content.setdefault("recipes", {}).setdefault(step, {}).update(keys)
+    OmegaConf.save(OmegaConf.create(content), target / "experiment.yaml")
+    return folder

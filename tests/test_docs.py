@@ -1,0 +1,146 @@
+"""The documents: links that lead somewhere, commands that exist, keys that are all explained, and the tutorial run."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import click
+import pytest
+from chain import run_py
+
+import run
+from factory.experiment import Experiment
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+_FENCE = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)```", re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def commands_of(document: Path) -> list[tuple[str, bool]]:
+    """Return (command line of run.py, whether it is to be run) of a document's shell blocks."""
+    found = []
+    for block in _FENCE.finditer(document.read_text(encoding="utf-8")):
+        if block["kind"] not in ("bash", "console", "sh"):
+            continue
+        text = block["body"].replace("\\\n", " ")
+        lines = [re.sub(r"^\$ ", "", line) for line in text.splitlines()]
+        own = [line[line.index("python run.py") :] for line in lines if "python run.py" in line]
+        tested = "not tested" not in (block["mark"] or "")
+        found += [(re.sub(r"\s+#.*", "", line).split("&&")[0].strip(), tested) for line in own]
+    return found
+
+
+def arguments_of(line: str) -> list[str]:
+    """Return a documented command's arguments, its placeholders made names and choices that exist."""
+    parts = shlex.split(line)[2:]
+    stands_for = {"EXP": "demo", "STAGE": "sft", "S": "sft", "N": "1", "ID": "100001"}
+    return [stands_for.get(part, part) for part in parts]
+
+
+ALL = [(document.name, line) for document in DOCUMENTS for line, _ in commands_of(document)]
+
+
+def test_the_documents_are_found_and_hold_commands():
+    assert len(DOCUMENTS) >= 8 and len(ALL) >= 20
+    assert {line.split()[2] for _, line in ALL} >= {"prepare", "sft", "score", "forecast", "verify"}
+
+
+@pytest.mark.parametrize(("document", "line"), ALL, ids=[f"{d}: {line}" for d, line in ALL])
+def test_every_command_has_the_form_that_run_py_takes(document, line):
+    name, *arguments = arguments_of(line)
+    command = run.cli.commands[name]
+    try:
+        command.make_context(name, arguments, parent=click.Context(run.cli))
+    except click.exceptions.Exit as ended:  # --help
+        assert ended.exit_code == 0
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_every_link_leads_to_a_file_and_a_heading(document):
+    text = document.read_text(encoding="utf-8")
+    for link in _LINK.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        if link.startswith(("http://", "https://")):
+            assert re.fullmatch(r"https?://[\w.-]+\.[a-z]+(/\S*)?", link), link
+            continue
+        path, _, heading = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), f"{document.name}: {link}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}, link
+
+
+def test_every_document_is_reached_from_the_readme():
+    seen, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        document = waiting.pop()
+        if document in seen:
+            continue
+        seen.add(document)
+        links = [link.partition("#")[0] for link in _LINK.findall(document.read_text(encoding="utf-8"))]
+        waiting += [(document.parent / link).resolve() for link in links if link.endswith(".md") and ":" not in link]
+    assert {d.name for d in DOCUMENTS} <= {d.name for d in seen}
+
+
+def test_every_key_of_an_experiment_is_documented_in_the_table_and_where_it_stands():
+    table = (ROOT / "docs" / "experiment.md").read_text(encoding="utf-8")
+    example = (ROOT / "factory_configs" / "demo" / "experiment.yaml").read_text(encoding="utf-8")
+    keys = set(Experiment.model_fields) - {"name"}
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == keys
+    assert set(re.findall(r"^(\w+):", example, re.MULTILINE)) == keys
+    for key, field in Experiment.model_fields.items():
+        if key != "name" and field.is_required():
+            assert f"| `{key}` | required |" in table
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_as_it_is_written(chain):
+    """Every command of the tutorial in its order, with the demo in place of the 4B model and a small zip of votes."""
+    with zipfile.ZipFile(chain / "lmsys-chatbot-arena.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("train.csv", "test.csv"):
+            archive.write(chain / "arena" / name, name)
+    for line, tested in commands_of(ROOT / "docs" / "tutorial.md"):
+        arguments = shlex.split(line.replace("qwen3-4b", "demo").replace("30192", "100001"))[2:]
+        if not tested:
+            continue
+        if arguments[0] == "prepare":  # the chain was trained beside the known probabilities
+            arguments += ["--truth", "arena/truth.csv"]
+        done = run_py(chain, *arguments)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert (chain / "outputs" / "demo" / "compare" / "compare.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_kaggle_notebook_writes_the_submission_without_a_network(chain, tmp_path):
+    given = tmp_path / "input"
+    code = given / "arena-code"
+    code.mkdir(parents=True)
+    for name in ("run.py", "data_prep", "factory", "scoring", "templates"):
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, code / name)
+    shutil.copytree(chain / "factory_configs", code / "factory_configs")
+    output, judge = Path("outputs/demo/sft"), given / "arena-judge"
+    shutil.copytree(chain / output / "merged", judge / output / "merged")
+    shutil.copy(chain / output / "report.json", judge / output / "report.json")
+    (judge / "data" / "demo").mkdir(parents=True)
+    shutil.copy(chain / "data" / "demo" / "manifest.json", judge / "data" / "demo" / "manifest.json")
+    competition = given / "lmsys-chatbot-arena"
+    competition.mkdir()
+    shutil.copy(chain / "arena" / "test.csv", competition / "test.csv")
+    places = {"KAGGLE_INPUT": str(given), "KAGGLE_WORKING": str(tmp_path / "working")}
+    choices = {"ARENA_EXPERIMENT": "demo", "ARENA_PRECISION": "fp32", "ARENA_TIME_LIMIT": "10m"}
+    call = [sys.executable, str(ROOT / "docs" / "kaggle_notebook.py")]
+    environment = {**os.environ, **places, **choices, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = (tmp_path / "working" / "submission.csv").read_text().splitlines()
+    ids = [line.split(",")[0] for line in (chain / output / "submission.csv").read_text().splitlines()]
+    assert [row.split(",")[0] for row in rows] == ids
+    assert all(abs(sum(map(float, row.split(",")[1:])) - 1) < 1e-6 for row in rows[1:])
