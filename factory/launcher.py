@@ -43,10 +43,12 @@ def main(arguments: list[str]) -> int:
     if arguments[0] == "train" and (is_env_enabled("FORCE_TORCHRUN") or several):
         _run_workers(arguments[1:], get_device_count())
         return 0
-    if get_current_device().type == "cpu":
+    if arguments[0] == "train":
         guard_worker()
-    if arguments[0] == "train" and use_ray():
-        _mend_ray(on_cpus=get_current_device().type == "cpu")
+        if use_ray():
+            _mend_ray(on_cpus=get_current_device().type == "cpu")
+    elif get_current_device().type == "cpu":
+        _keep_nf4_weights_as_they_are()
     sys.argv = ["llamafactory-cli", *arguments]
     llamafactory_cli()
     return 0
