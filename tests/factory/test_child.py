@@ -256,7 +256,8 @@ def test_the_launcher_guards_nf4_weights_on_a_cpu_and_is_llamafactory_cli(tmp_pa
         import llamafactory.cli, llamafactory.data.loader as loader
         import bitsandbytes.nn.modules as modules
         def stand_in():
-            print("RESULT", modules.has_avx512bf16(), modules.has_avx512bf16.__name__, sys.argv, type(loader.os).__name__)
+            guard = modules.has_avx512bf16
+            print("RESULT", guard(), guard.__name__, sys.argv, type(loader.os).__name__)
         llamafactory.cli.main = stand_in
         launcher.main(["train", "recipe.yaml", "seed=1"])
     """
