@@ -49,6 +49,13 @@ def _complete_experiment(_ctx: click.Context, _param: click.Parameter, incomplet
     return [name for name in names if name.startswith(incomplete)]
 
 
+def _complete_file(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list:
+    """Let the shell complete a file where a value may be something else, too."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
+
+
 verbose_option = click.option(
     "-v", "--verbose", is_flag=True, expose_value=False, callback=_remember_verbose, help="Show details and tracebacks."
 )
@@ -129,8 +136,13 @@ def new(name: str, model: str, template: str | None, bits: str, cutoff: int | No
 
 @cli.command()
 @experiment_option
-@click.option("--train", required=True, help="Votes: a table, a folder, Kaggle's zip, or hf://datasets/OWNER/NAME.")
-@click.option("--test", help="Battles without votes, for the submission; as --train.")
+@click.option(
+    "--train",
+    required=True,
+    shell_complete=_complete_file,
+    help="Votes: a table, a folder, Kaggle's zip, or hf://datasets/OWNER/NAME.",
+)
+@click.option("--test", shell_complete=_complete_file, help="Battles without votes, for the submission; as --train.")
 @click.option("--truth", type=file_argument, help="Known probabilities of the votes (synthetic arenas only).")
 @click.option("--force", is_flag=True, help="Replace recipes that were edited by hand.")
 @click.option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them.")
@@ -462,6 +474,16 @@ def watch(
     watcher = Watcher(exp, stage, score)
     seen = watcher.finish().look() if once or as_json else follow(watcher.start(), show)
     click.echo(json.dumps(seen.to_json(), indent=2) if as_json else "\n".join([*in_words(seen), *watcher.faults]))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@verbose_option
+def completion(shell: str) -> None:
+    """Print the script that completes commands, options, experiments and stages: source <(run.py completion bash)."""
+    from factory.completion import script
+
+    click.echo(script(shell), nl=False)
 
 
 def _start(name: str):

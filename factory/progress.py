@@ -84,7 +84,7 @@ def seconds_left(point: LogPoint, start_step: int = 0) -> float | None:
     in the time of this one.
     """
     done = point.step - start_step
-    if done <= 0 or point.elapsed is None:
+    if done <= 0 or not point.elapsed:  # whole seconds: in the first one nothing can be told
         return None
     return point.elapsed / done * max(point.total - point.step, 0)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _TICK = 2.0  # seconds between two looks
 _LOG_LINES = 40
+_HIGHEST = 1.6  # log loss at the top of the chart; a third for each class costs 1.0986
 
 
 def main(arguments: list[str]) -> int:
@@ -101,9 +102,6 @@ def ladder_plot(seen: Look) -> Figure:
 
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    for name, loss in (seen.ladder or {}).items():
-        axes.axhline(loss, linestyle="--", linewidth=1, color="#2a7f3f" if name == "bayes" else "#8a8a8a")
-        axes.annotate(f"{RUNG_NAMES[name]} {loss:.4f}", (1.01, loss), xycoords=("axes fraction", "data"), va="center")
     bounds = [(each.step, each.log_loss) for each in seen.evaluations if each.log_loss is not None]
     if bounds:
         axes.plot(*zip(*bounds, strict=True), "v-", color="#1f77b4", label="at most, from the evaluation loss")
@@ -112,11 +110,28 @@ def ladder_plot(seen: Look) -> Figure:
         label = f"measured on {seen.measured[-1].rows} validation battles"
         axes.plot(*zip(*points, strict=True), "o-", color="#d62728", label=label)
     axes.set_xlim(0, seen.point.total if seen.point else 1)
+    _draw_rungs(axes, seen.ladder or {}, [value for _, value in bounds] + [each.log_loss for each in seen.measured])
     axes.set_xlabel("step")
     axes.set_ylabel("log loss")
     if bounds or seen.measured:
         axes.legend()
     return figure
+
+
+def _draw_rungs(axes: Any, ladder: dict[str, float], losses: list[float]) -> None:
+    """Draw a line for each baseline, with names that do not cover each other."""
+    values = [*ladder.values(), *losses]
+    if not values:
+        return
+    # A judge that still learns the form of an answer is far above: that must not flatten what matters.
+    low, high = min(values) - 0.03, min(max(values), _HIGHEST) + 0.03
+    axes.set_ylim(low, high)
+    place = low
+    for name, loss in sorted(ladder.items(), key=lambda item: item[1]):
+        axes.axhline(loss, linestyle="--", linewidth=1, color="#2a7f3f" if name == "bayes" else "#8a8a8a")
+        place = max(loss, place + 0.05 * (high - low))
+        text = f"{RUNG_NAMES[name]} {loss:.4f}"
+        axes.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ RUNG_NAMES = {
     "tfidf": "TF-IDF",
     "bayes": "Bayes: the best possible",
 }
+UNIFORM = 1.0986  # log 3: a third for each class
 COIN = 0.6931  # −log 1/2: what a pair of responses costs a judge that throws a coin
 # With any of these the evaluation loss is another quantity, and the bound does not hold.
 _OTHER_LOSS = (
@@ -209,7 +210,13 @@ class CheckpointScorer:
             return None
         self._done.add(checkpoint)
         step = int(checkpoint.name.rsplit("-", 1)[1])
-        return Measured(step, self.log_loss(checkpoint), len(self.ids), ladder.at(self.ids))
+        try:
+            loss = self.log_loss(checkpoint)
+        except ArenaError:
+            if checkpoint.is_dir():
+                raise
+            return None  # the trainer replaced it by a newer one while it was read
+        return Measured(step, loss, len(self.ids), ladder.at(self.ids))
 
     def log_loss(self, adapter: Path) -> float:
         """Return the log loss of an adapter's folder on the chosen rows."""
@@ -292,7 +299,7 @@ def follow(watcher: Watcher, show: Show, *, pause: float = 1.0) -> Look:
             line.phase(seen.state)
             if seen.point:
                 line.point(_last_loss(seen))
-            for key, sentence in sentences(seen):
+            for key, sentence in sentences(seen, seen.ladder):
                 # An evaluation waits for the ladder that it is told beside.
                 if key not in told and (seen.ladder or watcher.faults or not seen.at_work):
                     told.add(key)
@@ -315,13 +322,17 @@ def _last_loss(seen: Look) -> LogPoint:
     return replace(seen.point, loss=losses[-1]["loss"], lr=losses[-1]["lr"])
 
 
-def sentences(seen: Look) -> list[tuple[tuple, str]]:
-    """Return one sentence for every evaluation and scored checkpoint, each with a key to tell it once."""
+def sentences(seen: Look, ladder: dict[str, float] | None = None) -> list[tuple[tuple, str]]:
+    """Return one sentence for every evaluation and scored checkpoint, each with a key to tell it once.
+
+    An evaluation stands beside `ladder`, a checkpoint beside the ladder on its own rows.
+    """
     found: list[tuple[tuple, str]] = []
     for each in seen.evaluations:
         text = f"step {each.step}: evaluation loss {each.eval_loss:.4f}"
         if each.log_loss is not None:
-            text += f", so a log loss of at most {each.log_loss:.4f}{_beside(seen.ladder)}"
+            far = ", which says nothing yet" if each.log_loss > UNIFORM else ""
+            text += f", so a log loss of at most {each.log_loss:.4f}{far}{_beside(ladder)}"
         found.append((("evaluation", each.step), text))
     for each in seen.measured:
         text = f"checkpoint {each.step}: log loss {each.log_loss:.4f} on {each.rows} validation battles"

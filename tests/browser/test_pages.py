@@ -122,7 +122,7 @@ def test_a_run_of_the_command_line_shows_its_log_and_its_chart(tab, servers, tra
     tab.until(log.inner_text, lambda text: "***** Running training *****" in text)
     assert "Traceback" not in log.inner_text() and "it/s]" not in log.inner_text()
     tab.until(lambda: chart(tab), bool)
-    assert tab.page.get_by_text("Running 60/40").is_visible()
+    assert tab.page.get_by_text("Running 40/40").is_visible()
     tab.picture("board_earlier_run")
     assert tab.errors == []
 
