@@ -112,6 +112,13 @@ def test_tables_hold_the_numbers_of_the_report(tmp_path, report):
     assert found.row("Vietnamese")[-1] == str(report["slices"]["language"][-1]["rows"])
 
 
+def test_the_command_that_shows_a_listed_row_stands_there(tmp_path, report):
+    _, found = shown(tmp_path, report)
+    where = f"-e {report['experiment']} --stage {report['stage']}"
+    assert f"python run.py show {report['worst'][0]['id']} {where}" in found.text
+    assert f"python run.py show {report['most_biased'][0]['id']} {where} --swapped" in found.text
+
+
 def test_sentences_for_bias_calibration_merge_and_truncation(tmp_path, report):
     text = shown(tmp_path, report)[1].text
     assert "In 29% of the battles the first choice itself changes." in text
