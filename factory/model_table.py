@@ -127,7 +127,7 @@ def _of_folder(folder: Path) -> Choice:
     whole = [name for name, layout in _text_templates().items() if layout.fits(shown, whole=True)]
     ends = [name for name, layout in _text_templates().items() if layout.fits(shown, whole=False)]
     found = whole or ends  # a system message in front, such as today's date, is no part of LLaMA-Factory's template
-    found = _starting(kind, found) or found
+    found = [kind] if kind in found else _starting(kind, found) or found
     if len(found) == 1:
         return Choice(found[0], f"it writes what the chat template in {folder} writes")
     raise UsageError(
@@ -138,8 +138,8 @@ def _of_folder(folder: Path) -> Choice:
 
 
 def _starting(kind: str, names: list[str]) -> list[str]:
-    """Return the template that is called as the kind of model is, or those whose names begin so."""
-    return [kind] if kind in names else [name for name in names if kind and name.startswith(kind)]
+    """Return the templates whose names begin as the kind of model is called."""
+    return [name for name in names if kind and name.startswith(kind)]
 
 
 def _config(folder: Path) -> dict[str, Any]:
