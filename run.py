@@ -168,6 +168,7 @@ def prepare(
     if as_json:
         click.echo(json.dumps(audit, indent=2))
     else:
+        click.echo(f"data: {exp.data_folder}   (what was read, cut and rejected: audit.json)")
         click.echo(f"next: python run.py sft -e {exp.name}")
 
 
@@ -477,7 +478,7 @@ def watch(
 
 
 @cli.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), help="The shell to print it for.")
 @verbose_option
 def completion(shell: str) -> None:
     """Print the script that completes commands, options, experiments and stages: source <(run.py completion bash)."""
@@ -568,8 +569,17 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
 def _finish(exp, stage: str, report: dict[str, Any] | None, as_json: bool) -> None:
     """Print what was reached: for people a table, for programs the report."""
     if report is None:
-        folder = exp.adapter_folder(stage)
-        click.echo(json.dumps({"adapter": str(folder)}) if as_json else f"adapter: {folder}")
+        from factory.step import STEPS
+
+        made = {"adapter": exp.adapter_folder(stage)}
+        if exp.merged_folder(stage).is_dir():
+            made["merged"] = exp.merged_folder(stage)
+        if as_json:
+            click.echo(json.dumps({name: str(folder) for name, folder in made.items()}))
+            return
+        for name, folder in made.items():
+            click.echo(f"{name + ':':8} {folder}")
+        click.echo(f"next:    python run.py {STEPS[stage].asked_by} -e {exp.name}   (goes on from here to the report)")
     elif as_json:
         click.echo(json.dumps(report, indent=2))
     else:

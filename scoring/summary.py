@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from factory.step import STEPS, TRAININGS
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,6 +24,7 @@ _STYLES = {"red": "bold red", "amber": "yellow", "info": "dim"}
 def print_summary(console: Console, experiment: Experiment, stage: str, report: dict[str, Any]) -> None:
     """Print the ladder of log losses, the flags, and the files that were made."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"{experiment.name} / {stage}: log loss on {report['rows']} held-out battles", min_width=56)
     for heading, justify in (("", "left"), ("log loss", "right"), ("95% interval", "right")):
@@ -39,6 +42,25 @@ def print_summary(console: Console, experiment: Experiment, stage: str, report: 
     console.print(f"report:     {folder / 'report.html'}   (numbers: report.json)", highlight=False)
     if (folder / "submission.csv").exists():
         console.print(f"submission: {folder / 'submission.csv'}", highlight=False)
+    for command in next_commands(experiment, stage, report):
+        console.print(Text(f"next:       {command}"), soft_wrap=True)
+
+
+def next_commands(experiment: Experiment, stage: str, report: dict[str, Any]) -> list[str]:
+    """Return what to look at or to run after a report: the worst row, the other stages."""
+    import shlex
+
+    name, commands = shlex.quote(experiment.name), []
+    if report.get("worst"):
+        worst = shlex.quote(str(report["worst"][0]["id"]))
+        commands.append(f"python run.py show {worst} -e {name} --stage {stage}   (its worst row)")
+    scored = [other for other in TRAININGS if (experiment.output_folder(other) / "report.json").is_file()]
+    if len(scored) > 1:
+        commands.append(f"python run.py compare -e {name}")
+    else:
+        other = next(each for each in ("dpo_reward", "sft") if each != stage)
+        commands.append(f"python run.py {STEPS[other].asked_by} -e {name}   (another method on the same votes)")
+    return commands
 
 
 def print_comparison(console: Console, experiment: Experiment, result: dict[str, Any]) -> None:
@@ -64,6 +86,10 @@ def print_comparison(console: Console, experiment: Experiment, result: dict[str,
         line = f"{pair['first']} - {pair['second']}: {pair['difference']:+.4f}{between}: {said}"
         console.print(line, highlight=False, markup=False)
     console.print(f"page: {experiment.output_folder('compare') / 'compare.html'}", highlight=False)
+    best = min((row for row in result["table"] if row["name"] in STEPS), key=lambda row: row["log_loss"], default=None)
+    if best:
+        command = f"python run.py score -e {experiment.name} --stage {best['name']} --input FILE"
+        console.print(f"next: {command}   (the best single stage on any battles)", highlight=False, markup=False)
 
 
 def ladder(stage: str, report: dict[str, Any]) -> list[tuple[str, float, list[float] | None]]:
