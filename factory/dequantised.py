@@ -8,6 +8,7 @@ this ordinary folder. One copy serves all trainings that start from the same wei
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,12 @@ def dequantised_base(experiment: Experiment, training: str) -> DequantisedBase |
     return DequantisedBase(experiment, training) if experiment.merges_dequantised else None
 
 
+def hush_bitsandbytes() -> None:
+    """Keep two remarks off the screen that say nothing to a user: a kernel package that no CPU needs, and a type."""
+    for name in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _dequantised(model: str, revision: str, quantisation: dict[str, Any], device: str) -> Any:
     """Load a model quantised as LLaMA-Factory quantises it (model/model_utils/quantization.py) and dequantise it.
 
@@ -104,8 +111,9 @@ def _dequantised(model: str, revision: str, quantisation: dict[str, Any], device
     the rounded values depend on it.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
+    hush_bitsandbytes()
     if quantisation["bits"] == 8:
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
@@ -114,7 +122,7 @@ def _dequantised(model: str, revision: str, quantisation: dict[str, Any], device
             bnb_4bit_use_double_quant=quantisation["double_quantization"],
             bnb_4bit_quant_type=quantisation["quantization_type"],
         )
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model,

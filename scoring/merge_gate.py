@@ -25,6 +25,7 @@ from data_prep.dataset import read_battles, read_pairs
 from data_prep.errors import ArenaError
 from data_prep.files import write_json
 from data_prep.pairs import pair_sequences
+from factory.dequantised import hush_bitsandbytes
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import model_files
 from factory.progress import duration
@@ -93,6 +94,7 @@ def _measure(experiment: Experiment, stage: str, tell: Callable[[str], None]) ->
     judge = load_judge(experiment.merged_folder(stage))
     questions = (_reward_questions if stage == "rm" else _label_questions)(experiment, judge)
     tell("the adapter on its quantised base")
+    hush_bitsandbytes()
     policy = trained_adapter(experiment, stage).load(device)
     adapter = questions.ask(policy, questions.rows)
     with policy.disable_adapter():
