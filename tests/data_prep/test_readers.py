@@ -597,3 +597,12 @@ def test_any_bytes_are_read_or_refused(folder, start, rest, zipped):
     path = folder / "bytes.csv"
     path.write_bytes(gzip.compress(start + rest, 1) if zipped else start + rest)
     never_a_traceback(path)
+
+
+def test_a_hopeless_table_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.readers._HOPELESS", 20)
+    rows = [kaggle_row(str(i), "[not json") for i in range(500)]
+    reader = VoteReader(write_csv(tmp_path / "x.csv", rows), labelled=True)
+    with pytest.raises(ArenaError, match=r"no row is left: 20 of 20 rows"):
+        list(reader)
+    assert reader.rows_read == 20
