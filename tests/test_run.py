@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,27 @@ def test_compare_puts_the_scored_stages_side_by_side(chain):
             assert row["log_loss"] == pytest.approx(report_of(chain, row["name"])["log_loss"], abs=1e-6)
     page = (chain / "outputs" / "demo" / "compare" / "compare.html").read_text(encoding="utf-8")
     assert "<svg" in page and all(f"{row['log_loss']:.3f}" in page for row in result["table"])
+
+
+@pytest.mark.slow
+def test_a_failed_check_ends_in_an_error_and_leaves_no_submission(chain):
+    output = chain / "outputs" / "demo" / "sft"
+    log = output / "train.log"
+    before = log.read_text(encoding="utf-8")
+    log.write_text(re.sub(r"Num examples = [\d,]+", "Num examples = 7", before), encoding="utf-8")
+    try:
+        for options in (["--fresh"], []):  # scored anew, then kept
+            done = run_py(chain, "score", "-e", "demo", *options)
+            assert done.returncode == 1, done.stdout
+            assert "exported, 7 trained" in done.stderr and "remedy" in done.stderr and "Traceback" not in done.stderr
+            assert not (output / "submission.csv").exists() and (output / "probabilities_test.csv").is_file()
+        failed = [check["name"] for check in report_of(chain, "sft")["checks"] if check["passed"] is False]
+        assert failed == ["exported rows = trained rows"]
+        assert "The check “exported rows = trained rows” failed" in (output / "report.html").read_text(encoding="utf-8")
+    finally:
+        log.write_text(before, encoding="utf-8")
+    assert run_py(chain, "score", "-e", "demo", "--fresh").returncode == 0
+    assert (output / "submission.csv").is_file()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from scoring.page import write_compare_page, write_page
 ASSETS = Path(__file__).parent / "assets"
 SECTIONS = (
     *("ladder", "classes", "confusion", "reliability", "calibration", "position", "slices", "training"),
-    *("truncation", "merge", "worst", "provenance", "glossary"),
+    *("truncation", "merge", "checks", "worst", "provenance", "glossary"),
 )
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -128,6 +128,27 @@ def test_sentences_for_bias_calibration_merge_and_truncation(tmp_path, report):
     assert "no probability differs by more than 0.41 percentage points" in text
     assert "61 of the judged battles (4.9%) were shortened" in text
     assert "overconfident by 5 percentage points" in text
+
+
+def test_the_merge_gate_and_the_checks_are_shown(tmp_path, report):
+    gate = {"max_abs_diff": 0.07, "mean_abs_diff": 0.002, "log_loss_adapter": 1.0, "log_loss_merged": 1.1, "rows": 200}
+    report["merge_gate"] = gate | {"threshold": 0.05, "passed": False, "merged_into": "saves/x", "measure": "rewards"}
+    detail = {"detail": HOSTILE, "stops": True, "remedy": ""}
+    report["checks"] = [
+        {"name": "canaries", "passed": True, **detail},
+        {"name": "merge gate", "passed": False, **detail},
+        {"name": "labels distinct", "passed": None, **detail},
+    ]
+    html, found = shown(tmp_path, report)
+    assert "200 battles were scored by the trained adapter" in found.text
+    assert "no probability differs by more than 7 percentage points (0.2 on average)" in found.text
+    assert "Allowed are 5 points: failed." in found.text and "It was merged into saves/x." in found.text
+    outcomes = [found.row(name)[1] for name in ("canaries", "merge gate", "labels distinct")]
+    assert outcomes == ["passed", "failed", "nothing to look at"]
+    assert "<script>alert" not in html
+    report |= {"merge_gate": None, "stage": "dpo_reward", "checks": []}
+    text = shown(tmp_path, report)[1].text
+    assert "Nothing merged is scored" in text and "the report holds no run checks" in text
 
 
 def test_every_figure_says_how_to_read_it(tmp_path, report):

@@ -12,6 +12,7 @@ from scoring import metrics
 from scoring.calibration import calibrate
 from scoring.links import softmax
 from scoring.report import build_report
+from scoring.summary import findings
 
 CONTRACT = {
     *("rows", "log_loss", "log_loss_ci95", "accuracy", "ece", "per_class_log_loss", "baselines", "bayes"),
@@ -265,6 +266,18 @@ def test_the_merge_gate_is_carried_and_its_failure_is_red():
     report, _, _ = built(*arena(300, 15)[:2], merge_gate=gate)
     assert report["merge_gate"] == gate
     assert ("red", "merge_gate") in {(flag["level"], flag["code"]) for flag in report["flags"]}
+
+
+@pytest.mark.parametrize(("stops", "level"), [(True, "red"), (False, "amber")])
+def test_a_failed_check_is_carried_and_flagged(stops, level):
+    fine = {"name": "labels distinct", "passed": True, "detail": "1, 2, 3", "stops": True, "remedy": ""}
+    failed = {"name": "loss not rising", "passed": False, "detail": "1 to 2", "stops": stops, "remedy": "less"}
+    unknown = fine | {"name": "canaries", "passed": None}
+    report, _, _ = built(*arena(300, 15)[:2], checks=[fine, failed, unknown])
+    assert report["checks"] == [fine, failed, unknown]
+    flags = [flag for flag in report["flags"] if flag["code"] == "check"]
+    assert [(flag["level"], flag["text"]) for flag in flags] == [(level, "The check “loss not rising” failed: 1 to 2.")]
+    assert findings(report)[-1] == "run checks: 1 passed, 1 failed, 1 with nothing to look at"
 
 
 @pytest.mark.parametrize(
