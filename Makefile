@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.synced
 
 EXTRAS := openvino ray gguf browser fuzz audit
 
-.PHONY: install demo test check lock $(EXTRAS:%=extra-%)
+.PHONY: install demo test check lock audit tables fuzz trust $(EXTRAS:%=extra-%)
 
 install: $(STAMP)
 
@@ -45,6 +45,22 @@ test: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Known vulnerabilities of all that is locked: a report, which never fails and never is silent.
+audit: extra-audit
+	$(BIN)/python benchmarks/supply_chain.py audit
+
+# docs/dependencies.md and docs/licences.md.
+tables: install
+	$(BIN)/python benchmarks/supply_chain.py tables
+
+SECONDS ?= 60
+fuzz: extra-fuzz
+	$(BIN)/python benchmarks/fuzz.py --seconds $(SECONDS)
+
+# The table of docs/trust.md, from the tests and the kept results of the fuzzer and of the kills.
+trust: install
+	$(BIN)/python benchmarks/trust.py
 
 COMPILE := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url
 

@@ -24,6 +24,7 @@ class ErrorsWithRemedy(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from data_prep.errors import ArenaError
+        from data_prep.screen import printable
 
         try:
             return super().invoke(ctx)
@@ -31,7 +32,7 @@ class ErrorsWithRemedy(click.Group):
             if (ctx.obj or {}).get("verbose"):
                 import traceback
 
-                click.echo(traceback.format_exc(), err=True, nl=False)
+                click.echo(printable(traceback.format_exc()), err=True, nl=False)
                 ctx.exit(error.exit_code)
             failure = click.ClickException(str(error))
             failure.exit_code = error.exit_code
@@ -487,13 +488,33 @@ def completion(shell: str) -> None:
     click.echo(script(shell), nl=False)
 
 
+@cli.command()
+@click.argument("output", type=file_argument, help="A scored stage's folder, outputs/EXP/STAGE.")
+@json_option
+@verbose_option
+def verify(output: Path, as_json: bool) -> None:
+    """Check an output folder (outputs/EXP/STAGE) again: every hash, every row, the versions. Exit code 1: changed."""
+    from scoring.summary import print_verification
+    from scoring.verify import verify
+
+    result = verify(output)
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=2))
+    else:
+        print_verification(result)
+    click.get_current_context().exit(0 if result.sound else 1)
+
+
 def _start(name: str):
     """Load the experiment and open the place where progress is shown."""
     from factory.experiment import load_experiment
     from factory.progress import Show
 
     verbose = (click.get_current_context().find_root().obj or {}).get("verbose", False)
-    return load_experiment(name), Show(verbose=verbose)
+    exp, show = load_experiment(name), Show(verbose=verbose)
+    for text in exp.warnings:
+        show.note(text)
+    return exp, show
 
 
 def _prepare(
@@ -507,7 +528,7 @@ def _prepare(
     workers=None,
     show,
 ) -> dict[str, Any]:
-    from data_prep.export import export
+    from data_prep.export import export, warnings_of
     from data_prep.source import votes_at
     from factory.demo import ensure_embedded_base
     from factory.recipe import check_first_values, write_recipe
@@ -520,7 +541,8 @@ def _prepare(
     with show.line(f"prepare {exp.name}") as line:
         tell = lambda p: line.count(p.rows, None, f"{p.phase} battles")  # noqa: E731
         audit = export(exp, train, test, truth, progress=tell, views=views, workers=workers)
-    show.note(_audit_line(exp, audit))
+    for text in (_audit_line(exp, audit), *warnings_of(audit)):
+        show.note(text)
     for outcome in (write_recipe(exp, step, force=force) for step in STEPS):
         if outcome.state == "hand-edited" and outcome.diff:
             show.note(f"{outcome.path}: edited by hand, kept; --force would replace it by:\n{outcome.diff}")

@@ -15,6 +15,7 @@ from data_prep.battle import Battle, swap
 from data_prep.errors import ArenaError
 from data_prep.neutral import Neutralizer
 from data_prep.prompt import FIELDS, JudgePrompt, texts_of
+from data_prep.screen import name_of
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -76,7 +77,7 @@ class Fitter:
         self.frame, self.tokenizer, self.prompt = frame, tokenizer, prompt
         self.cutoff_len = cutoff_len
         self._shares = {"prompt": shares.prompt, "a": shares.a, "b": shares.b}
-        self._neutral = Neutralizer(frame.special_strings)
+        self._neutral = Neutralizer(frame.special_strings, prompt.lines)
         self._room = cutoff_len - frame.overhead
         self._marker_len = len(self._encode(MARKER)) + 1
         self._fixed: dict[tuple[int, bool], int] = {}
@@ -89,7 +90,7 @@ class Fitter:
             )
 
     def clean(self, battle: Battle) -> Battle:
-        """Return the battle with empty texts named and special strings broken up."""
+        """Return the battle with empty texts named, special strings and the prompt's own lines broken up."""
         return self._neutral.battle(battle)
 
     def fit(self, battles: Sequence[Battle], *, both_orders: bool) -> list[Fitted]:
@@ -111,7 +112,7 @@ class Fitter:
         if over:
             raise ArenaError(
                 f"cannot be fitted to {self.cutoff_len} tokens",
-                where=f"battle {over[0].battle.id}",
+                where=f"battle {name_of(over[0].battle.id)}",
                 remedy="raise cutoff_len in experiment.yaml",
             )
         return [self._finish(job) for job in jobs]
@@ -198,7 +199,8 @@ class Fitter:
         for field, column in zip(
             FIELDS, (job.battle.prompts, job.battle.responses_a, job.battle.responses_b), strict=True
         ):
-            texts[field], gone = cut_middle(column[turn], spans[field], granted[field], self._marker_len)
+            kept, gone = cut_middle(column[turn], spans[field], granted[field], self._marker_len)
+            texts[field] = self._neutral(kept)  # what stands behind the marker begins a line now
             lost.append(gone)
         job.lost = tuple(lost)
         job.candidate = replace(

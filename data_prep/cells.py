@@ -13,6 +13,7 @@ from data_prep.battle import VERDICTS
 
 _WINNERS = {"model_a": "a", "model_b": "b", "tie": "tie", "tie (bothbad)": "tie"}
 _ONE_HOT = {("1", "0", "0"): "a", ("0", "1", "0"): "b", ("0", "0", "1"): "tie"}
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # A raw tab or newline inside a JSON string is against the letter of JSON, but it can mean one thing only.
 _decode_json = json.JSONDecoder(strict=False).decode
@@ -71,6 +72,11 @@ def parse_id(cell: object) -> str | None:
     return str(cell).strip() or None if cell is not None else None
 
 
+def is_formula(identity: str) -> bool:
+    """Tell whether a spreadsheet would take an id for a formula: = + - @ at its front, and not a number."""
+    return identity[:1] in ("=", "+", "-", "@") and _NUMBER.fullmatch(identity) is None
+
+
 def parse_language(cell: object) -> str | None:
     """Return the language as it is written, None where there is none."""
     return cell.strip() or None if isinstance(cell, str) else None
@@ -78,8 +84,7 @@ def parse_language(cell: object) -> str | None:
 
 def parse_one_hot(cells: Sequence[object]) -> str:
     """Return the verdict of winner_model_a, winner_model_b, winner_tie (0 and 1 in any spelling). Raises BadVerdict."""
-    verdict = _ONE_HOT.get(tuple(cells))
-    if verdict is not None:
+    if all(isinstance(cell, str) for cell in cells) and (verdict := _ONE_HOT.get(tuple(cells))):
         return verdict
     try:
         flags = [float(cell) for cell in cells]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.battle import VERDICTS
 from data_prep.errors import ArenaError
-from data_prep.files import atomic_file
+from data_prep.files import atomic_file, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,8 +84,10 @@ class ChatFrame:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> ChatFrame:
-        """Rebuild a frame from `dataclasses.asdict` of it, as JSON keeps it."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+        """Rebuild a frame from `dataclasses.asdict` of it, as JSON keeps it; raises ValueError if it is no frame."""
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(cls).validate_python(content)
 
 
 def load_frame(experiment: Experiment) -> tuple[ChatFrame, Tokenizer]:
@@ -99,9 +101,9 @@ def load_frame(experiment: Experiment) -> tuple[ChatFrame, Tokenizer]:
     path = CACHE / f"{_cache_key(experiment)}.json"
     if path.is_file():
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             return ChatFrame.from_dict(content["frame"]), Tokenizer.from_str(content["tokenizer"])
-        except (ValueError, KeyError, TypeError):
+        except Exception:  # tokenizers has no narrower class
             path.unlink(missing_ok=True)  # a damaged cache entry is made anew
     frame, tokenizer_json = probe_frame(experiment)
     with atomic_file(path) as file:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.battle import Battle
+from data_prep.battle import PROBABILITY_COLUMNS, Battle
+from data_prep.chat_frame import ChatFrame
 from data_prep.errors import ArenaError
+from data_prep.files import read_json
 from data_prep.flatten import Pair
 
 if TYPE_CHECKING:
@@ -19,31 +21,67 @@ SPLITS = ("train", "valid", "test")
 # Of the manifest and the files that it names.
 FORMAT = 3
 _BATCH = 1024
+_SUM_TOLERANCE = 1e-3
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a data folder's manifest; raises ArenaError if nothing was exported there or it is damaged."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except FileNotFoundError:
         raise ArenaError(
             "there is no exported data",
             where=str(folder),
             remedy=f"python run.py prepare -e {folder.name} --train FILE",
         ) from None
-    except ValueError:
-        raise ArenaError("is damaged", where=str(path), remedy="run prepare again") from None
+    except (OSError, ValueError):
+        raise _damaged(path) from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArenaError("was exported by another version", where=str(folder), remedy="run prepare again")
+    if not _is_manifest(manifest):
+        raise _damaged(path)
     return manifest
+
+
+def _is_manifest(manifest: dict[str, Any]) -> bool:
+    files, sources, views = (manifest.get(key) for key in ("files", "sources", "views"))
+    if not isinstance(files, dict) or not isinstance(sources, dict) or not isinstance(views, list):
+        return False
+    inside = (not Path(name).is_absolute() and ".." not in Path(name).parts for name in files)
+    if not all(inside) or not all(isinstance(digest, str) for digest in files.values()):
+        return False
+    if not all(isinstance(s, dict) and {type(s.get(k)) for k in ("file", "sha256")} == {str} for s in sources.values()):
+        return False
+    try:
+        ChatFrame.from_dict(manifest.get("frame"))
+    except ValueError:
+        return False
+    return True
+
+
+def _damaged(path: Path, why: str = "") -> ArenaError:
+    what = f"is damaged: {why}" if why else "is damaged"
+    return ArenaError(what, where=str(path), remedy=f"run prepare again: python run.py prepare -e {path.parent.name}")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Within the block, whatever is wrong with a table of the export (gone, damaged, another's) is an ArenaError."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        raise _damaged(path, (str(error) or repr(error)).splitlines()[0][:200]) from None
 
 
 def read_rows(folder: Path, split: str) -> pd.DataFrame:
     """Return rows.parquet's rows of one split, in the order of the input, one row a battle."""
     from pyarrow.parquet import read_table
 
-    return read_table(folder / "rows.parquet", filters=[("split", "==", split)]).to_pandas()
+    with readable(folder / "rows.parquet"):
+        return read_table(folder / "rows.parquet", filters=[("split", "==", split)]).to_pandas()
 
 
 def read_battles(folder: Path, split: str) -> list[tuple[Battle, int]]:
@@ -56,12 +94,14 @@ def iter_battles(folder: Path, split: str) -> Iterator[tuple[Battle, int]]:
     from pyarrow.parquet import read_table
 
     columns = ["split", "verdict", "language", "dropped"]
-    rows = read_table(folder / "rows.parquet", columns=columns, filters=[("split", "==", split)])
+    with readable(folder / "rows.parquet"):
+        rows = read_table(folder / "rows.parquet", columns=columns, filters=[("split", "==", split)])
     known = zip(*(_cells(rows[name]) for name in columns[1:]), strict=True)
     texts = _of_split(folder, split, folder / "battles.parquet", ["id", "prompts", "responses_a", "responses_b"])
-    for text, (verdict, language, dropped) in zip(texts, known, strict=True):
-        turns = (tuple(text[name]) for name in ("prompts", "responses_a", "responses_b"))
-        yield Battle(text["id"], *turns, verdict, language), dropped
+    with readable(folder / "battles.parquet"):
+        for text, (verdict, language, dropped) in zip(texts, known, strict=True):
+            turns = (tuple(text[name]) for name in ("prompts", "responses_a", "responses_b"))
+            yield Battle(text["id"], *turns, verdict, language), dropped
 
 
 def _cells(column: pa.ChunkedArray) -> Iterator[Any]:
@@ -75,9 +115,10 @@ def _of_split(folder: Path, split: str, path: Path, columns: list[str]) -> Itera
     from pyarrow import compute
     from pyarrow.parquet import ParquetFile, read_table
 
-    wanted = compute.equal(read_table(folder / "rows.parquet", columns=["split"])["split"], split)
+    with readable(folder / "rows.parquet"):
+        wanted = compute.equal(read_table(folder / "rows.parquet", columns=["split"])["split"], split)
     at = 0
-    with ParquetFile(path) as file:
+    with readable(path), ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
             mine = wanted.slice(at, len(batch)).combine_chunks()
             yield from batch.filter(mine).to_pylist()
@@ -91,7 +132,16 @@ def truth_of(folder: Path) -> pd.DataFrame | None:
     import pandas as pd
 
     path = folder / "truth.csv"
-    return pd.read_csv(path, dtype={"id": str}) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        truth = pd.read_csv(path, dtype={"id": str})
+        values = truth.set_index("id")[list(PROBABILITY_COLUMNS)].to_numpy(float)
+    except (ValueError, KeyError, OSError) as error:  # pandas' own errors are ValueErrors
+        raise _damaged(path, str(error).splitlines()[0][:200]) from None
+    if not (abs(values.sum(axis=1) - 1) <= _SUM_TOLERANCE).all() or not (values >= 0).all():
+        raise _damaged(path, "its probabilities are not between 0 and 1, or do not sum to 1")
+    return truth
 
 
 def read_pairs(folder: Path, split: str) -> list[Pair]:
@@ -100,7 +150,8 @@ def read_pairs(folder: Path, split: str) -> list[Pair]:
     Raises ArenaError where the reward view was not exported.
     """
     path = require_pairs(folder)
-    return [Pair(**text) for text in _of_split(folder, split, path, ["id", "prompt", "response_a", "response_b"])]
+    with readable(path):
+        return [Pair(**text) for text in _of_split(folder, split, path, ["id", "prompt", "response_a", "response_b"])]
 
 
 def require_pairs(folder: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from data_prep.screen import printable
+
 
 class ArenaError(Exception):
     """A fault in the work, told in three parts: what, where (file, row, key) and the remedy."""
@@ -14,7 +16,7 @@ class ArenaError(Exception):
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{head}\n  remedy: {self.remedy}" if self.remedy else head
+        return printable(f"{head}\n  remedy: {self.remedy}" if self.remedy else head)
 
 
 class UsageError(ArenaError):

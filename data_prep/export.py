@@ -17,9 +17,8 @@ rows: memory grows by some ten bytes a battle, so that millions of votes are a m
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +31,11 @@ from data_prep.crew import open_crew, usual_workers
 from data_prep.data_sets import dataset_entries
 from data_prep.dataset import FORMAT, read_manifest
 from data_prep.errors import ArenaError
-from data_prep.files import atomic_file, atomic_folder, sha256_of, sha256_of_table, write_json
+from data_prep.files import atomic_file, atomic_folder, read_json, sha256_of, sha256_of_table, write_json
 from data_prep.pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
-from data_prep.tables import open_table
+from data_prep.tables import BrokenRow, open_table
 from data_prep.writer import Writer
 
 if TYPE_CHECKING:
@@ -111,13 +110,21 @@ def _counted(reader: Iterable[tuple[int, Battle]], phase: str, progress) -> Iter
 
 def _check_truth(path: Path) -> None:
     """Raise ArenaError now, not in the report after hours of training, if this is no table of probabilities."""
-    columns = open_table(path).columns
-    if missing := [name for name in ("id", *PROBABILITY_COLUMNS) if name not in columns]:
-        raise ArenaError(
-            f"lacks the column(s) {missing}",
-            where=str(path),
-            remedy="--truth is the truth.csv of a synthetic arena; leave it out for votes of people",
-        )
+    remedy = "--truth is the truth.csv of a synthetic arena; leave it out for votes of people"
+    table, names = open_table(path), ("id", *PROBABILITY_COLUMNS)
+    if missing := [name for name in names if name not in table.columns]:
+        raise ArenaError(f"lacks the column(s) {missing}", where=str(path), remedy=remedy)
+    for number, cells in enumerate(table.rows(names), 1):
+        if isinstance(cells, BrokenRow) or not _is_distribution(cells[1:]):
+            raise ArenaError("holds no three probabilities", where=f"{path} row {number}", remedy=remedy)
+
+
+def _is_distribution(cells: Sequence[object]) -> bool:
+    try:
+        values = [float(cell) for cell in cells]
+    except (TypeError, ValueError):
+        return False
+    return all(0 <= value <= 1 for value in values) and abs(sum(values) - 1) < 1e-3
 
 
 def ensure_views(
@@ -168,6 +175,7 @@ def _audit(experiment: Experiment, reader, test_reader, tallies, counts) -> dict
                 "rows_read": r.rows_read,
                 "rows_kept": tallies[name].rows,
                 "rows_rejected": len(r.rejected),
+                "ids_like_formulas": r.formulas,
             }
             for name, r in sources.items()
         },
@@ -228,16 +236,28 @@ def _publish(experiment: Experiment, audit: dict[str, Any]) -> None:
     """List the sets in data/dataset_info.json too, where LLaMA Board looks, and leave the newest audit there."""
     path = DATA / "dataset_info.json"
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
     except (OSError, ValueError):
         entries = {}
-    entries = {
-        name: entry
-        for name, entry in entries.items()
-        if (DATA / entry.get("file_name", "")).exists() and not entry["file_name"].startswith(f"{experiment.name}/")
-    }
+    others = entries.items() if isinstance(entries, dict) else ()
+    entries = {name: entry for name, entry in others if _is_of_another(entry, experiment)}
     own = dataset_entries(
         experiment, audit["pairs"], within=f"{experiment.name}/", folders=_folders(experiment.data_folder)
     )
     write_json(path, {**entries, **own})
     write_json(DATA / "audit.json", audit)
+
+
+def _is_of_another(entry: Any, experiment: Experiment) -> bool:
+    name = entry.get("file_name") if isinstance(entry, dict) else None
+    return isinstance(name, str) and (DATA / name).exists() and not name.startswith(f"{experiment.name}/")
+
+
+def warnings_of(audit: Mapping[str, Any]) -> list[str]:
+    """Return what a person should know of an export that went well, one line each."""
+    return [
+        f"warning: {source['ids_like_formulas']} id(s) of {source['file']} begin as a spreadsheet's formula does; they "
+        "are written as they are: do not open the CSV files of results in a spreadsheet"
+        for source in audit["sources"].values()
+        if source.get("ids_like_formulas")
+    ]

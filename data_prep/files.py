@@ -9,8 +9,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
+
+# Of smaller files the time of change is too coarse to tell two contents apart, and they are read at once.
+_WORTH_REMEMBERING = 16 * 2**20  # bytes
 
 
 @contextmanager
@@ -37,15 +41,15 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a new empty folder beside `path`; it takes the place of `path` when the block ends without an error.
 
-    An earlier `path` survives a failed block untouched. Between the two renames a crash leaves the
-    earlier folder as `.<name>.old`, which the next call puts back. Without `replace` an earlier `path` raises
-    FileExistsError and stays.
+    An earlier `path` survives a failed block untouched; where it is a link, the link is replaced and what it leads to
+    stays as it was. Between the two renames a crash leaves the earlier folder as `.<name>.old`, which the next call
+    puts back. Without `replace` an earlier `path` raises FileExistsError and stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         old.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    _discard(old)
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     fresh.chmod(0o777 & ~_umask())
     try:
@@ -55,7 +59,7 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
                 raise FileExistsError(path)
             path.rename(old)
         fresh.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
     except BaseException:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -70,8 +74,29 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; raises OSError, or ValueError for whatever is wrong with its text."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as hexadecimal digits."""
+    status = path.stat()
+    if status.st_size < _WORTH_REMEMBERING:
+        return _digest(path)
+    return _remembered(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _remembered(path: Path, size: int, changed_at: int) -> str:
+    """Return the digest of a large file, which several parts of one run ask for; size and time tell another content."""
+    return _digest(path)
+
+
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -82,6 +107,14 @@ def sha256_of_table(path: Path) -> str:
         return sha256_of(path)
     parts = "".join(f"{sha256_of(part)}  {part.name}\n" for part in sorted(path.iterdir()) if part.is_file())
     return hashlib.sha256(parts.encode(errors="surrogateescape")).hexdigest()
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder and all that is in it; of a link the link alone, whatever it leads to."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _umask() -> int:

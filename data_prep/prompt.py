@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from data_prep.errors import ArenaError
+from data_prep.neutral import Lines
+from data_prep.safe_template import LARGEST, faults, sandbox
 
 if TYPE_CHECKING:
     from data_prep.battle import Battle
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 FIELDS = ("prompt", "a", "b")
 # Two private-use characters enclose a mark; texts never pass through the marked rendering.
 _MARK = re.compile("\ue000(\\d+):(prompt|a|b)\ue001")
+_SHOWN = 5
 _PROBE_TEXTS = ("  Spaces AROUND \n", "", "x", "<b>&'\"{{ y }}{% z %}", "same", "same")
 _REMEDY = (
     "place {{ turn.prompt }}, {{ turn.a }} and {{ turn.b }} once each in `for turn in turns`, without filters or tests"
@@ -46,21 +50,31 @@ class JudgePrompt:
 
     def __init__(self, source: str, labels: Labels, where: str = "judge prompt"):
         """Compile and check `source`; raises ArenaError that names the template and the line."""
-        from jinja2 import StrictUndefined, TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2 import TemplateError
 
         self.source, self.where = source, where
         self._labels = SimpleNamespace(a=labels.a, b=labels.b, tie=labels.tie)
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        if len(source) > LARGEST:
+            raise ArenaError(f"is longer than {LARGEST:,} characters", where=where, remedy="give a judge prompt")
+        environment = sandbox()
         try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
+            unsafe = faults(environment.parse(source))
+            if not unsafe:
+                self._template = environment.from_string(source)
+        except (TemplateError, RecursionError, SyntaxError, ValueError, OverflowError) as error:
             line = getattr(error, "lineno", None)
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
             raise ArenaError(
-                f"is not a valid Jinja template: {error}",
+                f"is not a valid Jinja template: {reason}",
                 where=f"{where}{f' line {line}' if line else ''}",
                 remedy=_REMEDY,
             ) from None
+        if unsafe:
+            raise ArenaError(
+                "does more than place texts:" + "".join(f"\n  - {fault}" for fault in unsafe[:_SHOWN]),
+                where=where,
+                remedy=_REMEDY,
+            )
         self._skeletons: dict[tuple[int, bool], Skeleton] = {}
         for turns in (1, 2, 3):
             self._check_plain(turns, dropped=turns - 1)
@@ -84,6 +98,17 @@ class JudgePrompt:
             self._skeletons[key] = self._make_skeleton(turns, bool(dropped))
         return self._skeletons[key]
 
+    @cached_property
+    def lines(self) -> Lines:
+        """The template's own lines, by which the judge tells its sections apart."""
+        whole, begun = {}, {}  # dicts keep the order
+        for turns, dropped in ((1, 0), (2, 1), (3, 0)):
+            for number, piece in enumerate(self.skeleton(turns, dropped).pieces):
+                *full, last = piece.split("\n") if number == 0 else ["", *piece.split("\n")[1:]]
+                whole.update(dict.fromkeys(line.strip() for line in full))
+                begun[last.strip()] = None
+        return Lines(tuple(line for line in whole if line and line not in begun), tuple(filter(None, begun)))
+
     def message(self, battle: Battle, dropped: int = 0) -> str:
         """Return the user message for a battle whose texts are already fitted."""
         return self.skeleton(battle.turns, dropped).fill(texts_of(battle))
@@ -95,6 +120,8 @@ class JudgePrompt:
             return self._template.render(turns=turns, dropped=int(dropped), labels=self._labels)
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise ArenaError(f"cannot be rendered: {error}", where=self.where, remedy=_REMEDY) from None
+        except RecursionError:
+            raise ArenaError("cannot be rendered: nested too deeply", where=self.where, remedy=_REMEDY) from None
 
     def _make_skeleton(self, turns: int, dropped: bool) -> Skeleton:
         marked = [SimpleNamespace(**{f: f"\ue000{i}:{f}\ue001" for f in FIELDS}) for i in range(turns)]

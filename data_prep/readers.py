@@ -21,6 +21,7 @@ from data_prep.battle import PROBABILITY_COLUMNS, Battle
 from data_prep.cells import (
     BadCell,
     BadVerdict,
+    is_formula,
     parse_conversation,
     parse_id,
     parse_language,
@@ -30,6 +31,7 @@ from data_prep.cells import (
     parse_winner,
 )
 from data_prep.errors import ArenaError
+from data_prep.screen import name_of
 from data_prep.seen_ids import SeenIds, first_repeat
 from data_prep.tables import BrokenRow, CsvTable, ParquetTable, open_tables
 
@@ -130,6 +132,7 @@ class VoteReader:
         self.path, self.labelled = Path(path), labelled
         self.rejected: list[Rejected] = []
         self.rows_read = 0
+        self.formulas = 0  # ids that a spreadsheet would run
         self._tables = open_tables(self.path)
         columns = self._tables[0].columns
         self._schema = schema = _schema_of(columns)
@@ -163,7 +166,7 @@ class VoteReader:
         exactly one winner, and at the end when more than one row and more than 1 % of the rows are bad, or when
         none is left.
         """
-        self.rejected, self.rows_read = [], 0
+        self.rejected, self.rows_read, self.formulas = [], 0, 0
         seen = SeenIds()
         for where, number, cells in self._rows(self._names):
             self.rows_read += 1
@@ -179,6 +182,7 @@ class VoteReader:
             except BadVerdict as error:
                 raise self._bad_verdict(where, number, identity, error) from None
             else:
+                self.formulas += is_formula(battle.id)
                 yield number, battle
         self._refuse_repeats(seen.check())
         self._check_rejected()
@@ -236,7 +240,7 @@ class VoteReader:
         if bad < rows and (bad <= 1 or bad <= _MOST_BAD * rows):
             return
         first = self.rejected[:_SHOWN]
-        listed = [f"  - row {r.row} (id {r.id if r.id is not None else 'missing'}): {r.reason}" for r in first]
+        listed = [f"  - row {r.row} (id {name_of(r.id) if r.id is not None else 'missing'}): {r.reason}" for r in first]
         more = [f"  - … and {bad - _SHOWN} more"] if bad > _SHOWN else []
         verb = "no row is left" if bad == rows else f"more than {_MOST_BAD:.0%} of the rows are bad"
         raise ArenaError(
@@ -262,14 +266,14 @@ class VoteReader:
         (file, row), (other, again) = first, second
         row_of_file = f"row {row}" if file == other else f"{file} row {row}"
         return ArenaError(
-            f"the {self._names[0]} {identity!r} stands in {row_of_file} and again in row {again}",
+            f"the {self._names[0]} {identity[:80]!a} stands in {row_of_file} and again in row {again}",
             where=f"{other} row {again}",
             remedy="remove one of the two rows, or give each its own id",
         )
 
     def _bad_verdict(self, where: Path, number: int, identity: str | None, error: BadVerdict) -> ArenaError:
         return ArenaError(
-            f"(id {identity}) {error}",
+            f"(id {name_of(identity)}) {error}",
             where=f"{where} row {number}",
             remedy="give the row exactly one winner, or remove it",
         )

@@ -66,7 +66,11 @@ def open_tables(path: Path) -> list[CsvTable | ParquetTable]:
 
 def open_table(path: Path) -> CsvTable | ParquetTable:
     """Return the table in `path`, its columns read. Raises ArenaError when it is none."""
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name that is too long, a disk that does not answer
+        raise ArenaError(f"cannot be read: {error.strerror}", where=str(path)[:200], remedy="check the path") from None
+    if not is_file:
         what = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
         raise ArenaError(what, where=str(path), remedy="give the path of a .csv, .csv.gz or .parquet file")
     try:

@@ -29,6 +29,15 @@ GROUPS = {
 }
 # Names that transformers exports lazily, and the modules that define them.
 _LAZY = {("transformers", "Seq2SeqTrainingArguments"): "transformers.training_args_seq2seq"}
+# Keys that hold a token, and the environment variable that serves instead.
+_SECRETS = {
+    "hf_hub_token": "HF_TOKEN",
+    "hub_token": "HF_TOKEN",
+    "push_to_hub_token": "HF_TOKEN",
+    "ms_hub_token": "MODELSCOPE_API_TOKEN",
+    "om_hub_token": "OPENMIND_HUB_TOKEN",
+    "swanlab_api_key": "SWANLAB_API_KEY",
+}
 _PLAIN = frozenset({"bool", "int", "float", "str", "list", "dict"})
 _ARITHMETIC = {ast.Mult: operator.mul, ast.Add: operator.add, ast.Sub: operator.sub, ast.Pow: operator.pow}
 UNKNOWN = type("Unknown", (), {"__repr__": lambda self: "UNKNOWN"})()  # a default that only running code could tell
@@ -103,6 +112,8 @@ def key_fault(key: str, training: bool) -> str | None:
     if argument is None:
         near = difflib.get_close_matches(key, arguments(), n=1, cutoff=0.6)
         return f"LLaMA-Factory has no such key{f'; did you mean {near[0]}?' if near else ''}"
+    if key in _SECRETS:
+        return f"a token in a file ends up in logs and archives; remove the key and set {_SECRETS[key]} in your shell"
     if not argument.settable:
         return "LLaMA-Factory derives this value itself; remove the key"
     if not training and argument.group == "TrainingArguments":

@@ -18,6 +18,7 @@ from types import FrameType
 import psutil
 
 from data_prep.errors import ArenaError
+from data_prep.screen import secrets
 from factory.launcher import LIFELINE
 from factory.progress import LogPoint, TrainerLog
 from factory.remedies import all_errors, clean_lines, last_lines, remedy_for
@@ -106,7 +107,10 @@ def run_child(
                 )
             except OSError as error:
                 raise ArenaError(f"{what} could not start: {error}", where=command[0]) from None
-            _follow(process, log, begins_at, watch or Watch(), what, interrupted_remedy, grace)
+            try:
+                _follow(process, log, begins_at, watch or Watch(), what, interrupted_remedy, grace)
+            finally:
+                _hide_secrets(log)
     if process.returncode != 0:
         raise _failure(what, process.returncode, _read(log, begins_at), log)
     return Finished(time.monotonic() - started, log, begins_at)
@@ -282,6 +286,16 @@ def _failure(what: str, code: int, output: str, log: Path) -> ArenaError:
     known = (remedy_for(text) for text in [*reversed(errors), how, error])
     remedy = next((advice for advice in known if advice), f"read the end of {log}: this error is not in our table")
     return ArenaError(told, where=str(log), remedy=remedy)
+
+
+def _hide_secrets(log: Path) -> None:
+    """Replace the values of tokens and keys in the log of a child that has ended, which may have told them."""
+    content = log.read_bytes()
+    hidden = content
+    for name, value in secrets().items():
+        hidden = hidden.replace(value.encode(), f"<{name}>".encode())
+    if hidden != content:
+        log.write_bytes(hidden)
 
 
 def _read(path: Path, offset: int) -> str:

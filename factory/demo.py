@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.files import atomic_folder, write_json
+from data_prep.files import atomic_folder, read_json, write_json
 from data_prep.synthetic import ArenaFiles, write_arena
 
 if TYPE_CHECKING:
@@ -61,6 +60,6 @@ def build_embedded_base(experiment: Experiment, votes: Path, seed: int, show: Sh
 
 def _read(path: Path) -> dict | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None

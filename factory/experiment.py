@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from data_prep.battle import VERDICTS
 from data_prep.errors import ArenaError, UsageError
@@ -16,6 +17,11 @@ from factory.launch import Engine
 from factory.step import STEPS, Start
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Far more than any experiment or recipe has, and far less than hurts.
+_LARGEST, _MOST_VALUES, _DEEPEST = 1 << 18, 10_000, 32
+_LONGEST_REASON = 500
+# What PyYAML's constructors raise for values such as `!!int ""`, `!!bool maybe`, `!!timestamp soon`.
+_CONSTRUCTORS_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -95,7 +101,7 @@ class Experiment(_Strict):
     revision: str = "main"
     template: str = Field(min_length=1)  # LLaMA-Factory's chat template
     enable_thinking: bool | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: StrictBool = False
     cutoff_len: int = Field(ge=32)
     quantization_bit: Literal[4, 8] | None = 4
     labels: Labels = Labels()
@@ -130,6 +136,16 @@ class Experiment(_Strict):
                 "write merge_onto: base beside trust_remote_code: true"
             )
         return self
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know before this experiment does anything."""
+        if not self.trust_remote_code:
+            return []
+        return [
+            f"warning: trust_remote_code is true in {self.folder / 'experiment.yaml'}: Python code that comes with "
+            f"{self.model} (revision {self.revision}) runs on this machine with your rights; read it first"
+        ]
 
     @property
     def folder(self) -> Path:
@@ -222,11 +238,40 @@ def parse_experiment(content: dict[str, Any], name: str, where: str) -> Experime
         raise ArenaError(str(error), where=where, remedy="remove that key; the folder is the name") from None
 
 
+def _refuse_bombs(text: str, path: Path) -> None:
+    """Raise ArenaError where a few lines would become millions of values (aliases of aliases), or nest too deeply."""
+    import yaml
+
+    def refused(what: str) -> ArenaError:
+        return ArenaError(what, where=str(path), remedy="write the values out; a configuration is a page or two")
+
+    if len(text) > _LARGEST:
+        raise refused(f"is longer than {_LARGEST:,} characters")
+    sizes: dict[str, int] = {}
+    total, open_nodes = 0, []  # of each open collection: its anchor, and the number of values before it
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            sizes[anchor] = total - before
+        elif isinstance(event, yaml.AliasEvent):
+            total += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.NodeEvent):
+            total += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append((event.anchor, total - 1))
+        if total > _MOST_VALUES:
+            raise refused(f"holds more than {_MOST_VALUES:,} values, aliases written out")
+        if len(open_nodes) > _DEEPEST:
+            raise refused(f"nests more than {_DEEPEST} levels deep")
+
+
 def _in_words(fault: Mapping[str, Any]) -> str:
     """Say a fault in a user's words: pydantic calls keys "inputs"."""
     if fault["type"] == "extra_forbidden":
         near = get_close_matches(str(fault["loc"][-1]), Experiment.model_fields, 1) if len(fault["loc"]) == 1 else []
         return f"there is no such key{f'; did you mean {near[0]}?' if near else ''}"
+    if fault["type"] == "missing":
+        return "is missing"
     words = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     return words if fault["type"] == "value_error" else f"{words}, not {fault['input']!r}"
 
@@ -238,9 +283,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, ValueError) as error:
-        raise ArenaError(f"is not readable YAML: {error}", where=str(path), remedy="mend the file") from None
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_LARGEST + 1)
+        _refuse_bombs(text, path)
+        content = OmegaConf.to_container(OmegaConf.load(StringIO(text)))
+    except (YAMLError, OmegaConfBaseException, OSError, *_CONSTRUCTORS_ERRORS) as error:
+        told = isinstance(error, (YAMLError, OmegaConfBaseException, OSError, ValueError))
+        reason = str(error)[:_LONGEST_REASON] if told else "a value that does not fit its tag, or nests too deeply"
+        raise ArenaError(f"is not readable YAML: {reason}", where=str(path), remedy="mend the file") from None
     if not isinstance(content, dict):
         raise ArenaError("must be a YAML mapping (key: value lines)", where=str(path), remedy="mend the file")
     return {str(key): value for key, value in content.items()}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import ArenaError
-from data_prep.files import sha256_of
+from data_prep.files import read_json, sha256_of
 
 # Keys whose value may name local files or folders that shape the result.
 _PATH_KEYS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "deepspeed")
@@ -65,6 +64,8 @@ def training_rows(recipe: dict[str, Any]) -> int | None:
     total = 0
     for name, entry in entries.items():
         rows = entry.get("num_samples") or sum(map(_count_lines, files[name]))
+        if not isinstance(rows, int):
+            raise ArenaError(f"num_samples {rows!r} is no number", where=str(_info(recipe)), remedy="prepare again")
         total += min(rows, recipe.get("max_samples") or rows)
     return total
 
@@ -84,10 +85,28 @@ def _entries(recipe: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
     if not wanted or not path.is_file():
         return {}
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        info = read_json(path)
+    except (OSError, ValueError) as error:
         raise ArenaError(f"is not JSON: {error}", where=str(path), remedy="run `run.py prepare` again") from None
-    return {name: info[name] for name in wanted if name in info}
+    if not isinstance(info, dict):
+        raise ArenaError("is not a JSON object", where=str(path), remedy="run `run.py prepare` again")
+    entries = {name: info[name] for name in wanted if name in info}
+    for name, entry in entries.items():
+        _check_entry(entry, f"{path}: {name}")
+    return entries
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    """Raise ArenaError unless a data set's file, if it names one, lies in the folder of dataset_info.json."""
+    file = entry.get("file_name", "") if isinstance(entry, dict) else None
+    if not isinstance(file, str):
+        raise ArenaError("is not an object that names a file", where=where, remedy="run `run.py prepare` again")
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise ArenaError(
+            f"file_name {file!r} leads out of the data folder",
+            where=where,
+            remedy="run `run.py prepare` again; a data set of your own belongs into the data folder",
+        )
 
 
 def model_files(path: Path) -> Any:

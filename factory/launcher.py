@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> int:
             _mend_ray(on_cpus=get_current_device().type == "cpu")
     elif get_current_device().type == "cpu":
         _keep_nf4_weights_as_they_are()
+    _serve_this_machine_only()
     sys.argv = ["llamafactory-cli", *arguments]
     llamafactory_cli()
     return 0
@@ -139,6 +140,12 @@ def guard_worker() -> None:
     _keep_nf4_weights_as_they_are()
     _read_parts_in_the_order_of_their_names()
     _read_checkpoints_of_numbered_cpus()
+
+
+def _serve_this_machine_only() -> None:
+    # LLaMA-Factory's servers (webui, webchat, api) listen on every network unless they are told otherwise.
+    for name in ("GRADIO_SERVER_NAME", "API_HOST"):
+        os.environ.setdefault(name, "127.0.0.1")
 
 
 def _keep_nf4_weights_as_they_are() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import ArenaError, UsageError
+from data_prep.files import read_json
 from factory.arguments import parse_module, templates
 
 # The template that LLaMA-Factory's own web UI takes for a base model, which was never taught a chat.
@@ -144,7 +144,7 @@ def _starting(kind: str, names: list[str]) -> list[str]:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "config.json")
     except FileNotFoundError:
         raise UsageError(
             "holds no config.json, so that it is no model", where=str(folder), remedy="give the model's own folder"
@@ -190,7 +190,7 @@ def _refuse(message: str) -> None:
 
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "tokenizer_config.json")
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

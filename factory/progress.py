@@ -14,6 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_prep.screen import printable
+
 _PLAIN_INTERVAL = 30.0  # seconds between two lines where nobody watches
 
 
@@ -110,7 +112,7 @@ class Show:
         if self._live is not None:
             self._live.print(text)
         else:
-            print(text, file=self.stream, flush=True)
+            print(printable(text), file=self.stream, flush=True)
 
     @contextmanager
     def line(self, label: str, start_step: int = 0) -> Iterator[Line]:
@@ -128,7 +130,7 @@ class Line:
     """One live line: what is being done, and once training runs how far it is."""
 
     def __init__(self, show: Show, label: str, start_step: int):
-        self.show, self.label, self.start_step = show, label, start_step
+        self.show, self.label, self.start_step = show, printable(label), start_step
 
     def __enter__(self) -> Line:
         return self
@@ -138,7 +140,7 @@ class Line:
 
     def print(self, text: str) -> None:
         """Print a lasting line beside the live one."""
-        print(text, file=self.show.stream, flush=True)
+        print(printable(text), file=self.show.stream, flush=True)
 
     def phase(self, text: str) -> None:
         """Say what is being done now (loading, training, validating)."""
@@ -199,7 +201,7 @@ class _BarLine(Line):
         self._bar.stop()
 
     def print(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def phase(self, text: str) -> None:
         self._bar.update(self._task, description=f"{self.label}: {text}", detail="")

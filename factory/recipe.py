@@ -26,6 +26,8 @@ from factory.step import STEPS, Step
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 State = Literal["written", "unchanged", "updated", "hand-edited", "replaced"]
 
+# What a template can raise beside Jinja's own errors: it may be of another encoding, too deep, or compute nonsense.
+_TEMPLATES_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError)
 _SEAL = re.compile(r"^# .*\bsha256:([0-9a-f]{64})\b.*\n?", re.MULTILINE)
 _PLAIN_STRING = re.compile(r"[A-Za-z][A-Za-z0-9_./@,-]*")
 _YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
@@ -170,6 +172,7 @@ class _Sheet:
         if name not in self.shared:
             raise ArenaError(
                 f"a recipe template asks for shared({name!r}), which experiment.yaml does not rule",
+                where="templates",
                 remedy=f"choose one of: {', '.join(self.shared)}; or write key({name!r}, value)",
             )
         return f"{name}: {as_yaml(self.shared[name])}"
@@ -232,9 +235,10 @@ def _refuse_first_values(experiment: Experiment, faults: list[str]) -> None:
 
 
 def _render(experiment: Experiment, step: Step, sheet: _Sheet, templates: Path) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+    from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = Environment(
+    environment = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(templates),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -256,7 +260,7 @@ def _render(experiment: Experiment, step: Step, sheet: _Sheet, templates: Path) 
     }
     try:
         text = environment.get_template(step.template).render(names)
-    except TemplateError as error:
+    except (TemplateError, *_TEMPLATES_ERRORS) as error:
         line = getattr(error, "lineno", None)
         where = f"{templates.name}/{getattr(error, 'name', None) or step.template}{f' line {line}' if line else ''}"
         raise ArenaError(

@@ -8,13 +8,13 @@ import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import ArenaError
-from data_prep.files import write_json
+from data_prep.files import read_json, sha256_of, write_json
 
 # Parts of a stage in the order in which each is made from the one before.
 PARTS = ("train", "merge", "score")
@@ -48,6 +48,16 @@ class Record:
     started_at: str
     finished_at: str | None = None
     seconds: float | None = None
+    sha256: dict[str, str] = field(default_factory=dict)  # of the outputs that are files
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the values have their types: the file may have been edited by hand."""
+        if not isinstance(self.sha256, dict):
+            return False
+        names = isinstance(self.outputs, list) and all(isinstance(name, str) for name in self.outputs)
+        times = isinstance(self.started_at, str) and isinstance(self.finished_at, str | None)
+        return names and times and isinstance(self.inputs, dict)
 
     @property
     def missing(self) -> list[str]:
@@ -99,7 +109,8 @@ class StageState:
         """Write down that a part that began is finished, after its outputs are whole."""
         begun = self._records[part]
         names = [Path(path).as_posix() for path in outputs]
-        self._write(part, Record(begun.inputs, names, begun.started_at, _now(), round(seconds, 3)))
+        hashes = {name: sha256_of(Path(name)) for name in names if Path(name).is_file()}
+        self._write(part, Record(begun.inputs, names, begun.started_at, _now(), round(seconds, 3), hashes))
 
     def _write(self, part: str, record: Record) -> None:
         self._records[part] = record
@@ -155,6 +166,7 @@ def only_run(folder: Path) -> Iterator[None]:
     """
     import fcntl
 
+    _refuse_links_out(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
     with path.open("a+", encoding="utf-8") as file:
@@ -172,6 +184,19 @@ def only_run(folder: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)  # not deleted: another run may have opened it already
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """Raise ArenaError where a link below outputs/ leads out of it: what lies there is not ours to replace."""
+    root = Path(folder.parts[0])
+    below = [root.joinpath(*folder.parts[1:end]) for end in range(2, len(folder.parts) + 1)]
+    for link in (path for path in below if path.is_symlink()):
+        if not link.resolve().is_relative_to(root.resolve()):
+            raise ArenaError(
+                f"is a link that leads out of {root}/, and a run replaces what lies in its folder",
+                where=str(link),
+                remedy=f"put a folder in its place; to keep all results on another disk, make {root} itself the link",
+            )
 
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -192,7 +217,7 @@ def _held(folder: Path, path: Path) -> ArenaError:
 
 def _owner(path: Path) -> dict[str, Any]:
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
+        owner = read_json(path)
     except (OSError, ValueError):  # empty: released; torn: its writer died
         return {}
     return owner if isinstance(owner, dict) else {}
@@ -200,8 +225,11 @@ def _owner(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Record]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Record(**values) for name, values in content["parts"].items()}
+        content = read_json(path)
+        records = {name: Record(**values) for name, values in content["parts"].items()}
+        if not all(record.is_sound for record in records.values()):
+            raise ValueError("a value of a wrong type")
+        return records
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -214,7 +242,7 @@ def _read(path: Path) -> dict[str, Record]:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        read_json(checkpoint / "trainer_state.json")
     except (OSError, ValueError):
         return False
     return True

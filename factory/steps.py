@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import ArenaError, UsageError
-from data_prep.files import atomic_folder
+from data_prep.files import atomic_folder, read_json
 from factory.checks import check_device, check_recipes
 from factory.child import Watch, llamafactory, run_child
 from factory.dequantised import DequantisedBase, dequantised_base
@@ -21,6 +20,7 @@ from factory.launch import Launch, plan_launch
 from factory.progress import Line, LogPoint, Show, duration, loss_curve
 from factory.state import StageState, archive, last_checkpoint, only_run
 from factory.step import merge_of
+from factory.weights import refuse_pickles
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _VALUE_HEAD = "value_head.safetensors"
@@ -75,6 +75,7 @@ def train(
     check_device(experiment, stage_step)
     recipe_path = experiment.recipe(stage_step)
     recipe = read_yaml(recipe_path)
+    refuse_pickles(recipe)
     adapter, folder = Path(recipe["output_dir"]), experiment.output_folder(stage_step)
     launch = plan_launch(experiment.distributed, recipe, recipe_path)
     if not launch.keeps_books:
@@ -119,6 +120,7 @@ def merge(
     with only_run(folder):
         state = StageState(folder)
         _require_adapter(Path(recipe["adapter_name_or_path"]), stage_step)
+        refuse_pickles(recipe)
         base = dequantised_base(experiment, stage_step)
         inputs = _merge_inputs(recipe_path, recipe, base)
         remedy = f"move {merged} away to merge again (--fresh would also train again)"
@@ -357,7 +359,7 @@ def _look_at(point: LogPoint, line: Line, adapter: Path) -> None:
 def _require_finite(adapter: Path, log: Path) -> None:
     """Raise ArenaError if a loss or a trained weight is not finite; the trainer hides a NaN loss from its own log."""
     try:
-        history = json.loads((adapter / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        history = read_json(adapter / "trainer_state.json")["log_history"]
     except (OSError, ValueError, KeyError) as error:
         raise ArenaError(f"cannot read the losses: {error}", where=str(adapter / "trainer_state.json")) from None
     for entry in history:
@@ -365,10 +367,14 @@ def _require_finite(adapter: Path, log: Path) -> None:
         if not all(math.isfinite(value) for value in values):
             raise _not_finite(f"the loss is NaN or infinite at step {entry.get('step')}", log)
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(adapter / _ADAPTER_FILES[1], framework="pt") as weights:
-        bad = [name for name in weights.keys() if not torch.isfinite(weights.get_tensor(name)).all()]  # noqa: SIM118
+    path = adapter / _ADAPTER_FILES[1]
+    try:
+        with safe_open(path, framework="pt") as weights:
+            bad = [name for name in weights.keys() if not torch.isfinite(weights.get_tensor(name)).all()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ArenaError(f"is damaged: {error}", where=str(path), remedy="is the disk full? then --fresh") from None
     if bad:
         raise _not_finite(f"{len(bad)} trained weights are NaN or infinite, the first is {bad[0]}", log)
 

@@ -5,7 +5,6 @@ Reads files only and takes no lock, so that it may look on while runs are at wor
 
 from __future__ import annotations
 
-import json
 import shlex
 import socket
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import ArenaError
+from data_prep.files import read_json
 from factory.experiment import Experiment, load_experiment
 from factory.progress import TrainerLog
 from factory.state import StageState
@@ -80,7 +80,7 @@ def is_at_work(folder: Path) -> bool:
     import psutil
 
     try:
-        owner = json.loads(folder.with_name(f".{folder.name}.lock").read_text(encoding="utf-8"))
+        owner = read_json(folder.with_name(f".{folder.name}.lock"))
         if owner["host"] != socket.gethostname():
             return False
         begun = psutil.Process(int(owner["pid"])).create_time()
@@ -147,7 +147,7 @@ def _scored(experiment: Experiment, stage: str, finished_at: str, step: int | No
     report = experiment.output_folder(stage) / "report.json"
     name = shlex.quote(experiment.name)
     try:
-        content = json.loads(report.read_text(encoding="utf-8"))
+        content = read_json(report)
         loss, prior = float(content["log_loss"]), float(content["baselines"]["prior"])
     except (OSError, ValueError, KeyError, TypeError):
         return StageView(stage, INTERRUPTED, f"{report} is unreadable", next=f"python run.py score -e {name}")
@@ -175,7 +175,7 @@ def _steps(adapter: Path) -> tuple[int | None, int | None]:
 
 def _battles(experiment: Experiment) -> int | None:
     try:
-        audit = json.loads((experiment.data_folder / "audit.json").read_text(encoding="utf-8"))
+        audit = read_json(experiment.data_folder / "audit.json")
         return int(audit["sources"]["train"]["rows_kept"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -171,9 +171,11 @@ def calibration_from_json(value: Mapping[str, Any]) -> Calibration:
         link = link_from_json(value["link"]) if value["link"] else None
         names = ("kept", "reason", "log_loss_before", "log_loss_cross_fitted", "rows", "swap_tta")
         plain = {"kind": value["scores"], **{name: value[name] for name in names}}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArenaError(
-            f"the saved calibration lacks {error}", where="calibration", remedy="score the stage again"
+            f"the saved calibration lacks a value or holds a wrong one ({error})",
+            where="calibration",
+            remedy="score the stage again",
         ) from None
     return Calibration(**plain, **priors, link=link, probabilities=np.empty((0, 3)))
 

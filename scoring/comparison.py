@@ -51,13 +51,19 @@ def _frame(experiment: Experiment, stage: str) -> pd.DataFrame:
     import pandas as pd
 
     folder = experiment.output_folder(stage)
-    scores = pd.read_parquet(folder / "scores_valid.parquet", columns=["id", "verdict", "group"])
-    chances = pd.read_csv(folder / "probabilities_valid.csv", dtype={"id": str})
+    again = f"move {folder / REPORT} away and score again: run.py score -e {experiment.name} --stage {stage}"
+    try:
+        scores = pd.read_parquet(folder / "scores_valid.parquet", columns=["id", "verdict", "group"])
+        chances = pd.read_csv(folder / "probabilities_valid.csv", dtype={"id": str})
+        chances = chances[["id", *PROBABILITY_COLUMNS]].astype(dict.fromkeys(PROBABILITY_COLUMNS, float))
+    except (OSError, ValueError, KeyError) as error:  # pandas' and pyarrow's own errors are among them
+        reason = str(error).splitlines()[0][:200]
+        raise ArenaError(f"its scores cannot be read: {reason}", where=str(folder), remedy=again) from None
     if scores["id"].tolist() != chances["id"].tolist():
         raise ArenaError(
             "scores_valid.parquet and probabilities_valid.csv hold different rows",
             where=str(folder),
-            remedy=f"move {folder / REPORT} away and score again: run.py score -e {experiment.name} --stage {stage}",
+            remedy=again,
         )
     for name, column in zip(CHANCES, PROBABILITY_COLUMNS, strict=True):
         scores[name] = chances[column].to_numpy()

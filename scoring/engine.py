@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from data_prep.errors import ArenaError
 
@@ -23,6 +25,18 @@ if TYPE_CHECKING:
     from scoring.adapters import TrainedAdapter
     from scoring.judge import Judge
 
+# What damaged or foreign files of a model raise while they are loaded.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    SafetensorError,
+    StrictDataclassError,
+)
 # Tokens in one forward pass, padding included. On a CPU larger batches gain nothing and cost memory.
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 32768}
 
@@ -138,9 +152,9 @@ def load_model(folder: Path, device: str, *, precision: str | None = None) -> An
             trust_remote_code=False,
             local_files_only=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         raise ArenaError(
-            f"the model cannot be loaded: {str(error).splitlines()[0]}",
+            f"the model cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}",
             where=str(folder),
             remedy="move the folder away and merge again: python run.py sft (dpo, rm) -e EXP --until merge",
         ) from None

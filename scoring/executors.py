@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from data_prep.screen import name_of
 from scoring.row_store import RowStore
 from scoring.scorer import Scorer, ScorerSpec
 from scoring.shard_plan import Shard
@@ -80,7 +81,7 @@ def ask(scorer: Scorer, shard: Shard, prepared: Prepared, progress: Progress) ->
     def tell(at: ScoreProgress) -> None:
         progress(shard, at.tokens / max(at.total_tokens, 1))
 
-    return scorer.ask(sequences, progress=tell, name=lambda i: f"id {ids[i]}")
+    return scorer.ask(sequences, progress=tell, name=lambda i: f"id {name_of(ids[i])}")
 
 
 def device_of(engine: str) -> str:

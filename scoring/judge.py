@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from data_prep.budget import Fitted, Fitter
 from data_prep.chat_frame import ChatFrame, load_frame
 from data_prep.dataset import read_manifest
 from data_prep.errors import ArenaError
-from data_prep.files import sha256_of, write_json
+from data_prep.files import read_json, sha256_of, write_json
 from data_prep.prompt import JudgePrompt
 from factory.experiment import BudgetShares, Experiment, Labels
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "judge.json"
 FORMAT = 1
+_LONGEST_REASON = 300
 # Encoded once when the judge is made and compared whenever it is loaded: another tokenizer would answer nonsense.
 _CANARIES = ("Verdict:", "naïve 日本語 😀\n\n  code();", "### Assistant A\n")
 
@@ -108,10 +108,13 @@ def load_judge(folder: Path) -> Judge:
     """Read a merged folder's judge.json and tokenizer; raises ArenaError if it is no judge or does not fit itself."""
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["format"] != FORMAT or content["classes"] != list(VERDICTS):
             raise ArenaError("was made by another version", where=str(path), remedy="merge the adapter again")
+        _check_types(content)
         tokenizer = _tokenizer(folder)
+        frame = ChatFrame.from_dict(content["frame"])
+        _check_ids(frame, tokenizer.get_vocab_size())
         changed = [text for text, ids in content["canaries"].items() if _ids(tokenizer, text) != ids]
         if changed:
             raise ArenaError(
@@ -122,7 +125,7 @@ def load_judge(folder: Path) -> Judge:
         labels = Labels(**content["labels"])
         return Judge(
             folder=folder,
-            frame=ChatFrame.from_dict(content["frame"]),
+            frame=frame,
             labels=labels,
             cutoff_len=content["cutoff_len"],
             shares=BudgetShares(**content["budget_shares"]),
@@ -137,8 +140,25 @@ def load_judge(folder: Path) -> Judge:
             where=str(folder),
             remedy="train and merge first: python run.py sft (dpo, rm) -e EXP --until merge",
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArenaError(f"is damaged: {error}", where=str(path), remedy="merge the adapter again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:_LONGEST_REASON]
+        raise ArenaError(f"is damaged: {reason}", where=str(path), remedy="merge the adapter again") from None
+
+
+def _check_types(content: dict[str, Any]) -> None:
+    """Raise ValueError where a value would fail only later, in the middle of scoring."""
+    kinds = {"cutoff_len": int, "swap_tta": bool, "judge_prompt": str, "canaries": dict, "source": dict, "labels": dict}
+    for key, kind in kinds.items():
+        if type(content[key]) is not kind:
+            raise ValueError(f"{key} is not of type {kind.__name__}")
+
+
+def _check_ids(frame: ChatFrame, vocabulary: int) -> None:
+    """Raise ValueError where the frame holds a token id that the tokenizer does not know."""
+    groups = (frame.prefix_ids, frame.suffix_ids, frame.label_ids, frame.answer_prefix_ids, frame.answer_suffix_ids)
+    unknown = [token for ids in groups for token in ids if not 0 <= token < vocabulary]
+    if unknown:
+        raise ValueError(f"token {unknown[0]} is not among the tokenizer's {vocabulary}")
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

@@ -17,6 +17,7 @@ import numpy as np
 from data_prep.battle import PROBABILITY_COLUMNS
 from data_prep.errors import ArenaError
 from data_prep.files import atomic_file
+from data_prep.screen import name_of
 
 HEADER = ("id", *PROBABILITY_COLUMNS)
 # Rows must sum to 1 within this as written; nine significant digits keep them within 1.5e-9.
@@ -157,8 +158,8 @@ def _value_faults(names: list[str], values: np.ndarray, tolerance: float) -> lis
 
 
 def _some(names: Iterable) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+    names = list(names)
+    return ", ".join(map(name_of, names[:5])) + (" …" if len(names) > 5 else "")
 
 
 def _raise(faults: list[str], path: Path) -> None:

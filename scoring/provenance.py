@@ -11,18 +11,26 @@ from typing import Any
 
 from data_prep.files import sha256_of
 
-_PACKAGES = ("llamafactory", "transformers", "peft", "trl", "bitsandbytes", "torch", "tokenizers", "datasets")
+_PACKAGES = (
+    *("llamafactory", "transformers", "peft", "trl", "bitsandbytes", "torch", "tokenizers", "datasets"),
+    *("numpy", "pyarrow", "scikit-learn", "scipy"),
+)
 
 
 def provenance(*, seed: int, files: list[Path]) -> dict[str, Any]:
     """Return versions, the seed, SHA-256 of `files` (relative paths; missing ones left out), hardware and commit."""
     return {
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
+        "versions": versions(),
         "seed": seed,
         "sha256": {path.as_posix(): sha256_of(path) for path in files if path.is_file()},
         "hardware": hardware(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the version of Python and of every package that shapes a result."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
 
 
 def hardware() -> dict[str, Any]:
@@ -42,7 +50,8 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """Return the commit of the current folder, None where git does not know one."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -15,6 +15,7 @@ import numpy as np
 
 from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS
 from data_prep.errors import ArenaError
+from data_prep.screen import name_of
 from scoring import metrics
 from scoring.baselines import baseline_ladder, ladder_notes
 from scoring.calibration import (
@@ -348,7 +349,7 @@ def _bayes(truth: pd.DataFrame | None, table: pd.DataFrame) -> np.ndarray | None
     missing = [name for name in _ids(table) if name not in known.index]
     if missing:
         raise ArenaError(
-            f"{len(missing)} judged row(s) have no true probabilities, the first id is {missing[0]}",
+            f"{len(missing)} judged row(s) have no true probabilities, the first id is {name_of(missing[0])}",
             where="truth.csv",
             remedy="use the truth.csv that was made with these battles",
         )
@@ -360,12 +361,12 @@ def _check(scores: pd.DataFrame, texts: pd.DataFrame) -> None:
     ids = scores["id"].astype(str)
     if ids.duplicated().any():
         raise ArenaError(
-            f"id {ids[ids.duplicated()].iloc[0]} occurs twice", where="scores", remedy="score the stage again"
+            f"id {name_of(ids[ids.duplicated()].iloc[0])} occurs twice", where="scores", remedy="score the stage again"
         )
     have = texts["id"].astype(str)
     absent = ids[~ids.isin(have)]
     if len(absent) or have.duplicated().any():
-        what = f"no text for id {absent.iloc[0]}" if len(absent) else "an id occurs twice"
+        what = f"no text for id {name_of(absent.iloc[0])}" if len(absent) else "an id occurs twice"
         raise ArenaError(what, where="battles", remedy="prepare the data again, then score again")
 
 

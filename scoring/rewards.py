@@ -8,7 +8,6 @@ its value head. Answers end as they were trained, with their end-of-turn tokens.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.errors import ArenaError
-from scoring.engine import ScoreProgress, run_batches, weight_dtype
+from data_prep.files import read_json
+from data_prep.screen import name_of
+from scoring.engine import LOADING_ERRORS, ScoreProgress, run_batches, weight_dtype
 from scoring.scores import COLUMNS
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def reward_table(rows: pd.DataFrame, rewards: np.ndarray) -> pd.DataFrame:
         raise ValueError(f"{len(rows)} rows need rewards of shape ({len(rows)}, 2), not {rewards.shape}")
     bad = np.flatnonzero(~np.isfinite(rewards).all(axis=1))
     if len(bad):
-        raise _not_finite(len(bad), f"id {rows['id'].iloc[bad[0]]}")
+        raise _not_finite(len(bad), f"id {name_of(rows['id'].iloc[bad[0]])}")
     return rows[list(COLUMNS)].assign(reward_a=rewards[:, 0], reward_b=rewards[:, 1])
 
 
@@ -338,7 +339,7 @@ def _load_base(base: str, device: str, dtype: torch.dtype, config: Any, **option
         options |= {"quantization_config": config, "device_map": {"": device}}
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         raise ArenaError(
             f"the base model cannot be loaded: {_first_line(error)}",
             where=base,
@@ -354,11 +355,11 @@ def _check_adapter(adapter: Path, base: str) -> None:
     if missing:
         raise _misfit(adapter, f"is no finished adapter: {' and '.join(missing)} missing")
     try:
-        trained_on = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))[
-            "base_model_name_or_path"
-        ]
-    except (ValueError, KeyError, TypeError) as error:
+        trained_on = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _misfit(adapter, f"adapter_config.json is damaged: {error}") from None
+    if trained_on and not isinstance(trained_on, str):
+        raise _misfit(adapter, "adapter_config.json is damaged: base_model_name_or_path is no text")
     if trained_on and not _same_model(trained_on, base):
         raise _misfit(adapter, f"was trained on {trained_on}, not on {base}: another reference gives other rewards")
 
@@ -381,7 +382,7 @@ def _with_adapter(model: Any, adapter: Path, base: str) -> Any:
             # PEFT warns of missing weights, which are an error here, and of tied ones where none are.
             warnings.simplefilter("ignore", UserWarning)
             policy = PeftModel.from_pretrained(model, str(adapter)).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise _misfit(adapter, f"cannot be put on {base}: {_first_line(error)}") from None
     _check_weights(policy, adapter)
     return policy

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.battle import Battle
-from data_prep.dataset import require_pairs
+from data_prep.dataset import readable, require_pairs
 from data_prep.errors import ArenaError
 from data_prep.folds import prompt_group
 from data_prep.readers import VoteReader
+from data_prep.screen import name_of
 from scoring.row_store import ROW_FACTS, Facts
 
 # The first columns of every score table.
@@ -30,7 +31,9 @@ def exported_rows(data: Path, split: str, texts: str) -> Iterator[tuple[Facts, d
     if texts == "pairs.parquet":
         require_pairs(data)
     columns = ["split", "dropped", *COLUMNS]
-    with ParquetFile(data / "rows.parquet") as rows, ParquetFile(data / texts) as fed:
+    with readable(data / texts):
+        fed = ParquetFile(data / texts)
+    with readable(data / "rows.parquet"), fed, ParquetFile(data / "rows.parquet") as rows:
         beside = (text for batch in fed.iter_batches(batch_size=_BATCH) for text in batch.to_pylist())
         for batch in rows.iter_batches(batch_size=_BATCH, columns=columns):
             for facts in batch.to_pylist():
@@ -47,7 +50,7 @@ def battles_to_score(path: Path) -> Iterator[Battle]:
     yield from (battle for _, battle in reader)
     if reader.rejected:
         first = reader.rejected[0]
-        named = f" (id {first.id})" if first.id is not None else ""
+        named = f" (id {name_of(first.id)})" if first.id is not None else ""
         raise ArenaError(
             f"{len(reader.rejected)} row(s) cannot be scored; the first{named}: {first.reason}",
             where=f"{path} row {first.row}",

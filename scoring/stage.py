@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.cells import is_formula
 from data_prep.dataset import read_battles, read_manifest, truth_of
 from data_prep.errors import ArenaError, UsageError
-from data_prep.files import atomic_file, sha256_of_table, write_json
+from data_prep.files import atomic_file, read_json, sha256_of_table, write_json
 from data_prep.readers import VoteReader
 from factory.progress import duration, loss_curve
 from factory.step import STEPS, merge_of
@@ -148,6 +148,8 @@ def score_input(
         if wanted or (options.time_limit is not None and calibrations.both is not None):
             _tell_partial(job.swapped(executor, pace), job.rows, stage, options, show)
     rows = _write_table(output, job, calibrations)
+    if formulas := sum(map(is_formula, job.ids())):
+        show.note(f"warning: {formulas} id(s) begin as a spreadsheet's formula does: do not open {output} in one")
     job.remove()
     return rows
 
@@ -156,8 +158,11 @@ def read_report(experiment: Experiment, stage: str) -> dict[str, Any]:
     """Return a stage's report.json; raises ArenaError if the stage was not scored."""
     path = experiment.output_folder(stage) / REPORT
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(path)
+        if not isinstance(report["calibration"], dict):
+            raise TypeError
+        return report
+    except (OSError, ValueError, KeyError, TypeError):
         raise ArenaError(
             "there is no readable report of this stage",
             where=str(path),
@@ -268,7 +273,7 @@ def _report(
         train_rows=texts(data, "train"),
         valid_texts=texts(data, "valid"),
         truth=truth_of(data),
-        audit=json.loads((data / "audit.json").read_text(encoding="utf-8")),
+        audit=_audit(data),
         loss_curve=loss_curve(experiment.adapter_folder(stage) / "trainer_log.jsonl"),
         provenance=_provenance(experiment, stage, scoring.pop("seconds")),
         swap_tta=experiment.swap_tta and bool(scoring["rows_in_both_orders"]["valid"]),
@@ -312,6 +317,7 @@ def _write(
     plots = write_plots(report, folder / "plots")
     write_page(report, folder / "report.html")
     write_json(folder / REPORT, report)
+    names += [f"scores_{split}.parquet" for split in jobs]
     return report, [*(folder / name for name in names), *plots, folder / "report.html", folder / REPORT]
 
 
@@ -394,8 +400,27 @@ def _provenance(experiment: Experiment, stage: str, seconds: float) -> dict[str,
         experiment.folder / "experiment.yaml",
         experiment.recipe(stage),
         experiment.recipe(merge_of(stage)),
-        *(data / name for name in ("rows.parquet", "battles.parquet", f"{step.data}_train.jsonl")),
+        *(data / name for name in ("rows.parquet", "battles.parquet", "truth.csv", "judge_prompt.j2")),
+        *(data / f"{step.data}_{split}.jsonl" for split in ("train", "valid")),
         *sorted((data / f"{step.data}_train").glob("*.jsonl")),  # a large set is a folder of parts
+        *((data / "pairs.parquet",) if step.data == "dpo_reward" else ()),
         experiment.merged_folder(stage) / MANIFEST,
+        *_weights(experiment, stage),
     ]
     return {**provenance(seed=experiment.seed, files=files), "scoring_seconds": round(seconds, 2)}
+
+
+def _weights(experiment: Experiment, stage: str) -> list[Path]:
+    adapter, merged = experiment.adapter_folder(stage), experiment.merged_folder(stage)
+    return [*sorted(adapter.glob("*.safetensors")), *sorted(merged.glob("*.safetensors"))]
+
+
+def _audit(data: Path) -> dict[str, Any]:
+    path = data / "audit.json"
+    try:
+        audit = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ArenaError(f"cannot be read: {error}", where=str(path), remedy="run prepare again") from None
+    if not isinstance(audit, dict) or not isinstance(audit.get("truncation"), dict):
+        raise ArenaError("is no audit", where=str(path), remedy="run prepare again")
+    return audit

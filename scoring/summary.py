@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from data_prep.screen import printable
 from factory.step import STEPS, TRAININGS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from factory.experiment import Experiment
+    from scoring.verify import Verification
 
 _NAMES = {
     "uniform": "uniform, 1/3 each",
@@ -90,6 +92,17 @@ def print_comparison(console: Console, experiment: Experiment, result: dict[str,
     if best:
         command = f"python run.py score -e {experiment.name} --stage {best['name']} --input FILE"
         console.print(f"next: {command}   (the best single stage on any battles)", highlight=False, markup=False)
+
+
+def print_verification(result: Verification) -> None:
+    """Print one line a finding, what is not in order last, and the verdict."""
+    order = ("ok", "warning", "changed", "missing")
+    for finding in sorted(result.findings, key=lambda finding: order.index(finding.state)):
+        detail = f"  ({finding.detail})" if finding.detail else ""
+        print(printable(f"{finding.state:<8} {finding.what}{detail}"))
+    counts = {state: sum(finding.state == state for finding in result.findings) for state in order}
+    told = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+    print(printable(f"{result.folder}: {'as it was made' if result.sound else 'NOT as it was made'} ({told})"))
 
 
 def ladder(stage: str, report: dict[str, Any]) -> list[tuple[str, float, list[float] | None]]:

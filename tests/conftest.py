@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -139,3 +141,27 @@ def chain(tmp_path_factory) -> Path:
     report = folder / "outputs" / "demo" / "sft" / "report.json"
     assert json.loads(done.stdout) == json.loads(report.read_text(encoding="utf-8"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def _whole_place(tmp_path_factory, small_frame, small_tokenizer) -> Path:
+    """A working place in miniature, made once; tests get copies."""
+    from tests.bad_inputs.place import build
+
+    folder, earlier = tmp_path_factory.mktemp("place"), Path.cwd()
+    os.chdir(folder)
+    try:
+        build(folder, small_frame, small_tokenizer)
+    finally:
+        os.chdir(earlier)
+    return folder
+
+
+@pytest.fixture
+def place(_whole_place, tmp_path, monkeypatch):
+    """A copy of the working place as the current folder."""
+    from tests.bad_inputs.place import Place
+
+    folder = shutil.copytree(_whole_place, tmp_path / "place", symlinks=True)
+    monkeypatch.chdir(folder)
+    return Place()

@@ -1,0 +1,180 @@
+"""What this project stands on: known vulnerabilities, licences, and why each direct dependency is there.
+
+    python benchmarks/supply_chain.py audit      # report: pip-audit over every lock (make audit)
+    python benchmarks/supply_chain.py tables     # writes docs/dependencies.md and docs/licences.md (make tables)
+
+The audit is a report, not a gate: a new vulnerability is no fault of the last change. What could not be audited is
+said by name and number, so that no silence looks like a pass.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DEPENDENCIES, LICENCES = ROOT / "docs" / "dependencies.md", ROOT / "docs" / "licences.md"
+_PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^ \\;]+)", re.MULTILINE)
+_REASON = re.compile(r'^\s*"?([A-Za-z0-9._-]+)([^"#]*)"?,?\s*#\s*(.+)$')
+_SECONDS = 240
+_LONGEST_LICENCE = 60
+
+
+def locks() -> list[Path]:
+    """Return every lock, the project's own first."""
+    return [ROOT / "requirements.lock", *sorted((ROOT / "extras").glob("*.lock"))]
+
+
+def locked(lock: Path) -> dict[str, str]:
+    """Return the version of every package that a lock pins."""
+    return dict(_PIN.findall(lock.read_text(encoding="utf-8")))
+
+
+# --- known vulnerabilities ------------------------------------------------------------------------------------
+
+
+def audit() -> list[str]:
+    """Return the report's lines; nothing raises where the service or the tool is out of reach."""
+    if find_spec("pip_audit") is None:
+        return ["audit: NOT DONE: pip-audit is not installed (make extra-audit)"]
+    smallest = min(locks(), key=lambda lock: len(locked(lock)))
+    lines = _audited(smallest)
+    if any("NOT" in line for line in lines):
+        return [
+            *lines,
+            "audit: NOT DONE: the vulnerability service is not reachable from here, or does not know this package",
+        ]
+    return [line for lock in locks() for line in _audited(lock)]
+
+
+def _audited(lock: Path) -> list[str]:
+    name = lock.relative_to(ROOT).as_posix()
+    options = ["--disable-pip", "--require-hashes", "--progress-spinner", "off", "--format", "json", "--timeout", "10"]
+    call = [sys.executable, "-m", "pip_audit", "-r", str(lock), *options]
+    try:
+        done = subprocess.run(call, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        packages = json.loads(done.stdout)["dependencies"]
+    except subprocess.TimeoutExpired:
+        return [f"{name}: NOT audited: no answer within {_SECONDS} s"]
+    except (ValueError, KeyError):
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return [f"{name}: NOT audited: {reason[:200]}"]
+    skipped = [each["name"] for each in packages if "skip_reason" in each]
+    found = [(each, fault) for each in packages for fault in each.get("vulns", [])]
+    lines = [
+        f"{name}: {len(packages) - len(skipped)} of {len(packages)} packages audited, {len(found)} vulnerabilities"
+    ]
+    if skipped:
+        lines.append(f"{name}: NOT audited, unknown to the service: {len(skipped)}: {', '.join(skipped[:8])} …")
+    for each, fault in found:
+        mended = ", ".join(fault.get("fix_versions") or []) or "no version"
+        lines.append(f"  {each['name']} {each['version']}: {fault['id']}, mended in {mended}")
+    return lines
+
+
+# --- tables ---------------------------------------------------------------------------------------------------
+
+
+def direct() -> list[tuple[str, str, str]]:
+    """Return (where, requirement, reason) of each direct dependency, from pyproject.toml and extras/*.in."""
+    project = ROOT / "pyproject.toml"
+    content = tomllib.loads(project.read_text(encoding="utf-8"))
+    lists = {"project": content["project"]["dependencies"], "development": content["dependency-groups"]["dev"]}
+    reasons = _reasons(project)
+    found = [(where, line, reasons.get(_name(line), "")) for where, lines in lists.items() for line in lines]
+    for path in sorted((ROOT / "extras").glob("*.in")):
+        lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        own = _reasons(path)
+        found += [(f"extra {path.stem}", line, own.get(_name(line), "")) for line in lines if line]
+    return found
+
+
+def _reasons(path: Path) -> dict[str, str]:
+    matches = (_REASON.match(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return {match[1]: match[3].strip() for match in matches if match}
+
+
+def _name(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9._-]+", requirement)[0]
+
+
+def dependencies_page() -> str:
+    """Return docs/dependencies.md."""
+    rows = [f"| `{line}` | {where} | {reason} |" for where, line, reason in direct()]
+    return "\n".join(
+        [
+            "# Direct dependencies, each with its reason",
+            "",
+            f"{len(rows)} of them, as written in `pyproject.toml` and `extras/*.in`. `make tables` writes this page.",
+            "Everything that they bring along is pinned with hashes in `requirements.lock` and `extras/*.lock`",
+            "([licences](licences.md); `make audit` reports known vulnerabilities).",
+            "",
+            "| requirement | part of | why |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def licences_page() -> str:
+    """Return docs/licences.md, from the metadata of what is installed here."""
+    rows, counts = [], Counter()
+    seen: dict[str, str] = {}
+    for lock in locks():
+        for name, version in locked(lock).items():
+            if name not in seen:
+                seen[name] = licence_of(name)
+                rows.append(f"| {name} | {version} | {seen[name]} | {lock.relative_to(ROOT).as_posix()} |")
+                counts[seen[name]] += 1
+    most = ", ".join(f"{licence} {number}" for licence, number in counts.most_common(8))
+    return "\n".join(
+        [
+            "# Licences of everything that is locked",
+            "",
+            f"{len(rows)} packages, as their own metadata says; `make tables` writes this page.",
+            f"The most frequent: {most}.",
+            '"not installed" are packages of other systems or of extras that were not installed when it was written.',
+            "",
+            "| package | version | licence | lock |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def licence_of(name: str) -> str:
+    """Return a package's licence: its SPDX expression, else its classifiers, else the first line of its text."""
+    try:
+        found = metadata.metadata(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+    classifiers = [line for line in found.get_all("Classifier") or [] if line.startswith("License ::")]
+    names = [line.rsplit(" :: ", 1)[-1] for line in classifiers]
+    text = found.get("License-Expression") or ", ".join(names) or found.get("License") or "not said"
+    first = text.strip().splitlines()[0].replace("|", "/")
+    return first if len(first) <= _LONGEST_LICENCE else f"{first[:_LONGEST_LICENCE]}…"
+
+
+def main() -> None:
+    """Print the audit, or write the tables."""
+    if sys.argv[1:] == ["audit"]:
+        print("\n".join(audit()))
+    elif sys.argv[1:] == ["tables"]:
+        for path, text in ((DEPENDENCIES, dependencies_page()), (LICENCES, licences_page())):
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""A whole working place in miniature: votes, an export, recipes, a merged judge, its report and submission."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_prep.battle import PROBABILITY_COLUMNS
+
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = ("id", "model_a", "model_b", "prompt", "response_a", "response_b", *PROBABILITY_COLUMNS)
+# What a run may leave beside the work itself: locks, and the cache of frames.
+_OURS = (".lock", ".frames")
+EXPERIMENT = """\
+model: models/tiny
+template: qwen3_nothink
+cutoff_len: 300
+quantization_bit: null
+valid_share: 0.3
+trust_remote_code: false
+seed: 7
+recipes:
+  sft: {bf16: false}
+"""
+
+
+class Place:
+    """The current folder, with what a case needs to break it."""
+
+    def rows(self, count: int = 40, start: int = 1000) -> list[dict[str, str]]:
+        """Return good rows of the competition's table."""
+        return [row(str(start + i), f"question {i}", f"first {i}", f"second {i}", i) for i in range(count)]
+
+    def table(self, rows: list[dict[str, str]], name: str = "votes.csv", columns=COLUMNS) -> Path:
+        """Write rows as a CSV file and return its path."""
+        with Path(name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        return Path(name)
+
+    def edit_experiment(self, text: str, name: str = "exam") -> None:
+        """Put lines into experiment.yaml; a top-level key that is there already is replaced."""
+        path = Path("factory_configs") / name / "experiment.yaml"
+        path.write_text(_merged_lines(path.read_text(), text), encoding="utf-8")
+
+    def edit_recipe(self, step: str, text: str) -> None:
+        """Put lines into a recipe; a key that is there already is replaced."""
+        path = Path("factory_configs/exam") / f"{step}.yaml"
+        path.write_text(_merged_lines(path.read_text(), text), encoding="utf-8")
+
+    def edit_json(self, path: str, **changed: Any) -> None:
+        """Replace keys of a JSON file; a value of `...` removes the key."""
+        content = json.loads(Path(path).read_text())
+        content.update(changed)
+        Path(path).write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+
+    def snapshot(self) -> dict[str, str]:
+        """Return every file below the current folder with its SHA-256, links as what they say."""
+        found = {}
+        for folder, _, names in os.walk("."):
+            for path in (Path(folder) / name for name in names):
+                if not any(mark in path.as_posix() for mark in _OURS):
+                    found[path.as_posix()] = (
+                        str(path.readlink()) if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest()
+                    )
+        return found
+
+
+def row(identity: str, prompt: str, a: str, b: str, verdict: int) -> dict[str, str]:
+    """Return one row of the competition's table; texts become JSON lists of one turn."""
+    flags = {name: str(int(verdict % 3 == i)) for i, name in enumerate(PROBABILITY_COLUMNS)}
+    texts = {"prompt": prompt, "response_a": a, "response_b": b}
+    return {"id": identity, "model_a": "m", "model_b": "n", **{k: json.dumps([v]) for k, v in texts.items()}, **flags}
+
+
+def build(folder: Path, frame, tokenizer) -> None:
+    """Lay the place out in `folder`, the current one: everything by the project's own code, training left out."""
+    from click.testing import CliRunner
+
+    import run
+    from data_prep.chat_frame import CACHE, _cache_key
+    from factory.experiment import load_experiment
+    from scoring.judge import seal
+
+    (folder / "templates").symlink_to(ROOT / "templates")
+    for name in ("factory_configs/exam", "models"):
+        (folder / name).mkdir(parents=True)
+    Path("factory_configs/exam/experiment.yaml").write_text(EXPERIMENT, encoding="utf-8")
+    _model(Path("models/tiny"), tokenizer)
+    experiment = load_experiment("exam")
+    CACHE.mkdir(parents=True)
+    cached = {"frame": asdict(frame), "tokenizer": tokenizer.to_str()}
+    (CACHE / f"{_cache_key(experiment)}.json").write_text(json.dumps(cached))
+    place = Place()
+    place.table(place.rows())
+    place.table(place.rows(6, start=9000), "test.csv", COLUMNS[:6])
+    _call(CliRunner(), run.cli, "prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs")
+    _adapter(experiment.adapter_folder("sft"))
+    merged = experiment.merged_folder("sft")
+    merged.parent.mkdir(parents=True)
+    shutil.copytree("models/tiny", merged)
+    seal(merged, experiment, "sft")
+    _call(CliRunner(), run.cli, "score", "-e", "exam", "--json")
+
+
+def _model(folder: Path, tokenizer) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 600, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = AutoConfig.for_model("llama", initializer_range=0.3, **sizes, **heads)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+def _adapter(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    save_file({"lora_A.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "models/tiny"}))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 1.0}]}))
+
+
+def _call(runner, cli, *arguments: str) -> None:
+    done = runner.invoke(cli, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+
+
+def _merged_lines(old: str, new: str) -> str:
+    keys = tuple(f"{line.split(':')[0]}:" for line in new.splitlines() if line[:1].isalpha())
+    kept, skipping = [], False
+    for line in old.splitlines():
+        begins = line[:1].isalpha()
+        skipping = line.startswith(keys) if begins and keys else skipping and not begins
+        if not skipping:
+            kept.append(line)
+    return "\n".join([*kept, new.rstrip("\n")]) + "\n"

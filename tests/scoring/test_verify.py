@@ -1,0 +1,119 @@
+"""verify: every change of an output folder, or of what it was made from, is found; a sound folder passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import run
+from scoring.verify import verify
+
+OUT = Path("outputs/exam/sft")
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(run.cli, ["verify", *arguments])
+
+
+def bad(folder: Path = OUT) -> dict[str, str]:
+    return {
+        finding.what: finding.state for finding in verify(folder).findings if finding.state in ("changed", "missing")
+    }
+
+
+def test_a_fresh_output_is_as_it_was_made(place):
+    done = call(str(OUT), "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.output)
+    assert result["sound"] and {finding["state"] for finding in result["findings"]} <= {"ok", "warning"}
+    checked = {finding["what"] for finding in result["findings"] if finding["state"] == "ok"}
+    assert checked >= {
+        "made from: data/exam/rows.parquet",
+        "made from: data/exam/sft_train.jsonl",
+        "made from: factory_configs/exam/sft.yaml",
+        "made from: outputs/exam/sft/merged/model.safetensors",
+        "made from: saves/tiny/lora/exam_sft/adapter_model.safetensors",
+        "score: outputs/exam/sft/report.json",
+        "score: outputs/exam/sft/submission.csv",
+        "rows: submission.csv",
+        "rows: probabilities_valid.csv",
+        "version of torch",
+    }
+    assert "as it was made" in call(str(OUT)).output
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("data/exam/battles.parquet", "made from"),
+        ("data/exam/sft_train.jsonl", "made from"),
+        ("factory_configs/exam/sft.yaml", "made from"),
+        ("factory_configs/exam/experiment.yaml", "made from"),
+        ("saves/tiny/lora/exam_sft/adapter_model.safetensors", "made from"),
+        ("outputs/exam/sft/merged/model.safetensors", "made from"),
+        ("outputs/exam/sft/merged/judge.json", "made from"),
+        ("outputs/exam/sft/probabilities_valid.csv", "score"),
+        ("outputs/exam/sft/submission.csv", "score"),
+        ("outputs/exam/sft/report.json", "score"),
+        ("outputs/exam/sft/report.html", "score"),
+        ("outputs/exam/sft/scores_valid.parquet", "score"),
+    ],
+)
+def test_a_changed_and_a_missing_file_are_found(place, path, what):
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content + b"\n")
+    assert bad()[f"{what}: {path}"] == "changed"
+    assert call(str(OUT)).exit_code == 1
+    if not path.endswith("report.json"):
+        Path(path).unlink()
+        assert bad()[f"{what}: {path}"] == "missing"
+    Path(path).write_bytes(content)
+    assert not bad()
+
+
+def test_rows_are_checked_too(place):
+    path = OUT / "submission.csv"
+    path.write_text(path.read_text().replace("9000,", "9999,"))
+    assert bad()["rows: submission.csv"] == "changed"
+
+
+def test_another_version_is_a_warning_and_no_fault(place, monkeypatch):
+    monkeypatch.setattr("scoring.verify.versions", lambda: {"torch": "0.1"})
+    result = verify(OUT)
+    assert result.sound
+    (told,) = [finding for finding in result.findings if finding.what == "version of torch"]
+    assert told.state == "warning" and told.detail.endswith("0.1 now")
+
+
+def test_a_path_that_leads_out_is_not_opened(place):
+    report = json.loads((OUT / "report.json").read_text())
+    report["provenance"]["sha256"] = {"/etc/hostname": "0" * 64, "../x": "0" * 64}
+    (OUT / "report.json").write_text(json.dumps(report))
+    found = bad()
+    assert found["made from: /etc/hostname"] == found["made from: ../x"] == "changed"
+
+
+@pytest.mark.parametrize(
+    ("folder", "code", "words"),
+    [("outputs", 2, "holds no report.json"), ("nowhere", 2, "holds no report.json"), (str(OUT), 1, "cannot be read")],
+)
+def test_what_is_no_output_is_told(place, folder, code, words):
+    if code == 1:
+        (OUT / "report.json").write_text("{")
+    done = call(folder)
+    assert done.exit_code == code and words in done.output and "remedy" in done.output
+
+
+def test_the_same_votes_give_the_same_bytes(place):
+    before = place.snapshot()
+    again = ["prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs"]
+    assert CliRunner().invoke(run.cli, again).exit_code == 0
+    (OUT / "report.json").unlink()
+    assert CliRunner().invoke(run.cli, ["score", "-e", "exam", "--json"]).exit_code == 0
+    after = place.snapshot()
+    times = {"outputs/exam/sft/report.json", "outputs/exam/sft/report.html", "outputs/exam/sft/state.json"}
+    assert set(before) == set(after)
+    assert {name for name in before if before[name] != after[name]} <= times

@@ -1,0 +1,51 @@
+"""Dependencies: each has a reason, the page says them all, everything locked has hashes; an audit is never silent."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from benchmarks import supply_chain
+from benchmarks.supply_chain import DEPENDENCIES, LICENCES, audit, dependencies_page, direct, locked, locks
+
+
+def test_every_direct_dependency_has_a_reason_and_the_page_is_up_to_date():
+    assert [line for _, line, reason in direct() if not reason] == []
+    assert DEPENDENCIES.read_text(encoding="utf-8") == dependencies_page(), "make tables"
+
+
+def test_the_table_of_licences_holds_every_locked_package():
+    page = LICENCES.read_text(encoding="utf-8")
+    missing = [f"{n} {v}" for n, v in locked(locks()[0]).items() if f"| {n} | {v} |" not in page]
+    assert not missing, "make tables"
+
+
+@pytest.mark.parametrize("lock", locks(), ids=lambda lock: lock.name)
+def test_everything_locked_has_hashes(lock):
+    text = lock.read_text(encoding="utf-8")
+    pins = re.split(r"^(?=[A-Za-z0-9._-]+==)", text, flags=re.MULTILINE)[1:]
+    assert len(pins) >= len(locked(lock)) > 0
+    assert [pin.split()[0] for pin in pins if "--hash=sha256:" not in pin] == []
+
+
+def answer(monkeypatch, output: str) -> list[str]:
+    done = subprocess.CompletedProcess([], 0, output, "no route to host")
+    monkeypatch.setattr(supply_chain, "find_spec", lambda name: True)
+    monkeypatch.setattr(supply_chain.subprocess, "run", lambda *_, **__: done)
+    return audit()
+
+
+def test_an_audit_says_what_it_found_and_what_it_could_not_look_at(monkeypatch):
+    fault = {"id": "PYSEC-1", "fix_versions": ["2.0"]}
+    good = json.dumps({"dependencies": [{"name": "x", "version": "1.0", "vulns": [fault]}]})
+    told = answer(monkeypatch, good)
+    assert "requirements.lock: 1 of 1 packages audited, 1 vulnerabilities" in told
+    assert "  x 1.0: PYSEC-1, mended in 2.0" in told
+    unknown = json.dumps({"dependencies": [{"name": "x", "skip_reason": "not found"}]})
+    for output in (unknown, "", "{"):
+        assert answer(monkeypatch, output)[-1].startswith("audit: NOT DONE")
+    monkeypatch.setattr(supply_chain, "find_spec", lambda name: None)
+    assert audit() == ["audit: NOT DONE: pip-audit is not installed (make extra-audit)"]
