@@ -18,7 +18,7 @@ from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 from data_prep.budget import Fitter
 from data_prep.cells import BadCell, BadVerdict, parse_conversation, parse_id, parse_one_hot, parse_turns, parse_winner
 from data_prep.chat_frame import ChatFrame
-from data_prep.dataset import read_manifest
+from data_prep.dataset import FORMAT, read_manifest
 from data_prep.errors import ArenaError
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
@@ -284,7 +284,7 @@ def _state_seeds() -> list[bytes]:
 
 def _manifest_seeds() -> list[bytes]:
     source = {"file": "votes.csv", "sha256": "0" * 64}
-    content = {"format": 2, "views": ["judge"], "sources": {"train": source}, "files": {"rows.parquet": "0"}}
+    content = {"format": FORMAT, "views": ["judge"], "sources": {"train": source}, "files": {"rows.parquet": "0"}}
     return [json.dumps({**content, "frame": asdict(_frame())}).encode()]
 
 

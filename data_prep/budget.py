@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from data_prep.battle import Battle, swap
@@ -179,18 +180,24 @@ class Fitter:
     def _shrink(self, job: _Job, slack: int) -> None:
         """Choose a smaller candidate: drop the oldest turns, then cut the last turn's texts; `slack` tokens below."""
         room = self._room - slack
-        counts = {slot: len(spans) for slot, spans in job.tokens_of.items()}
         turns = job.battle.turns
-        for kept in range(turns, 0, -1):
-            dropped = turns - kept
-            texts = sum(n for (turn, _), n in counts.items() if turn >= dropped)
-            if self._overhead(kept, dropped) + texts <= room or kept == 1:
-                break
-        job.dropped = dropped
-        job.candidate = last_turns(job.battle, dropped)
+        texts = [0] * (turns + 1)  # tokens of the texts from this turn to the last
+        for (turn, _), spans in job.tokens_of.items():
+            texts[turn] += len(spans)
+        texts = list(accumulate(reversed(texts)))[::-1]
+
+        def too_long(dropped: int) -> bool:
+            return self._overhead(turns - dropped, dropped) + texts[dropped] > room
+
+        # The fewest to drop: fewer turns are never longer, so that thousands of them need a dozen looks. The template
+        # says where turns were dropped, so that none dropped is a case of its own.
+        job.dropped = 0
+        if too_long(0):
+            job.dropped = min(bisect_left(range(turns), True, lo=1, key=lambda d: not too_long(d)), turns - 1)
+        job.candidate = last_turns(job.battle, job.dropped)
         job.lost = (0, 0, 0)
-        if self._overhead(kept, dropped) + texts > room:
-            self._cut(job, turn=turns - 1, room=room - self._overhead(1, dropped))
+        if too_long(job.dropped):
+            self._cut(job, turn=turns - 1, room=room - self._overhead(1, job.dropped))
 
     def _cut(self, job: _Job, turn: int, room: int) -> None:
         spans = {field: job.tokens_of[turn, field] for field in FIELDS}

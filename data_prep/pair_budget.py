@@ -7,6 +7,7 @@ than `cutoff_len` with either response, counted with the model's own tokenizer i
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -155,7 +156,8 @@ class PairFitter:
         if job.estimate <= job.room:  # seams or escaped header lines took more than was estimated
             job.room = job.estimate - (max(job.tokens) - self.cutoff_len)
         last = job.battle.turns - 1
-        job.dropped = next((d for d in range(last) if self._estimate(job.counts[d:]) <= job.room), last)
+        # The fewest to drop; fewer turns are never longer.
+        job.dropped = bisect_left(range(last), True, key=lambda d: self._estimate(job.counts[d:]) <= job.room)
         job.estimate, job.lost = self._estimate(job.counts[job.dropped :]), (0, 0, 0)
         kept = last_turns(job.battle, job.dropped)
         if job.estimate > job.room:

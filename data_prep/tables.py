@@ -23,6 +23,7 @@ from data_prep.errors import ArenaError
 
 # One cell larger than this is a lost quote that has swallowed rows, not a text.
 _LARGEST_CELL = 1 << 26
+_LARGEST_LINE = 1 << 27
 _PARQUET_BATCH = 512
 # What the parts of a table in a folder end with.
 PARTS = (".csv", ".csv.gz", ".parquet")
@@ -90,6 +91,27 @@ def open_table(path: Path) -> CsvTable | ParquetTable:
     return table
 
 
+class _Lines:
+    """The lines of a text, one at a time; of one that no memory should hold only an error is left."""
+
+    def __init__(self, text: IO[str]):
+        self._text = text
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        """Return the next line; raises csv.Error for one that is too long, after which the next call goes on."""
+        line = self._text.readline(_LARGEST_LINE)
+        if not line:
+            raise StopIteration
+        if len(line) < _LARGEST_LINE or line.endswith(("\n", "\r")):
+            return line
+        while (rest := self._text.readline(1 << 20)) and not rest.endswith(("\n", "\r")):
+            pass
+        raise csv.Error(f"a line is longer than {_LARGEST_LINE:,} characters")
+
+
 class CsvTable:
     """A CSV file in UTF-8, with or without gzip; its rows are read one at a time."""
 
@@ -142,15 +164,22 @@ class CsvTable:
         try:
             with self._bytes() as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
                 # strict: a lost quote is a broken row, never a guess
-                yield csv.reader(text, strict=True)
+                yield csv.reader(_Lines(text), strict=True)
         except UnicodeDecodeError:
-            raise self._encoding_error() from None
+            try:
+                found = self._encoding_error()
+            except (EOFError, zlib.error, OSError) as error:  # damaged in both ways
+                found = self._cut_off(error)
+            raise found from None
         except (EOFError, zlib.error, OSError) as error:
-            raise ArenaError(
-                f"cannot be read to its end: {error}",
-                where=str(self.path),
-                remedy="the file is cut off or damaged: fetch or write it again",
-            ) from None
+            raise self._cut_off(error) from None
+
+    def _cut_off(self, error: Exception) -> ArenaError:
+        return ArenaError(
+            f"cannot be read to its end: {error}",
+            where=str(self.path),
+            remedy="the file is cut off or damaged: fetch or write it again",
+        )
 
     def _refuse_wide_encodings(self) -> None:
         """Refuse UTF-16 and UTF-32, which a strict UTF-8 reader would blame on some byte."""
@@ -172,7 +201,7 @@ class CsvTable:
 
         def lines(raw: IO[bytes]) -> Iterator[str]:
             offset = 0
-            for line in raw:  # no character of UTF-8 contains a newline byte
+            for line in iter(lambda: raw.readline(_LARGEST_LINE), b""):  # no UTF-8 character holds a newline byte
                 try:
                     yield line.decode()
                 except UnicodeDecodeError as error:
@@ -227,7 +256,7 @@ class ParquetTable:
             # without pre-buffering, a file of a single row group is not held in memory
             with parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20) as file:
                 yield file
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ArenaError(
                 f"is not a readable parquet file: {str(error).splitlines()[0]}",
                 where=str(self.path),

@@ -413,3 +413,51 @@ def test_a_hostile_name_in_an_experiment_stays_text():
     with pytest.raises(ArenaError) as caught:
         parse_experiment({"model": 3, ESCAPES: 1}, "exam", where="experiment.yaml")
     assert "\x1b" not in str(caught.value)
+
+
+GROWING = """
+import gzip, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))
+from pathlib import Path
+from data_prep.errors import ArenaError
+from data_prep.readers import VoteReader
+reader = VoteReader(Path("bomb.csv"), labelled=True)
+print([battle.id for _, battle in reader], reader.rejected[0].reason)
+"""
+
+
+def test_a_cell_of_two_gigabytes_costs_its_row_and_no_memory(tmp_path):
+    """A gzip bomb of 2 MB, in a process that may take 2 GiB in all: the rows before and after it are read."""
+    import gzip
+    import subprocess
+
+    def row(number: int, text: bytes) -> list[bytes]:
+        return [b'%d,"[""' % number, text, b'""]","[""a""]","[""b""]",1,0,0\n']
+
+    with gzip.open(tmp_path / "bomb.csv", "wb", compresslevel=1) as file:
+        file.write(b"id,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\n")
+        file.writelines(row(1, b"hi"))
+        opening, _, closing = row(2, b"")
+        file.write(opening)
+        block = b"x" * (1 << 24)
+        for _ in range(128):
+            file.write(block)
+        file.write(closing)
+        for number in range(3, 6):
+            file.writelines(row(number, b"hi"))
+    call = [sys.executable, "-c", GROWING]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("['1', '3', '4', '5'] is not valid CSV"), done.stdout
+    assert "longer than" in done.stdout
+
+
+def test_ten_thousand_turns_are_fitted_in_time(fitter):
+    import time
+
+    texts = tuple(f"turn {i}" for i in range(10_000))
+    started = time.monotonic()
+    (fitted,) = fitter(300).fit([Battle("1", texts, texts, texts, "a")], both_orders=True)
+    assert fitted.tokens <= 300 and fitted.dropped > 9_900
+    assert time.monotonic() - started < 60, "linear in the number of turns"

@@ -102,10 +102,9 @@ def build(folder: Path, frame, tokenizer) -> None:
     place.table(place.rows())
     place.table(place.rows(6, start=9000), "test.csv", COLUMNS[:6])
     _call(CliRunner(), run.cli, "prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs")
-    _adapter(experiment.adapter_folder("sft"))
     merged = experiment.merged_folder("sft")
-    merged.parent.mkdir(parents=True)
-    shutil.copytree("models/tiny", merged)
+    merged.mkdir(parents=True)
+    _train_and_merge(experiment.adapter_folder("sft"), merged)
     seal(merged, experiment, "sft")
     _call(CliRunner(), run.cli, "score", "-e", "exam", "--json")
 
@@ -124,14 +123,21 @@ def _model(folder: Path, tokenizer) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
-def _adapter(folder: Path) -> None:
+def _train_and_merge(adapter: Path, merged: Path) -> None:
+    """Lay down what a training and its merge leave, with a random adapter."""
     import torch
-    from safetensors.torch import save_file
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
 
-    folder.mkdir(parents=True)
-    save_file({"lora_A.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "models/tiny"}))
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 1.0}]}))
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        base = AutoModelForCausalLM.from_pretrained("models/tiny")
+        policy = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    policy.save_pretrained(adapter)
+    (adapter / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 1.0}]}))
+    policy.merge_and_unload().save_pretrained(merged)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path("models/tiny") / name, merged / name)
 
 
 def _call(runner, cli, *arguments: str) -> None:

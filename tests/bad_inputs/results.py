@@ -193,7 +193,6 @@ def merge() -> None:
 
 
 CONFIG, TENSORS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
-LORA = {"peft_type": "LORA", "base_model_name_or_path": "models/tiny", "r": 2, "target_modules": ["q_proj"]}
 ADAPTERS = [
     Case(f"adapter_{name}", breaks, load_adapter, (ADAPTER, *words))
     for name, breaks, words in [
@@ -205,10 +204,10 @@ ADAPTERS = [
         ("config_deep", write(CONFIG, DEEP), ("adapter_config.json is damaged",)),
         ("config_base_a_number", edited(CONFIG, base_model_name_or_path=7), ("is no text",)),
         ("of_another_base", edited(CONFIG, base_model_name_or_path="other/model"), ("was trained on other/model",)),
-        ("config_no_type", edited(CONFIG), ("cannot be put on models/tiny",)),
+        ("config_no_type", edited(CONFIG, peft_type=...), ("cannot be put on models/tiny",)),
         ("config_unknown_type", edited(CONFIG, peft_type="NONSENSE"), ("cannot be put on",)),
-        ("foreign_weights", edited(CONFIG, **LORA), ("lacks 2 weights",)),
-        ("weights_cut_off", lambda p: (edited(CONFIG, **LORA)(p), change(TENSORS, cut(0.6))(p)), ("cannot be put on",)),
+        ("foreign_weights", edited(CONFIG, target_modules=["v_proj"]), ("lacks 2 weights",)),
+        ("weights_cut_off", change(TENSORS, cut(0.6)), ("cannot be put on",)),
     ]
 ]
 MERGES = [
