@@ -23,6 +23,7 @@ CACHE = Path("data") / ".sources"
 _HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>.+))?")
 # A whole competition's tables unpack to a few hundred MB; more than this is no table of votes.
 _LARGEST = 64 * 2**30
+_LONGEST_NAME = 255  # what file systems take
 _VERDICTS = frozenset({*PROBABILITY_COLUMNS, "winner"})
 
 
@@ -36,6 +37,8 @@ def votes_at(source: str | Path, *, labelled: bool) -> Path:
     if text.startswith("hf://"):
         return _fitting(_from_hub(text), labelled)
     path = Path(source)
+    if len(path.name) > _LONGEST_NAME:
+        raise ArenaError("cannot be read: File name too long", where=f"{text[:80]}…", remedy="check the path")
     if path.is_file() and zipfile.is_zipfile(path) and path.suffix.lower() == ".zip":
         return _fitting(_unpacked(path), labelled)
     return _fitting(path, labelled) if path.is_dir() else path

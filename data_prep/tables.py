@@ -50,7 +50,11 @@ def open_tables(path: Path) -> list[CsvTable | ParquetTable]:
 
     Hidden files and what other programs leave (`_SUCCESS`) are no parts. Raises ArenaError, for any other file as well.
     """
-    if not path.is_dir():
+    try:
+        parts = path.is_dir()
+    except OSError:  # told by open_table
+        parts = False
+    if not parts:
         return [open_table(path)]
     files = sorted(p for p in path.iterdir() if not p.name.startswith((".", "_")))
     others = [p.name for p in files if not p.is_file() or not p.name.endswith(PARTS)]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.battle import VERDICTS
-from data_prep.dataset import read_battles, read_pairs
+from data_prep.dataset import read_battles, read_pairs, readable
 from data_prep.errors import ArenaError
 from data_prep.files import write_json
 from data_prep.pairs import pair_sequences
@@ -172,10 +172,13 @@ def _finite(value: float) -> float | None:
 
 def _inputs(experiment: Experiment, stage: str) -> dict[str, Any]:
     merged, adapter = model_files(experiment.merged_folder(stage)), experiment.adapter_folder(stage)
+    texts = experiment.data_folder / "battles.parquet"
+    with readable(texts):
+        exported = model_files(texts)
     return {
         "adapter": model_files(adapter) if (adapter / "adapter_model.safetensors").is_file() else None,
         "merged": {name: value for name, value in merged.items() if name.endswith((".safetensors", "config.json"))},
-        "data": model_files(experiment.data_folder / "battles.parquet"),
+        "data": exported,
         "recipe": read_yaml(experiment.recipe(stage)),
         "settings": experiment.merge_gate.model_dump() | {"seed": experiment.seed},
     }

@@ -316,6 +316,23 @@ def test_a_data_sets_file_lies_in_its_folder(tmp_path, file):
         dataset_files({"dataset": "one", "dataset_dir": str(tmp_path)}, "dataset")
 
 
+def test_an_archives_paths_mean_nothing(place):
+    import zipfile
+
+    from data_prep.source import votes_at
+
+    votes = Path("votes.csv").read_text()
+    with zipfile.ZipFile("votes.zip", "w") as archive:
+        archive.writestr("../../evil.csv", votes)
+        archive.writestr("/etc/passwd.txt", "x")
+    before = place.snapshot()
+    unpacked = votes_at("votes.zip", labelled=True)
+    assert unpacked.resolve().is_relative_to(Path("data").resolve())
+    new = set(place.snapshot()) - set(before)
+    assert new and all(name.startswith("data/.sources/") for name in new)
+    assert not list(Path().resolve().parent.glob("evil*"))
+
+
 @pytest.mark.parametrize("magic", [b"PK\x03\x04", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd"])
 def test_no_archive_is_unpacked(place, magic):
     Path("votes.csv").write_bytes(magic + b"../../evil")
@@ -387,7 +404,6 @@ def test_servers_listen_to_this_machine_only(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(launcher, "follow_parent", lambda: None)
-    monkeypatch.setattr(launcher, "_guard_workers", lambda: None)
     assert launcher.main(["webui"]) == 0
     assert seen["GRADIO_SERVER_NAME"] == seen["API_HOST"] == "127.0.0.1"
 

@@ -218,7 +218,7 @@ RECIPES = [
             ("other_data", "dataset_dir: ../data\n", ("dataset_dir",)),
             ("other_cutoff", "cutoff_len: 9\n", ("cutoff_len", "it is 300")),
             ("remote_code", "trust_remote_code: true\n", ("trust_remote_code", "it is False")),
-            ("space", "output_dir: my adapters\n", ("has a space",)),
+            ("space", "output_dir: my adapters\n", ("output_dir: is 'my adapters'",)),
             ("reporter", "report_to: wondb\n", ("is no reporter",)),
             ("val_size", "val_size: 0.1\n", ("splits by row",)),
             ("full", "finetuning_type: full\n", ("needs a LoRA adapter",)),
