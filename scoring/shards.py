@@ -65,10 +65,11 @@ class ShardFolder:
             file.write(payload)
 
     def remove(self) -> None:
-        """Delete this run's folder: its scores are in the final files."""
+        """Delete this run's folder: its scores are in the final files. The last one takes the base folder along."""
         shutil.rmtree(self.path, ignore_errors=True)
-        if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
+        base = self.path.parent
+        if base.is_dir() and all(path.suffix == ".lock" for path in base.iterdir()):
+            shutil.rmtree(base, ignore_errors=True)
 
     def _file(self, shard: Shard) -> Path:
         return self.path / f"{shard.name}.scores"

@@ -129,4 +129,4 @@ def test_nothing_is_left_behind(judged):
     scored(judged)
     report = json.loads((judged.output_folder("sft") / "report.json").read_text())
     assert report["scoring"] == {"engine": "torch", "precision": "fp32"}
-    assert not list(judged.output_folder("sft").rglob("*.scores"))
+    assert not (judged.output_folder("sft") / "scoring").exists()
