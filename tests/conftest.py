@@ -138,6 +138,7 @@ def chain(tmp_path_factory) -> Path:
     assert "700 battles kept" in done.stderr and "next: python run.py sft -e demo" in done.stdout
     done = run_py(folder, "sft", "-e", "demo", "--json")
     assert done.returncode == 0, done.stderr
+    (folder / "sft.said").write_text(done.stderr, encoding="utf-8")
     report = folder / "outputs" / "demo" / "sft" / "report.json"
     assert json.loads(done.stdout) == json.loads(report.read_text(encoding="utf-8"))
     return folder

@@ -51,7 +51,7 @@ def test_a_run_is_watched_while_it_runs(tab, servers, training):
 
 def choose(tab, label: str, value: str) -> None:
     """Choose an entry of a dropdown by typing its name."""
-    box = tab.page.get_by_label(label, exact=True).locator("visible=true").first
+    box = tab.page.get_by_label(label).locator("visible=true").first
     box.click()
     box.fill(value)
     tab.page.get_by_role("option", name=value, exact=True).first.click()

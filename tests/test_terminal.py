@@ -1,0 +1,76 @@
+"""The same commands attended, under a pseudo-terminal, and piped: a live line with time left, or plain lines."""
+
+import contextlib
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3\d|4\d|9\d)(?:;\d+)*m")
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def attended(folder: Path, *arguments: str, seconds: float = 400, **environment: str) -> tuple[int, str]:
+    """Call run.py in a terminal of 120 columns; return its exit code and everything that the terminal got."""
+    ours, theirs = pty.openpty()
+    own = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "HF_DATASETS_CACHE": str(folder / "cache")}
+    for name in ("CI", "NO_COLOR", "FORCE_COLOR"):
+        own.pop(name, None)
+    call = [sys.executable, str(ROOT / "run.py"), *arguments]
+    process = subprocess.Popen(call, cwd=folder, env={**own, **environment}, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    said, end = b"", time.monotonic() + seconds
+    with contextlib.suppress(OSError):  # Linux' way to say that the other end is closed
+        while time.monotonic() < end:
+            if select.select([ours], [], [], 0.2)[0]:
+                said += os.read(ours, 65536)
+    os.close(ours)
+    return process.wait(30), said.decode("utf-8", "replace")
+
+
+@pytest.mark.slow
+def test_an_attended_run_has_a_live_line_with_the_time_left(chain, tmp_path):
+    folder = tmp_path / "place"
+    shutil.copytree(chain, folder, symlinks=True, ignore=shutil.ignore_patterns("cache", "saves", "outputs"))
+    code, said = attended(folder, "prepare", "-e", "demo", "--train", "arena/train.csv", "--test", "arena/test.csv")
+    assert code == 0, said
+    assert "━" in said or "train battles" in said, "the bar of prepare"
+    assert re.search(r"next: python run.py sft -e demo", said)
+    code, said = attended(folder, "sft", "-e", "demo", "--fresh")
+    assert code == 0, said
+    bare = CONTROL.sub("", said)
+    assert re.search(r"sft: training.*\d+/12  loss \d+\.\d+.*\d:\d\d:\d\d left", bare)
+    assert "sft: merging" in bare
+    assert re.search(r"scoring the validation fold.*[\d,]+/[\d,]+  [\d,]+ tokens/s, \d:\d\d:\d\d left", bare)
+    assert "\x1b[2K" in said and COLOUR.search(said), "the line is drawn again in its place, in colours"
+    lasting = [line for line in bare.splitlines() if line.startswith(("sft: trained", "sft: merged", "sft: scored"))]
+    assert len(lasting) == 3
+    for word in ("report:", "submission:", "next:"):
+        assert word in bare
+
+
+@pytest.mark.slow
+def test_a_piped_run_says_plain_lines(chain):
+    said = (chain / "sft.said").read_text(encoding="utf-8")
+    assert "\x1b" not in said and "\r" not in said and "━" not in said
+    assert re.search(r"^sft: step 12/12  loss \d+\.\d+  lr \S+  0:00:00 left$", said, re.MULTILINE)
+    assert re.search(r"^sft: scoring the validation fold: ([\d,]+)/\1  [\d,]+ tokens/s", said, re.MULTILINE)
+    for line in ("sft: training", "sft: merging"):
+        assert said.splitlines().count(line) == 1
+
+
+def test_colours_go_where_no_color_is_set(chain):
+    code, said = attended(chain, "status")
+    assert code == 0 and COLOUR.search(said) and "scored" in said
+    code, said = attended(chain, "status", NO_COLOR="1")
+    assert code == 0 and not COLOUR.search(said) and "scored" in said
+    _, help_text = attended(chain, "--help", NO_COLOR="1")
+    assert not COLOUR.search(help_text)
