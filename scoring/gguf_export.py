@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,8 +210,8 @@ def _quantize(source: Path, target: Path) -> None:
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
-    with _quiet_llama():
-        code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params)
+    _silence()
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params)
     if code != 0 or not target.is_file():
         raise ArenaError(
             f"llama.cpp's quantiser stopped with code {code}",
@@ -219,17 +220,14 @@ def _quantize(source: Path, target: Path) -> None:
         )
 
 
-@contextmanager
-def _quiet_llama() -> Iterator[None]:
-    """Keep llama.cpp's own log off the terminal within a block."""
+@cache
+def _silence() -> Any:
+    """Keep llama.cpp's own log off the terminal from now on; the callback must outlive every call."""
     import llama_cpp
 
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(silent, None)
-    try:
-        yield
-    finally:
-        llama_cpp.llama_log_set(None, None)
+    return silent
 
 
 def _prompts(experiment: Experiment, judge: Judge) -> list[tuple[str, list[int], list[int]]]:

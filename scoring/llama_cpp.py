@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 
@@ -94,19 +96,40 @@ def load_gguf(path: Path, *, context: int, threads: int | None = None) -> Any:
 
     threads = threads or len(os.sched_getaffinity(0))
     try:
-        return Llama(
-            str(path),
-            n_ctx=context,
-            n_batch=context,  # a prompt is one call
-            n_threads=threads,
-            n_threads_batch=threads,
-            n_gpu_layers=-1,  # all, where llama.cpp was compiled for a GPU
-            verbose=False,
-        )
+        with _plain_weights():
+            return Llama(
+                str(path),
+                n_ctx=context,
+                n_batch=context,  # a prompt is one call
+                n_threads=threads,
+                n_threads_batch=threads,
+                n_gpu_layers=-1,  # all, where llama.cpp was compiled for a GPU
+                verbose=False,
+            )
     except (ValueError, RuntimeError, OSError) as error:
         raise ArenaError(
             f"llama.cpp cannot load it: {error}", where=str(path), remedy="export it again, or free memory"
         ) from None
+
+
+@contextmanager
+def _plain_weights() -> Iterator[None]:
+    """Let llama.cpp keep a file's weights as they are, within a block.
+
+    On a processor with AMX it packs quantised weights anew, and for narrow layers (64 inputs) then reads past them and
+    takes the process along. Llama has no argument for this switch.
+    """
+    from llama_cpp import llama_cpp
+
+    usual = llama_cpp.llama_model_default_params
+
+    def plain() -> Any:
+        parameters = usual()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    with mock.patch.object(llama_cpp, "llama_model_default_params", plain):
+        yield
 
 
 def last_logits(model: Any, ids: Sequence[int]) -> np.ndarray:
