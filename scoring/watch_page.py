@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
 def build(watcher: Watcher, adapter: Path, log: Path) -> Any:
     """Return the page (gradio.Blocks), which looks anew every two seconds; an unchanged chart is not drawn again."""
     import gradio as gr
+    from llamafactory.webui.control import get_trainer_info  # now, so that the first look does not wait for it
 
     seen = watcher.look()
     # Fonts of the reader's own system: the page asks nobody on the internet for any.
@@ -66,22 +68,21 @@ def build(watcher: Watcher, adapter: Path, log: Path) -> Any:
         shown = [drawn, words, progress, losses, ladder, tail]
 
         def update(before: Any) -> list[Any]:
-            return _update(watcher, adapter, log, before)
+            return _update(watcher, get_trainer_info, adapter, log, before)
 
         page.load(update, [drawn], shown, show_progress="hidden")
         gr.Timer(_TICK).tick(update, [drawn], shown, show_progress="hidden")
     return page
 
 
-def _update(watcher: Watcher, adapter: Path, log: Path, before: Any) -> list[Any]:
+def _update(watcher: Watcher, read: Callable, adapter: Path, log: Path, before: Any) -> list[Any]:
     import gradio as gr
-    from llamafactory.webui.control import get_trainer_info
 
     seen = watcher.look()
     now = (len(seen.curve), len(seen.measured), bool(seen.ladder), seen.point and seen.point.step)
     progress, chart = gr.skip(), gr.skip()
     try:
-        _, progress, info = get_trainer_info("en", str(adapter), True)
+        _, progress, info = read("en", str(adapter), True)
         chart = info.get("loss_viewer", gr.skip())
     except ValueError:  # the trainer is in the middle of a line: the next look has it
         now = before
