@@ -24,6 +24,8 @@ BASE_TEMPLATE = "default"
 # What makes LLaMA-Factory take a model for a chat model. It compares with the capital letter only, and so forgets
 # microsoft/Phi-4-mini-instruct, which it calls Phi-4-3.8B-instruct.
 _CHAT = ("-chat", "-distill", "-instruct", "-thinking")
+# What a model's own chat template may raise beside Jinja's errors: it was written for another program.
+_TEMPLATES_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError)
 _MARK = "arenafactorymessage"
 _EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
@@ -179,7 +181,7 @@ def _render_own(folder: Path) -> str | None:
     names = {"bos_token": begin, "eos_token": end, "add_generation_prompt": True, "enable_thinking": False}
     try:
         text = environment.from_string(source).render(messages=[{"role": "user", "content": _MARK}], **names)
-    except (TemplateError, TypeError, ValueError):
+    except (TemplateError, *_TEMPLATES_ERRORS):
         return None
     return text.removeprefix(begin)
 
