@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from data_prep.errors import ArenaError
+from data_prep.pair_budget import PairFitter
 from factory.progress import Show
 from scoring import merge_gate
-from scoring.canaries import CANARIES
+from scoring.canaries import BATTLES, CANARIES
+from scoring.judge import write_judge
 from scoring.merge_gate import RECORD, compared, gate
+from scoring.rewards import VALUE_HEAD
+from tests.scoring.test_rewards import trained_adapter
 
 ONE = np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
 
@@ -128,3 +133,56 @@ def test_the_battles_are_drawn_by_the_seed_and_keep_their_order(make_experiment)
     assert drawn == merge_gate._drawn(list(range(100)), few)
     assert drawn != merge_gate._drawn(list(range(100)), make_experiment(merge_gate={"rows": 5}, seed=1))
     assert merge_gate._drawn([1, 2], few) == [1, 2]
+
+
+@pytest.fixture
+def real(workplace, make_experiment, tiny_model, small_tokenizer, small_frame, judge_prompt, monkeypatch):
+    """A function that lays out a random base, an adapter with weights and a model merged from both, or the base."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    experiment = make_experiment(model="models/tiny", cutoff_len=400, quantization_bit=None)
+    tiny_model("qwen3", seed=3).save_pretrained("models/tiny")
+    monkeypatch.setattr(merge_gate, "read_battles", lambda *_: [(battle, 0) for battle in BATTLES * 3])
+
+    def laid_out(stage, *, merged=True):
+        adapter = experiment.adapter_folder(stage)
+        trained_adapter(Path("models/tiny"), adapter)
+        model = AutoModelForCausalLM.from_pretrained("models/tiny")
+        if merged:
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        folder = experiment.merged_folder(stage)
+        model.save_pretrained(folder)
+        small_tokenizer.save(str(folder / "tokenizer.json"))
+        write_judge(folder, experiment, small_frame, judge_prompt.source, {"experiment": "exam", "stage": stage})
+        fitter = PairFitter(small_frame, small_tokenizer, cutoff_len=400, shares=experiment.budget_shares)
+        pairs = [fitted.pair for fitted in fitter.fit(BATTLES * 3)]
+        monkeypatch.setattr(merge_gate, "read_pairs", lambda *_: pairs)
+        weight = np.linspace(-1, 1, model.config.hidden_size, dtype=np.float32)[None]
+        tensors = {"v_head.summary.weight": weight, "v_head.summary.bias": np.zeros(1, np.float32)}
+        save_file(tensors, folder / VALUE_HEAD)
+        (experiment.data_folder / "battles.parquet").parent.mkdir(parents=True, exist_ok=True)
+        (experiment.data_folder / "battles.parquet").write_text("1")
+        experiment.folder.mkdir(parents=True, exist_ok=True)
+        recipe = f"model_name_or_path: models/tiny\noutput_dir: {adapter.as_posix()}\n"
+        experiment.recipe(stage).write_text(recipe)
+        return experiment
+
+    return laid_out
+
+
+@pytest.mark.parametrize(("stage", "classes"), [("sft", 3), ("rm", 1)])
+def test_a_true_merge_passes_and_its_canaries_are_sealed(real, stage, classes):
+    experiment = real(stage)
+    record, _ = asked(experiment, stage)
+    assert record["merge_gate"]["passed"] and record["merge_gate"]["max_abs_diff"] < 1e-4
+    effect = record["adapter_effect"]
+    assert effect["mean_abs_diff"] > 1e-3 > effect["merged_mean_abs_diff"]
+    sealed = json.loads((experiment.merged_folder(stage) / CANARIES).read_text())["answers"]
+    assert {len(answer) for answer in sealed.values()} == {classes} and len(sealed) == len(BATTLES)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_a_merge_that_lost_the_adapter_fails(real, stage):
+    with pytest.raises(ArenaError, match="the merged model is not the trained adapter"):
+        asked(real(stage, merged=False), stage)
