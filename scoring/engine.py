@@ -1,15 +1,11 @@
-"""Label logits from a merged model: one prefill a prompt, the head only where the label stands.
+"""The torch engine: label logits by one prefill a prompt, the head only where the label stands and only its rows.
 
-Sequences are padded on the right and no attention mask is given: in a causal model no real token ever looks at a
-later one, so the padding changes nothing, and the attention stays on its fastest path. The hidden state of each
-sequence's true last token alone goes through the head.
+scoring.reader makes the hidden states, scoring.batches the batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from data_prep.errors import ArenaError
+from scoring.batches import ScoreProgress, run_batches, tell
+from scoring.reader import Pack, Piece, Reader
 
 if TYPE_CHECKING:
     import torch
@@ -37,18 +35,6 @@ LOADING_ERRORS = (
     SafetensorError,
     StrictDataclassError,
 )
-# Tokens in one forward pass, padding included. On a CPU larger batches gain nothing and cost memory.
-TOKEN_BUDGET = {"cpu": 4096, "cuda": 32768}
-
-
-@dataclass
-class ScoreProgress:
-    """How far scoring is: prompts done and all, tokens done and all."""
-
-    rows: int
-    total_rows: int
-    tokens: int
-    total_tokens: int
 
 
 class TorchEngine:
@@ -64,18 +50,27 @@ class TorchEngine:
         device: str | None = None,
         adapter: TrainedAdapter | None = None,
         token_budget: int | None = None,
+        mode: str | None = None,
+        note: Callable[[str], None] = tell,
     ):
-        """Load the model; `adapter` is the one that the judge was merged from unless another is given."""
+        """Load the model; `adapter` is the one that the judge was merged from unless another is given.
+
+        `token_budget` is that of one pass, `mode` one of reader.MODES; by default both are chosen for the device and
+        the model. `note` is told what a user should know: that memory ran out, that a precision is slow here.
+        """
         device = device or device_name()
-        self._where, self._token_budget = str(judge.folder), token_budget
+        self._where, self._token_budget, self._note = str(judge.folder), token_budget, note
         if precision == "adapter":
             from scoring.adapters import adapter_of
 
             self.precision = precision
-            self._model = (adapter or adapter_of(judge)).load(device)
-            return
-        self.precision = ("bf16" if device.startswith("cuda") else "fp32") if precision == "auto" else precision
-        self._model = load_model(judge.folder, device, precision=self.precision)
+            model = (adapter or adapter_of(judge)).load(device)
+        else:
+            self.precision = ("bf16" if device.startswith("cuda") else "fp32") if precision == "auto" else precision
+            if device == "cpu" and self.precision in ("bf16", "fp16") and self.precision not in cpu_half_precisions():
+                note(f"this processor computes {self.precision} slower than fp32: --precision fp32 would be faster")
+            model = load_model(judge.folder, device, precision=self.precision)
+        self._reader = Reader(model, mode=mode)
 
     def label_logits(
         self,
@@ -91,7 +86,13 @@ class TorchEngine:
         it does not fit alone or its logits are not finite.
         """
         logits = score_labels(
-            self._model, sequences, label_ids, token_budget=self._token_budget, progress=progress, name=name
+            self._reader,
+            sequences,
+            label_ids,
+            token_budget=self._token_budget,
+            progress=progress,
+            name=name,
+            note=self._note,
         )
         bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
         if len(bad):
@@ -106,9 +107,22 @@ class TorchEngine:
         """Give the model's memory back."""
         import torch
 
-        self._model = None
+        self._reader = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def cpu_half_precisions() -> set[str]:
+    """Return which 16-bit types this processor multiplies itself (avx512_bf16, amx_bf16, …), by its own flags."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux: nothing is known
+        return set()
+    flags = {
+        f for line in lines if line.lower().startswith(("flags", "features")) for f in line.split(":", 1)[1].split()
+    }
+    known = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
+    return {name for name, needed in known.items() if flags & needed}
 
 
 def device_name() -> str:
@@ -170,102 +184,22 @@ def score_labels(
     token_budget: int | None = None,
     progress: Callable[[ScoreProgress], None] = lambda _: None,
     name: Callable[[int], str] = "prompt {}".format,
+    note: Callable[[str], None] = tell,
 ) -> np.ndarray:
     """Return the labels' logits behind each sequence, [len(sequences), len(label_ids)] float64, in input order.
 
-    Out of GPU memory halves the token budget and goes on; with one sequence a batch it is an ArenaError.
+    `model` is a causal model or a Reader of one. Out of memory halves the token budget and goes on; with one sequence
+    a batch it is an ArenaError.
     """
     import torch
 
+    reader = Reader.of(model)
     result = np.full((len(sequences), len(label_ids)), np.nan)
-    columns = torch.tensor(list(label_ids), device=model.device)
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    with _last_token_only(model) as last:
+    columns = torch.tensor(list(label_ids), device=reader.device)
 
-        def work(batch: list[int], ids: torch.Tensor) -> None:
-            last.index = (lengths[batch] - 1).to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, 0]
-            result[batch] = logits[:, columns].double().cpu().numpy()
+    def work(batch: list[int], pack: Pack) -> None:
+        result[batch] = reader.label_logits(reader.states(pack), columns).double().cpu().numpy()
 
-        run_batches(sequences, work, device=model.device, token_budget=token_budget, progress=progress, name=name)
+    groups = [(Piece(ids),) for ids in sequences]
+    run_batches(reader, groups, work, token_budget=token_budget, progress=progress, name=name, note=note)
     return result
-
-
-def run_batches(
-    sequences: Sequence[Sequence[int]],
-    work: Callable[[list[int], torch.Tensor], None],
-    *,
-    device: torch.device,
-    token_budget: int | None = None,
-    progress: Callable[[ScoreProgress], None] = lambda _: None,
-    name: Callable[[int], str] = "prompt {}".format,
-) -> None:
-    """Call `work(indices, ids)` on every sequence once, in batches; `ids` is [batch, longest], padded on the right.
-
-    `work` may be called again for the same indices: out of GPU memory halves the token budget and goes on; with one
-    sequence a batch it is an ArenaError, which calls the sequence by `name(index)`.
-    """
-    import torch
-
-    budget = token_budget or TOKEN_BUDGET[device.type]
-    total = sum(map(len, sequences))
-    # Longest first: a batch that does not fit in memory shows at once, not after an hour.
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    done = tokens = 0
-    while done < len(order):
-        # As many as fit in the budget when padded to the first, the longest.
-        batch = order[done : done + max(1, budget // len(sequences[order[done]]))]
-        try:
-            with torch.inference_mode():
-                work(batch, _padded([sequences[i] for i in batch]).to(device))
-            fits = True
-        except torch.OutOfMemoryError:
-            fits = False
-        if not fits:
-            # Only here, where the exception and with it the failed pass's frames are gone, can memory be given back.
-            torch.cuda.empty_cache()
-            budget = _smaller_budget(budget, batch, sequences, name)
-            continue
-        done += len(batch)
-        tokens += sum(len(sequences[i]) for i in batch)
-        progress(ScoreProgress(done, len(order), tokens, total))
-
-
-def _smaller_budget(budget: int, batch: list[int], sequences: Sequence[Sequence[int]], name: Callable) -> int:
-    if len(batch) == 1:
-        raise ArenaError(
-            f"its {len(sequences[batch[0]])} tokens alone do not fit in the GPU's memory",
-            where=name(batch[0]),
-            remedy="free GPU memory, or lower cutoff_len and train again",
-        )
-    return max(1, min(budget, len(batch) * len(sequences[batch[0]])) // 2)
-
-
-def _padded(batch: Sequence[Sequence[int]]) -> torch.Tensor:
-    import torch
-
-    padded = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
-    for row, ids in zip(padded, batch, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
-    return padded
-
-
-class _LastToken:
-    """A hook on the head: of [batch, length, hidden] only each row's last true token goes on."""
-
-    index: torch.Tensor
-
-    def __call__(self, module: Any, inputs: tuple) -> tuple:
-        (hidden,) = inputs
-        return (hidden[range(len(hidden)), self.index].unsqueeze(1),)
-
-
-@contextmanager
-def _last_token_only(model: Any) -> Iterator[_LastToken]:
-    """Keep the hook on the model's head for the time of a block."""
-    hook = _LastToken()
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
-    try:
-        yield hook
-    finally:
-        handle.remove()

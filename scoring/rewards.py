@@ -19,7 +19,9 @@ import numpy as np
 from data_prep.errors import ArenaError
 from data_prep.files import read_json
 from data_prep.screen import name_of
-from scoring.engine import LOADING_ERRORS, ScoreProgress, run_batches, weight_dtype
+from scoring.batches import DoesNotFit, ScoreProgress, run_batches, tell
+from scoring.engine import LOADING_ERRORS, weight_dtype
+from scoring.reader import Pack, Piece, Reader
 from scoring.scores import COLUMNS
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ Triple = tuple[Sequence[int], Sequence[int], Sequence[int]]
 VALUE_HEAD = "value_head.safetensors"
 # The most logits (positions x vocabulary) that exist at a time: 256 MiB in fp32, and two such tensors beside it.
 LOGITS = 2**26
+# The most answers of one prompt in one pass.
+_TOGETHER = 4
 _PROBE_LENGTH = 8
 
 
@@ -90,29 +94,42 @@ def implicit_rewards(
     token_budget: int | None = None,
     progress: Callable[[ScoreProgress], None] = lambda _: None,
     name: Callable[[int], str] = "row {}".format,
+    note: Callable[[str], None] = tell,
 ) -> np.ndarray:
     """Return beta * (log pi - log pi_ref) of both answers, [len(triples), 2] float64.
 
     The log-probabilities are summed over the answer's tokens, or averaged with `length_normalised`. With `reference`
-    `model` is a policy of `load_policy`, whose adapter is switched off for pi_ref; without it log pi_ref is left out,
-    which with `length_normalised` is what the losses orpo and simpo train. Raises ArenaError that names the row where
-    a triple is empty or a reward is not finite. Source: Rafailov et al. 2023, equation 5 and section 4.
+    `model` is a policy of `load_policy` (or a Reader of one), whose adapter is switched off for pi_ref; without it
+    log pi_ref is left out, which with `length_normalised` is what the losses orpo and simpo train. Raises ArenaError
+    that names the row where a triple is empty or a reward is not finite. Source: Rafailov et al. 2023, equation 5 and
+    section 4.
     """
-    pairs, places = _distinct(triples, name)
-    reader = _AnswerReader(model, pairs)
-    result = np.full(len(pairs), np.nan)
+    import torch
 
-    def work(batch: list[int], ids: torch.Tensor) -> None:
-        scores = reader.log_probabilities(batch, ids)
+    found, reader = _distinct(triples, name), Reader.of(model)
+    result = np.full(len(found.answers), np.nan)
+
+    def work(pairs: list[int], pack: Pack) -> None:
+        targets = torch.tensor([token for i in pairs for token in found.answers[i]], device=reader.device)
+        owners = torch.repeat_interleave(torch.tensor([len(found.answers[i]) for i in pairs])).to(reader.device)
+        scores = _log_probabilities(reader, pack, targets, owners)
         if reference:
-            with model.disable_adapter():
-                scores = scores - reader.log_probabilities(batch, ids)
-        result[batch] = scores.cpu().numpy()
+            with reader.model.disable_adapter():
+                scores = scores - _log_probabilities(reader, pack, targets, owners)
+        result[pairs] = scores.cpu().numpy()
 
-    _run(pairs, places, work, model, token_budget, progress, name)
+    def group(prompt: Sequence[int], answers: list[Sequence[int]]) -> list[Piece]:
+        # A token's distribution stands at the position before it, so an answer begins with the prompt's last token.
+        *before, last = prompt
+        shared = [Piece(before, wanted=0)] if before else []
+        return shared + [
+            Piece([last, *answer[:-1]], wanted=len(answer), prefix=0 if before else None) for answer in answers
+        ]
+
+    _run(reader, found, group, work, token_budget, progress, name, note)
     if length_normalised:
-        result /= [len(answer) for _, answer in pairs]
-    return _finite(beta * result[places], name)
+        result /= [len(answer) for answer in found.answers]
+    return _finite(beta * result[found.places], name)
 
 
 def value_rewards(
@@ -123,6 +140,7 @@ def value_rewards(
     token_budget: int | None = None,
     progress: Callable[[ScoreProgress], None] = lambda _: None,
     name: Callable[[int], str] = "row {}".format,
+    note: Callable[[str], None] = tell,
 ) -> np.ndarray:
     """Return the value head's score behind the last token of prompt + answer for both answers, [len(triples), 2].
 
@@ -130,27 +148,25 @@ def value_rewards(
     padding). Raises ArenaError if the head is of another model, and names the row where a triple is empty or a
     reward is not finite.
     """
-    import torch
-
-    size = model.config.get_text_config().hidden_size
+    found, reader = _distinct(triples, name), Reader.of(model)
+    size = reader.causal.config.get_text_config().hidden_size
     if len(head.weight) != size:
         raise ArenaError(
             f"the value head takes {len(head.weight)} numbers, the model's hidden states have {size}",
             where=VALUE_HEAD,
             remedy="merge the reward model again: the two files are of different trainings",
         )
-    pairs, places = _distinct(triples, name)
-    last = torch.tensor([len(prompt) + len(answer) - 1 for prompt, answer in pairs])
-    weight, body = head.weight.to(model.device), _body(model)
-    result = np.full(len(pairs), np.nan)
+    weight = head.weight.to(reader.device)
+    result = np.full(len(found.answers), np.nan)
 
-    def work(batch: list[int], ids: torch.Tensor) -> None:
-        hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-        states = hidden[range(len(batch)), last[batch].to(hidden.device)]
-        result[batch] = (states.double() @ weight + head.bias).cpu().numpy()
+    def work(pairs: list[int], pack: Pack) -> None:
+        result[pairs] = (reader.states(pack).double() @ weight + head.bias).cpu().numpy()
 
-    _run(pairs, places, work, model, token_budget, progress, name)
-    return _finite(result[places], name)
+    def group(prompt: Sequence[int], answers: list[Sequence[int]]) -> list[Piece]:
+        return [Piece(prompt, wanted=0), *(Piece(answer, prefix=0) for answer in answers)]
+
+    _run(reader, found, group, work, token_budget, progress, name, note)
+    return _finite(result[found.places], name)
 
 
 def beats(rewards: np.ndarray) -> np.ndarray:
@@ -191,59 +207,48 @@ def reward_table(rows: pd.DataFrame, rewards: np.ndarray) -> pd.DataFrame:
     return rows[list(COLUMNS)].assign(reward_a=rewards[:, 0], reward_b=rewards[:, 1])
 
 
-class _AnswerReader:
-    """Sums of log-probabilities of answers behind their prompts; only answer positions go through the head."""
+def _log_probabilities(reader: Reader, pack: Pack, targets: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the targets' log-probabilities by owner, [owners] float64; one wanted state a target."""
+    import torch
 
-    def __init__(self, model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]):
-        self._causal, self._body, self._pairs = _causal(model), _body(model), pairs
-        self._positions = max(1, LOGITS // self._causal.config.get_text_config().vocab_size)
-
-    def log_probabilities(self, batch: list[int], ids: torch.Tensor) -> torch.Tensor:
-        """Return the sum over each answer's tokens, [len(batch)] float64; `ids` is [batch, longest]."""
-        import torch
-
-        pairs = [self._pairs[i] for i in batch]
-        # A token's distribution stands at the position before it.
-        places = torch.tensor(
-            [(r, len(p) + t - 1) for r, (p, answer) in enumerate(pairs) for t in range(len(answer))], device=ids.device
-        )
-        output = self._body(input_ids=ids, use_cache=False)
-        states = output.last_hidden_state
-        sums = torch.zeros(len(batch), dtype=torch.float64, device=ids.device)
-        for part in places.split(self._positions):
-            rows, positions = part.T
-            logits = self._logits(output, states[rows, positions]).float()
-            targets = ids[rows, positions + 1].unsqueeze(1)
-            values = logits.gather(1, targets).squeeze(1) - logits.logsumexp(1)
-            sums.index_add_(0, rows, values.double())
-        return sums
-
-    def _logits(self, output: Any, states: torch.Tensor) -> torch.Tensor:
-        """Return the logits [n, vocabulary] of hidden states [n, hidden]: the model's own forward, its body left out.
-
-        So whatever a model does behind its head (Gemma's soft-cap, a scale) is done by its own code.
-        """
-        import torch
-
-        ready = type(output)(last_hidden_state=states.unsqueeze(0))
-        kept = self._body.__dict__.get("forward")  # a quantised or dispatched module may carry its own
-        self._body.forward = lambda *_, **__: ready
-        try:
-            ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-            return self._causal(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            del self._body.forward
-            if kept is not None:
-                self._body.forward = kept
+    states = reader.states(pack)
+    sums = torch.zeros(int(owners[-1]) + 1, dtype=torch.float64, device=states.device)
+    size = max(1, LOGITS // reader.causal.config.get_text_config().vocab_size)
+    for part in range(0, len(targets), size):
+        here = slice(part, part + size)
+        logits = reader.logits(states[here]).float()
+        values = logits.gather(1, targets[here].unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+        sums.index_add_(0, owners[here], values.double())
+    return sums
 
 
-def _distinct(
-    triples: Sequence[Triple], name: Callable[[int], str]
-) -> tuple[list[tuple[Sequence[int], Sequence[int]]], np.ndarray]:
-    """Return the distinct (prompt, answer) pairs and the place of each answer among them, [len(triples), 2].
+@dataclass(frozen=True)
+class _Answers:
+    """The distinct answers of some triples, each once behind its prompt.
 
+    `answers[i]` stands behind `prompts[prompt_of[i]]`; `places` [triples, 2] are the answers of each triple.
     Equal answers then have the very same reward, whatever batches they would have come into.
     """
+
+    prompts: list[Sequence[int]]
+    answers: list[Sequence[int]]
+    prompt_of: list[int]
+    places: np.ndarray
+
+    def row(self, answer: int) -> int:
+        """Return the first triple that an answer stands in."""
+        return int(np.argwhere(self.places == answer)[0, 0])
+
+    def together(self) -> list[list[int]]:
+        """Return the answers grouped by prompt, a few of one prompt together."""
+        groups: dict[int, list[int]] = {}
+        for answer, prompt in enumerate(self.prompt_of):
+            groups.setdefault(prompt, []).append(answer)
+        return [group[i : i + _TOGETHER] for group in groups.values() for i in range(0, len(group), _TOGETHER)]
+
+
+def _distinct(triples: Sequence[Triple], name: Callable[[int], str]) -> _Answers:
+    prompts: dict[tuple, int] = {}
     found: dict[tuple, int] = {}
     places = np.empty((len(triples), 2), dtype=int)
     for row, (prompt, *answers) in enumerate(triples):
@@ -253,26 +258,57 @@ def _distinct(
                 where=name(row),
                 remedy="give the prompt and both answers with the chat template's tokens",
             )
+        at = prompts.setdefault(tuple(prompt), len(prompts))
         for side, answer in enumerate(answers):
-            places[row, side] = found.setdefault((tuple(prompt), tuple(answer)), len(found))
-    return list(found), places
+            places[row, side] = found.setdefault((at, tuple(answer)), len(found))
+    return _Answers(list(prompts), [answer for _, answer in found], [at for at, _ in found], places)
 
 
-def _run(pairs, places: np.ndarray, work, model: Any, token_budget: int | None, progress, name: Callable) -> None:
-    run_batches(
-        [(*prompt, *answer) for prompt, answer in pairs],
-        work,
-        device=model.device,
-        token_budget=token_budget,
-        progress=progress,
-        name=lambda i: name(int(np.argwhere(places == i)[0, 0])),
-    )
+def _run(
+    reader: Reader,
+    found: _Answers,
+    group: Callable[[Sequence[int], list[Sequence[int]]], list[Piece]],
+    work: Callable[[list[int], Pack], None],
+    token_budget: int | None,
+    progress: Callable,
+    name: Callable[[int], str],
+    note: Callable[[str], None],
+) -> None:
+    """Call `work(answers, pack)` on all answers, those of one prompt in one pass, where the prompt is read once.
+
+    Answers that do not fit in memory together are read each by itself.
+    """
+    waiting = found.together()
+    while waiting:
+        done: set[int] = set()
+
+        def work_on(batch: list[int], pack: Pack, groups: list = waiting, done: set = done) -> None:
+            work([i for at in batch for i in groups[at]], pack)
+            done.update(batch)
+
+        try:
+            run_batches(
+                reader,
+                [group(found.prompts[found.prompt_of[g[0]]], [found.answers[i] for i in g]) for g in waiting],
+                work_on,
+                token_budget=token_budget,
+                progress=progress,
+                name=lambda at, groups=waiting: name(found.row(groups[at][0])),
+                note=note,
+            )
+            return
+        except DoesNotFit as error:
+            alone = waiting[error.index]
+            if len(alone) == 1:
+                raise
+        left = [g for at, g in enumerate(waiting) if at not in done and g is not alone]
+        waiting = [[i] for i in alone] + left
 
 
 def _finite(rewards: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(rewards).all(axis=1))
     if len(bad):
-        raise _not_finite(len(bad), name(int(bad[0])))
+        raise _not_finite(len(bad), name(bad[0]))
     return rewards
 
 
@@ -282,22 +318,6 @@ def _not_finite(count: int, first: str) -> ArenaError:
         where=first,
         remedy="the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve",
     )
-
-
-def _causal(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _body(model: Any) -> Any:
-    """Return the model without its head: token ids in, final hidden states out."""
-    causal = _causal(model)
-    if causal.base_model is causal:
-        raise ArenaError(
-            f"{type(causal).__name__} does not tell its body from its head",
-            where="model",
-            remedy="choose a base model of a common decoder family (Llama, Qwen, Gemma, Mistral, Phi)",
-        )
-    return causal.base_model
 
 
 def _probe(model: Any) -> torch.Tensor:

@@ -34,6 +34,7 @@ from scoring.engine import device_name, load_model
 from scoring.engines import open_engine
 from scoring.judge import MANIFEST, load_judge
 from scoring.links import softmax
+from scoring.reader import Reader
 from scoring.rewards import VALUE_HEAD, beats, implicit_rewards, load_policy, load_value_head, value_rewards
 from scoring.row_store import Facts, Fed
 from scoring.scores import battles_to_score, describe, exported_rows
@@ -226,7 +227,7 @@ class _PolicyScorer(_PairScorer):
 
     def open(self) -> None:
         self.precision, device = _float_of(self.precision)
-        self._model = load_policy(
+        policy = load_policy(
             self._recipe["model_name_or_path"],
             self._adapter,
             device,
@@ -237,6 +238,7 @@ class _PolicyScorer(_PairScorer):
             trust_remote_code=self._experiment.trust_remote_code,
             precision=self.precision,
         )
+        self._model = Reader(policy)
 
     def ask(self, prepared: list, *, progress: Callable, name: Callable[[int], str]) -> np.ndarray:
         return implicit_rewards(
@@ -261,7 +263,7 @@ class _ValueScorer(_PairScorer):
 
     def open(self) -> None:
         self.precision, device = _float_of(self.precision)
-        self._model = load_model(self._folder, device, precision=self.precision)
+        self._model = Reader(load_model(self._folder, device, precision=self.precision))
         require_canaries(self._folder, self.precision, self._canaries)
 
     def _canaries(self) -> np.ndarray:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import threading
+
 import numpy as np
 import pytest
 
 from data_prep.errors import ArenaError
-from scoring.engine import device_name, load_model, score_labels
+from scoring import batches
+from scoring.engine import cpu_half_precisions, device_name, load_model, score_labels
+from scoring.reader import Reader
 
 LABELS = (35, 7, 599)  # not sorted: the columns keep the order that is asked for
 
@@ -16,18 +21,11 @@ def rows(count: int, seed: int = 5, longest: int = 60) -> list[list[int]]:
     return [random.integers(0, 600, random.integers(1, longest)).tolist() for _ in range(count)]
 
 
-def wrapped(model, before):
-    """Return the model behind a `before(input_ids)` that sees every forward pass."""
-
-    class Wrapped:
-        device = model.device
-        get_output_embeddings = model.get_output_embeddings
-
-        def __call__(self, *, input_ids, **options):
-            before(input_ids)
-            return model(input_ids=input_ids, **options)
-
-    return Wrapped()
+def watched(model, before, mode=None) -> Reader:
+    """Return a reader of the model that calls `before(input_ids)` before every pass."""
+    reader = Reader(model, mode=mode)
+    reader.body.get_input_embeddings().register_forward_pre_hook(lambda _, args: before(args[0]))
+    return reader
 
 
 @pytest.mark.parametrize("budget", [1, 64, 4096])
@@ -40,22 +38,23 @@ def test_label_logits_are_those_of_one_row_at_a_time(family_model, plain_logits,
     np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
 
 
-def test_a_batch_never_exceeds_the_budget_and_every_row_is_read_once(tiny_model):
-    model, shapes, seen = tiny_model(), [], []
+@pytest.mark.parametrize("mode", ["trimmed", "padded"])
+def test_a_batch_never_exceeds_the_budget_and_every_row_is_read_once(tiny_model, mode):
+    shapes, seen = [], []
     sequences = rows(40)
-    score_labels(
-        wrapped(model, lambda ids: shapes.append(tuple(ids.shape))),
-        sequences,
-        LABELS,
-        token_budget=128,
-        progress=seen.append,
-    )
+    reader = watched(tiny_model(), lambda ids: shapes.append(tuple(ids.shape)), mode)
+    score_labels(reader, sequences, LABELS, token_budget=128, progress=seen.append)
     assert all(batch * length <= 128 for batch, length in shapes)
-    assert sum(batch for batch, _ in shapes) == 40
-    assert [length for _, length in shapes] == sorted((length for _, length in shapes), reverse=True)
-    assert (seen[-1].rows, seen[-1].tokens) == (40, sum(map(len, sequences)))
-    assert all((p.total_rows, p.total_tokens) == (40, seen[-1].tokens) for p in seen)
-    assert [p.rows for p in seen] == np.cumsum([batch for batch, _ in shapes]).tolist()
+    tokens = sum(map(len, sequences))
+    if mode == "trimmed":
+        assert sum(length for _, length in shapes) == tokens, "no padding"
+        assert len(shapes) <= tokens / 128 * 2
+    else:
+        assert sum(batch for batch, _ in shapes) == 40
+        assert [length for _, length in shapes] == sorted((length for _, length in shapes), reverse=True)
+    assert (seen[-1].rows, seen[-1].tokens) == (40, tokens)
+    assert all((p.total_rows, p.total_tokens) == (40, tokens) for p in seen)
+    assert len(seen) == len(shapes)
 
 
 def test_a_row_longer_than_the_budget_goes_alone(tiny_model, plain_logits):
@@ -65,21 +64,36 @@ def test_a_row_longer_than_the_budget_goes_alone(tiny_model, plain_logits):
     np.testing.assert_allclose(score_labels(model, sequences, LABELS, token_budget=10)[1], expected, atol=1e-4)
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_model):
+@pytest.mark.parametrize(
+    "failure",
+    [
+        lambda torch: torch.OutOfMemoryError("CUDA out of memory"),
+        lambda _: RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["gpu", "cpu"],
+)
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_out_of_memory_halves_the_batch_says_so_and_loses_nothing(tiny_model, monkeypatch, failure, overlaps):
     import torch
 
-    model, sizes = tiny_model(), []
+    monkeypatch.setattr(batches, "_overlaps", lambda device: overlaps)
+    sizes, said, threads = [], [], threading.active_count()
+    sequences = rows(30, longest=90)
+    expected = score_labels(tiny_model(), sequences, LABELS)
 
     def small_memory(ids):
         sizes.append(ids.numel())
         if ids.numel() > 100:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise failure(torch)
 
-    sequences = rows(30, longest=90)
-    scores = score_labels(wrapped(model, small_memory), sequences, LABELS, token_budget=1000)
-    np.testing.assert_allclose(scores, score_labels(model, sequences, LABELS), atol=1e-4)
+    reader = watched(tiny_model(), small_memory)
+    scores = score_labels(reader, sequences, LABELS, token_budget=1000, note=said.append)
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
     failed = [size for size in sizes if size > 100]
     assert 2 <= len(failed) <= 5, "each failure halves what is tried next"
+    assert len(said) == len(failed)
+    assert threading.active_count() == threads
+    assert re.fullmatch(r"out of memory: going on with \d+ tokens a batch", said[-1])
 
 
 def test_a_row_that_does_not_fit_alone_is_named(tiny_model):
@@ -89,20 +103,24 @@ def test_a_row_that_does_not_fit_alone_is_named(tiny_model):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(ArenaError, match=r"prompt 1: its 50 tokens alone do not fit") as caught:
-        score_labels(wrapped(tiny_model(), no_memory), [[1] * 20, [1] * 50], LABELS)
+        score_labels(watched(tiny_model(), no_memory), [[1] * 20, [1] * 50], LABELS)
     assert "cutoff_len" in caught.value.remedy
 
 
-def test_the_hook_is_gone_even_after_an_error(tiny_model, plain_logits):
+def test_the_model_is_itself_again_even_after_an_error(tiny_model, plain_logits):
     model = tiny_model()
+    before = plain_logits(model, [1, 2, 3])
 
     def broken(ids):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        score_labels(wrapped(model, broken), [[1, 2, 3]], LABELS)
+        score_labels(watched(model, broken), [[1, 2, 3]], LABELS)
+    model.get_input_embeddings()._forward_pre_hooks.clear()
     score_labels(model, [[1, 2, 3]], LABELS)
-    assert plain_logits(model, [1, 2, 3]).shape == (3, 600)
+    assert (plain_logits(model, [1, 2, 3]) == before).all()
+    assert model.config._attn_implementation == "sdpa"
+    assert all("forward" not in module.__dict__ for module in model.modules())
 
 
 def test_logits_that_are_not_finite_are_passed_on_in_their_own_rows(tiny_model):
@@ -152,3 +170,15 @@ def test_the_device_is_one_that_there_is():
     import torch
 
     assert device_name() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_the_processor_s_16_bit_types_are_read_off_its_flags(monkeypatch):
+    flags = {
+        "flags\t\t: fpu avx2\n": set(),
+        "flags\t\t: fpu avx512_bf16\n": {"bf16"},
+        "processor: 0\nflags: amx_bf16 avx512_fp16\n": {"bf16", "fp16"},
+        "Features\t: fp asimdhp bf16\n": {"bf16", "fp16"},
+    }
+    for text, expected in flags.items():
+        monkeypatch.setattr("pathlib.Path.read_text", lambda *_, text=text, **__: text)
+        assert cpu_half_precisions() == expected

@@ -64,7 +64,7 @@ def test_a_precision_gives_the_probabilities_of_fp32(judge, tiny_model, plain_lo
 def test_a_quantised_merged_model(judge, tiny_model, precision, layer):
     engine = open_engine(judge, "torch", precision, device="cpu")
     assert engine.precision == precision
-    assert layer in {type(module).__name__ for module in engine._model.modules()}
+    assert layer in {type(module).__name__ for module in engine._reader.model.modules()}
     found = engine.label_logits(rows(5), LABELS)
     exact = score_labels(tiny_model("qwen3"), rows(5), LABELS)
     assert 1e-4 < np.abs(probabilities(found) - probabilities(exact)).max() < 0.5
@@ -77,7 +77,7 @@ def test_the_adapter_on_its_base(judge, tmp_path, tiny_model):
     adapter = TrainedAdapter(make_adapter(base, tmp_path / "adapter"), str(base), quantization_bit=4)
     engine = open_engine(judge, "torch", "adapter", adapter=adapter, device="cpu")
     assert engine.precision == "adapter"
-    assert "Linear4bit" in {type(module).__name__ for module in engine._model.modules()}
+    assert "Linear4bit" in {type(module).__name__ for module in engine._reader.model.modules()}
     np.testing.assert_allclose(
         engine.label_logits(rows(5), LABELS), score_labels(adapter.load("cpu"), rows(5), LABELS), atol=1e-4
     )
@@ -116,4 +116,4 @@ def test_a_row_without_a_finite_score_is_named(tmp_path, tiny_model):
 def test_a_closed_engine_holds_no_model(judge):
     engine = open_engine(judge, device="cpu")
     engine.close()
-    assert engine._model is None
+    assert engine._reader is None
