@@ -235,7 +235,14 @@ def _prompts(experiment: Experiment, judge: Judge) -> list[tuple[str, list[int],
     battles = read_battles(experiment.data_folder, "valid")
     sequences = judge.sequences(battles)
     order = sorted(range(len(battles)), key=lambda i: -len(sequences[i]))
-    chosen = [order[i * len(order) // CHECKED_ROWS] for i in range(min(CHECKED_ROWS, len(order)))]
+    count = min(CHECKED_ROWS, len(order))
+    if not count:
+        raise ArenaError(
+            "has no validation rows, and an export is compared on them",
+            where=str(experiment.data_folder),
+            remedy="raise valid_share in experiment.yaml and run prepare again",
+        )
+    chosen = [order[i * len(order) // count] for i in range(count)]
     texts = [judge.frame.wrap(judge.prompt.message(*battles[i])) for i in chosen]
     encoded = [judge.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     return [(text, ids, sequences[i]) for text, ids, i in zip(texts, encoded, chosen, strict=True)]
