@@ -39,8 +39,9 @@ $(VENV)/llama.cpp: extras/gguf.lock | $(STAMP)
 demo: install
 	$(BIN)/python run.py demo
 
+# Two at a time, a file at a time, so that what a file trains once serves all of its tests.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+# Before anything imports torch: tests that run side by side, and their children, take one core each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from data_prep.chat_frame import ChatFrame
 from data_prep.prompt import JudgePrompt
 from factory.experiment import Labels, parse_experiment
