@@ -42,9 +42,9 @@ class Executor(Protocol):
 class InProcess:
     """One engine in this process; the next shard is tokenized while the model works on this one."""
 
-    def __init__(self, scorer: Scorer):
-        """Load the scorer's model."""
-        self._scorer = scorer
+    def __init__(self, scorer: Scorer, note: Callable[[str], None] = print):
+        """Load the scorer's model; `note` is told what a user should know."""
+        self._scorer, scorer.note = scorer, note
         scorer.open()
         self.engine, self.precision, self.device = scorer.engine, scorer.precision, device_of(scorer.engine)
 
@@ -102,7 +102,7 @@ def open_executor(spec: ScorerSpec, note: Callable[[str], None], *, workers: int
         return RayActors(spec, note, address=ray, actors=workers)
     count = workers or default_workers(spec.engine)
     if count == 1:
-        return InProcess(spec.scorer())
+        return InProcess(spec.scorer(), note)
     from scoring.workers import Workers
 
     return Workers(spec, note, count)

@@ -56,6 +56,8 @@ class RayActors:
         """Yield each shard with its scores, in any order; Ray gives a shard of an actor that died to another."""
         while together := {shard.name: shard for shard in islice(shards, _TOGETHER)}:
             for row in self._data(store, together).iter_rows():
+                for text in json.loads(row["notes"]):
+                    self._note(f"Ray: {text}")
                 if row["fault"]:
                     raise ArenaError(**json.loads(row["fault"]))
                 shard = together[row["name"]]
@@ -124,6 +126,8 @@ class _Actor:
         self._store = RowStore(Path(store), checked=False)  # its sums were checked where the run began
         self._scorer: Scorer | None = spec.scorer()
         self._fault: ArenaError | None = None
+        self._notes: list[str] = []
+        self._scorer.note = self._notes.append
         try:
             self._scorer.open()
         except ArenaError as error:  # Ray would start the actor again and again
@@ -140,7 +144,9 @@ class _Actor:
             scores = np.ascontiguousarray(found, "<f8").tobytes()
         except ArenaError as error:
             fault = json.dumps(_parts(error))
-        return {"name": [name], "scores": [scores], "fault": [fault]}
+        notes = json.dumps(self._notes)
+        self._notes.clear()
+        return {"name": [name], "scores": [scores], "fault": [fault], "notes": [notes]}
 
 
 def _probe(spec: ScorerSpec, folder: str) -> dict[str, Any]:

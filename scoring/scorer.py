@@ -52,6 +52,7 @@ class Scorer(Protocol):
     label_ids: tuple[int, ...]  # tokens whose logits are the scores; none for rewards
     engine: str
     precision: str  # what was asked for; after `open` what it really computes in
+    note: Callable[[str], None]  # told what a user should know, such as that memory ran out
 
     def inputs(self) -> dict[str, Any]:
         """Return what the scores depend on, weights as 'sha256:…'."""
@@ -123,7 +124,7 @@ class _LabelScorer:
     columns = AB_COLUMNS
 
     def __init__(self, experiment: Experiment, stage: str, engine: str, precision: str):
-        self.engine, self.precision = engine, precision
+        self.engine, self.precision, self.note = engine, precision, print
         self._data = experiment.data_folder
         self._judge = load_judge(experiment.merged_folder(stage))
         self.label_ids = self._judge.frame.label_ids
@@ -150,7 +151,9 @@ class _LabelScorer:
                 yield describe(battle, tokens=fitted.tokens, cut=fitted.cut), {**fed, "dropped": fitted.dropped}
 
     def open(self) -> None:
-        self._engine = open_engine(self._judge, self.engine, self.precision)
+        # by name, for `note` may be another one later
+        told = {"note": lambda text: self.note(text)} if self.engine == "torch" else {}
+        self._engine = open_engine(self._judge, self.engine, self.precision, **told)
         self.precision = self._engine.precision
         require_canaries(self._judge.folder, self.precision, self._canaries)
 
@@ -178,7 +181,7 @@ class _PairScorer:
     engine = "torch"
 
     def __init__(self, experiment: Experiment, precision: str):
-        self.precision = precision
+        self.precision, self.note = precision, print
         self._experiment = experiment
         self._frame, self._tokenizer = load_frame(experiment)
         self._model: Any = None
@@ -249,6 +252,7 @@ class _PolicyScorer(_PairScorer):
             reference=self._loss == "sigmoid",
             progress=progress,
             name=name,
+            note=self.note,
         )
 
 
@@ -270,7 +274,7 @@ class _ValueScorer(_PairScorer):
         return beats(value_rewards(self._model, self._head, reward_canaries(load_judge(self._folder))))
 
     def ask(self, prepared: list, *, progress: Callable, name: Callable[[int], str]) -> np.ndarray:
-        return value_rewards(self._model, self._head, prepared, progress=progress, name=name)
+        return value_rewards(self._model, self._head, prepared, progress=progress, name=name, note=self.note)
 
 
 def _float_of(precision: str) -> tuple[str, str]:

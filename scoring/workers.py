@@ -23,7 +23,7 @@ import numpy as np
 from data_prep.errors import ArenaError
 from scoring.executors import Progress, ask, device_of, prepare, visible_gpus
 from scoring.row_store import RowStore
-from scoring.scorer import ScorerSpec
+from scoring.scorer import Scorer, ScorerSpec
 from scoring.shard_plan import Shard
 
 _GRACE = 10.0  # seconds that a worker has to end
@@ -104,9 +104,11 @@ class Workers:
 
     def _ready(self, worker: _Worker) -> tuple[str, str]:
         try:
-            kind, content = worker.pipe.recv()
+            while (message := worker.pipe.recv())[0] == "note":
+                self._note(f"{worker.process.name}: {message[1]}")
         except (EOFError, OSError):
             raise self._died(worker, "while it loaded the model") from None
+        kind, content = message
         if kind == "error":
             raise ArenaError(**content)
         return content
@@ -128,6 +130,9 @@ class Workers:
             raise ArenaError(**content)
         if kind == "progress":
             progress(worker.shard, content)
+            return None
+        if kind == "note":
+            self._note(f"{worker.process.name}: {content}")
             return None
         shard, worker.shard = worker.shard, None
         return shard, content
@@ -173,7 +178,7 @@ def _work(pipe: Connection, spec: ScorerSpec, place: _Place) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu  # before torch looks
     with suppress(BrokenPipeError, EOFError):  # the parent is gone
         try:
-            scorer = _opened(spec, place)
+            scorer = _opened(spec, place, lambda text: pipe.send(("note", text)))
             pipe.send(("ready", (scorer.engine, scorer.precision)))
             stores: dict[Path, RowStore] = {}
             while True:
@@ -190,12 +195,13 @@ def _work(pipe: Connection, spec: ScorerSpec, place: _Place) -> None:
             pipe.send(("error", {"what": f"a worker failed:\n{traceback.format_exc()}", "remedy": "please report it"}))
 
 
-def _opened(spec: ScorerSpec, place: _Place) -> Any:
+def _opened(spec: ScorerSpec, place: _Place, note: Callable[[str], None]) -> Scorer:
     import torch
 
     if place.gpu is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(cores // place.workers, 1))
     scorer = spec.scorer()
+    scorer.note = note
     scorer.open()
     return scorer
