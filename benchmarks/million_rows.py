@@ -80,7 +80,8 @@ def lay_out(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=512, initializer_range=0.2, **shape)).save_pretrained(merged)
     tokenizer.save(str(merged / "tokenizer.json"))
     write_judge(merged, experiment, frame, PROMPT, {"experiment": "million", "stage": "sft"})
-    write_json(experiment.data_folder / "manifest.json", {"format": FORMAT, "frame": asdict(frame), "files": {}})
+    manifest = {"format": FORMAT, "frame": asdict(frame), "files": {}, "sources": {}, "views": []}
+    write_json(experiment.data_folder / "manifest.json", manifest)
     write_json(experiment.folder / "experiment.yaml", KEYS)  # JSON is YAML
     third = (1 / 3, 1 / 3, 1 / 3)
     plain = Calibration("logits", False, None, "none", None, None, 0, False, third, None, np.empty((0, 3)))

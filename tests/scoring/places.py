@@ -29,7 +29,7 @@ def judged_place(experiment: Experiment, model, tokenizer, frame, prompt, *, swa
     model.save_pretrained(merged)
     tokenizer.save(str(merged / "tokenizer.json"))
     write_judge(merged, experiment, frame, prompt.source, {"experiment": experiment.name, "stage": "sft"})
-    manifest = {"format": FORMAT, "frame": json.loads(json.dumps(asdict(frame))), "files": {}}
+    manifest = {"format": FORMAT, "frame": asdict(frame), "files": {}, "sources": {}, "views": []}
     write_json(experiment.data_folder / "manifest.json", manifest)
     calibrations = {"one_order": identity(), "both_orders": identity(True)}
     report = {"calibration": identity(swap_tta), "calibrations": calibrations}
