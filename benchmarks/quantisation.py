@@ -65,7 +65,9 @@ def measure(experiment: str, stage: str) -> list[list[str]]:
     for engine, precision in RUNS:
         if engine == "llama.cpp" and not gguf_path(judge.folder, precision).is_file():
             export_gguf(exp, stage, precision, show=Show())
-        opened = open_engine(judge, engine, precision)
+        # Speed is another script's matter: one thread suffices, and does not wait for another on a busy machine.
+        options = {"threads": 1} if engine == "llama.cpp" else {}
+        opened = open_engine(judge, engine, precision, **options)
         found = softmax(opened.label_logits(sequences, labels))
         opened.close()
         exact = found if exact is None else exact
