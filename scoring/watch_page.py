@@ -105,17 +105,24 @@ def ladder_plot(seen: Look) -> Figure:
     axes = figure.add_subplot()
     bounds = [(each.step, each.log_loss) for each in seen.evaluations if each.log_loss is not None]
     if bounds:
-        axes.plot(*zip(*bounds, strict=True), "v-", color="#1f77b4", label="at most, from the evaluation loss")
+        axes.plot(
+            *zip(*bounds, strict=True), "v-", color="#1f77b4", label="at most, from the evaluation loss (all battles)"
+        )
     if seen.measured:
         points = [(each.step, each.log_loss) for each in seen.measured]
         label = f"measured on {seen.measured[-1].rows} validation battles"
         axes.plot(*zip(*points, strict=True), "o-", color="#d62728", label=label)
     axes.set_xlim(0, seen.point.total if seen.point else 1)
-    _draw_rungs(axes, seen.ladder or {}, [value for _, value in bounds] + [each.log_loss for each in seen.measured])
+    # A measured point stands beside the baselines on its own rows, or a lucky sample would look like a good judge.
+    ladder = seen.measured[-1].ladder if seen.measured else seen.ladder or {}
+    axes.set_title(
+        f"baselines on {f'these {seen.measured[-1].rows}' if seen.measured else 'all'} validation battles", loc="right"
+    )
+    _draw_rungs(axes, ladder, [value for _, value in bounds] + [each.log_loss for each in seen.measured])
     axes.set_xlabel("step")
     axes.set_ylabel("log loss")
     if bounds or seen.measured:
-        axes.legend()
+        axes.legend(loc="lower left")
     return figure
 
 

@@ -165,3 +165,20 @@ def test_a_fault_of_the_ladder_is_told_and_does_not_end_the_watch(exam, monkeypa
     assert watcher.faults == ["rows.parquet: is damaged"] and watcher.look().ladder is None
     follow(watcher, Show(attended=False), pause=0.01)
     assert "rows.parquet: is damaged" in capsys.readouterr().err
+
+
+def test_the_chart_puts_a_measured_point_beside_the_baselines_on_its_own_rows(exam):
+    from scoring.watch_page import ladder_plot
+    from scoring.watching import Measured
+
+    log(exam, "sft", (4, {"eval_loss": 0.3}))
+    whole = replace(look(exam, "sft"), ladder={"uniform": 1.0986, "prior": 1.05})
+    axes = ladder_plot(whole).axes[0]
+    assert {text.get_text() for text in axes.texts} == {"uniform, 1/3 each 1.0986", "class prior 1.0500"}
+    assert axes.get_title(loc="right") == "baselines on all validation battles"
+    sample = replace(whole, measured=[Measured(4, 1.0, 30, {"prior": 1.02})])
+    axes = ladder_plot(sample).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["class prior 1.0200"]
+    assert axes.get_title(loc="right") == "baselines on these 30 validation battles"
+    bound, measured = (line for line in axes.lines if len(line.get_xdata()) == 1)
+    assert list(bound.get_ydata()) == [pytest.approx(0.9)] and list(measured.get_ydata()) == [1.0]
