@@ -129,17 +129,18 @@ class _LabelScorer:
         self._judge = load_judge(experiment.merged_folder(stage))
         self.label_ids = self._judge.frame.label_ids
         self._engine: Any = None
-        if ChatFrame.from_dict(read_manifest(self._data)["frame"]) != self._judge.frame:
-            raise ArenaError(
-                "the data was exported for another tokenizer or chat template than this judge was trained with",
-                where=str(self._judge.folder),
-                remedy=f"run.py prepare -e {experiment.name} again, then train with --fresh",
-            )
 
     def inputs(self) -> dict[str, Any]:
         return _hashes(self._judge.folder, [MANIFEST, "*.safetensors"])
 
     def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
+        # Of these rows only: any other table is fitted by what the judge's own folder says.
+        if ChatFrame.from_dict(read_manifest(self._data)["frame"]) != self._judge.frame:
+            raise ArenaError(
+                "the data was exported for another tokenizer or chat template than this judge was trained with",
+                where=str(self._judge.folder),
+                remedy=f"run.py prepare -e {self._data.name} again, then train with --fresh",
+            )
         for facts, text in exported_rows(self._data, split, "battles.parquet"):
             yield facts, {**text, "dropped": facts.pop("dropped")}
 

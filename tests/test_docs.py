@@ -129,8 +129,6 @@ def test_the_kaggle_notebook_writes_the_submission_without_a_network(chain, tmp_
     output, judge = Path("outputs/demo/sft"), given / "arena-judge"
     shutil.copytree(chain / output / "merged", judge / output / "merged")
     shutil.copy(chain / output / "report.json", judge / output / "report.json")
-    (judge / "data" / "demo").mkdir(parents=True)
-    shutil.copy(chain / "data" / "demo" / "manifest.json", judge / "data" / "demo" / "manifest.json")
     competition = given / "lmsys-chatbot-arena"
     competition.mkdir()
     shutil.copy(chain / "arena" / "test.csv", competition / "test.csv")
