@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -249,7 +248,9 @@ def one_peak(folder: Path, way: Way) -> None:
     content = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     longest = sorted(content["rows"], key=len)[-8:]
     open_way(folder, way, content["labels"])(longest)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    # ru_maxrss would be that of the process that started this one
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**10)
 
 
 def peak(folder: Path, way: Way) -> float:

@@ -172,6 +172,8 @@ def load_model(folder: Path, device: str, *, precision: str | None = None) -> An
             where=str(folder),
             remedy="move the folder away and merge again: python run.py sft (dpo, rm) -e EXP --until merge",
         ) from None
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # the others leave the cap out without a word
     # bitsandbytes puts quantised weights in their place itself
     return (model if options else model.to(device)).eval()
 
