@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.synced
 
 EXTRAS := openvino ray gguf browser fuzz audit
 
-.PHONY: install demo test check lock audit tables fuzz trust $(EXTRAS:%=extra-%)
+.PHONY: install demo test check lock audit tables fuzz kills trust $(EXTRAS:%=extra-%)
 
 install: $(STAMP)
 
@@ -58,6 +58,10 @@ tables: install
 SECONDS ?= 60
 fuzz: extra-fuzz
 	$(BIN)/python benchmarks/fuzz.py --seconds $(SECONDS)
+
+# 200 random kills over the whole chain; goes on where it was interrupted.
+kills: install
+	$(BIN)/python benchmarks/kills.py
 
 # The table of docs/trust.md, from the tests and the kept results of the fuzzer and of the kills.
 trust: install

@@ -24,11 +24,18 @@ class ErrorsWithRemedy(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from data_prep.errors import ArenaError
+        from data_prep.refusals import in_words, stop_signals
         from data_prep.screen import printable
 
         try:
-            return super().invoke(ctx)
-        except ArenaError as error:
+            with stop_signals():
+                return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BaseException as raised:
+            error = raised if isinstance(raised, ArenaError) else in_words(raised)
+            if error is None:
+                raise
             if (ctx.obj or {}).get("verbose"):
                 import traceback
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.battle import PROBABILITY_COLUMNS, Battle
 from data_prep.chat_frame import ChatFrame
 from data_prep.errors import ArenaError
-from data_prep.files import read_json
+from data_prep.files import read_json, sha256_of
 from data_prep.flatten import Pair
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SPLITS = ("train", "valid", "test")
+MANIFEST = "manifest.json"
 # Of the manifest and the files that it names.
 FORMAT = 3
 _BATCH = 1024
@@ -26,7 +27,7 @@ _SUM_TOLERANCE = 1e-3
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a data folder's manifest; raises ArenaError if nothing was exported there or it is damaged."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     try:
         manifest = read_json(path)
     except FileNotFoundError:
@@ -42,6 +43,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not _is_manifest(manifest):
         raise _damaged(path)
     return manifest
+
+
+def require_intact(folder: Path, names: Collection[str]) -> None:
+    """Raise ArenaError unless the exported files of these names are as `prepare` wrote them.
+
+    A name also stands for the parts of a folder; names that were not exported are left out. What was cut off or edited
+    would be trained on, or scored, without a word.
+    """
+    files = read_manifest(folder)["files"]
+    for name, digest in files.items():
+        if name not in names and name.partition("/")[0] not in names:
+            continue
+        path = folder / name
+        if not path.is_file():
+            raise _damaged(path, "the file is gone")
+        if sha256_of(path) != digest:
+            raise _damaged(path, f"its content is not what was exported ({MANIFEST} has its SHA-256)")
 
 
 def _is_manifest(manifest: dict[str, Any]) -> bool:

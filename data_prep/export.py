@@ -32,6 +32,7 @@ from data_prep.data_sets import dataset_entries
 from data_prep.dataset import FORMAT, read_manifest
 from data_prep.errors import ArenaError
 from data_prep.files import atomic_file, atomic_folder, read_json, sha256_of, sha256_of_table, write_json
+from data_prep.lock import only_run
 from data_prep.pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
@@ -81,7 +82,7 @@ def export(
     frame, tokenizer = load_frame(experiment)
     prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
     maker = BatchMaker(experiment, frame, tokenizer, views, prompt.source)
-    with atomic_folder(experiment.data_folder) as folder:
+    with only_run(experiment.data_folder), atomic_folder(experiment.data_folder) as folder:
         with (
             Writer(folder, experiment, views) as writer,
             open_crew(maker, usual_workers() if workers is None else workers) as crew,
@@ -235,17 +236,18 @@ def _refuse_changed(experiment: Experiment, files: Mapping[str, str], unchanged:
 def _publish(experiment: Experiment, audit: dict[str, Any]) -> None:
     """List the sets in data/dataset_info.json too, where LLaMA Board looks, and leave the newest audit there."""
     path = DATA / "dataset_info.json"
-    try:
-        entries = read_json(path)
-    except (OSError, ValueError):
-        entries = {}
-    others = entries.items() if isinstance(entries, dict) else ()
-    entries = {name: entry for name, entry in others if _is_of_another(entry, experiment)}
-    own = dataset_entries(
-        experiment, audit["pairs"], within=f"{experiment.name}/", folders=_folders(experiment.data_folder)
-    )
-    write_json(path, {**entries, **own})
-    write_json(DATA / "audit.json", audit)
+    with only_run(path, wait=lambda _: None):  # an export of another experiment has it for a moment
+        try:
+            entries = read_json(path)
+        except (OSError, ValueError):
+            entries = {}
+        others = entries.items() if isinstance(entries, dict) else ()
+        entries = {name: entry for name, entry in others if _is_of_another(entry, experiment)}
+        own = dataset_entries(
+            experiment, audit["pairs"], within=f"{experiment.name}/", folders=_folders(experiment.data_folder)
+        )
+        write_json(path, {**entries, **own})
+        write_json(DATA / "audit.json", audit)
 
 
 def _is_of_another(entry: Any, experiment: Experiment) -> bool:

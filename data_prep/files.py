@@ -1,12 +1,19 @@
-"""Files that are either whole or absent: everything is written beside its place and renamed into it."""
+"""Files that are either whole or absent: everything is written beside its place and renamed into it.
+
+What is being written is called .<name>.<host>-<process>.<random>.tmp, so that the next writer of the same name knows
+what a killed one left behind, and removes it.
+"""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,7 +28,7 @@ _WORTH_REMEMBERING = 16 * 2**20  # bytes
 def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path` and rename it to `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
@@ -50,7 +57,7 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     if old.exists() and not path.exists():
         old.rename(path)
     _discard(old)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    fresh = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent))
     fresh.chmod(0o777 & ~_umask())
     try:
         yield fresh
@@ -107,6 +114,29 @@ def sha256_of_table(path: Path) -> str:
         return sha256_of(path)
     parts = "".join(f"{sha256_of(part)}  {part.name}\n" for part in sorted(path.iterdir()) if part.is_file())
     return hashlib.sha256(parts.encode(errors="surrogateescape")).hexdigest()
+
+
+def _prefix(path: Path) -> str:
+    """Return how the name of a temporary of `path` begins, after removing those of processes that were killed."""
+    host = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+    for rest in path.parent.glob(f".{glob.escape(path.name)}.{host}-*.tmp"):
+        process = rest.name.removeprefix(f".{path.name}.{host}-").split(".")[0]
+        if process.isdecimal() and not _is_alive(int(process)):
+            if rest.is_dir() and not rest.is_symlink():
+                shutil.rmtree(rest, ignore_errors=True)
+            else:
+                rest.unlink(missing_ok=True)
+    return f".{path.name}.{host}-{os.getpid()}."
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _discard(folder: Path) -> None:

@@ -6,18 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
 from data_prep.errors import ArenaError
+from data_prep.refusals import Stopped, stop_signals
 from data_prep.screen import secrets
 from factory.launcher import LIFELINE
 from factory.progress import LogPoint, TrainerLog
@@ -93,7 +92,7 @@ def run_child(
         file.write(f"### {datetime.now().isoformat(timespec='seconds')} {' '.join(command)}\n".encode())
         file.flush()
         begins_at, started = file.tell(), time.monotonic()
-        with _stop_signals(), _lifeline() as (theirs, ours):
+        with stop_signals(), _lifeline() as (theirs, ours):
             try:
                 # The output goes into the file itself: no pipe that could fill up and hold the child.
                 process = subprocess.Popen(
@@ -162,7 +161,7 @@ def _follow(
                 if watch.on_point:
                     watch.on_point(point)
         family.end_stragglers()
-    except (KeyboardInterrupt, _Stopped):
+    except (KeyboardInterrupt, Stopped):
         family.end(grace)
         raise ArenaError(f"{what} was interrupted", where=str(log), remedy=interrupted_remedy) from None
     except BaseException:
@@ -201,7 +200,7 @@ class _Family:
                 self._signal(number)
                 if self._gone(grace):
                     break
-        except (KeyboardInterrupt, _Stopped):
+        except (KeyboardInterrupt, Stopped):
             pass
         finally:
             self._look(now=True)
@@ -249,29 +248,6 @@ class _Tail:
         if whole and self._rest:
             lines, self._rest = [*lines, self._rest], b""
         return [text for line in lines for text in clean_lines(line.decode("utf-8", "replace"))]
-
-
-class _Stopped(BaseException):
-    """SIGTERM or SIGHUP reached us."""
-
-
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP raise, as Ctrl-C does (in the main thread; others cannot)."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Stopped(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    watched = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in watched}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _failure(what: str, code: int, output: str, log: Path) -> ArenaError:

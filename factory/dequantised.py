@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import ArenaError
 from data_prep.files import atomic_folder, write_json
+from data_prep.lock import only_run
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import model_files
 from factory.progress import duration
@@ -59,8 +60,12 @@ class DequantisedBase:
 
     def ensure(self, show: Show) -> None:
         """Make the copy unless it is there; raises ArenaError if the start cannot be loaded or memory is too small."""
-        if self.is_whole():
-            return
+        # One run makes it, the others wait: replaced a second time it would vanish under the first one's merge.
+        with only_run(self.folder, wait=lambda who: show.note(f"{self.folder} is being made by {who}: waiting")):
+            if not self.is_whole():
+                self._make(show)
+
+    def _make(self, show: Show) -> None:
         started = time.monotonic()
         with show.line("dequantised base") as line:
             line.phase(f"{self.bits}-bit weights of {self.model} as an ordinary model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ _MODEL_FILE = re.compile(
 )
 _TRAINERS_OWN = frozenset({"training_args.bin", "optimizer.bin", "pytorch_model_fsdp.bin"})
 _HASHED_UP_TO = 256 * 2**20  # bytes
+_STRIDE, _SAMPLE = 4 * 2**20, 64 * 2**10
 
 
 def inputs_of(recipe_path: Path, recipe: dict[str, Any], *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the inputs of a recipe: its keys, its data files and local models, but those of the keys `without`.
 
-    A weights file of over 256 MiB counts by size and time of change, as hashing an 8B model takes half a minute.
+    A weights file of over 256 MiB counts by its size and samples, as hashing an 8B model takes half a minute.
     """
     inputs: dict[str, Any] = {str(recipe_path): recipe}
     for key in (key for key in _PATH_KEYS if key not in without):
@@ -122,8 +124,21 @@ def model_files(path: Path) -> Any:
 def _content(path: Path) -> str:
     status = path.stat()
     if status.st_size > _HASHED_UP_TO and path.suffix in (".safetensors", ".bin"):
-        return f"sha256:none, {status.st_size} bytes of {status.st_mtime_ns}"
+        return f"sha256:{_sampled(path, status.st_size)} of samples, {status.st_size} bytes"
     return f"sha256:{sha256_of(path)}"
+
+
+def _sampled(path: Path, size: int) -> str:
+    """Return the SHA-256 of a block in every 4 MiB and of the end: no large tensor changes unseen, a copy stays equal.
+
+    The time of change would be another one on a disk that the project was moved to.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for place in (*range(0, size, _STRIDE), max(size - _SAMPLE, 0)):
+            file.seek(place)
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 def _count_lines(path: Path) -> int:

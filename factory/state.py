@@ -1,13 +1,11 @@
-"""What of a stage is finished: state.json, the lock against a second run, and earlier runs put aside."""
+"""What of a stage is finished: state.json, whole checkpoints, and earlier runs put aside."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -87,6 +85,12 @@ class StageState:
         self.refuse_changes(part, inputs, fresh_remedy=fresh_remedy)
         return True
 
+    def damaged(self, part: str) -> list[str]:
+        """Return the outputs of a finished part that are not what it wrote."""
+        record = self.record(part)
+        known = record.sha256.items() if record else ()
+        return [name for name, digest in known if not Path(name).is_file() or sha256_of(Path(name)) != digest]
+
     def refuse_changes(self, part: str, inputs: Inputs, *, fresh_remedy: str) -> None:
         """Raise ArenaError that says which inputs differ from those that the part began with, if any."""
         record = self.record(part)
@@ -150,77 +154,21 @@ def archive(*paths: Path) -> list[Path]:
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the highest whole checkpoint-N of a trainer's folder, None without one.
 
-    A checkpoint is whole when trainer_state.json is readable, which the trainer writes last: a run that was killed
-    while it saved leaves a folder that LLaMA-Factory would choose and then fail on.
+    A checkpoint is whole when trainer_state.json is readable, which the trainer writes last, and no file ends
+    early: a run that was killed while it saved, or a full disk, leaves a folder that LLaMA-Factory would choose and
+    then fail on.
     """
+    return next((path for path in checkpoints(folder) if _is_whole(path)), None)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the folders checkpoint-N of a trainer's folder, whole or not, the highest first."""
     numbered = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))]
-    return next((path for _, path in sorted(numbered, reverse=True) if _is_whole(path)), None)
-
-
-@contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Hold the lock of a stage, beside its folder; raises ArenaError while another run holds it.
-
-    The operating system releases the lock of a process that died: what such a run left in the file is stale and
-    taken over. The text in it (process id, host, start) is for the reader, and for other hosts on a shared disk.
-    """
-    import fcntl
-
-    _refuse_links_out(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _held(folder, path) from None
-        owner = _owner(path)
-        if owner.get("host", socket.gethostname()) != socket.gethostname():
-            raise _held(folder, path)  # its system's lock may not reach over a shared disk
-        try:
-            file.truncate(0)
-            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started_at": _now()}, file)
-            file.flush()
-            yield
-        finally:
-            file.truncate(0)  # not deleted: another run may have opened it already
-
-
-def _refuse_links_out(folder: Path) -> None:
-    """Raise ArenaError where a link below outputs/ leads out of it: what lies there is not ours to replace."""
-    root = Path(folder.parts[0])
-    below = [root.joinpath(*folder.parts[1:end]) for end in range(2, len(folder.parts) + 1)]
-    for link in (path for path in below if path.is_symlink()):
-        if not link.resolve().is_relative_to(root.resolve()):
-            raise ArenaError(
-                f"is a link that leads out of {root}/, and a run replaces what lies in its folder",
-                where=str(link),
-                remedy=f"put a folder in its place; to keep all results on another disk, make {root} itself the link",
-            )
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ABSENT = type("Absent", (), {"__repr__": lambda self: "(absent)"})()
-
-
-def _held(folder: Path, path: Path) -> ArenaError:
-    owner = _owner(path)
-    who = "process {pid} on {host}, since {started_at}".format_map(
-        {"pid": "?", "host": "?", "started_at": "?", **owner}
-    )
-    return ArenaError(
-        f"another run is at work on this stage ({who})",
-        where=str(folder),
-        remedy=f"wait for it or end it; if it does not live any more, delete {path}",
-    )
-
-
-def _owner(path: Path) -> dict[str, Any]:
-    try:
-        owner = read_json(path)
-    except (OSError, ValueError):  # empty: released; torn: its writer died
-        return {}
-    return owner if isinstance(owner, dict) else {}
 
 
 def _read(path: Path) -> dict[str, Record]:
@@ -243,9 +191,24 @@ def _read(path: Path) -> dict[str, Record]:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         read_json(checkpoint / "trainer_state.json")
+        return all(_is_complete(file) for file in checkpoint.iterdir() if file.is_file())
     except (OSError, ValueError):
         return False
-    return True
+
+
+def _is_complete(file: Path) -> bool:
+    """Tell whether a file of weights or of the trainer's state reaches to its own end; contents are not compared."""
+    if file.suffix in (".pt", ".pth", ".bin"):
+        return zipfile.is_zipfile(file)  # its directory is at the end
+    if file.suffix != ".safetensors":
+        return True
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if not 0 < size < file.stat().st_size:
+            return False
+        tensors = json.loads(stream.read(size))
+    ends = [about["data_offsets"][1] for name, about in tensors.items() if name != "__metadata__"]
+    return file.stat().st_size == 8 + size + max(ends, default=0)
 
 
 def _earlier(path: Path, number: int) -> Path:

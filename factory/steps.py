@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.dataset import MANIFEST, SPLITS, require_intact
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import atomic_folder, read_json
+from data_prep.lock import only_run
 from factory.checks import check_device, check_recipes
 from factory.child import Watch, llamafactory, run_child
 from factory.dequantised import DequantisedBase, dequantised_base
@@ -18,8 +20,8 @@ from factory.experiment import Experiment, read_yaml
 from factory.inputs import inputs_of, training_rows
 from factory.launch import Launch, plan_launch
 from factory.progress import Line, LogPoint, Show, duration, loss_curve
-from factory.state import StageState, archive, last_checkpoint, only_run
-from factory.step import merge_of
+from factory.state import StageState, archive, checkpoints, last_checkpoint
+from factory.step import STEPS, merge_of
 from factory.weights import refuse_pickles
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -85,12 +87,16 @@ def train(
             _put_aside(show, adapter, folder)
         state, inputs = StageState(folder), {**inputs_of(recipe_path, recipe), **launch.inputs}
         remedy = "--fresh archives the earlier run and trains anew"
-        if state.finished("train", inputs, fresh_remedy=remedy):
+        damaged = state.damaged("train")
+        for name in damaged:
+            show.note(f"{name} is not what the training wrote: it counts as unfinished")
+        if state.finished("train", inputs, fresh_remedy=remedy) and not damaged:
             show.note(f"{stage_step}: training kept, finished {state.record('train').finished_at}")
             return adapter
         start = _start(state, inputs, recipe, adapter, folder, resume, show)
         state.begin("train", inputs)
-        seconds = _run_training(stage_step, recipe_path, recipe, adapter, folder / "train.log", start, launch, show)
+        rows = _Rows(training_rows(recipe), recipe_path, lambda: _refuse_new_inputs(state, recipe_path, launch))
+        seconds = _run_training(stage_step, recipe_path, rows, adapter, folder / "train.log", start, launch, show)
         state.finish("train", [adapter / name for name in _ADAPTER_FILES], seconds)
     show.note(f"{stage_step}: trained in {duration(seconds)}{_summary(adapter)}")
     return adapter
@@ -169,6 +175,9 @@ def _require_start(experiment: Experiment, stage_step: str) -> None:
             where=str(experiment.data_folder),
             remedy=f"python run.py prepare -e {experiment.name} --train FILE",
         )
+    if (experiment.data_folder / MANIFEST).is_file():  # else somebody else's data sets
+        sets = [f"{STEPS[stage_step].data}_{split}" for split in SPLITS[:2]]
+        require_intact(experiment.data_folder, [*sets, *(f"{name}.jsonl" for name in sets)])
     start = experiment.start_model(stage_step)
     if start != experiment.model and not (Path(start) / "config.json").is_file():
         raise ArenaError(
@@ -219,6 +228,10 @@ def _start(
     if state.record("train") is None:
         show.note(f"`run.py` did not start the run in {adapter}: whether its inputs were the same is unknown")
     state.refuse_changes("train", inputs, fresh_remedy="--fresh archives that run and begins anew")
+    for later in checkpoints(adapter):
+        if later == checkpoint:
+            break
+        show.note(f"{later} is not whole (a kill or a full disk while it was saved): passed over")
     show.note(f"going on from {checkpoint}")
     return _Start(checkpoint)
 
@@ -242,7 +255,7 @@ def _train_along(
 def _run_training(
     stage_step: str,
     recipe_path: Path,
-    recipe: dict[str, Any],
+    rows: _Rows,
     adapter: Path,
     log: Path,
     start: _Start,
@@ -251,13 +264,12 @@ def _run_training(
 ) -> float:
     # Named, for LLaMA-Factory itself would also take a checkpoint that was only half written.
     options = [*launch.options, *([f"resume_from_checkpoint={start.checkpoint}"] if start.checkpoint else [])]
-    rows = _Rows(training_rows(recipe), recipe_path)
     if rows.expected is None:
         show.note(f"{stage_step}: this recipe leaves open how many rows are trained, so they are not compared")
     with show.line(stage_step, start.step) as line:
         line.phase("starting LLaMA-Factory")
         watch = Watch(
-            on_line=_Reader(line, rows.read if rows.expected is not None else None, show),
+            on_line=_Reader(line, rows.read, show),
             on_point=lambda point: _look_at(point, line, adapter),
             trainer_log=adapter / "trainer_log.jsonl",
         )
@@ -279,8 +291,6 @@ def _run_merge(
     show: Show,
     needed: tuple[str, ...],
 ) -> float:
-    for rest in merged.parent.glob(f".{merged.name}.*.tmp"):  # of a merge that was killed; we hold the lock
-        _remove(rest)
     with atomic_folder(merged) as temporary, show.line(stage_step) as line:
         line.phase("starting LLaMA-Factory")
         command = llamafactory("export", str(recipe_path), f"export_dir={temporary}")
@@ -317,16 +327,19 @@ class _Reader:
 class _Rows:
     """Compares the rows that the child says it trains on with those that were exported, before any time is spent."""
 
-    def __init__(self, expected: int | None, recipe_path: Path):
-        self.expected, self._recipe_path = expected, recipe_path
+    def __init__(self, expected: int | None, recipe_path: Path, begins: Callable[[], None]):
+        """Take the number of exported rows, None for any; `begins` is called when all inputs were read."""
+        self.expected, self._recipe_path, self._begins = expected, recipe_path, begins
         self._training, self._seen = False, False
 
     def read(self, text: str) -> None:
         """Take one line of the log; raises ArenaError if it tells another number of rows."""
         if "***** Running " in text:
             self._training = "Running training" in text
+            if self._training:
+                self._begins()
         told = _ROWS.search(text)
-        if not (told and self._training):
+        if not (told and self._training) or self.expected is None:
             return
         self._seen, trained = True, int(told[1].replace(",", ""))
         if trained != self.expected:
@@ -346,6 +359,12 @@ class _Rows:
                 where=str(log),
                 remedy="remove `log_level` from the recipe, then --fresh",
             )
+
+
+def _refuse_new_inputs(state: StageState, recipe_path: Path, launch: Launch) -> None:
+    """Raise ArenaError where recipe or data changed between our look at them and the child's."""
+    now = {**inputs_of(recipe_path, read_yaml(recipe_path)), **launch.inputs}
+    state.refuse_changes("train", now, fresh_remedy="start again with --fresh")
 
 
 def _look_at(point: LogPoint, line: Line, adapter: Path) -> None:
@@ -414,12 +433,6 @@ def _head(recipe: dict[str, Any]) -> tuple[str, ...]:
 
 def _is_occupied(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _summary(adapter: Path) -> str:

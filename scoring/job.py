@@ -219,13 +219,13 @@ class _ScoreFile:
         self._rows, self._columns = rows, columns
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         for start in range(0, rows, WINDOW):
-            os.write(self._file, np.full((min(WINDOW, rows - start), columns), np.nan).tobytes())
+            self._write(np.full((min(WINDOW, rows - start), columns), np.nan).tobytes(), 8 * columns * start)
 
     def put(self, rows: np.ndarray, scores: np.ndarray) -> None:
         """Keep the scores of some rows."""
         size = 8 * self._columns
         for row, values in zip(rows.tolist(), np.ascontiguousarray(scores, "<f8"), strict=True):
-            os.pwrite(self._file, values.tobytes(), row * size)
+            self._write(values.tobytes(), row * size)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return the scores of up to `count` rows from `start` on."""
@@ -236,3 +236,8 @@ class _ScoreFile:
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+
+    def _write(self, content: bytes, place: int) -> None:
+        while content:  # a disk that is nearly full takes a part, and says why only when it is asked again
+            taken = os.pwrite(self._file, content, place)
+            content, place = content[taken:], place + taken

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.cells import is_formula
-from data_prep.dataset import read_battles, read_manifest, truth_of
+from data_prep.dataset import read_battles, read_manifest, require_intact, truth_of
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import atomic_file, read_json, sha256_of_table, write_json
+from data_prep.lock import only_run
 from data_prep.readers import VoteReader
 from factory.progress import duration, loss_curve
 from factory.step import STEPS, merge_of
@@ -81,20 +82,22 @@ def score_stage(
     with `swap_tta` or, as far as it goes, a time limit. Raises ArenaError if the model, the export or the scores are
     not what they should be.
     """
-    from factory.state import StageState, archive, only_run
+    from factory.state import StageState, archive
 
     options, folder = options or ScoreOptions(), experiment.output_folder(stage)
     spec = options.spec(experiment, stage)
     scorer = spec.scorer()
+    require_intact(experiment.data_folder, _exported(stage))
     compared = gate(experiment, stage, show=show)
+    again = f"python run.py score -e {experiment.name} --stage {stage} --fresh"
     inputs = {"model": scorer.inputs(), **_inputs(experiment, stage), **_asked(spec)}
     with only_run(folder):
         if options.fresh:
             archive(folder / REPORT)
         state = StageState(folder)
-        if state.finished("score", inputs, fresh_remedy=f"run.py score -e {experiment.name} --stage {stage} --fresh"):
+        if state.finished("score", inputs, fresh_remedy=again):
             show.note(f"{stage}: scores kept, finished {state.record('score').finished_at}")
-            report = read_report(experiment, stage)
+            report = read_report(experiment, stage, remedy=again)
             require_sound(report.get("checks", []), folder / REPORT)
             return report
         state.begin("score", inputs)
@@ -120,8 +123,6 @@ def score_input(
     Memory does not grow with the number of rows, except by the ids (checked for doubles) and, with the swapped order,
     by eight bytes a row. Raises ArenaError that names a row that cannot be scored.
     """
-    from factory.state import only_run
-
     options = options or ScoreOptions()
     spec, report = options.spec(experiment, stage), read_report(experiment, stage)
     calibrations, wanted = orders_of(report), bool(report["calibration"]["swap_tta"])
@@ -131,31 +132,33 @@ def score_input(
     VoteReader(path, labelled=False)  # a file that is none is told before the model is loaded
     base, target = _base(experiment, stage), f"input-{output.name}"
     inputs = {"data": f"sha256:{sha256_of_table(path)}", "both_orders": wanted}
-    with only_run(base / target), closing(_opened(spec, stage, options, show)) as executor:
-        _tell_mismatch(report, executor, stage, show)
-        job = open_job(
-            base,
-            target,
-            scorer,
-            executor,
-            inputs=inputs,
-            rows=lambda: scorer.read(path, both_orders=wanted),
-            label=f"{stage}: {path.name}",
-            show=show,
-        )
-        pace = _pace([job], options, show)
-        job.straight(executor, pace)
-        if wanted or (options.time_limit is not None and calibrations.both is not None):
-            _tell_partial(job.swapped(executor, pace), job.rows, stage, options, show)
-    rows = _write_table(output, job, calibrations)
-    if formulas := sum(map(is_formula, job.ids())):
+    with only_run(base / target):
+        with closing(_opened(spec, stage, options, show)) as executor:
+            _tell_mismatch(report, executor, stage, show)
+            job = open_job(
+                base,
+                target,
+                scorer,
+                executor,
+                inputs=inputs,
+                rows=lambda: scorer.read(path, both_orders=wanted),
+                label=f"{stage}: {path.name}",
+                show=show,
+            )
+            pace = _pace([job], options, show)
+            job.straight(executor, pace)
+            if wanted or (options.time_limit is not None and calibrations.both is not None):
+                _tell_partial(job.swapped(executor, pace), job.rows, stage, options, show)
+        rows = _write_table(output, job, calibrations)
+        formulas = sum(map(is_formula, job.ids()))
+        job.remove()
+    if formulas:
         show.note(f"warning: {formulas} id(s) begin as a spreadsheet's formula does: do not open {output} in one")
-    job.remove()
     return rows
 
 
-def read_report(experiment: Experiment, stage: str) -> dict[str, Any]:
-    """Return a stage's report.json; raises ArenaError if the stage was not scored."""
+def read_report(experiment: Experiment, stage: str, *, remedy: str | None = None) -> dict[str, Any]:
+    """Return a stage's report.json; raises ArenaError if the stage was not scored or, with `remedy`, it is damaged."""
     path = experiment.output_folder(stage) / REPORT
     try:
         report = read_json(path)
@@ -166,7 +169,9 @@ def read_report(experiment: Experiment, stage: str) -> dict[str, Any]:
         raise ArenaError(
             "there is no readable report of this stage",
             where=str(path),
-            remedy=f"python run.py {STEPS[stage].asked_by} -e {experiment.name}" if stage in STEPS else "check --stage",
+            remedy=remedy or f"python run.py {STEPS[stage].asked_by} -e {experiment.name}"
+            if stage in STEPS
+            else "check --stage",
         ) from None
 
 
@@ -378,10 +383,13 @@ def _inputs(experiment: Experiment, stage: str) -> dict[str, Any]:
 
 def _data(experiment: Experiment, stage: str) -> dict[str, str]:
     """The exported files that rows, texts and known probabilities are read from."""
-    pairs = ("pairs.parquet",) if STEPS[stage].data == "dpo_reward" else ()
-    read = ("rows.parquet", "battles.parquet", "truth.csv", *pairs)
     files = read_manifest(experiment.data_folder)["files"]
-    return {name: f"sha256:{digest}" for name, digest in files.items() if name in read}
+    return {name: f"sha256:{digest}" for name, digest in files.items() if name in _exported(stage)}
+
+
+def _exported(stage: str) -> tuple[str, ...]:
+    pairs = ("pairs.parquet",) if STEPS[stage].data == "dpo_reward" else ()
+    return ("rows.parquet", "battles.parquet", "truth.csv", *pairs)
 
 
 def _asked(spec: ScorerSpec) -> dict[str, str]:

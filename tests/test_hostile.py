@@ -20,6 +20,7 @@ from data_prep.battle import Battle
 from data_prep.budget import Fitter
 from data_prep.errors import ArenaError
 from data_prep.files import atomic_file, atomic_folder
+from data_prep.lock import only_run
 from data_prep.neutral import Neutralizer
 from data_prep.prompt import JudgePrompt
 from data_prep.screen import hide_secrets, name_of, printable
@@ -27,7 +28,6 @@ from factory.child import run_child
 from factory.experiment import Labels, load_experiment, parse_experiment, read_yaml
 from factory.inputs import dataset_files
 from factory.progress import Show
-from factory.state import only_run
 from factory.weights import refuse_pickles
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import ArenaError
-from factory.state import PARTS, StageState, archive, differences, last_checkpoint, only_run
+from data_prep.lock import only_run
+from factory.state import PARTS, StageState, archive, differences, last_checkpoint
 
 INPUTS = {"sft.yaml": {"learning_rate": 1.0e-4, "epochs": 2}, "data": {"train.jsonl": "sha256:aa"}}
 REMEDY = "--fresh begins anew"
@@ -128,6 +129,24 @@ def test_the_last_whole_checkpoint_is_found_by_number():
     assert last_checkpoint(Path("saves/x")) == Path("saves/x/checkpoint-100")
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "training_args.bin"])
+@pytest.mark.parametrize("kept", [0, 0.3, 0.99])
+def test_a_checkpoint_whose_file_ends_early_is_not_whole(name, kept):
+    import torch
+    from safetensors.torch import save_file
+
+    for step in (1, 2):
+        made(f"saves/x/checkpoint-{step}/trainer_state.json").write_text("{}")
+        tensors = {"a": torch.ones(40, 40), "b": torch.ones(3)}
+        save_file(tensors, f"saves/x/checkpoint-{step}/adapter_model.safetensors", metadata={"format": "pt"})
+        for other in ("optimizer.pt", "rng_state.pth", "training_args.bin"):
+            torch.save(tensors, f"saves/x/checkpoint-{step}/{other}")
+    assert last_checkpoint(Path("saves/x")) == Path("saves/x/checkpoint-2")
+    path = Path("saves/x/checkpoint-2") / name
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    assert last_checkpoint(Path("saves/x")) == Path("saves/x/checkpoint-1")
+
+
 def test_a_second_run_of_a_stage_is_refused_and_told_who_holds_it():
     folder = Path("outputs/demo/sft")
     with only_run(folder):
@@ -147,7 +166,7 @@ def test_the_lock_of_a_killed_run_is_stale():
     code = """
         import os
         from pathlib import Path
-        from factory.state import only_run
+        from data_prep.lock import only_run
         with only_run(Path("outputs/demo/sft")):
             os.kill(os.getpid(), 9)
     """

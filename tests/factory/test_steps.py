@@ -28,6 +28,8 @@ mode = os.environ.get("FAKE_MODE", "")
 def weights(path, value):
     header = json.dumps({"lora_A": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<f", value))
+if mode == "prepared meanwhile":
+    Path("data/demo/sft_train.jsonl").open("a").write("\\n")
 if mode == "error":
     raise ValueError("Template qwen33 does not exist.")
 if command == "export":
@@ -210,6 +212,38 @@ def test_resume_with_nothing_there_begins_and_both_flags_exclude_each_other(expe
     assert "nothing to resume" in shown
     with pytest.raises(UsageError, match="exclude"):
         run(experiment, resume=True, fresh=True)
+
+
+def test_an_adapter_that_was_damaged_later_is_not_kept_and_written_again_by_resume(experiment):
+    adapter, _ = run(experiment)
+    weights = adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit: it still loads
+    with pytest.raises(ArenaError, match="its last whole checkpoint is checkpoint-4"):
+        run(experiment)
+    _, shown = run(experiment, resume=True)
+    assert f"{weights} is not what the training wrote" in shown and "going on from" in shown
+    assert weights.read_bytes() == whole
+    assert "training kept" in run(experiment)[1]
+
+
+def test_data_that_change_while_the_child_reads_them_stop_the_training_at_once(experiment):
+    with pytest.raises(ArenaError, match=r"since then changed:(.|\n)*sft_train.jsonl has other content") as caught:
+        run(experiment, "prepared meanwhile")
+    assert "--fresh" in caught.value.remedy
+    assert StageState(Path("outputs/demo/sft")).record("train").finished_at is None
+
+
+def test_a_checkpoint_that_ends_early_is_passed_over_and_named(experiment):
+    with pytest.raises(ArenaError):
+        run(experiment, "stops")
+    adapter = experiment.adapter_folder("sft")
+    broken = adapter / "checkpoint-3"
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text("{}")
+    (broken / "optimizer.pt").write_bytes(b"PK\x03\x04 and then the disk was full")
+    _, shown = run(experiment, resume=True)
+    assert f"{broken} is not whole" in shown and f"going on from {adapter}/checkpoint-2" in shown
 
 
 def test_a_reward_model_is_not_resumed(experiment):

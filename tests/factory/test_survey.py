@@ -9,8 +9,9 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import run
+from data_prep.lock import only_run
 from factory.experiment import load_experiment
-from factory.state import StageState, only_run
+from factory.state import StageState
 from factory.survey import experiment_names, is_at_work, print_survey, running_stages, stage_view, survey
 
 

@@ -8,11 +8,12 @@ import pytest
 import scoring.watching as watching
 from data_prep.errors import UsageError
 from data_prep.export import export
+from data_prep.lock import only_run
 from data_prep.synthetic import write_arena
 from factory.experiment import load_experiment
 from factory.progress import Show
 from factory.recipe import write_recipe
-from factory.state import StageState, only_run
+from factory.state import StageState
 from scoring.watching import CheckpointScorer, Ladder, Watcher, answer_tokens, follow, in_words, look, stage_to_watch
 
 ROOT = watching.Path(__file__).resolve().parents[2]

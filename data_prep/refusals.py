@@ -1,0 +1,81 @@
+"""What the system refuses, in a user's words: a full disk, missing rights, too little memory, a signal to stop."""
+
+from __future__ import annotations
+
+import errno
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from data_prep.errors import ArenaError
+
+# What every command promises after an interruption.
+AGAIN = "the same command goes on from what is finished; where a training had begun, with --resume"
+_ROOM = f"free disk space (old checkpoints under saves/, earlier runs named *.earlier-N); {AGAIN}"
+_RIGHTS = f"give yourself the right to write there (ls -ld, chown, chmod), or work in a copy of the project; {AGAIN}"
+_MEMORY = f"close other programs, use fewer --workers, or a machine with more memory; {AGAIN}"
+_REFUSALS = {
+    errno.ENOSPC: ("the disk is full", _ROOM),
+    errno.EDQUOT: ("the disk quota is used up", _ROOM),
+    errno.EFBIG: ("the file would be larger than allowed", f"raise the limit (ulimit -f); {AGAIN}"),
+    errno.EROFS: ("the disk can only be read", _RIGHTS),
+    errno.EACCES: ("permission denied", _RIGHTS),
+    errno.EPERM: ("operation not permitted", _RIGHTS),
+    errno.EIO: ("the disk failed to read or write", f"look at the disk (dmesg); {AGAIN}"),
+    errno.EMFILE: ("too many files are open", f"raise the limit (ulimit -n 4096); {AGAIN}"),
+    errno.ENFILE: ("too many files are open on this machine", f"close other programs; {AGAIN}"),
+    errno.ENOMEM: ("memory ran out", _MEMORY),
+    errno.EAGAIN: ("no more processes or threads can be started", f"raise the limit (ulimit -u); {AGAIN}"),
+}
+# Libraries in C++ and Rust wrap the system's number in a text of their own.
+_NUMBER = re.compile(r"\b(?:os error|errno) (\d+)\b", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc", re.IGNORECASE)
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGHUP reached us."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise, as Ctrl-C does (in the main thread; others cannot)."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    watched = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in watched}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def in_words(error: BaseException) -> ArenaError | None:
+    """Return what an error of the system means for a user, None where it is not one (a fault in our code)."""
+    if isinstance(error, KeyboardInterrupt | Stopped):
+        return ArenaError(f"interrupted{f' by {error}' if str(error) else ''}", remedy=AGAIN)
+    if isinstance(error, BrokenPipeError):  # whoever read our output has enough of it
+        return None
+    number = error.errno if isinstance(error, OSError) and error.errno else _number_in(str(error))
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        number = errno.ENOMEM
+    where = str(error.filename) if isinstance(error, OSError) and error.filename else None
+    if number in _REFUSALS:
+        what, remedy = _REFUSALS[number]
+        return ArenaError(what, where=where, remedy=remedy)
+    if isinstance(error, OSError) and where and error.strerror:
+        return ArenaError(error.strerror.lower(), where=where, remedy="look at this path; -v shows who asked for it")
+    return None
+
+
+def _number_in(text: str) -> int | None:
+    found = _NUMBER.search(text)
+    return int(found[1]) if found else None

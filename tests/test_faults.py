@@ -1,0 +1,339 @@
+"""Faults of the machine around us: a full disk, missing rights, signals, no memory, a second run, a move, a clock.
+
+Each ends in exit code 1, an error with a remedy and no traceback; what was finished stays as it was, and the same
+command again ends as if nothing had happened. Where a fault has its test elsewhere, docs/trust.md says where.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import run
+from data_prep import files, writer
+from data_prep.errors import ArenaError
+from data_prep.lock import only_run
+from data_prep.refusals import in_words
+from factory import inputs
+from scoring import stage
+from tests.bad_inputs.case import PREPARE_TEST, SCORE, SCORE_INPUT
+
+ROOT = Path(__file__).resolve().parents[1]
+ANEW = (*SCORE, "--fresh")
+DATA, OUT = Path("data/exam"), Path("outputs/exam/sft")
+RESULTS = ("probabilities_valid.csv", "probabilities_test.csv", "submission.csv")
+
+
+def call(*arguments: str):
+    """Call run.py in this process; an error must be one of ours."""
+    done = CliRunner().invoke(run.cli, list(arguments))
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert "Traceback" not in done.output
+    return done
+
+
+def refused(*arguments: str, words: tuple[str, ...] = ()) -> str:
+    """Call run.py, which must end with our error; return what it said."""
+    done = call(*arguments)
+    assert done.exit_code == 1, done.output
+    assert "remedy: " in done.output and all(word in done.output for word in words), done.output
+    return done.output
+
+
+def results() -> dict[str, bytes]:
+    """Return what a scored stage is for: probabilities and submission."""
+    return {name: (OUT / name).read_bytes() for name in RESULTS}
+
+
+def exported() -> dict[str, bytes]:
+    """Return the files of the export."""
+    return {path.name: path.read_bytes() for path in sorted(DATA.iterdir()) if path.is_file()}
+
+
+def leftovers() -> list[Path]:
+    """Return what was begun and not ended."""
+    return [path for path in Path().rglob("*.tmp") if not path.is_symlink()]
+
+
+class Nth:
+    """Does `fault` at the n-th call and what it stands for otherwise."""
+
+    def __init__(self, real, n: int, fault):
+        self._real, self._n, self._fault, self.calls = real, n, fault, 0
+
+    def __call__(self, *arguments, **options):
+        self.calls += 1
+        if self.calls == self._n:
+            self._fault()
+        return self._real(*arguments, **options)
+
+
+def failing(number: int):
+    def fault():
+        raise OSError(number, os.strerror(number), "somewhere")
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "can only be read")], ids=["full", "ro"]
+)
+@pytest.mark.parametrize("command", [PREPARE_TEST, ANEW], ids=["prepare", "score"])
+def test_whichever_write_fails_nothing_finished_is_lost(place, monkeypatch, command, number, words):
+    call(*command)
+    whole, export, scored = place.snapshot(), exported(), results()
+    n = 0
+    while True:
+        n += 3 if command is ANEW else 1
+        sync = Nth(os.fsync, n, failing(number))
+        monkeypatch.setattr(os, "fsync", sync)
+        done = call(*command)
+        monkeypatch.undo()
+        monkeypatch.chdir(Path.cwd())
+        if sync.calls < n:
+            break
+        assert done.exit_code == 1 and words in done.output and "remedy: " in done.output, done.output
+        assert exported() == export, "the export is the one of before, or the same made anew"
+        assert not leftovers()
+    assert n > 3 and done.exit_code == 0, done.output
+    assert results() == scored
+    lost = [name for name in whole if not Path(name).exists()]
+    assert not lost
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")
+def test_a_disk_that_is_really_full(place, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this container may not mount a disk")
+    try:
+        before = exported()
+        shutil.move("data", disk / "data")
+        Path("data").symlink_to(disk / "data")
+        (disk / "filler").write_bytes(bytes(1000))
+        with (disk / "filler").open("ab", buffering=0) as filler:
+            try:
+                while filler.write(bytes(4096)):
+                    pass
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+        refused(*PREPARE_TEST, words=("the disk is full", "free disk space"))
+        assert exported() == before and not leftovers()
+        (disk / "filler").unlink()
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        assert call(*PREPARE_TEST).exit_code == 0
+        assert set(exported()) >= {"manifest.json", "sft_train.jsonl"}
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_file_that_may_not_grow_is_told(place):
+    limited = f"ulimit -f 4; exec {sys.executable} {ROOT / 'run.py'} {' '.join(PREPARE_TEST)}"
+    before = exported()
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "would be larger than allowed" in done.stderr and "remedy: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert exported() == before and not leftovers()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda sign: sign.name)
+@pytest.mark.parametrize("command", [PREPARE_TEST, SCORE_INPUT, ANEW], ids=["prepare", "input", "score"])
+def test_a_signal_ends_the_work_in_words_and_it_goes_on(place, monkeypatch, command, sign):
+    call(*command)
+    export, scored = exported(), results()
+    mine = Path("mine.csv").read_bytes() if Path("mine.csv").exists() else None
+    Path("mine.csv").unlink(missing_ok=True)
+    where = (writer.Writer, "split") if command is PREPARE_TEST else (stage, "_write_table")
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, Nth(getattr(*where), 1, lambda: signal.raise_signal(sign)))
+        by = "interrupted" if sign is signal.SIGINT else f"interrupted by {sign.name}"
+        refused(*command, words=(by, "the same command goes on"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handler is put back"
+    assert exported() == export and not leftovers() and not Path("mine.csv").exists()
+    again = call(*(SCORE if command is ANEW else command))
+    assert again.exit_code == 0, again.output
+    assert (exported(), results()) == (export, scored)
+    if mine is not None:
+        assert Path("mine.csv").read_bytes() == mine
+        assert "were scored by an earlier call, and kept" in again.output
+
+
+def test_memory_that_runs_out_is_told(place, monkeypatch):
+    def none_left():
+        raise MemoryError
+
+    before = exported()
+    monkeypatch.setattr(writer.Writer, "split", Nth(writer.Writer.split, 1, none_left))
+    refused(*PREPARE_TEST, words=("memory ran out", "--workers"))
+    assert exported() == before and not leftovers()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x/y"), "x/y: the disk is full"),
+        (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left"), "the disk is full"),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "saves"), "saves: permission denied"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "mine"), "mine: is a directory"),
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_what_the_system_says_becomes_an_error_with_a_remedy(error, words):
+    told = in_words(error)
+    assert words in str(told) and told.remedy
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault of ours"), BrokenPipeError(errno.EPIPE, "x"), KeyError("id")])
+def test_a_fault_of_ours_stays_a_traceback(error):
+    assert in_words(error) is None
+
+
+def test_two_runs_at_once_are_told_who_is_at_work(place):
+    before = place.snapshot()
+    with only_run(DATA):
+        refused(*PREPARE_TEST, words=(f"process {os.getpid()}", "another run is at work", "data/.exam.lock"))
+    with only_run(OUT):
+        refused(*SCORE, words=(f"process {os.getpid()}", "wait for it"))
+    with only_run(OUT / "scoring" / "input-mine.csv"):
+        refused(*SCORE_INPUT, words=("another run is at work",))
+    assert {k: v for k, v in place.snapshot().items() if "input-" not in k} == before
+
+
+def test_a_lock_may_be_waited_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "from pathlib import Path; from data_prep.lock import only_run; import time\n"
+    code += "with only_run(Path('x/y')): print('held', flush=True); time.sleep(0.5)"
+    holder = subprocess.Popen([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    told = []
+    with only_run(Path("x/y"), wait=told.append):
+        assert holder.wait() == 0
+    assert f"process {holder.pid}" in told[0]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_writer_left_is_removed_by_the_next_one_and_a_living_ones_is_not(tmp_path, kind):
+    opened = "atomic_file" if kind == "file" else "atomic_folder"
+    code = f"import os; from pathlib import Path; from data_prep.files import {opened}\n"
+    code += f"with {opened}(Path({str(tmp_path / 'x')!r})): os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    write = getattr(files, opened)
+    with write(tmp_path / "x"):
+        assert not left.exists()
+        (mine,) = tmp_path.iterdir()
+        with write(tmp_path / "x"):
+            assert mine.exists()
+        if kind == "folder":
+            shutil.rmtree(tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_project_that_moved_keeps_what_is_finished(place, tmp_path, monkeypatch):
+    for path in (*OUT.glob("*.json"), *DATA.glob("*.json")):
+        assert str(tmp_path) not in path.read_text(encoding="utf-8"), path
+    moved = tmp_path / "elsewhere" / "project"
+    shutil.copytree(Path.cwd(), moved, symlinks=True, copy_function=shutil.copyfile)  # other times of change
+    shutil.rmtree(Path.cwd())
+    monkeypatch.chdir(moved)
+    assert "scores kept" in call(*SCORE).output
+    before = results()
+    assert call(*ANEW).exit_code == 0 and results() == before
+    assert call(*SCORE_INPUT).exit_code == 0
+
+
+def test_large_weights_are_the_same_after_a_move_and_others_after_a_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "_HASHED_UP_TO", 1000)
+    weights, copy = tmp_path / "model.safetensors", tmp_path / "copy.safetensors"
+    weights.write_bytes(os.urandom(9 * 2**20))
+    shutil.copyfile(weights, copy)
+    os.utime(copy, (0, 0))
+    first = inputs.model_files(weights)
+    assert inputs.model_files(copy) == first and first.startswith("sha256:")
+    for place in (0, 4 * 2**20 + 5, 9 * 2**20 - 1):
+        shutil.copyfile(weights, copy)
+        with copy.open("r+b") as file:
+            file.seek(place)
+            old = file.read(1)
+            file.seek(place)
+            file.write(bytes([old[0] ^ 1]))
+        assert inputs.model_files(copy) != first, place
+
+
+def test_a_clock_that_goes_backwards_decides_nothing(place, monkeypatch):
+    whole = results()
+    for path in Path().rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            os.utime(path, (4e9, 4e9))  # files of the future
+
+    class Backwards(datetime):
+        calls = 0
+
+        @classmethod
+        def now(cls, tz=None):
+            cls.calls += 1
+            return datetime.fromtimestamp(2e9) - timedelta(days=cls.calls)
+
+    ticks = iter(range(2_000_000_000, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(ticks)))
+    monkeypatch.setattr("factory.state.datetime", Backwards)
+    monkeypatch.setattr("data_prep.lock.datetime", Backwards)
+    assert "scores kept" in call(*SCORE).output
+    assert call(*ANEW).exit_code == 0 and results() == whole
+    record = json.loads((OUT / "state.json").read_text())["parts"]["score"]
+    assert record["finished_at"] < record["started_at"] and record["seconds"] > 0
+    assert "scores kept" in call(*SCORE).output
+    assert call(*SCORE_INPUT).exit_code == 0
+
+
+def test_an_export_that_was_cut_or_edited_is_neither_trained_on_nor_scored(place):
+    table = DATA / "sft_train.jsonl"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:-1]))  # LLaMA-Factory would train on one row less
+    refused("sft", "-e", "exam", words=("sft_train.jsonl: is damaged", "not what was exported", "run prepare again"))
+    table.write_text("".join(lines))
+    rows = (DATA / "rows.parquet").read_bytes()
+    from pyarrow import parquet
+
+    parquet.write_table(parquet.read_table(DATA / "rows.parquet").slice(1), DATA / "rows.parquet")
+    refused(*SCORE, words=("rows.parquet: is damaged", "run prepare again"))
+    (DATA / "rows.parquet").write_bytes(rows)
+    assert "scores kept" in call(*SCORE).output
+
+
+def test_a_damaged_report_of_a_finished_stage_names_the_way_to_make_it_anew(place):
+    before = results()
+    report = OUT / "report.json"
+    report.write_bytes(report.read_bytes()[:500])
+    said = refused(*SCORE, words=("no readable report", "score -e exam --stage sft --fresh"))
+    assert "run.py sft" not in said, "that would end here again"
+    assert call("score", "-e", "exam", "--stage", "sft", "--fresh").exit_code == 0
+    assert results() == before and json.loads(report.read_text())["stage"] == "sft"
+
+
+def test_a_second_export_at_the_same_time_keeps_the_list_of_all_sets(place):
+    """The list is read, changed and written under its own lock: nobody's sets get lost."""
+    listed = Path("data/dataset_info.json")
+    with pytest.raises(ArenaError), only_run(listed), only_run(listed):
+        pass
+    assert call(*PREPARE_TEST).exit_code == 0
+    assert {name for name in json.loads(listed.read_text()) if name.startswith("exam_sft")} == {
+        "exam_sft_train",
+        "exam_sft_valid",
+    }
