@@ -40,7 +40,8 @@ class Work:
     makes: tuple[str, ...]  # patterns of files that must be those of the undisturbed run
     keeps: tuple[str, ...]  # patterns of files of earlier steps, which no kill may touch
     victims: tuple[str, ...] = (RUN,)
-    signs: tuple[str, ...] = ()  # patterns of files that appear in the course of it: half of the kills follow one
+    # Patterns of files that appear in the course of it and how many do: half of the kills follow one of them.
+    signs: tuple[tuple[str, int], ...] = ()
     only_signs: bool = False
     most: int = 5  # kills in a row, before it may end
 
@@ -197,10 +198,10 @@ class _Moment:
     def __init__(self, work: Work, draw: random.Random, seconds: float, victim: str, folder: Path):
         self._victim, self._folder = victim, folder
         by_sign = work.signs and (work.only_signs or draw.random() < 0.5)
-        self.sign = draw.choice(work.signs) if by_sign else None
-        self._seen_before = len(list(folder.glob(self.sign))) if self.sign else 0
-        self._count = draw.randint(1, 3)
-        self._delay = draw.random() * (0.4 if self.sign else 1) * seconds * (0.5 if self.sign else 1)
+        self.sign, most = draw.choice(work.signs) if by_sign else (None, 1)
+        self._count = draw.randint(1, most) + (len(list(folder.glob(self.sign))) if self.sign else 0)
+        # The undisturbed run was the first and so the slowest; a file of interest is soon followed by the next.
+        self._delay = draw.random() * seconds * (0.15 if self.sign else 0.8)
         self._since: float | None = None if self.sign or victim != RUN else time.monotonic()
 
     def has_come(self, call: Call) -> bool:
@@ -217,7 +218,7 @@ class _Moment:
 
     def _begins(self, call: Call) -> bool:
         if self.sign:
-            return len(list(self._folder.glob(self.sign))) >= self._seen_before + self._count
+            return len(list(self._folder.glob(self.sign))) >= self._count
         return self.victim(_descendants(call.pid)) is not None
 
 

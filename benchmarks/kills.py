@@ -45,17 +45,12 @@ def works(score: tuple[str, ...], states: dict[str, str]) -> list[Work]:
     judged = (*_FIXED, *_DATA, *_ADAPTER, *_MERGED)
     scored = (*judged, *_SCORES)
     given = ("score", "-e", "demo", "--input", "arena/test.csv", "--output", "mine.csv")
-    shards = (f"{OUT}/scoring/*/*.scores", f"{OUT}/scoring/*/rows.*")
-    written = (f"{OUT}/scores_*.parquet", f"{OUT}/probabilities_*.csv", f"{OUT}/plots/*.png", f"{OUT}/report.*")
+    shards = ((f"{OUT}/scoring/*/*.scores", 6), (f"{OUT}/scoring/*/rows.*", 4))
+    written = tuple((f"{OUT}/{name}", 1) for name in ("scores_*.parquet", "probabilities_*.csv", "plots/*.png"))
     training = ("sft", "-e", "demo", "--until", "train", "--resume")
-    saving = (f"{ADAPTER}/checkpoint-*", f"{ADAPTER}/checkpoint-*/optimizer.pt", f"{ADAPTER}/adapter_model.safetensors")
-    merging = (
-        "saves/arena-tiny/dequantised/.*.tmp",
-        f"{OUT}/.merged.*.tmp/*",
-        f"{OUT}/merged",
-        f"{OUT}/merge_gate.json",
-    )
-    tables = ("data/.demo.*.tmp", "data/.demo.*.tmp/*.parquet", "data/.demo.*.tmp/manifest.json", "data/.demo.old")
+    saving = ((f"{ADAPTER}/checkpoint-*", 2), (f"{ADAPTER}/checkpoint-*/*.pt", 2), (f"{ADAPTER}/*.safetensors", 1))
+    merging = (("saves/arena-tiny/dequantised/.*.tmp", 1), (f"{OUT}/.merged.*.tmp/*", 3), (f"{OUT}/merged", 1))
+    tables = (("data/.demo.*.tmp", 1), ("data/.demo.*.tmp/*.parquet", 2), ("data/.demo.*.tmp/*.jsonl", 2))
     return [
         Work("prepare", prepare, states["laid"], _DATA, _FIXED, signs=tables),
         Work("prepare --workers", prepare, states["laid"], _DATA, _FIXED, victims=(WORKER,), most=3),

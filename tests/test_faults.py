@@ -97,10 +97,9 @@ def test_whichever_write_fails_nothing_finished_is_lost(place, monkeypatch, comm
     while True:
         n += 3 if command is ANEW else 1
         sync = Nth(os.fsync, n, failing(number))
-        monkeypatch.setattr(os, "fsync", sync)
-        done = call(*command)
-        monkeypatch.undo()
-        monkeypatch.chdir(Path.cwd())
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", sync)
+            done = call(*command)
         if sync.calls < n:
             break
         assert done.exit_code == 1 and words in done.output and "remedy: " in done.output, done.output

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import files
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import sha256_of
 from factory import steps
@@ -301,7 +302,8 @@ def test_a_failed_merge_leaves_nothing_and_is_made_again(experiment, mode):
     with pytest.raises(ArenaError):
         run(experiment, mode, step="merge")
     assert {p.name for p in Path("outputs/demo/sft").iterdir()} == {"state.json", "train.log", "merge.log"}
-    Path("outputs/demo/sft/.merged.abc.tmp").mkdir()  # what a merge leaves that was killed with us
+    ended = files._prefix(Path("outputs/demo/sft/merged")).replace(f"-{os.getpid()}.", "-999999999.")
+    Path(f"outputs/demo/sft/{ended}abc.tmp").mkdir()  # what a merge leaves that was killed with us
     run(experiment, step="merge")
     assert {p.name for p in Path("outputs/demo/sft").iterdir()} == {"merged", "state.json", "train.log", "merge.log"}
 
