@@ -247,7 +247,10 @@ def _same_json(first: Path, second: Path) -> bool:
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _timeless(each) for key, each in value.items() if key not in _VOLATILE}
+        kept = {key: _timeless(each) for key, each in value.items() if key not in _VOLATILE}
+        if "target_modules" in kept:  # peft writes a set
+            kept["target_modules"] = sorted(kept["target_modules"])
+        return kept
     return [_timeless(each) for each in value] if isinstance(value, list) else value
 
 

@@ -35,8 +35,8 @@ _SCORES = (f"{OUT}/*.csv", f"{OUT}/scores_*.parquet", f"{OUT}/report.json")
 _IMPORTS = ("run", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "sklearn.feature_extraction.text", "scoring.stage")
 _IMPORTS += ("transformers.models.qwen3.modeling_qwen3",)
 # How many kills of each work, of 200.
-SHARES = {"prepare": 50, "prepare --workers": 8, "train": 32, "merge": 20, "score": 30, "report": 24}
-SHARES |= {"score --input": 30, "score --input --workers": 6}
+SHARES = {"prepare": 52, "prepare --workers": 6, "train": 30, "merge": 18, "score": 30, "report": 24}
+SHARES |= {"score --input": 34, "score --input --workers": 6}
 
 
 def works(score: tuple[str, ...], states: dict[str, str]) -> list[Work]:
@@ -54,9 +54,9 @@ def works(score: tuple[str, ...], states: dict[str, str]) -> list[Work]:
     return [
         Work("prepare", prepare, states["laid"], _DATA, _FIXED, signs=tables),
         Work("prepare --workers", prepare, states["laid"], _DATA, _FIXED, victims=(WORKER,), most=3),
-        Work("train", training, states["prepared"], _ADAPTER, (*_FIXED, *_DATA), (RUN, RUN, CHILD), saving),
+        Work("train", training, states["prepared"], _ADAPTER, (*_FIXED, *_DATA), (RUN, RUN, CHILD), saving, most=7),
         Work("merge", ("sft", "-e", "demo", "--until", "merge"), states["trained"], (*_ADAPTER, *_MERGED),
-             (*_FIXED, *_DATA, *_ADAPTER), (RUN, RUN, CHILD), merging, most=4),
+             (*_FIXED, *_DATA, *_ADAPTER), (RUN, RUN, CHILD), merging, most=5),
         Work("score", score, states["merged"], _SCORES, judged, signs=shards),
         Work("report", score, states["merged"], _SCORES, judged, signs=written, only_signs=True),
         Work("score --input", given, states["scored"], ("mine.csv",), scored, signs=shards),

@@ -33,10 +33,20 @@ def tests(path: str, prefix: str) -> str:
     return f"{len(passed)} / {len(cases)}"
 
 
-def kills() -> str:
-    """Return survived / tried of the last fault injection."""
+def kills() -> list[list[str]]:
+    """Return survived / tried of the last fault injection, then a row for each step with who was killed."""
     found = _result("kills.json")
-    return f"{found['survived']:,} / {found['tried']:,}" if found else _NOT_RUN
+    if found is None:
+        return [["kills survived / tried", _NOT_RUN]]
+    rows = [[f"kills survived / tried, seed {found['seed']}, {found['date']}", _survived(found)]]
+    for step, tally in found["by_step"].items():
+        victims = ", ".join(f"{name} {count}" for name, count in tally["killed"].items())
+        rows.append([f"… {step}: {victims}", _survived(tally)])
+    return rows
+
+
+def _survived(tally: dict) -> str:
+    return f"{tally['survived']:,} / {tally['tried']:,}"
 
 
 def fuzzing() -> list[list[str]]:
@@ -63,7 +73,7 @@ def _result(name: str) -> dict | None:
 def main() -> None:
     """Run what is quick, read what is slow, write the table."""
     rows = [
-        ["kills survived / tried", kills()],
+        *kills(),
         ["bad inputs handled / tried", tests("tests/test_bad_inputs.py", "test_bad_input[")],
         ["hostile cases guarded / tried", tests("tests/test_hostile.py", "test_")],
         *fuzzing(),

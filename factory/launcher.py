@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping
+from functools import wraps
 
 # Number of an inherited pipe whose other end only our parent holds: it ends when the parent ends, even by -9.
 LIFELINE = "ARENA_FACTORY_LIFELINE"
@@ -140,6 +141,7 @@ def guard_worker() -> None:
     _keep_nf4_weights_as_they_are()
     _read_parts_in_the_order_of_their_names()
     _read_checkpoints_of_numbered_cpus()
+    _end_where_no_step_is_left()
 
 
 def _serve_this_machine_only() -> None:
@@ -173,6 +175,26 @@ def _read_checkpoints_of_numbered_cpus() -> None:
     from torch.serialization import register_package
 
     register_package(9, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None)
+
+
+def _end_where_no_step_is_left() -> None:
+    # A run that was killed after its last checkpoint and before its end is resumed from there. Where that is not the
+    # end of an epoch, too (max_steps, num_train_epochs: 1.5), the trainer of transformers 5 makes a step too many, on
+    # every resume again, with a learning rate that rises behind its end.
+    from transformers import Trainer
+
+    run_epoch = getattr(Trainer, "_run_epoch", None)
+    if run_epoch is None or hasattr(run_epoch, "__wrapped__"):
+        return
+
+    @wraps(run_epoch)
+    def run_epoch_if_steps_are_left(self, *arguments, **options):
+        if self.state.global_step >= self.state.max_steps > 0:
+            self.control.should_training_stop = True
+        else:
+            run_epoch(self, *arguments, **options)
+
+    Trainer._run_epoch = run_epoch_if_steps_are_left
 
 
 def _mend_ray(*, on_cpus: bool) -> None:

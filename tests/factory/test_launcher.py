@@ -21,3 +21,23 @@ def test_parts_are_listed_in_the_order_of_their_names(tmp_path, monkeypatch):
     listing = launcher._SortedListing()
     assert listing.listdir(tmp_path) == ["part-0", "part-1", "part-2"]
     assert listing.path is os.path, "all else is os itself"
+
+
+def test_a_training_that_is_over_makes_no_step_more(monkeypatch):
+    from types import SimpleNamespace
+
+    from transformers import Trainer
+
+    ran = []
+    monkeypatch.setattr(Trainer, "_run_epoch", lambda trainer, **_: ran.append(trainer.state.global_step))
+    for _ in range(2):  # put on once
+        launcher._end_where_no_step_is_left()
+    assert not hasattr(Trainer._run_epoch.__wrapped__, "__wrapped__")
+    for step, last in ((4, 5), (5, 5), (7, 5)):
+        state, control = (
+            SimpleNamespace(global_step=step, max_steps=last),
+            SimpleNamespace(should_training_stop=False),
+        )
+        Trainer._run_epoch(SimpleNamespace(state=state, control=control), epoch=0)
+        assert control.should_training_stop is (step >= last)
+    assert ran == [4]
