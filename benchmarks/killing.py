@@ -119,7 +119,7 @@ class Round:
         self.work, self.folder, self.reference, self._start = work, folder, reference, start
         self._typical, self._draw = seconds, random.Random(seed)
         self.kills: list[dict[str, Any]] = []
-        self._log = folder.with_name(f"{folder.name}.log")
+        self.log = folder.with_name(f"{folder.name}.log")
 
     def run(self, wanted: int) -> str | None:
         """Kill at most `wanted` times, then let the work end; return what was wrong, None if nothing."""
@@ -172,7 +172,7 @@ class Round:
             raise RuntimeError(f"{victim or 'nobody'} was killed, exit code {call.code}: {said[-2000:]}")
 
     def _call(self, arguments: Sequence[str]) -> Call:
-        return Call(self.folder, arguments, self._log)
+        return Call(self.folder, arguments, self.log)
 
     def _fault_after_kill(self, before: dict[str, str]) -> str | None:
         """Tell which finished file of an earlier step changed, or that an export is neither the old nor the new."""

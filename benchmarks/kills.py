@@ -35,8 +35,8 @@ _SCORES = (f"{OUT}/*.csv", f"{OUT}/scores_*.parquet", f"{OUT}/report.json")
 _IMPORTS = ("run", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "sklearn.feature_extraction.text", "scoring.stage")
 _IMPORTS += ("transformers.models.qwen3.modeling_qwen3",)
 # How many kills of each work, of 200.
-SHARES = {"prepare": 52, "prepare --workers": 6, "train": 30, "merge": 18, "score": 30, "report": 24}
-SHARES |= {"score --input": 34, "score --input --workers": 6}
+SHARES = {"prepare": 58, "prepare --workers": 6, "train": 20, "merge": 14, "score": 34, "report": 26}
+SHARES |= {"score --input": 36, "score --input --workers": 6}
 
 
 def works(score: tuple[str, ...], states: dict[str, str]) -> list[Work]:
@@ -179,6 +179,7 @@ def _try(tried: Round, number: int, left: dict[str, int], found: dict[str, Any])
     )
     if fault is None:
         shutil.rmtree(tried.folder)
+        tried.log.unlink()
 
 
 def _begun(asked: argparse.Namespace) -> dict[str, Any]:

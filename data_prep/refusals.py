@@ -65,7 +65,7 @@ def in_words(error: BaseException) -> ArenaError | None:
     if isinstance(error, BrokenPipeError):  # whoever read our output has enough of it
         return None
     number = error.errno if isinstance(error, OSError) and error.errno else _number_in(str(error))
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+    if isinstance(error, MemoryError) or (isinstance(error, Exception) and _NO_MEMORY.search(str(error))):
         number = errno.ENOMEM
     where = str(error.filename) if isinstance(error, OSError) and error.filename else None
     if number in _REFUSALS:

@@ -179,6 +179,19 @@ def test_memory_that_runs_out_is_told(place, monkeypatch):
     assert exported() == before and not leftovers()
 
 
+@pytest.mark.parametrize("limit", [450_000, 600_000])
+def test_a_process_with_little_memory_loses_nothing(place, limit):
+    """Libraries in C++ may abort instead of raising; then nobody can say anything, but nothing is lost either."""
+    call(*PREPARE_TEST)
+    before = exported()
+    limited = f"ulimit -v {limit}; exec {sys.executable} {ROOT / 'run.py'} {' '.join(PREPARE_TEST)}"
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
+    if done.returncode == 1 and "Error: " in done.stderr:
+        assert "memory ran out" in done.stderr and "remedy: " in done.stderr and "Traceback" not in done.stderr
+    assert exported() == before
+    assert call(*PREPARE_TEST).exit_code == 0 and exported() == before and not leftovers()
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -187,6 +200,7 @@ def test_memory_that_runs_out_is_told(place, monkeypatch):
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "saves"), "saves: permission denied"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
+        (ImportError("libarrow.so: failed to map segment: cannot allocate memory"), "memory ran out"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "mine"), "mine: is a directory"),
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
         (KeyboardInterrupt(), "interrupted"),
