@@ -147,11 +147,11 @@ def main() -> int:
     found = _begun(asked)
     left = {name: round(share * asked.kills / 200) for name, share in SHARES.items() if name in asked.steps}
     for each in found["rounds"]:
-        left[each["step"]] -= len(each["kills"])
+        left[each["step"]] = left.get(each["step"], 0) - len(each["kills"])
     until = time.monotonic() + 60 * asked.minutes
     grounds.lay()
     done = {(each["step"], each["round"]) for each in found["rounds"]}
-    for work, number in rounds([grounds.works[name] for name in left], left):
+    for work, number in rounds([grounds.works[name] for name in asked.steps], left):
         if (work.name, number) in done:
             continue
         if time.monotonic() > until:
