@@ -18,14 +18,15 @@ from factory.shape import ModelShape
 # and one fp32 for 256 of those (Dettmers et al. 2023, QLoRA, section 3).
 _NF4 = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 # Bytes a token that one decoder layer keeps for its backward pass, in units of (hidden, attention, key-value and
-# feed-forward width), by bytes of a number: norms keep their input and its fp32 form; LoRA a 16-bit copy of each input.
-_LAYER = {2: (36, 8, 4, 10), 4: (28, 16, 8, 16)}
+# feed-forward width), by bytes of a number. In 32 bits: measured on a CPU (benchmarks/forecast_check.py). In 16 bits:
+# counted (norms keep their input and its fp32 form, LoRA a copy of each input) and scaled as the count in 32 bits was.
+_LAYER = {2: (50, 11, 6, 14), 4: (50, 28, 14, 28)}
 # Bytes a token and entry of the vocabulary, at the worst moment: the logits, their fp32 form, log-probabilities,
 # gradient (SFT: transformers' loss; DPO: policy and reference at a time; RM: logits that nobody needs).
-_LOGITS = {"sft": {2: 14, 4: 12}, "dpo": {2: 18, 4: 20}, "rm": {2: 10, 4: 4}}
+_LOGITS = {"sft": {2: 14, 4: 16}, "dpo": {2: 18, 4: 20}, "rm": {2: 10, 4: 4}}
 # Gibibytes of a process before any model: CUDA context and libraries on a GPU; Python with torch, transformers and
 # LLaMA-Factory on a CPU (measured there).
-PROCESS = {"cuda": 0.9, "cpu": 1.05}
+PROCESS = {"cuda": 0.9, "cpu": 1.14}
 # What an allocator holds beyond what is used.
 _SLACK = {"cuda": 1.06, "cpu": 1.0}
 
