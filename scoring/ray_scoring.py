@@ -89,6 +89,9 @@ class RayActors:
         import ray
         import ray.data
 
+        if address == LOCAL:
+            # That name is read when Ray is imported, which another library may have done before.
+            ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if address == LOCAL:
             options |= {

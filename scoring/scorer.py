@@ -57,6 +57,9 @@ class Scorer(Protocol):
     def inputs(self) -> dict[str, Any]:
         """Return what the scores depend on, weights as 'sha256:…'."""
 
+    def require_own_export(self) -> None:
+        """Raise ArenaError where the exported rows were made for another model than this one."""
+
     def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
         """Yield the rows of one exported split, in the order of the input."""
 
@@ -133,14 +136,16 @@ class _LabelScorer:
     def inputs(self) -> dict[str, Any]:
         return _hashes(self._judge.folder, [MANIFEST, "*.safetensors"])
 
-    def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
-        # Of these rows only: any other table is fitted by what the judge's own folder says.
+    def require_own_export(self) -> None:
+        # Any other table is fitted by what the judge's own folder says.
         if ChatFrame.from_dict(read_manifest(self._data)["frame"]) != self._judge.frame:
             raise ArenaError(
                 "the data was exported for another tokenizer or chat template than this judge was trained with",
                 where=str(self._judge.folder),
                 remedy=f"run.py prepare -e {self._data.name} again, then train with --fresh",
             )
+
+    def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
         for facts, text in exported_rows(self._data, split, "battles.parquet"):
             yield facts, {**text, "dropped": facts.pop("dropped")}
 
@@ -186,6 +191,9 @@ class _PairScorer:
         self._experiment = experiment
         self._frame, self._tokenizer = load_frame(experiment)
         self._model: Any = None
+
+    def require_own_export(self) -> None:
+        """The frame comes from the experiment, as the export's did."""
 
     def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
         for facts, text in exported_rows(self._experiment.data_folder, split, "pairs.parquet"):

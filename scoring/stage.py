@@ -88,6 +88,7 @@ def score_stage(
     spec = options.spec(experiment, stage)
     scorer = spec.scorer()
     require_intact(experiment.data_folder, _exported(stage))
+    scorer.require_own_export()
     compared = gate(experiment, stage, show=show)
     again = f"python run.py score -e {experiment.name} --stage {stage} --fresh"
     inputs = {"model": scorer.inputs(), **_inputs(experiment, stage), **_asked(spec)}

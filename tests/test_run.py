@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import re
 import subprocess
 import sys
@@ -209,17 +210,14 @@ def test_a_failed_check_ends_in_an_error_and_leaves_no_submission(chain):
 
 
 @pytest.mark.slow
-def test_hand_edits_are_kept_and_change_what_is_trained(chain):
-    recipe = chain / "factory_configs" / "demo" / "sft.yaml"
-    before = recipe.read_text()
-    recipe.write_text(before.replace("max_steps: 12", "max_steps: 13"))
-    try:
-        refused = run_py(chain, "sft", "-e", "demo")
-        assert refused.returncode == 1 and "max_steps 12 -> 13" in refused.stderr and "--fresh" in refused.stderr
-        kept = run_py(chain, "prepare", "-e", "demo", "--train", "arena/train.csv")
-        assert "edited by hand, kept" in kept.stderr and "max_steps: 13" in recipe.read_text()
-    finally:
-        recipe.write_text(before)
+def test_hand_edits_are_kept_and_change_what_is_trained(chain, tmp_path):
+    folder = shutil.copytree(chain, tmp_path / "copy", symlinks=True)  # others go on with the chain as it was
+    recipe = folder / "factory_configs" / "demo" / "sft.yaml"
+    recipe.write_text(recipe.read_text().replace("max_steps: 12", "max_steps: 13"))
+    refused = run_py(folder, "sft", "-e", "demo")
+    assert refused.returncode == 1 and "max_steps 12 -> 13" in refused.stderr and "--fresh" in refused.stderr
+    kept = run_py(folder, "prepare", "-e", "demo", "--train", "arena/train.csv")
+    assert "edited by hand, kept" in kept.stderr and "max_steps: 13" in recipe.read_text()
 
 
 @pytest.mark.slow
