@@ -3,8 +3,8 @@
 import csv
 import json
 import math
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
