@@ -291,7 +291,10 @@ def on_cpu(arguments: argparse.Namespace, folder: Path) -> None:
     text = f"{cpu_table(found, arguments.shape)}\n\n{measured_on(command + ' --modes' * arguments.modes)}"
     print(text)
     if arguments.readme:
-        put(ROOT / "README.md", "scoring modes" if arguments.modes else "scoring figures", text)
+        if arguments.modes:
+            put(ROOT / "docs" / "scoring.md", "scoring modes", text)
+        else:
+            put(ROOT / "README.md", "scoring figures", text)
 
 
 def matrix_rate() -> float:
