@@ -426,7 +426,7 @@ def _check_weights(policy: Any, adapter: Path) -> None:
 
 
 def _misfit(adapter: Path, what: str) -> ArenaError:
-    return ArenaError(what, where=str(adapter), remedy="train that stage again with --fresh")
+    return ArenaError(what, where=str(adapter), remedy="train again, that stage with --fresh")
 
 
 def _first_line(error: Exception) -> str:

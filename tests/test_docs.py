@@ -29,7 +29,9 @@ def commands_of(document: Path) -> list[tuple[str, bool]]:
         if block["kind"] not in ("bash", "console", "sh"):
             continue
         text = block["body"].replace("\\\n", " ")
-        lines = [re.sub(r"^\$ ", "", line) for line in text.splitlines()]
+        lines = text.splitlines()
+        if block["kind"] == "console":  # what stands without a prompt is output
+            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
         own = [line[line.index("python run.py") :] for line in lines if "python run.py" in line]
         tested = "not tested" not in (block["mark"] or "")
         found += [(re.sub(r"\s+#.*", "", line).split("&&")[0].strip(), tested) for line in own]
