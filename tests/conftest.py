@@ -30,10 +30,12 @@ CORPUS = [
 
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible():
-    """Let Ctrl-C reach the processes that tests start, also where our own shell ignores it (a job with &)."""
-    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let signals reach the processes that tests start, also where our own shell ignores them (a job with &, nohup)."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    earlier = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, earlier)
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
