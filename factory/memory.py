@@ -19,7 +19,8 @@ from factory.shape import ModelShape
 _NF4 = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 # Bytes a token that one decoder layer keeps for its backward pass, in units of (hidden, attention, key-value and
 # feed-forward width), by bytes of a number. In 32 bits: measured on a CPU (benchmarks/forecast_check.py). In 16 bits:
-# counted (norms keep their input and its fp32 form, LoRA a copy of each input) and scaled as the count in 32 bits was.
+# counted (norms keep their input and its fp32 form, LoRA a copy of each input) and raised by 1.4; the same count in 32
+# bits had to be raised by 1.8. Not measured.
 _LAYER = {2: (50, 11, 6, 14), 4: (50, 28, 14, 28)}
 # Bytes a token and entry of the vocabulary, at the worst moment: the logits, their fp32 form, log-probabilities,
 # gradient (SFT: transformers' loss; DPO: policy and reference at a time; RM: logits that nobody needs).

@@ -17,6 +17,8 @@ _FORECAST = "by calculation; `python run.py forecast` tells what your votes need
 # A row's fp32 logits take 4 GB and more of a 24 GB card beside the weights of 7 to 9 billion parameters.
 _BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "per_device_eval_batch_size": 1}
 _ONE_ROW = {"sft": _BY_ONE}
+# A pair's logits leave a 24 GB card no room for Adam's moments in 32 bits beside 8 billion parameters.
+_SMALL_OPTIMIZER = {step: {"optim": "paged_adamw_8bit"} for step in ("dpo_judge", "dpo_reward")}
 # Its adapter would weigh as much as the model at rank 64, optimizer included.
 _SMALL_ADAPTER = {"sft": {"lora_rank": 16, **_BY_ONE}, **{step: {"lora_rank": 16} for step in TRAININGS[1:]}}
 
@@ -73,7 +75,7 @@ PRESETS: tuple[Wish, ...] = (
         model_note="Apache-2.0, not gated, 16 GB to download",
         opening=("Qwen3 8B, which can think before it answers: a judge must not, so thinking is switched off.",),
         description=f"sized for one 24 GB GPU {_FORECAST}",
-        recipes=_ONE_ROW,
+        recipes=_ONE_ROW | _SMALL_OPTIMIZER,
     ),
     Wish(
         name="phi4-mini",
