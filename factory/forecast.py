@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import UsageError
-from factory.card import CARDS, Card
+from factory.card import CARDS, GIB, Card
 from factory.hours import (
     CPU_LAYER_CALL,
     CPU_SHARE,
     CPU_START,
+    SCORING_BUDGET,
     SCORING_SHARE,
     TRAINING_SHARE,
     Speed,
+    Work,
     scoring_work,
     training_work,
 )
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 # This machine's CPU, beside the cards' names.
 CPU = "cpu"
-_GPU_BUDGET, _CPU_BUDGET = 32768, 4096  # tokens of one forward pass in scoring
+_GPU_BUDGET = 32768  # tokens of one forward pass in scoring
 _TERA = 1e12
 
 
@@ -65,78 +67,76 @@ def forecast(experiment: Experiment, stages: Iterable[str], devices: Iterable[st
     return {"experiment": experiment.name, "model": experiment.model, "parameters": shape.parameters, "stages": found}
 
 
+@dataclass(frozen=True)
+class _Device:
+    """What a forecast knows of a device: GiB to fill, speeds, and the tokens of one pass in scoring."""
+
+    kind: str  # cuda or cpu
+    memory: float
+    training: Speed
+    scoring: Speed
+    budget: int
+
+
 def _stage(job: _Job, devices: list[str]) -> dict[str, Any]:
-    work = training_work(job.shape, job.setup, job.workload)
+    train = training_work(job.shape, job.setup, job.workload)
+    score = scoring_work(job.shape, job.workload, reference=job.implicit)
     return {
         "rows": len(job.workload.train),
         "longest": job.workload.longest,
         "mean_tokens": float(job.workload.train.mean()),
-        "steps": work.steps,
+        "steps": train.steps,
         "scored_sequences": len(job.workload.scored),
-        "devices": {name: _device(job, name) for name in devices},
+        "devices": {name: _on(job, name, train, score) for name in devices},
     }
 
 
-def _device(job: _Job, name: str) -> dict[str, Any]:
-    if name == CPU:
-        return _on_cpu(job)
-    card = CARDS[name]
-    memory = _training(job, job.setup, job.workload.longest)
-    fits = memory.total <= card.memory
-    train = Speed(card.rate * _TERA * TRAINING_SHARE)
-    score = Speed(card.rate * _TERA * SCORING_SHARE)
-    scoring = _scoring(job, None)
+def _on(job: _Job, name: str, train: Work, score: Work) -> dict[str, Any]:
+    card = CARDS.get(name)
+    device = _this_cpu(job) if card is None else _of_card(card)
+    memory = training_memory(job.shape, job.setup, job.workload.longest, device.kind)
+    scoring = _scoring(job, None, device)
+    fits = memory.total <= device.memory
+    advice = [] if card is None else [*_format_advice(job, card), *([] if fits else _advice(job, card))]
     return {
         "memory": memory.total,
         "memory_parts": dict(memory.parts),
         "fits": fits,
-        "training_hours": train.seconds(training_work(job.shape, job.setup, job.workload)) / 3600,
+        "training_hours": device.training.seconds(train) / 3600,
         "scoring_memory": scoring.total,
-        "scoring_fits": scoring.total <= card.memory,
-        "scoring_hours": score.seconds(scoring_work(job.shape, job.workload, reference=job.implicit)) / 3600,
-        "advice": [*_format_advice(job, card), *([] if fits else _advice(job, card)), *_scoring_advice(job, card)],
+        "scoring_fits": scoring.total <= device.memory,
+        "scoring_hours": device.scoring.seconds(score) / 3600,
+        "advice": [*advice, *([] if card is None else _scoring_advice(job, device))],
     }
 
 
-def _on_cpu(job: _Job) -> dict[str, Any]:
+def _of_card(card: Card) -> _Device:
+    rate = card.rate * _TERA
+    return _Device("cuda", card.memory, Speed(rate * TRAINING_SHARE), Speed(rate * SCORING_SHARE), _GPU_BUDGET)
+
+
+def _this_cpu(job: _Job) -> _Device:
     import psutil
 
     from factory.probe import probe_cpu
 
     probe = probe_cpu(job.shape, nf4=job.setup.bits == 4)
     speed = Speed(probe.rate * CPU_SHARE, probe.dequantise or float("inf"), CPU_LAYER_CALL, CPU_START)
-    memory = training_memory(job.shape, job.setup, job.workload.longest, device="cpu")
-    available = psutil.virtual_memory().total / 2**30
-    scoring = scoring_memory(
-        job.shape, bits=None, budget=_CPU_BUDGET, longest=int(job.workload.scored.max()), device="cpu"
-    )
-    return {
-        "memory": memory.total,
-        "memory_parts": dict(memory.parts),
-        "fits": memory.total <= available,
-        "training_hours": speed.seconds(training_work(job.shape, job.setup, job.workload)) / 3600,
-        "scoring_memory": scoring.total,
-        "scoring_fits": scoring.total <= available,
-        "scoring_hours": speed.seconds(scoring_work(job.shape, job.workload, reference=job.implicit)) / 3600,
-        "advice": [],
-    }
+    return _Device("cpu", psutil.virtual_memory().total / GIB, speed, speed, SCORING_BUDGET)
 
 
-def _training(job: _Job, setup: Setup, longest: int) -> Memory:
-    return training_memory(job.shape, setup, longest)
-
-
-def _scoring(job: _Job, bits: int | None) -> Memory:
-    bits = job.setup.bits if job.implicit else bits  # the adapter is scored on the base that it was trained on
+def _scoring(job: _Job, bits: int | None, device: _Device) -> Memory:
+    if job.implicit and device.kind == "cuda":
+        bits = job.setup.bits  # the adapter is scored on the base that it was trained on
     longest = int(job.workload.scored.max())
-    return scoring_memory(job.shape, bits=bits, budget=_GPU_BUDGET, longest=longest)
+    return scoring_memory(job.shape, bits=bits, budget=device.budget, longest=longest, device=device.kind)
 
 
 def _advice(job: _Job, card: Card) -> list[str]:
     """Return the changes that make training fit, each on top of those before it, as far as any do."""
     lines: list[str] = []
     for said, setup, longest in _smaller(job):
-        total = _training(job, setup, longest).total
+        total = training_memory(job.shape, setup, longest).total
         lines.append(f"{said}: {total:.1f} GiB")
         if total <= card.memory:
             return lines
@@ -173,12 +173,12 @@ def _format_advice(job: _Job, card: Card) -> list[str]:
     return ["it has no bf16: write bf16: false and fp16: true in the recipe"]
 
 
-def _scoring_advice(job: _Job, card: Card) -> list[str]:
-    if _scoring(job, None).total <= card.memory:
+def _scoring_advice(job: _Job, device: _Device) -> list[str]:
+    if _scoring(job, None, device).total <= device.memory:
         return []
     for bits in (8, 4):
-        total = _scoring(job, bits).total
-        if total <= card.memory:
+        total = _scoring(job, bits, device).total
+        if total <= device.memory:
             return [f"scoring in 16 bits does not fit: precision: {bits}bit takes {total:.1f} GiB"]
     return ["scoring does not fit in any precision: choose a smaller model or a larger card"]
 

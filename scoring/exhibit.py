@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
 from data_prep.budget import MARKER
 from data_prep.chat_frame import ChatFrame, load_frame
-from data_prep.dataset import read_manifest
+from data_prep.dataset import read_manifest, require_pairs
 from data_prep.errors import ArenaError, UsageError
 from data_prep.flatten import Pair
 from data_prep.neutral import visible
@@ -137,13 +137,7 @@ def _battle(data: Path, place: int) -> Battle:
 def _pair(data: Path, place: int) -> Pair:
     from pyarrow.parquet import read_table
 
-    path = data / "pairs.parquet"
-    if not path.is_file():
-        raise ArenaError(
-            "the reward view (pairs of responses) was not exported",
-            where=str(data),
-            remedy=f"python run.py prepare -e {data.name} --train FILE --pairs",
-        )
+    path = require_pairs(data)
     names = ["id", "prompt", "response_a", "response_b"]
     return Pair(**read_table(path, columns=names).slice(place, 1).to_pylist()[0])
 
