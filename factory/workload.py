@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_prep.dataset import readable, require_pairs
 from data_prep.errors import ArenaError
 from factory.step import STEPS
 
@@ -52,13 +53,7 @@ def workload_of(experiment: Experiment, stage: str) -> Workload:
     train, valid, test = (split == name for name in ("train", "valid", "test"))
     orders = 2 if experiment.swap_tta else 1
     if STEPS[stage].data == "dpo_reward":
-        if not (data / "pairs.parquet").is_file():
-            raise ArenaError(
-                "the pairs of responses are not exported yet, and their lengths are what is asked for",
-                where=str(data),
-                remedy=f"python run.py prepare -e {experiment.name} --train FILE --pairs",
-            )
-        table = _read(data / "pairs.parquet", ["tokens_a", "tokens_b"], experiment)
+        table = _read(require_pairs(data), ["tokens_a", "tokens_b"], experiment)
         pairs = np.column_stack([table["tokens_a"], table["tokens_b"]])
         decided = verdict != "tie"
         return Workload(pairs[train & decided], pairs[valid & decided], pairs[valid | test].ravel())
@@ -84,7 +79,8 @@ def _read(path: Path, columns: list[str], experiment: Experiment) -> dict[str, n
             where=str(path.parent),
             remedy=f"python run.py prepare -e {experiment.name} --train FILE",
         )
-    table = read_table(path, columns=columns)
+    with readable(path):
+        table = read_table(path, columns=columns)
     return {name: table[name].to_numpy(zero_copy_only=False) for name in columns}
 
 
