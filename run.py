@@ -377,6 +377,7 @@ def score(experiment: str, stage: str, source: Path | None, output: Path | None,
     What is scored is kept: after an interruption the same command goes on.
     """
     from scoring.stage import ScoreOptions, score_input, score_stage
+    from scoring.summary import input_lines
 
     exp, show = _start(experiment)
     options = ScoreOptions.of(**how)
@@ -386,7 +387,8 @@ def score(experiment: str, stage: str, source: Path | None, output: Path | None,
     name = source.name.removesuffix(".gz").rsplit(".", 1)[0]
     output = output or exp.output_folder(stage) / f"probabilities_{name}.csv"
     rows = score_input(exp, stage, source, output, show=show, options=options)
-    click.echo(json.dumps({"rows": rows, "output": str(output)}) if as_json else f"{rows} rows: {output}")
+    made = {"rows": rows, "output": str(output)}
+    click.echo(json.dumps(made) if as_json else "\n".join(input_lines(rows, output)))
 
 
 host_option = click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
@@ -436,10 +438,11 @@ def export(
 ) -> None:
     """Write a merged judge as one file for a small machine, and prove that it is still the same judge."""
     from scoring.gguf_export import export_gguf
+    from scoring.summary import export_lines
 
     exp, show = _start(experiment)
     manifest = export_gguf(exp, stage, quantization, output=output, converter=converter, show=show)
-    click.echo(json.dumps(manifest, indent=2) if as_json else f"{file_format}: {manifest['output']}")
+    click.echo(json.dumps(manifest, indent=2) if as_json else "\n".join(export_lines(exp, stage, manifest)))
 
 
 @cli.command()
@@ -538,6 +541,7 @@ def _prepare(
     from data_prep.export import export, warnings_of
     from data_prep.source import votes_at
     from factory.demo import ensure_embedded_base
+    from factory.progress import teller
     from factory.recipe import check_first_values, write_recipe
     from factory.step import STEPS
 
@@ -546,8 +550,7 @@ def _prepare(
     train = votes_at(train, labelled=True)
     test = votes_at(test, labelled=False) if test else None
     with show.line(f"prepare {exp.name}") as line:
-        tell = lambda p: line.count(p.rows, None, f"{p.phase} battles")  # noqa: E731
-        audit = export(exp, train, test, truth, progress=tell, views=views, workers=workers)
+        audit = export(exp, train, test, truth, progress=teller(line), views=views, workers=workers)
     for text in (_audit_line(exp, audit), *warnings_of(audit)):
         show.note(text)
     for outcome in (write_recipe(exp, step, force=force) for step in STEPS):
@@ -575,6 +578,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
     """Train, merge and score one stage as far as asked; return its report, None before scoring."""
     from data_prep.export import ensure_views
     from factory.checks import check_device, check_recipes
+    from factory.progress import teller
     from factory.step import STEPS
     from factory.steps import merge, train
     from scoring.judge import seal
@@ -585,7 +589,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
         check_recipes(exp, [stage])  # before the time that the pairs take
         check_device(exp, stage)
         with show.line(f"prepare {exp.name}") as line:
-            ensure_views(exp, ("reward",), lambda p: line.count(p.rows, None, f"{p.phase} battles, as pairs"))
+            ensure_views(exp, ("reward",), teller(line))
     adapter = train(exp, stage, resume=resume, fresh=fresh, show=show)
     if adapter is None or until == "train":  # None: a node that only trains along
         return None

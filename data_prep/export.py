@@ -18,7 +18,7 @@ rows: memory grows by some ten bytes a battle, so that millions of votes are a m
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,10 +51,11 @@ _LISTS = ("dataset_info.json", "audit.json")
 
 @dataclass
 class Progress:
-    """What `prepare` tells while it works: a phase and how many rows it has seen."""
+    """What `prepare` tells while it works: a phase, how many rows it has seen, and which part, 0 to 1, they are."""
 
     phase: str
     rows: int
+    share: float | None
 
 
 def export(
@@ -87,10 +88,11 @@ def export(
             Writer(folder, experiment, views) as writer,
             open_crew(maker, usual_workers() if workers is None else workers) as crew,
         ):
-            for phase, votes in (("train", reader), ("test", test_reader or ())):
-                chunks = _counted(votes, phase, progress)
+            for phase, votes in (("train", reader), ("test", test_reader)):
+                chunks = _counted(votes, f"{phase} battles", progress) if votes else ()
                 for batch in crew.batches(chunks, labelled=phase == "train"):
                     writer.add(batch)
+        progress(Progress("dividing into folds", reader.rows_read, None))
         counts = writer.split()
         audit = _audit(experiment, reader, test_reader, writer.tallies, counts)
         audit["pairs"] = writer.pairs_audit(counts)
@@ -100,13 +102,14 @@ def export(
     return audit
 
 
-def _counted(reader: Iterable[tuple[int, Battle]], phase: str, progress) -> Iterator[list[Battle]]:
+def _counted(reader: VoteReader, phase: str, progress) -> Iterator[list[Battle]]:
     """Yield the battles in chunks and tell how many there were."""
     seen = 0
     for chunk in in_chunks((battle for _, battle in reader), _CHUNK):
+        share = reader.share
         yield chunk
         seen += len(chunk)
-        progress(Progress(phase, seen))
+        progress(Progress(phase, seen, share))
 
 
 def _check_truth(path: Path) -> None:

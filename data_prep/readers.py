@@ -134,6 +134,7 @@ class VoteReader:
         self.rows_read = 0
         self.formulas = 0  # ids that a spreadsheet would run
         self._tables = open_tables(self.path)
+        self._reading = 0  # which of them
         columns = self._tables[0].columns
         self._schema = schema = _schema_of(columns)
         for table in self._tables:
@@ -158,6 +159,13 @@ class VoteReader:
     def parts(self) -> list[Path]:
         """The files that are read, in their order."""
         return [table.path for table in self._tables]
+
+    @property
+    def share(self) -> float:
+        """The part of the whole table, 0 to 1, that was read so far, by the sizes of its files."""
+        sizes = [table.path.stat().st_size for table in self._tables]
+        at = self._reading
+        return (sum(sizes[:at]) + sizes[at] * self._tables[at].share) / max(sum(sizes), 1)
 
     def __iter__(self) -> Iterator[tuple[int, Battle]]:
         """Yield (row number in its file, battle) in the files' order; bad rows go to `rejected`.
@@ -189,7 +197,8 @@ class VoteReader:
 
     def _rows(self, names: Sequence[str]) -> Iterator[tuple[Path, int, Sequence[object] | BrokenRow]]:
         """Yield (file, row number in it, cells) of all parts."""
-        for table in self._tables:
+        for place, table in enumerate(self._tables):
+            self._reading = place
             for number, cells in enumerate(table.rows(names), 1):
                 yield table.path, number, cells
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -121,9 +122,17 @@ class CsvTable:
 
     def __init__(self, path: Path, compressed: bool):
         self.path, self.compressed = path, compressed
+        self._source: IO[bytes] | None = None
         self._refuse_wide_encodings()
         with self._reader() as reader:
             self.columns = self._header(reader)
+
+    @property
+    def share(self) -> float:
+        """The part of the file, 0 to 1, that was read when the last row came out."""
+        if self._source is None or self._source.closed:
+            return float(self._source is not None)
+        return self._source.tell() / max(os.fstat(self._source.fileno()).st_size, 1)
 
     def rows(self, names: Sequence[str]) -> Iterator[tuple[str, ...] | BrokenRow]:
         """Yield the cells of two or more columns, row by row; blank lines are no rows. Raises ArenaError."""
@@ -158,8 +167,15 @@ class CsvTable:
             ) from None
         raise ArenaError("is empty", where=str(self.path), remedy="give a file with a header and rows")
 
-    def _bytes(self) -> IO[bytes]:
-        return gzip.open(self.path, "rb") if self.compressed else self.path.open("rb")
+    @contextmanager
+    def _bytes(self) -> Iterator[IO[bytes]]:
+        with self.path.open("rb") as file:
+            self._source = file
+            if not self.compressed:
+                yield file
+                return
+            with gzip.open(file, "rb") as unpacked:
+                yield unpacked
 
     @contextmanager
     def _reader(self) -> Iterator[Iterator[list[str]]]:
@@ -236,20 +252,27 @@ class ParquetTable:
 
     def __init__(self, path: Path):
         self.path = path
+        self._row, self._rows = 0, 1
         with self._file() as file:
             self.columns = list(file.schema_arrow.names)
+            self._rows = file.metadata.num_rows
+
+    @property
+    def share(self) -> float:
+        """The part of the rows, 0 to 1, that was read when the last row came out."""
+        return self._row / max(self._rows, 1)
 
     def rows(self, names: Sequence[str]) -> Iterator[tuple[object, ...]]:
         """Yield the cells of the named columns, row by row. Raises ArenaError."""
-        row = 0
+        self._row = 0
         with self._file() as file:
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=list(names)):
                 try:
                     columns = [batch.column(name).to_pylist() for name in names]
                 except UnicodeDecodeError:
-                    raise self._encoding_error(batch, names, row) from None
+                    raise self._encoding_error(batch, names, self._row) from None
                 yield from zip(*columns, strict=True)
-                row += len(batch)
+                self._row += len(batch)
 
     @contextmanager
     def _file(self) -> Iterator:

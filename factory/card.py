@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 2**30
+# Tokens of one forward pass in scoring. A GPU wants many to be busy. A CPU is busy with one row, and what does not fit
+# into its caches costs time: see "Ways of batching" in docs/scoring.md.
+TOKEN_BUDGET = {"cpu": 1024, "cuda": 32768}
 
 
 @dataclass(frozen=True)

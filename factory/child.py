@@ -64,6 +64,7 @@ class Watch:
     on_line: Callable[[str], None] | None = None  # every whole line of output
     on_point: Callable[[LogPoint], None] | None = None  # every new point of `trainer_log`
     trainer_log: Path | None = None  # points that are there before the start are not reported
+    on_look: Callable[[], None] | None = None  # after each look at the two, some times a second
 
 
 def llamafactory(*arguments: str) -> list[str]:
@@ -160,6 +161,8 @@ def _follow(
             for point in points.read_new() if points else ():
                 if watch.on_point:
                     watch.on_point(point)
+            if watch.on_look:
+                watch.on_look()
         family.end_stragglers()
     except (KeyboardInterrupt, Stopped):
         family.end(grace)

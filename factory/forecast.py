@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import UsageError
-from factory.card import CARDS, GIB, Card
+from factory.card import CARDS, GIB, TOKEN_BUDGET, Card
 from factory.hours import (
     CPU_LAYER_CALL,
     CPU_SHARE,
     CPU_START,
-    SCORING_BUDGET,
     SCORING_SHARE,
     TRAINING_SHARE,
     Speed,
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 # This machine's CPU, beside the cards' names.
 CPU = "cpu"
-_GPU_BUDGET = 32768  # tokens of one forward pass in scoring
 _TERA = 1e12
 
 
@@ -69,13 +67,12 @@ def forecast(experiment: Experiment, stages: Iterable[str], devices: Iterable[st
 
 @dataclass(frozen=True)
 class _Device:
-    """What a forecast knows of a device: GiB to fill, speeds, and the tokens of one pass in scoring."""
+    """What a forecast knows of a device: GiB to fill, and speeds."""
 
     kind: str  # cuda or cpu
     memory: float
     training: Speed
     scoring: Speed
-    budget: int
 
 
 def _stage(job: _Job, devices: list[str]) -> dict[str, Any]:
@@ -112,7 +109,7 @@ def _on(job: _Job, name: str, train: Work, score: Work) -> dict[str, Any]:
 
 def _of_card(card: Card) -> _Device:
     rate = card.rate * _TERA
-    return _Device("cuda", card.memory, Speed(rate * TRAINING_SHARE), Speed(rate * SCORING_SHARE), _GPU_BUDGET)
+    return _Device("cuda", card.memory, Speed(rate * TRAINING_SHARE), Speed(rate * SCORING_SHARE))
 
 
 def _this_cpu(job: _Job) -> _Device:
@@ -122,14 +119,14 @@ def _this_cpu(job: _Job) -> _Device:
 
     probe = probe_cpu(job.shape, nf4=job.setup.bits == 4)
     speed = Speed(probe.rate * CPU_SHARE, probe.dequantise or float("inf"), CPU_LAYER_CALL, CPU_START)
-    return _Device("cpu", psutil.virtual_memory().total / GIB, speed, speed, SCORING_BUDGET)
+    return _Device("cpu", psutil.virtual_memory().total / GIB, speed, speed)
 
 
 def _scoring(job: _Job, bits: int | None, device: _Device) -> Memory:
     if job.implicit and device.kind == "cuda":
         bits = job.setup.bits  # the adapter is scored on the base that it was trained on
     longest = int(job.workload.scored.max())
-    return scoring_memory(job.shape, bits=bits, budget=device.budget, longest=longest, device=device.kind)
+    return scoring_memory(job.shape, bits=bits, budget=TOKEN_BUDGET[device.kind], longest=longest, device=device.kind)
 
 
 def _advice(job: _Job, card: Card) -> list[str]:

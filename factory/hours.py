@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from factory.card import TOKEN_BUDGET
 from factory.setup import Setup
 from factory.shape import ModelShape
 from factory.workload import Workload
@@ -18,9 +19,6 @@ from factory.workload import Workload
 # Shares of the matrix rate that training and scoring reach on a GPU, derived from two public runs of this
 # competition; docs/forecast.md has the derivation. Not measured by this project.
 TRAINING_SHARE, SCORING_SHARE = 0.30, 0.21
-# Tokens of one forward pass in scoring on a CPU.
-SCORING_BUDGET = 4096
-
 
 # What a CPU adds to its products, measured on two cores with benchmarks/forecast_check.py.
 CPU_SHARE = 0.55  # of the probe's rate, in a whole training step
@@ -78,7 +76,7 @@ def scoring_work(shape: ModelShape, workload: Workload, *, reference: bool) -> W
     """Return the work of scoring; batches are in length order, so that next to nothing is padding."""
     tokens = float(workload.scored.sum()) * (1 + reference)
     operations = tokens * _token(shape, _mean_of_squares(workload.scored))
-    batches = max(1.0, tokens / SCORING_BUDGET)
+    batches = max(1.0, tokens / TOKEN_BUDGET["cpu"])  # a GPU's calls cost nothing beside their products
     return Work(operations, 0.0, batches * shape.layers, 0)
 
 

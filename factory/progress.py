@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from data_prep.screen import printable
 
 _PLAIN_INTERVAL = 30.0  # seconds between two lines where nobody watches
+_SOONEST = 1.0  # seconds of work that a first guess at the time left is made from
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,24 @@ def seconds_left(point: LogPoint, start_step: int = 0) -> float | None:
     return point.elapsed / done * max(point.total - point.step, 0)
 
 
+class Countdown:
+    """The time left of some work, at its mean speed since its share was first told."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._began: tuple[float, float] | None = None
+
+    def left(self, share: float) -> str:
+        """Return ", h:mm:ss left" once it can be told, else nothing; `share` is the part done, 0 to 1."""
+        now = self._clock()
+        if self._began is None or share < self._began[1]:
+            self._began = now, share
+        began, first = self._began
+        if share <= first or share >= 1 or now - began < _SOONEST:
+            return ""
+        return f", {duration((now - began) / (share - first) * (1 - share))} left"
+
+
 class Show:
     """Where notes and live lines go: a bar that a person watches, or plain lines at a modest rate."""
 
@@ -154,6 +173,10 @@ class Line:
         """Show how much of some other work is done; `total` is None where it is not known."""
         raise NotImplementedError
 
+    def part(self, share: float, detail: str) -> None:
+        """Show which part, 0 to 1, of some other work is done, where what is counted has no known total."""
+        raise NotImplementedError
+
 
 class _PlainLine(Line):
     def __init__(self, show: Show, label: str, start_step: int):
@@ -178,6 +201,12 @@ class _PlainLine(Line):
         if now - self._printed_at >= self.show.interval or done == total:
             self._printed_at = now
             self.print(f"{self.label}: {_of(done, total)}  {detail}")
+
+    def part(self, share: float, detail: str) -> None:
+        now = time.monotonic()
+        if now - self._printed_at >= self.show.interval:
+            self._printed_at = now
+            self.print(f"{self.label}: {share:.0%}  {detail}")
 
 
 class _BarLine(Line):
@@ -217,6 +246,9 @@ class _BarLine(Line):
     def count(self, done: int, total: int | None, detail: str) -> None:
         self._bar.update(self._task, completed=done, total=total, detail=f"{_of(done, total)}  {detail}")
 
+    def part(self, share: float, detail: str) -> None:
+        self._bar.update(self._task, completed=share, total=1, detail=f"{share:.0%}  {detail}")
+
 
 def _of(done: int, total: int | None) -> str:
     return f"{done:,}" if total is None else f"{done:,}/{total:,}"
@@ -235,6 +267,20 @@ def describe(point: LogPoint, start_step: int = 0) -> str:
     if left is not None:
         parts.append(f"{duration(left)} left")
     return "  ".join(parts)
+
+
+def teller(line: Line) -> Callable[[Any], None]:
+    """Return what shows an export's progress (data_prep.export.Progress) on a live line, with the time left."""
+    countdowns: dict[str, Countdown] = {}
+
+    def tell(progress: Any) -> None:
+        if progress.share is None:
+            line.phase(progress.phase)
+            return
+        left = countdowns.setdefault(progress.phase, Countdown()).left(progress.share)
+        line.part(progress.share, f"{progress.rows:,} {progress.phase}{left}")
+
+    return tell
 
 
 def duration(seconds: float) -> str:

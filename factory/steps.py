@@ -19,6 +19,7 @@ from factory.dequantised import DequantisedBase, dequantised_base
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import inputs_of, training_rows
 from factory.launch import Launch, plan_launch
+from factory.merge_progress import MergeProgress
 from factory.progress import Line, LogPoint, Show, duration, loss_curve
 from factory.state import StageState, archive, checkpoints, last_checkpoint
 from factory.step import STEPS, merge_of
@@ -138,7 +139,7 @@ def merge(
         state.begin("merge", inputs)
         if base:
             base.ensure(show)
-        seconds = _run_merge(stage_step, recipe_path, merged, folder / "merge.log", complete, show, _head(recipe))
+        seconds = _run_merge(stage_step, recipe_path, recipe, merged, folder / "merge.log", complete, show)
         state.finish("merge", [merged / "config.json"], seconds)
     show.note(f"{stage_step}: merged in {duration(seconds)}")
     return merged
@@ -285,19 +286,20 @@ def _run_training(
 def _run_merge(
     stage_step: str,
     recipe_path: Path,
+    recipe: dict[str, Any],
     merged: Path,
     log: Path,
     complete: Callable[[Path], None] | None,
     show: Show,
-    needed: tuple[str, ...],
 ) -> float:
     with atomic_folder(merged) as temporary, show.line(stage_step) as line:
         line.phase("starting LLaMA-Factory")
         command = llamafactory("export", str(recipe_path), f"export_dir={temporary}")
         what, again = f"merging {stage_step}", "start the same command again; the training is kept"
-        watch = Watch(on_line=_Reader(line, None, show))
+        progress = MergeProgress(line, recipe, temporary)
+        watch = Watch(on_line=_Reader(line, progress.read, show), on_look=progress.look)
         finished = run_child(command, log, what=what, watch=watch, interrupted_remedy=again)
-        _require(temporary, ("config.json", "tokenizer_config.json", *needed), log, what)
+        _require(temporary, ("config.json", "tokenizer_config.json", *_head(recipe)), log, what)
         if not any(temporary.glob("*.safetensors")):
             raise _without("any weights (*.safetensors)", temporary, log, what)
         if complete:

@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from data_prep.errors import ArenaError
+from factory.card import TOKEN_BUDGET
 from scoring.ahead import ahead
 from scoring.reader import Pack, Piece, Reader, pack
 
 if TYPE_CHECKING:
     import torch
 
-# Tokens in one pass. A GPU wants many to be busy. A CPU is busy with one row, and what does not fit into its caches
-# costs time: see "Ways of batching" in docs/scoring.md.
-TOKEN_BUDGET = {"cpu": 1024, "cuda": 32768}
 # What the allocators say that raise no error of their own kind.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
 

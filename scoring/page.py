@@ -6,6 +6,7 @@ write_page(json.loads(Path("report.json").read_text()), Path("report.html"))
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,13 @@ _SHARES = ("share", "rate", "fraction")
 _SETS = {"valid": "validation fold, which was not trained on", "test": "test set"}
 
 
-def write_page(report: dict, path: Path) -> None:
+def write_page(report: dict, path: Path, battles: Sequence[dict] = ()) -> None:
     """Write the report of one stage as an HTML page, whole or not at all.
 
     `report` is report.json's content; a key that is missing, null or empty becomes a sentence that says so.
+    `battles` are the listed rows with their texts (scoring.shown_battles), which the lists then link to.
     """
-    _write("report.html.j2", report_view(report), path)
+    _write("report.html.j2", report_view(report, battles), path)
 
 
 def write_compare_page(comparison: dict, path: Path) -> None:
@@ -75,7 +77,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def report_view(report: dict) -> dict:
+def report_view(report: dict, battles: Sequence[dict] = ()) -> dict:
     """Return everything that the report's template shows: sentences, tables and chart positions."""
     report = dict.fromkeys(_REPORT_KEYS) | report
     stage = " · ".join(str(report[key]) for key in ("experiment", "stage") if report[key])
@@ -114,6 +116,7 @@ def report_view(report: dict) -> dict:
         "curve": charts.curve(report["loss_curve"] or []),
         "worst": _worst(report["worst"] or []),
         "most_biased": free_table(report["most_biased"] or []),
+        "battles": _battles(report, battles),
         "provenance": facts(report["provenance"]),
         "few_rows": FEW_ROWS,
     }
@@ -268,6 +271,24 @@ def _worst(rows: list[dict]) -> list[dict]:
         }
         for row in rows[:MOST_ROWS]
     ]
+
+
+def _battles(report: dict, battles: Sequence[dict]) -> dict[str, dict]:
+    """Return the battles that are shown with their texts, by id, each with its anchor and what the lists say of it."""
+    worst = {words.plain(row.get("id")): row for row in report["worst"] or []}
+    biased = {words.plain(row.get("id")): row for row in report["most_biased"] or []}
+    shown = {}
+    for number, battle in enumerate(battles, 1):
+        name = words.plain(battle["id"])
+        said = [("final", worst.get(name, {}).get("probabilities"))]
+        said += [(f"{first} first", biased.get(name, {}).get(f"{first.lower()}_first")) for first in "AB"]
+        shown[name] = {
+            **battle,
+            "anchor": f"battle-{number}",
+            "verdict": words.CLASS_NAMES.get(battle["verdict"], words.plain(battle["verdict"])),
+            "said": [(order, _in_class_order(values)) for order, values in said if values is not None],
+        }
+    return shown
 
 
 def _in_class_order(probabilities: Any) -> list[float | None]:

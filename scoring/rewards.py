@@ -18,14 +18,11 @@ import numpy as np
 
 from data_prep.errors import ArenaError
 from data_prep.files import read_json
-from data_prep.screen import name_of
 from scoring.batches import DoesNotFit, ScoreProgress, run_batches, tell
 from scoring.engine import LOADING_ERRORS, weight_dtype
 from scoring.reader import Pack, Piece, Reader
-from scoring.scores import COLUMNS
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
 
 Triple = tuple[Sequence[int], Sequence[int], Sequence[int]]
@@ -191,20 +188,6 @@ def load_value_head(folder: Path) -> ValueHead:
     if weight.ndim != 2 or len(weight) != 1 or bias.shape != (1,) or not (weight.isfinite().all() and bias.isfinite()):
         raise ArenaError("holds no finite linear layer with one output", where=str(path), remedy=remedy)
     return ValueHead(weight[0], float(bias))
-
-
-def reward_table(rows: pd.DataFrame, rewards: np.ndarray) -> pd.DataFrame:
-    """Return the score table of a reward stage: `scores.COLUMNS` of `rows`, then reward_a and reward_b.
-
-    `rewards` is [len(rows), 2] in the order of the rows. Raises ArenaError that names the ids of rewards that are
-    not finite.
-    """
-    if rewards.shape != (len(rows), 2):
-        raise ValueError(f"{len(rows)} rows need rewards of shape ({len(rows)}, 2), not {rewards.shape}")
-    bad = np.flatnonzero(~np.isfinite(rewards).all(axis=1))
-    if len(bad):
-        raise _not_finite(len(bad), f"id {name_of(rows['id'].iloc[bad[0]])}")
-    return rows[list(COLUMNS)].assign(reward_a=rewards[:, 0], reward_b=rewards[:, 1])
 
 
 def _log_probabilities(reader: Reader, pack: Pack, targets: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:

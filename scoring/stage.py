@@ -29,6 +29,7 @@ from scoring.provenance import provenance
 from scoring.report import build_report
 from scoring.run_checks import require_sound, run_checks, stopping
 from scoring.scorer import Scorer, ScorerSpec, own_precision
+from scoring.shown_battles import shown_battles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -321,7 +322,7 @@ def _write(
             _write_table(folder / name, jobs["test"], calibrations)
             names.append(name)
     plots = write_plots(report, folder / "plots")
-    write_page(report, folder / "report.html")
+    write_page(report, folder / "report.html", shown_battles(experiment.data_folder, "valid", report))
     write_json(folder / REPORT, report)
     names += [f"scores_{split}.parquet" for split in jobs]
     return report, [*(folder / name for name in names), *plots, folder / "report.html", folder / REPORT]

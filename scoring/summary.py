@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.battle import PROBABILITY_COLUMNS
 from data_prep.screen import printable
 from factory.step import STEPS, TRAININGS
 
@@ -50,8 +53,6 @@ def print_summary(console: Console, experiment: Experiment, stage: str, report: 
 
 def next_commands(experiment: Experiment, stage: str, report: dict[str, Any]) -> list[str]:
     """Return what to look at or to run after a report: the worst row, the other stages."""
-    import shlex
-
     name, commands = shlex.quote(experiment.name), []
     if report.get("worst"):
         worst = shlex.quote(str(report["worst"][0]["id"]))
@@ -63,6 +64,27 @@ def next_commands(experiment: Experiment, stage: str, report: dict[str, Any]) ->
         other = next(each for each in ("dpo_reward", "sft") if each != stage)
         commands.append(f"python run.py {STEPS[other].asked_by} -e {name}   (another method on the same votes)")
     return commands
+
+
+def input_lines(rows: int, output: Path) -> list[str]:
+    """Return what `score --input` made, and what to do with it."""
+    columns = ", ".join(("id", *PROBABILITY_COLUMNS))
+    return [
+        f"probabilities: {output}   ({rows:,} rows: {columns})",
+        "next:          hand it in where a submission.csv is asked for, or read it with any table program",
+    ]
+
+
+def export_lines(experiment: Experiment, stage: str, manifest: dict[str, Any]) -> list[str]:
+    """Return what `export` made, how near it is to the merged judge, and how to ask it."""
+    name, kind, checked = shlex.quote(experiment.name), manifest["quantization"], manifest["checked"]
+    apart = f"{checked['largest_probability_difference']:.1e}"
+    return [
+        f"gguf: {manifest['output']}   ({kind}, {manifest['bytes'] / 2**20:,.1f} MiB)",
+        f"      no probability is more than {apart} off the merged judge's, on {checked['prompts']} prompts",
+        f"next: python run.py score -e {name} --stage {stage} --engine llama.cpp --precision {kind} --input FILE",
+        "      docs/edge.md has the other programs that read it",
+    ]
 
 
 def print_comparison(console: Console, experiment: Experiment, result: dict[str, Any]) -> None:

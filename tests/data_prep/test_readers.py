@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import random
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -63,6 +64,26 @@ def error_of(path: Path, labelled: bool = True) -> ArenaError:
 
 def good_rows(count: int, start: int = 1000) -> list[list[str]]:
     return [kaggle_row(str(start + i), verdict=VERDICTS[i % 3]) for i in range(count)]
+
+
+@pytest.mark.parametrize("name", ["votes.csv", "votes.csv.gz", "votes.parquet", "parts"])
+def test_the_share_that_is_read_grows_from_0_to_1(tmp_path, name):
+    texts = random.Random(0)  # that gzip cannot make small
+    rows = [kaggle_row(str(i), prompt=cell([texts.randbytes(200).hex()]), verdict="a") for i in range(3000)]
+    if name == "parts":
+        (tmp_path / name).mkdir()
+        for part in range(3):
+            write_csv(tmp_path / name / f"{part}.csv", rows[part::3])
+    elif name.endswith(".parquet"):
+        write_parquet(tmp_path / name, dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
+    else:
+        write_csv(tmp_path / name, rows)
+    reader = VoteReader(tmp_path / name, labelled=True)
+    shares = [reader.share for _ in reader]
+    assert shares == sorted(shares) and shares[0] < 0.35 and shares[-1] > 0.6
+    assert len(set(shares)) > 3
+    assert abs(shares[1500] - 0.5) < 0.2
+    assert reader.share == 1.0
 
 
 # --- the competition's schema ---------------------------------------------------------------------------------

@@ -4,7 +4,18 @@ import math
 
 import pytest
 
-from factory.progress import LogPoint, Show, TrainerLog, describe, is_attended, loss_curve, seconds_left
+from data_prep.export import Progress
+from factory.progress import (
+    Countdown,
+    LogPoint,
+    Show,
+    TrainerLog,
+    describe,
+    is_attended,
+    loss_curve,
+    seconds_left,
+    teller,
+)
 
 
 def write(path, *points, mode="a"):
@@ -148,3 +159,31 @@ def test_a_pipe_and_ci_are_not_attended(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("CI", "true")
     assert not is_attended(terminal)
+
+
+def test_the_countdown_goes_by_the_mean_speed_since_the_first_share():
+    now = iter([100.0, 100.5, 110.0, 120.0, 130.0, 131.0])
+    countdown = Countdown(lambda: next(now))
+    said = [countdown.left(share) for share in (0.1, 0.11, 0.2, 0.5, 1.0, 0.0)]
+    assert said == ["", "", ", 0:01:20 left", ", 0:00:25 left", "", ""], "too soon, then told, then done, then anew"
+
+
+@pytest.mark.parametrize("attended", [True, False])
+def test_an_export_is_shown_by_its_share(attended):
+    said = io.StringIO()
+    show = Show(said, attended=attended, interval=0)
+    with show.line("prepare exam") as line:
+        tell = teller(line)
+        tell(Progress("train battles", 512, 0.25))
+        tell(Progress("test battles", 12, 1.0))
+        tell(Progress("dividing into folds", 524, None))
+        if attended:
+            line._bar.refresh()
+    if attended:
+        assert "dividing into folds" in said.getvalue()
+    else:
+        assert said.getvalue().splitlines() == [
+            "prepare exam: 25%  512 train battles",
+            "prepare exam: 100%  12 test battles",
+            "prepare exam: dividing into folds",
+        ]

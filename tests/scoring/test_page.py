@@ -14,7 +14,7 @@ from scoring.page import write_compare_page, write_page
 ASSETS = Path(__file__).parent / "assets"
 SECTIONS = (
     *("ladder", "classes", "confusion", "reliability", "calibration", "position", "slices", "training"),
-    *("truncation", "merge", "checks", "worst", "provenance", "glossary"),
+    *("truncation", "merge", "checks", "worst", "battles", "provenance", "glossary"),
 )
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -282,7 +282,7 @@ def test_a_page_is_whole_or_absent(tmp_path, report, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("earlier")
 
-    def broken(_):
+    def broken(*_):
         raise RuntimeError
 
     monkeypatch.setattr(page, "report_view", broken)

@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from data_prep.errors import ArenaError
 from scoring import rewards
 from scoring.reader import Reader
-from scoring.rewards import implicit_rewards, load_policy, load_value_head, reward_table, value_rewards
-from scoring.scores import COLUMNS
+from scoring.rewards import implicit_rewards, load_policy, load_value_head, value_rewards
 
 BETA = 0.3
 OPTIONS = {"beta": BETA, "length_normalised": False, "reference": True}
@@ -476,24 +474,3 @@ class TestAgainstLlamaFactory:
             _, (_, chosen, rejected) = PairwiseTrainer.compute_loss(None, trained.eval(), collated, return_outputs=True)
         result = value_rewards(model, load_value_head(folder), triples)
         np.testing.assert_allclose(result, torch.stack([chosen, rejected], 1).numpy(), atol=1e-4)
-
-
-class TestRewardTable:
-    ROWS = pd.DataFrame({c: ["x", "y"] for c in COLUMNS} | {"id": ["65089", "7"], "extra": [1, 2]}, index=[5, 3])
-
-    def test_it_is_the_score_table_s_columns_and_two_rewards(self):
-        table = reward_table(self.ROWS, np.array([[0.5, -1.25], [3.0, 1e-9]]))
-        assert list(table.columns) == [*COLUMNS, "reward_a", "reward_b"]
-        assert table["id"].tolist() == ["65089", "7"]
-        assert table["reward_a"].tolist() == [0.5, 3.0]
-        assert table["reward_b"].tolist() == [-1.25, 1e-9]
-        assert "reward_a" not in self.ROWS
-
-    def test_a_reward_that_is_not_finite_names_its_id(self):
-        with pytest.raises(ArenaError, match="no finite reward for 1 ") as caught:
-            reward_table(self.ROWS, np.array([[0.5, -1.25], [np.inf, 0.0]]))
-        assert caught.value.where == "id 7"
-
-    def test_rewards_of_other_rows_are_a_mistake(self):
-        with pytest.raises(ValueError, match="2 rows need rewards"):
-            reward_table(self.ROWS, np.zeros((3, 2)))
