@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,8 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
     files, sources, views = (manifest.get(key) for key in ("files", "sources", "views"))
     if not isinstance(files, dict) or not isinstance(sources, dict) or not isinstance(views, list):
         return False
+    if not isinstance(manifest.get("experiment"), dict):
+        return False
     inside = (not Path(name).is_absolute() and ".." not in Path(name).parts for name in files)
     if not all(inside) or not all(isinstance(digest, str) for digest in files.values()):
         return False
@@ -78,20 +81,34 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
     return True
 
 
-def _damaged(path: Path, why: str = "") -> ArenaError:
+def _damaged(path: Path, why: str = "", remedy: str | None = None) -> ArenaError:
     what = f"is damaged: {why}" if why else "is damaged"
-    return ArenaError(what, where=str(path), remedy=f"run prepare again: python run.py prepare -e {path.parent.name}")
+    again = f"run prepare again: python run.py prepare -e {path.parent.name}"
+    return ArenaError(what, where=str(path), remedy=remedy or again)
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Within the block, whatever is wrong with a table of the export (gone, damaged, another's) is an ArenaError."""
+def readable(path: Path, remedy: str | None = None) -> Iterator[None]:
+    """Within the block, whatever is wrong with a file of ours (gone, damaged, another's) is an ArenaError.
+
+    The `remedy` of a table of the export is to prepare again; what else made the file needs its own.
+    """
     import pyarrow
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
-        raise _damaged(path, (str(error) or repr(error)).splitlines()[0][:200]) from None
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError, csv.Error) as error:
+        raise _damaged(path, (str(error) or repr(error)).splitlines()[0][:200], remedy) from None
+
+
+def read_audit(folder: Path) -> dict[str, Any]:
+    """Return what `prepare` counted and left out; raises ArenaError if that is no audit."""
+    path = folder / "audit.json"
+    with readable(path):
+        audit = read_json(path)
+    if not isinstance(audit, dict) or not all(isinstance(audit.get(key), dict) for key in ("truncation", "sources")):
+        raise ArenaError("is no audit", where=str(path), remedy="run prepare again")
+    return audit
 
 
 def read_rows(folder: Path, split: str) -> pd.DataFrame:

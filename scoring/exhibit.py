@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
 from data_prep.budget import MARKER
 from data_prep.chat_frame import ChatFrame, load_frame
-from data_prep.dataset import read_manifest, require_pairs
+from data_prep.dataset import read_manifest, readable, require_pairs
 from data_prep.errors import ArenaError, UsageError
 from data_prep.flatten import Pair
 from data_prep.neutral import visible
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _SETS = {"train": "training rows", "valid": "validation fold", "test": "test set"}
+_ROW = ("id", "split", "verdict", "language", "turns", "dropped", "cut", "tokens", "tokens_full")
+_AGAIN = "score the stage again"
 _VERDICT_NAMES = {"a": "A wins", "b": "B wins", "tie": "tie"}
 Shares = dict[str, float]
 
@@ -107,10 +109,12 @@ def _row(experiment: Experiment, battle_id: str, split: str | None) -> tuple[int
     """Return the battle's place in rows.parquet (and so in battles.parquet and pairs.parquet) and its row."""
     from pyarrow.parquet import read_table
 
-    table = read_table(experiment.data_folder / "rows.parquet")
-    hits = [
-        (i, table.slice(i, 1).to_pylist()[0]) for i, each in enumerate(table["id"].to_pylist()) if each == battle_id
-    ]
+    path = experiment.data_folder / "rows.parquet"
+    with readable(path):
+        table = read_table(path, columns=list(_ROW))
+        hits = [
+            (i, table.slice(i, 1).to_pylist()[0]) for i, each in enumerate(table["id"].to_pylist()) if each == battle_id
+        ]
     found = [(i, row) for i, row in hits if split in (None, row["split"])]
     if len(found) == 1:
         return found[0]
@@ -128,24 +132,31 @@ def _row(experiment: Experiment, battle_id: str, split: str | None) -> tuple[int
 
 def _battle(data: Path, place: int) -> Battle:
     """Return one fitted battle without making Python objects of all the others."""
-    from pyarrow.parquet import read_table
-
-    (text,) = read_table(data / "battles.parquet").slice(place, 1).to_pylist()
+    text = _row_at(data / "battles.parquet", place, ["id", "prompts", "responses_a", "responses_b"])
     return Battle(text["id"], tuple(text["prompts"]), tuple(text["responses_a"]), tuple(text["responses_b"]))
 
 
 def _pair(data: Path, place: int) -> Pair:
+    return Pair(**_row_at(require_pairs(data), place, ["id", "prompt", "response_a", "response_b"]))
+
+
+def _row_at(path: Path, place: int, columns: list[str]) -> dict[str, Any]:
+    """Return one row of a table that lies beside rows.parquet, row by row."""
     from pyarrow.parquet import read_table
 
-    path = require_pairs(data)
-    names = ["id", "prompt", "response_a", "response_b"]
-    return Pair(**read_table(path, columns=names).slice(place, 1).to_pylist()[0])
+    with readable(path):
+        rows = read_table(path, columns=columns).slice(place, 1).to_pylist()
+    if not rows:
+        raise ArenaError("has fewer rows than rows.parquet", where=str(path), remedy="run prepare again")
+    return rows[0]
 
 
 def _judge_texts(
     experiment: Experiment, frame: ChatFrame, manifest: dict[str, Any], battle: Battle, dropped: int
 ) -> dict[str, str]:
-    source = (experiment.data_folder / "judge_prompt.j2").read_text(encoding="utf-8")
+    path = experiment.data_folder / "judge_prompt.j2"
+    with readable(path):
+        source = path.read_text(encoding="utf-8")
     prompt = JudgePrompt(source, Labels(**manifest["experiment"]["labels"]), where="judge_prompt.j2")
     orders = {"prompt": battle, "prompt, A and B exchanged": swap(battle)}
     return {name: _whole(experiment, frame, frame.wrap(prompt.message(each, dropped))) for name, each in orders.items()}
@@ -203,7 +214,8 @@ def _scores(folder: Path, split: str, battle_id: str) -> tuple[dict[str, Shares]
     path = folder / f"scores_{split}.parquet"
     if not path.is_file():
         return {}, {}
-    row = next(iter(read_table(path, filters=[("id", "==", battle_id)]).to_pylist()), None)
+    with readable(path, _AGAIN):
+        row = next(iter(read_table(path, filters=[("id", "==", battle_id)]).to_pylist()), None)
     if row is None:
         return {}, {}
     shares = {}
@@ -228,11 +240,11 @@ def _softmax(logits: list[float]) -> Shares:
 def _final(path: Path, battle_id: str) -> Shares | None:
     if not path.is_file():
         return None
-    with path.open(newline="", encoding="utf-8") as file:
+    with readable(path, _AGAIN), path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["id"] == battle_id:
-                return {v: float(row[column]) for v, column in zip(VERDICTS, PROBABILITY_COLUMNS, strict=True)}
-    raise ArenaError("lacks a row that was scored", where=f"{path} id {battle_id}", remedy="score the stage again")
+                return {v: float(row[column] or "") for v, column in zip(VERDICTS, PROBABILITY_COLUMNS, strict=True)}
+    raise ArenaError("lacks a row that was scored", where=f"{path} id {battle_id}", remedy=_AGAIN)
 
 
 def print_exhibit(console: Console, shown: Exhibit, *, swapped: bool = False) -> None:

@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.dataset import readable
 from data_prep.errors import ArenaError
 from data_prep.files import sha256_of, write_json
 
@@ -99,7 +100,8 @@ class RowStore:
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
 
-        with ParquetFile(self.folder / "rows.parquet", pre_buffer=False) as file:
+        path = self.folder / "rows.parquet"
+        with readable(path, _REMEDY), ParquetFile(path, pre_buffer=False) as file:
             waiting: list[pa.RecordBatch] = []
             for batch in file.iter_batches(batch_size=_GROUP):
                 waiting.append(batch)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.dataset import SPLITS, read_audit, read_manifest, readable
 from data_prep.errors import ArenaError
 from data_prep.folds import prompt_group
 from factory.inputs import training_rows
@@ -76,7 +77,7 @@ def run_checks(
     merged = experiment.merged_folder(stage)
     return [
         rows_trained(training_rows(recipe), told),
-        labels_distinct(json.loads((data / "manifest.json").read_text(encoding="utf-8"))["frame"]["label_ids"]),
+        labels_distinct(read_manifest(data)["frame"]["label_ids"]),
         folds_apart(*_first_prompts(data)),
         loss_finite(loss_curve),
         loss_not_rising(loss_curve),
@@ -244,10 +245,13 @@ def _first_prompts(data: Path) -> tuple[set[str], set[str]]:
     """
     from pyarrow.parquet import read_table
 
-    rows = read_table(data / "rows.parquet", columns=["split", "group", "cut", "dropped"]).to_pylist()
-    prompts = read_table(data / "battles.parquet", columns=["prompts"])["prompts"].to_pylist()
-    sides: dict[str, set[str]] = {"train": set(), "valid": set(), "test": set()}
-    for row, texts in zip(rows, prompts, strict=True):
+    with readable(data / "rows.parquet"):
+        rows = read_table(data / "rows.parquet", columns=["split", "group", "cut", "dropped"]).to_pylist()
+    with readable(data / "battles.parquet"):
+        prompts = read_table(data / "battles.parquet", columns=["prompts"])["prompts"].to_pylist()
+        both = list(zip(rows, prompts, strict=True))
+    sides: dict[str, set[str]] = {name: set() for name in SPLITS}
+    for row, texts in both:
         sides[row["split"]].add(row["group"])
         if row["split"] != "test" and not row["cut"] and not row["dropped"]:
             sides[row["split"]].add(prompt_group(texts[0]))
@@ -275,10 +279,10 @@ def _rewards(scores: pd.DataFrame, recipe: Mapping[str, Any]) -> np.ndarray | No
 def _test_ids(data: Path) -> list[str]:
     from pyarrow.parquet import read_table
 
-    rows = read_table(data / "rows.parquet", columns=["split", "id"]).to_pydict()
+    with readable(data / "rows.parquet"):
+        rows = read_table(data / "rows.parquet", columns=["split", "id"]).to_pydict()
     return [name for name, split in zip(rows["id"], rows["split"], strict=True) if split == "test"]
 
 
 def _rejected(data: Path) -> int:
-    audit = json.loads((data / "audit.json").read_text(encoding="utf-8"))
-    return audit.get("sources", {}).get("test", {}).get("rows_rejected", 0)
+    return read_audit(data)["sources"].get("test", {}).get("rows_rejected", 0)

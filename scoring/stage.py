@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.cells import is_formula
-from data_prep.dataset import read_battles, read_manifest, require_intact, truth_of
+from data_prep.dataset import read_audit, read_battles, read_manifest, readable, require_intact, truth_of
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import atomic_file, read_json, sha256_of_table, write_json
 from data_prep.lock import only_run
@@ -280,7 +280,7 @@ def _report(
         train_rows=texts(data, "train"),
         valid_texts=texts(data, "valid"),
         truth=truth_of(data),
-        audit=_audit(data),
+        audit=read_audit(data),
         loss_curve=loss_curve(experiment.adapter_folder(stage) / "trainer_log.jsonl"),
         provenance=_provenance(experiment, stage, scoring.pop("seconds")),
         swap_tta=experiment.swap_tta and bool(scoring["rows_in_both_orders"]["valid"]),
@@ -310,7 +310,8 @@ def _write(
     folder = experiment.output_folder(stage)
     for split, job in jobs.items():
         _write_scores(folder / f"scores_{split}.parquet", job)
-    valid = pd.read_parquet(folder / "scores_valid.parquet")
+    with readable(folder / "scores_valid.parquet", "score the stage again"):
+        valid = pd.read_parquet(folder / "scores_valid.parquet")
     rows = {split: job.rows for split, job in jobs.items()}
     trust = _trust(experiment, stage, valid, jobs["test"], scoring, compared)
     report, probabilities, calibrations = _report(experiment, stage, valid, rows, scoring, trust)
@@ -423,14 +424,3 @@ def _provenance(experiment: Experiment, stage: str, seconds: float) -> dict[str,
 def _weights(experiment: Experiment, stage: str) -> list[Path]:
     adapter, merged = experiment.adapter_folder(stage), experiment.merged_folder(stage)
     return [*sorted(adapter.glob("*.safetensors")), *sorted(merged.glob("*.safetensors"))]
-
-
-def _audit(data: Path) -> dict[str, Any]:
-    path = data / "audit.json"
-    try:
-        audit = read_json(path)
-    except (OSError, ValueError) as error:
-        raise ArenaError(f"cannot be read: {error}", where=str(path), remedy="run prepare again") from None
-    if not isinstance(audit, dict) or not isinstance(audit.get("truncation"), dict):
-        raise ArenaError("is no audit", where=str(path), remedy="run prepare again")
-    return audit

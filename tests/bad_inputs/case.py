@@ -14,6 +14,8 @@ SFT = ("sft", "-e", "exam")
 SCORE = ("score", "-e", "exam")
 SCORE_INPUT = ("score", "-e", "exam", "--input", "test.csv", "--output", "mine.csv")
 COMPARE = ("compare", "-e", "exam")
+SHOW = ("show", "9000", "-e", "exam")
+SHOW_PAIR = (*SHOW, "--stage", "dpo_reward")
 
 
 @dataclass(frozen=True)

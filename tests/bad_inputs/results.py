@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.bad_inputs.case import COMPARE, SCORE, SCORE_INPUT, SFT, Case, change, cut, remove, write
+from tests.bad_inputs.case import COMPARE, SCORE, SCORE_INPUT, SFT, SHOW, SHOW_PAIR, Case, change, cut, remove, write
 from tests.bad_inputs.place import Place
 
 DATA, OUT = "data/exam", "outputs/exam/sft"
@@ -234,6 +234,7 @@ REPORTS = [
         ),
     ]
 ]
+HEAD = "id,winner_model_a,winner_model_b,winner_tie\n"
 SCORES, CHANCES = f"{OUT}/scores_valid.parquet", f"{OUT}/probabilities_valid.csv"
 COMPARES = [
     Case(f"compare_{name}", breaks, COMPARE, words)
@@ -241,6 +242,9 @@ COMPARES = [
         ("nothing_scored", remove(REPORT), ("no stage of this experiment was scored yet",)),
         ("no_scores", remove(SCORES), ("its scores cannot be read", "score again")),
         ("scores_cut_off", change(SCORES, cut(0.5)), ("its scores cannot be read",)),
+        ("scores_of_words", write(SCORES, "hello"), ("its scores cannot be read",)),
+        ("no_battles", remove(f"{DATA}/battles.parquet"), ("battles.parquet: is damaged", AGAIN)),
+        ("battles_cut_off", change(f"{DATA}/battles.parquet", cut(0.5)), ("battles.parquet: is damaged", AGAIN)),
         ("no_probabilities", remove(CHANCES), ("its scores cannot be read",)),
         ("probabilities_empty", write(CHANCES, ""), ("its scores cannot be read",)),
         ("probabilities_of_words", change(CHANCES, lambda d: d.replace(b"0.", b"x.")), ("its scores cannot be read",)),
@@ -252,8 +256,102 @@ COMPARES = [
         ("other_rows", change(CHANCES, lambda d: b"\n".join(d.splitlines()[:-1])), ("hold different rows",)),
     ]
 ]
+TEST_SCORES, TEST_CHANCES = f"{OUT}/scores_test.parquet", f"{OUT}/probabilities_test.csv"
+
+
+def only(path: str, column: str) -> Callable[[Place], None]:
+    """Return what leaves a parquet table one of its columns."""
+
+    def breaks(place: Place) -> None:
+        from pyarrow.parquet import read_table, write_table
+
+        write_table(read_table(path, columns=[column]), path)
+
+    return breaks
+
+
+def headless(path: str) -> Callable[[Place], None]:
+    """Return what takes all rows of a parquet table away."""
+
+    def breaks(place: Place) -> None:
+        from pyarrow.parquet import read_table, write_table
+
+        write_table(read_table(path).slice(0, 0), path)
+
+    return breaks
+
+
+SHOWS = [
+    Case(f"show_{name}", breaks, call, words)
+    for name, breaks, call, words in [
+        ("no_rows", remove(f"{DATA}/rows.parquet"), SHOW, ("rows.parquet: is damaged", AGAIN)),
+        ("rows_cut_off", change(f"{DATA}/rows.parquet", cut(0.5)), SHOW, ("rows.parquet: is damaged", AGAIN)),
+        ("rows_lack_a_column", only(f"{DATA}/rows.parquet", "id"), SHOW, ("rows.parquet: is damaged", AGAIN)),
+        ("no_battles", remove(f"{DATA}/battles.parquet"), SHOW, ("battles.parquet: is damaged", AGAIN)),
+        ("battles_cut_off", change(f"{DATA}/battles.parquet", cut(0.5)), SHOW, ("battles.parquet: is damaged", AGAIN)),
+        ("battles_lack_a_column", only(f"{DATA}/battles.parquet", "id"), SHOW, ("battles.parquet: is damaged",)),
+        ("battles_without_rows", headless(f"{DATA}/battles.parquet"), SHOW, ("has fewer rows than rows.parquet",)),
+        ("pairs_of_words", write(f"{DATA}/pairs.parquet", "hello"), SHOW_PAIR, ("pairs.parquet: is damaged", AGAIN)),
+        ("no_pairs", remove(f"{DATA}/pairs.parquet"), SHOW_PAIR, ("the reward view", "--pairs")),
+        ("no_judge_prompt", remove(f"{DATA}/judge_prompt.j2"), SHOW, ("judge_prompt.j2: is damaged", AGAIN)),
+        ("judge_prompt_not_utf8", write(f"{DATA}/judge_prompt.j2", b"\xff"), SHOW, ("judge_prompt.j2: is damaged",)),
+        ("manifest_without_settings", edited(f"{DATA}/manifest.json", experiment=...), SHOW, ("is damaged", AGAIN)),
+        ("scores_of_words", write(TEST_SCORES, "hello"), SHOW, ("scores_test.parquet: is damaged", "score the stage")),
+        ("scores_cut_off", change(TEST_SCORES, cut(0.5)), SHOW, ("scores_test.parquet: is damaged", "score the stage")),
+        ("scores_lack_the_id", only(TEST_SCORES, "group"), SHOW, ("scores_test.parquet: is damaged",)),
+        ("chances_not_utf8", write(TEST_CHANCES, b"\xff\xfe"), SHOW, ("probabilities_test.csv: is damaged",)),
+        ("chances_of_others", write(TEST_CHANCES, "name\n9000\n"), SHOW, ("probabilities_test.csv: is damaged",)),
+        ("chances_cut_off", write(TEST_CHANCES, f"{HEAD}9000,0.5\n"), SHOW, ("probabilities_test.csv: is damaged",)),
+        ("chances_without_the_row", write(TEST_CHANCES, HEAD), SHOW, ("lacks a row that was scored",)),
+    ]
+]
+
+
+def first_prompts() -> None:
+    from scoring.run_checks import _first_prompts
+
+    _first_prompts(Path(DATA))
+
+
+def test_ids() -> None:
+    from scoring.run_checks import _test_ids
+
+    _test_ids(Path(DATA))
+
+
+def rejected() -> None:
+    from scoring.run_checks import _rejected
+
+    _rejected(Path(DATA))
+
+
+def half_store(place: Place) -> None:
+    from scoring.row_store import RowStore
+
+    RowStore.write(Path("store"), iter(()))
+    Path("store/rows.parquet").write_bytes(b"PAR1")
+
+
+def stored_ids() -> None:
+    from scoring.row_store import RowStore
+
+    list(RowStore(Path("store"), checked=False).ids())
+
+
+OWN_READS = [
+    Case(f"reads_{name}", breaks, call, words)
+    for name, breaks, call, words in [
+        ("rows_cut_off", change(f"{DATA}/rows.parquet", cut(0.5)), first_prompts, ("rows.parquet: is damaged",)),
+        ("battles_of_words", write(f"{DATA}/battles.parquet", "x"), first_prompts, ("battles.parquet: is damaged",)),
+        ("fewer_battles", headless(f"{DATA}/battles.parquet"), first_prompts, ("battles.parquet: is damaged",)),
+        ("no_test_ids", only(f"{DATA}/rows.parquet", "id"), test_ids, ("rows.parquet: is damaged",)),
+        ("no_audit", remove(f"{DATA}/audit.json"), rejected, ("audit.json: is damaged", AGAIN)),
+        ("audit_deep", write(f"{DATA}/audit.json", DEEP), rejected, ("audit.json: is damaged",)),
+        ("audit_a_list", write(f"{DATA}/audit.json", "[]"), rejected, ("audit.json: is no audit",)),
+        ("half_a_row_store", half_store, stored_ids, ("rows.parquet: is damaged", "score again")),
+    ]
+]
 IDS = ["1", "2", "3"]
-HEAD = "id,winner_model_a,winner_model_b,winner_tie\n"
 GOOD = "1,.5,.25,.25\n2,.5,.25,.25\n3,.5,.25,.25\n"
 
 
@@ -286,5 +384,6 @@ SUBMISSIONS = [
 ]
 SUBMISSIONS.append(Case("submission_missing", lambda p: None, submission, ("mine.csv: cannot be read",)))
 CASES = [
-    *(*MANIFEST, *EXPORT, *INFO, *STATE, *JUDGE, *MODEL, *ADAPTERS, *MERGES, *REPORTS, *COMPARES, *SUBMISSIONS),
+    *(*MANIFEST, *EXPORT, *INFO, *STATE, *JUDGE, *MODEL, *ADAPTERS, *MERGES, *REPORTS, *COMPARES, *SHOWS),
+    *(*OWN_READS, *SUBMISSIONS),
 ]
