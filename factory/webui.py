@@ -1,4 +1,4 @@
-"""LLaMA Board as our child process runs it: LLaMA-Factory's own page with our models, and three faults of 0.9.5 mended.
+"""LLaMA Board as our child process runs it: LLaMA-Factory's own page with our models, and faults of 0.9.5 mended.
 
 `python -m factory.webui --host 127.0.0.1 --port 7860`, in a folder that factory.board laid out.
 
@@ -6,6 +6,7 @@
    and the job stands still. Here it writes to a file.
 2. Choosing the folder of a run that the page did not start raises an exception. Here it shows that run's log and chart.
 3. Loading a configuration of another training stage empties its data sets again. Here they stay.
+4. Evaluate compares generated texts alone, cut at 1,024 tokens: see factory.board_checkpoint.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from factory.board import BoardModel, board_models, publish_run, readable_experiments
+from factory.board_checkpoint import follow_checkpoint, mend_evaluation
 from factory.launcher import follow_parent
 from factory.remedies import clean_lines
 
@@ -67,6 +69,8 @@ def build() -> Any:
     _show_chart(page, engine().manager)
     _keep_data_sets(page, train)
     _trust_no_code(engine().manager)
+    mend_evaluation(engine().runner)
+    follow_checkpoint(page, engine().manager)
     return page
 
 

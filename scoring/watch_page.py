@@ -102,6 +102,7 @@ def ladder_plot(seen: Look) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.8), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 0.93))  # the page writes its label over the upper left corner
     axes = figure.add_subplot()
     bounds = [(each.step, each.log_loss) for each in seen.evaluations if each.log_loss is not None]
     if bounds:
@@ -112,17 +113,15 @@ def ladder_plot(seen: Look) -> Figure:
         points = [(each.step, each.log_loss) for each in seen.measured]
         label = f"measured on {seen.measured[-1].rows} validation battles"
         axes.plot(*zip(*points, strict=True), "o-", color="#d62728", label=label)
-    axes.set_xlim(0, seen.point.total if seen.point else 1)
+    axes.set_xlim(0, 1.03 * seen.point.total if seen.point else 1)  # the last point is whole
     # A measured point stands beside the baselines on its own rows, or a lucky sample would look like a good judge.
     ladder = seen.measured[-1].ladder if seen.measured else seen.ladder or {}
-    axes.set_title(
-        f"baselines on {f'these {seen.measured[-1].rows}' if seen.measured else 'all'} validation battles", loc="right"
-    )
+    rows = f"these {seen.measured[-1].rows}" if seen.measured else "all"
     _draw_rungs(axes, ladder, [value for _, value in bounds] + [each.log_loss for each in seen.measured])
-    axes.set_xlabel("step")
+    axes.set_xlabel(f"step (baselines on {rows} validation battles)")
     axes.set_ylabel("log loss")
     if bounds or seen.measured:
-        axes.legend(loc="lower left")
+        figure.legend(loc="outside lower left", ncols=2, frameon=False)
     return figure
 
 

@@ -73,7 +73,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Look:
-    """What a run shows at one moment; `seconds_left` is None while nobody can tell."""
+    """What a run shows at one moment; `seconds_left` is None while nobody can tell.
+
+    `evaluates` says when the recipe evaluates on the way, None where it does not.
+    """
 
     experiment: str
     stage: str
@@ -85,6 +88,7 @@ class Look:
     curve: list[dict[str, float | None]]
     evaluations: list[Evaluation]
     why_no_log_loss: str | None
+    evaluates: str | None = None
     measured: list[Measured] = field(default_factory=list)
     ladder: dict[str, float] | None = None
 
@@ -123,7 +127,16 @@ def look(experiment: Experiment, stage: str) -> Look:
     ]
     point = points[-1] if points else None
     left = seconds_left(point) if point and view.state == "training" else None
-    return Look(experiment.name, stage, view.state, view.detail, view.next, point, left, curve, evaluations, why)
+    told = (experiment.name, stage, view.state, view.detail, view.next)
+    return Look(*told, point, left, curve, evaluations, why, evaluation_times(experiment.recipe(stage)))
+
+
+def evaluation_times(recipe_path: Path) -> str | None:
+    """Return in words when a recipe evaluates on the way, None where it does not or is not there."""
+    recipe = read_yaml(recipe_path) if recipe_path.is_file() else {}
+    every = recipe.get("eval_steps") or recipe.get("logging_steps", 500)  # as transformers chooses
+    steps = f"every {every} steps" if every >= 1 else f"every {every:.0%} of the steps"
+    return {"steps": steps, "epoch": "after each epoch"}.get(recipe.get("eval_strategy", "no"))
 
 
 def answer_tokens(experiment: Experiment, stage: str) -> tuple[int | None, str | None]:
@@ -356,6 +369,8 @@ def in_words(seen: Look) -> list[str]:
     lines += [sentence for _, sentence in sentences(seen)]
     if seen.why_no_log_loss:
         lines.append(f"no log loss yet: {seen.why_no_log_loss}")
+    elif not seen.evaluations and not seen.measured and seen.evaluates:
+        lines.append(f"no evaluation yet: the recipe evaluates {seen.evaluates}")
     elif not seen.evaluations and not seen.measured:
         lines.append("no evaluation yet: set eval_strategy: steps in the recipe, or ask checkpoints with --score 200")
     if seen.ladder:

@@ -8,6 +8,9 @@ import os
 import re
 
 import pytest
+from safetensors import safe_open
+
+from factory.board_checkpoint import text_fault
 
 pytestmark = pytest.mark.slow
 # The Board test once, or as often as one wants to be sure.
@@ -154,4 +157,54 @@ def test_one_chats_with_the_checkpoint_of_the_command_line(tab, servers, trained
     tab.until(lambda: bot.inner_text().strip() if bot.count() else "", lambda text: text in ("A", "B", "C"))
     tab.picture("board_chat")
     press(tab, "Unload model")
+    assert tab.errors == []
+
+
+def open_tab(tab, name: str) -> None:
+    tab.page.get_by_role("tab", name=name).click()
+
+
+def test_the_checkpoint_of_the_command_line_is_evaluated_on_its_validation_set(tab, servers, trained):
+    open_board(tab, servers["board"].url)
+    choose(tab, "Checkpoint path", "demo_sft")
+    open_tab(tab, "Evaluate & Predict")
+    tab.until(lambda: data_sets(tab), lambda seen: seen == ["demo_sft", "demo_sft_valid"])
+    assert tab.page.get_by_label("number input for Cutoff length").locator("visible=true").input_value() == "256"
+    said = tab.page.locator(".prose:visible").last
+    if text_fault():
+        tab.page.get_by_label("Save predictions").check()
+        press(tab, "Start")
+        tab.until(said.inner_text, lambda text: "pip install jieba" in text and "run.py score" in text)
+        tab.page.get_by_label("Save predictions").uncheck()
+    tab.page.get_by_label("Max samples").locator("visible=true").fill("12")
+    folder = trained / "saves" / "arena-tiny" / "lora" / tab.page.get_by_label("Output dir").last.input_value()
+    press(tab, "Start")
+    text = tab.until(said.inner_text, lambda text: "eval_loss" in text)
+    tab.picture("board_evaluated")
+    results = json.loads((folder / "all_results.json").read_text())
+    assert f'"eval_loss": {results["eval_loss"]}' in text and f'"eval_accuracy": {results["eval_accuracy"]}' in text
+    assert 0 < results["eval_loss"] < 1.2 and 0.3 < results["eval_accuracy"] <= 1, results
+    assert "Num examples = 12" in (folder / "board_job.log").read_text()
+    assert tab.errors == []
+
+
+def test_the_checkpoint_of_the_command_line_is_exported(tab, servers, trained):
+    open_board(tab, servers["board"].url)
+    choose(tab, "Checkpoint path", "demo_sft")
+    open_tab(tab, "Export")
+    tab.page.get_by_label("Export dir").fill("outputs/from_the_board")
+    press(tab, "Export")
+    box = tab.page.locator("textarea:visible, input:visible")
+    tab.until(lambda: [each.input_value() for each in box.all()], lambda seen: "Model exported." in seen)
+    tab.picture("board_exported")
+    folder, base = trained / "outputs" / "from_the_board", trained / "models" / "arena-tiny"
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+    with (
+        safe_open(folder / "model.safetensors", "pt") as exported,
+        safe_open(base / "model.safetensors", "pt") as bare,
+    ):
+        names = exported.keys()
+        assert set(names) == set(bare.keys()), "a whole model, without an adapter's keys"
+        name = next(each for each in names if each.endswith("layers.0.self_attn.q_proj.weight"))
+        assert not exported.get_tensor(name).equal(bare.get_tensor(name)), "the adapter is in it"
     assert tab.errors == []

@@ -12,33 +12,12 @@ from factory.board_config import board_config
 from factory.experiment import load_experiment
 from factory.recipe import render_recipe
 from factory.step import TRAININGS
-from factory.webui import build
 
 ROOT_EXPERIMENTS = ("demo", "qwen3-4b")
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """The real page with the committed experiments; what it draws and its manager of elements."""
-    from pathlib import Path
-
-    root = Path(__file__).resolve().parents[2]
-    folder = tmp_path_factory.mktemp("page")
-    for name in ("factory_configs", "templates"):
-        (folder / name).symlink_to(root / name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        page = build()
-        yield page
-
-
 def function_named(page, name):
     return next(each for each in page.fns.values() if each.name == name)
-
-
-@pytest.fixture(scope="module")
-def runner(page):
-    return function_named(page, "load_args").fn.__self__
 
 
 def configured(experiment, stage):

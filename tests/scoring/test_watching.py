@@ -66,6 +66,26 @@ def test_an_evaluation_loss_becomes_an_upper_bound_of_the_log_loss(exam):
     assert "step 4/10  loss 0.4000" in text, "an evaluation's line keeps the last loss in sight"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "when"),
+    [
+        ("eval_strategy: steps\neval_steps: 20", "every 20 steps"),
+        ("eval_strategy: steps\neval_steps: 0.1", "every 10% of the steps"),
+        ("eval_strategy: steps\nlogging_steps: 5", "every 5 steps"),
+        ("eval_strategy: epoch", "after each epoch"),
+        ("eval_steps: 20", None),
+        ("eval_strategy: 'no'", None),
+    ],
+)
+def test_it_is_told_when_the_recipe_evaluates(exam, tmp_path, recipe, when):
+    path = tmp_path / "sft.yaml"
+    path.write_text(recipe)
+    assert watching.evaluation_times(path) == when
+    log(exam, "sft", (2, {"loss": 0.5}))
+    told = "\n".join(in_words(replace(look(exam, "sft"), evaluates=when)))
+    assert (f"the recipe evaluates {when}" if when else "set eval_strategy: steps in the recipe") in told
+
+
 def test_the_bound_holds_for_any_judge():
     """log loss <= tokens x mean loss, for random logits of three answer tokens over a vocabulary."""
     random = np.random.default_rng(0)
@@ -176,10 +196,10 @@ def test_the_chart_puts_a_measured_point_beside_the_baselines_on_its_own_rows(ex
     whole = replace(look(exam, "sft"), ladder={"uniform": 1.0986, "prior": 1.05})
     axes = ladder_plot(whole).axes[0]
     assert {text.get_text() for text in axes.texts} == {"uniform, 1/3 each 1.0986", "class prior 1.0500"}
-    assert axes.get_title(loc="right") == "baselines on all validation battles"
+    assert axes.get_xlabel() == "step (baselines on all validation battles)"
     sample = replace(whole, measured=[Measured(4, 1.0, 30, {"prior": 1.02})])
     axes = ladder_plot(sample).axes[0]
     assert [text.get_text() for text in axes.texts] == ["class prior 1.0200"]
-    assert axes.get_title(loc="right") == "baselines on these 30 validation battles"
+    assert axes.get_xlabel() == "step (baselines on these 30 validation battles)"
     bound, measured = (line for line in axes.lines if len(line.get_xdata()) == 1)
     assert list(bound.get_ydata()) == [pytest.approx(0.9)] and list(measured.get_ydata()) == [1.0]
