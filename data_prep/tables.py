@@ -18,14 +18,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from data_prep.errors import ArenaError
+from data_prep.parquet_pages import batch_rows
+
+if TYPE_CHECKING:
+    import pyarrow
 
 # One cell larger than this is a lost quote that has swallowed rows, not a text.
 _LARGEST_CELL = 1 << 26
 _LARGEST_LINE = 1 << 27
-_PARQUET_BATCH = 512
 # What the parts of a table in a folder end with.
 PARTS = (".csv", ".csv.gz", ".parquet")
 _UTF8 = "convert the file to UTF-8, for example: iconv -f {encoding} -t UTF-8 old.csv > new.csv"
@@ -247,8 +250,25 @@ class CsvTable:
         )
 
 
+def _one_by_one(batch: pyarrow.RecordBatch, names: Sequence[str]) -> Iterator[tuple[object, ...] | BrokenRow]:
+    """Yield the rows of a batch that is large, without making anything of a cell that is too large."""
+    for number in range(len(batch)):
+        cells = {name: _decoded(batch.column(name).slice(number, 1)) for name in names}
+        large = [name for name, cell in cells.items() if cell.nbytes > _LARGEST_CELL]
+        if not large:
+            yield tuple(cells[name][0].as_py() for name in names)
+            continue
+        first = None if names[0] in large else cells[names[0]][0].as_py()
+        yield BrokenRow(f"{large[0]} is larger than {_LARGEST_CELL:,} bytes", first)
+
+
+def _decoded(column: pyarrow.Array) -> pyarrow.Array:
+    """Return a column with each text in its own place: pandas' categories are texts beside their numbers."""
+    return column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+
+
 class ParquetTable:
-    """A parquet file, read in small batches."""
+    """A parquet file, read in batches that are small in memory, whatever its pages unpack to."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -262,16 +282,19 @@ class ParquetTable:
         """The part of the rows, 0 to 1, that was read when the last row came out."""
         return self._row / max(self._rows, 1)
 
-    def rows(self, names: Sequence[str]) -> Iterator[tuple[object, ...]]:
+    def rows(self, names: Sequence[str]) -> Iterator[tuple[object, ...] | BrokenRow]:
         """Yield the cells of the named columns, row by row. Raises ArenaError."""
         self._row = 0
         with self._file() as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=list(names)):
+            size = batch_rows(file, self.path, names)
+            for batch in file.iter_batches(batch_size=size, columns=list(names)):
                 try:
-                    columns = [batch.column(name).to_pylist() for name in names]
+                    if any(batch.column(name).nbytes > _LARGEST_CELL for name in names):
+                        yield from _one_by_one(batch, names)
+                    else:
+                        yield from zip(*[batch.column(name).to_pylist() for name in names], strict=True)
                 except UnicodeDecodeError:
                     raise self._encoding_error(batch, names, self._row) from None
-                yield from zip(*columns, strict=True)
                 self._row += len(batch)
 
     @contextmanager

@@ -469,6 +469,74 @@ def test_a_cell_of_two_gigabytes_costs_its_row_and_no_memory(tmp_path):
     assert "longer than" in done.stdout
 
 
+UNPACKING = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+from pathlib import Path
+from data_prep.errors import ArenaError
+from data_prep.tables import BrokenRow, open_table
+rows, end = [], ""
+try:
+    for row in open_table(Path("bomb.parquet")).rows(["id", "prompt"]):
+        rows.append(row.reason if isinstance(row, BrokenRow) else len(row[1]))
+except ArenaError as error:
+    end = error.what
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(len(rows), sorted(set(rows), key=str), end, "peak below 2 GiB" if peak < 2 else f"peak {peak:.1f} GiB")
+"""
+
+
+def _repeated(prompt, path: Path) -> None:
+    """Write a table whose texts all stand in one dictionary."""
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"id": [str(i) for i in range(len(prompt))], "prompt": prompt})
+    parquet.write_table(table, path, compression="zstd", dictionary_pagesize_limit=1 << 30, store_schema=False)
+
+
+def _bomb(kind: str, path: Path) -> None:
+    """Write a parquet file of some KB that unpacks to gigabytes."""
+    import pyarrow
+    from pyarrow import parquet
+
+    text = pyarrow.array(["x" * ((100 if kind == "cells" else 60) << 20)])
+    if kind in ("cells", "rows"):
+        _repeated(pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 24, pyarrow.int32()), text), path)
+    elif kind == "lists":
+        items = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 500, pyarrow.int32()), text)
+        _repeated(pyarrow.ListArray.from_arrays(pyarrow.array([0, 100, 500], pyarrow.int32()), items), path)
+    else:
+        size = 60 if kind == "pages" else 200
+        table = pyarrow.table({"id": ["1"], "prompt": ["x" * (size << 20)]})
+        with parquet.ParquetWriter(path, table.schema, compression="zstd", use_dictionary=False) as writer:
+            for _ in range(24 if kind == "pages" else 1):
+                writer.write_table(table)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("cells", "24 ['prompt is larger than 67,108,864 bytes']  peak below 2 GiB"),
+        ("rows", "24 [62914560]  peak below 2 GiB"),
+        ("pages", "24 [62914560]  peak below 2 GiB"),
+        ("page", "0 [] is not a readable parquet file: a page of prompt, row group 0 unpacks to 200 MiB"),
+        ("lists", "0 [] is not a readable parquet file: the lists of prompt"),
+    ],
+    ids=lambda text: text if text.isalpha() else "",
+)
+def test_a_small_parquet_file_does_not_unpack_to_gigabytes(kind, said, tmp_path):
+    import subprocess
+
+    _bomb(kind, tmp_path / "bomb.parquet")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 200_000
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    call = [sys.executable, "-c", UNPACKING]
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(said) and done.stdout.endswith("peak below 2 GiB\n"), done.stdout
+
+
 def test_ten_thousand_turns_are_fitted_in_time(fitter):
     import time
 
