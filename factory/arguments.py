@@ -38,6 +38,8 @@ _SECRETS = {
     "om_hub_token": "OPENMIND_HUB_TOKEN",
     "swanlab_api_key": "SWANLAB_API_KEY",
 }
+# Keys that hold one and that LLaMA-Factory reads from nowhere else.
+_SECRETS_OF_FILES = ("swanlab_lark_webhook_url", "swanlab_lark_secret")
 _PLAIN = frozenset({"bool", "int", "float", "str", "list", "dict"})
 _ARITHMETIC = {ast.Mult: operator.mul, ast.Add: operator.add, ast.Sub: operator.sub, ast.Pow: operator.pow}
 UNKNOWN = type("Unknown", (), {"__repr__": lambda self: "UNKNOWN"})()  # a default that only running code could tell
@@ -114,6 +116,8 @@ def key_fault(key: str, training: bool) -> str | None:
         return f"LLaMA-Factory has no such key{f'; did you mean {near[0]}?' if near else ''}"
     if key in _SECRETS:
         return f"a token in a file ends up in logs and archives; remove the key and set {_SECRETS[key]} in your shell"
+    if key in _SECRETS_OF_FILES:
+        return "a secret in a file ends up in logs and archives; remove the key: SwanLab's site can send messages, too"
     if not argument.settable:
         return "LLaMA-Factory derives this value itself; remove the key"
     if not training and argument.group == "TrainingArguments":

@@ -21,6 +21,7 @@ from factory.experiment import Experiment, read_yaml
 from factory.inputs import names
 from factory.recipe import shared_values, step_of
 from factory.step import Step
+from factory.trackers import swanlab_fails
 
 if TYPE_CHECKING:
     from factory.devices import Devices
@@ -231,6 +232,12 @@ _TRAIN_RULES = (
         lambda v: v["streaming"] and v["max_samples"] is not None,
         "is incompatible with streaming",
     ),
+    _Rule(
+        "report_to",
+        swanlab_fails,
+        "ends at the first step: the reporter of transformers does not go with SwanLab 0.8 or newer; write none and "
+        "use_swanlab: true, which is LLaMA-Factory's own, or install swanlab<0.8",
+    ),
 )
 _MERGE_RULES = (
     _Rule(
@@ -373,7 +380,8 @@ def _reporter_fault(value: str | list[str] | None) -> str | None:
         return f"{', '.join(map(repr, unknown))} is no reporter; choices: {', '.join(known)}"
     absent = [name for name in names if name in ("tensorboard", "wandb", "mlflow", "swanlab", "trackio", "comet_ml")]
     if absent := [name for name in absent if find_spec(name) is None]:
-        return f"{', '.join(absent)} is not installed; install it, or write tensorboard or none"
+        install = f"python -m pip install {' '.join(absent)}"
+        return f"{', '.join(absent)} is not installed; {install}, or write tensorboard or none"
     return None
 
 

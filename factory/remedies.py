@@ -39,6 +39,11 @@ REMEDIES: tuple[Remedy, ...] = (
         "free disk space (old checkpoints under saves/, earlier runs named *.earlier-N), then --resume",
     ),
     _remedy(
+        r"wandb\.|swanlab|SwanLab",
+        "the tracker that the recipe reports to ended the run: mend its account or the network; or keep it off the "
+        "network (WANDB_MODE=offline, swanlab_mode: local); or report_to: none. --resume goes on from a checkpoint",
+    ),
+    _remedy(
         r"gated repo|GatedRepo|401 Client Error|403 Client Error|Invalid user token|Invalid username or password",
         "accept the model's licence on its hub page, then `hf auth login` (or set HF_TOKEN); or choose a model "
         "that is not gated",

@@ -23,6 +23,7 @@ from factory.merge_progress import MergeProgress
 from factory.progress import Line, LogPoint, Show, duration, loss_curve
 from factory.state import StageState, archive, checkpoints, last_checkpoint
 from factory.step import STEPS, merge_of
+from factory.trackers import require_accounts
 from factory.weights import refuse_pickles
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -85,6 +86,7 @@ def train(
         return _train_along(stage_step, recipe_path, adapter, folder, launch, resume, show)
     with only_run(folder):
         if fresh:
+            require_accounts(recipe, recipe_path)
             _put_aside(show, adapter, folder)
         state, inputs = StageState(folder), {**inputs_of(recipe_path, recipe), **launch.inputs}
         remedy = "--fresh archives the earlier run and trains anew"
@@ -95,6 +97,8 @@ def train(
             show.note(f"{stage_step}: training kept, finished {state.record('train').finished_at}")
             return adapter
         start = _start(state, inputs, recipe, adapter, folder, resume, show)
+        if not fresh:
+            require_accounts(recipe, recipe_path)
         state.begin("train", inputs)
         rows = _Rows(training_rows(recipe), recipe_path, lambda: _refuse_new_inputs(state, recipe_path, launch))
         seconds = _run_training(stage_step, recipe_path, rows, adapter, folder / "train.log", start, launch, show)

@@ -6,7 +6,8 @@
    and the job stands still. Here it writes to a file.
 2. Choosing the folder of a run that the page did not start raises an exception. Here it shows that run's log and chart.
 3. Loading a configuration of another training stage empties its data sets again. Here they stay.
-4. Evaluate compares generated texts alone, cut at 1,024 tokens: see factory.board_checkpoint.
+4. A SwanLab key that is typed in is written into two files of the output folder. Here it goes to the job alone.
+5. Evaluate compares generated texts alone, cut at 1,024 tokens: see factory.board_checkpoint.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def build() -> Any:
     _show_chart(page, engine().manager)
     _keep_data_sets(page, train)
     _trust_no_code(engine().manager)
+    _keep_keys_out_of_files(engine().runner)
     mend_evaluation(engine().runner)
     follow_checkpoint(page, engine().manager)
     return page
@@ -210,6 +212,22 @@ def _trust_no_code(manager: Any) -> None:
     for name in ("infer.extra_args", "export.extra_args"):
         element = manager.get_elem_by_id(name)
         element.value = json.dumps({**json.loads(element.value), "trust_remote_code": False})
+
+
+def _keep_keys_out_of_files(runner: Any) -> None:
+    """Give a SwanLab key to jobs by the environment; neither arguments nor saved settings hold it."""
+    native_arguments, native_settings = runner._parse_train_args, runner._build_config_dict
+
+    def parse(data: dict) -> dict[str, Any]:
+        arguments = native_arguments(data)
+        if key := arguments.pop("swanlab_api_key", None):
+            os.environ["SWANLAB_API_KEY"] = key
+        return arguments
+
+    def settings(data: dict) -> dict[str, Any]:
+        return {name: value for name, value in native_settings(data).items() if name != "train.swanlab_api_key"}
+
+    runner._parse_train_args, runner._build_config_dict = parse, settings
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from factory.board import BoardModel, board_models, configuration
 from factory.board_config import board_config
+from factory.child import child_environment
 from factory.experiment import load_experiment
 from factory.recipe import render_recipe
 from factory.step import TRAININGS
@@ -115,3 +116,15 @@ def test_a_loaded_stage_keeps_its_data_sets(page):
 def test_code_of_a_model_is_not_trusted(runner):
     for name in ("infer.extra_args", "export.extra_args"):
         assert json.loads(runner.manager.get_elem_by_id(name).value)["trust_remote_code"] is False
+
+
+def test_a_key_that_is_typed_in_reaches_the_job_and_no_file(page, runner, monkeypatch):
+    monkeypatch.setenv("SWANLAB_API_KEY", "of-the-shell")
+    data = elements_with(page, runner, {"train.use_swanlab": True, "train.swanlab_api_key": "typed-in-0123456789"})
+    data[runner.manager.get_elem_by_id("train.dataset")] = ["x"]
+    for key in ("top.model_name", "top.model_path", "train.output_dir"):
+        data[runner.manager.get_elem_by_id(key)] = "trial"
+    started, saved = runner._parse_train_args(data), runner._build_config_dict(data)
+    assert started["use_swanlab"] and saved["train.use_swanlab"]
+    assert "typed-in" not in str(started) and "typed-in" not in str(saved)
+    assert child_environment()["SWANLAB_API_KEY"] == "typed-in-0123456789"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import ArenaError
-from factory import checks
+from factory import checks, trackers
 from factory.checks import check_device, check_recipe, check_recipes, device_faults
 from factory.devices import Devices, Gpu
 from factory.experiment import load_experiment, parse_experiment, read_yaml
@@ -108,6 +108,8 @@ def test_a_rendered_recipe_has_no_fault(faults, step):
         ("use_galore", "true", "does not go with a LoRA adapter"),
         ("use_apollo", "true", "does not go with a LoRA adapter"),
         ("use_badam", "true", "does not go with a LoRA adapter"),
+        ("swanlab_api_key", "0123456789", "remove the key and set SWANLAB_API_KEY in your shell"),
+        ("swanlab_lark_secret", "0123456789", "a secret in a file ends up in logs and archives"),
         ("flash_attn", "fa3", "not implemented"),
         ("flash_attn", "fa2", "needs the package flash_attn, which is not installed"),
         ("enable_liger_kernel", "true", "needs the package liger_kernel"),
@@ -145,6 +147,21 @@ def test_a_fault_is_found_and_told(faults, key, value, part):
 )
 def test_what_a_user_may_choose_is_no_fault(faults, key, value):
     assert faults(**{key: value}) == {}
+
+
+@pytest.mark.parametrize(("key", "value"), [("report_to", "wandb"), ("report_to", "[tensorboard, wandb, swanlab]")])
+def test_a_tracker_that_is_not_installed_is_told_with_the_command(faults, monkeypatch, key, value):
+    monkeypatch.setattr(checks, "find_spec", lambda name: name == "tensorboard" or None)
+    missing = "wandb, swanlab" if "swanlab" in value else "wandb"
+    command = f"python -m pip install {missing.replace(',', '')}"
+    assert faults(**{key: value}) == {key: f"{missing} is not installed; {command}, or write tensorboard or none"}
+
+
+def test_a_reporter_that_ends_the_run_is_told_before_it(faults, monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
+    monkeypatch.setattr(trackers, "version", lambda name: "0.10.3")
+    assert "use_swanlab: true, which is LLaMA-Factory's own" in faults(report_to="swanlab")["report_to"]
+    assert faults(report_to="swanlab", use_swanlab="true") == {}
 
 
 @pytest.mark.parametrize(("loss", "instead"), [("hinge", "sigmoid"), ("kto_pair", "sigmoid"), ("ipo", "averaged")])
