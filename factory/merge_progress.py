@@ -25,7 +25,7 @@ class MergeProgress:
 
     def read(self, text: str) -> None:
         """Take one line of the child's output."""
-        if told := _LOADING.search(text):
+        if (told := _LOADING.search(text)) and told[1] != "100":
             self._line.part(int(told[1]) / 100, f"of the weights loaded, {told[2]} left")
 
     def look(self) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data_prep.battle import VERDICTS, Battle
 from data_prep.errors import ArenaError
-from data_prep.folds import normalise_prompt, prompt_group, validation_rows
+from data_prep.folds import normalise_prompt, prompt_group, validation_mask, validation_rows
 from data_prep.readers import VoteReader
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
@@ -199,3 +201,18 @@ def test_real_votes(file, prompts, tolerance):
         assert abs(inside - 0.1 * count) <= tolerance
     first = {battle.prompts[0] for battle, is_in in zip(battles, chosen, strict=True) if is_in}
     assert not first & {battle.prompts[0] for battle, is_in in zip(battles, chosen, strict=True) if not is_in}
+
+
+def test_millions_of_rows_take_some_bytes_each():
+    draw = np.random.default_rng(0)
+    numbers = draw.integers(0, 2**64, 300_000, dtype=np.uint64)
+    groups = np.concatenate([numbers[:100_000], numbers[draw.integers(0, 100_000, 200_000)]])
+    kinds = draw.choice(3, 300_000).astype(np.int8)
+    tracemalloc.start()
+    try:
+        mask = validation_mask(groups, kinds, share=0.1, seed=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert mask.mean() == pytest.approx(0.1, abs=1e-3)
+    assert peak < 300_000 * 20 + 100_000 * 70
