@@ -25,6 +25,10 @@ class ModelShape:
     feed_forward: int
     vocabulary: int
     tied: bool  # the head is the embedding
+    normed: bool = False  # queries and keys pass through norms (Qwen3)
+    soft_capped: bool = (
+        False  # attention scores pass through tanh (Gemma 2): made in full unless FlashAttention-2 is there
+    )
 
     @property
     def attention_width(self) -> int:
@@ -71,13 +75,13 @@ _KNOWN = {
     "meta-llama/Meta-Llama-3-8B-Instruct": ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
     "meta-llama/Llama-3.1-8B-Instruct": ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
     "meta-llama/Meta-Llama-3.1-8B-Instruct": ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
-    "google/gemma-2-9b-it": ModelShape(3584, 42, 16, 8, 256, 14336, 256000, tied=True),
+    "google/gemma-2-9b-it": ModelShape(3584, 42, 16, 8, 256, 14336, 256000, tied=True, soft_capped=True),
     "Qwen/Qwen2.5-1.5B-Instruct": ModelShape(1536, 28, 12, 2, 128, 8960, 151936, tied=True),
     "Qwen/Qwen2.5-7B-Instruct": ModelShape(3584, 28, 28, 4, 128, 18944, 152064, tied=False),
-    "Qwen/Qwen3-0.6B": ModelShape(1024, 28, 16, 8, 128, 3072, 151936, tied=True),
-    "Qwen/Qwen3-1.7B": ModelShape(2048, 28, 16, 8, 128, 6144, 151936, tied=True),
-    "Qwen/Qwen3-4B-Instruct-2507": ModelShape(2560, 36, 32, 8, 128, 9728, 151936, tied=True),
-    "Qwen/Qwen3-8B": ModelShape(4096, 36, 32, 8, 128, 12288, 151936, tied=False),
+    "Qwen/Qwen3-0.6B": ModelShape(1024, 28, 16, 8, 128, 3072, 151936, tied=True, normed=True),
+    "Qwen/Qwen3-1.7B": ModelShape(2048, 28, 16, 8, 128, 6144, 151936, tied=True, normed=True),
+    "Qwen/Qwen3-4B-Instruct-2507": ModelShape(2560, 36, 32, 8, 128, 9728, 151936, tied=True, normed=True),
+    "Qwen/Qwen3-8B": ModelShape(4096, 36, 32, 8, 128, 12288, 151936, tied=False, normed=True),
     "microsoft/Phi-4-mini-instruct": ModelShape(3072, 32, 24, 8, 128, 8192, 200064, tied=True),
 }
 
@@ -126,4 +130,6 @@ def _parse(config: dict[str, Any]) -> ModelShape:
         feed_forward=config["intermediate_size"],
         vocabulary=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
+        normed=str(config.get("model_type")).startswith("qwen3"),
+        soft_capped=bool(config.get("attn_logit_softcapping")),
     )
