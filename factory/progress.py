@@ -182,6 +182,7 @@ class _PlainLine(Line):
     def __init__(self, show: Show, label: str, start_step: int):
         super().__init__(show, label, start_step)
         self._printed_at, self._phases = -math.inf, set[str]()
+        self._began = time.monotonic()
 
     def phase(self, text: str) -> None:
         if text not in self._phases:  # once: a long run validates and saves again and again
@@ -204,7 +205,7 @@ class _PlainLine(Line):
 
     def part(self, share: float, detail: str) -> None:
         now = time.monotonic()
-        if now - self._printed_at >= self.show.interval:
+        if now - max(self._printed_at, self._began) >= self.show.interval:  # what is soon done needs no line
             self._printed_at = now
             self.print(f"{self.label}: {share:.0%}  {detail}")
 

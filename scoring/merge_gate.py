@@ -28,8 +28,9 @@ from data_prep.pairs import pair_sequences
 from factory.dequantised import hush_bitsandbytes
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import model_files
-from factory.progress import duration
+from factory.progress import Countdown, duration
 from scoring.adapters import trained_adapter
+from scoring.batches import ScoreProgress
 from scoring.canaries import CANARIES, label_canaries, reward_canaries, seal_canaries
 from scoring.engine import device_name, load_model, score_labels
 from scoring.judge import Judge, load_judge
@@ -38,11 +39,12 @@ from scoring.metrics import log_loss
 from scoring.rewards import beats, load_value_head, value_rewards
 
 if TYPE_CHECKING:
-    from factory.progress import Show
+    from factory.progress import Line, Show
 
 RECORD = "merge_gate.json"
 # On these of the battles the adapter is also switched off: it must make a difference, and the merge must keep it.
 EFFECT_ROWS = 32
+Tell = Callable[[ScoreProgress], None]
 
 
 def gate(experiment: Experiment, stage: str, *, show: Show) -> dict[str, Any] | None:
@@ -63,7 +65,7 @@ def gate(experiment: Experiment, stage: str, *, show: Show) -> dict[str, Any] | 
     if record is None or not (experiment.merged_folder(stage) / CANARIES).is_file():
         started = time.monotonic()
         with show.line(f"{stage}: merge gate") as line:
-            record = {"inputs": inputs, **_measure(experiment, stage, line.phase)}
+            record = {"inputs": inputs, **_measure(experiment, stage, line)}
         write_json(path, record)
         show.note(f"{stage}: {_in_words(record['merge_gate'])}, in {duration(time.monotonic() - started)}")
     _require_passed(experiment, stage, record["merge_gate"], path)
@@ -88,21 +90,21 @@ def compared(adapter: np.ndarray, merged: np.ndarray, verdicts: Sequence[str | N
     }
 
 
-def _measure(experiment: Experiment, stage: str, tell: Callable[[str], None]) -> dict[str, Any]:
+def _measure(experiment: Experiment, stage: str, line: Line) -> dict[str, Any]:
     """Ask both models; one is given back before the other is loaded."""
     device = device_name()
     judge = load_judge(experiment.merged_folder(stage))
     questions = (_reward_questions if stage == "rm" else _label_questions)(experiment, judge)
-    tell("the adapter on its quantised base")
+    progress = _told(line, "the adapter on its quantised base")
     hush_bitsandbytes()
     policy = trained_adapter(experiment, stage).load(device)
-    adapter = questions.ask(policy, questions.rows)
+    adapter = questions.ask(policy, questions.rows, progress)
     with policy.disable_adapter():
         base = questions.ask(policy, questions.rows[:EFFECT_ROWS])
     del policy
-    tell("the merged model")
+    progress = _told(line, "the merged model")
     model = load_model(judge.folder, device)
-    merged = questions.ask(model, questions.rows)
+    merged = questions.ask(model, questions.rows, progress)
     seal_canaries(judge, questions.ask(model, questions.canaries), "bf16" if device == "cuda" else "fp32")
     found = compared(adapter, merged, questions.verdicts, experiment.merge_gate.max_abs_diff)
     measure = "P(A beats B) from the rewards" if stage == "rm" else "label probabilities"
@@ -123,14 +125,30 @@ class _Questions:
     rows: list
     verdicts: list[str | None]
     canaries: list
-    ask: Callable[[Any, Sequence], np.ndarray]
+    ask: Callable[..., np.ndarray]  # of a model and sequences; a third argument is told how far it is
+
+
+def _unheard(_: ScoreProgress) -> None:
+    """Tell nobody."""
+
+
+def _told(line: Line, who: str) -> Tell:
+    """Say who is asked now; return what shows how many answers are there, with the time left."""
+    line.phase(who)
+    countdown = Countdown()
+
+    def tell(progress: ScoreProgress) -> None:
+        share = progress.tokens / max(progress.total_tokens, 1)
+        line.part(share, f"of the answers{countdown.left(share)}")
+
+    return tell
 
 
 def _label_questions(experiment: Experiment, judge: Judge) -> _Questions:
     battles = _drawn(read_battles(experiment.data_folder, "valid"), experiment)
 
-    def ask(model: Any, sequences: Sequence) -> np.ndarray:
-        return softmax(score_labels(model, sequences, judge.frame.label_ids))
+    def ask(model: Any, sequences: Sequence, progress: Tell = _unheard) -> np.ndarray:
+        return softmax(score_labels(model, sequences, judge.frame.label_ids, progress=progress))
 
     verdicts = [battle.verdict for battle, _ in battles]
     return _Questions(judge.sequences(battles), verdicts, label_canaries(judge), ask)
@@ -140,8 +158,8 @@ def _reward_questions(experiment: Experiment, judge: Judge) -> _Questions:
     data, head = experiment.data_folder, load_value_head(judge.folder)
     drawn = _drawn(list(zip(read_battles(data, "valid"), read_pairs(data, "valid"), strict=True)), experiment)
 
-    def ask(model: Any, triples: Sequence) -> np.ndarray:
-        return beats(value_rewards(model, head, triples))
+    def ask(model: Any, triples: Sequence, progress: Tell = _unheard) -> np.ndarray:
+        return beats(value_rewards(model, head, triples, progress=progress))
 
     triples = pair_sequences(judge.frame, judge.tokenizer, [pair for _, pair in drawn])
     verdicts = [battle.verdict for (battle, _), _ in drawn]

@@ -74,7 +74,7 @@ def its(tmp_path, monkeypatch, make_experiment):
 
 def asked(experiment, stage="sft"):
     stream = io.StringIO()
-    return gate(experiment, stage, show=Show(stream)), stream.getvalue()
+    return gate(experiment, stage, show=Show(stream, attended=False, interval=0)), stream.getvalue()
 
 
 def test_the_record_is_kept_until_an_input_changes(its):
@@ -174,7 +174,8 @@ def real(workplace, make_experiment, tiny_model, small_tokenizer, small_frame, j
 @pytest.mark.parametrize(("stage", "classes"), [("sft", 3), ("rm", 1)])
 def test_a_true_merge_passes_and_its_canaries_are_sealed(real, stage, classes):
     experiment = real(stage)
-    record, _ = asked(experiment, stage)
+    record, said = asked(experiment, stage)
+    assert said.count(f"{stage}: merge gate: 100%  of the answers") == 2, "of the adapter, of the merged model"
     assert record["merge_gate"]["passed"] and record["merge_gate"]["max_abs_diff"] < 1e-4
     effect = record["adapter_effect"]
     assert effect["mean_abs_diff"] > 1e-3 > effect["merged_mean_abs_diff"]
