@@ -41,10 +41,13 @@ def build_base_model(folder: Path, texts: Iterable[str], *, seed: int, size: Bas
     The same texts, seed and size give the same bytes. An earlier folder is replaced as a whole.
     Raises ArenaError where `texts` holds no text.
     """
+    from transformers.utils import logging
+
     tokenizer = _train_tokenizer(texts, size)
     model = _random_model(tokenizer, seed, size)
     with atomic_folder(folder) as fresh:
         tokenizer.save_pretrained(fresh)
+        logging.disable_progress_bar()  # of two megabytes
         model.save_pretrained(fresh)
         card = _CARD.format(seed=seed, parameters=model.num_parameters(), vocabulary=len(tokenizer), size=size)
         (fresh / "README.md").write_text(card, encoding="utf-8")
