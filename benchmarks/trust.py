@@ -1,9 +1,9 @@
-"""The table of docs/trust.md: kills survived, bad inputs handled, fuzz executions and crashes, hostile cases guarded.
+"""The table of docs/trust.md: kills survived, bad inputs handled, hostile cases guarded, guards shown, fuzzing.
 
     python benchmarks/trust.py      # make trust
 
-Bad inputs and hostile cases are run now. Fuzzing and kills take long: their last results are read from
-benchmarks/results/ (fuzz.json of benchmarks/fuzz.py; kills.json: {"tried": n, "survived": n}).
+Bad inputs and hostile cases are run now. The rest takes long: its last results are read from benchmarks/results/
+(fuzz.json of benchmarks/fuzz.py; guards.json of benchmarks/guards.py; kills.json: {"tried": n, "survived": n}).
 """
 
 from __future__ import annotations
@@ -49,6 +49,12 @@ def _survived(tally: dict) -> str:
     return f"{tally['survived']:,} / {tally['tried']:,}"
 
 
+def guards() -> list[list[str]]:
+    """Return how many guards a test fails without."""
+    name, found = "guards shown by removal: a test fails without it", _result("guards.json")
+    return [[name, _NOT_RUN if found is None else f"{sum(each['shown'] for each in found)} / {len(found)}"]]
+
+
 def fuzzing() -> list[list[str]]:
     """Return a row a target, and one for all of them."""
     found = _result("fuzz.json")
@@ -76,6 +82,7 @@ def main() -> None:
         *kills(),
         ["bad inputs handled / tried", tests("tests/test_bad_inputs.py", "test_bad_input[")],
         ["hostile cases guarded / tried", tests("tests/test_hostile.py", "test_")],
+        *guards(),
         *fuzzing(),
     ]
     text = f"{table(['what', 'figure'], rows)}\n\n{measured_on('make trust')}"

@@ -17,6 +17,7 @@ from data_prep.budget import MARKER, cut_middle, last_turns, share_out
 from data_prep.errors import ArenaError
 from data_prep.flatten import ASSISTANT, USER, Pair, flatten
 from data_prep.neutral import Neutralizer
+from data_prep.screen import name_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -119,7 +120,7 @@ class PairFitter:
         if over:
             raise ArenaError(
                 f"cannot be fitted to {self.cutoff_len} tokens as a pair",
-                where=f"battle {over[0].battle.id}",
+                where=f"battle {name_of(over[0].battle.id)}",
                 remedy="raise cutoff_len in experiment.yaml",
             )
         return [FittedPair(job.pair, job.dropped, *job.tokens, job.tokens_full, job.lost) for job in jobs]

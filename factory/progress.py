@@ -220,7 +220,7 @@ class _BarLine(Line):
         details = (TextColumn("{task.fields[detail]}"), TimeElapsedColumn())
         console = Console(file=show.stream, force_terminal=True)  # NO_COLOR is rich's own business
         self._bar = Progress(*columns, *details, console=console, transient=True, refresh_per_second=4)
-        self._task = self._bar.add_task(label, total=None, detail="starting")
+        self._task = self._bar.add_task(self.label, total=None, detail="starting")
         self._seen: dict[str, float] = {}
 
     def __enter__(self) -> Line:
