@@ -40,10 +40,8 @@ _DAMAGES = (IndexError, ValueError, KeyError, TypeError, AttributeError)
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3
 _DICTIONARY_CODED = (2, 8)
 _PREFIX_CODED = 7  # DELTA_BYTE_ARRAY: a value repeats the beginning of the one before it
-_LENGTHS_FIRST, _BYTES_A_LENGTH = (
-    (6, 7),
-    8,
-)  # DELTA_…: the lengths of a page's values, which take next to nothing packed
+# DELTA_…: the lengths of a page's values, which take next to nothing packed.
+_LENGTHS_FIRST, _BYTES_A_LENGTH = (6, 7), 8
 _DAMAGED = "the file is cut off or damaged: fetch or write it again"
 _LARGE = (
     "a table of votes has no texts that large; write it anew in smaller row groups: "
@@ -118,8 +116,11 @@ def _row_groups(raw: IO[bytes], path: Path) -> list[dict[int, Any]]:
     try:
         end = raw.seek(-8, os.SEEK_END)
         raw.seek(end - int.from_bytes(raw.read(4), "little"))
-        return _struct(raw.read(end - raw.tell()), 0)[0][_ROW_GROUPS]
-    except (*_DAMAGES, OSError):
+        groups = _struct(raw.read(end - raw.tell()), 0)[0][_ROW_GROUPS]
+        if min((group[_ROWS] for group in groups), default=0) < 0:
+            raise ValueError("a negative number of rows")
+        return groups
+    except (*_DAMAGES, OSError):  # what pyarrow made of the same bytes says nothing of what they are here
         raise _refused(path, "its footer is damaged", _DAMAGED) from None
 
 
