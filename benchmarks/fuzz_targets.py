@@ -285,7 +285,7 @@ def _state_seeds() -> list[bytes]:
 def _manifest_seeds() -> list[bytes]:
     source = {"file": "votes.csv", "sha256": "0" * 64}
     content = {"format": FORMAT, "views": ["judge"], "sources": {"train": source}, "files": {"rows.parquet": "0"}}
-    return [json.dumps({**content, "frame": asdict(_frame())}).encode()]
+    return [json.dumps({**content, "experiment": {"name": "exam"}, "frame": asdict(_frame())}).encode()]
 
 
 def _info_seeds() -> list[bytes]:
