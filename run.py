@@ -450,7 +450,7 @@ def export(
 @click.option("--stage", type=click.Choice(TRAININGS), help="The stage to watch [the one that runs].")
 @click.option("--terminal", is_flag=True, help="Here instead of in a browser, until the run ends.")
 @click.option("--once", is_flag=True, help="Print how far the run is, and end.")
-@click.option("--tensorboard", is_flag=True, help="TensorBoard instead of our own page.")
+@click.option("--tensorboard", is_flag=True, help="TensorBoard over all runs on this base model.")
 @click.option(
     "--score", type=click.IntRange(0), default=0, metavar="ROWS", help="Ask every checkpoint about ROWS battles, too."
 )
@@ -477,6 +477,8 @@ def watch(
 
     exp, show = _start(experiment)
     if tensorboard:
+        if once or terminal or as_json or score:
+            raise click.UsageError("--tensorboard has its own page: leave out --terminal, --once, --score and --json")
         serve_tensorboard(exp, host, port, open_browser=not no_open, show=show)
         return
     stage = stage_to_watch(exp, stage)

@@ -25,7 +25,7 @@ from factory.experiment import Experiment, load_experiment, read_yaml
 from factory.recipe import render_recipe
 from factory.remedies import clean_lines
 from factory.step import TRAININGS
-from factory.survey import experiment_names
+from factory.survey import experiment_names, running_stages
 
 if TYPE_CHECKING:
     from factory.progress import Show
@@ -201,7 +201,7 @@ def serve_board(place: BoardPlace, host: str, port: int | None, *, open_browser:
 def serve_tensorboard(experiment: Experiment, host: str, port: int | None, *, open_browser: bool, show: Show) -> None:
     """Serve TensorBoard over every run on an experiment's base model until Ctrl-C."""
     folder = experiment.adapter_folder("sft").parent
-    if not any(folder.glob("*/runs/*/events.*")):
+    if not any(folder.glob("*/runs/*/events.*")) and not running_stages(experiment):  # one at work will write them
         raise ArenaError(
             "no run here wrote anything for TensorBoard",
             where=str(folder),

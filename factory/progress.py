@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 from data_prep.screen import printable
 
+_WIDE, _BAR = 120, 16  # columns of a terminal with room for a bar, and of the bar
 _PLAIN_INTERVAL = 30.0  # seconds between two lines where nobody watches
 _SOONEST = 1.0  # seconds of work that a first guess at the time left is made from
 
@@ -216,11 +217,14 @@ class _BarLine(Line):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24))
-        details = (TextColumn("{task.fields[detail]}"), TimeElapsedColumn())
         console = Console(file=show.stream, force_terminal=True)  # NO_COLOR is rich's own business
-        self._bar = Progress(*columns, *details, console=console, transient=True, refresh_per_second=4)
+        wide = console.width >= _WIDE
+        bar, elapsed = ([BarColumn(bar_width=_BAR)], [TimeElapsedColumn()]) if wide else ([], [])
+        told = (SpinnerColumn(), TextColumn("{task.description}"), *bar, TextColumn("{task.fields[detail]}"), *elapsed)
+        self._bar = Progress(*told, console=console, transient=True, refresh_per_second=4)
         self._task = self._bar.add_task(self.label, total=None, detail="starting")
+        self._beside = _BAR + 14 if wide else 4  # columns that spinner, bar, time and the gaps between them take
+        self._description = self.label
         self._seen: dict[str, float] = {}
 
     def __enter__(self) -> Line:
@@ -234,15 +238,25 @@ class _BarLine(Line):
         self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def phase(self, text: str) -> None:
-        self._bar.update(self._task, description=f"{self.label}: {text}", detail="")
+        self._description = f"{self.label}: {text}"
+        self._bar.update(self._task, description=self._description, detail="")
 
     def point(self, point: LogPoint) -> None:
         for key in ("loss", "eval_loss", "lr"):  # an evaluation's line has no loss: keep the last one in sight
             if (value := getattr(point, key)) is not None:
                 self._seen[key] = value
         shown = LogPoint(point.step, point.total, elapsed=point.elapsed, **self._seen)
-        detail = f"{point.step}/{point.total}  {describe(shown, self.start_step)}"
-        self._bar.update(self._task, completed=point.step, total=point.total, detail=detail)
+        self._bar.update(self._task, completed=point.step, total=point.total, detail=self._fitting(shown))
+
+    def _fitting(self, point: LogPoint) -> str:
+        """Return as much of a point as the terminal has room for: the time left stays, the learning rate goes first."""
+        room = self._bar.console.width - len(self._description) - self._beside
+        text = ""
+        for left_out in ({}, {"lr": None}, {"lr": None, "eval_loss": None}, dict.fromkeys(("lr", "eval_loss", "loss"))):
+            text = f"{point.step}/{point.total}  {describe(replace(point, **left_out), self.start_step)}"
+            if len(text) <= room:
+                break
+        return text
 
     def count(self, done: int, total: int | None, detail: str) -> None:
         self._bar.update(self._task, completed=done, total=total, detail=f"{_of(done, total)}  {detail}")

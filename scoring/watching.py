@@ -111,6 +111,9 @@ def stage_to_watch(experiment: Experiment, stage: str | None) -> str:
         return running[0]
     what = f"{' and '.join(running)} run" if running else "no stage of this experiment runs now"
     remedy = f"python run.py watch -e {experiment.name} --stage {running[0] if running else TRAININGS[0]}"
+    if not running:
+        start = f"python run.py {TRAININGS[0]} -e {experiment.name}"
+        remedy = f"start one in another terminal: {start}; or wait for one, or look at an earlier one: {remedy}"
     raise UsageError(what, where=experiment.name, remedy=remedy)
 
 
@@ -233,11 +236,13 @@ class CheckpointScorer:
 
     def log_loss(self, adapter: Path) -> float:
         """Return the log loss of an adapter's folder on the chosen rows."""
+        from factory.dequantised import hush_bitsandbytes
         from scoring.adapters import trained_adapter
         from scoring.engine import device_name, score_labels
         from scoring.links import log_softmax
         from scoring.metrics import log_loss, verdict_codes
 
+        hush_bitsandbytes()
         model = replace(trained_adapter(self._experiment, self._stage), folder=adapter).load(device_name())
         logits = score_labels(model, self._sequences, self._label_ids)
         return log_loss(np.exp(log_softmax(logits)), verdict_codes(self._verdicts))
@@ -307,10 +312,12 @@ def follow(watcher: Watcher, show: Show, *, pause: float = 1.0) -> Look:
     """Show a run in the terminal until it is not at work any more; return the last look."""
     seen = watcher.look()
     told: set[tuple] = set()
+    shown: LogPoint | None = None
     with show.line(f"{seen.experiment} {seen.stage}") as line:
         while True:
             line.phase(seen.state)
-            if seen.point:
+            if seen.point and seen.point != shown:
+                shown = seen.point
                 line.point(_last_loss(seen))
             for key, sentence in sentences(seen, seen.ladder):
                 # An evaluation waits for the ladder that it is told beside.

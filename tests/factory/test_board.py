@@ -5,6 +5,8 @@ import pytest
 import yaml
 
 from data_prep.errors import ArenaError, UsageError
+from data_prep.lock import only_run
+from factory import board
 from factory.board import exposure, free_port, lay_out, log_lines, publish_run, serve_page, serve_tensorboard
 from factory.experiment import load_experiment
 from factory.progress import Show
@@ -107,10 +109,15 @@ def test_ports_are_free_and_the_loopback_is_no_exposure():
     assert "prefer 127.0.0.1" in exposure("0.0.0.0")
 
 
-def test_a_page_that_cannot_start_says_why(place, capsys):
+def test_a_page_that_cannot_start_says_why(place, capsys, monkeypatch):
     with pytest.raises(ArenaError, match="thing ended with exit code"):
         serve_page(
             "no_such_module_at_all", [], "thing", place / "x.log", "127.0.0.1", None, open_browser=False, show=Show()
         )
     with pytest.raises(ArenaError, match="no run here wrote anything for TensorBoard"):
         serve_tensorboard(load_experiment("exam"), "127.0.0.1", None, open_browser=False, show=Show())
+    served = []
+    monkeypatch.setattr(board, "serve_page", lambda module, *_, **__: served.append(module))
+    with only_run(load_experiment("exam").output_folder("sft")):  # its events come with its first step
+        serve_tensorboard(load_experiment("exam"), "127.0.0.1", None, open_browser=False, show=Show())
+    assert served == ["tensorboard.main"]

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import re
 
 import pytest
 
@@ -134,6 +135,28 @@ def test_an_attended_line_shows_step_loss_rate_and_vanishes(monkeypatch):
     assert "3/10  loss 1.5000  validation loss 1.7500  lr 2.00e-04  0:00:07 left" in written
     assert "kept" in written
     assert written.endswith(("\x1b[2K", "\x1b[?25h")) or "\x1b[2K" in written.rsplit("left", 1)[1]  # erased
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "absent"),
+    [
+        (160, "120/350  loss 0.5015  validation loss 0.5693  lr 2.54e-06  0:05:45 left", None),
+        (100, "120/350  loss 0.5015  validation loss 0.5693  0:05:45 left", "lr "),
+        (80, "120/350  loss 0.5015  0:05:45 left", "validation loss"),
+        (60, "120/350  0:05:45 left", "loss"),
+    ],
+)
+def test_the_time_left_stays_in_sight_on_a_narrow_terminal(monkeypatch, width, shown, absent):
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream = io.StringIO()
+    with Show(stream, attended=True).line("qwen3-4b dpo_judge") as line:
+        line.phase("validating")
+        line.point(LogPoint(120, 350, loss=0.5015, eval_loss=0.5693, lr=2.54e-6, elapsed=180.0))
+        line._bar.refresh()
+    screen = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()))
+    (last,) = {each.rstrip() for each in screen if "120/350" in each}
+    assert shown in last and "…" not in last and len(last) <= width
+    assert absent is None or absent not in last
 
 
 def test_no_color_is_respected_by_the_attended_line(monkeypatch):

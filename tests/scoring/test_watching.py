@@ -144,8 +144,9 @@ def test_a_checkpoint_is_asked_once_and_answers_as_the_model_does(exam, monkeypa
 
 
 def test_the_stage_that_runs_is_watched(exam):
-    with pytest.raises(UsageError, match="no stage of this experiment runs now"):
+    with pytest.raises(UsageError, match="no stage of this experiment runs now") as caught:
         stage_to_watch(exam, None)
+    assert "start one in another terminal: python run.py sft -e exam" in caught.value.remedy
     assert stage_to_watch(exam, "rm") == "rm"
     with only_run(exam.output_folder("sft")):
         assert stage_to_watch(exam, None) == "sft"
@@ -155,7 +156,8 @@ def test_the_stage_that_runs_is_watched(exam):
 
 def test_the_terminal_tells_each_evaluation_once_beside_the_ladder(exam, capsys):
     state = StageState(exam.output_folder("sft"))
-    log(exam, "sft", (2, {"loss": 0.5}), (2, {"eval_loss": 0.35}), (5, {"loss": 0.4}), (5, {"eval_loss": 0.3}))
+    points = (2, {"loss": 0.5}), (2, {"eval_loss": 0.35}), (5, {"loss": 0.4}), (5, {"eval_loss": 0.3})
+    log(exam, "sft", *points, (10, {"loss": 0.35}))
     looks = []
 
     class Acted(Watcher):
@@ -174,6 +176,7 @@ def test_the_terminal_tells_each_evaluation_once_beside_the_ladder(exam, capsys)
     assert said.count("step 2: evaluation loss 0.3500, so a log loss of at most 1.0500") == 1
     assert said.count("step 5: evaluation loss 0.3000") == 1 and "class prior 1.0956" in said
     assert "exam sft: training" in said
+    assert said.count("exam sft: step 10/10") == 1, "the last step is told once, however often it is looked at"
     assert in_words(seen)[-1] == "next: python run.py sft -e exam"
 
 
