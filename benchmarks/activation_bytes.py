@@ -22,7 +22,7 @@ from figures import ROOT, measured_on, put, table
 from forecast_check import Case, prepare
 from workbench import Workbench
 
-from factory.memory import layer_bytes, training_memory
+from factory.memory import SLACK, layer_bytes, training_memory
 from factory.shape import ModelShape
 
 MIB = 2**20
@@ -36,12 +36,16 @@ SIZES = ("small", "medium")
 
 def peak_of(call: Callable[[], None]) -> int:
     """Return the most bytes that were allocated at once while `call` ran, above those of its start."""
-    import torch
-
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with profiled() as profile:
         call()
     return peak_in(profile)
+
+
+def profiled():
+    """Return a profile that notes each allocation on the CPU, to be entered."""
+    import torch
+
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
 
 def peak_in(profile) -> int:
@@ -131,7 +135,7 @@ def _formula(name: str, stage: str, length: int) -> float:
     experiment = load_experiment(name)
     setup = setup_of(experiment, stage).changed(compute_bytes=2, trained_modules=())
     parts = training_memory(shape_of(experiment.model), setup, length, "cuda").parts
-    return (parts.get("activations", 0) + parts.get("logits", 0)) / 1.06 * 1024  # without the allocator's slack
+    return (parts.get("activations", 0) + parts.get("logits", 0)) / SLACK["cuda"] * 1024
 
 
 def one(recipe_path: str) -> None:
@@ -150,8 +154,7 @@ def one(recipe_path: str) -> None:
             model.register_forward_pre_hook(lambda m, a, k: self.shapes.append(k["input_ids"].shape), with_kwargs=True)
 
         def on_step_begin(self, *_, **__):
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            self.profile = torch.profiler.profile(activities=activities, profile_memory=True)
+            self.profile = profiled()
             self.profile.__enter__()
 
         def on_step_end(self, *_, **__):

@@ -134,6 +134,7 @@ class VoteReader:
         self.rows_read = 0
         self.formulas = 0  # ids that a spreadsheet would run
         self._tables = open_tables(self.path)
+        self._sizes = [table.path.stat().st_size for table in self._tables]
         self._reading = 0  # which of them
         columns = self._tables[0].columns
         self._schema = schema = _schema_of(columns)
@@ -163,8 +164,7 @@ class VoteReader:
     @property
     def share(self) -> float:
         """The part of the whole table, 0 to 1, that was read so far, by the sizes of its files."""
-        sizes = [table.path.stat().st_size for table in self._tables]
-        at = self._reading
+        at, sizes = self._reading, self._sizes
         return (sum(sizes[:at]) + sizes[at] * self._tables[at].share) / max(sum(sizes), 1)
 
     def __iter__(self) -> Iterator[tuple[int, Battle]]:

@@ -35,7 +35,7 @@ _LOGITS = {"cuda": {"sft": 12.7, "dpo": 20.7, "rm": 11.1}, "cpu": {"sft": 16, "d
 # LLaMA-Factory on a CPU (measured there).
 PROCESS = {"cuda": 0.9, "cpu": 1.14}
 # What an allocator holds beyond what is used.
-_SLACK = {"cuda": 1.06, "cpu": 1.0}
+SLACK = {"cuda": 1.06, "cpu": 1.0}
 
 
 @dataclass(frozen=True)
@@ -135,5 +135,5 @@ def _buffer(shape: ModelShape, bits: int | None, compute_bytes: int) -> float:
 
 
 def _memory(parts: Mapping[str, float], device: str) -> Memory:
-    gib = {name: value * _SLACK[device] / GIB for name, value in parts.items() if value}
+    gib = {name: value * SLACK[device] / GIB for name, value in parts.items() if value}
     return Memory({**gib, "process": PROCESS[device]})

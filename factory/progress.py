@@ -191,24 +191,26 @@ class _PlainLine(Line):
             self.print(f"{self.label}: {text}")
 
     def point(self, point: LogPoint) -> None:
-        now = time.monotonic()
         has_loss = point.loss is not None or point.eval_loss is not None
-        due = now - self._printed_at >= self.show.interval or point.step >= point.total
-        if has_loss and due:
-            self._printed_at = now
+        if has_loss and self._due(point.step >= point.total):
             self.print(f"{self.label}: step {point.step}/{point.total}  {describe(point, self.start_step)}")
 
     def count(self, done: int, total: int | None, detail: str) -> None:
-        now = time.monotonic()
-        if now - self._printed_at >= self.show.interval or done == total:
-            self._printed_at = now
+        if self._due(done == total):
             self.print(f"{self.label}: {_of(done, total)}  {detail}")
 
     def part(self, share: float, detail: str) -> None:
-        now = time.monotonic()
-        if now - max(self._printed_at, self._began) >= self.show.interval:  # what is soon done needs no line
-            self._printed_at = now
+        soon = time.monotonic() - self._began < self.show.interval  # what is soon done needs no line
+        if not soon and self._due():
             self.print(f"{self.label}: {share:.0%}  {detail}")
+
+    def _due(self, anyway: bool = False) -> bool:
+        """Return whether it is time for a line, or one is wanted `anyway`; the next one is then due later."""
+        now = time.monotonic()
+        due = anyway or now - self._printed_at >= self.show.interval
+        if due:
+            self._printed_at = now
+        return due
 
 
 class _BarLine(Line):

@@ -26,9 +26,7 @@ class ModelShape:
     vocabulary: int
     tied: bool  # the head is the embedding
     normed: bool = False  # queries and keys pass through norms (Qwen3)
-    soft_capped: bool = (
-        False  # attention scores pass through tanh (Gemma 2): made in full unless FlashAttention-2 is there
-    )
+    soft_capped: bool = False  # attention scores pass through tanh (Gemma 2)
 
     @property
     def attention_width(self) -> int:

@@ -128,10 +128,6 @@ class _Questions:
     ask: Callable[..., np.ndarray]  # of a model and sequences; a third argument is told how far it is
 
 
-def _unheard(_: ScoreProgress) -> None:
-    """Tell nobody."""
-
-
 def _told(line: Line, who: str) -> Tell:
     """Say who is asked now; return what shows how many answers are there, with the time left."""
     line.phase(who)
@@ -147,7 +143,7 @@ def _told(line: Line, who: str) -> Tell:
 def _label_questions(experiment: Experiment, judge: Judge) -> _Questions:
     battles = _drawn(read_battles(experiment.data_folder, "valid"), experiment)
 
-    def ask(model: Any, sequences: Sequence, progress: Tell = _unheard) -> np.ndarray:
+    def ask(model: Any, sequences: Sequence, progress: Tell = lambda _: None) -> np.ndarray:
         return softmax(score_labels(model, sequences, judge.frame.label_ids, progress=progress))
 
     verdicts = [battle.verdict for battle, _ in battles]
@@ -158,7 +154,7 @@ def _reward_questions(experiment: Experiment, judge: Judge) -> _Questions:
     data, head = experiment.data_folder, load_value_head(judge.folder)
     drawn = _drawn(list(zip(read_battles(data, "valid"), read_pairs(data, "valid"), strict=True)), experiment)
 
-    def ask(model: Any, triples: Sequence, progress: Tell = _unheard) -> np.ndarray:
+    def ask(model: Any, triples: Sequence, progress: Tell = lambda _: None) -> np.ndarray:
         return beats(value_rewards(model, head, triples, progress=progress))
 
     triples = pair_sequences(judge.frame, judge.tokenizer, [pair for _, pair in drawn])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from board_page import function_named
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,4 +24,4 @@ def page(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runner(page):
     """LLaMA-Factory's own runner behind the page: it makes arguments of what the elements hold."""
-    return next(each for each in page.fns.values() if each.name == "load_args").fn.__self__
+    return function_named(page, "load_args").fn.__self__

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from board_page import pressed
 
 from factory import board_checkpoint
 from factory.arguments import arguments
@@ -12,19 +13,17 @@ from factory.board import board_models, configuration
 from factory.board_checkpoint import TEXT_METRICS, tab_values, text_fault
 from factory.experiment import load_experiment
 
+MODEL = {"top.model_name": "arena-tiny", "top.model_path": "models/arena-tiny"}
 
-def pressed(page, runner, **values) -> dict:
+
+def evaluated(page, runner, values: dict) -> dict:
     """Return what a press of Evaluate's Start gives, the other elements as the page opens."""
-    start = next(each for each in page.fns.values() if each.name == "run_eval")
-    chosen = {"top.model_name": "arena-tiny", "top.model_path": "models/arena-tiny", "eval.output_dir": "trial"}
-    data = {element: element.value for element in start.inputs}
-    for key, value in {**chosen, "eval.dataset": ["demo_sft_valid"], **values}.items():
-        data[runner.manager.get_elem_by_id(key.replace("__", "."))] = value
-    return data
+    given = {**MODEL, "eval.output_dir": "trial", "eval.dataset": ["demo_sft_valid"], **values}
+    return pressed(page, runner, "run_eval", given)
 
 
 def test_an_evaluation_tells_losses_and_needs_no_other_package(page, runner):
-    data = pressed(page, runner, top__checkpoint_path=["demo_sft"])
+    data = evaluated(page, runner, {"top.checkpoint_path": ["demo_sft"]})
     started = runner._parse_eval_args(data)
     assert started["do_eval"] and started["compute_accuracy"] and not started["predict_with_generate"]
     assert started["eval_dataset"] == "demo_sft_valid"
@@ -38,7 +37,7 @@ def test_an_evaluation_tells_losses_and_needs_no_other_package(page, runner):
 def test_texts_are_generated_where_they_can_be_compared(page, runner, monkeypatch, there):
     looked_for = []
     monkeypatch.setattr(board_checkpoint, "find_spec", lambda name: looked_for.append(name) or (there or None))
-    data = pressed(page, runner, eval__predict=True)
+    data = evaluated(page, runner, {"eval.predict": True})
     started = runner._parse_eval_args(data)
     assert started["do_predict"] and started["predict_with_generate"] and "compute_accuracy" not in started
     assert started["trust_remote_code"] is False
@@ -50,11 +49,7 @@ def test_texts_are_generated_where_they_can_be_compared(page, runner, monkeypatc
 def test_training_asks_for_no_text_metrics(page, runner, monkeypatch):
     monkeypatch.setattr(board_checkpoint, "find_spec", lambda name: None)
     assert "pip install" in text_fault()
-    start = next(each for each in page.fns.values() if each.name == "run_train")
-    data = {element: element.value for element in start.inputs}
-    chosen = {"top.model_name": "arena-tiny", "top.model_path": "models/arena-tiny", "train.dataset": ["x"]}
-    for key, value in {**chosen, "train.output_dir": "trial"}.items():
-        data[runner.manager.get_elem_by_id(key)] = value
+    data = pressed(page, runner, "run_train", {**MODEL, "train.dataset": ["x"], "train.output_dir": "trial"})
     assert runner._initialize(data, True, True) == ""
 
 

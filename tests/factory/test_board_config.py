@@ -5,6 +5,7 @@ import math
 
 import pytest
 import yaml
+from board_page import function_named, pressed
 from omegaconf import OmegaConf
 
 from factory.board import BoardModel, board_models, configuration
@@ -17,10 +18,6 @@ from factory.step import TRAININGS
 ROOT_EXPERIMENTS = ("demo", "qwen3-4b")
 
 
-def function_named(page, name):
-    return next(each for each in page.fns.values() if each.name == name)
-
-
 def configured(experiment, stage):
     models = board_models([experiment])
     return configuration(experiment, stage, models[experiment.name, stage])
@@ -28,9 +25,7 @@ def configured(experiment, stage):
 
 def elements_with(page, runner, values) -> dict:
     """Return what Start gets: every element's own value, replaced by the loaded ones as the browser sends them back."""
-    loaded = {runner.manager.get_elem_by_id(key): value for key, value in values.items()}
-    start = function_named(page, "run_train")
-    data = {element: loaded.get(element, element.value) for element in start.inputs}
+    data, loaded = pressed(page, runner, "run_train", values), set(map(runner.manager.get_elem_by_id, values))
     return {element: element.preprocess(value) if element in loaded else value for element, value in data.items()}
 
 
