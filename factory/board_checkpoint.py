@@ -9,6 +9,7 @@ terms; texts are still to be had where "Save predictions" is ticked and the pack
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,20 @@ def text_fault() -> str:
     )
 
 
-def follow_checkpoint(page: Any, manager: Any) -> None:
-    """Fill both tabs when one checkpoint is chosen, and take the bits that it was trained in; all may be changed."""
+def follow_checkpoint(page: Any, manager: Any, refresh: Callable[[Path], None]) -> None:
+    """Fill both tabs when one checkpoint is chosen, and take the bits that it was trained in; all may be changed.
+
+    `refresh` lays a folder's settings into it where they are not yet: the run may have ended after the page began.
+    """
     import gradio as gr
     from llamafactory.webui.common import get_save_dir
 
     def fill(model_name: str, finetuning_type: str, chosen: list[str] | str | None) -> list[Any]:
-        adapters = names(chosen)
-        known = tab_values(Path(get_save_dir(model_name, finetuning_type, adapters[0]))) if len(adapters) == 1 else {}
+        known, adapters = {}, names(chosen)
+        if len(adapters) == 1:
+            folder = Path(get_save_dir(model_name, finetuning_type, adapters[0]))
+            refresh(folder)
+            known = tab_values(folder)
         return [known.get(each, gr.skip()) for each in _SET]
 
     manager.get_elem_by_id("eval.predict").value = False

@@ -8,6 +8,8 @@
 3. Loading a configuration of another training stage empties its data sets again. Here they stay.
 4. A SwanLab key that is typed in is written into two files of the output folder. Here it goes to the job alone.
 5. Evaluate compares generated texts alone, cut at 1,024 tokens: see factory.board_checkpoint.
+6. The list of checkpoints is read when one clicks into it, and empties the choice when it comes, even one that was made
+   while it was on its way. Here a choice that is still in the list stays.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 from factory.board import BoardModel, board_models, publish_run, readable_experiments
 from factory.board_checkpoint import follow_checkpoint, mend_evaluation
+from factory.inputs import names
 from factory.launcher import follow_parent
 from factory.remedies import clean_lines
 
@@ -69,10 +72,11 @@ def build() -> Any:
         runner.Runner.check_output_dir = check
     _show_chart(page, engine().manager)
     _keep_data_sets(page, train)
+    _keep_checkpoint(page)
     _trust_no_code(engine().manager)
     _keep_keys_out_of_files(engine().runner)
     mend_evaluation(engine().runner)
-    follow_checkpoint(page, engine().manager)
+    follow_checkpoint(page, engine().manager, refresh)
     return page
 
 
@@ -179,20 +183,32 @@ def _keep_data_sets(page: Any, train: Any) -> None:
             function.targets = [(block, "input" if event == "change" else event) for block, event in function.targets]
 
 
-def _own_checkpoints(native: Any) -> Any:
-    """Return list_checkpoints without the adapters that belong to another base: on this one they answer nonsense."""
+def _keep_checkpoint(page: Any) -> None:
+    """Tell the list of checkpoints what is chosen there when it is read again."""
+    for function in page.fns.values():
+        if function.fn is not None and function.name == "list_checkpoints":
+            function.inputs = [*function.inputs, *function.outputs]
 
-    def list_checkpoints(model_name: str, finetuning_type: str) -> Any:
+
+def _own_checkpoints(native: Any) -> Any:
+    """Return list_checkpoints without the adapters that belong to another base: on this one they answer nonsense.
+
+    What is chosen stays where it is in the list. The value is then not sent at all, so that an answer that comes late
+    does not undo what was chosen after the question.
+    """
+
+    def list_checkpoints(model_name: str, finetuning_type: str, chosen: list[str] | str | None = None) -> Any:
         import gradio as gr
         from llamafactory.extras.constants import PEFT_METHODS
         from llamafactory.webui.common import get_model_path, get_save_dir
 
         listed = native(model_name, finetuning_type)
         base = get_model_path(model_name) if model_name else ""
-        names = [value for _, value in listed.choices]
-        own = [name for name in names if _fits(Path(get_save_dir(model_name, finetuning_type, name)), base)]
+        own = [name for _, name in listed.choices if _fits(Path(get_save_dir(model_name, finetuning_type, name)), base)]
         several = finetuning_type in PEFT_METHODS
-        return gr.Dropdown(value=[] if several else None, choices=sorted(own), multiselect=several)
+        stays = isinstance(chosen, list) == several and set(names(chosen)) <= set(own)
+        value = {} if stays else {"value": [] if several else None}
+        return gr.Dropdown(choices=sorted(own), multiselect=several, **value)
 
     return list_checkpoints
 

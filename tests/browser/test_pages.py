@@ -53,11 +53,12 @@ def test_a_run_is_watched_while_it_runs(tab, servers, training):
 
 
 def choose(tab, label: str, value: str) -> None:
-    """Choose an entry of a dropdown by typing its name."""
+    """Choose an entry of a dropdown by typing its name, and close its list, which may cover what comes next."""
     box = tab.page.get_by_label(label).locator("visible=true").first
     box.click()
     box.fill(value)
     tab.page.get_by_role("option", name=value, exact=True).first.click()
+    box.blur()
 
 
 def press(tab, name: str) -> None:
@@ -138,6 +139,22 @@ def test_a_preference_stage_keeps_its_data_sets_and_names_its_own_base(tab, serv
     assert data_sets(tab) == ["demo_dpo_judge_train"]
     assert model_path(tab) == "outputs/demo/sft/merged"
     assert tab.page.get_by_label("Chat template").input_value() == "qwen3_nothink"
+    assert tab.errors == []
+
+
+def test_a_list_that_comes_late_does_not_undo_the_choice(tab, servers, trained):
+    open_board(tab, servers["board"].url)
+    box, asked = tab.page.get_by_label("Checkpoint path"), []
+    with tab.page.expect_response(lambda answer: "predict" in answer.url and "demo_sft" in answer.text()):
+        box.click()  # now there is a list to choose from, which is read anew with the next click
+    box.blur()
+    tab.page.route("**/run/predict", lambda route: asked.append(route))
+    choose(tab, "Checkpoint path", "demo_sft")
+    tab.until(lambda: len(asked), lambda n: n >= 2)
+    assert '["demo_sft"]' not in asked[0].request.post_data, "asked for the list before the choice"
+    tab.page.unroute("**/run/predict")  # lets them go on
+    open_tab(tab, "Evaluate & Predict")
+    tab.until(lambda: data_sets(tab), lambda seen: seen == ["demo_sft", "demo_sft_valid"])
     assert tab.errors == []
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from board_page import pressed
+from board_page import function_named, pressed
 
 from factory import board_checkpoint
 from factory.arguments import arguments
@@ -88,6 +88,15 @@ def test_a_checkpoint_brings_its_own_validation_set_length_and_bits(page, runner
     for key, value in values.items():
         element = runner.manager.get_elem_by_id(key)
         assert element.preprocess(value) == value, f"{key} does not take {value!r}"
+
+
+def test_a_run_that_ended_after_the_page_began_brings_its_settings_too(page, runner):
+    experiment, fill = load_experiment("demo"), function_named(page, "fill")
+    adapter = experiment.adapter_folder("sft")
+    adapter.mkdir(parents=True)  # as a training of the command line leaves it: without settings of the page's
+    filled = dict(zip(fill.outputs, fill.fn("arena-tiny", "lora", [adapter.name]), strict=True))
+    assert filled[runner.manager.get_elem_by_id("eval.cutoff_len")] == experiment.cutoff_len != 1024
+    assert yaml.safe_load((adapter / "llamaboard_config.yaml").read_text())["train.dataset"] == ["demo_sft_train"]
 
 
 @pytest.mark.parametrize(("stage", "extra"), [("rm", {"stage": "rm"}), ("dpo_judge", {})])

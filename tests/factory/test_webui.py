@@ -58,7 +58,9 @@ def test_a_job_is_our_launcher_in_boards_mode_and_nothing_else_of_the_shell(tmp_
     assert "USE_V1" not in seen["env"] and str(Path(webui.__file__).parents[1]) in seen["env"]["PYTHONPATH"]
 
 
-def test_adapters_of_another_base_are_not_offered(tmp_path, monkeypatch):
+@pytest.fixture
+def listed(tmp_path, monkeypatch):
+    """What the page's list of checkpoints sends where a model has three, one of them trained on another base."""
     from llamafactory.extras.constants import SUPPORTED_MODELS
     from llamafactory.webui.control import list_checkpoints
 
@@ -71,8 +73,30 @@ def test_adapters_of_another_base_are_not_offered(tmp_path, monkeypatch):
     for base in ("models/tiny", "outputs/merged"):
         (tmp_path / base).mkdir(parents=True)
     monkeypatch.setitem(SUPPORTED_MODELS, "tiny", {webui_default(): "models/tiny"})
-    listed = _own_checkpoints(list_checkpoints)("tiny", "lora")
-    assert [value for _, value in listed.choices] == ["hub", "own"]
+    own = _own_checkpoints(list_checkpoints)
+    return lambda kind, chosen: own("tiny", kind, chosen).constructor_args  # what is sent to the browser
+
+
+def test_adapters_of_another_base_are_not_offered(listed):
+    assert listed("lora", [])["choices"] == ["hub", "own"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen"), [("lora", []), ("lora", ["own"]), ("lora", ["hub", "own"]), ("full", None)]
+)
+def test_a_choice_that_the_list_still_holds_is_left_alone(listed, kind, chosen):
+    assert "value" not in listed(kind=kind, chosen=chosen)
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen", "emptied"),
+    [
+        *(("lora", chosen, []) for chosen in (["foreign"], ["own", "gone"], "own", None)),
+        *(("full", chosen, None) for chosen in (["own"], [], "gone")),
+    ],
+)
+def test_a_choice_that_the_list_lost_or_that_is_of_another_kind_is_emptied(listed, kind, chosen, emptied):
+    assert listed(kind=kind, chosen=chosen)["value"] == emptied
 
 
 def webui_default():
