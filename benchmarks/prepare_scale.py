@@ -1,11 +1,13 @@
 """How time and memory of `prepare` grow with the votes.
 
-    python benchmarks/prepare_scale.py --votes FILE [FILE ...] --work FOLDER [--rows 57477 1000000] [--readme]
+    python benchmarks/prepare_scale.py --votes FILE [FILE ...] --work FOLDER [--rows 57477 1000000]
+                                       [--characters 40] [--readme]
 
 Real rows are repeated with fresh ids and written as a folder of parquet parts of 50,000 rows; each size is exported
 once, in a process of its own, whose peak of resident memory is measured (with --workers, that of the workers is added).
 Tokenizer, cutoff and judge prompt are those of benchmarks/prepare_speed.py, without swapped copies. Every second prompt
-is made new, so that the number of different prompts grows with the rows, as that of real votes does.
+is made new, so that the number of different prompts grows with the rows, as that of real votes does. With --characters
+only the beginning of each text is kept: what stays in memory of a battle is the same, and many more rows are done.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -49,6 +52,12 @@ def write_parts(battles: list[Battle], rows: int, folder: Path) -> None:
         parquet.write_table(pa.table(columns), folder / f"part-{number:05}.parquet", row_group_size=5_000)
 
 
+def shortened(battle: Battle, characters: int) -> Battle:
+    """Return a battle with the first characters of each text."""
+    texts = {name: getattr(battle, name) for name in ("prompts", "responses_a", "responses_b")}
+    return replace(battle, **{name: tuple(text[:characters] for text in turns) for name, turns in texts.items()})
+
+
 def one_size(folder: Path, workers: int, cutoff: int) -> None:
     """Export a folder of parts once and print `seconds peak`, in GiB."""
     from tokenizers import Tokenizer
@@ -79,12 +88,15 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[57_477, 1_000_000])
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--cutoff", type=int, default=2048)
+    parser.add_argument("--characters", type=int, help="keep so many of each text (default: all)")
     parser.add_argument("--readme", action="store_true")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     battles = battles_of(arguments.votes)
     train_tokenizer(battles[:4000]).save(str(work / "tokenizer.json"))
+    if arguments.characters:
+        battles = [shortened(battle, arguments.characters) for battle in battles]
     lines, first = [], None
     for rows in arguments.rows:
         parts = work / f"votes-{rows}"
@@ -101,10 +113,11 @@ def main() -> None:
     headings = ["battles", "prepare", "battles/s", "time a battle, ratio", "peak memory", "ratio"]
     votes = " ".join(path.name for path in arguments.votes)
     sizes = " ".join(map(str, arguments.rows))
-    how = measured_on(f"python benchmarks/prepare_scale.py --votes {votes} --work FOLDER --rows {sizes}")
+    options = f" --characters {arguments.characters}" if arguments.characters else ""
+    how = measured_on(f"python benchmarks/prepare_scale.py --votes {votes} --work FOLDER --rows {sizes}{options}")
     text = f"{table(headings, lines)}\n\n{how}"
     if arguments.readme:
-        put(ROOT / "README.md", "prepare scale", text)
+        put(ROOT / "README.md", "prepare short" if arguments.characters else "prepare scale", text)
     print(text)
 
 
