@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.battle import VERDICTS
 from data_prep.errors import ArenaError
 from data_prep.files import atomic_file, read_json
+from data_prep.hub import asked_once
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -157,7 +158,8 @@ def _llamafactory_template(experiment: Experiment):
     )
     thinking = {} if experiment.enable_thinking is None else {"enable_thinking": experiment.enable_thinking}
     try:
-        tokenizer = load_tokenizer(model_args)["tokenizer"]
+        with asked_once(experiment.model, experiment.revision):
+            tokenizer = load_tokenizer(model_args)["tokenizer"]
         data_args = DataArguments(template=experiment.template, **thinking)
         return tokenizer, get_template_and_fix_tokenizer(tokenizer, data_args)
     except (OSError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_prep import chat_frame
+from data_prep import chat_frame, hub
 from data_prep.chat_frame import ChatFrame, load_frame
 from data_prep.errors import ArenaError
 from factory.presets import PRESETS
@@ -143,6 +143,7 @@ def test_a_tokenizer_that_cannot_be_had_comes_with_its_remedy(make_experiment, w
             raise OSError("Failed to load tokenizer.") from error
 
     monkeypatch.setattr(llamafactory.model, "load_tokenizer", refuse)
+    monkeypatch.setattr(hub, "why_silent", lambda *_: None)
     with pytest.raises(ArenaError) as caught:
         load_frame(make_experiment(model="meta-llama/Meta-Llama-3-8B-Instruct", template="llama3"))
     assert part in caught.value.remedy
