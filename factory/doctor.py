@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from factory.devices import Devices, Product, devices
+from factory.progress import Show
 
 State = Literal["ok", "warning", "fault"]
 _HERE = Path(__file__).resolve().parents[1]
 _GIB = 2**30
-# An 8B model in 16 bits: 16 GB in the hub's cache, as much merged, checkpoints beside them; RAM of its size to merge.
-_DISK_FAULT, _DISK_WARNING, _MEMORY_WARNING = 5, 50, 20  # GiB
+# A model in 16 bits takes 2 GB a billion weights, three times: downloaded, dequantised for the merge, merged. The
+# default experiment's has 4 billion. RAM of an 8B model's size to merge it.
+_DISK_FAULT, _DISK_WARNING, _CACHE_WARNING, _MEMORY_WARNING = 5, 25, 10, 20  # GiB
+_BILLION = 2e9 / _GIB
 _PORTS = {7860: ("LLaMA Board", "GRADIO_SERVER_PORT"), 6006: ("TensorBoard", "tensorboard --port")}
 _FOLDERS = ("data", "saves", "outputs", "factory_configs")
 
@@ -37,9 +40,21 @@ class Finding:
     remedy: str = ""
 
 
-def examine() -> list[Finding]:
-    """Look at this machine and the current folder; one finding or more for each name."""
-    seen = devices(products=True)
+def examine(show: Show | None = None) -> list[Finding]:
+    """Look at this machine and the current folder; one finding or more for each name.
+
+    A person who watches sees on `show`'s live line what is being looked at: the libraries take seconds to import.
+    """
+    show = show or Show()
+    with show.line("doctor") as line:
+        tell = line.phase if show.attended else lambda _: None
+        tell("importing torch, multiplying in 4 bits")
+        seen = devices(products=True)
+        tell("versions, driver, memory, disk, ports")
+        return _findings(seen)
+
+
+def _findings(seen: Devices) -> list[Finding]:
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python,
         _packages,
@@ -132,7 +147,11 @@ def _extras(root: Path = _HERE) -> Iterator[Finding]:
         lines = path.read_text(encoding="utf-8").splitlines()
         names = [match[0] for line in lines if (match := re.match(r"[\w.-]+", line))]
         absent = [name for name in names if _installed(name) is None]
-        said = f"absent: {', '.join(absent)} (make extra-{path.stem})" if absent else f"{', '.join(names)} installed"
+        said = (
+            f"not installed, optional: make extra-{path.stem} adds {', '.join(absent)}"
+            if absent
+            else f"{', '.join(names)} installed"
+        )
         yield Finding(f"extra {path.stem}", "ok", said)
 
 
@@ -172,7 +191,11 @@ def _driver(seen: Devices) -> Iterator[Finding]:
     versions = sorted(set(done.stdout.split())) if done is not None and done.returncode == 0 else []
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if not versions:
-        yield Finding("driver", "ok", "no NVIDIA driver answers" if not seen.gpus else "not NVIDIA's")
+        yield Finding(
+            "driver",
+            "ok",
+            "no NVIDIA driver, and without such a GPU none is needed" if not seen.gpus else "not NVIDIA's",
+        )
     elif not seen.gpus and not hidden:
         remedy = f"update the driver for CUDA {seen.cuda or '13'}, or install the locked torch (`make install`)"
         yield Finding("driver", "fault", f"{versions[0]}, but torch sees no GPU", remedy)
@@ -226,12 +249,13 @@ def _memory() -> Iterator[Finding]:
 
 def _disk() -> Iterator[Finding]:
     free = shutil.disk_usage(Path.cwd()).free / _GIB
-    remedy = "free some: old checkpoints under saves/, runs named *.earlier-N; an 8B model takes 16 GB, merged as much"
+    said = f"{free:.1f} GiB free here: enough for a model of {free / (3 * _BILLION):.1f} billion weights"
+    said += " (downloaded, dequantised, merged)"
     if free < _DISK_WARNING:
-        state: State = "fault" if free < _DISK_FAULT else "warning"
-        yield Finding("disk", state, f"{free:.1f} GiB free here", remedy)
+        remedy = "free some: old checkpoints under saves/, runs named *.earlier-N; or take a smaller model"
+        yield Finding("disk", "fault" if free < _DISK_FAULT else "warning", said, remedy)
     else:
-        yield Finding("disk", "ok", f"{free:.1f} GiB free here")
+        yield Finding("disk", "ok", said)
 
 
 def _hub_token() -> Iterator[Finding]:
@@ -265,8 +289,11 @@ def _hub_cache() -> Iterator[Finding]:
     said = f"{cache}: {held} model(s), {free:.1f} GiB free"
     if not _writable(there):
         yield Finding("hub cache", "fault", f"{said}, not writable", "set HF_HOME to a folder of your own")
-    elif free < _DISK_WARNING:
-        yield Finding("hub cache", "warning", said, "set HF_HOME to a folder on a larger disk")
+    elif free < _CACHE_WARNING:
+        remedy = (
+            "a model of 4 billion weights takes 8 GB to download: free some, or set HF_HOME to another disk's folder"
+        )
+        yield Finding("hub cache", "warning", said, remedy)
     else:
         yield Finding("hub cache", "ok", said)
 

@@ -1,6 +1,8 @@
+import io
 import json
 import socket
 import subprocess
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import run
 from factory import doctor
 from factory.devices import Devices, Gpu, Product
 from factory.doctor import Finding, as_lines, as_report, examine
+from factory.progress import Show
 
 SECRET = "hf_notForAnyonesEyes123"
 WORKS = Product("cpu", 0.09, 0.002)
@@ -61,6 +64,27 @@ def test_gpus_and_what_they_lack(machine, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     found = machine(cuda="13.0")
     assert found["driver"].state == "ok" and "hides them" in found["gpu"].said
+
+
+def test_nothing_is_said_to_be_missing_that_nobody_needs(machine, monkeypatch):
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess([], 9, "", ""))
+    monkeypatch.setattr(doctor, "_installed", lambda name: None)
+    found = machine()
+    assert found["driver"] == Finding("driver", "ok", "no NVIDIA driver, and without such a GPU none is needed")
+    assert found["extra fuzz"] == Finding("extra fuzz", "ok", "not installed, optional: make extra-fuzz adds atheris")
+
+
+def test_a_person_who_watches_sees_what_is_looked_at(workplace, monkeypatch):
+    def slow(products):
+        time.sleep(0.6)  # the line is drawn four times a second
+        return Devices(torch="2", products=(WORKS,))
+
+    monkeypatch.setattr(doctor, "devices", slow)
+    watched, piped = io.StringIO(), io.StringIO()
+    examine(Show(watched, attended=True))
+    examine(Show(piped, attended=False))
+    assert "importing torch, multiplying in 4 bits" in watched.getvalue()
+    assert piped.getvalue() == ""
 
 
 def test_a_broken_torch_or_bitsandbytes_is_a_fault(machine):
@@ -122,6 +146,12 @@ def test_disk_memory_and_path(machine, monkeypatch, tmp_path):
     for free, state in ((1, "fault"), (20, "warning"), (500, "ok")):
         monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _, free=free: Usage(0, 0, free * 2**30))
         assert machine()["disk"].state == state
+    assert "enough for a model of 89.5 billion weights" in machine()["disk"].said
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage(0, 0, 46 * 2**30))
+    found = machine()
+    assert found["disk"].state == found["hub cache"].state == "ok", "the default model takes 8 GB three times"
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage(0, 0, 9 * 2**30))
+    assert "8 GB to download" in machine()["hub cache"].remedy
     import psutil
 
     Memory = namedtuple("Memory", "total available")
