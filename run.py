@@ -95,9 +95,11 @@ def cli() -> None:
 @verbose_option
 def demo(seed: int, fresh: bool, as_json: bool) -> None:
     """The whole chain on a synthetic arena and a tiny base model, on a CPU, in minutes."""
-    from factory.demo import demo_arena
+    from factory.demo import demo_arena, refuse_other_votes
 
     exp, show = _start("demo")
+    if not fresh:
+        refuse_other_votes(exp)
     arena, changed = demo_arena(exp, seed, show)
     _prepare(exp, arena.train, arena.test, arena.truth, force=False, show=show)
     report = _stage(exp, "sft", until="score", resume=False, fresh=fresh or changed, show=show)
@@ -540,20 +542,26 @@ def _prepare(
     workers=None,
     show,
 ) -> dict[str, Any]:
+    from data_prep.dataset import earlier_manifest, read_manifest
     from data_prep.export import export, warnings_of
     from data_prep.source import votes_at
     from factory.demo import ensure_embedded_base
+    from factory.outdated import replaced
     from factory.progress import teller
     from factory.recipe import check_first_values, write_recipe
     from factory.step import STEPS
+    from factory.survey import refuse_while_at_work
 
     check_first_values(exp)
+    refuse_while_at_work(exp)
     ensure_embedded_base(exp, show)
     train = votes_at(train, labelled=True)
     test = votes_at(test, labelled=False) if test else None
+    before = earlier_manifest(exp.data_folder)
     with show.line(f"prepare {exp.name}") as line:
         audit = export(exp, train, test, truth, progress=teller(line), views=views, workers=workers)
-    for text in (_audit_line(exp, audit), *warnings_of(audit)):
+    change = replaced(before, read_manifest(exp.data_folder))
+    for text in (_audit_line(exp, audit), *warnings_of(audit), *([f"{exp.data_folder}: {change}"] if change else [])):
         show.note(text)
     for outcome in (write_recipe(exp, step, force=force) for step in STEPS):
         if outcome.state == "hand-edited" and outcome.diff:

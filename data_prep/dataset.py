@@ -46,6 +46,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def earlier_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of what an export is about to replace, None where there is none that can be read."""
+    try:
+        return read_manifest(folder)
+    except ArenaError:
+        return None
+
+
 def require_intact(folder: Path, names: Collection[str]) -> None:
     """Raise ArenaError unless the exported files of these names are as `prepare` wrote them.
 

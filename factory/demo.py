@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.dataset import earlier_manifest
+from data_prep.errors import ArenaError
 from data_prep.files import atomic_folder, read_json, write_json
 from data_prep.synthetic import ArenaFiles, write_arena
 
@@ -17,6 +19,18 @@ EMBEDDED_BASE = "models/arena-tiny"
 ARENA = Path("data") / "synthetic_arena"
 DEFAULT_SEED = 1
 TRAIN_ROWS, TEST_ROWS = 6000, 500
+
+
+def refuse_other_votes(experiment: Experiment) -> None:
+    """Raise ArenaError where the experiment's export is of other votes than an arena's: the demo would replace it."""
+    manifest = earlier_manifest(experiment.data_folder)
+    votes = Path(manifest["sources"]["train"]["file"]) if manifest else ARENA
+    if not votes.is_relative_to(ARENA):
+        raise ArenaError(
+            f"holds an export of {votes}, which the demo would replace by its arena",
+            where=str(experiment.data_folder),
+            remedy="python run.py demo --fresh does so, and puts the SFT results on these votes aside",
+        )
 
 
 def demo_arena(experiment: Experiment, seed: int, show: Show) -> tuple[ArenaFiles, bool]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from data_prep.errors import ArenaError
 from data_prep.files import read_json
 from factory.experiment import Experiment, load_experiment
+from factory.outdated import outdated_files
 from factory.progress import TrainerLog
 from factory.state import StageState
 from factory.step import STEPS, TRAININGS
@@ -26,11 +27,16 @@ if TYPE_CHECKING:
 _RUNNING = {"train": "training", "merge": "merging", "score": "scoring"}
 _DONE = {"train": "trained", "merge": "merged", "score": "scored"}
 INTERRUPTED = "interrupted"
+OUTDATED = "outdated"
 
 
 @dataclass(frozen=True)
 class StageView:
-    """How far one stage is. `state`: new, training, merging, scoring, interrupted, trained, merged or scored."""
+    """How far one stage is.
+
+    `state`: new, training, merging, scoring, interrupted, trained, merged, scored, or
+    outdated: made from another export than today's.
+    """
 
     stage: str
     state: str
@@ -70,6 +76,16 @@ def survey(names: list[str]) -> list[ExperimentView]:
 def running_stages(experiment: Experiment) -> list[str]:
     """Return the stages of an experiment on which a run is at work on this machine."""
     return [stage for stage in TRAININGS if is_at_work(experiment.output_folder(stage))]
+
+
+def refuse_while_at_work(experiment: Experiment) -> None:
+    """Raise ArenaError while a stage runs on this machine: it reads the export until its report is written."""
+    if running := running_stages(experiment):
+        raise ArenaError(
+            f"{' and '.join(running)} of this experiment is at work, and reads the export until its report is written",
+            where=str(experiment.data_folder),
+            remedy="wait for it or end it; or prepare these votes for another experiment (run.py new)",
+        )
 
 
 def is_at_work(folder: Path) -> bool:
@@ -129,9 +145,23 @@ def stage_view(experiment: Experiment, stage: str, prepared: bool = True) -> Sta
         return StageView(stage, INTERRUPTED, f"{_RUNNING[part]}{where}{earlier}", step, steps, next=f"{call}{resume}")
     if record.missing:
         return StageView(stage, INTERRUPTED, f"gone: {', '.join(record.missing)}", step, steps, next=call)
+    if others := _made_from_others(experiment, stage):
+        detail = f"{_DONE[part]} on {_day(record.finished_at)}, from another export than {experiment.data_folder}"
+        return StageView(stage, OUTDATED, detail, step, steps, next=f"python run.py {others} --fresh")
     if part != "score":
         return StageView(stage, _DONE[part], f"on {_day(record.finished_at)}", step, steps, next=call)
     return _scored(experiment, stage, record.finished_at, step, steps)
+
+
+def _made_from_others(experiment: Experiment, stage: str) -> str | None:
+    """Return the command that makes a stage anew from today's export, None where it is up to date."""
+    name = shlex.quote(experiment.name)
+    try:
+        if outdated_files(experiment, stage, ("train",)):
+            return f"{STEPS[stage].asked_by} -e {name}"
+        return f"score -e {name} --stage {stage}" if outdated_files(experiment, stage, ("score",)) else None
+    except ArenaError:  # nothing is exported, or not by this version: another line tells it
+        return None
 
 
 def _without_state(stage: str, adapter: Path, call: str, at_work: bool, prepared: bool) -> StageView:
@@ -228,7 +258,7 @@ def _table_rows(view: ExperimentView) -> list[tuple[tuple[str, str, str, str], s
 def _style(stage: StageView) -> str | None:
     if stage.log_loss is not None and stage.prior is not None:
         return "green" if stage.log_loss < stage.prior else "red"
-    return {INTERRUPTED: "yellow", "unreadable": "red", "training": "cyan"}.get(stage.state)
+    return {INTERRUPTED: "yellow", OUTDATED: "yellow", "unreadable": "red", "training": "cyan"}.get(stage.state)
 
 
 def _next_commands(views: list[ExperimentView]) -> list[str]:

@@ -8,7 +8,8 @@ from data_prep.battle import PROBABILITY_COLUMNS
 from data_prep.dataset import truth_of
 from data_prep.errors import ArenaError
 from data_prep.files import write_json
-from factory.step import TRAININGS
+from factory.outdated import outdated_files
+from factory.step import STEPS, TRAININGS
 from scoring.baselines import baseline_ladder
 from scoring.compare import CHANCES, compare
 from scoring.page import write_compare_page
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def compare_stages(experiment: Experiment) -> dict[str, Any]:
     """Compare every scored stage on identical validation rows; write compare.json and compare.html, return the numbers.
 
-    Raises ArenaError if nothing was scored, or the stages were scored on different rows.
+    Raises ArenaError if nothing was scored, or a stage was scored on other rows than those that are exported now.
     """
     frames = {
         stage: _frame(experiment, stage) for stage in TRAININGS if (experiment.output_folder(stage) / REPORT).is_file()
@@ -35,6 +36,8 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
             remedy=f"python run.py sft -e {experiment.name}, then dpo and rm",
         )
     rows = texts(experiment.data_folder, "valid")
+    for stage, frame in frames.items():
+        _require_own_rows(experiment, stage, frame, rows)
     ladder = baseline_ladder(texts(experiment.data_folder, "train"), rows, experiment.seed)
     truth = truth_of(experiment.data_folder)
     bayes = None
@@ -45,6 +48,18 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
     write_compare_page(result, folder / "compare.html")
     write_json(folder / "compare.json", result)
     return result
+
+
+def _require_own_rows(experiment: Experiment, stage: str, scored: pd.DataFrame, rows: pd.DataFrame) -> None:
+    """Raise ArenaError where a stage's figures are not of the exported rows: baselines would be those of others."""
+    changed = outdated_files(experiment, stage)
+    if changed or scored["id"].tolist() != rows["id"].tolist():
+        raise ArenaError(
+            f"{stage} was trained or scored on another export than {experiment.data_folder} holds now",
+            where=str(experiment.output_folder(stage)),
+            remedy=f"prepare the earlier votes again; or python run.py {STEPS[stage].asked_by} -e {experiment.name} "
+            "--fresh; a stage whose folder is moved out of outputs/ is left out",
+        )
 
 
 def _frame(experiment: Experiment, stage: str) -> pd.DataFrame:

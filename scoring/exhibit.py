@@ -126,7 +126,8 @@ def _row(experiment: Experiment, battle_id: str, split: str | None) -> tuple[int
     raise UsageError(
         f"{battle_id!r} is not an id of {split or 'train, valid or test'}{other}",
         where=str(experiment.data_folder),
-        remedy="take an id of the exported table; report.html lists the worst ones. Rejected rows are in audit.json",
+        remedy="take an id of the exported table; report.html lists the worst ones, unless it is of an earlier export "
+        "(run.py status tells). Rejected rows are in audit.json",
     )
 
 

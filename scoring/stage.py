@@ -14,6 +14,7 @@ from data_prep.errors import ArenaError, UsageError
 from data_prep.files import atomic_file, read_json, sha256_of_table, write_json
 from data_prep.lock import only_run
 from data_prep.readers import VoteReader
+from factory.outdated import require_own_votes
 from factory.progress import duration, loss_curve
 from factory.step import STEPS, merge_of
 from scoring.executors import Executor, open_executor
@@ -89,6 +90,7 @@ def score_stage(
     spec = options.spec(experiment, stage)
     scorer = spec.scorer()
     require_intact(experiment.data_folder, _exported(stage))
+    require_own_votes(experiment, stage)
     scorer.require_own_export()
     compared = gate(experiment, stage, show=show)
     again = f"python run.py score -e {experiment.name} --stage {stage} --fresh"

@@ -45,8 +45,8 @@ def print_summary(console: Console, experiment: Experiment, stage: str, report: 
         console.print(f"[{flag['level']}] {flag['text']}", style=_STYLES.get(flag["level"]), markup=False)
     folder = experiment.output_folder(stage)
     console.print(f"report:     {folder / 'report.html'}   (numbers: report.json)", highlight=False)
-    if (folder / "submission.csv").exists():
-        console.print(f"submission: {folder / 'submission.csv'}", highlight=False)
+    submission, why_none = folder / "submission.csv", "none: nothing to submit was exported; prepare with --test FILE"
+    console.print(f"submission: {submission if submission.exists() else why_none}", highlight=False)
     for command in next_commands(experiment, stage, report):
         console.print(Text(f"next:       {command}"), soft_wrap=True)
 
@@ -118,13 +118,15 @@ def print_comparison(console: Console, experiment: Experiment, result: dict[str,
 
 def print_verification(result: Verification) -> None:
     """Print one line a finding, what is not in order last, and the verdict."""
-    order = ("ok", "warning", "changed", "missing")
+    order = ("ok", "warning", "changed", "missing", "failed")
     for finding in sorted(result.findings, key=lambda finding: order.index(finding.state)):
         detail = f"  ({finding.detail})" if finding.detail else ""
         print(printable(f"{finding.state:<8} {finding.what}{detail}"))
     counts = {state: sum(finding.state == state for finding in result.findings) for state in order}
     told = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
-    print(printable(f"{result.folder}: {'as it was made' if result.sound else 'NOT as it was made'} ({told})"))
+    changed = counts["changed"] or counts["missing"]
+    verdict = "NOT as it was made" if changed else "as it was made" if result.sound else "WRONG when it was made"
+    print(printable(f"{result.folder}: {verdict} ({told})"))
 
 
 def ladder(stage: str, report: dict[str, Any]) -> list[tuple[str, float, list[float] | None]]:

@@ -22,13 +22,14 @@ from scoring.provenance import git_commit, hardware, versions
 REPORT = "report.json"
 # The tables of a stage and the split whose ids each must hold.
 _TABLES = {"probabilities_valid.csv": "valid", "probabilities_test.csv": "test", "submission.csv": "test"}
-# `changed` and `missing` mean that the folder is no longer what was made; a warning is for a person to weigh.
-BAD = ("changed", "missing")
+# `changed` and `missing` mean that the folder is no longer what was made, `failed` that it was wrong when it was made;
+# a warning is for a person to weigh.
+BAD = ("changed", "missing", "failed")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a verification: `state` is ok, changed, missing or warning."""
+    """One line of a verification: `state` is ok, changed, missing, failed or warning."""
 
     what: str
     state: str
@@ -44,7 +45,7 @@ class Verification:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing changed and nothing is missing."""
+        """Whether nothing changed, nothing is missing and no run check failed."""
         return not any(finding.state in BAD for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def verify(folder: Path) -> Verification:
         *_files("made from", root, _hashes(provenance, folder / REPORT)),
         *_steps(root, folder),
         *_tables(root, folder),
+        *_checks(folder / REPORT),
         *_today(provenance),
     ]
     return Verification(folder.as_posix(), findings)
@@ -138,6 +140,14 @@ def _tables(root: Path, folder: Path) -> Iterator[Finding]:
             yield Finding(what, "changed", error.what)
         else:
             yield Finding(what, "ok", f"{rows} rows, ids in order, each sums to 1")
+
+
+def _checks(path: Path) -> Iterator[Finding]:
+    """Yield the run checks that failed when the result was made, each as report.json tells it."""
+    checks = read_json(path).get("checks")
+    for check in checks if isinstance(checks, list) else ():
+        if check.get("passed") is False and check.get("stops"):
+            yield Finding(f"run check: {check.get('name')}", "failed", str(check.get("detail", "")))
 
 
 def _today(provenance: Mapping[str, Any]) -> Iterator[Finding]:

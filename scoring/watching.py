@@ -31,7 +31,7 @@ from factory.inputs import names
 from factory.progress import LogPoint, Show, TrainerLog, describe, duration, loss_curve, seconds_left
 from factory.state import last_checkpoint
 from factory.step import STEPS, TRAININGS
-from factory.survey import running_stages, stage_view
+from factory.survey import OUTDATED, running_stages, stage_view
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -270,8 +270,13 @@ class Watcher:
         return self
 
     def look(self) -> Look:
-        """Return the run as it is now, with what the thread has found out."""
+        """Return the run as it is now, with what the thread has found out.
+
+        Today's baselines and today's validation rows say nothing about a run on another export: none stand beside it.
+        """
         seen = look(self._experiment, self._stage)
+        if seen.state == OUTDATED:
+            return seen
         return replace(seen, measured=list(self.measured), ladder=self.ladder.at() if self.ladder else None)
 
     def _prepare(self) -> CheckpointScorer | None:
@@ -285,6 +290,8 @@ class Watcher:
         return scorer
 
     def _score(self, scorer: CheckpointScorer | None) -> None:
+        if look(self._experiment, self._stage).state == OUTDATED:
+            return
         if scorer and self.ladder and (found := scorer.newest(self.ladder)):
             self.measured.append(found)
 

@@ -203,6 +203,9 @@ def test_a_failed_check_ends_in_an_error_and_leaves_no_submission(chain):
         failed = [check["name"] for check in report_of(chain, "sft")["checks"] if check["passed"] is False]
         assert failed == ["exported rows = trained rows"]
         assert "The check “exported rows = trained rows” failed" in (output / "report.html").read_text(encoding="utf-8")
+        verified = run_py(chain, "verify", "outputs/demo/sft")
+        assert verified.returncode == 1 and "failed   run check: exported rows = trained rows" in verified.stdout
+        assert verified.stdout.rstrip().splitlines()[-1].startswith("outputs/demo/sft: WRONG when it was made")
     finally:
         log.write_text(before, encoding="utf-8")
     assert run_py(chain, "score", "-e", "demo", "--fresh").returncode == 0

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from chain import SECRETS, run_py
 
+from data_prep.synthetic import write_arena
+
 pytestmark = pytest.mark.slow
 
 
@@ -38,3 +40,22 @@ def test_the_same_seed_trains_the_same_bytes(chain, tmp_path):
     (ours,) = folder.glob("saves/*/lora/demo_sft/adapter_model.safetensors")
     theirs = chain / ours.relative_to(folder)
     assert ours.read_bytes() == Path(theirs).read_bytes()
+
+
+def test_other_votes_under_a_finished_judge_are_told_and_mixed_with_nothing(chain, tmp_path):
+    folder = shutil.copytree(chain, tmp_path / "copy", symlinks=True)
+    write_arena(folder / "others", seed=12, train_rows=700, test_rows=30)
+    done = run_py(folder, "prepare", "-e", "demo", "--train", "others/train.csv", "--test", "others/test.csv")
+    assert done.returncode == 0 and "arena/train.csv, is replaced; what was trained on it is outdated" in done.stderr
+    for call in (["score", "--fresh"], ["compare"], ["dpo", "--view", "judge"]):
+        refused = run_py(folder, call[0], "-e", "demo", *call[1:])
+        assert refused.returncode == 1 and "sft was trained" in refused.stderr, refused.stderr
+        assert "--fresh" in refused.stderr and "Traceback" not in refused.stderr
+    told = run_py(folder, "status", "-e", "demo")
+    assert "outdated" in told.stdout and "next: python run.py sft -e demo --fresh" in told.stdout
+    seen = run_py(folder, "watch", "-e", "demo", "--stage", "sft", "--once")
+    assert "outdated" in seen.stdout and "to beat" not in seen.stdout and "sft -e demo --fresh" in seen.stdout
+    votes = ["--train", "arena/train.csv", "--test", "arena/test.csv", "--truth", "arena/truth.csv"]
+    assert run_py(folder, "prepare", "-e", "demo", *votes).returncode == 0
+    kept = run_py(folder, "sft", "-e", "demo")
+    assert kept.returncode == 0 and "scores kept" in kept.stderr, "the earlier votes again, and all is as it was"

@@ -1,0 +1,121 @@
+"""Results of an export that was replaced: told everywhere, mixed nowhere. In the miniature place; one real chain in
+tests/test_trusted_run.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import run
+from data_prep.dataset import read_manifest
+from data_prep.errors import ArenaError
+from data_prep.lock import only_run
+from factory.experiment import load_experiment
+from factory.outdated import changed_files, outdated_files, replaced, require_own_votes
+from factory.survey import stage_view
+
+DATA, OUT = Path("data/exam"), Path("outputs/exam/sft")
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(run.cli, arguments)
+
+
+def trained_on_today(place) -> None:
+    """Write down a training as run.py does: the miniature place has none."""
+    files = read_manifest(DATA)["files"]
+    state = json.loads((OUT / "state.json").read_text())
+    data = {f"data/exam/{name}": f"sha256:{files[name]}" for name in ("sft_train.jsonl", "sft_valid.jsonl")}
+    entry = {"data/dataset_info.json exam_sft_train": {"file_name": "exam/sft_train.jsonl"}}
+    train = {**state["parts"]["score"], "inputs": {"data": {**entry, **data, "elsewhere/own.jsonl": "sha256:0"}}}
+    state["parts"] = {"train": {**train, "outputs": [], "sha256": {}}, **state["parts"]}
+    (OUT / "state.json").write_text(json.dumps(state))
+
+
+def prepare_others(place, test: bool = True):
+    place.table(place.rows(40, start=5000)[::-1], "others.csv")
+    more = ["--test", "test.csv"] if test else []
+    return call("prepare", "-e", "exam", "--train", "others.csv", *more, "--pairs")
+
+
+def test_nothing_is_outdated_while_the_export_is_the_same(place):
+    trained_on_today(place)
+    exam = load_experiment("exam")
+    assert call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs").exit_code == 0
+    assert outdated_files(exam, "sft") == []
+    require_own_votes(exam, "sft")
+    assert stage_view(exam, "sft").state == "scored"
+
+
+@pytest.mark.parametrize("changed", ["sft_train.jsonl", "sft_valid.jsonl", None])
+def test_each_file_that_was_trained_on_counts_and_no_other(place, changed):
+    trained_on_today(place)
+    manifest = json.loads((DATA / "manifest.json").read_text())
+    manifest["files"][changed or "dpo_judge_train.jsonl"] = "0" * 64
+    (DATA / "manifest.json").write_text(json.dumps(manifest))
+    assert outdated_files(load_experiment("exam"), "sft", ("train",)) == ([changed] if changed else [])
+    gone = {name: digest for name, digest in manifest["files"].items() if name != changed}
+    (DATA / "manifest.json").write_text(json.dumps({**manifest, "files": gone}))
+    assert outdated_files(load_experiment("exam"), "sft", ("train",)) == ([changed] if changed else [])
+
+
+def test_inputs_of_earlier_versions_and_of_other_kinds_are_passed_over(place):
+    for inputs in ({}, {"data": "x"}, {"data": {"data/exam/sft_train.jsonl": 3, "rows.parquet": {"a": 1}}}):
+        assert changed_files(inputs, DATA) == []
+
+
+def test_another_export_is_refused_by_scoring_comparing_and_what_starts_from_the_judge(place):
+    trained_on_today(place)
+    report, submission = (OUT / "report.json").read_bytes(), (OUT / "submission.csv").read_bytes()
+    done = prepare_others(place)
+    assert done.exit_code == 0, done.output
+    assert "the earlier export, of votes.csv, is replaced; what was trained on it is outdated" in done.output
+    scored = call("score", "-e", "exam", "--fresh")
+    assert scored.exit_code == 1 and "sft was trained on another export than data/exam holds now" in scored.output
+    assert "python run.py sft -e exam --fresh" in scored.output and "sft_train.jsonl" in scored.output
+    compared = call("compare", "-e", "exam")
+    assert compared.exit_code == 1 and "sft was trained or scored on another export" in compared.output
+    exam = load_experiment("exam")
+    with pytest.raises(ArenaError, match="sft was trained on another export"):
+        require_own_votes(exam, "dpo_judge", trained=False)
+    require_own_votes(exam, "dpo_reward", trained=False)  # starts from the base
+    view = stage_view(exam, "sft")
+    assert view.state == "outdated" and view.next == "python run.py sft -e exam --fresh"
+    assert ((OUT / "report.json").read_bytes(), (OUT / "submission.csv").read_bytes()) == (report, submission)
+
+
+def test_the_rows_are_compared_where_no_state_tells_what_they_were(place):
+    (OUT / "state.json").unlink()
+    assert call("compare", "-e", "exam").exit_code == 0
+    assert prepare_others(place).exit_code == 0
+    compared = call("compare", "-e", "exam")
+    assert compared.exit_code == 1 and "another export" in compared.output, compared.output
+
+
+def test_another_test_set_outdates_the_scores_alone(place):
+    trained_on_today(place)
+    place.table(place.rows(7, start=9500), "later.csv")
+    done = call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "later.csv", "--pairs")
+    assert "is replaced" in done.output and "outdated" not in done.output
+    view = stage_view(load_experiment("exam"), "sft")
+    assert view.state == "outdated" and view.next == "python run.py score -e exam --stage sft --fresh"
+    require_own_votes(load_experiment("exam"), "sft")
+
+
+def test_a_lost_test_set_is_told(place):
+    done = prepare_others(place, test=False)
+    assert "it had a test set, this one has none" in done.output and "--test FILE" in done.output
+    before = read_manifest(DATA)
+    assert replaced(None, before) is None and replaced(before, before) is None
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_prepare_waits_for_no_run_and_replaces_nothing_under_one(place, stage):
+    before = place.snapshot()
+    with only_run(load_experiment("exam").output_folder(stage)):
+        refused = prepare_others(place)
+    assert refused.exit_code == 1 and f"{stage} of this experiment is at work" in refused.output
+    assert {name: digest for name, digest in place.snapshot().items() if name != "others.csv"} == before
