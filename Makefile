@@ -16,12 +16,12 @@ $(STAMP): requirements.lock
 	  echo "arena-factory needs Python >= 3.11; '$(PYTHON)' is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
-	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
+	@VIRTUAL_ENV="$$PWD/$(VENV)" $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
 	@touch $@
 
 # What not everybody needs, each from its own lock beside it: make extra-openvino, extra-ray, extra-gguf, …
 $(EXTRAS:%=extra-%): extra-%: install
-	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --require-hashes -r extras/$*.lock
+	@VIRTUAL_ENV="$$PWD/$(VENV)" $(BIN)/uv pip install --quiet --require-hashes -r extras/$*.lock
 
 # llama.cpp is compiled for this machine's processor (minutes; needs a C++ compiler), without its image part. The same
 # source distribution holds the converter, which no package installs: it is unpacked where `run.py export` looks.

@@ -11,10 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
+from factory.interpreter import require_packages
 
-from factory import DEFAULT_EXPERIMENT
-from factory.step import TRAININGS
+require_packages()  # before click: another Python lacks it, or has one that fails with a traceback
+
+import click  # noqa: E402
+
+from factory import DEFAULT_EXPERIMENT  # noqa: E402
+from factory.step import TRAININGS  # noqa: E402
 
 VIEWS = ("judge", "reward")
 

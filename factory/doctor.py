@@ -346,7 +346,7 @@ def _writable(folder: Path) -> bool:
 def _path() -> Iterator[Finding]:
     here = str(Path.cwd())
     if any(character.isspace() for character in here):
-        remedy = "with several GPUs torchrun's command line may break at it: rename the folder"
+        remedy = "all of run.py works; with several GPUs LLaMA-Factory's own llamafactory-cli breaks at it"
         yield Finding("path", "warning", f"{here!r} has a space", remedy)
     else:
         yield Finding("path", "ok", "no space in it")
