@@ -33,6 +33,7 @@ from data_prep.dataset import FORMAT, read_manifest
 from data_prep.errors import ArenaError
 from data_prep.files import atomic_file, atomic_folder, read_json, sha256_of, sha256_of_table, write_json
 from data_prep.lock import only_run
+from data_prep.overlap import check_overlap, refuse_same_table
 from data_prep.pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 DATA = Path("data")
 # Battles per tokenizer call: enough to keep every core busy, little enough to keep memory flat.
 _CHUNK = 512
+# The share of shortened battles from which on a person is told.
+_MUCH_CUT = 0.5
 # The files that name all sets: a set more changes them.
 _LISTS = ("dataset_info.json", "audit.json")
 
@@ -78,6 +81,8 @@ def export(
     """
     if truth:
         _check_truth(truth)
+    if test and test.exists() and train.exists():
+        refuse_same_table(train, test)
     reader = VoteReader(train, labelled=True)
     test_reader = VoteReader(test, labelled=False) if test else None
     frame, tokenizer = load_frame(experiment)
@@ -96,6 +101,9 @@ def export(
         counts = writer.split()
         audit = _audit(experiment, reader, test_reader, writer.tallies, counts)
         audit["pairs"] = writer.pairs_audit(counts)
+        if test_reader:
+            rows = folder / "rows.parquet"
+            audit["test_rows_in_train"] = check_overlap(rows, test_reader.path, has_verdicts=test_reader.has_verdicts)
         files = _describe(folder, experiment, prompt, frame, audit, truth)
         _refuse_changed(experiment, files, unchanged or {})
     _publish(experiment, audit)
@@ -260,9 +268,22 @@ def _is_of_another(entry: Any, experiment: Experiment) -> bool:
 
 def warnings_of(audit: Mapping[str, Any]) -> list[str]:
     """Return what a person should know of an export that went well, one line each."""
-    return [
+    told = [
         f"warning: {source['ids_like_formulas']} id(s) of {source['file']} begin as a spreadsheet's formula does; they "
         "are written as they are: do not open the CSV files of results in a spreadsheet"
         for source in audit["sources"].values()
         if source.get("ids_like_formulas")
     ]
+    if seen := audit.get("test_rows_in_train"):
+        told.append(
+            f"warning: {seen:,} of {audit['exported']['test']:,} rows of {audit['sources']['test']['file']} are "
+            "training rows (same id, same prompt): the judge learns their verdicts, so their probabilities test nothing"
+        )
+    cut = audit["truncation"]["train"]["rows_cut_share"]
+    if cut > _MUCH_CUT:
+        told.append(
+            f"note: {cut:.1%} of the battles do not fit into cutoff_len {audit['cutoff_len']}, so that the judge sees "
+            f"parts of them only; a larger cutoff_len in factory_configs/{audit['experiment']}/experiment.yaml keeps "
+            "more, at more memory and time (then prepare again)"
+        )
+    return told

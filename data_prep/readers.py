@@ -98,6 +98,7 @@ class _Schema:
         return no_id + [name for name in needed if name not in columns]
 
 
+_WSDM_MARKS = frozenset({"winner", "scored", "language"})
 _PLAIN = ("prompt", "response_a", "response_b")
 _KAGGLE = _Schema("kaggle", ("id",), _PLAIN, PROBABILITY_COLUMNS, _turns, parse_one_hot)
 _WSDM = _Schema("wsdm", ("id",), _PLAIN, ("winner",), _texts, _winner)
@@ -116,9 +117,35 @@ def _schema_of(columns: Sequence[str]) -> _Schema:
     found = set(columns)
     if found & set(_CONVERSATIONS.texts):
         return _CONVERSATIONS
-    if not found & set(PROBABILITY_COLUMNS) and found & {"winner", "scored", "language"}:
+    if not found & set(PROBABILITY_COLUMNS) and found & _WSDM_MARKS:
         return _WSDM
     return _KAGGLE
+
+
+def _what_it_is(schema: _Schema, columns: Sequence[str], missing: Sequence[str]) -> str:
+    """Say what a table that lacks columns is, where that can be told, and which one is wanted."""
+    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
+        return "the header looks like one cell: separate the cells with commas"
+    if set(missing) == set(schema.winners):
+        what = "the competition's test.csv, or another table" if schema is _KAGGLE else "a table"
+        return (
+            f"this is {what} without verdicts (no {', '.join(schema.winners)}): --train wants the one with verdicts "
+            "(train.csv); pass a file without verdicts as the test set (--test)"
+        )
+    found = set(columns)
+    texts = {name for each in (_KAGGLE, _CONVERSATIONS) for name in each.texts}
+    if not found & texts and found >= set(PROBABILITY_COLUMNS):
+        return (
+            "this is the competition's sample_submission.csv, or another table of probabilities (no prompt, no "
+            "responses): --train wants train.csv, --test wants test.csv"
+        )
+    if not found & (texts | {*PROBABILITY_COLUMNS, *_WSDM_MARKS}):
+        return (
+            "this is not a table of battles: give one with the columns of the competition's train.csv "
+            f"({', '.join((*_KAGGLE.ids, *_KAGGLE.texts, *_KAGGLE.winners))}), of LMSYS chatbot_arena_conversations or "
+            "of the WSDM Cup"
+        )
+    return f"the nearest known schema is {schema.name}: add or rename these columns"
 
 
 class VoteReader:
@@ -155,6 +182,11 @@ class VoteReader:
     def schema(self) -> str:
         """The kind of table: kaggle, arena_conversations or wsdm."""
         return self._schema.name
+
+    @property
+    def has_verdicts(self) -> bool:
+        """Whether the table has all winner columns of its kind."""
+        return bool(self._winners)
 
     @property
     def parts(self) -> list[Path]:
@@ -260,15 +292,10 @@ class VoteReader:
 
     def _missing_columns(self, table: CsvTable | ParquetTable, missing: list[str]) -> ArenaError:
         columns = table.columns
-        remedy = f"the nearest known schema is {self.schema}: add or rename these columns"
-        if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
-            remedy = "the header looks like one cell: separate the cells with commas"
-        elif missing == list(self._schema.winners):
-            remedy += ", or pass a file without verdicts as the test set"
         return ArenaError(
             f"lacks {len(missing)} column(s) {missing}; found {columns[:30]}",
             where=f"{table.path} header",
-            remedy=remedy,
+            remedy=_what_it_is(self._schema, columns, missing),
         )
 
     def _duplicate(self, identity: str, first: tuple[Path, int], second: tuple[Path, int]) -> ArenaError:

@@ -24,6 +24,7 @@ _HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/
 # A whole competition's tables unpack to a few hundred MB; more than this is no table of votes.
 _LARGEST = 64 * 2**30
 _LONGEST_NAME = 255  # what file systems take
+_FORMS = "a .csv, .csv.gz or .parquet file, a folder of such parts, Kaggle's zip, or hf://datasets/OWNER/NAME"
 _VERDICTS = frozenset({*PROBABILITY_COLUMNS, "winner"})
 
 
@@ -41,6 +42,8 @@ def votes_at(source: str | Path, *, labelled: bool) -> Path:
         raise ArenaError("cannot be read: File name too long", where=f"{text[:80]}…", remedy="check the path")
     if path.is_file() and zipfile.is_zipfile(path) and path.suffix.lower() == ".zip":
         return _fitting(_unpacked(path), labelled)
+    if not path.exists():
+        raise ArenaError("does not exist", where=text, remedy=f"give the path of {_FORMS}")
     return _fitting(path, labelled) if path.is_dir() else path
 
 

@@ -73,8 +73,10 @@ def raw_bytes() -> Any:
     return pa.array([b'["a"]'] * 39 + [b'["\xff"]'], pa.binary()).view(pa.string())
 
 
+NO_BATTLES = "this is not a table of battles"
+SUBMISSION = without("model_a", "model_b", "prompt", "response_a", "response_b")
 FILES = [
-    Case("csv_missing", remove("votes.csv"), PREPARE, ("votes.csv: does not exist", "give the path")),
+    Case("csv_missing", remove("votes.csv"), PREPARE, ("votes.csv: does not exist", "Kaggle's zip, or hf://")),
     Case("csv_is_a_folder", lambda p: None, (*PREPARE[:-1], "models"), ("models: is a folder",)),
     Case("csv_is_a_device", lambda p: None, (*PREPARE[:-1], "/dev/null"), ("is not a regular file",)),
     Case("csv_long_name", lambda p: None, (*PREPARE[:-1], "x" * 5000), ("cannot be read: File name too long",)),
@@ -99,8 +101,13 @@ FILES = [
     Case("csv_latin1_header", change("votes.csv", lambda d: b"\xfc," + d), PREPARE, ("votes.csv header", "0xfc")),
     Case("csv_nul_bytes", write("votes.csv", b"\0" * 5000), PREPARE, ("is not UTF-8",)),
     Case("csv_random_bytes", write("votes.csv", bytes(range(128, 256)) * 20), PREPARE, ("is not UTF-8",)),
-    Case("csv_is_html", write("votes.csv", "<!DOCTYPE html>\n<p>Sign in</p>\n"), PREPARE, ("lacks 7 column(s)",)),
-    Case("csv_is_json", write("votes.csv", json.dumps([{"id": 1}])), PREPARE, ("lacks 7 column(s)",)),
+    Case(
+        "csv_is_html",
+        write("votes.csv", "<!DOCTYPE html>\n<p>Sign in</p>\n"),
+        PREPARE,
+        ("lacks 7 column(s)", NO_BATTLES),
+    ),
+    Case("csv_is_json", write("votes.csv", json.dumps([{"id": 1}])), PREPARE, ("lacks 7 column(s)", NO_BATTLES)),
     Case("csv_is_jsonl", write("votes.csv", '{"id": 1}\n' * 9), PREPARE, ("lacks 7 column(s)",)),
     Case(
         "csv_no_header", change("votes.csv", lambda d: d.split(b"\r\n", 1)[1]), PREPARE, ("twice", "rename or remove")
@@ -109,6 +116,15 @@ FILES = [
     Case("csv_no_prompt", without("prompt"), PREPARE, ("lacks 1 column(s) ['prompt']",)),
     Case("csv_no_responses", without("response_a", "response_b"), PREPARE, ("['response_a', 'response_b']",)),
     Case("csv_no_tie", without("winner_tie"), PREPARE, ("lacks 1 column(s) ['winner_tie']",)),
+    Case("csv_is_the_test_set", lambda p: None, (*PREPARE[:-1], "test.csv"), ("competition's test.csv", "(train.csv)")),
+    Case("csv_is_a_submission", SUBMISSION, PREPARE, ("lacks 3 column(s)", "sample_submission.csv", "wants train.csv")),
+    Case(
+        "test_is_a_submission",
+        write("mine.csv", "id,winner_model_a,winner_model_b,winner_tie\n1,0.3,0.3,0.4\n"),
+        (*PREPARE_TEST[:-1], "mine.csv"),
+        ("sample_submission.csv", "--test wants test.csv"),
+    ),
+    Case("test_is_the_train_table", lambda p: None, (*PREPARE_TEST[:-1], "votes.csv"), ("is the train table, given",)),
     Case("csv_no_winners", without(*PROBABILITY_COLUMNS), PREPARE, ("pass a file without verdicts as the test set",)),
     Case(
         "csv_double_id",

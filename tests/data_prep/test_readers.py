@@ -440,7 +440,6 @@ def test_an_unknown_winner_stops(tmp_path, winner, what):
         (["id", "conversation_a", "winner"], ["conversation_b"], "arena_conversations"),
         (["conversation_a", "conversation_b"], ["question_id or id", "winner"], "arena_conversations"),
         (["id", "question", "answer", "language"], ["prompt", "response_a", "response_b", "winner"], "wsdm"),
-        (["x", "y"], ["id", "prompt", "response_a", "response_b", *PROBABILITY_COLUMNS], "kaggle"),
     ],
 )
 def test_missing_columns_are_all_named_with_those_found_and_the_nearest_schema(tmp_path, columns, missing, schema):
@@ -448,6 +447,22 @@ def test_missing_columns_are_all_named_with_those_found_and_the_nearest_schema(t
     assert str(missing) in error.what
     assert str(columns) in error.what
     assert f"nearest known schema is {schema}" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("columns", "labelled", "said"),
+    [
+        (["# arena-factory"], True, "this is not a table of battles: give one with the columns of the competition's"),
+        (["x", "y"], False, "this is not a table of battles"),
+        (["id", *PROBABILITY_COLUMNS], True, "this is the competition's sample_submission.csv, or another table of"),
+        (["id", *PROBABILITY_COLUMNS], False, "--train wants train.csv, --test wants test.csv"),
+        (["id", "prompt", "response_a", "response_b"], True, "this is the competition's test.csv, or another table"),
+        (["id", "conversation_a", "conversation_b"], True, "this is a table without verdicts (no winner)"),
+    ],
+)
+def test_another_file_is_told_for_what_it_is(tmp_path, columns, labelled, said):
+    remedy = error_of(write_csv(tmp_path / "x.csv", [["1"] * len(columns)], columns), labelled=labelled).remedy
+    assert said in remedy and "add or rename" not in remedy
 
 
 def test_another_separator_is_named(tmp_path):

@@ -40,7 +40,14 @@ def rows(path, labelled):
 
 def test_a_file_is_what_it_is(kaggle):
     assert votes_at(kaggle / "x.csv", labelled=True) == kaggle / "x.csv"
-    assert votes_at("nowhere.csv", labelled=True).name == "nowhere.csv"  # the reader says what is wrong with it
+
+
+def test_a_path_that_is_not_there_is_told_with_all_that_may_be_given(kaggle):
+    with pytest.raises(ArenaError, match="does not exist") as caught:
+        votes_at("nowhere.csv", labelled=True)
+    assert caught.value.where == "nowhere.csv"
+    for form in (".csv.gz", ".parquet", "folder", "Kaggle's zip", "hf://datasets/OWNER/NAME"):
+        assert form in caught.value.remedy
 
 
 def test_of_kaggles_folder_the_right_table_is_taken_by_its_columns(kaggle):
