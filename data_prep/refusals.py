@@ -13,7 +13,7 @@ from types import FrameType
 from data_prep.errors import ArenaError
 
 # What every command promises after an interruption.
-AGAIN = "the same command goes on from what is finished; where a training had begun, with --resume"
+AGAIN = "the same command goes on from what is finished; where a training had saved a checkpoint, with --resume"
 _ROOM = f"free disk space (old checkpoints under saves/, earlier runs named *.earlier-N); {AGAIN}"
 _RIGHTS = f"give yourself the right to write there (ls -ld, chown, chmod), or work in a copy of the project; {AGAIN}"
 _MEMORY = f"close other programs, use fewer --workers, or a machine with more memory; {AGAIN}"

@@ -78,14 +78,14 @@ def run_child(
     *,
     what: str,
     watch: Watch | None = None,
-    interrupted_remedy: str = "go on with --resume",
+    interrupted_remedy: str | Callable[[], str] = "go on with --resume",
     grace: float = 10.0,
     environment: Mapping[str, str] | None = None,
 ) -> Finished:
     """Run `command` to its end, appending all of its output to `log`; `environment` is added to ours.
 
     Ctrl-C, SIGTERM or SIGHUP to us end the child with all of its descendants: SIGINT, after `grace` seconds
-    SIGTERM, then SIGKILL (a second Ctrl-C does not wait). If we are killed by -9 the launcher notices.
+    SIGTERM, then SIGKILL (a second Ctrl-C does not wait); then a remedy that is a function is asked. If we are killed by -9 the launcher notices.
     Raises ArenaError with the child's last error and its remedy, or that it was interrupted.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def _follow(
     begins_at: int,
     watch: Watch,
     what: str,
-    interrupted_remedy: str,
+    interrupted_remedy: str | Callable[[], str],
     grace: float,
 ) -> None:
     family, tail = _Family(process), _Tail(log, begins_at)
@@ -166,7 +166,8 @@ def _follow(
         family.end_stragglers()
     except (KeyboardInterrupt, Stopped):
         family.end(grace)
-        raise ArenaError(f"{what} was interrupted", where=str(log), remedy=interrupted_remedy) from None
+        remedy = interrupted_remedy if isinstance(interrupted_remedy, str) else interrupted_remedy()
+        raise ArenaError(f"{what} was interrupted", where=str(log), remedy=remedy) from None
     except BaseException:
         family.end(grace)
         raise

@@ -161,6 +161,22 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next((path for path in checkpoints(folder) if _is_whole(path)), None)
 
 
+def flag_to_go_on(adapter: Path, stage: str) -> str:
+    """Return the option that goes on with a training that did not end; `stage` is LLaMA-Factory's: sft, dpo, rm.
+
+    --resume from a whole checkpoint, --fresh where there is none (or of a reward model, which LLaMA-Factory cannot
+    resume), nothing where nothing was written.
+    """
+    if not is_occupied(adapter):
+        return ""
+    return "--resume" if stage != "rm" and last_checkpoint(adapter) else "--fresh"
+
+
+def is_occupied(folder: Path) -> bool:
+    """Tell whether a training would find something in its folder's place."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Return the folders checkpoint-N of a trainer's folder, whole or not, the highest first."""
     numbered = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))]

@@ -22,7 +22,7 @@ from factory.launch import Launch, plan_launch
 from factory.merge_progress import MergeProgress
 from factory.outdated import require_own_votes
 from factory.progress import Line, LogPoint, Show, duration, loss_curve
-from factory.state import StageState, archive, checkpoints, last_checkpoint
+from factory.state import StageState, archive, checkpoints, flag_to_go_on, is_occupied, last_checkpoint
 from factory.step import STEPS, merge_of
 from factory.trackers import require_accounts
 from factory.weights import refuse_pickles
@@ -210,7 +210,7 @@ def _start(
     show: Show,
 ) -> _Start:
     """Decide whether a training that is not finished starts anew or goes on; archive or refuse what is in the way."""
-    if not _is_occupied(adapter):
+    if not is_occupied(adapter):
         if resume:
             show.note(f"nothing to resume in {adapter}: training starts at the beginning")
         return _Start()
@@ -220,7 +220,8 @@ def _start(
         raise ArenaError(
             f"an unfinished run, or one that `run.py` did not start, lies here; {has}",
             where=str(adapter),
-            remedy="--resume goes on from the last checkpoint; --fresh archives that run and begins anew",
+            remedy=("--resume goes on from it; " if flag_to_go_on(adapter, recipe.get("stage")) == "--resume" else "")
+            + "--fresh archives that run and begins anew",
         )
     if checkpoint is None:
         show.note(f"{adapter} holds no whole checkpoint: training starts at the beginning")
@@ -282,11 +283,29 @@ def _run_training(
         )
         command = llamafactory("train", str(recipe_path), *options)
         what = f"training {stage_step}"
-        finished = run_child(command, log, what=what, watch=watch, environment=launch.environment)
+        finished = run_child(
+            command,
+            log,
+            what=what,
+            watch=watch,
+            interrupted_remedy=lambda: _way_on(adapter, STEPS[stage_step].stage),
+            environment=launch.environment,
+        )
     _require(adapter, _ADAPTER_FILES, log, f"training {stage_step}")
     rows.require_seen(log)
     _require_finite(adapter, log)
     return finished.seconds
+
+
+def _way_on(adapter: Path, stage: str) -> str:
+    """Say how an interrupted training goes on: that depends on what it had saved."""
+    flag, checkpoint = flag_to_go_on(adapter, stage), last_checkpoint(adapter)
+    if flag == "--resume":
+        return f"go on from {checkpoint.name} with --resume"
+    if checkpoint:
+        return "LLaMA-Factory 0.9.5 cannot resume a reward model: begin anew with --fresh"
+    when = "no checkpoint was saved so far (save_strategy and save_steps in the recipe say when one is)"
+    return f"{when}: begin anew with {flag or 'the same command'}"
 
 
 def _run_merge(
@@ -437,10 +456,6 @@ def _without(missing: str, folder: Path, log: Path, what: str) -> ArenaError:
 
 def _head(recipe: dict[str, Any]) -> tuple[str, ...]:
     return (_VALUE_HEAD,) if recipe.get("stage") == "rm" else ()
-
-
-def _is_occupied(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def _summary(adapter: Path) -> str:

@@ -17,7 +17,7 @@ from data_prep.files import read_json
 from factory.experiment import Experiment, load_experiment
 from factory.outdated import outdated_files
 from factory.progress import TrainerLog
-from factory.state import StageState
+from factory.state import StageState, flag_to_go_on
 from factory.step import STEPS, TRAININGS
 
 if TYPE_CHECKING:
@@ -141,8 +141,10 @@ def stage_view(experiment: Experiment, stage: str, prepared: bool = True) -> Sta
     if record.finished_at is None:
         earlier = "" if part == "train" else f"; {_DONE[list(parts)[-2]]}" if len(parts) > 1 else ""
         where = f" at step {step}/{steps}" if part == "train" and step else ""
-        resume = " --resume" if part == "train" else ""
-        return StageView(stage, INTERRUPTED, f"{_RUNNING[part]}{where}{earlier}", step, steps, next=f"{call}{resume}")
+        flag = flag_to_go_on(adapter, STEPS[stage].stage) if part == "train" else ""
+        return StageView(
+            stage, INTERRUPTED, f"{_RUNNING[part]}{where}{earlier}", step, steps, next=f"{call} {flag}".rstrip()
+        )
     if record.missing:
         return StageView(stage, INTERRUPTED, f"gone: {', '.join(record.missing)}", step, steps, next=call)
     if others := _made_from_others(experiment, stage):

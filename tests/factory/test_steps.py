@@ -2,6 +2,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from factory.inputs import inputs_of
 from factory.progress import Show, loss_curve
 from factory.recipe import write_recipe as render
 from factory.state import StageState
+from factory.survey import stage_view
 
 # Stands for llamafactory-cli: writes what it writes, as far as our half reads it, and fails on demand.
 FAKE = """
-import json, os, struct, sys
+import json, os, struct, sys, time
 from pathlib import Path
 command, recipe_path, *options = sys.argv[1:]
 lines = (line.split(": ", 1) for line in Path(recipe_path).read_text().splitlines() if line)
@@ -62,6 +64,9 @@ for step in range(first + 1, 5):
         (kept / "trainer_state.json").write_text("{}")
     if mode == "stops" and step == 3 or mode == "stops early" and step == 1:
         sys.exit("RuntimeError: CUDA out of memory")
+    if mode == f"interrupted at {step}":
+        os.kill(os.getppid(), 2)
+        time.sleep(60)
 (out / "trainer_state.json").write_text(json.dumps({"log_history": history}))
 (out / "adapter_config.json").write_text("{}")
 if mode != "no adapter":
@@ -220,11 +225,38 @@ def test_an_unfinished_run_is_not_touched_without_being_asked_and_resumed_when_a
     assert StageState(Path("outputs/demo/sft")).record("train").finished_at
 
 
+@pytest.mark.parametrize(
+    ("step", "stage", "remedy", "flag"),
+    [
+        (
+            1,
+            "sft",
+            "no checkpoint was saved so far (save_strategy and save_steps in the recipe say when one is)",
+            "--fresh",
+        ),
+        (3, "sft", "go on from checkpoint-2 with --resume", "--resume"),
+        (3, "rm", "LLaMA-Factory 0.9.5 cannot resume a reward model", "--fresh"),
+    ],
+)
+def test_after_an_interrupt_the_advice_is_what_the_next_call_takes(experiment, monkeypatch, step, stage, remedy, flag):
+    monkeypatch.setitem(steps.STEPS, "sft", replace(steps.STEPS["sft"], stage=stage))
+    write_recipe(experiment, stage=stage)
+    with pytest.raises(ArenaError, match="training sft was interrupted") as caught:
+        run(experiment, f"interrupted at {step}")
+    assert caught.value.remedy.startswith(remedy) and flag in caught.value.remedy
+    with pytest.raises(ArenaError, match="an unfinished run") as caught:
+        run(experiment)
+    assert ("--resume" in caught.value.remedy) == (flag == "--resume")
+    assert stage_view(experiment, "sft").next == f"python run.py sft -e demo {flag}"
+    assert run(experiment, **{flag.removeprefix("--"): True})[0] == experiment.adapter_folder("sft")
+
+
 def test_resume_without_a_checkpoint_says_so_and_begins_anew_after_archiving(experiment):
     with pytest.raises(ArenaError):
         run(experiment, "stops early")
-    with pytest.raises(ArenaError, match="it has no whole checkpoint"):
+    with pytest.raises(ArenaError, match="it has no whole checkpoint") as caught:
         run(experiment)
+    assert caught.value.remedy == "--fresh archives that run and begins anew"
     _, shown = run(experiment, resume=True)
     assert "holds no whole checkpoint: training starts at the beginning" in shown
     assert Path("saves/tiny/lora/demo_sft.earlier-1/trainer_log.jsonl").is_file()

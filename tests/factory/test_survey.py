@@ -65,6 +65,9 @@ def test_each_state_is_told_with_the_command_that_goes_on(exam):
     prepared(exam)
     log(exam, "sft", 40)
     began(exam, "sft", "train", finished=False)
+    checkpoint = exam.adapter_folder("sft") / "checkpoint-40"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
     began(exam, "dpo_judge", "train")
     began(exam, "dpo_reward", "train", "merge", finished=False)
     began(exam, "rm", "train", "merge", "score")
@@ -78,6 +81,8 @@ def test_each_state_is_told_with_the_command_that_goes_on(exam):
         "dpo_reward": ("interrupted", "python run.py dpo --view reward -e exam"),
         "rm": ("scored", "python run.py compare -e exam"),
     }
+    (checkpoint / "trainer_state.json").unlink()
+    assert stage_view(exam, "sft").next == "python run.py sft -e exam --fresh", "there is nothing to resume from"
     details = {stage.stage: stage.detail for stage in view.stages}
     assert details["sft"] == "training at step 40/100" and details["dpo_reward"] == "merging; trained"
     rm = view.stages[-1]
