@@ -85,7 +85,8 @@ def run_child(
     """Run `command` to its end, appending all of its output to `log`; `environment` is added to ours.
 
     Ctrl-C, SIGTERM or SIGHUP to us end the child with all of its descendants: SIGINT, after `grace` seconds
-    SIGTERM, then SIGKILL (a second Ctrl-C does not wait); then a remedy that is a function is asked. If we are killed by -9 the launcher notices.
+    SIGTERM, then SIGKILL (a second Ctrl-C does not wait); a remedy that is a function is asked after that. If we are
+    killed by -9 the launcher notices.
     Raises ArenaError with the child's last error and its remedy, or that it was interrupted.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
