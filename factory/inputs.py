@@ -16,7 +16,8 @@ _MODEL_FILE = re.compile(
     r".*\.(safetensors|bin|model|jinja|txt|py)|(adapter_|generation_)?config\.json|tokenizer.*\.json|vocab\.json"
     r"|special_tokens_map\.json|added_tokens\.json"
 )
-_TRAINERS_OWN = frozenset({"training_args.bin", "optimizer.bin", "pytorch_model_fsdp.bin"})
+# What the trainer leaves beside a model, and the log that LLaMA Board shows: no part of it.
+_NO_MODEL = frozenset({"training_args.bin", "optimizer.bin", "pytorch_model_fsdp.bin", "running_log.txt"})
 _HASHED_UP_TO = 256 * 2**20  # bytes
 _STRIDE, _SAMPLE = 4 * 2**20, 64 * 2**10
 
@@ -115,9 +116,7 @@ def model_files(path: Path) -> Any:
     """Return what a model's or an adapter's folder holds, by name, each as 'sha256:…'; of a file its content alone."""
     if path.is_file():
         return _content(path)
-    own = [
-        file for file in sorted(path.iterdir()) if _MODEL_FILE.fullmatch(file.name) and file.name not in _TRAINERS_OWN
-    ]
+    own = [file for file in sorted(path.iterdir()) if _MODEL_FILE.fullmatch(file.name) and file.name not in _NO_MODEL]
     return {file.name: _content(file) for file in own if file.is_file()}
 
 

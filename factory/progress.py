@@ -7,10 +7,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -79,6 +80,21 @@ def loss_curve(path: Path) -> list[dict[str, float | None]]:
         row = rows.setdefault(point.step, {"step": point.step, "loss": None, "lr": None, "eval_loss": None})
         row.update({key: value for key, value in values.items() if value is not None})
     return [rows[step] for step in sorted(rows)]
+
+
+def resumed_at(points: Sequence[LogPoint]) -> int:
+    """Return the step from which the newest run in a log goes on, 0 where it began at the beginning.
+
+    A resumed run writes on in the same log, with a clock of its own. It may begin before the last line: what came after
+    its checkpoint is done again.
+    """
+    start, every = 0, 1  # steps between two lines
+    for before, point in pairwise(points):
+        if point.step < before.step or (point.elapsed or 0) < (before.elapsed or 0):
+            start = max(0, min(before.step, point.step - every))
+        elif point.step > before.step:
+            every = point.step - before.step
+    return start
 
 
 def seconds_left(point: LogPoint, start_step: int = 0) -> float | None:

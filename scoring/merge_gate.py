@@ -24,6 +24,7 @@ from data_prep.battle import VERDICTS
 from data_prep.dataset import read_battles, read_pairs, readable
 from data_prep.errors import ArenaError
 from data_prep.files import write_json
+from data_prep.lock import only_run
 from data_prep.pairs import pair_sequences
 from factory.dequantised import hush_bitsandbytes
 from factory.experiment import Experiment, read_yaml
@@ -52,10 +53,15 @@ def gate(experiment: Experiment, stage: str, *, show: Show) -> dict[str, Any] | 
 
     The record is kept beside the merged folder and made again only if adapter, merged model, rows or settings changed;
     the answers to the canaries are put into the merged folder. Raises ArenaError, after the record is written, if a
-    probability differs by more than the experiment's `merge_gate.max_abs_diff`.
+    probability differs by more than the experiment's `merge_gate.max_abs_diff`, or if another run is at work there.
     """
     if stage == "dpo_reward":
         return None
+    with only_run(experiment.output_folder(stage)):
+        return _gate(experiment, stage, show)
+
+
+def _gate(experiment: Experiment, stage: str, show: Show) -> dict[str, Any] | None:
     path, inputs = experiment.output_folder(stage) / RECORD, _inputs(experiment, stage)
     record = _kept(path, inputs)
     reason = _not_comparable(inputs)

@@ -28,7 +28,7 @@ from data_prep.prompt import JudgePrompt
 from factory.board import serve_page
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import names
-from factory.progress import LogPoint, Show, TrainerLog, describe, duration, loss_curve, seconds_left
+from factory.progress import LogPoint, Show, TrainerLog, describe, duration, loss_curve, resumed_at, seconds_left
 from factory.state import last_checkpoint
 from factory.step import STEPS, TRAININGS
 from factory.survey import OUTDATED, running_stages, stage_view
@@ -75,7 +75,8 @@ class Measured:
 class Look:
     """What a run shows at one moment; `seconds_left` is None while nobody can tell.
 
-    `evaluates` says when the recipe evaluates on the way, None where it does not.
+    `evaluates` says when the recipe evaluates on the way, None where it does not; `start_step` is where the run goes on
+    from, 0 where it began anew.
     """
 
     experiment: str
@@ -89,6 +90,7 @@ class Look:
     evaluations: list[Evaluation]
     why_no_log_loss: str | None
     evaluates: str | None = None
+    start_step: int = 0
     measured: list[Measured] = field(default_factory=list)
     ladder: dict[str, float] | None = None
 
@@ -128,10 +130,10 @@ def look(experiment: Experiment, stage: str) -> Look:
         for row in curve
         if row["eval_loss"] is not None
     ]
-    point = points[-1] if points else None
-    left = seconds_left(point) if point and view.state == "training" else None
+    point, start = points[-1] if points else None, resumed_at(points)
+    left = seconds_left(point, start) if point and view.state == "training" else None
     told = (experiment.name, stage, view.state, view.detail, view.next)
-    return Look(*told, point, left, curve, evaluations, why, evaluation_times(experiment.recipe(stage)))
+    return Look(*told, point, left, curve, evaluations, why, evaluation_times(experiment.recipe(stage)), start)
 
 
 def evaluation_times(recipe_path: Path) -> str | None:
@@ -316,11 +318,16 @@ def serve_watch_page(
 
 
 def follow(watcher: Watcher, show: Show, *, pause: float = 1.0) -> Look:
-    """Show a run in the terminal until it is not at work any more; return the last look."""
+    """Show a run in the terminal until it is not at work any more; return the last look.
+
+    Between two steps of one run nobody holds its lock for a moment: a run that was at work is over when it is not at
+    work three times in a row.
+    """
     seen = watcher.look()
+    idle, patience = 0, 3 if seen.at_work else 1
     told: set[tuple] = set()
     shown: LogPoint | None = None
-    with show.line(f"{seen.experiment} {seen.stage}") as line:
+    with show.line(f"{seen.experiment} {seen.stage}", seen.start_step) as line:
         while True:
             line.phase(seen.state)
             if seen.point and seen.point != shown:
@@ -335,7 +342,8 @@ def follow(watcher: Watcher, show: Show, *, pause: float = 1.0) -> Look:
                 if ("fault", fault) not in told:
                     told.add(("fault", fault))
                     show.note(fault)
-            if not seen.at_work:
+            idle = 0 if seen.at_work else idle + 1
+            if idle >= patience:
                 return seen
             time.sleep(pause)
             seen = watcher.look()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from chain import SECRETS, run_py
+from chain import ROOT, SECRETS, run_py
 
 from data_prep.synthetic import write_arena
 
 pytestmark = pytest.mark.slow
+LAY_OUT = "import sys; sys.path.insert(0, sys.argv[1]); from factory.board import lay_out; lay_out()"
 
 
 def test_no_secret_is_in_anything_that_a_run_wrote_or_prints(chain):
@@ -57,5 +60,8 @@ def test_other_votes_under_a_finished_judge_are_told_and_mixed_with_nothing(chai
     assert "outdated" in seen.stdout and "to beat" not in seen.stdout and "sft -e demo --fresh" in seen.stdout
     votes = ["--train", "arena/train.csv", "--test", "arena/test.csv", "--truth", "arena/truth.csv"]
     assert run_py(folder, "prepare", "-e", "demo", *votes).returncode == 0
+    (adapter,) = folder.glob("saves/*/lora/demo_sft/adapter_model.safetensors")
+    subprocess.run([sys.executable, "-c", LAY_OUT, str(ROOT)], cwd=folder, check=True)
+    assert adapter.with_name("running_log.txt").is_file(), "LLaMA Board's files beside the adapter change nothing"
     kept = run_py(folder, "sft", "-e", "demo")
     assert kept.returncode == 0 and "scores kept" in kept.stderr, "the earlier votes again, and all is as it was"

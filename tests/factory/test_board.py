@@ -9,6 +9,7 @@ from data_prep.lock import only_run
 from factory import board
 from factory.board import exposure, free_port, lay_out, log_lines, publish_run, serve_page, serve_tensorboard
 from factory.experiment import load_experiment
+from factory.inputs import model_files
 from factory.progress import Show
 
 
@@ -53,6 +54,7 @@ def test_the_folder_holds_what_the_page_reads(place):
         "exam_sft_train": {**entry, "file_name": "exam/sft_train.jsonl"},
     }
     assert yaml.safe_load((adapter / "llamaboard_config.yaml").read_text())["top.model_name"] == "tiny"
+    assert "running_log.txt" not in model_files(adapter), "no part of the adapter: what was merged from it stays merged"
     assert (adapter / "running_log.txt").read_text() == "***** Running training *****\n{'loss': 1.0}\n"
     link = place / "saves" / "exam_sft_merged" / "lora" / judge.name
     assert link.is_symlink() and link.resolve() == judge.resolve(), "offered on the base that it was trained on"

@@ -14,6 +14,7 @@ from factory.progress import (
     describe,
     is_attended,
     loss_curve,
+    resumed_at,
     seconds_left,
     teller,
 )
@@ -210,3 +211,19 @@ def test_an_export_is_shown_by_its_share(attended):
             "prepare exam: 100%  12 test battles",
             "prepare exam: dividing into folds",
         ]
+
+
+@pytest.mark.parametrize(
+    ("log", "start"),
+    [
+        ([], 0),
+        ([(5, 9), (10, 19)], 0),
+        ([(5, 9), (10, 19), (10, 19), (15, 30)], 0),  # an evaluation has a line of its own
+        ([(5, 9), (10, 19), (15, 2), (20, 12)], 10),  # killed at its checkpoint
+        ([(5, 9), (10, 19), (15, 29), (10, 10), (15, 20)], 5),  # killed after it: steps are done again
+        ([(5, 9), (10, 19), (15, 9), (20, 19), (25, 3)], 20),  # twice
+        ([(5, 9), (10, 19), (5, 9), (10, 19)], 0),  # anew, in the same log
+    ],
+)
+def test_a_resumed_run_is_told_from_its_log(log, start):
+    assert resumed_at([LogPoint(step, 100, elapsed=elapsed) for step, elapsed in log]) == start

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from data_prep.errors import ArenaError
+from data_prep.lock import only_run
 from data_prep.pair_budget import PairFitter
 from factory.progress import Show
 from scoring import merge_gate
@@ -187,3 +188,9 @@ def test_a_true_merge_passes_and_its_canaries_are_sealed(real, stage, classes):
 def test_a_merge_that_lost_the_adapter_fails(real, stage):
     with pytest.raises(ArenaError, match="the merged model is not the trained adapter"):
         asked(real(stage, merged=False), stage)
+
+
+def test_a_second_run_is_refused_while_the_gate_measures(workplace, make_experiment):
+    experiment = make_experiment()
+    with only_run(experiment.output_folder("sft")), pytest.raises(ArenaError, match="another run is at work here"):
+        gate(experiment, "sft", show=Show())

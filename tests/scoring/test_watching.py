@@ -164,7 +164,8 @@ def test_the_terminal_tells_each_evaluation_once_beside_the_ladder(exam, capsys)
         def look(self):
             seen = replace(look(exam, "sft"), ladder={"uniform": 1.0986, "prior": 1.0956})
             looks.append(seen)
-            return replace(seen, state="training") if len(looks) < 4 else seen
+            # the third look falls between two steps of the run, where nobody holds its lock
+            return replace(seen, state="training") if len(looks) in (1, 2, 4, 5) else seen
 
     state.begin("train", {})
     adapter = exam.adapter_folder("sft") / "adapter_config.json"
@@ -172,12 +173,27 @@ def test_the_terminal_tells_each_evaluation_once_beside_the_ladder(exam, capsys)
     state.finish("train", [adapter], 1.0)
     seen = follow(Acted(exam, "sft"), Show(attended=False), pause=0.01)
     said = capsys.readouterr().err
-    assert seen.state == "trained" and len(looks) == 4
+    assert seen.state == "trained" and len(looks) == 8
     assert said.count("step 2: evaluation loss 0.3500, so a log loss of at most 1.0500") == 1
     assert said.count("step 5: evaluation loss 0.3000") == 1 and "class prior 1.0956" in said
     assert "exam sft: training" in said
     assert said.count("exam sft: step 10/10") == 1, "the last step is told once, however often it is looked at"
     assert in_words(seen)[-1] == "next: python run.py sft -e exam"
+
+
+def test_the_time_left_of_a_resumed_run_is_that_of_its_own_steps(exam):
+    path = exam.adapter_folder("sft") / "trainer_log.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = [
+        {"current_steps": n, "total_steps": 675, "loss": 1.0, "elapsed_time": f"0:0{n // 60}:{n % 60:02}"}
+        for n in (395, 400)
+    ]
+    on = [{"current_steps": n, "total_steps": 675, "loss": 1.0, "elapsed_time": f"0:00:{n - 400}"} for n in (410, 420)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in first + on))
+    StageState(exam.output_folder("sft")).begin("train", {})
+    with only_run(exam.output_folder("sft")):
+        seen = look(exam, "sft")
+    assert seen.start_step == 400 and seen.seconds_left == 255
 
 
 def test_a_fault_of_the_ladder_is_told_and_does_not_end_the_watch(exam, monkeypatch, capsys):
