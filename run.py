@@ -368,30 +368,39 @@ def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], a
 @click.option(
     "--stage", type=click.Choice(TRAININGS), default="sft", show_default=True, help="The stage whose judge answers."
 )
-@click.option("--input", "source", type=file_argument, help="A table of battles; without it the fold and the test set.")
+@click.option(
+    "--input",
+    "source",
+    metavar="FILE",
+    shell_complete=_complete_file,
+    help="Battles: a table, a folder, Kaggle's zip (its test.csv), or hf://datasets/OWNER/NAME; without it the fold "
+    "and the test set.",
+)
 @click.option(
     "--output",
     type=file_argument,
-    help="Where --input's probabilities go [outputs/EXP/STAGE/probabilities_<input>.csv].",
+    help="Where --input's probabilities go [outputs/EXP/STAGE/scored/NAME.csv].",
 )
 @engine_options
 @json_option
 @verbose_option
-def score(experiment: str, stage: str, source: Path | None, output: Path | None, as_json: bool, **how: Any) -> None:
+def score(experiment: str, stage: str, source: str | None, output: Path | None, as_json: bool, **how: Any) -> None:
     """Write the probabilities of A / B / tie for any file of battles, or again for the fold and the test set.
 
     What is scored is kept: after an interruption the same command goes on.
     """
+    from scoring.destination import scored_file
     from scoring.stage import ScoreOptions, score_input, score_stage
     from scoring.summary import input_lines
 
+    if output is not None and source is None:
+        raise click.UsageError("--output is where the probabilities of --input go: give both, or leave it out")
     exp, show = _start(experiment)
     options = ScoreOptions.of(**how)
     if source is None:
         _finish(exp, stage, score_stage(exp, stage, show=show, options=options), as_json)
         return
-    name = source.name.removesuffix(".gz").rsplit(".", 1)[0]
-    output = output or exp.output_folder(stage) / f"probabilities_{name}.csv"
+    output = output or scored_file(exp, stage, source)
     rows = score_input(exp, stage, source, output, show=show, options=options)
     made = {"rows": rows, "output": str(output)}
     click.echo(json.dumps(made) if as_json else "\n".join(input_lines(rows, output)))

@@ -60,6 +60,16 @@ def probability_file(path: Path) -> Iterator[Callable[[Iterable, np.ndarray], No
         yield add
 
 
+def holds_probabilities(path: Path) -> bool:
+    """Tell whether a file begins as the tables that are written here do."""
+    first = (",".join(HEADER) + "\n").encode()
+    try:
+        with path.open("rb") as file:
+            return file.read(len(first)) == first
+    except OSError:
+        return False
+
+
 def check_submission(path: Path, ids: Iterable) -> int:
     """Check a written table against the test set's ids in its order, and return the number of rows.
 

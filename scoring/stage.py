@@ -14,9 +14,11 @@ from data_prep.errors import ArenaError, UsageError
 from data_prep.files import atomic_file, read_json, sha256_of_table, write_json
 from data_prep.lock import only_run
 from data_prep.readers import VoteReader
+from data_prep.source import votes_at
 from factory.outdated import require_own_votes
 from factory.progress import duration, loss_curve
 from factory.step import STEPS, merge_of
+from scoring.destination import require_outside, require_replaceable
 from scoring.executors import Executor, open_executor
 from scoring.job import Job, open_job
 from scoring.judge import MANIFEST
@@ -120,19 +122,29 @@ def score_stage(
 
 
 def score_input(
-    experiment: Experiment, stage: str, path: Path, output: Path, *, show: Show, options: ScoreOptions | None = None
+    experiment: Experiment,
+    stage: str,
+    source: str | Path,
+    output: Path,
+    *,
+    show: Show,
+    options: ScoreOptions | None = None,
 ) -> int:
     """Score any table of battles with a scored stage's model and calibration; return the number of rows written.
 
+    `source` is what `prepare` takes as votes: a file, a folder of parts, Kaggle's zip, or an address on the hub.
     Memory does not grow with the number of rows, except by the ids (checked for doubles) and, with the swapped order,
-    by eight bytes a row. Raises ArenaError that names a row that cannot be scored.
+    by eight bytes a row. Raises ArenaError that names a row that cannot be scored, and UsageError, before any work,
+    where `output` is somebody else's file.
     """
     options = options or ScoreOptions()
+    require_replaceable(output, source)
     spec, report = options.spec(experiment, stage), read_report(experiment, stage)
     calibrations, wanted = orders_of(report), bool(report["calibration"]["swap_tta"])
     if wanted and options.time_limit is not None:
         calibrations.require_one()
-    scorer = spec.scorer()
+    scorer, path = spec.scorer(), votes_at(source, labelled=False)
+    require_outside(output, path)
     VoteReader(path, labelled=False)  # a file that is none is told before the model is loaded
     base, target = _base(experiment, stage), f"input-{output.name}"
     inputs = {"data": f"sha256:{sha256_of_table(path)}", "both_orders": wanted}
@@ -146,7 +158,7 @@ def score_input(
                 executor,
                 inputs=inputs,
                 rows=lambda: scorer.read(path, both_orders=wanted),
-                label=f"{stage}: {path.name}",
+                label=f"{stage}: {Path(source).name}",
                 show=show,
             )
             pace = _pace([job], options, show)

@@ -21,7 +21,7 @@ from scoring.provenance import git_commit, hardware, versions
 
 REPORT = "report.json"
 # The tables of a stage and the split whose ids each must hold.
-_TABLES = {"probabilities_valid.csv": "valid", "probabilities_test.csv": "test", "submission.csv": "test"}
+TABLES = {"probabilities_valid.csv": "valid", "probabilities_test.csv": "test", "submission.csv": "test"}
 # `changed` and `missing` mean that the folder is no longer what was made, `failed` that it was wrong when it was made;
 # a warning is for a person to weigh.
 BAD = ("changed", "missing", "failed")
@@ -129,7 +129,7 @@ def _steps(root: Path, folder: Path) -> Iterator[Finding]:
 def _tables(root: Path, folder: Path) -> Iterator[Finding]:
     """Yield whether each table's rows sum to 1 and its ids are those of the exported rows, in their order."""
     data = root / "data" / folder.absolute().parent.name
-    for name, split in _TABLES.items():
+    for name, split in TABLES.items():
         if not (folder / name).is_file():
             continue
         what = f"rows: {name}"

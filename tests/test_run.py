@@ -134,10 +134,13 @@ def test_finished_steps_are_kept(chain):
 
 @pytest.mark.slow
 def test_any_file_can_be_scored(chain):
-    scored = run_py(chain, "score", "-e", "demo", "--input", "arena/test.csv", "--output", "mine.csv")
+    scored = run_py(chain, "score", "-e", "demo", "--input", "arena/test.csv")
     assert scored.returncode == 0, scored.stderr
-    check_probabilities(chain / "mine.csv", ids_of(chain / "arena" / "test.csv"))
-    ours = (chain / "mine.csv").read_text().splitlines()[1:]
+    written = chain / "outputs" / "demo" / "sft" / "scored" / "test.csv"
+    check_probabilities(written, ids_of(chain / "arena" / "test.csv"))
+    verified = run_py(chain, "verify", "outputs/demo/sft")
+    assert verified.returncode == 0, "a table with the name of the test set's leaves the result as it was made"
+    ours = written.read_text().splitlines()[1:]
     theirs = (chain / "outputs" / "demo" / "sft" / "submission.csv").read_text().splitlines()[1:]
     for mine, other in zip(ours, theirs, strict=True):
         assert [float(x) for x in mine.split(",")] == pytest.approx([float(x) for x in other.split(",")], abs=1e-5)

@@ -40,6 +40,7 @@ def judged_place(experiment: Experiment, model, tokenizer, frame, prompt, *, swa
 def write_battles(path: Path, count: int, seed: int = 0) -> Path:
     """Write short battles of varying length in the competition's schema."""
     random = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "prompt", "response_a", "response_b"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import run
 from data_prep.errors import ArenaError, UsageError
+from scoring.destination import scored_file
 from scoring.engines import ENGINES
 from scoring.scorer import own_precision, scorer_of
 from scoring.stage import ScoreOptions, score_input
@@ -99,6 +101,47 @@ def test_what_is_no_table_is_told_before_a_model_is_loaded(judged):
     with pytest.raises(ArenaError, match="does not exist"):
         score_input(judged, "sft", Path("nothing.csv"), OUTPUT, show=show)
     assert "loading" not in show.stream.getvalue()
+
+
+def test_nobody_else_s_file_is_replaced_and_no_model_loaded(judged):
+    content = Path("battles.csv").read_bytes()
+    Path("train.csv").write_bytes(content)
+    for name, words in (("train.csv", "not an earlier output of this command"), ("battles.csv", "is the input itself")):
+        show = quiet_show()
+        with pytest.raises(UsageError, match=words):
+            score_input(judged, "sft", Path("battles.csv"), Path(name), show=show)
+        assert Path(name).read_bytes() == content and show.stream.getvalue() == ""
+    scored(judged)
+    scored(judged)
+    assert len(probabilities()) == 40, "an earlier output is replaced"
+
+
+def test_a_result_s_own_tables_stay_as_they_were_whatever_the_input_is_called(judged):
+    own = judged.output_folder("sft") / "probabilities_test.csv"
+    own.write_text("the result's own\n")
+    for name in ("test.csv", "valid.csv"):
+        source = Path("other") / name
+        write_battles(source, 3)
+        output = scored_file(judged, "sft", source)
+        assert score_input(judged, "sft", source, output, show=quiet_show()) == 3
+        assert output.as_posix() == f"outputs/exam/sft/scored/{name}" and len(output.read_text().splitlines()) == 4
+    assert own.read_text() == "the result's own\n"
+    assert {path.name for path in own.parent.iterdir()} == {own.name, "scored", "merged", "report.json"}
+
+
+def test_kaggles_zip_is_scored_by_its_test_table(judged):
+    test = write_battles(Path("test.csv"), 5)
+    train = test.read_text().replace("response_b\n", "response_b,winner_model_a,winner_model_b,winner_tie\n")
+    with zipfile.ZipFile("lmsys-chatbot-arena.zip", "w") as archive:
+        archive.write("test.csv")
+        archive.writestr(
+            "train.csv", "".join(f"{line},1,0,0\n" if "[" in line else f"{line}\n" for line in train.splitlines())
+        )
+        archive.writestr("sample_submission.csv", "id,winner_model_a,winner_model_b,winner_tie\nb0,0.3,0.3,0.4\n")
+    assert score_input(judged, "sft", "lmsys-chatbot-arena.zip", OUTPUT, show=quiet_show()) == 5
+    from_zip = probabilities()
+    assert score_input(judged, "sft", test, OUTPUT, show=quiet_show()) == 5
+    assert probabilities() == from_zip and list(from_zip) == [f"b{n}" for n in range(5)]
 
 
 def test_options_that_exclude_each_other_are_wrong_use(judged):
