@@ -28,6 +28,8 @@ _RUNNING = {"train": "training", "merge": "merging", "score": "scoring"}
 _DONE = {"train": "trained", "merge": "merged", "score": "scored"}
 INTERRUPTED = "interrupted"
 OUTDATED = "outdated"
+# The order in which the methods are worth a try; docs/methods.md has the figures behind it.
+_WORTH_TRYING = ("sft", "dpo_reward", "rm", "dpo_judge")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class StageView:
     """How far one stage is.
 
     `state`: new, training, merging, scoring, interrupted, trained, merged, scored, or
-    outdated: made from another export than today's.
+    outdated: made from another export than today's. `beats_prior` is what its report says, None where there is none.
     """
 
     stage: str
@@ -45,6 +47,7 @@ class StageView:
     steps: int | None = None
     log_loss: float | None = None
     prior: float | None = None
+    beats_prior: bool | None = None
     report: str | None = None
     next: str = ""
 
@@ -61,6 +64,11 @@ class ExperimentView:
     stages: list[StageView] = field(default_factory=list)
     fault: str | None = None
     next: str = ""
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was done with it yet."""
+        return not (self.prepared or self.fault) and all(stage.state == "new" for stage in self.stages)
 
 
 def experiment_names(root: Path = Path()) -> list[str]:
@@ -111,6 +119,12 @@ def _experiment_view(name: str) -> ExperimentView:
         experiment = load_experiment(name)
     except ArenaError as error:
         return ExperimentView(name, fault=str(error))
+    return experiment_view(experiment)
+
+
+def experiment_view(experiment: Experiment) -> ExperimentView:
+    """Return how far an experiment is, with all its stages."""
+    name = experiment.name
     prepared = (experiment.data_folder / "manifest.json").is_file()
     stages = [stage_view(experiment, stage, prepared) for stage in TRAININGS]
     prepare = "" if prepared else f"python run.py prepare -e {shlex.quote(name)} --train FILE"
@@ -181,6 +195,7 @@ def _scored(experiment: Experiment, stage: str, finished_at: str, step: int | No
     try:
         content = read_json(report)
         loss, prior = float(content["log_loss"]), float(content["baselines"]["prior"])
+        beats = bool(content.get("beats_prior", loss < prior))
     except (OSError, ValueError, KeyError, TypeError):
         return StageView(stage, INTERRUPTED, f"{report} is unreadable", next=f"python run.py score -e {name}")
     return StageView(
@@ -191,6 +206,7 @@ def _scored(experiment: Experiment, stage: str, finished_at: str, step: int | No
         steps,
         loss,
         prior,
+        beats,
         report.with_suffix(".html").as_posix(),
         next=f"python run.py compare -e {name}",
     )
@@ -218,7 +234,10 @@ def _day(moment: str) -> str:
 
 
 def print_survey(console: Console, views: list[ExperimentView]) -> None:
-    """Print one table: every experiment, its stages that began, and what to do next."""
+    """Print one table: every experiment, its stages that began, and what to do next.
+
+    Of several experiments those that nothing was done with share one line, so that the others are seen.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -226,7 +245,10 @@ def print_survey(console: Console, views: list[ExperimentView]) -> None:
     for heading, justify in (("experiment", "left"), ("stage", "left"), ("state", "left"), ("log loss", "right")):
         table.add_column(heading, justify=justify, no_wrap=heading != "state")
     table.add_column("prior", justify="right", no_wrap=True)
-    for view in views:
+    untouched = [view for view in views if view.untouched]
+    folded = untouched if len(untouched) > 1 else []
+    shown = [view for view in views if view not in folded]
+    for view in shown:
         rows = _table_rows(view)
         for number, (cells, style) in enumerate(rows):
             # Text, for a fault may hold brackets that rich would take for its own markup.
@@ -235,8 +257,13 @@ def print_survey(console: Console, views: list[ExperimentView]) -> None:
                 style=style,
                 end_section=number == len(rows) - 1,
             )
-    console.print(table)
-    for command in dict.fromkeys(_next_commands(views)):
+    if shown:
+        console.print(table)
+    if folded:
+        more = f"{len(folded)} {'more ' if shown else ''}experiments"
+        console.print(Text(f"{more}, nothing done yet: {', '.join(view.name for view in folded)}"), soft_wrap=True)
+    commands = [command for view in shown for command in next_commands(view)] or _first_commands(folded)
+    for command in dict.fromkeys(commands):
         console.print(Text(f"next: {command}"), soft_wrap=True)
 
 
@@ -252,29 +279,33 @@ def _table_rows(view: ExperimentView) -> list[tuple[tuple[str, str, str, str], s
             continue
         loss = "" if stage.log_loss is None else f"{stage.log_loss:.4f}"
         prior = "" if stage.prior is None else f"{stage.prior:.4f}"
-        state = f"{stage.state} {stage.detail}".rstrip()
+        flag = ", not better than the prior" if stage.beats_prior is False else ""
+        state = f"{stage.state} {stage.detail}".rstrip() + flag
         rows.append(((stage.stage, state, loss, prior), _style(stage)))
     return rows
 
 
 def _style(stage: StageView) -> str | None:
-    if stage.log_loss is not None and stage.prior is not None:
-        return "green" if stage.log_loss < stage.prior else "red"
+    if stage.beats_prior is not None:
+        return "green" if stage.beats_prior else "red"
     return {INTERRUPTED: "yellow", OUTDATED: "yellow", "unreadable": "red", "training": "cyan"}.get(stage.state)
 
 
-def _next_commands(views: list[ExperimentView]) -> list[str]:
-    """Return one command an experiment: what an unfinished stage needs, or the first step; a scored one, the last."""
-    commands = []
-    for view in views:
-        begun = [stage for stage in view.stages if stage.state not in ("new", "scored") and stage.next]
-        scored = [stage for stage in view.stages if stage.state == "scored"]
-        if view.next:
-            commands.append(view.next)
-        elif begun:
-            commands += [stage.next for stage in begun]
-        elif len(scored) > 1:
-            commands.append(scored[-1].next)
-        elif view.stages:
-            commands.append(next(stage.next for stage in view.stages if stage.state == "new"))
-    return commands
+def next_commands(view: ExperimentView) -> list[str]:
+    """Return what to run next: the first step, what unfinished stages need, another method, or the comparison."""
+    if view.next:
+        return [view.next]
+    begun = [stage.next for stage in view.stages if stage.state not in ("new", "scored") and stage.next]
+    scored = [stage.next for stage in view.stages if stage.state == "scored"]
+    if begun or len(scored) > 1:
+        return begun or scored[-1:]
+    new = {stage.stage: stage.next for stage in view.stages if stage.state == "new"}
+    why = "   (another method on the same votes)" if scored else ""
+    return [f"{new[name]}{why}" for name in _WORTH_TRYING if name in new][:1]
+
+
+def _first_commands(untouched: list[ExperimentView]) -> list[str]:
+    """Return how to begin where nothing was done: the demo, and votes of one's own."""
+    own = "python run.py prepare -e EXP --train FILE   (votes of your own; EXP is one of these)"
+    demo = [view.next for view in untouched if view.name == "demo"]
+    return [*demo, own] if untouched else []

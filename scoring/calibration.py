@@ -276,7 +276,9 @@ def _unfit(raw: RawScores, truth: np.ndarray, groups: np.ndarray) -> str | None:
 def _verdict(kind: Kind, kept: bool, before: float, after: float, *, ties: bool) -> str:
     """Say what was decided and on which figures."""
     name, other = _LINK_NAMES[kind], {"logits": "the plain softmax", "rewards": "the class prior"}[kind]
-    figures = f"cross-fitted log loss {after:.4f} against {before:.4f} of {other}"
+    # Not the ladder's prior, which comes from the training rows: both sides of this choice see the other parts only.
+    rival = {"logits": other, "rewards": "a class prior fitted in the same way, on the other parts of the fold"}[kind]
+    figures = f"cross-fitted log loss {after:.4f} against {before:.4f} of {rival}"
     if not ties:
         figures += "; no tie was seen, so ties get the share of one imagined row"
     return f"kept {name}: {figures}" if kept else f"did not keep {name}, {other} stays: {figures}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.battle import PROBABILITY_COLUMNS
 from data_prep.dataset import truth_of
 from data_prep.errors import ArenaError
-from data_prep.files import write_json
+from data_prep.files import read_json, write_json
 from factory.outdated import outdated_files
 from factory.step import STEPS, TRAININGS
 from scoring.baselines import baseline_ladder
@@ -44,6 +44,7 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
     if truth is not None:
         bayes = truth.set_index("id").loc[rows["id"], list(PROBABILITY_COLUMNS)].to_numpy(float)
     result = {"experiment": experiment.name, **compare(frames, experiment.seed, baselines=ladder, bayes=bayes)}
+    result["flags"] = {stage: _red_flags(experiment, stage) for stage in frames}
     folder = experiment.output_folder("compare")
     write_compare_page(result, folder / "compare.html")
     write_json(folder / "compare.json", result)
@@ -60,6 +61,16 @@ def _require_own_rows(experiment: Experiment, stage: str, scored: pd.DataFrame, 
             remedy=f"prepare the earlier votes again; or python run.py {STEPS[stage].asked_by} -e {experiment.name} "
             "--fresh; a stage whose folder is moved out of outputs/ is left out",
         )
+
+
+def _red_flags(experiment: Experiment, stage: str) -> list[str]:
+    """Return what the stage's report says in red, so that no comparison hides it."""
+    path = experiment.output_folder(stage) / REPORT
+    try:
+        return [str(flag["text"]) for flag in read_json(path).get("flags", []) if flag["level"] == "red"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        again = f"python run.py score -e {experiment.name} --stage {stage} --fresh"
+        raise ArenaError(f"its flags cannot be read: {error!r}", where=str(path), remedy=again) from None
 
 
 def _frame(experiment: Experiment, stage: str) -> pd.DataFrame:

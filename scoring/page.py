@@ -345,7 +345,18 @@ def side_by_side(value: dict | None) -> dict:
 
 def compare_view(comparison: dict) -> dict:
     """Return everything that the comparison's template shows."""
-    keys = ("experiment", "set", "rows", "table", "differences", "baselines", "baselines_ci95", "bayes", "blend")
+    keys = (
+        "experiment",
+        "set",
+        "rows",
+        "table",
+        "differences",
+        "baselines",
+        "baselines_ci95",
+        "bayes",
+        "blend",
+        "flags",
+    )
     comparison = dict.fromkeys(keys) | comparison
     table = [row for row in comparison["table"] or [] if row]
     baselines, ends = comparison["baselines"] or {}, comparison["baselines_ci95"] or {}
@@ -373,6 +384,7 @@ def compare_view(comparison: dict) -> dict:
         "held_out": _SETS.get(comparison["set"], comparison["set"]),
         "comparison": comparison,
         "headline": _compare_headline(best, comparison),
+        "flags": [f"{stage}: {text}" for stage, texts in (comparison["flags"] or {}).items() for text in texts],
         "undecided": _undecided(best, comparison["differences"] or []),
         "ladder": charts.intervals(marks, words.finite(baselines.get("prior"))),
         "table": free_table([_flat(row) for row in table]),

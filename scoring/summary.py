@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.battle import PROBABILITY_COLUMNS
 from data_prep.screen import printable
-from factory.step import STEPS, TRAININGS
+from factory import survey
+from factory.step import STEPS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,18 +53,12 @@ def print_summary(console: Console, experiment: Experiment, stage: str, report: 
 
 
 def next_commands(experiment: Experiment, stage: str, report: dict[str, Any]) -> list[str]:
-    """Return what to look at or to run after a report: the worst row, the other stages."""
+    """Return what to look at or to run after a report: the worst row, then what `status` says."""
     name, commands = shlex.quote(experiment.name), []
     if report.get("worst"):
         worst = shlex.quote(str(report["worst"][0]["id"]))
         commands.append(f"python run.py show {worst} -e {name} --stage {stage}   (its worst row)")
-    scored = [other for other in TRAININGS if (experiment.output_folder(other) / "report.json").is_file()]
-    if len(scored) > 1:
-        commands.append(f"python run.py compare -e {name}")
-    else:
-        other = next(each for each in ("dpo_reward", "sft") if each != stage)
-        commands.append(f"python run.py {STEPS[other].asked_by} -e {name}   (another method on the same votes)")
-    return commands
+    return [*commands, *survey.next_commands(survey.experiment_view(experiment))]
 
 
 def input_lines(rows: int, output: Path) -> list[str]:
@@ -110,10 +105,31 @@ def print_comparison(console: Console, experiment: Experiment, result: dict[str,
         line = f"{pair['first']} - {pair['second']}: {pair['difference']:+.4f}{between}: {said}"
         console.print(line, highlight=False, markup=False)
     console.print(f"page: {experiment.output_folder('compare') / 'compare.html'}", highlight=False)
-    best = min((row for row in result["table"] if row["name"] in STEPS), key=lambda row: row["log_loss"], default=None)
-    if best:
-        command = f"python run.py score -e {experiment.name} --stage {best['name']} --input FILE"
-        console.print(f"next: {command}   (the best single stage on any battles)", highlight=False, markup=False)
+    for stage, texts in result["flags"].items():
+        for text in texts:
+            console.print(f"[red] {stage}: {text}", style=_STYLES["red"], markup=False)
+    for line in advice(experiment, result):
+        console.print(line, highlight=False, markup=False)
+
+
+def advice(experiment: Experiment, result: dict[str, Any]) -> list[str]:
+    """Return what to do after a comparison: the best stage that nothing red is said of, and what is ahead of it."""
+    sound = [row for row in result["table"] if row["name"] in STEPS and not result["flags"].get(row["name"])]
+    if not sound:
+        return ["no stage is fit to score with: its report says why, docs/recipes.md what to change"]
+    best = min(sound, key=lambda row: row["log_loss"])
+    ahead = [
+        f"{_NAMES.get(name, name)} ({loss:.4f})"
+        for name, loss in result["baselines"].items()
+        if loss <= best["log_loss"]
+    ]
+    command = f"python run.py score -e {shlex.quote(experiment.name)} --stage {best['name']} --input FILE"
+    lines = [f"next: {command}   (the best single stage on any battles)"]
+    if ahead:
+        lines.insert(
+            0, f"as good as the best stage, {best['name']} ({best['log_loss']:.4f}), or better: {', '.join(ahead)}"
+        )
+    return lines
 
 
 def print_verification(result: Verification) -> None:

@@ -249,8 +249,9 @@ def calibration(found: dict | None) -> list[str]:
         return ["No calibration was tried: the probabilities are the model's own."]
     name = _LINKS.get(found.get("kind"), humanised(found.get("kind") or "calibration"))
     before, after = number(found.get("log_loss_before")), number(found.get("log_loss_cross_fitted"))
-    # Rewards have no probabilities of their own, so their link is measured against the class prior.
-    start = f"{before} (the class prior)" if found.get("kind") == "rewards" else before
+    # Rewards have no probabilities of their own, so their link is measured against a class prior.
+    rewards = "rewards" in (found.get("kind"), found.get("scores"))
+    start = f"{before} (a class prior, fitted in the same way)" if rewards else before
     change = f"the log loss from {start} to {after} on battles that it was not fitted on (cross-fitting)"
     reason = str(found.get("reason") or "")
     if MISSING in (before, after):

@@ -253,6 +253,7 @@ COMPARES = [
             change(CHANCES, lambda d: d.replace(b"_tie", b"_tea")),
             ("its scores cannot be read",),
         ),
+        ("flags_of_words", edited(REPORT, flags="red"), ("its flags cannot be read", "--fresh")),
         ("other_rows", change(CHANCES, lambda d: b"\n".join(d.splitlines()[:-1])), ("hold different rows",)),
     ]
 ]

@@ -12,7 +12,15 @@ import run
 from data_prep.lock import only_run
 from factory.experiment import load_experiment
 from factory.state import StageState
-from factory.survey import experiment_names, is_at_work, print_survey, running_stages, stage_view, survey
+from factory.survey import (
+    experiment_names,
+    is_at_work,
+    next_commands,
+    print_survey,
+    running_stages,
+    stage_view,
+    survey,
+)
 
 
 @pytest.fixture
@@ -157,7 +165,59 @@ def test_the_table_has_losses_and_no_colour_where_none_is_wanted(exam, monkeypat
     assert "\x1b[3" not in plain.getvalue()
     assert "0.9877" in plain.getvalue() and "1.0900" in plain.getvalue()
     assert "prepared, 1,234 battles" in plain.getvalue()
-    assert "next: python run.py dpo --view judge -e exam" in plain.getvalue()
+    assert "next: python run.py dpo --view reward -e exam" in plain.getvalue(), "docs/methods.md: the one that helped"
+
+
+def test_what_is_next_after_a_report_is_what_status_says(exam):
+    from scoring import summary
+
+    prepared(exam)
+    asked = []
+    for stage in ("sft", "dpo_reward"):
+        began(exam, stage, "train", "merge", "score")
+        report(exam, stage, 1.02)
+        (view,) = survey(["exam"])
+        assert next_commands(view) == summary.next_commands(exam, stage, {})
+        asked += next_commands(view)
+    assert asked == [
+        "python run.py dpo --view reward -e exam   (another method on the same votes)",
+        "python run.py compare -e exam",
+    ]
+    began(exam, "rm", "train", finished=False)
+    assert summary.next_commands(exam, "sft", {}) == ["python run.py rm -e exam"]
+
+
+def test_a_result_that_does_not_beat_the_prior_is_marked_in_words(exam):
+    prepared(exam)
+    began(exam, "sft", "train", "merge", "score")
+    content = {"log_loss": 1.0, "baselines": {"prior": 1.01}, "beats_prior": False}  # within chance
+    (exam.output_folder("sft") / "report.json").write_text(json.dumps(content))
+    views = survey(["exam"])
+    assert views[0].stages[0].beats_prior is False
+    printed = io.StringIO()
+    print_survey(Console(file=printed, width=140), views)
+    assert "not better than the prior" in printed.getvalue()
+    report(exam, "sft", 0.9)
+    printed = io.StringIO()
+    print_survey(Console(file=printed, width=140), survey(["exam"]))
+    assert "not better" not in printed.getvalue()
+
+
+def test_untouched_experiments_share_one_line(exam, workplace):
+    source = (workplace / "factory_configs" / "exam" / "experiment.yaml").read_text()
+    for name in ("other", "third"):
+        (workplace / "factory_configs" / name).mkdir()
+        (workplace / "factory_configs" / name / "experiment.yaml").write_text(source)
+    fresh = CliRunner().invoke(run.cli, ["status"]).output
+    assert "3 experiments, nothing done yet: exam, other, third" in fresh
+    assert "next: python run.py prepare -e EXP --train FILE" in fresh
+    prepared(exam)
+    begun = CliRunner().invoke(run.cli, ["status"]).output
+    assert "2 more experiments, nothing done yet: other, third" in begun
+    assert [line for line in begun.splitlines() if line.startswith("next: ")] == ["next: python run.py sft -e exam"]
+    alone = CliRunner().invoke(run.cli, ["status", "-e", "other"]).output
+    assert "not prepared" in alone and "next: python run.py prepare -e other --train FILE" in alone
+    assert len(json.loads(CliRunner().invoke(run.cli, ["status", "--json"]).output)["experiments"]) == 3
 
 
 def test_status_of_one_experiment_and_of_none(exam):

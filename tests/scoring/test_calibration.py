@@ -105,6 +105,9 @@ def test_rewards_that_say_nothing_fall_back_to_the_prior_in_words():
     table["verdict"] = np.random.default_rng(3).permutation(table["verdict"])
     made = calibrated(table, "rewards")
     assert made.kept or "class prior stays" in made.reason
+    assert made.reason.endswith(
+        f"against {made.log_loss_before:.4f} of a class prior fitted in the same way, on the other parts of the fold"
+    )
     assert abs(made.log_loss_cross_fitted - made.log_loss_before) < 0.01
 
 

@@ -304,6 +304,10 @@ def test_comparison_says_who_leads_and_what_chance_explains(tmp_path, comparison
     assert [row for row in found.rows if row == ["dpo reward", "0.08"]]
     assert len(html.encode()) < 500_000
     assert "https://" not in html
+    assert banners(found, "red") == 0
+    comparison["flags"] = {"sft": ["It does not beat the prior."], "rm": []}
+    _, found = shown(tmp_path, comparison, write_compare_page)
+    assert banners(found, "red") == 1 and "sft: It does not beat the prior." in found.text
 
 
 @pytest.mark.parametrize("key", ["rows", "table", "differences", "baselines", "baselines_ci95", "bayes", "blend"])

@@ -64,7 +64,7 @@ def test_calibration_that_was_not_kept_or_not_possible():
     reason = "not calibrated: only 12 validation rows have a verdict"
     assert words.calibration({"kept": False, "kind": "logits", "reason": reason})[1] == f"Reason: {reason}."
     rewards = words.calibration({"kept": True, "kind": "rewards", **losses, "link": {"kind": "davidson", "tie": 0.8}})
-    assert "from 1.010 (the class prior) to 1.020" in rewards[0]
+    assert "from 1.010 (a class prior, fitted in the same way) to 1.020" in rewards[0]
     assert len(rewards) == 1
 
 
