@@ -28,10 +28,10 @@ from data_prep.battle import PROBABILITY_COLUMNS, Battle
 from data_prep.budget import in_chunks
 from data_prep.chat_frame import load_frame
 from data_prep.crew import open_crew, usual_workers
-from data_prep.data_sets import dataset_entries
+from data_prep.data_sets import dataset_entries, listed_sets
 from data_prep.dataset import FORMAT, read_manifest
 from data_prep.errors import ArenaError
-from data_prep.files import atomic_file, atomic_folder, read_json, sha256_of, sha256_of_table, write_json
+from data_prep.files import atomic_file, atomic_folder, sha256_of, sha256_of_table, write_json
 from data_prep.lock import only_run
 from data_prep.overlap import check_overlap, refuse_same_table
 from data_prep.pairs import VIEWS, View
@@ -79,6 +79,7 @@ def export(
     `workers` is the number of processes that fit (0: a thread; None: what suits the machine); the files do not
     depend on it. Raises ArenaError; an earlier export then stays as it was.
     """
+    listed_sets(DATA / "dataset_info.json")  # a slip in it is told now, not after the work
     if truth:
         _check_truth(truth)
     if test and test.exists() and train.exists():
@@ -248,22 +249,20 @@ def _publish(experiment: Experiment, audit: dict[str, Any]) -> None:
     """List the sets in data/dataset_info.json too, where LLaMA Board looks, and leave the newest audit there."""
     path = DATA / "dataset_info.json"
     with only_run(path, wait=lambda _: None):  # an export of another experiment has it for a moment
-        try:
-            entries = read_json(path)
-        except (OSError, ValueError):
-            entries = {}
-        others = entries.items() if isinstance(entries, dict) else ()
-        entries = {name: entry for name, entry in others if _is_of_another(entry, experiment)}
+        others = {name: entry for name, entry in listed_sets(path).items() if _is_of_another(entry, experiment)}
         own = dataset_entries(
             experiment, audit["pairs"], within=f"{experiment.name}/", folders=_folders(experiment.data_folder)
         )
-        write_json(path, {**entries, **own})
+        write_json(path, {**others, **own})
         write_json(DATA / "audit.json", audit)
 
 
 def _is_of_another(entry: Any, experiment: Experiment) -> bool:
+    """Tell whether an entry stays: it names no local file (a hub's set, a script), or one that is there, not ours."""
     name = entry.get("file_name") if isinstance(entry, dict) else None
-    return isinstance(name, str) and (DATA / name).exists() and not name.startswith(f"{experiment.name}/")
+    if not isinstance(name, str):
+        return True
+    return (DATA / name).exists() and not name.startswith(f"{experiment.name}/")
 
 
 def warnings_of(audit: Mapping[str, Any]) -> list[str]:

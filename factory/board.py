@@ -8,7 +8,6 @@ llamaboard_cache/user_config.yaml             the model that the page opens with
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -18,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.data_sets import listed_sets
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import atomic_file, write_json
+from data_prep.lock import only_run
 from factory.board_config import BoardConfig, board_config
 from factory.experiment import Experiment, load_experiment, read_yaml
 from factory.recipe import render_recipe
@@ -107,7 +108,7 @@ def lay_out() -> BoardPlace:
             remedy="call run.py from the folder that holds factory_configs/",
         )
     place = BoardPlace(board_models(experiments), notes=faults)
-    _list_data(experiments)
+    _list_data(experiments, place)
     for experiment in experiments:
         for stage in TRAININGS:
             try:
@@ -262,18 +263,31 @@ def _save_config(experiment: Experiment, stage: str, place: BoardPlace) -> Path:
     return path
 
 
-def _list_data(experiments: list[Experiment]) -> None:
+def _list_data(experiments: list[Experiment], place: BoardPlace) -> None:
     """List exported sets that data/dataset_info.json lacks, for instance because the folder was copied here."""
+    exported: dict[str, Any] = {}
+    for experiment in experiments:
+        try:
+            exported |= _exported_sets(experiment)
+        except ArenaError as error:
+            place.notes.append(f"{experiment.name}'s data sets are not listed: {str(error).splitlines()[0]}")
     path = DATA / "dataset_info.json"
-    entries = _read_json(path)
-    missing = {
+    try:
+        if exported.keys() <= listed_sets(path).keys():
+            return
+        with only_run(path, wait=lambda _: None):  # an export has it for a moment
+            write_json(path, {**exported, **listed_sets(path)})
+    except ArenaError as error:
+        place.notes.append(f"{path} stays as it is: {str(error).splitlines()[0]}")
+
+
+def _exported_sets(experiment: Experiment) -> dict[str, Any]:
+    """Return the entries of an experiment's own list, as they read in that of all experiments."""
+    return {
         name: {**entry, "file_name": f"{experiment.name}/{entry['file_name']}"}
-        for experiment in experiments
-        for name, entry in _read_json(experiment.data_folder / "dataset_info.json").items()
-        if name not in entries
+        for name, entry in listed_sets(experiment.data_folder / "dataset_info.json").items()
+        if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)
     }
-    if missing:
-        write_json(path, {**entries, **missing})
 
 
 def _choose_first_model(experiments: list[Experiment], models: dict[tuple[str, str], BoardModel]) -> None:
@@ -290,14 +304,6 @@ def _link(link: Path, target: Path) -> None:
         return
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _write_yaml(path: Path, values: dict[str, Any]) -> None:

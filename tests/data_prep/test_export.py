@@ -94,6 +94,32 @@ def test_files_describe_themselves(experiment, arena):
     assert pq.read_metadata(folder / "battles.parquet").num_rows == 320
 
 
+def test_entries_of_a_person_stay_in_the_list_of_all_sets(experiment, arena):
+    export(experiment, arena.train)
+    path = Path("data/dataset_info.json")
+    (path.parent / "mine.json").write_text("[]")
+    theirs = {
+        "hub": {"hf_hub_url": "somebody/something"},
+        "script": {"script_url": "loader"},
+        "local": {"file_name": "mine.json"},
+    }
+    gone = {"gone": {"file_name": "deleted.json"}, "ours_once": {"file_name": "exam/sft_old.jsonl"}}
+    own = json.loads(path.read_text())
+    path.write_text(json.dumps({**theirs, **gone, **own}))
+    export(experiment, arena.train)
+    assert json.loads(path.read_text()) == {**theirs, **own}
+
+
+@pytest.mark.parametrize("content", ['{"mine": {"hf_hub_url": "a/b"},}', "[]", "[" * 100_000])
+def test_a_slip_in_the_list_of_all_sets_is_told_before_the_work_and_nothing_is_lost(experiment, content):
+    path = Path("data/dataset_info.json")
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(ArenaError, match=r"data/dataset_info\.json: is not .*\n.*mend it, or move it away"):
+        export(experiment, Path("a_table_that_is_not_even_there.csv"))
+    assert path.read_text() == content
+
+
 def test_the_same_input_gives_the_same_bytes(experiment, arena):
     def digest():
         export(experiment, arena.train, arena.test, arena.truth)

@@ -1,5 +1,6 @@
 import json
 import socket
+from contextlib import contextmanager
 
 import pytest
 import yaml
@@ -60,6 +61,42 @@ def test_the_folder_holds_what_the_page_reads(place):
     assert link.is_symlink() and link.resolve() == judge.resolve(), "offered on the base that it was trained on"
     assert yaml.safe_load((place / "llamaboard_cache" / "user_config.yaml").read_text())["last_model"] == "tiny"
     assert board.notes == []
+
+
+def test_a_list_of_data_sets_that_cannot_be_read_is_left_alone_with_a_note(place):
+    exam = load_experiment("exam")
+    exam.data_folder.mkdir(parents=True)
+    own, listed = exam.data_folder / "dataset_info.json", place / "data" / "dataset_info.json"
+    entry = {"file_name": "sft_train.jsonl"}
+    own.write_text(json.dumps({"exam_sft_train": entry, "exam_hub": {"hf_hub_url": "a/b"}, "exam_odd": 3}))
+    listed.write_text('{"mine": {"hf_hub_url": "a/b"},}')
+    (note,) = lay_out().notes
+    assert note.startswith("data/dataset_info.json stays as it is") and "is not readable JSON" in note
+    assert listed.read_text() == '{"mine": {"hf_hub_url": "a/b"},}'
+    listed.unlink()
+    assert lay_out().notes == []
+    assert json.loads(listed.read_text()) == {"exam_sft_train": {"file_name": "exam/sft_train.jsonl"}}
+    own.write_text("{")
+    (note,) = lay_out().notes
+    assert note.startswith("exam's data sets are not listed") and "exam/dataset_info.json" in note
+
+
+def test_the_list_of_data_sets_is_written_under_the_lock_of_prepare(place, monkeypatch):
+    exam = load_experiment("exam")
+    exam.data_folder.mkdir(parents=True)
+    (exam.data_folder / "dataset_info.json").write_text(json.dumps({"exam_sft_train": {"file_name": "x.jsonl"}}))
+    listed, taken = place / "data" / "dataset_info.json", []
+
+    @contextmanager
+    def lock(path, *, wait):
+        taken.append(path)
+        listed.write_text(json.dumps({"another": {"file_name": "other/x.jsonl"}}))  # prepare was there first
+        yield
+
+    monkeypatch.setattr(board, "only_run", lock)
+    lay_out()
+    assert [path.as_posix() for path in taken] == ["data/dataset_info.json"]
+    assert set(json.loads(listed.read_text())) == {"another", "exam_sft_train"}
 
 
 def test_a_second_time_nothing_of_the_user_is_overwritten(place):
