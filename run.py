@@ -349,12 +349,11 @@ def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped
 @verbose_option
 def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], as_json: bool) -> None:
     """Tell memory and hours of training and scoring on named cards, from the exported rows' token lengths."""
-    from factory.card import CARDS
     from factory.forecast import forecast as make_forecast
-    from factory.forecast import print_forecast, stages_with_recipes
+    from factory.forecast import print_forecast
 
     exp, _ = _start(experiment)
-    found = make_forecast(exp, stages or stages_with_recipes(exp), cards or CARDS)
+    found = make_forecast(exp, stages, cards)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from factory.hours import (
 from factory.memory import Memory, scoring_memory, training_memory
 from factory.setup import Setup, setup_of
 from factory.shape import ModelShape, shape_of
-from factory.step import STEPS
+from factory.step import STEPS, TRAININGS
 from factory.workload import Workload, workload_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 # This machine's CPU, beside the cards' names.
 CPU = "cpu"
+# Weights up to which training on a CPU is a matter of hours; its row costs a second of measuring.
+_SMALL = 5e8
 _TERA = 1e12
 
 
@@ -52,17 +55,21 @@ class _Job:
 def forecast(experiment: Experiment, stages: Iterable[str], devices: Iterable[str]) -> dict[str, Any]:
     """Return memory (GiB) and hours of each stage on each device: names of `CARDS`, or "cpu" for this machine.
 
+    No stages: all whose rows are exported; `left_out` says why the others are not. No devices: all cards, and this
+    machine's CPU for a small model.
     Raises UsageError for an unknown device, ArenaError where rows, recipe or the model's sizes are missing.
     """
-    devices = list(devices)
+    stages, devices = list(stages), list(devices)
     if unknown := [name for name in devices if name not in (*CARDS, CPU)]:
         raise UsageError(f"there is no card {', '.join(unknown)}", remedy=f"choose from: {', '.join((*CARDS, CPU))}")
     shape = shape_of(experiment.model, experiment.revision)
-    found = {}
-    for stage in stages:
+    devices = devices or [*CARDS, *([CPU] if shape.parameters <= _SMALL else [])]
+    found, left_out = {}, {} if stages else _left_out(experiment)
+    for stage in stages or [name for name in TRAININGS if name not in left_out]:
         job = _Job(experiment, stage, shape, setup_of(experiment, stage), workload_of(experiment, stage))
         found[stage] = _stage(job, devices)
-    return {"experiment": experiment.name, "model": experiment.model, "parameters": shape.parameters, "stages": found}
+    told = {"experiment": experiment.name, "model": experiment.model, "parameters": shape.parameters}
+    return {**told, "stages": found, "left_out": left_out}
 
 
 @dataclass(frozen=True)
@@ -193,16 +200,29 @@ def print_forecast(console, found: dict[str, Any]) -> None:
         table = Table(title=title, title_justify="left")
         for heading in ("device", "train GiB", "train hours", "score GiB", "score hours"):
             table.add_column(heading, justify="left" if heading == "device" else "right")
-        for name, device in one["devices"].items():
-            table.add_row(name, *_cells(device))
+        for name, cells in _rows(one["devices"]):
+            table.add_row(name, *cells)
         console.print(table)
         for name, device in one["devices"].items():
             for line in device["advice"]:
                 console.print(f"  {name}: {line}", highlight=False)
+    for stage, why in found["left_out"].items():
+        console.print(f"left out: {stage}: {why}", highlight=False, markup=False, soft_wrap=True)
+    measured = any(CPU in one["devices"] for one in found["stages"].values())
+    cpu = "this machine's cpu: its speed was measured now" if measured else "this machine's CPU: --card cpu"
     console.print(
-        "By formula (docs/forecast.md). Cards: assumed shares of their data sheet's rate, not run; cpu: measured here.",
+        f"By formula (docs/forecast.md). Cards: assumed shares of their data sheet's rate, not run; {cpu}.",
         highlight=False,
+        soft_wrap=True,
     )
+
+
+def _rows(devices: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return one row for each device; cards of one figure, as a tiny model has them, share a row."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, device in devices.items():
+        alike.setdefault(tuple(_cells(device)), []).append(name)
+    return [(", ".join(names), list(cells)) for cells, names in alike.items()]
 
 
 def _cells(device: dict[str, Any]) -> list[str]:
@@ -219,8 +239,14 @@ def _hours(hours: float) -> str:
     return f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
 
 
-def stages_with_recipes(experiment: Experiment) -> list[str]:
-    """Return the trainings whose recipes and rows are there."""
-    ready = [name for name, step in STEPS.items() if not step.merges and experiment.recipe(name).is_file()]
+def _left_out(experiment: Experiment) -> dict[str, str]:
+    """Return the trainings whose recipe or rows are not there, each with the command that makes them."""
+    prepare = f"python run.py prepare -e {shlex.quote(experiment.name)} --train FILE"
     pairs = (experiment.data_folder / "pairs.parquet").is_file()
-    return [name for name in ready if pairs or STEPS[name].data != "dpo_reward"]
+    found = {}
+    for stage in TRAININGS:
+        if not experiment.recipe(stage).is_file():
+            found[stage] = f"{experiment.recipe(stage)} is not rendered yet: {prepare}"
+        elif STEPS[stage].data == "dpo_reward" and not pairs:
+            found[stage] = f"the pairs that it trains on are not exported yet: {prepare} --pairs"
+    return found

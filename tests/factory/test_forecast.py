@@ -1,5 +1,6 @@
 """The forecast: from real exported lengths to memory and hours, with advice that makes it fit."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -162,6 +163,43 @@ def test_the_table_says_what_it_is_made_of(exported, capsys):
     shown = capsys.readouterr().out
     assert "80 rows" in shown and "the longest 2,000" in shown
     assert "too much" in shown and "not run" in shown
+
+
+def test_a_small_model_gets_this_machines_cpu_and_cards_alike_share_a_row(exported, monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    from factory import forecast as module
+
+    assert list(forecast(exported, ["sft"], [])["stages"]["sft"]["devices"]) == list(CARDS), "8 billion are too many"
+    tiny = dataclasses.replace(shape_of(MODEL), hidden=64, layers=2, heads=8, kv_heads=8, head_dim=8)
+    tiny = dataclasses.replace(tiny, feed_forward=128, vocabulary=1024)
+    monkeypatch.setattr(module, "shape_of", lambda *_: tiny)
+    found = forecast(exported, ["sft"], [])
+    assert list(found["stages"]["sft"]["devices"]) == [*CARDS, "cpu"]
+    printed = io.StringIO()
+    print_forecast(Console(file=printed, width=200), found)
+    (shared,) = (line for line in printed.getvalue().splitlines() if "RTX-4090" in line and "GiB" not in line)
+    assert {name for name in CARDS if name in shared} == set(CARDS)
+    assert "its speed was measured now" in printed.getvalue()
+
+
+def test_stages_that_are_left_out_are_told_with_the_command(exported, capsys):
+    from rich.console import Console
+
+    assert set(forecast(exported, [], ["T4"])["stages"]) == {"sft", "dpo_judge", "dpo_reward", "rm"}
+    (exported.data_folder / "pairs.parquet").unlink()
+    exported.recipe("dpo_judge").unlink()
+    found = forecast(exported, [], ["T4"])
+    assert list(found["stages"]) == ["sft"] and set(found["left_out"]) == {"dpo_judge", "dpo_reward", "rm"}
+    print_forecast(Console(width=200), found)
+    shown = capsys.readouterr().out
+    assert (
+        f"left out: rm: the pairs that it trains on are not exported yet: python run.py prepare -e {exported.name}"
+        in shown
+    )
+    assert "--train FILE --pairs" in shown and "dpo_judge.yaml is not rendered yet" in shown
 
 
 def test_what_is_missing_is_told_with_the_command_that_makes_it(exported):
