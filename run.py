@@ -37,7 +37,7 @@ class ErrorsWithRemedy(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BaseException as raised:
-            error = raised if isinstance(raised, ArenaError) else in_words(raised)
+            error = raised if isinstance(raised, ArenaError) else in_words(raised, ctx.invoked_subcommand)
             if error is None:
                 raise
             if (ctx.obj or {}).get("verbose"):

@@ -12,23 +12,32 @@ from types import FrameType
 
 from data_prep.errors import ArenaError
 
-# What every command promises after an interruption.
-AGAIN = "the same command goes on from what is finished; where a training had saved a checkpoint, with --resume"
-_ROOM = f"free disk space (old checkpoints under saves/, earlier runs named *.earlier-N); {AGAIN}"
-_RIGHTS = f"give yourself the right to write there (ls -ld, chown, chmod), or work in a copy of the project; {AGAIN}"
-_MEMORY = f"close other programs, use fewer --workers, or a machine with more memory; {AGAIN}"
+_FINISHED = "the same command goes on from what is finished"
+# What each command promises after an interruption.
+_AGAIN = {
+    "sft": f"{_FINISHED}; where a training had saved a checkpoint, with --resume",
+    "dpo": f"{_FINISHED}; where a training had saved a checkpoint, with --resume",
+    "rm": f"{_FINISHED}; where a training had begun, with --fresh",  # LLaMA-Factory cannot resume a reward model
+    "demo": f"{_FINISHED}; where a training had begun: python run.py sft -e demo --resume",
+    "score": "the same command goes on from what is scored",
+    "prepare": "the same command begins anew; until it has ended an earlier export stays as it was",
+}
+_ANEW = "give the same command again"
+_ROOM = "free disk space (old checkpoints under saves/, earlier runs named *.earlier-N)"
+_RIGHTS = "give yourself the right to write there (ls -ld, chown, chmod), or work in a copy of the project"
+_MEMORY = "close other programs, use fewer --workers, or a machine with more memory"
 _REFUSALS = {
     errno.ENOSPC: ("the disk is full", _ROOM),
     errno.EDQUOT: ("the disk quota is used up", _ROOM),
-    errno.EFBIG: ("the file would be larger than allowed", f"raise the limit (ulimit -f); {AGAIN}"),
+    errno.EFBIG: ("the file would be larger than allowed", "raise the limit (ulimit -f)"),
     errno.EROFS: ("the disk can only be read", _RIGHTS),
     errno.EACCES: ("permission denied", _RIGHTS),
     errno.EPERM: ("operation not permitted", _RIGHTS),
-    errno.EIO: ("the disk failed to read or write", f"look at the disk (dmesg); {AGAIN}"),
-    errno.EMFILE: ("too many files are open", f"raise the limit (ulimit -n 4096); {AGAIN}"),
-    errno.ENFILE: ("too many files are open on this machine", f"close other programs; {AGAIN}"),
+    errno.EIO: ("the disk failed to read or write", "look at the disk (dmesg)"),
+    errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n 4096)"),
+    errno.ENFILE: ("too many files are open on this machine", "close other programs"),
     errno.ENOMEM: ("memory ran out", _MEMORY),
-    errno.EAGAIN: ("no more processes or threads can be started", f"raise the limit (ulimit -u); {AGAIN}"),
+    errno.EAGAIN: ("no more processes or threads can be started", "raise the limit (ulimit -u)"),
 }
 # Libraries in C++ and Rust wrap the system's number in a text of their own.
 _NUMBER = re.compile(r"\b(?:os error|errno) (\d+)\b", re.IGNORECASE)
@@ -58,10 +67,11 @@ def stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def in_words(error: BaseException) -> ArenaError | None:
-    """Return what an error of the system means for a user, None where it is not one (a fault in our code)."""
+def in_words(error: BaseException, command: str | None = None) -> ArenaError | None:
+    """Return what an error of the system means for a user of `command`, None where it is a fault in our code."""
+    again = _AGAIN.get(command or "", _ANEW)
     if isinstance(error, KeyboardInterrupt | Stopped):
-        return ArenaError(f"interrupted{f' by {error}' if str(error) else ''}", remedy=AGAIN)
+        return ArenaError(f"interrupted{f' by {error}' if str(error) else ''}", remedy=again)
     if isinstance(error, BrokenPipeError):  # whoever read our output has enough of it
         return None
     number = error.errno if isinstance(error, OSError) and error.errno else _number_in(str(error))
@@ -70,7 +80,7 @@ def in_words(error: BaseException) -> ArenaError | None:
     where = str(error.filename) if isinstance(error, OSError) and error.filename else None
     if number in _REFUSALS:
         what, remedy = _REFUSALS[number]
-        return ArenaError(what, where=where, remedy=remedy)
+        return ArenaError(what, where=where, remedy=f"{remedy}; {again}")
     if isinstance(error, OSError) and where and error.strerror:
         return ArenaError(error.strerror.lower(), where=where, remedy="look at this path; -v shows who asked for it")
     return None

@@ -288,7 +288,7 @@ def _run_training(
             log,
             what=what,
             watch=watch,
-            interrupted_remedy=lambda: _way_on(adapter, STEPS[stage_step].stage),
+            interrupted_remedy=lambda: _way_on(adapter, stage_step, recipe_path.parent.name),
             environment=launch.environment,
         )
     _require(adapter, _ADAPTER_FILES, log, f"training {stage_step}")
@@ -297,11 +297,12 @@ def _run_training(
     return finished.seconds
 
 
-def _way_on(adapter: Path, stage: str) -> str:
+def _way_on(adapter: Path, stage_step: str, name: str) -> str:
     """Say how an interrupted training goes on: that depends on what it had saved."""
-    flag, checkpoint = flag_to_go_on(adapter, stage), last_checkpoint(adapter)
-    if flag == "--resume":
-        return f"go on from {checkpoint.name} with --resume"
+    step, checkpoint = STEPS[stage_step], last_checkpoint(adapter)
+    flag = flag_to_go_on(adapter, step.stage)
+    if flag == "--resume":  # the whole call: `demo`, too, was a training, and has no --resume
+        return f"go on from {checkpoint.name}: python run.py {step.asked_by} -e {name} --resume"
     if checkpoint:
         return "LLaMA-Factory 0.9.5 cannot resume a reward model: begin anew with --fresh"
     when = "no checkpoint was saved so far (save_strategy and save_steps in the recipe say when one is)"

@@ -158,7 +158,8 @@ def test_a_signal_ends_the_work_in_words_and_it_goes_on(place, monkeypatch, comm
     with monkeypatch.context() as patch:
         patch.setattr(*where, Nth(getattr(*where), 1, lambda: signal.raise_signal(sign)))
         by = "interrupted" if sign is signal.SIGINT else f"interrupted by {sign.name}"
-        refused(*command, words=(by, "the same command goes on"))
+        begins = "begins anew" if command is PREPARE_TEST else "goes on from what is scored"
+        refused(*command, words=(by, f"the same command {begins}"))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handler is put back"
     assert exported() == export and not leftovers() and not Path("mine.csv").exists()
     again = call(*(SCORE if command is ANEW else command))
@@ -209,6 +210,36 @@ def test_a_process_with_little_memory_loses_nothing(place, limit):
 def test_what_the_system_says_becomes_an_error_with_a_remedy(error, words):
     told = in_words(error)
     assert words in str(told) and told.remedy
+
+
+@pytest.mark.parametrize("command", [None, *run.cli.commands])
+def test_the_advice_after_an_interruption_fits_the_command(command):
+    told = in_words(KeyboardInterrupt(), command).remedy
+    options = {
+        option for parameter in getattr(run.cli.commands.get(command), "params", ()) for option in parameter.opts
+    }
+    called = told.split("python run.py")[0]  # a whole call has options of its own
+    assert {word for word in called.split() if word.startswith("--")} <= options
+    assert told in str(in_words(OSError(errno.ENOSPC, "x"), command))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("sft", "-e", "demo"), "the same command goes on from what is finished; where a training had saved"),
+        (("rm", "-e", "demo"), "the same command goes on from what is finished; where a training had begun, with --fr"),
+        (("demo",), "where a training had begun: python run.py sft -e demo --resume"),
+        (("score", "-e", "demo"), "remedy: the same command goes on from what is scored\n"),
+        (("compare", "-e", "demo"), "remedy: give the same command again\n"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_an_interrupted_command_is_told_what_goes_on(monkeypatch, command, words):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_start", interrupted)
+    assert words in refused(*command, words=("interrupted",))
 
 
 @pytest.mark.parametrize("error", [ValueError("a fault of ours"), BrokenPipeError(errno.EPIPE, "x"), KeyError("id")])

@@ -234,7 +234,7 @@ def test_an_unfinished_run_is_not_touched_without_being_asked_and_resumed_when_a
             "no checkpoint was saved so far (save_strategy and save_steps in the recipe say when one is)",
             "--fresh",
         ),
-        (3, "sft", "go on from checkpoint-2 with --resume", "--resume"),
+        (3, "sft", "go on from checkpoint-2: python run.py sft -e demo --resume", "--resume"),
         (3, "rm", "LLaMA-Factory 0.9.5 cannot resume a reward model", "--fresh"),
     ],
 )
