@@ -21,6 +21,8 @@ from factory import DEFAULT_EXPERIMENT  # noqa: E402
 from factory.step import TRAININGS  # noqa: E402
 
 VIEWS = ("judge", "reward")
+# A stage by its own name, or as the command that trains it is called.
+STAGES = (*TRAININGS, "dpo")
 
 
 class ErrorsWithRemedy(click.Group):
@@ -98,7 +100,10 @@ def cli() -> None:
 @json_option
 @verbose_option
 def demo(seed: int, fresh: bool, as_json: bool) -> None:
-    """The whole chain on a synthetic arena and a tiny base model, on a CPU, in minutes."""
+    """The whole chain on synthetic votes and a tiny base, on a CPU.
+
+    In minutes: draws an arena whose true probabilities are known, prepares, trains, merges, scores and reports.
+    """
     from factory.demo import demo_arena, refuse_other_votes
 
     exp, show = _start("demo")
@@ -115,7 +120,10 @@ def demo(seed: int, fresh: bool, as_json: bool) -> None:
 @verbose_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Say what this machine can run and what is missing, each with its remedy; exit code 1 on a fault."""
+    """Say what this machine can run and what is missing.
+
+    Each fault comes with its remedy; exit code 1 on a fault.
+    """
     from factory.doctor import as_lines, as_report, examine
 
     findings = examine()
@@ -139,7 +147,10 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 @json_option
 @verbose_option
 def new(name: str, model: str, template: str | None, bits: str, cutoff: int | None, as_json: bool) -> None:
-    """Make another experiment: factory_configs/EXP with experiment.yaml and all its recipes, for one model."""
+    """Make another experiment, for one model.
+
+    It is factory_configs/EXP with experiment.yaml and all its recipes.
+    """
     from factory.new import BITS, CUTOFF_LEN, Wish, new_experiment
 
     exp = new_experiment(Wish(name, model, template, BITS[bits], cutoff or CUTOFF_LEN))
@@ -175,7 +186,10 @@ def prepare(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Read votes, check them, fold them, fit them to the token budget; write data/EXP and the recipes."""
+    """Read votes, check, fold and fit them; write data and recipes.
+
+    What is fitted to the token budget goes to data/EXP, with an audit of what was read, cut and rejected.
+    """
     exp, show = _start(experiment)
     views = VIEWS if pairs else VIEWS[:1]
     audit = _prepare(exp, train, test, truth, force=force, views=views, workers=workers, show=show)
@@ -219,7 +233,10 @@ def sft(experiment: str, until: str, resume: bool, fresh: bool, as_json: bool) -
 @click.option("--view", type=click.Choice(VIEWS), default=DEFAULT_VIEW, show_default=True, help=_VIEW_HELP)
 @stage_options
 def dpo(view: str, experiment: str, until: str, resume: bool, fresh: bool, as_json: bool) -> None:
-    """Train on preferences: of labels (judge view) or of responses (reward view); then score and report."""
+    """Train on preferences, of labels or of responses.
+
+    Of labels in the judge view, of responses in the reward view; then score and report.
+    """
     exp, show = _start(experiment)
     report = _stage(exp, f"dpo_{view}", until=until, resume=resume, fresh=fresh, show=show)
     _finish(exp, f"dpo_{view}", report, as_json)
@@ -228,7 +245,10 @@ def dpo(view: str, experiment: str, until: str, resume: bool, fresh: bool, as_js
 @cli.command()
 @stage_options
 def rm(experiment: str, until: str, resume: bool, fresh: bool, as_json: bool) -> None:
-    """Train a reward model on winning and losing responses, merge it with its value head, score, report."""
+    """Train a reward model on winning and losing responses.
+
+    Then merge it with its value head, score and report.
+    """
     exp, show = _start(experiment)
     report = _stage(exp, "rm", until=until, resume=resume, fresh=fresh, show=show)
     _finish(exp, "rm", report, as_json)
@@ -239,7 +259,10 @@ def rm(experiment: str, until: str, resume: bool, fresh: bool, as_json: bool) ->
 @json_option
 @verbose_option
 def compare(experiment: str, as_json: bool) -> None:
-    """Put every stage that was scored side by side, on the same battles, with paired intervals and a blend."""
+    """Put all scored stages side by side, on the same battles.
+
+    With paired intervals, and a blend of them.
+    """
     from scoring.comparison import compare_stages
 
     exp, _ = _start(experiment)
@@ -261,7 +284,10 @@ def compare(experiment: str, as_json: bool) -> None:
 @json_option
 @verbose_option
 def status(experiment: str | None, as_json: bool) -> None:
-    """List the experiments, how far each stage is, its log loss beside the class prior, and what to do next."""
+    """List the experiments, their stages and what to do next.
+
+    Each scored stage has its log loss beside that of the class prior.
+    """
     from dataclasses import asdict
 
     from factory.survey import experiment_names, print_survey, survey
@@ -319,17 +345,24 @@ def engine_options(command):
 @click.argument("battle_id", metavar="ID", help="The battle, as the votes name it.")
 @experiment_option
 @click.option(
-    "--stage", type=click.Choice(TRAININGS), default="sft", show_default=True, help="The stage whose judge answered."
+    "--stage",
+    type=click.Choice(STAGES),
+    default="sft",
+    show_default=True,
+    help="The stage whose judge answered; dpo: its trained view.",
 )
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), help="Where an id stands twice.")
 @click.option("--swapped", is_flag=True, help="Print the prompt with A and B exchanged.")
 @json_option
 @verbose_option
 def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped: bool, as_json: bool) -> None:
-    """Print one battle: verdict, probabilities in both orders, and the exact prompt that was fed, cuts marked."""
+    """Print one battle, its probabilities and the exact prompt.
+
+    The verdict, the probabilities in both orders, and what was fed, with its cut places marked.
+    """
     from scoring.exhibit import exhibit, print_exhibit
 
-    exp, _ = _start(experiment)
+    exp, stage, _ = _start_stage(experiment, stage)
     shown = exhibit(exp, stage, battle_id, split)
     if as_json:
         click.echo(json.dumps(shown.to_json(), indent=2))
@@ -348,7 +381,10 @@ def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped
 @json_option
 @verbose_option
 def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], as_json: bool) -> None:
-    """Tell memory and hours of training and scoring on named cards, from the exported rows' token lengths."""
+    """Tell memory and hours of every stage on named cards.
+
+    Of training and scoring, from the exported rows' token lengths.
+    """
     from factory.forecast import forecast as make_forecast
     from factory.forecast import print_forecast
 
@@ -365,7 +401,11 @@ def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], a
 @cli.command()
 @experiment_option
 @click.option(
-    "--stage", type=click.Choice(TRAININGS), default="sft", show_default=True, help="The stage whose judge answers."
+    "--stage",
+    type=click.Choice(STAGES),
+    default="sft",
+    show_default=True,
+    help="The stage whose judge answers; dpo: its trained view.",
 )
 @click.option(
     "--input",
@@ -384,9 +424,10 @@ def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], a
 @json_option
 @verbose_option
 def score(experiment: str, stage: str, source: str | None, output: Path | None, as_json: bool, **how: Any) -> None:
-    """Write the probabilities of A / B / tie for any file of battles, or again for the fold and the test set.
+    """Write the probabilities of A / B / tie for any battles.
 
-    What is scored is kept: after an interruption the same command goes on.
+    Without --input again those of the fold and the test set. What is scored is kept: after an interruption the
+    same command goes on.
     """
     from scoring.destination import scored_file
     from scoring.stage import ScoreOptions, score_input, score_stage
@@ -394,7 +435,7 @@ def score(experiment: str, stage: str, source: str | None, output: Path | None, 
 
     if output is not None and source is None:
         raise click.UsageError("--output is where the probabilities of --input go: give both, or leave it out")
-    exp, show = _start(experiment)
+    exp, stage, show = _start_stage(experiment, stage)
     options = ScoreOptions.of(**how)
     if source is None:
         _finish(exp, stage, score_stage(exp, stage, show=show, options=options), as_json)
@@ -416,7 +457,10 @@ open_option = click.option("--no-open", is_flag=True, help="Do not open a browse
 @open_option
 @verbose_option
 def board(host: str, port: int | None, no_open: bool) -> None:
-    """LLaMA-Factory's web UI (LLaMA Board) with these experiments, data sets and adapters in it, on 127.0.0.1."""
+    """LLaMA-Factory's web UI with these experiments, on 127.0.0.1.
+
+    It is LLaMA Board, with our data sets and every trained adapter in it.
+    """
     from factory.board import lay_out, serve_board
     from factory.progress import Show
 
@@ -426,18 +470,24 @@ def board(host: str, port: int | None, no_open: bool) -> None:
 
 @cli.command()
 @experiment_option
-@click.option("--stage", type=click.Choice(TRAININGS), default="sft", show_default=True, help="The judge to export.")
+@click.option(
+    "--stage",
+    type=click.Choice(STAGES),
+    default="sft",
+    show_default=True,
+    help="The judge to export; dpo: its trained view.",
+)
 @click.option(
     "--format", "file_format", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="Its file."
 )
 @click.option(
     "--quantization",
-    type=click.Choice(["f16", "bf16", "q8_0", "q4_k_m"]),
+    type=click.Choice(["f16", "bf16", "q8_0", "q4_k_m"], case_sensitive=False),  # llama.cpp writes Q8_0
     default="q8_0",
     show_default=True,
     help="Bits of the weights; docs/edge.md has what each costs.",
 )
-@click.option("--output", type=file_argument, help="The file [outputs/EXP/STAGE/judge-QUANTIZATION.gguf].")
+@click.option("--output", type=file_argument, help="The file [outputs/EXP/STAGE/judge-Q.gguf, Q the quantization].")
 @click.option("--converter", type=file_argument, help="A folder of llama.cpp [ARENA_LLAMA_CPP, .venv/llama.cpp].")
 @json_option
 @verbose_option
@@ -450,18 +500,23 @@ def export(
     converter: Path | None,
     as_json: bool,
 ) -> None:
-    """Write a merged judge as one file for a small machine, and prove that it is still the same judge."""
+    """Write a merged judge as one file for a small machine.
+
+    And prove that it is still the same judge.
+    """
     from scoring.gguf_export import export_gguf
     from scoring.summary import export_lines
 
-    exp, show = _start(experiment)
+    exp, stage, show = _start_stage(experiment, stage)
     manifest = export_gguf(exp, stage, quantization, output=output, converter=converter, show=show)
     click.echo(json.dumps(manifest, indent=2) if as_json else "\n".join(export_lines(exp, stage, manifest)))
 
 
 @cli.command()
 @experiment_option
-@click.option("--stage", type=click.Choice(TRAININGS), help="The stage to watch [the one that runs].")
+@click.option(
+    "--stage", type=click.Choice(STAGES), help="The stage to watch [the one that runs]; dpo: the view that began."
+)
 @click.option("--terminal", is_flag=True, help="Here instead of in a browser, until the run ends.")
 @click.option("--once", is_flag=True, help="Print how far the run is, and end.")
 @click.option("--tensorboard", is_flag=True, help="TensorBoard over all runs on this base model.")
@@ -485,11 +540,14 @@ def watch(
     no_open: bool,
     as_json: bool,
 ) -> None:
-    """Watch a run of the command line: progress, losses, and its log loss beside what a judge must beat."""
+    """Watch a run: progress, losses, log loss beside the baselines.
+
+    A run of the command line, in the browser or in the terminal.
+    """
     from factory.board import serve_tensorboard
     from scoring.watching import Watcher, follow, in_words, serve_watch_page, stage_to_watch
 
-    exp, show = _start(experiment)
+    exp, stage, show = _start_stage(experiment, stage)
     if tensorboard:
         if once or terminal or as_json or score:
             raise click.UsageError("--tensorboard has its own page: leave out --terminal, --once, --score and --json")
@@ -508,7 +566,10 @@ def watch(
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), help="The shell to print it for.")
 @verbose_option
 def completion(shell: str) -> None:
-    """Print the script that completes commands, options, experiments and stages: source <(run.py completion bash)."""
+    """Print a completion script for bash, zsh or fish.
+
+    It completes commands, options, experiments and stages: source <(run.py completion bash).
+    """
     from factory.completion import script
 
     click.echo(script(shell), nl=False)
@@ -519,7 +580,10 @@ def completion(shell: str) -> None:
 @json_option
 @verbose_option
 def verify(output: Path, as_json: bool) -> None:
-    """Check an output folder (outputs/EXP/STAGE) again: every hash, every row, the versions. Exit code 1: changed."""
+    """Check a result again: every hash, every row, the versions.
+
+    OUTPUT is a scored stage's folder, outputs/EXP/STAGE. Exit code 1: something changed.
+    """
     from scoring.summary import print_verification
     from scoring.verify import verify
 
@@ -541,6 +605,14 @@ def _start(name: str):
     for text in exp.warnings:
         show.note(text)
     return exp, show
+
+
+def _start_stage(name: str, stage: str | None):
+    """As `_start`, with the stage that the user's word for it means."""
+    from factory.survey import stage_named
+
+    exp, show = _start(name)
+    return exp, stage and stage_named(exp, stage), show
 
 
 def _prepare(

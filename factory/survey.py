@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.errors import ArenaError
+from data_prep.errors import ArenaError, UsageError
 from data_prep.files import read_json
 from factory.experiment import Experiment, load_experiment
 from factory.outdated import outdated_files
@@ -79,6 +79,26 @@ def experiment_names(root: Path = Path()) -> list[str]:
 def survey(names: list[str]) -> list[ExperimentView]:
     """Return a view of each experiment; a faulty one has its fault in its place and does not hide the others."""
     return [_experiment_view(name) for name in names]
+
+
+def stage_named(experiment: Experiment, name: str) -> str:
+    """Return the stage that a name means: `dpo` is that one of DPO's two views on which a training began.
+
+    Raises UsageError, which names both, where that was none of them or both.
+    """
+    if name in TRAININGS:
+        return name
+    views = [stage for stage in TRAININGS if STEPS[stage].stage == name]
+    begun = [stage for stage in views if stage_view(experiment, stage).state != "new"]
+    if len(begun) == 1:
+        return begun[0]
+    if not begun:
+        calls = " or ".join(
+            f"python run.py {STEPS[stage].asked_by} -e {shlex.quote(experiment.name)}" for stage in views
+        )
+        raise UsageError(f"neither {' nor '.join(views)} was trained", where=f"--stage {name}", remedy=calls)
+    remedy = f"say which: {' or '.join(f'--stage {stage}' for stage in views)}"
+    raise UsageError(f"{' and '.join(views)} were both trained", where=f"--stage {name}", remedy=remedy)
 
 
 def running_stages(experiment: Experiment) -> list[str]:

@@ -42,6 +42,26 @@ def test_every_command_and_option_is_explained_and_stands_in_the_readme(command)
     assert definition.help and all(getattr(option, "help", "given") for option in definition.params)
 
 
+def test_the_list_of_commands_has_whole_sentences():
+    shown = CliRunner().invoke(run.cli, [], terminal_width=80).output.partition("Commands:")[2].splitlines()[1:]
+    assert [line.split()[0] for line in shown] == COMMANDS
+    assert [line for line in shown if not line.endswith(".") or line.endswith("...")] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_word_of_the_help_is_broken(command):
+    shown = CliRunner().invoke(run.cli, [command, "--help"], terminal_width=80).output.split()
+    definition = run.cli.commands[command]
+    told = " ".join([definition.help, *(getattr(option, "help", None) or "" for option in definition.params)]).split()
+    assert [word for word in told if word not in shown] == []
+
+
+def test_a_quantization_may_be_written_as_llama_cpp_writes_it(workplace):
+    (workplace / "factory_configs").symlink_to(ROOT / "factory_configs")
+    told = CliRunner().invoke(run.cli, ["export", "-e", "demo", "--quantization", "Q8_0"])
+    assert told.exit_code == 1 and "is not one of" not in told.output, "it goes on to the judge that is missing here"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -59,6 +79,7 @@ def test_every_command_and_option_is_explained_and_stands_in_the_readme(command)
             ["no readable report of this stage", "remedy: python run.py sft -e demo"],
         ),
         (["score", "-e", "demo", "--stage", "nonsense"], 2, ["is not one of 'sft'"]),
+        (["score", "-e", "demo", "--output", "x.csv"], 2, ["--output is where the probabilities of --input go"]),
         (["sft", "-e", "demo"], 1, ["data/demo: there is no exported data", "remedy: python run.py prepare -e demo"]),
         (["nonsense"], 2, ["No such command"]),
     ],

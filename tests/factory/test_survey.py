@@ -9,15 +9,18 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import run
+from data_prep.errors import UsageError
 from data_prep.lock import only_run
 from factory.experiment import load_experiment
 from factory.state import StageState
+from factory.step import TRAININGS
 from factory.survey import (
     experiment_names,
     is_at_work,
     next_commands,
     print_survey,
     running_stages,
+    stage_named,
     stage_view,
     survey,
 )
@@ -223,3 +226,26 @@ def test_untouched_experiments_share_one_line(exam, workplace):
 def test_status_of_one_experiment_and_of_none(exam):
     assert CliRunner().invoke(run.cli, ["status", "-e", "nowhere"]).exit_code == 2
     assert "exam" in CliRunner().invoke(run.cli, ["status", "-e", "exam"]).output
+
+
+def test_dpo_means_the_one_view_that_was_trained(exam):
+    assert [stage_named(exam, stage) for stage in TRAININGS] == list(TRAININGS)
+    with pytest.raises(UsageError, match="neither dpo_judge nor dpo_reward was trained") as caught:
+        stage_named(exam, "dpo")
+    assert "python run.py dpo --view judge -e exam or python run.py dpo --view reward -e exam" in caught.value.remedy
+    began(exam, "dpo_reward", "train", finished=False)
+    assert stage_named(exam, "dpo") == "dpo_reward", "also while it is trained: watch wants it"
+    began(exam, "dpo_judge", "train", "merge")
+    with pytest.raises(UsageError, match="dpo_judge and dpo_reward were both trained") as caught:
+        stage_named(exam, "dpo")
+    assert caught.value.remedy == "say which: --stage dpo_judge or --stage dpo_reward"
+
+
+@pytest.mark.parametrize("command", [["score"], ["show", "1"], ["export"], ["watch", "--once"]], ids=lambda c: c[0])
+def test_every_command_that_takes_a_stage_takes_dpo(exam, command):
+    done = CliRunner().invoke(run.cli, [*command, "-e", "exam", "--stage", "dpo"])
+    assert done.exit_code == 2 and "neither dpo_judge nor dpo_reward was trained" in done.output
+    began(exam, "dpo_judge", "train")
+    done = CliRunner().invoke(run.cli, [*command, "-e", "exam", "--stage", "dpo", "--json"])
+    assert done.exit_code in (0, 1) and isinstance(done.exception, SystemExit | None), done.exception
+    assert "dpo_judge" in done.output or "--view judge" in done.output or "remedy: " in done.output
