@@ -115,7 +115,7 @@ def report_view(report: dict, battles: Sequence[dict] = ()) -> dict:
         "cut_words": words.cut_rows((report["truncation"] or {}).get("judged")),
         "curve": charts.curve(report["loss_curve"] or []),
         "worst": _worst(report["worst"] or []),
-        "most_biased": free_table(report["most_biased"] or []),
+        "most_biased": _most_biased(report["most_biased"] or []),
         "battles": _battles(report, battles),
         "provenance": facts(report["provenance"]),
         "few_rows": FEW_ROWS,
@@ -210,7 +210,7 @@ def _checks(checks: list[dict]) -> list[dict]:
     return [
         {
             "name": words.plain(check.get("name")),
-            "outcome": outcomes.get(check.get("passed"), "nothing to look at"),
+            "outcome": outcomes.get(check.get("passed"), "not applicable"),
             "detail": words.plain(check.get("detail")),
         }
         for check in checks
@@ -296,6 +296,18 @@ def _in_class_order(probabilities: Any) -> list[float | None]:
         return [words.finite(probabilities.get(key)) for key in VERDICTS]
     values = [words.finite(value) for value in probabilities or []]
     return (values + [None] * 3)[:3]
+
+
+def _most_biased(rows: list[dict]) -> dict:
+    """Return the rows that the order moved most, their probabilities as percentages like all others of the page."""
+
+    def shown(key: str, value: Any) -> Any:
+        if key == "change":
+            return f"{words.points(value)} points"
+        values = value.values() if isinstance(value, dict) else value
+        return " / ".join(map(words.percent, values)) if isinstance(value, list | tuple | dict) else value
+
+    return free_table([{k: shown(k, v) for k, v in row.items()} for row in rows if isinstance(row, dict)])
 
 
 def free_table(rows: list[dict]) -> dict:

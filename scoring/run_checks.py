@@ -2,7 +2,7 @@
 
     [{"name": "rows trained", "passed": true, "detail": "10,800 exported, 10,800 trained", "stops": true, "remedy": ""}]
 
-`passed` is null where a check has nothing to look at; the detail says why. A failed check that `stops` means that the
+`passed` is null where a check does not apply; the detail says why. A failed check that `stops` means that the
 figures or the submission are wrong: the report is written, the submission is not, and the command ends with an error.
 """
 
@@ -24,6 +24,7 @@ from factory.inputs import training_rows
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
 from scoring.canaries import canary_limit
 from scoring.links import softmax
+from scoring.words import points
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +42,7 @@ _AGAIN = "train again with --fresh"
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found. `passed` None: there was nothing to look at."""
+    """What one check found. `passed` None: it does not apply here."""
 
     name: str
     passed: bool | None
@@ -178,14 +179,17 @@ def adapter_applied(compared: Mapping[str, Any] | None, rewards: np.ndarray | No
     name, remedy = "adapter applied", "merge again (move the merged folder away); if that does not help, " + _AGAIN
     if rewards is not None:
         largest = float(np.abs(rewards).max()) if rewards.size else 0.0
-        return Check(name, largest > NOTHING, f"the largest reward is {largest:.2e}", _AGAIN)
+        return Check(name, largest > NOTHING, f"the largest reward is {largest:.2g}", _AGAIN)
     effect = (compared or {}).get("adapter_effect")
     if effect is None:
         return Check(name, None, "the adapter was not compared with its base")
     moved, left = effect["mean_abs_diff"], effect["merged_mean_abs_diff"]
     if moved is None or left is None:
         return Check(name, False, "an answer of the adapter or of the merged model is no number", remedy)
-    detail = f"on {effect['rows']} battles the adapter moves the base by {moved:.1e}, the merge moves it by {left:.1e}"
+    detail = (
+        f"on {effect['rows']} battles the adapter moves the base's probabilities by {points(moved)} percentage points "
+        f"on average, and the merged model is {points(left)} away from it"
+    )
     return Check(name, moved > NOTHING and left < moved, detail, remedy)
 
 
@@ -195,8 +199,9 @@ def merge_gate(compared: Mapping[str, Any] | None, stage: str) -> Check:
         scored = "nothing merged is scored" if stage == "dpo_reward" else "adapter and merged model were not compared"
         return Check("merge gate", None, scored)
     found = compared["merge_gate"]
-    largest = "not a number" if found["max_abs_diff"] is None else f"{found['max_abs_diff']:.1e}"
-    detail = f"largest difference {largest} on {found['rows']} battles, allowed {found['threshold']}"
+    largest = "not a number" if found["max_abs_diff"] is None else points(found["max_abs_diff"])
+    allowed = points(found["threshold"])
+    detail = f"largest difference {largest} percentage points on {found['rows']} battles, allowed {allowed}"
     return Check("merge gate", found["passed"], detail, "merge_onto: dequantised in experiment.yaml; then merge again")
 
 
@@ -213,12 +218,13 @@ def not_constant(scores: pd.DataFrame) -> Check:
     if len(scores) < 2:
         return Check(name, None, f"{len(scores)} battle(s)")
     if AB_COLUMNS[0] in scores:
-        values = softmax(scores[list(AB_COLUMNS)].to_numpy(np.float64))
+        values, unit = softmax(scores[list(AB_COLUMNS)].to_numpy(np.float64)), "percentage points"
     else:
-        values = np.diff(scores[list(REWARD_COLUMNS)].to_numpy(np.float64), axis=1)
+        values, unit = np.diff(scores[list(REWARD_COLUMNS)].to_numpy(np.float64), axis=1), "of reward"
     spread = float(np.ptp(values, axis=0).max())
+    wide = f"{spread:.2g}" if unit == "of reward" else points(spread)
     remedy = "the training collapsed: lower learning_rate, look at the loss curve; " + _AGAIN
-    return Check(name, spread > NOTHING, f"they spread over {spread:.2e} on {len(scores):,} battles", remedy)
+    return Check(name, spread > NOTHING, f"they spread over {wide} {unit} on {len(scores):,} battles", remedy)
 
 
 def submission_ids(expected: Sequence[str], found: Sequence[str], rejected: int) -> Check:

@@ -92,7 +92,7 @@ def print_comparison(console: Console, experiment: Experiment, result: dict[str,
     for row in sorted(result["table"], key=lambda row: row["log_loss"]):
         ends = row["log_loss_ci95"]
         shown = f"{ends[0]:.4f} – {ends[1]:.4f}" if ends else ""
-        table.add_row(row["name"], f"{row['log_loss']:.4f}", shown, f"{row['accuracy']:.3f}", f"{row['ece']:.3f}")
+        table.add_row(row["name"], f"{row['log_loss']:.4f}", shown, f"{row['accuracy']:.1%}", f"{row['ece']:.1%}")
     for name, loss in sorted(result["baselines"].items(), key=lambda item: item[1]):
         table.add_row(_NAMES.get(name, name), f"{loss:.4f}", "", "", "", style="dim")
     if result.get("bayes") is not None:
@@ -157,22 +157,25 @@ def ladder(stage: str, report: dict[str, Any]) -> list[tuple[str, float, list[fl
 
 def findings(report: dict[str, Any]) -> list[str]:
     """Return what else is worth a line: share learned, accuracy, position bias, rows that were cut."""
-    lines = [f"accuracy {report['accuracy']:.3f}, expected calibration error {report['ece']:.3f}"]
+    lines = [f"accuracy {report['accuracy']:.1%}, expected calibration error {report['ece']:.1%}"]
     if report.get("learned_share") is not None:
         lines.insert(
             0, f"learned {report['learned_share']:.0%} of what could be learned: (prior - model) / (prior - Bayes)"
         )
     if bias := report.get("position_bias"):
+        gain = bias["tta_gain"]
+        way = "lowers" if gain > 0 else "raises"
         lines.append(
-            f"position bias: P(A) moves by {bias['mean_abs_diff']:.3f} on average when A and B change places; "
-            f"{bias['flip_rate']:.1%} of the verdicts flip; averaging both orders gains {bias['tta_gain']:+.4f}"
+            f"position bias: P(A) moves by {100 * bias['mean_abs_diff']:.1f} percentage points on average when A and B "
+            f"change places; {bias['flip_rate']:.1%} of the verdicts flip; averaging both orders {way} the log loss by "
+            f"{abs(gain):.4f}"
         )
     judged = (report.get("truncation") or {}).get("judged") or {}
     if judged.get("rows_cut"):
         lines.append(f"{judged['rows_cut_share']:.1%} of these battles were shortened to fit cutoff_len")
     if checks := report.get("checks"):
         states = [check["passed"] for check in checks]
-        without = f", {states.count(None)} with nothing to look at" if None in states else ""
+        without = f", {states.count(None)} not applicable" if None in states else ""
         lines.append(f"run checks: {states.count(True)} passed, {states.count(False)} failed{without}")
     return lines
 

@@ -79,6 +79,16 @@ def percent(value: Any) -> str:
     return f"{text}%".replace("-", "−")
 
 
+def points(share: Any) -> str:
+    """Return a difference of two shares as percentage points, without the words; one too small to matter says so."""
+    real = finite(share)
+    if real is None:
+        return MISSING
+    if 0 < abs(real) < 1e-4:
+        return "less than 0.01"
+    return f"{100 * real:.2g}" if abs(real) < 0.1 else f"{100 * real:.0f}"
+
+
 def interval(value: Any, digits: int = 3) -> str:
     """Return an interval as "low to high"."""
     ends = pair(value)
@@ -323,14 +333,10 @@ def merge_gate(gate: dict | None, stage: str | None = None) -> list[str]:
     largest, mean = finite(gate.get("max_abs_diff")), finite(gate.get("mean_abs_diff"))
     if largest is None:
         return [f"{head}: {losses}."]
-    words = f"{head}: no probability differs by more than {_points(largest)} percentage points"
-    words += f" ({_points(mean)} on average)" if mean is not None else ""
+    words = f"{head}: the largest difference of a probability is {points(largest)} percentage points"
+    words += f" ({points(mean)} on average)" if mean is not None else ""
     limit, base = finite(gate.get("threshold")), gate.get("merged_into")
     told = [f"{words}, and {losses}."]
-    told += [f"Allowed are {_points(limit)} points: {'passed' if gate.get('passed') else 'failed'}."] if limit else []
+    told += [f"Allowed are {points(limit)} points: {'passed' if gate.get('passed') else 'failed'}."] if limit else []
     told += [f"What was measured: {gate['measure']}."] if gate.get("measure") else []
     return told + ([f"It was merged into {base}."] if base else [])
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.2g}"

@@ -10,6 +10,7 @@ import pytest
 
 from scoring import page
 from scoring.page import write_compare_page, write_page
+from scoring.words import percent
 
 ASSETS = Path(__file__).parent / "assets"
 SECTIONS = (
@@ -107,6 +108,9 @@ def test_tables_hold_the_numbers_of_the_report(tmp_path, report):
     assert [re.sub(r"\s", "", cell) for cell in confusion[0][1:]] == ["14632%", "30568%", "00%"]
     worst = report["worst"][0]
     assert found.row(worst["id"])[1:] == ["A wins", "2.2%", "88%", "9.8%", "3.81"]
+    biased = report["most_biased"][0]
+    row = next(row for row in found.rows if row[0] == biased["id"] and row[1].endswith(" points"))
+    assert row[2] == " / ".join(percent(value) for value in biased["a_first"]), "one unit on the whole page"
     assert found.row("rows cut share")[1:] == ["4.9%", "4.9%", "4.7%"]
     assert found.row("SHA-256: data")[1] == report["provenance"]["sha256"]["data"]
     assert found.row("Vietnamese")[-1] == str(report["slices"]["language"][-1]["rows"])
@@ -125,7 +129,7 @@ def test_sentences_for_bias_calibration_merge_and_truncation(tmp_path, report):
     assert "Averaging both orders lowers the log loss by 0.028" in text
     assert "Kept: temperature and class bias. It takes the log loss from 1.060 to 1.010" in text
     assert "too sure: a temperature of 1.18 makes its probabilities softer" in text
-    assert "no probability differs by more than 0.41 percentage points" in text
+    assert "the largest difference of a probability is 0.41 percentage points" in text
     assert "61 of the judged battles (4.9%) were shortened" in text
     assert "overconfident by 5 percentage points" in text
 
@@ -141,10 +145,10 @@ def test_the_merge_gate_and_the_checks_are_shown(tmp_path, report):
     ]
     html, found = shown(tmp_path, report)
     assert "200 battles were scored by the trained adapter" in found.text
-    assert "no probability differs by more than 7 percentage points (0.2 on average)" in found.text
+    assert "the largest difference of a probability is 7 percentage points (0.2 on average)" in found.text
     assert "Allowed are 5 points: failed." in found.text and "It was merged into saves/x." in found.text
     outcomes = [found.row(name)[1] for name in ("canaries", "merge gate", "labels distinct")]
-    assert outcomes == ["passed", "failed", "nothing to look at"]
+    assert outcomes == ["passed", "failed", "not applicable"]
     assert "<script>alert" not in html
     report |= {"merge_gate": None, "stage": "dpo_reward", "checks": []}
     text = shown(tmp_path, report)[1].text

@@ -277,7 +277,7 @@ def test_a_failed_check_is_carried_and_flagged(stops, level):
     assert report["checks"] == [fine, failed, unknown]
     flags = [flag for flag in report["flags"] if flag["code"] == "check"]
     assert [(flag["level"], flag["text"]) for flag in flags] == [(level, "The check “loss not rising” failed: 1 to 2.")]
-    assert findings(report)[-1] == "run checks: 1 passed, 1 failed, 1 with nothing to look at"
+    assert findings(report)[-1] == "run checks: 1 passed, 1 failed, 1 not applicable"
 
 
 @pytest.mark.parametrize(

@@ -86,3 +86,11 @@ def test_target_prior_and_its_unknown_effect():
     assert words.target_prior(found)[-1] == "Its effect is not known: no judged row of class tie."
     found |= {"log_loss": 1.03, "log_loss_uncorrected": 1.5, "prior": 1.09}
     assert "the corrected log loss is 1.030; uncorrected it is 1.500" in words.target_prior(found)[-1]
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [(0.17, "17"), (0.041, "4.1"), (0.0012, "0.12"), (3.9e-7, "less than 0.01"), (0.0, "0"), (1.0, "100"), (None, "–")],
+)
+def test_points_are_never_in_powers_of_ten(share, said):
+    assert words.points(share) == said
