@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import math
 import operator
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -140,6 +141,14 @@ def value_fault(argument: Argument, value: Any) -> str | None:
     return f"{value!r} is of type {kind}, expected {' or '.join(sorted(argument.kinds))}{_type_remedy(argument, value)}"
 
 
+# What YAML reads as a value of its own where no quotes stand around it, and what to write for anything else.
+_IN_QUOTES = {
+    "number": re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"),
+    "bool": re.compile(r"true|false|yes|no|on|off", re.IGNORECASE),
+}
+_WANTED = {"float": "a number", "int": "a whole number", "bool": "true or false"}
+
+
 def _choice_fault(argument: Argument, value: Any) -> str:
     if isinstance(value, bool) and "no" in argument.choices:
         return f'{str(value).lower()} is no choice: YAML reads an unquoted no as false; write {argument.name}: "no"'
@@ -150,7 +159,9 @@ def _choice_fault(argument: Argument, value: Any) -> str:
 
 def _type_remedy(argument: Argument, value: Any) -> str:
     if isinstance(value, str) and argument.kinds & {"int", "float", "bool"}:
-        return "; write it without quotes"
+        quoted = _IN_QUOTES["bool" if "bool" in argument.kinds else "number"].fullmatch(value)
+        wanted = next(words for kind, words in _WANTED.items() if kind in argument.kinds)
+        return "; write it without quotes" if quoted else f"; write {wanted}"
     if isinstance(value, float) and "int" in argument.kinds and value.is_integer():
         return f"; write {int(value)}"
     if "str" in argument.kinds and isinstance(value, bool | int | float):

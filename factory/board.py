@@ -103,9 +103,9 @@ def lay_out() -> BoardPlace:
     experiments, faults = readable_experiments()
     if not experiments:
         raise UsageError(
-            "there is no experiment here",
-            where=str(Path.cwd()),
-            remedy="call run.py from the folder that holds factory_configs/",
+            "there is no experiment that can be read",
+            where=str(Path.cwd() / "factory_configs"),
+            remedy="; ".join(faults) or "make one: python run.py new EXP --model ID",
         )
     place = BoardPlace(board_models(experiments), notes=faults)
     _list_data(experiments, place)

@@ -19,7 +19,7 @@ from data_prep.errors import ArenaError
 from factory.arguments import UNKNOWN, arguments, key_fault, reporters, templates, value_fault
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import names
-from factory.recipe import shared_values, step_of
+from factory.recipe import is_as_rendered, shared_values, step_of
 from factory.step import Step
 from factory.trackers import swanlab_fails
 
@@ -278,12 +278,22 @@ _NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "datal
 
 def check_recipes(experiment: Experiment, steps: Iterable[str], root: Path = Path()) -> None:
     """Raise one ArenaError that lists every fault of these steps' recipes, each with file, key and remedy."""
-    faults = [fault for step in steps for fault in check_recipe(experiment, step, root)]
-    if faults:
+    by_step = {step: check_recipe(experiment, step, root) for step in steps}
+    if faults := [fault for of_step in by_step.values() for fault in of_step]:
         raise ArenaError(
             "\n".join([f"{len(faults)} fault(s), found before anything was started:", *(f"  - {f}" for f in faults)]),
-            remedy="mend these keys; or render a recipe anew with `prepare --force`, which drops its hand edits",
+            remedy=_remedy(experiment, [root / experiment.recipe(step) for step, told in by_step.items() if told]),
         )
+
+
+def _remedy(experiment: Experiment, recipes: Iterable[Path]) -> str:
+    """Say what mends faulty recipes: those without hand edits follow experiment.yaml at the next `prepare`."""
+    prepare = f"python run.py prepare -e {experiment.name} --train FILE"
+    texts = [path.read_bytes().decode("utf-8", errors="replace") for path in recipes if path.is_file()]
+    if all(is_as_rendered(text) for text in texts):
+        yaml = experiment.folder / "experiment.yaml"
+        return f"`{prepare}` renders recipes without hand edits anew, as these are; their values come from {yaml}"
+    return f"mend these keys; or render a recipe anew with `{prepare} --force`, which drops its hand edits"
 
 
 def check_recipe(experiment: Experiment, step: str, root: Path = Path()) -> list[str]:
@@ -396,13 +406,14 @@ def _disagreements(
     experiment: Experiment, step: Step, content: Mapping[str, Any], sound: Mapping[str, Any]
 ) -> Iterator[Fault]:
     """Yield keys that say otherwise than experiment.yaml, and what the chat template needs."""
+    yaml = experiment.folder / "experiment.yaml"
     for key, expected in shared_values(experiment, step.name).items():
         if key in content and key not in sound:
             continue  # its type is already a fault
         given = sound.get(key, arguments()[key].default)
         if _comparable(key, given) != _comparable(key, expected):
             said = "is missing" if key not in content else f"is {given!r}"
-            yield key, f"{said}, but by {experiment.folder / 'experiment.yaml'} it is {expected!r}; change it there"
+            yield key, f"{said}, but by {yaml} it is {expected!r}; write that here, or change it in that file"
     if _is_quantized(experiment.model):
         yield (
             "model_name_or_path",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from difflib import get_close_matches
 from io import StringIO
@@ -16,12 +17,15 @@ from data_prep.errors import ArenaError, UsageError
 from factory.launch import Engine
 from factory.step import STEPS, Start
 
+_PROJECT = Path(__file__).resolve().parents[1]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Far more than any experiment or recipe has, and far less than hurts.
 _LARGEST, _MOST_VALUES, _DEEPEST = 1 << 18, 10_000, 32
 _LONGEST_REASON = 500
 # What PyYAML's constructors raise for values such as `!!int ""`, `!!bool maybe`, `!!timestamp soon`.
 _CONSTRUCTORS_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+# `key:value`, which YAML reads as one word; an address (`http://…`) is none.
+_GLUED = re.compile(r"\s*(?:- )?([A-Za-z_]\w*):((?!//)\S.*)")
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -206,6 +210,16 @@ def check_name(name: str) -> None:
         )
 
 
+def require_project(root: Path = Path()) -> None:
+    """Raise UsageError where the folder, by default the current one, is not the project's."""
+    if not (root / "factory_configs").is_dir():
+        raise UsageError(
+            "there is no factory_configs/ here",
+            where=str(root.resolve()),
+            remedy=f"call run.py from arena-factory's folder: cd {shlex.quote(str(_PROJECT))}",
+        )
+
+
 def load_experiment(name: str, root: Path = Path()) -> Experiment:
     """Read and check factory_configs/<name>/experiment.yaml.
 
@@ -214,6 +228,7 @@ def load_experiment(name: str, root: Path = Path()) -> Experiment:
     configs = root / "factory_configs"
     check_name(name)
     path = configs / name / "experiment.yaml"
+    require_project(root)
     if not path.is_file():
         known = sorted(p.parent.name for p in configs.glob("*/experiment.yaml"))
         raise UsageError(
@@ -276,12 +291,33 @@ def _in_words(fault: Mapping[str, Any]) -> str:
     return words if fault["type"] == "value_error" else f"{words}, not {fault['input']!r}"
 
 
+def _reason(error: Exception) -> str:
+    """Say what a parser says, without the name that it gives the text: "could not find expected ':' in line 45"."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if not problem or mark is None:
+        return str(error)[:_LONGEST_REASON]
+    context = getattr(error, "context", None)
+    return f"{f'{context}, ' if context else ''}{problem} in line {mark.line + 1}"[:_LONGEST_REASON]
+
+
+def _mend(error: Exception, text: str) -> str:
+    """Name the line, at the fault or above it, that lacks the space after its colon, if there is one."""
+    mark = getattr(error, "problem_mark", None)
+    lines = text.splitlines()[: mark.line + 1] if mark else []
+    for number, line in reversed(list(enumerate(lines, 1))):
+        if glued := _GLUED.fullmatch(line):
+            key, value = glued.groups()
+            return f"a space after the colon is missing in line {number}: write {key}: {value[:80].rstrip()}"
+    return "mend the file"
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping exactly as LLaMA-Factory does: OmegaConf, `${…}` left as text; raises ArenaError."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    text = ""
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(_LARGEST + 1)
@@ -289,8 +325,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.load(StringIO(text)))
     except (YAMLError, OmegaConfBaseException, OSError, *_CONSTRUCTORS_ERRORS) as error:
         told = isinstance(error, (YAMLError, OmegaConfBaseException, OSError, ValueError))
-        reason = str(error)[:_LONGEST_REASON] if told else "a value that does not fit its tag, or nests too deeply"
-        raise ArenaError(f"is not readable YAML: {reason}", where=str(path), remedy="mend the file") from None
+        reason = _reason(error) if told else "a value that does not fit its tag, or nests too deeply"
+        raise ArenaError(f"is not readable YAML: {reason}", where=str(path), remedy=_mend(error, text)) from None
     if not isinstance(content, dict):
         raise ArenaError("must be a YAML mapping (key: value lines)", where=str(path), remedy="mend the file")
     return {str(key): value for key, value in content.items()}

@@ -88,7 +88,10 @@ def choose_template(model: str, asked: str | None = None) -> Choice:
         return _of_folder(folder)
     known = known_models().get(model.lower())
     if known is None:
-        raise UsageError(f"LLaMA-Factory's table does not hold {model}", remedy=_near_models(model))
+        raise UsageError(
+            f"there is no folder {model}, and LLaMA-Factory's table does not hold a model of this id",
+            remedy=f"give the path of a folder that holds config.json; or, for a hub id, {_near_models(model)}",
+        )
     if known.multimodal:
         raise UsageError(
             f"{model} reads images too: its chat template looks for their placeholders in every text",
@@ -269,7 +272,7 @@ def _near_models(model: str) -> str:
     for known in known_models().values():
         if known.template != BASE_TEMPLATE:
             short.setdefault(known.id.rsplit("/", 1)[-1].lower(), known)
-    near = difflib.get_close_matches(model.rsplit("/", 1)[-1].lower(), short, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(model.rsplit("/", 1)[-1].lower(), short, n=3, cutoff=0.6)
     named = "; ".join(f"{short[each].id} has {short[each].template}" for each in near)
     return f"name its chat template with --template{f' ({named})' if named else ''}"
 

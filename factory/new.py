@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import atomic_folder
-from factory.experiment import Experiment, check_name, parse_experiment, read_yaml
+from factory.experiment import Experiment, check_name, parse_experiment, read_yaml, require_project
 from factory.model_table import choose_template
 from factory.recipe import TEMPLATES, as_yaml, render_recipe
 from factory.step import STEPS
@@ -39,9 +39,12 @@ class Wish:
 def new_experiment(wish: Wish, root: Path = Path()) -> Experiment:
     """Make factory_configs/<name>, whole or not at all, and return the experiment.
 
-    Raises UsageError for a name that is taken or unfit, for a model or template that is not known.
+    Raises UsageError for a name that is taken or unfit, for a model or template that is not known, and outside of the
+    project's folder.
     """
     check_name(wish.name)
+    if not (root / "templates").is_dir():  # a checkout without an experiment still has these
+        require_project(root)
     folder = root / "factory_configs" / wish.name
     taken = UsageError(
         f"{folder} is there already", remedy="choose another name, or edit its experiment.yaml and run prepare again"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import read_json
-from factory.experiment import Experiment, load_experiment
+from factory.experiment import Experiment, load_experiment, require_project
 from factory.outdated import outdated_files
 from factory.progress import TrainerLog
 from factory.state import StageState, flag_to_go_on
@@ -72,7 +72,8 @@ class ExperimentView:
 
 
 def experiment_names(root: Path = Path()) -> list[str]:
-    """Return the experiments of a checkout, sorted."""
+    """Return the experiments of a checkout, sorted; raises UsageError outside of one."""
+    require_project(root)
     return sorted(path.parent.name for path in (root / "factory_configs").glob("*/experiment.yaml"))
 
 

@@ -122,9 +122,13 @@ def test_a_faulty_experiment_or_recipe_is_told_and_the_others_are_there(place):
 
 
 def test_without_experiments_it_is_the_wrong_folder(workplace):
-    with pytest.raises(UsageError, match="there is no experiment here"):
+    with pytest.raises(UsageError, match="there is no factory_configs/ here") as caught:
         lay_out()
+    assert caught.value.where == str(workplace)
     assert list(workplace.iterdir()) == [workplace / "templates"]
+    (workplace / "factory_configs").mkdir()
+    with pytest.raises(UsageError, match="there is no experiment that can be read"):
+        lay_out()
 
 
 def test_what_was_not_trained_is_not_published(place):

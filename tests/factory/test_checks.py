@@ -75,10 +75,10 @@ def test_a_rendered_recipe_has_no_fault(faults, step):
         ("report_to", "tensorbord", "is no reporter; choices: none, all"),
         ("report_to", "[tensorboard, mlfow]", "'mlfow' is no reporter"),
         ("model_name_or_path", "org/other", "is 'org/other', but by factory_configs/exp/experiment.yaml it is 'org/"),
-        ("template", "llama3", "change it there"),
-        ("cutoff_len", "512", "it is 1024; change it there"),
+        ("template", "llama3", "write that here, or change it in that file"),
+        ("cutoff_len", "512", "it is 1024; write that here, or change it in that file"),
         ("cutoff_len", None, "is missing, but by"),
-        ("quantization_bit", "8", "it is 4; change it there"),
+        ("quantization_bit", "8", "it is 4; write that here, or change it in that file"),
         ("quantization_bit", None, "is missing"),
         ("quantization_method", "hqq", "it is 'bnb'"),
         ("dataset", "exp_sft_valid", "it is 'exp_sft_train'"),
@@ -227,7 +227,7 @@ def test_a_reward_model_cannot_load_its_best(faults):
         (8, "quantization_type", "fp4", "for 4 bits only"),
         (8, "fsdp", "full_shard", "takes 4 bits or none, not 8"),
         (8, "deepspeed", "zero3.json", "ZeRO-3, which takes 4 bits or none"),
-        (None, "quantization_bit", "4", "it is None; change it there"),
+        (None, "quantization_bit", "4", "it is None; write that here, or change it in that file"),
         (None, "finetuning_type", "full", "needs a LoRA adapter"),
     ],
 )
@@ -399,7 +399,22 @@ def test_all_faults_of_all_recipes_come_in_one_error(tmp_path):
     assert "\n  - factory_configs/exp/merge_sft.yaml: is not readable YAML: " in message
     assert "\n  - factory_configs/exp/rm.yaml: is missing; `python run.py prepare -e exp" in message
     assert message.index("lora_rnak") < message.index("cutoff_len"), "in the order of the file"
-    assert caught.value.remedy
+    assert "`python run.py prepare -e exp --train FILE --force`, which drops its hand edits" in caught.value.remedy
+
+
+def test_an_untouched_recipe_behind_its_experiment_needs_no_force(tmp_path):
+    write_recipe(experiment(), "sft", root=tmp_path)
+    changed = experiment(cutoff_len=512)
+    with pytest.raises(ArenaError) as caught:
+        check_recipes(changed, ["sft"], tmp_path)
+    yaml = "factory_configs/exp/experiment.yaml"
+    assert (
+        f"cutoff_len: is 1024, but by {yaml} it is 512; write that here, or change it in that file" in caught.value.what
+    )
+    assert "`python run.py prepare -e exp --train FILE`" in caught.value.remedy
+    assert "without hand edits" in caught.value.remedy and "--force" not in caught.value.remedy
+    assert write_recipe(changed, "sft", root=tmp_path).state == "updated"
+    check_recipes(changed, ["sft"], tmp_path)
 
 
 def test_a_repeated_key_and_an_empty_file_are_faults(tmp_path):

@@ -1,7 +1,9 @@
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+import run
 from data_prep.errors import ArenaError, UsageError
 from factory import DEFAULT_EXPERIMENT
 from factory.experiment import Experiment, load_experiment, parse_experiment, read_yaml
@@ -94,3 +96,37 @@ def test_yaml_is_read_as_llamafactory_reads_it(tmp_path):
     path.write_bytes(b"\xff\xfea")
     with pytest.raises(ArenaError):
         read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("a: 1\nlearning_rate:1e-3\nb: 2\n", "a space after the colon is missing in line 2: write learning_rate: 1e-3"),
+        ("a: 1\nb: 2\nlearning_rate:1e-3", "a space after the colon is missing in line 3: write learning_rate: 1e-3"),
+        ("r:\n  sft:\n    bf16:true\n    fp16: no\n", "a space after the colon is missing in line 3: write bf16: true"),
+        ("a: [http://x\nb: 1\n", "mend the file"),
+        ("a: 1\n\tb: 1\n", "mend the file"),
+    ],
+)
+def test_a_missing_space_is_named_with_its_line(tmp_path, text, remedy):
+    path = tmp_path / "sft.yaml"
+    path.write_text(text)
+    with pytest.raises(ArenaError) as caught:
+        read_yaml(path)
+    assert (caught.value.where, caught.value.remedy) == (str(path), remedy)
+    assert "<unicode string>" not in caught.value.what and " in line " in caught.value.what
+
+
+def test_another_folder_is_told_with_the_way_to_the_projects(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        ["status"],
+        ["sft", "-e", "demo"],
+        ["board", "--no-open"],
+        ["new", "mine", "--model", "Qwen/Qwen3-8B"],
+    ):
+        done = CliRunner().invoke(run.cli, call)
+        assert done.exit_code == 2, done.output
+        assert f"Error: {tmp_path}: there is no factory_configs/ here\n  remedy: call run.py from" in done.output
+        assert f"cd {ROOT}" in done.output
+    assert list(tmp_path.iterdir()) == []

@@ -156,3 +156,14 @@ def test_a_folder_without_a_model_or_with_quantized_weights_is_refused(tmp_path)
     (tmp_path / "bad" / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ArenaError, match="is not readable JSON"):
         choose_template(str(tmp_path / "bad"))
+
+
+@pytest.mark.parametrize("model", ["models/nothere", "gpt2"])
+def test_a_name_that_is_nowhere_is_told_to_be_no_folder_either(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"there is no folder {model}, and LLaMA-Factory's table does not") as caught:
+        choose_template(model)
+    assert caught.value.remedy.startswith(
+        "give the path of a folder that holds config.json; or, for a hub id, name its"
+    )
+    assert "gpt-oss" not in caught.value.remedy, "another model is no advice"

@@ -104,7 +104,7 @@ def test_a_failure_leaves_nothing(workplace, monkeypatch):
     [
         (["../x", "--model", "Qwen/Qwen3-8B"], "is not an experiment's name"),
         (["mine"], "--model"),
-        (["mine", "--model", "me/unknown"], "remedy: name its chat template with --template"),
+        (["mine", "--model", "me/unknown"], "for a hub id, name its chat template with --template"),
         (["mine", "--model", "Qwen/Qwen3-8B", "--template", "qwn3"], "perhaps: qwen3"),
         (["mine", "--model", "Qwen/Qwen3-8B", "--bits", "2"], "--bits"),
         (["mine", "--model", "Qwen/Qwen3-8B", "--cutoff", "8"], "--cutoff"),
