@@ -8,7 +8,6 @@ this ordinary folder. One copy serves all trainings that start from the same wei
 from __future__ import annotations
 
 import json
-import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from data_prep.lock import only_run
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import model_files
 from factory.progress import duration
+from factory.remarks import hush_remarks
 
 if TYPE_CHECKING:
     from factory.progress import Show
@@ -103,12 +103,6 @@ def dequantised_base(experiment: Experiment, training: str) -> DequantisedBase |
     return DequantisedBase(experiment, training) if experiment.merges_dequantised else None
 
 
-def hush_bitsandbytes() -> None:
-    """Keep two remarks off the screen that say nothing to a user: a kernel package that no CPU needs, and a type."""
-    for name in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def _dequantised(model: str, revision: str, quantisation: dict[str, Any], device: str) -> Any:
     """Load a model quantised as LLaMA-Factory quantises it (model/model_utils/quantization.py) and dequantise it.
 
@@ -118,7 +112,7 @@ def _dequantised(model: str, revision: str, quantisation: dict[str, Any], device
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
-    hush_bitsandbytes()
+    hush_remarks()
     if quantisation["bits"] == 8:
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:

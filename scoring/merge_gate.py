@@ -26,7 +26,6 @@ from data_prep.errors import ArenaError
 from data_prep.files import write_json
 from data_prep.lock import only_run
 from data_prep.pairs import pair_sequences
-from factory.dequantised import hush_bitsandbytes
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import model_files
 from factory.progress import Countdown, duration
@@ -102,7 +101,6 @@ def _measure(experiment: Experiment, stage: str, line: Line) -> dict[str, Any]:
     judge = load_judge(experiment.merged_folder(stage))
     questions = (_reward_questions if stage == "rm" else _label_questions)(experiment, judge)
     progress = _told(line, "the adapter on its quantised base")
-    hush_bitsandbytes()
     policy = trained_adapter(experiment, stage).load(device)
     adapter = questions.ask(policy, questions.rows, progress)
     with policy.disable_adapter():

@@ -238,13 +238,11 @@ class CheckpointScorer:
 
     def log_loss(self, adapter: Path) -> float:
         """Return the log loss of an adapter's folder on the chosen rows."""
-        from factory.dequantised import hush_bitsandbytes
         from scoring.adapters import trained_adapter
         from scoring.engine import device_name, score_labels
         from scoring.links import log_softmax
         from scoring.metrics import log_loss, verdict_codes
 
-        hush_bitsandbytes()
         model = replace(trained_adapter(self._experiment, self._stage), folder=adapter).load(device_name())
         logits = score_labels(model, self._sequences, self._label_ids)
         return log_loss(np.exp(log_softmax(logits)), verdict_codes(self._verdicts))
