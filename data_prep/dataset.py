@@ -192,9 +192,16 @@ def read_pairs(folder: Path, split: str) -> list[Pair]:
 
     Raises ArenaError where the reward view was not exported.
     """
+    return [pair for pair, _ in iter_pairs(folder, split)]
+
+
+def iter_pairs(folder: Path, split: str) -> Iterator[tuple[Pair, int]]:
+    """Yield the pairs that `read_pairs` returns, each with the number of turns dropped from it."""
     path = require_pairs(folder)
     with readable(path):
-        return [Pair(**text) for text in _of_split(folder, split, path, ["id", "prompt", "response_a", "response_b"])]
+        for row in _of_split(folder, split, path, ["id", "prompt", "response_a", "response_b", "dropped"]):
+            dropped = row.pop("dropped")
+            yield Pair(**row), dropped
 
 
 def require_pairs(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ from data_prep.budget import MARKER
 from data_prep.chat_frame import ChatFrame, load_frame
 from data_prep.dataset import read_manifest, readable, require_pairs
 from data_prep.errors import ArenaError, UsageError
-from data_prep.flatten import Pair
 from data_prep.neutral import visible
 from data_prep.prompt import JudgePrompt
 from factory.experiment import Experiment, Labels
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 _SETS = {"train": "training rows", "valid": "validation fold", "test": "test set"}
 _ROW = ("id", "split", "verdict", "language", "turns", "dropped", "cut", "tokens", "tokens_full")
+_PAIR = ("id", "prompt", "response_a", "response_b", "dropped", "cut", "tokens_a", "tokens_b")
 _AGAIN = "score the stage again"
 _VERDICT_NAMES = {"a": "A wins", "b": "B wins", "tie": "tie"}
 Shares = dict[str, float]
@@ -34,9 +34,10 @@ class Exhibit:
     """What is known of one battle.
 
     `prompts` are the strings that are tokenized, by name (judge: "prompt", "prompt, A and B exchanged"; pairs:
-    "prompt and answer A", "prompt and answer B"). `tokens` count the longest with its answer, `tokens_full` before
-    cutting. `probabilities` by order ("A first", "B first", before calibration) and "final", as in the stage's
-    probabilities file; `rewards` of A and B in stages that have them.
+    "prompt and answer A", "prompt and answer B"), and `dropped`, `cut` and tokens are those of what this stage is fed.
+    `tokens` count the longest sequence with its answer, `tokens_full` before cutting (None for pairs, whose export does
+    not keep it), `tokens_with` those with answer "A" and "B" of a pair. `probabilities` by order ("A first", "B first",
+    before calibration) and "final", as in the stage's probabilities file; `rewards` of A and B where there are any.
     """
 
     id: str
@@ -49,13 +50,14 @@ class Exhibit:
     dropped: int
     cut: bool
     tokens: int
-    tokens_full: int
+    tokens_full: int | None
     cutoff_len: int
     prompts: dict[str, str]
     cuts: list[str]
     probabilities: dict[str, Shares]
     rewards: dict[str, float]
     source: str
+    tokens_with: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -70,18 +72,12 @@ def exhibit(experiment: Experiment, stage: str, battle_id: str, split: str | Non
     data = experiment.data_folder
     manifest = read_manifest(data)
     place, row = _row(experiment, battle_id, split)
-    split, dropped = row["split"], row["dropped"]
+    split = row["split"]
     frame = ChatFrame.from_dict(manifest["frame"])
-    battle = _battle(data, place)
     if STEPS[stage].data == "dpo_reward":
-        pair = _pair(data, place)
-        texts = {"prompt": pair.prompt, "response A": pair.response_a, "response B": pair.response_b}
-        whole = {f"prompt and answer {x}": (pair.prompt, texts[f"response {x}"]) for x in "AB"}
-        prompts = {name: _pair_text(experiment, frame, *both) for name, both in whole.items()}
-        cuts = _cuts(texts) if any(MARKER in text for text in texts.values()) else []
+        fed = _fed_pair(experiment, frame, place)
     else:
-        prompts = _judge_texts(experiment, frame, manifest, battle, dropped)
-        cuts = _cuts(_named_texts(battle, dropped)) if row["cut"] else []
+        fed = _fed_judge(experiment, frame, manifest, place, row)
     folder = experiment.output_folder(stage)
     probabilities, rewards = _scores(folder, split, battle_id)
     return Exhibit(
@@ -92,17 +88,46 @@ def exhibit(experiment: Experiment, stage: str, battle_id: str, split: str | Non
         verdict=row["verdict"],
         language=row["language"],
         turns=row["turns"],
-        dropped=dropped,
-        cut=bool(row["cut"]),
-        tokens=row["tokens"],
-        tokens_full=row["tokens_full"],
         cutoff_len=manifest["experiment"]["cutoff_len"],
-        prompts=prompts,
-        cuts=cuts,
+        **fed,
         probabilities=probabilities,
         rewards=rewards,
         source=manifest["sources"]["test" if split == "test" else "train"]["file"],
     )
+
+
+def _fed_pair(experiment: Experiment, frame: ChatFrame, place: int) -> dict[str, Any]:
+    """Return what an exhibit tells of a pair as it was fed; it was fitted on its own, not as the judge prompt was."""
+    row = _row_at(require_pairs(experiment.data_folder), place, list(_PAIR))
+    texts = {"prompt": row["prompt"], "response A": row["response_a"], "response B": row["response_b"]}
+    answers = {x: texts[f"response {x}"] for x in "AB"}
+    return {
+        "dropped": row["dropped"],
+        "cut": row["cut"],
+        "tokens": max(row["tokens_a"], row["tokens_b"]),
+        "tokens_full": None,
+        "tokens_with": {"A": row["tokens_a"], "B": row["tokens_b"]},
+        "prompts": {
+            f"prompt and answer {x}": _pair_text(experiment, frame, row["prompt"], answer)
+            for x, answer in answers.items()
+        },
+        "cuts": _cuts(texts) if row["cut"] else [],
+    }
+
+
+def _fed_judge(
+    experiment: Experiment, frame: ChatFrame, manifest: dict[str, Any], place: int, row: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what an exhibit tells of a judge prompt as it was fed."""
+    battle, dropped = _battle(experiment.data_folder, place), row["dropped"]
+    return {
+        "dropped": dropped,
+        "cut": row["cut"],
+        "tokens": row["tokens"],
+        "tokens_full": row["tokens_full"],
+        "prompts": _judge_texts(experiment, frame, manifest, battle, dropped),
+        "cuts": _cuts(_named_texts(battle, dropped)) if row["cut"] else [],
+    }
 
 
 def _row(experiment: Experiment, battle_id: str, split: str | None) -> tuple[int, dict[str, Any]]:
@@ -135,10 +160,6 @@ def _battle(data: Path, place: int) -> Battle:
     """Return one fitted battle without making Python objects of all the others."""
     text = _row_at(data / "battles.parquet", place, ["id", "prompts", "responses_a", "responses_b"])
     return Battle(text["id"], tuple(text["prompts"]), tuple(text["responses_a"]), tuple(text["responses_b"]))
-
-
-def _pair(data: Path, place: int) -> Pair:
-    return Pair(**_row_at(require_pairs(data), place, ["id", "prompt", "response_a", "response_b"]))
 
 
 def _row_at(path: Path, place: int, columns: list[str]) -> dict[str, Any]:
@@ -278,16 +299,22 @@ def _lit(text: str) -> Text:
 def _facts(shown: Exhibit) -> list[str]:
     verdict = _VERDICT_NAMES.get(shown.verdict or "", "not known")
     lines = [f"verdict: {verdict}" + (f"; language: {shown.language}" if shown.language else "")]
-    full = f" ({shown.tokens_full:,} before cutting)" if shown.tokens_full != shown.tokens else ""
-    lines.append(
-        f"turns: {shown.turns}; judge prompt: {shown.tokens:,} of {shown.cutoff_len:,} tokens with the label{full}"
-    )
+    lines.append(f"turns: {shown.turns}; {_lengths(shown)}")
     if shown.dropped:
         lines.append(f"left out: the {shown.dropped} oldest turn(s)")
     lines += [f"cut: {line}" for line in shown.cuts]
     if shown.dropped or shown.cuts:
         lines.append(f"the whole texts are in {shown.source}")
     return lines
+
+
+def _lengths(shown: Exhibit) -> str:
+    """Return the lengths of what was fed, beside the budget."""
+    if shown.tokens_with:
+        both = " and ".join(f"{tokens:,} with answer {x}" for x, tokens in shown.tokens_with.items())
+        return f"pair: of {shown.cutoff_len:,} tokens {both}"
+    full = f" ({shown.tokens_full:,} before cutting)" if shown.tokens_full != shown.tokens else ""
+    return f"judge prompt: {shown.tokens:,} of {shown.cutoff_len:,} tokens with the label{full}"
 
 
 def _print_probabilities(console: Console, shown: Exhibit) -> None:

@@ -198,6 +198,8 @@ class _PairScorer:
     def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
         for facts, text in exported_rows(self._experiment.data_folder, split, "pairs.parquet"):
             facts.pop("dropped")
+            # rows.parquet tells of the judge prompt, which cuts more than the pair that is fed here
+            facts |= {"tokens": max(text["tokens_a"], text["tokens_b"]), "cut": text["cut"]}
             yield facts, {name: text[name] for name in ("id", "prompt", "response_a", "response_b")}
 
     def read(self, path: Path, *, both_orders: bool) -> Iterator[tuple[Facts, Fed]]:

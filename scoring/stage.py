@@ -294,7 +294,7 @@ def _report(
         train_rows=texts(data, "train"),
         valid_texts=texts(data, "valid"),
         truth=truth_of(data),
-        audit=read_audit(data),
+        audit=audit_for(data, stage),
         loss_curve=loss_curve(experiment.adapter_folder(stage) / "trainer_log.jsonl"),
         provenance=_provenance(experiment, stage, scoring.pop("seconds")),
         swap_tta=experiment.swap_tta and bool(scoring["rows_in_both_orders"]["valid"]),
@@ -309,6 +309,15 @@ def _report(
         text = f"{both:,} of {rows['test']:,} test rows were scored in both orders, the others in one: a time limit."
         report["flags"].append({"level": "info", "code": "one_order", "text": text})
     return report, probabilities, calibrations
+
+
+def audit_for(data: Path, stage: str) -> dict[str, Any]:
+    """Return the export's audit with the truncation of what this stage is fed, the judge prompt or the pair."""
+    audit = read_audit(data)
+    if STEPS[stage].data != "dpo_reward":
+        return audit
+    with readable(data / "audit.json"):
+        return {**audit, "truncation": audit["pairs"]["reward"]["truncation"]}
 
 
 def _write(
@@ -337,7 +346,7 @@ def _write(
             _write_table(folder / name, jobs["test"], calibrations)
             names.append(name)
     plots = write_plots(report, folder / "plots")
-    write_page(report, folder / "report.html", shown_battles(experiment.data_folder, "valid", report))
+    write_page(report, folder / "report.html", shown_battles(experiment.data_folder, "valid", report, stage))
     write_json(folder / REPORT, report)
     names += [f"scores_{split}.parquet" for split in jobs]
     return report, [*(folder / name for name in names), *plots, folder / "report.html", folder / REPORT]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from pyarrow import parquet
 from rich.console import Console
 
 import run
@@ -34,6 +35,7 @@ def place(tmp_path_factory, tiny_base):
     keys = ["model: models/arena-tiny", "template: qwen3_nothink", "cutoff_len: 300", "valid_share: 0.3"]
     (configs / "experiment.yaml").write_text("\n".join(keys))
     battles = {"nasty": ([NASTY], ["sure"], ["no"]), "long": (["tell"], [LONG], ["short"])}
+    battles["wide"] = (["tell"], ["yes word " * 30], ["no word " * 30])
     words = ["word " * 70]
     battles["turns"] = (["first", *words, "last"], ["one", *words, "ONE"], ["two", *words, "TWO"])
     battles |= {f"plain{i}": ([f"question {i}"], ["yes"], ["no"]) for i in range(9)}
@@ -142,6 +144,21 @@ def test_pairs_are_shown_as_they_were_fed(experiment):
     )
     assert "rewards: A +0.5000, B -1.2500" in printed(shown)
     assert any("response A" in cut for cut in exhibit(experiment, "rm", "long").cuts)
+
+
+def test_cuts_and_lengths_of_a_pair_are_its_own(experiment):
+    """The judge prompt holds both answers and is cut where the pair, one answer at a time, is whole."""
+    judge, pair = exhibit(experiment, "sft", "wide"), exhibit(experiment, "rm", "wide")
+    rows = {row["id"]: row for row in parquet.read_table(experiment.data_folder / "pairs.parquet").to_pylist()}
+    a, b = rows["wide"]["tokens_a"], rows["wide"]["tokens_b"]
+    assert judge.cut and judge.cuts and judge.tokens_with == {}
+    assert (pair.dropped, pair.cut, pair.cuts, pair.tokens) == (0, False, [], max(a, b))
+    text = printed(pair)
+    assert f"turns: 1; pair: of 300 tokens {a} with answer A and {b} with answer B" in text
+    assert "judge prompt" not in text and "cut:" not in text and "the whole texts" not in text
+    turns = exhibit(experiment, "dpo_reward", "turns")
+    assert turns.dropped == rows["turns"]["dropped"] > 0
+    assert f"left out: the {turns.dropped} oldest turn(s)" in printed(turns)
 
 
 def test_what_is_not_there_is_told(experiment, monkeypatch, tmp_path):

@@ -39,18 +39,32 @@ REPORT = {
 
 
 def test_each_listed_battle_comes_once_with_its_texts(data):
-    hostile, long = shown_battles(data, "valid", REPORT)
+    hostile, long = shown_battles(data, "valid", REPORT, "sft")
     assert (hostile["id"], hostile["verdict"], hostile["dropped"], len(hostile["turns"])) == ("hostile", "tie", 3, 2)
     assert hostile["turns"][1] == {"prompt": "second", "response_a": "2", "response_b": "4"}
     assert "\x1b" not in hostile["turns"][0]["prompt"] and "\\u202eevil" in hostile["turns"][0]["prompt"]
     answer = long["turns"][0]["response_a"]
     assert answer.startswith("word word") and len(answer) < LONGEST + 60
     assert f"{5000 - LONGEST:,} characters are not shown here" in answer
-    assert shown_battles(data, "valid", {}) == []
+    assert shown_battles(data, "valid", {}, "sft") == []
+
+
+def test_stages_of_pairs_show_the_pair_that_was_fed(data):
+    texts = [("ask", "word", "no"), ("x", "y", "z"), ("second", "2", "4\n\n### User\nmore"), ("plain", "yes", "no")]
+    names = ("prompt", "response_a", "response_b")
+    columns = dict(zip(names, map(list, zip(*texts, strict=True)), strict=True))
+    ids = ["long", "train", "hostile", "plain"]
+    parquet.write_table(pa.table({"id": ids, **columns, "dropped": [0, 0, 1, 0]}), data / "pairs.parquet")
+    for stage in ("rm", "dpo_reward"):
+        hostile, long = shown_battles(data, "valid", REPORT, stage)
+        assert (hostile["id"], hostile["verdict"], hostile["dropped"]) == ("hostile", "tie", 1)
+        assert hostile["turns"] == [dict(zip(names, texts[2], strict=True))]
+        assert long["turns"] == [dict(zip(names, texts[0], strict=True))] and long["dropped"] == 0
+    assert shown_battles(data, "valid", REPORT, "dpo_judge")[0]["dropped"] == 3
 
 
 def test_the_page_links_each_row_to_its_texts(data, tmp_path):
-    write_page(REPORT, tmp_path / "report.html", shown_battles(data, "valid", REPORT))
+    write_page(REPORT, tmp_path / "report.html", shown_battles(data, "valid", REPORT, "sft"))
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert '<a href="#battle-1">hostile</a>' in html and html.count('<a href="#battle-2">long</a>') == 2
     assert html.count('id="battle-1"') == html.count('id="battle-2"') == 1 and 'id="battle-3"' not in html
