@@ -9,7 +9,7 @@ from statistics import median
 from factory.shape import ModelShape
 
 _TOKENS = 512  # a batch of the size that a CPU trains on
-_REPEATS = 5
+_REPEATS, _LEAST = 5, 0.25  # calls and seconds, at least
 # Larger products are as fast a weight, and would make the probe a matter of minutes.
 _LARGEST = 2048
 
@@ -41,9 +41,13 @@ def _dequantise(weight):
 
 
 def _seconds(call) -> float:
+    """Return the median seconds of a call, over enough calls that a small product's first ones do not count.
+
+    Threads that wake up, or other work of the machine, make those a hundred times slower.
+    """
     call()
-    times = []
-    for _ in range(_REPEATS):
+    times: list[float] = []
+    while len(times) < _REPEATS or sum(times) < _LEAST:
         started = time.perf_counter()
         call()
         times.append(time.perf_counter() - started)

@@ -31,7 +31,7 @@ from factory.inputs import names
 from factory.progress import LogPoint, Show, TrainerLog, describe, duration, loss_curve, resumed_at, seconds_left
 from factory.state import last_checkpoint
 from factory.step import STEPS, TRAININGS
-from factory.survey import OUTDATED, running_stages, stage_view
+from factory.survey import OUTDATED, experiment_view, next_commands, running_stages, stage_view
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,6 +93,7 @@ class Look:
     start_step: int = 0
     measured: list[Measured] = field(default_factory=list)
     ladder: dict[str, float] | None = None
+    how_to_evaluate: str = ""
 
     @property
     def at_work(self) -> bool:
@@ -132,8 +133,12 @@ def look(experiment: Experiment, stage: str) -> Look:
     ]
     point, start = points[-1] if points else None, resumed_at(points)
     left = seconds_left(point, start) if point and view.state == "training" else None
-    told = (experiment.name, stage, view.state, view.detail, view.next)
-    return Look(*told, point, left, curve, evaluations, why, evaluation_times(experiment.recipe(stage)), start)
+    # A scored stage has nothing left to do: what is next is then a matter of the whole experiment.
+    following = next_commands(experiment_view(experiment))[:1] if view.state == "scored" else [view.next]
+    recipe = experiment.recipe(stage)
+    told = (experiment.name, stage, view.state, view.detail, "".join(following))
+    seen = Look(*told, point, left, curve, evaluations, why, evaluation_times(recipe), start)
+    return replace(seen, how_to_evaluate=how_to_evaluate(recipe))
 
 
 def evaluation_times(recipe_path: Path) -> str | None:
@@ -142,6 +147,17 @@ def evaluation_times(recipe_path: Path) -> str | None:
     every = recipe.get("eval_steps") or recipe.get("logging_steps", 500)  # as transformers chooses
     steps = f"every {every} steps" if every >= 1 else f"every {every:.0%} of the steps"
     return {"steps": steps, "epoch": "after each epoch"}.get(recipe.get("eval_strategy", "no"))
+
+
+def how_to_evaluate(recipe_path: Path) -> str:
+    """Return how to see a log loss on the way, where a recipe does not evaluate."""
+    recipe = read_yaml(recipe_path) if recipe_path.is_file() else {}
+    if recipe.get("quantization_bit") == 4:
+        return (
+            "ask checkpoints with --score 200; on a GPU eval_strategy: steps in the recipe does it, too (on some CPUs "
+            "an evaluation corrupts the 4-bit training that goes on after it)"
+        )
+    return "set eval_strategy: steps in the recipe, or ask checkpoints with --score 200"
 
 
 def answer_tokens(experiment: Experiment, stage: str) -> tuple[int | None, str | None]:
@@ -392,7 +408,7 @@ def in_words(seen: Look) -> list[str]:
     elif not seen.evaluations and not seen.measured and seen.evaluates:
         lines.append(f"no evaluation yet: the recipe evaluates {seen.evaluates}")
     elif not seen.evaluations and not seen.measured:
-        lines.append("no evaluation yet: set eval_strategy: steps in the recipe, or ask checkpoints with --score 200")
+        lines.append(f"no evaluation {'yet' if seen.at_work else 'on the way'}: {seen.how_to_evaluate}")
     if seen.ladder:
         lines.append("to beat:" + _beside(seen.ladder)[1:].replace("(", " ").rstrip(")"))
     if seen.next and not seen.at_work:

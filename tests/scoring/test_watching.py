@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -222,3 +223,34 @@ def test_the_chart_puts_a_measured_point_beside_the_baselines_on_its_own_rows(ex
     assert axes.get_xlabel() == "step (baselines on these 30 validation battles)"
     bound, measured = (line for line in axes.lines if len(line.get_xdata()) == 1)
     assert list(bound.get_ydata()) == [pytest.approx(0.9)] and list(measured.get_ydata()) == [1.0]
+
+
+def test_an_evaluation_that_may_corrupt_the_training_is_not_advised(exam, tmp_path, monkeypatch):
+    recipe = tmp_path / "sft.yaml"
+    recipe.write_text("quantization_bit: 4\n")
+    advice = watching.how_to_evaluate(recipe)
+    assert advice.startswith("ask checkpoints with --score 200; on a GPU") and "corrupts the 4-bit training" in advice
+    recipe.write_text("quantization_bit: 8\n")
+    assert watching.how_to_evaluate(recipe).startswith("set eval_strategy: steps")
+    recipe.write_text("quantization_bit: 4\n")
+    monkeypatch.setattr(type(exam), "recipe", lambda self, step: recipe)
+    log(exam, "sft", (2, {"loss": 0.5}))
+    seen = replace(look(exam, "sft"), why_no_log_loss=None)
+    assert f"no evaluation on the way: {advice}" in in_words(seen)
+
+
+def test_after_a_scored_stage_watch_names_the_same_command_as_status(exam):
+    from factory.survey import next_commands, survey
+
+    folder = exam.output_folder("rm")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = StageState(folder)
+    for part in ("train", "merge", "score"):
+        state.begin(part, {})
+        state.finish(part, [], 1.0)
+    content = {"log_loss": 1.0, "baselines": {"prior": 1.09}}
+    (folder / "report.json").write_text(json.dumps(content))
+    seen = look(exam, "rm")
+    assert seen.state == "scored" and seen.next == next_commands(survey(["exam"])[0])[0]
+    assert not seen.next.startswith("python run.py compare"), "one stage alone is not compared"
+    shutil.rmtree(folder)  # others find the place as it was
