@@ -346,7 +346,8 @@ def _writable(folder: Path) -> bool:
 def _path() -> Iterator[Finding]:
     here = str(Path.cwd())
     if any(character.isspace() for character in here):
-        remedy = "all of run.py works; with several GPUs LLaMA-Factory's own llamafactory-cli breaks at it"
+        # LLaMA-Factory's launcher splits its command line at spaces; ours hands over a list.
+        remedy = "run.py works in it; for llamafactory-cli by hand on several GPUs rename the folder"
         yield Finding("path", "warning", f"{here!r} has a space", remedy)
     else:
         yield Finding("path", "ok", "no space in it")
