@@ -1,4 +1,4 @@
-"""How long every --help takes, as a whole process: python benchmarks/help_time.py [--runs 5] [--readme]"""
+"""How long every --help takes, as a whole process: python benchmarks/help_time.py [--runs 5] [--docs]"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def seconds(arguments: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/figures.md")
     arguments = parser.parse_args()
     import run
 
@@ -33,8 +33,8 @@ def main() -> None:
         rows.append([f"`run.py {' '.join(call)}`", f"{statistics.median(found):.2f} s", f"{max(found):.2f} s"])
     text = f"{table(['command', 'median', 'slowest'], rows)}\n\n{measured_on('python benchmarks/help_time.py')}"
     print(text)
-    if arguments.readme:
-        put(ROOT / "README.md", "help figures", text)
+    if arguments.docs:
+        put(ROOT / "docs" / "figures.md", "help figures", text)
 
 
 if __name__ == "__main__":

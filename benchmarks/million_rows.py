@@ -1,6 +1,6 @@
 """Peak memory of `run.py score --input` against the number of rows.
 
-    python benchmarks/million_rows.py [--rows 10000 100000 1000000] [--readme]
+    python benchmarks/million_rows.py [--rows 10000 100000 1000000] [--docs]
 
 Short synthetic battles and a judge of two layers with 32 hidden units and random weights, so that what grows with the
 rows would show. Each size is a process of its own, called as a user calls it; its peak is what the system accounts.
@@ -121,7 +121,7 @@ def measured(folder: Path, rows: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/scoring.md")
     arguments = parser.parse_args()
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -132,8 +132,8 @@ def main() -> None:
     headings = ["rows", "table", "seconds", "rows/s", "peak memory"]
     how = measured_on(f"python benchmarks/million_rows.py --rows {' '.join(map(str, arguments.rows))}")
     text = f"{table(headings, found)}\n\n{how}"
-    if arguments.readme:
-        put(ROOT / "README.md", "million rows", text)
+    if arguments.docs:
+        put(ROOT / "docs" / "scoring.md", "million rows", text)
     print(text)
 
 
