@@ -236,6 +236,8 @@ def _cells(device: dict[str, Any]) -> list[str]:
 
 
 def _hours(hours: float) -> str:
+    if hours < 0.005:
+        return "under 0.01"
     return f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
 
 

@@ -37,6 +37,7 @@ from scoring.judge import Judge, load_judge
 from scoring.links import softmax
 from scoring.metrics import log_loss
 from scoring.rewards import beats, load_value_head, value_rewards
+from scoring.words import points
 
 if TYPE_CHECKING:
     from factory.progress import Line, Show
@@ -222,8 +223,9 @@ def _kept(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _in_words(found: dict[str, Any]) -> str:
-    largest = "not a number" if found["max_abs_diff"] is None else f"at most {found['max_abs_diff']:.1e}"
-    return f"merged model against trained adapter: {largest} apart on {found['rows']} battles"
+    none = found["max_abs_diff"] is None
+    largest = "not a number" if none else f"{points(found['max_abs_diff'])} percentage points"
+    return f"merged model against trained adapter: largest difference {largest} on {found['rows']} battles"
 
 
 def _require_passed(experiment: Experiment, stage: str, found: dict[str, Any], path: Path) -> None:

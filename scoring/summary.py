@@ -10,6 +10,7 @@ from data_prep.battle import PROBABILITY_COLUMNS
 from data_prep.screen import printable
 from factory import survey
 from factory.step import STEPS
+from scoring.words import points
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,10 +74,10 @@ def input_lines(rows: int, output: Path) -> list[str]:
 def export_lines(experiment: Experiment, stage: str, manifest: dict[str, Any]) -> list[str]:
     """Return what `export` made, how near it is to the merged judge, and how to ask it."""
     name, kind, checked = shlex.quote(experiment.name), manifest["quantization"], manifest["checked"]
-    apart = f"{checked['largest_probability_difference']:.1e}"
+    apart = points(checked["largest_probability_difference"])
     return [
         f"gguf: {manifest['output']}   ({kind}, {manifest['bytes'] / 2**20:,.1f} MiB)",
-        f"      no probability is more than {apart} off the merged judge's, on {checked['prompts']} prompts",
+        f"      largest difference from the merged judge: {apart} percentage points, on {checked['prompts']} prompts",
         f"next: python run.py score -e {name} --stage {stage} --engine llama.cpp --precision {kind} --input FILE",
         "      docs/edge.md has the other programs that read it",
     ]

@@ -183,6 +183,7 @@ def test_a_small_model_gets_this_machines_cpu_and_cards_alike_share_a_row(export
     (shared,) = (line for line in printed.getvalue().splitlines() if "RTX-4090" in line and "GiB" not in line)
     assert {name for name in CARDS if name in shared} == set(CARDS)
     assert "its speed was measured now" in printed.getvalue()
+    assert " 0.00 " not in printed.getvalue() and "under 0.01" in printed.getvalue()
 
 
 def test_stages_that_are_left_out_are_told_with_the_command(exported, capsys):

@@ -81,7 +81,7 @@ def asked(experiment, stage="sft"):
 def test_the_record_is_kept_until_an_input_changes(its):
     experiment, calls = its
     record, shown = asked(experiment)
-    assert "merged model against trained adapter: at most 3.0e-02 apart on 2 battles" in shown
+    assert "merged model against trained adapter: largest difference 3 percentage points on 2 battles" in shown
     assert json.loads((experiment.output_folder("sft") / RECORD).read_text()) == json.loads(json.dumps(record))
     assert asked(experiment) == (json.loads(json.dumps(record)), "")
     assert calls == ["sft"]
