@@ -289,8 +289,7 @@ def check_recipes(experiment: Experiment, steps: Iterable[str], root: Path = Pat
 def _remedy(experiment: Experiment, recipes: Iterable[Path]) -> str:
     """Say what mends faulty recipes: those without hand edits follow experiment.yaml at the next `prepare`."""
     prepare = f"python run.py prepare -e {experiment.name} --train FILE"
-    texts = [path.read_bytes().decode("utf-8", errors="replace") for path in recipes if path.is_file()]
-    if all(is_as_rendered(text) for text in texts):
+    if all(_is_rendered(path) for path in recipes if path.is_file()):
         yaml = experiment.folder / "experiment.yaml"
         return f"`{prepare}` renders recipes without hand edits anew, as these are; their values come from {yaml}"
     return f"mend these keys; or render a recipe anew with `{prepare} --force`, which drops its hand edits"
@@ -305,15 +304,20 @@ def check_recipe(experiment: Experiment, step: str, root: Path = Path()) -> list
         content = read_yaml(root / path)
     except ArenaError as error:
         return [f"{path}: {error.what}; {error.remedy}"]
-    return [f"{path}: {key}: {fault}" for key, fault in _faults(experiment, its, content)]
+    return [f"{path}: {key}: {fault}" for key, fault in _faults(experiment, its, content, _is_rendered(root / path))]
 
 
-def _faults(experiment: Experiment, step: Step, content: Mapping[str, Any]) -> list[Fault]:
+def _is_rendered(path: Path) -> bool:
+    """Tell whether a recipe is without hand edits."""
+    return is_as_rendered(path.read_bytes().decode("utf-8", errors="replace"))
+
+
+def _faults(experiment: Experiment, step: Step, content: Mapping[str, Any], rendered: bool) -> list[Fault]:
     """Return all faults in the order of the recipe's keys; a key of a wrong type is not judged further."""
     own = list(_own_faults(content, training=not step.merges))
     sound = {key: value for key, value in content.items() if key not in {fault[0] for fault in own}}
     values = {a.name: a.default for a in arguments().values() if a.default is not UNKNOWN} | sound
-    faults = [*own, *_disagreements(experiment, step, content, sound), *_refusals(step, values, sound)]
+    faults = [*own, *_disagreements(experiment, step, content, sound, rendered), *_refusals(step, values, sound)]
     order = {key: number for number, key in enumerate(content)}
     unique = {key: (key, text) for key, text in reversed(faults)}  # the first fault of a key says enough
     return sorted(unique.values(), key=lambda fault: order.get(fault[0], len(order)))
@@ -403,17 +407,18 @@ def _package_fault(key: str, value: Any) -> str | None:
 
 
 def _disagreements(
-    experiment: Experiment, step: Step, content: Mapping[str, Any], sound: Mapping[str, Any]
+    experiment: Experiment, step: Step, content: Mapping[str, Any], sound: Mapping[str, Any], rendered: bool
 ) -> Iterator[Fault]:
     """Yield keys that say otherwise than experiment.yaml, and what the chat template needs."""
     yaml = experiment.folder / "experiment.yaml"
+    mend = ": the recipe is older than that" if rendered else "; write that here, or change it in that file"
     for key, expected in shared_values(experiment, step.name).items():
         if key in content and key not in sound:
             continue  # its type is already a fault
         given = sound.get(key, arguments()[key].default)
         if _comparable(key, given) != _comparable(key, expected):
             said = "is missing" if key not in content else f"is {given!r}"
-            yield key, f"{said}, but by {yaml} it is {expected!r}; write that here, or change it in that file"
+            yield key, f"{said}, but by {yaml} it is {expected!r}{mend}"
     if _is_quantized(experiment.model):
         yield (
             "model_name_or_path",

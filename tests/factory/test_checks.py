@@ -408,9 +408,7 @@ def test_an_untouched_recipe_behind_its_experiment_needs_no_force(tmp_path):
     with pytest.raises(ArenaError) as caught:
         check_recipes(changed, ["sft"], tmp_path)
     yaml = "factory_configs/exp/experiment.yaml"
-    assert (
-        f"cutoff_len: is 1024, but by {yaml} it is 512; write that here, or change it in that file" in caught.value.what
-    )
+    assert f"cutoff_len: is 1024, but by {yaml} it is 512: the recipe is older than that" in caught.value.what
     assert "`python run.py prepare -e exp --train FILE`" in caught.value.remedy
     assert "without hand edits" in caught.value.remedy and "--force" not in caught.value.remedy
     assert write_recipe(changed, "sft", root=tmp_path).state == "updated"
