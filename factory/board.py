@@ -14,6 +14,7 @@ import socket
 import sys
 import webbrowser
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,11 @@ from data_prep.errors import ArenaError, UsageError
 from data_prep.files import atomic_file, write_json
 from data_prep.lock import only_run
 from factory.board_config import BoardConfig, board_config
+from factory.checks import check_recipe
 from factory.experiment import Experiment, load_experiment, read_yaml
 from factory.recipe import render_recipe
 from factory.remedies import clean_lines
+from factory.state import StageState
 from factory.step import TRAININGS
 from factory.survey import experiment_names, running_stages
 
@@ -38,7 +41,7 @@ RUN_CONFIG, RUN_LOG = "llamaboard_config.yaml", "running_log.txt"  # as LLaMA-Fa
 _LOG_TAIL = 60_000  # bytes of train.log; the page shows the last 20,000 characters
 _BAR = re.compile(r"\d+%\|.*\|")  # a progress bar: hundreds of lines that say nothing afterwards
 _LISTENING = ("Running on local URL:", "(Press CTRL+C to quit)")  # what Gradio and TensorBoard say then
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LOOPBACK = ("127.0.0.1", "localhost")
 FIRST_PORT = 7860  # Gradio's
 
 
@@ -113,9 +116,12 @@ def lay_out() -> BoardPlace:
         for stage in TRAININGS:
             try:
                 place.configs.append(_save_config(experiment, stage, place))
-                publish_run(experiment, stage, place.models[experiment.name, stage])
             except ArenaError as error:
                 place.notes.append(f"{experiment.name} {stage} is left out: {str(error).splitlines()[0]}")
+            try:
+                publish_run(experiment, stage, place.models[experiment.name, stage])
+            except ArenaError as error:
+                place.notes.append(f"the run of {experiment.name} {stage} is left out: {str(error).splitlines()[0]}")
     _choose_first_model(experiments, place.models)
     return place
 
@@ -135,19 +141,33 @@ def configuration(experiment: Experiment, stage: str, model: BoardModel) -> Boar
 def publish_run(experiment: Experiment, stage: str, model: BoardModel) -> None:
     """Let the page list and show a run of the command line: its adapter folder, its log, its settings.
 
-    Nothing happens where nothing was trained. The log is that of the run so far.
+    Nothing happens where nothing was trained. The log is that of the run so far. The settings are those that the run
+    began with; what a person made of them stays, what is older than the run is another one's and is written anew.
     """
     adapter = experiment.adapter_folder(stage)
     if not adapter.is_dir():
         return
     if model.folder != adapter.parent:
         _link(model.folder / adapter.name, adapter)
-    if not (adapter / RUN_CONFIG).is_file():
-        _write_yaml(adapter / RUN_CONFIG, configuration(experiment, stage, model).values)
+    record, settings = StageState(experiment.output_folder(stage)).record("train"), adapter / RUN_CONFIG
+    if not settings.is_file() or (record and _is_older(settings, record.started_at)):
+        recipe = record.inputs.get(str(experiment.recipe(stage))) if record else None
+        if isinstance(recipe, dict):
+            values = board_config(experiment, stage, recipe, model.name, DATA.as_posix()).values
+        else:  # trained by something else: today's recipe is the best that is known
+            values = configuration(experiment, stage, model).values
+        _write_yaml(settings, values)
     log = experiment.output_folder(stage) / "train.log"
     if log.is_file():
         with atomic_file(adapter / RUN_LOG) as file:
             file.write("\n".join(log_lines(log)) + "\n")
+
+
+def _is_older(path: Path, started_at: str) -> bool:
+    try:
+        return path.stat().st_mtime < datetime.fromisoformat(started_at).timestamp()
+    except ValueError:  # edited by hand
+        return False
 
 
 def log_lines(log: Path) -> list[str]:
@@ -162,6 +182,12 @@ def log_lines(log: Path) -> list[str]:
 
 def free_port(host: str, wanted: int | None = None) -> int:
     """Return `wanted`, or the first free port from Gradio's on; raises UsageError if it cannot be listened on."""
+    if ":" in host:
+        raise UsageError(
+            f"{host!r} is an IPv6 address, which Gradio cannot serve a page at",
+            where="--host",
+            remedy="--host 127.0.0.1; 0.0.0.0 are all IPv4 addresses of this machine",
+        )
     tries = [wanted] if wanted else range(FIRST_PORT, FIRST_PORT + 100)
     for port in tries:
         try:
@@ -256,6 +282,8 @@ def serve_page(
 
 
 def _save_config(experiment: Experiment, stage: str, place: BoardPlace) -> Path:
+    if experiment.recipe(stage).is_file() and (faults := check_recipe(experiment, stage)):
+        raise ArenaError("; ".join(faults))
     config = configuration(experiment, stage, place.models[experiment.name, stage])
     path = CONFIGS / f"{experiment.name}_{stage}.yaml"
     _write_yaml(path, config.values)

@@ -98,7 +98,7 @@ def board_config(
     extra["trust_remote_code"] = bool(recipe.get("trust_remote_code", False))
     numbers, left_out = _numbers(recipe, extra)
     values = {
-        **_top(recipe, model_name),
+        **_top(recipe, model_name, experiment.template),
         "train.training_stage": STAGE_NAMES[STEPS[stage].stage],
         "train.dataset_dir": dataset_dir,
         "train.dataset": names(recipe.get("dataset")),
@@ -123,7 +123,7 @@ def board_config(
     return BoardConfig(values, left_out)
 
 
-def _top(recipe: dict[str, Any], model_name: str) -> dict[str, Any]:
+def _top(recipe: dict[str, Any], model_name: str, template: str) -> dict[str, Any]:
     bits = recipe.get("quantization_bit")
     return {
         "top.model_name": model_name,
@@ -131,7 +131,7 @@ def _top(recipe: dict[str, Any], model_name: str) -> dict[str, Any]:
         "top.checkpoint_path": [],
         "top.quantization_bit": str(bits) if bits else "none",
         "top.quantization_method": recipe.get("quantization_method", "bnb"),
-        "top.template": recipe["template"],
+        "top.template": recipe.get("template") or template,
         "top.rope_scaling": "none",
         "top.booster": "auto",  # flash_attn and the like stand among the extra arguments
     }
@@ -143,7 +143,7 @@ def _numbers(recipe: dict[str, Any], extra: dict[str, Any]) -> tuple[dict[str, A
     for key, slider in {**_SLIDERS, **_LATE_SLIDERS}.items():
         value = recipe.get(key)
         if key == "lora_alpha" and value is None:  # LLaMA-Factory's own rule
-            value = 2 * recipe.get("lora_rank", 8)
+            value = 2 * (recipe.get("lora_rank") or 8)
         if key == "neftune_noise_alpha" and value is None:
             value = 0
         if slider.takes(value):

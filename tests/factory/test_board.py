@@ -1,4 +1,5 @@
 import json
+import os
 import socket
 from contextlib import contextmanager
 
@@ -9,9 +10,11 @@ from data_prep.errors import ArenaError, UsageError
 from data_prep.lock import only_run
 from factory import board
 from factory.board import exposure, free_port, lay_out, log_lines, publish_run, serve_page, serve_tensorboard
-from factory.experiment import load_experiment
+from factory.experiment import load_experiment, read_yaml
 from factory.inputs import model_files
 from factory.progress import Show
+from factory.recipe import write_recipe
+from factory.state import StageState
 
 
 @pytest.fixture
@@ -121,6 +124,49 @@ def test_a_faulty_experiment_or_recipe_is_told_and_the_others_are_there(place):
     assert any("exam rm is left out" in note for note in board.notes)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("template:", "template"),
+        ("lora_rank:\n", "lora_rank"),
+        ("per_device_train_batch_size: many", "per_device_train_batch_size"),
+    ],
+)
+def test_a_hand_broken_recipe_costs_its_own_stage_alone(place, line, words):
+    exam = load_experiment("exam")
+    write_recipe(exam, "rm")
+    kept = [
+        each for each in exam.recipe("rm").read_text().splitlines() if not each.startswith(f"{line.split(':')[0]}:")
+    ]
+    kept = [each for each in kept if not each.startswith("lora_alpha:")]
+    exam.recipe("rm").write_text("\n".join([*kept, line] if line != "template:" else kept))
+    board = lay_out()
+    assert [path.stem for path in board.configs] == ["exam_sft", "exam_dpo_judge", "exam_dpo_reward"]
+    (note,) = board.notes
+    assert note.startswith("exam rm is left out: factory_configs/exam/rm.yaml: ") and words in note
+
+
+def test_a_run_is_shown_with_the_recipe_that_it_began_with(place):
+    exam = load_experiment("exam")
+    adapter = trained(exam)
+    write_recipe(exam, "sft")
+    recipe = read_yaml(exam.recipe("sft"))
+    StageState(exam.output_folder("sft")).begin("train", {str(exam.recipe("sft")): {**recipe, "cutoff_len": 1234}})
+    lay_out()
+    settings = adapter / "llamaboard_config.yaml"
+    assert yaml.safe_load(settings.read_text())["train.cutoff_len"] == 1234
+    today = place / "llamaboard_config" / "exam_sft.yaml"
+    assert yaml.safe_load(today.read_text())["train.cutoff_len"] == recipe["cutoff_len"] == 512
+    settings.write_text("top.model_name: own\n")
+    lay_out()
+    assert settings.read_text() == "top.model_name: own\n", "what a person made of them stays"
+    os.utime(settings, (1e9, 1e9))
+    lay_out()
+    assert yaml.safe_load(settings.read_text())["train.cutoff_len"] == 1234, "older than the run: another run's"
+    (exam.output_folder("sft") / "state.json").write_text("{")
+    assert any("the run of exam sft is left out" in note for note in lay_out().notes)
+
+
 def test_without_experiments_it_is_the_wrong_folder(workplace):
     with pytest.raises(UsageError, match="there is no factory_configs/ here") as caught:
         lay_out()
@@ -148,6 +194,10 @@ def test_ports_are_free_and_the_loopback_is_no_exposure():
     assert free_port("127.0.0.1") >= 7860
     with pytest.raises(UsageError, match="no address of this machine"):
         free_port("no.such.host.invalid")
+    for address in ("::1", "::", "fe80::1"):
+        with pytest.raises(UsageError, match="is an IPv6 address") as caught:
+            free_port(address)
+        assert "--host 127.0.0.1" in caught.value.remedy
     assert exposure("127.0.0.1") is None and exposure("localhost") is None
     assert "prefer 127.0.0.1" in exposure("0.0.0.0")
 
