@@ -17,17 +17,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import ArenaError
+from data_prep.files import read_json
 from factory.board import BoardModel, board_models, publish_run, readable_experiments
 from factory.board_checkpoint import follow_checkpoint, mend_evaluation
 from factory.inputs import names
 from factory.launcher import follow_parent
 from factory.remedies import clean_lines
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # OWNER/NAME, or an old one without its owner
 _TAIL = 100_000  # bytes of a failed job's log that the page gets to show
 
 
@@ -57,7 +62,8 @@ def build() -> Any:
     def refresh(folder: Path) -> None:
         for (name, stage), experiment in stages.items():
             if experiment.adapter_folder(stage).resolve() == folder.resolve():
-                publish_run(experiment, stage, models[name, stage])
+                with suppress(ArenaError):  # told when the board began; the page shows the rest of the folder
+                    publish_run(experiment, stage, models[name, stage])
 
     from llamafactory.webui import interface, runner
     from llamafactory.webui.components import top, train
@@ -214,13 +220,33 @@ def _own_checkpoints(native: Any) -> Any:
 
 
 def _fits(adapter: Path, base: str) -> bool:
+    """Tell whether an adapter was trained on a base: both have the same name, or are the same folder.
+
+    A hub id also stands for a local copy of it, told by its last part: an adapter of Qwen/Qwen3-4B goes on
+    models/Qwen3-4B, and one of that folder on the hub's model. Two hub ids are two models, and two folders as well.
+    """
     try:
-        trained_on = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        trained_on = read_json(adapter / "adapter_config.json")
     except (OSError, ValueError):  # a whole model, or what LLaMA Board will complain about itself
         return True
-    named = str(trained_on.get("base_model_name_or_path") or base)
-    same = named == base or (Path(named).exists() and Path(base).exists() and Path(named).samefile(base))
-    return same or not (Path(named).exists() and base)
+    named = trained_on.get("base_model_name_or_path") if isinstance(trained_on, dict) else None
+    if not named or not base:
+        return True
+    return str(named) == base or _is_same_model(str(named), base) or _is_same_model(base, str(named))
+
+
+def _is_same_model(name: str, other: str) -> bool:
+    """Tell whether `other` is a folder, and `name` the same one or the hub id of what lies in it."""
+    path, folder = Path(name), Path(other)
+    if not folder.is_dir():
+        return False
+    if path.exists():
+        return path.samefile(folder)
+    parts = (folder.name, *(part for part in folder.parts if part.startswith("models--")))  # the hub's cache
+    return bool(_HUB_ID.fullmatch(name)) and not {
+        name.rsplit("/", 1)[-1],
+        f"models--{name.replace('/', '--')}",
+    }.isdisjoint(parts)
 
 
 def _trust_no_code(manager: Any) -> None:

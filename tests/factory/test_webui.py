@@ -60,12 +60,12 @@ def test_a_job_is_our_launcher_in_boards_mode_and_nothing_else_of_the_shell(tmp_
 
 @pytest.fixture
 def listed(tmp_path, monkeypatch):
-    """What the page's list of checkpoints sends where a model has three, one of them trained on another base."""
+    """What the page's list of checkpoints sends where a model has three, of another base and of its hub id, too."""
     from llamafactory.extras.constants import SUPPORTED_MODELS
     from llamafactory.webui.control import list_checkpoints
 
     monkeypatch.chdir(tmp_path)
-    for name, base in (("own", "models/tiny"), ("foreign", "outputs/merged"), ("hub", "somebody/model")):
+    for name, base in (("own", "models/tiny"), ("foreign", "outputs/merged"), ("hub", "somebody/tiny")):
         folder = tmp_path / "saves" / "tiny" / "lora" / name
         folder.mkdir(parents=True)
         (folder / "adapter_model.safetensors").touch()
@@ -79,6 +79,43 @@ def listed(tmp_path, monkeypatch):
 
 def test_adapters_of_another_base_are_not_offered(listed):
     assert listed("lora", [])["choices"] == ["hub", "own"]
+
+
+HELD = Path("cache/models--Qwen--Qwen3-4B/snapshots/0123abc")
+
+
+@pytest.mark.parametrize(
+    ("named", "base", "fits"),
+    [
+        ("models/tiny", "models/tiny", True),
+        ("models/../models/tiny", "models/tiny", True),
+        ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B", True),
+        ("Qwen/Qwen3-4B", "models/Qwen3-4B", True),  # the hub's model and a copy of it
+        ("models/Qwen3-4B", "Qwen/Qwen3-4B", True),
+        ("Qwen/Qwen3-4B", str(HELD), True),
+        ("outputs/exam/sft/merged", "models/tiny", False),  # the merged judge is gone
+        ("outputs/exam/sft/merged", "outputs/other/sft/merged", False),
+        ("outputs/exam/sft/merged", "Qwen/Qwen3-4B", False),
+        ("models/tiny", "models/Qwen3-4B", False),
+        ("meta/Llama-3", "Qwen/Qwen3-4B", False),  # any hub base
+        ("somebody/Qwen3-4B", "Qwen/Qwen3-4B", False),
+        ("meta/Llama-3", "models/tiny", False),
+        ("models/tiny", "", True),  # no model is chosen
+        (None, "models/tiny", True),
+    ],
+)
+def test_an_adapter_fits_the_base_that_it_was_trained_on(tmp_path, monkeypatch, named, base, fits):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/tiny", "models/Qwen3-4B", "outputs/other/sft/merged", HELD):
+        Path(folder).mkdir(parents=True)
+    Path("adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+    assert webui._fits(tmp_path, base) is fits
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{", "[" * 100_000])
+def test_a_damaged_adapter_is_left_for_the_page_to_complain_about(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_text(content)
+    assert webui._fits(tmp_path, "models/tiny")
 
 
 @pytest.mark.parametrize(
