@@ -272,13 +272,17 @@ _AT_LEAST_ONE = (
     "lora_rank",
     "preprocessing_num_workers",
     "save_total_limit",
+    "max_samples",
 )
 _NOT_NEGATIVE = ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "dataloader_num_workers")
 
 
-def check_recipes(experiment: Experiment, steps: Iterable[str], root: Path = Path()) -> None:
-    """Raise one ArenaError that lists every fault of these steps' recipes, each with file, key and remedy."""
-    by_step = {step: check_recipe(experiment, step, root) for step in steps}
+def check_recipes(experiment: Experiment, steps: Iterable[str], root: Path = Path(), *, installed: bool = True) -> None:
+    """Raise one ArenaError that lists every fault of these steps' recipes, each with file, key and remedy.
+
+    Without `installed` it does not matter which packages this machine has.
+    """
+    by_step = {step: check_recipe(experiment, step, root, installed=installed) for step in steps}
     if faults := [fault for of_step in by_step.values() for fault in of_step]:
         raise ArenaError(
             "\n".join([f"{len(faults)} fault(s), found before anything was started:", *(f"  - {f}" for f in faults)]),
@@ -295,7 +299,7 @@ def _remedy(experiment: Experiment, recipes: Iterable[Path]) -> str:
     return f"mend these keys; or render a recipe anew with `{prepare} --force`, which drops its hand edits"
 
 
-def check_recipe(experiment: Experiment, step: str, root: Path = Path()) -> list[str]:
+def check_recipe(experiment: Experiment, step: str, root: Path = Path(), *, installed: bool = True) -> list[str]:
     """Return every fault of one recipe as "file: key: what is wrong and the remedy"; nothing is changed."""
     its, path = step_of(step), experiment.recipe(step)
     if not (root / path).is_file():
@@ -304,7 +308,8 @@ def check_recipe(experiment: Experiment, step: str, root: Path = Path()) -> list
         content = read_yaml(root / path)
     except ArenaError as error:
         return [f"{path}: {error.what}; {error.remedy}"]
-    return [f"{path}: {key}: {fault}" for key, fault in _faults(experiment, its, content, _is_rendered(root / path))]
+    rendered = _is_rendered(root / path)
+    return [f"{path}: {key}: {fault}" for key, fault in _faults(experiment, its, content, rendered, installed)]
 
 
 def _is_rendered(path: Path) -> bool:
@@ -312,9 +317,11 @@ def _is_rendered(path: Path) -> bool:
     return is_as_rendered(path.read_bytes().decode("utf-8", errors="replace"))
 
 
-def _faults(experiment: Experiment, step: Step, content: Mapping[str, Any], rendered: bool) -> list[Fault]:
+def _faults(
+    experiment: Experiment, step: Step, content: Mapping[str, Any], rendered: bool, installed: bool
+) -> list[Fault]:
     """Return all faults in the order of the recipe's keys; a key of a wrong type is not judged further."""
-    own = list(_own_faults(content, training=not step.merges))
+    own = list(_own_faults(content, not step.merges, installed))
     sound = {key: value for key, value in content.items() if key not in {fault[0] for fault in own}}
     values = {a.name: a.default for a in arguments().values() if a.default is not UNKNOWN} | sound
     faults = [*own, *_disagreements(experiment, step, content, sound, rendered), *_refusals(step, values, sound)]
@@ -363,13 +370,13 @@ def device_faults(recipe: Mapping[str, Any], seen: Devices) -> Iterator[Fault]:
         yield "fp16", "there is no GPU here, and fp16 needs one; write fp16: false"
 
 
-def _own_faults(content: Mapping[str, Any], training: bool) -> Iterator[Fault]:
+def _own_faults(content: Mapping[str, Any], training: bool, installed: bool) -> Iterator[Fault]:
     """Yield unknown keys, wrong types, wrong choices and numbers out of range."""
     for key, value in content.items():
         fault = key_fault(key, training) or value_fault(arguments()[key], value) or _range_fault(key, value)
-        if key == "report_to" and not fault:
+        if key == "report_to" and installed and not fault:
             fault = _reporter_fault(value)
-        if value and not fault:
+        if value and installed and not fault:
             fault = _package_fault(key, value)
         if fault:
             yield key, fault

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import UsageError
 from factory.card import CARDS, GIB, TOKEN_BUDGET, Card
+from factory.checks import check_recipes
 from factory.hours import (
     CPU_LAYER_CALL,
     CPU_SHARE,
@@ -65,8 +66,12 @@ def forecast(experiment: Experiment, stages: Iterable[str], devices: Iterable[st
     shape = shape_of(experiment.model, experiment.revision)
     devices = devices or [*CARDS, *([CPU] if shape.parameters <= _SMALL else [])]
     found, left_out = {}, {} if stages else _left_out(experiment)
-    for stage in stages or [name for name in TRAININGS if name not in left_out]:
-        job = _Job(experiment, stage, shape, setup_of(experiment, stage), workload_of(experiment, stage))
+    stages = stages or [name for name in TRAININGS if name not in left_out]
+    check_recipes(experiment, stages, installed=False)  # of another machine, maybe
+    for stage in stages:
+        setup = setup_of(experiment, stage)
+        workload = workload_of(experiment, stage).first(setup.max_samples)
+        job = _Job(experiment, stage, shape, setup, workload)
         found[stage] = _stage(job, devices)
     told = {"experiment": experiment.name, "model": experiment.model, "parameters": shape.parameters}
     return {**told, "stages": found, "left_out": left_out}

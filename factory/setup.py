@@ -35,6 +35,7 @@ _KEYS = (
     "eval_steps",
     "train_sampling_strategy",
     "ref_model",
+    "max_samples",
 )
 
 
@@ -59,6 +60,7 @@ class Setup:
     optimizer_bytes: float
     evaluations: float  # passes over the validation rows
     grouped: bool  # batches of like lengths
+    max_samples: int | None = None  # rows that are read of each set, the first ones
 
     def changed(self, **values: Any) -> Setup:
         """Return the set-up with values replaced."""
@@ -89,6 +91,7 @@ def setup_of(experiment: Experiment, stage: str) -> Setup:
         optimizer_bytes=_OPTIMIZER_BYTES.get(str(v["optim"]), 8),
         evaluations=_evaluations(v),
         grouped=v["train_sampling_strategy"] == "group_by_length",
+        max_samples=v["max_samples"],
     )
 
 

@@ -35,6 +35,10 @@ class Workload:
         """Tokens of the longest training sequence, padded as LLaMA-Factory pads it."""
         return _up(int(self.train.max()))
 
+    def first(self, rows: int | None) -> Workload:
+        """Return what is left where LLaMA-Factory's `max_samples` takes the first rows of each set; all are scored."""
+        return self if rows is None else Workload(self.train[:rows], self.valid[:rows], self.scored)
+
     def padded_tokens(self, rows: np.ndarray, batch: int, *, grouped: bool, seed: int = 0) -> int:
         """Return the tokens of one pass over `rows`, padding included; `grouped`: batches of like lengths."""
         longest = rows.max(axis=1)

@@ -226,3 +226,41 @@ def test_a_set_up_is_the_recipe_with_llamafactorys_defaults(exported):
 def test_this_machines_cpu_is_measured(exported):
     device = forecast(exported, ["sft"], ["cpu"])["stages"]["sft"]["devices"]["cpu"]
     assert device["training_hours"] > 1 and device["memory"] > 10
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("per_device_train_batch_size", "many"),
+        ("num_train_epochs", "two"),
+        ("lora_rank", ""),
+        ("quantization_bit", "5"),
+        ("max_samples", "0"),
+    ],
+)
+def test_a_recipe_that_was_broken_by_hand_is_told_before_anything_is_computed(exported, key, value):
+    path = exported.recipe("sft")
+    kept = [line for line in path.read_text().splitlines() if not line.startswith(f"{key}:")]
+    path.write_text("\n".join([*kept, f"{key}: {value}"]))
+    with pytest.raises(ArenaError, match=rf"sft\.yaml: {key}: "):
+        forecast(exported, ["sft"], ["T4"])
+
+
+def test_a_package_that_only_the_other_machine_needs_is_no_fault(exported):
+    path = exported.recipe("sft")
+    kept = [line for line in path.read_text().splitlines() if not line.startswith(("report_to:", "use_adam_mini:"))]
+    path.write_text("\n".join([*kept, "use_adam_mini: true", "report_to: comet_ml"]))
+    assert forecast(exported, ["sft"], ["T4"])["stages"]["sft"]["rows"] == 80
+
+
+@pytest.mark.parametrize(("stage", "rows"), [("sft", 80), ("dpo_judge", 160), ("dpo_reward", 30)])
+def test_max_samples_cuts_the_rows_that_are_trained_on(exported, stage, rows):
+    whole = forecast(exported, [stage], ["T4"])["stages"][stage]
+    path = exported.recipe(stage)
+    path.write_text(path.read_text() + "max_samples: 6\n")
+    cut = forecast(exported, [stage], ["T4"])["stages"][stage]
+    assert (whole["rows"], cut["rows"]) == (rows, 6) and cut["steps"] < whole["steps"]
+    assert cut["devices"]["T4"]["training_hours"] < whole["devices"]["T4"]["training_hours"]
+    assert cut["scored_sequences"] == whole["scored_sequences"], "scoring reads every row"
+    workload = workload_of(exported, stage)
+    assert workload.first(6).valid.tolist() == workload.valid[:6].tolist()
