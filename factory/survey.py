@@ -218,7 +218,8 @@ def _scored(experiment: Experiment, stage: str, finished_at: str, step: int | No
         loss, prior = float(content["log_loss"]), float(content["baselines"]["prior"])
         beats = bool(content.get("beats_prior", loss < prior))
     except (OSError, ValueError, KeyError, TypeError):
-        return StageView(stage, INTERRUPTED, f"{report} is unreadable", next=f"python run.py score -e {name}")
+        again = f"python run.py score -e {name} --stage {stage} --fresh"
+        return StageView(stage, INTERRUPTED, f"{report} is unreadable", next=again)
     return StageView(
         stage,
         "scored",

@@ -132,6 +132,7 @@ def test_what_is_gone_or_damaged_is_told(exam):
     assert stage_view(exam, "sft").detail.startswith("gone: outputs/exam/sft/merge.made")
     began(exam, "rm", "train", "merge", "score")
     assert stage_view(exam, "rm").detail == "outputs/exam/rm/report.json is unreadable"
+    assert stage_view(exam, "rm").next == "python run.py score -e exam --stage rm --fresh"
     (exam.output_folder("rm") / "state.json").write_text("{")
     assert stage_view(exam, "rm").state == "unreadable"
 
