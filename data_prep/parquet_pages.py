@@ -30,7 +30,7 @@ STEPS = (512, 128, 32, 8, 1)
 LARGEST_BATCH = 5 << 27  # bytes; 128 rows of three texts fit, whose dictionaries have the usual 1 to 1.5 MB
 LARGEST_PAGE = 1 << 27  # bytes; of usual writers a page has 1 MB, or the texts of 1,000 rows
 _BYTES_AN_ITEM = 64  # of a list, beside its text: its places and the Python object
-_DEEPEST = 8  # structs within structs; a footer has six
+_DEEPEST = 16  # structs and lists within each other; a footer has eight
 _HEADER, _LARGEST_HEADER = 512, 1 << 24  # bytes; the second is what parquet-cpp reads at most
 # Fields of the footer: of FileMetaData, RowGroup, ColumnChunk and ColumnMetaData.
 _ROW_GROUPS, _COLUMNS, _ROWS, _ABOUT = 4, 1, 3, 3
@@ -252,8 +252,8 @@ def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
         return kind == 1, at
     if kind in (3, 7):  # a byte, a double
         return None, at + (1 if kind == 3 else 8)
-    if kind in (9, 10):
-        return _list(data, at, depth)
+    if kind in (9, 10) and depth < _DEEPEST:
+        return _list(data, at, depth + 1)
     if kind == 8:
         length, at = _unsigned(data, at)
         data[at + length]

@@ -19,6 +19,8 @@ from data_prep.screen import printable
 
 _WIDE, _BAR = 120, 16  # columns of a terminal with room for a bar, and of the bar
 _PLAIN_INTERVAL = 30.0  # seconds between two lines where nobody watches
+_DAMAGES = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # of a line of a log
+_MOST_STEPS, _LONGEST = 10**12, 1e9  # steps, and seconds (thirty years), that a line may tell
 _SOONEST = 1.0  # seconds of work that a first guess at the time left is made from
 
 
@@ -318,7 +320,7 @@ def teller(line: Line) -> Callable[[Any], None]:
 
 def duration(seconds: float) -> str:
     """Return seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))
+    return str(timedelta(seconds=round(min(seconds, _LONGEST))))
 
 
 def is_attended(stream: TextIO) -> bool:
@@ -327,24 +329,27 @@ def is_attended(stream: TextIO) -> bool:
 
 
 def _parse(line: bytes) -> LogPoint | None:
+    names = ("loss", "eval_loss", "accuracy", "lr", "epoch")
     try:
         values = json.loads(line)
         step, total = int(values["current_steps"]), int(values["total_steps"])
-    except (ValueError, KeyError, TypeError):  # e.g. what a crash left in the middle of a line
+        numbers: dict[str, Any] = {name: values.get(name) for name in names}
+        numbers = {k: float(v) if isinstance(v, (int, float)) else None for k, v in numbers.items()}
+    except _DAMAGES:  # e.g. what a crash left in the middle of a line
         return None
-    names = ("loss", "eval_loss", "accuracy", "lr", "epoch")
-    numbers: dict[str, Any] = {name: values.get(name) for name in names}
-    numbers = {k: float(v) if isinstance(v, (int, float)) else None for k, v in numbers.items()}
+    if not 0 <= step <= _MOST_STEPS or not 0 <= total <= _MOST_STEPS:
+        return None
     return LogPoint(step, total, elapsed=_seconds(values.get("elapsed_time")), **numbers)
 
 
 def _seconds(text: Any) -> float | None:
-    """Return the seconds of str(timedelta), e.g. '1 day, 2:03:04'."""
+    """Return the seconds of str(timedelta), e.g. '1 day, 2:03:04'; None for what no run can have taken."""
     if not isinstance(text, str):
         return None
     days, _, clock = text.rpartition(",")
     try:
         hours, minutes, seconds = (float(part) for part in clock.split(":"))
-        return float(days.split()[0] if days else 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+        told = float(days.split()[0] if days else 0) * 86400 + hours * 3600 + minutes * 60 + seconds
     except (ValueError, IndexError):
         return None
+    return told if 0 <= told <= _LONGEST else None

@@ -108,6 +108,12 @@ def test_a_damaged_header_is_told_apart_from_a_long_one(data):
         _struct(data, 0)
 
 
+def test_lists_within_lists_end_before_python_does():
+    with pytest.raises(ValueError, match="a field of kind 9"):
+        _struct(b"\x19" * 100_000, 0)
+    assert _struct(b"\x19\x19\x15\x02\x00", 0)[0] == {1: [[1]]}, "what a footer may hold is read"
+
+
 def test_every_damage_to_the_pages_is_our_own_error(tmp_path):
     path = write(tmp_path / "x.parquet", [f"text {i}" for i in range(50)])
     whole, chosen = path.read_bytes(), random.Random(3)

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from factory.progress import (
     Show,
     TrainerLog,
     describe,
+    duration,
     is_attended,
     loss_curve,
     resumed_at,
@@ -227,3 +229,30 @@ def test_an_export_is_shown_by_its_share(attended):
 )
 def test_a_resumed_run_is_told_from_its_log(log, start):
     assert resumed_at([LogPoint(step, 100, elapsed=elapsed) for step, elapsed in log]) == start
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"current_steps": 1e999, "total_steps": 10}',
+        '{"current_steps": 1, "total_steps": 1' + "0" * 30 + "}",
+        '{"current_steps": -3, "total_steps": 10}',
+        '{"current_steps": 1, "total_steps": 10, "loss": 1' + "0" * 400 + "}",
+        "[" * 100_000,
+        "[1]",
+    ],
+)
+def test_a_damaged_line_is_left_out_whatever_is_in_it(tmp_path, line):
+    path = tmp_path / "trainer_log.jsonl"
+    path.write_text(line + '\n{"current_steps": 2, "total_steps": 10, "loss": 0.5}\n')
+    assert [(point.step, point.loss) for point in TrainerLog(path).read_new()] == [(2, 0.5)]
+    assert len(loss_curve(path)) == 1
+
+
+@pytest.mark.parametrize("elapsed", ["inf:00:00", "nan:00:00", "1e300:00:00", "-5:00:00", "inf days, 0:00:00"])
+def test_a_time_that_no_run_takes_is_none(tmp_path, elapsed):
+    path = tmp_path / "trainer_log.jsonl"
+    path.write_text(json.dumps({"current_steps": 2, "total_steps": 10**12, "elapsed_time": elapsed}) + "\n")
+    (point,) = TrainerLog(path).read_new()
+    assert point.elapsed is None and "left" not in describe(point)
+    assert describe(replace(point, elapsed=1e9)).endswith(" left") and duration(float("inf")) == duration(1e9)
