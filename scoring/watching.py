@@ -145,8 +145,11 @@ def evaluation_times(recipe_path: Path) -> str | None:
     """Return in words when a recipe evaluates on the way, None where it does not or is not there."""
     recipe = read_yaml(recipe_path) if recipe_path.is_file() else {}
     every = recipe.get("eval_steps") or recipe.get("logging_steps", 500)  # as transformers chooses
-    steps = f"every {every} steps" if every >= 1 else f"every {every:.0%} of the steps"
-    return {"steps": steps, "epoch": "after each epoch"}.get(recipe.get("eval_strategy", "no"))
+    if not isinstance(every, int | float):  # nobody has checked the recipe of a run that is only looked at
+        steps = f"at {every!r}, which is no number of steps"
+    else:
+        steps = f"every {every} steps" if every >= 1 else f"every {every:.0%} of the steps"
+    return {"steps": steps, "epoch": "after each epoch"}.get(str(recipe.get("eval_strategy", "no")))
 
 
 def how_to_evaluate(recipe_path: Path) -> str:
@@ -300,8 +303,8 @@ class Watcher:
             self.ladder = Ladder(self._experiment)
             scorer = CheckpointScorer(self._experiment, self._stage, self._rows) if self._rows else None
             self._score(scorer)
-        except (ArenaError, OSError) as error:
-            self.faults.append(str(error))
+        except Exception as error:  # whatever it is (a GPU's memory, say), nobody else sees it in this thread
+            self.faults.append(_told(error))
             return None
         return scorer
 
@@ -318,7 +321,17 @@ class Watcher:
                 self._score(scorer)
             except (ArenaError, OSError) as error:  # a checkpoint that the trainer removed while it was read
                 self.faults.append(str(error))
+            except Exception as error:  # a GPU's memory that two models do not fit into: the next one would not either
+                self.faults.append(f"no more checkpoints are scored: {_told(error)}")
+                return
             time.sleep(2)
+
+
+def _told(error: Exception) -> str:
+    """Return what one of our errors says, of any other its kind and its first line."""
+    if isinstance(error, (ArenaError, OSError)):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no more is known'])[0]}"
 
 
 def serve_watch_page(

@@ -76,6 +76,9 @@ def test_an_evaluation_loss_becomes_an_upper_bound_of_the_log_loss(exam):
         ("eval_strategy: epoch", "after each epoch"),
         ("eval_steps: 20", None),
         ("eval_strategy: 'no'", None),
+        ("eval_strategy: steps\neval_steps: often", "at 'often', which is no number of steps"),
+        ("eval_strategy: steps\neval_steps: [1]", "at [1], which is no number of steps"),
+        ("eval_strategy: [steps]", None),
     ],
 )
 def test_it_is_told_when_the_recipe_evaluates(exam, tmp_path, recipe, when):
@@ -254,3 +257,32 @@ def test_after_a_scored_stage_watch_names_the_same_command_as_status(exam):
     assert seen.state == "scored" and seen.next == next_commands(survey(["exam"])[0])[0]
     assert not seen.next.startswith("python run.py compare"), "one stage alone is not compared"
     shutil.rmtree(folder)  # others find the place as it was
+
+
+def test_whatever_ends_the_scoring_thread_is_told(exam, monkeypatch):
+    """torch.OutOfMemoryError is neither an ArenaError nor an OSError; the thread's own traceback nobody sees."""
+
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    class Full:
+        rungs = 0
+
+        def __init__(self, *_):
+            pass
+
+        def newest(self, _):
+            Full.rungs += 1
+            if Full.rungs > 1:
+                raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nlong advice")
+
+    monkeypatch.setattr(watching, "Ladder", lambda _: object())
+    monkeypatch.setattr(watching, "CheckpointScorer", Full)
+    monkeypatch.setattr(watching.time, "sleep", lambda _: None)
+    watcher = Watcher(exam, "sft", 20)
+    watcher._work()
+    told = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+    assert watcher.faults == [f"no more checkpoints are scored: {told}"] and Full.rungs == 2
+    first = Watcher(exam, "sft", 20)
+    first._work()  # and where it is the first checkpoint
+    assert first.faults == [told]
