@@ -9,6 +9,7 @@ said by name and number, so that no silence looks like a pass.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -166,14 +167,14 @@ def licence_of(name: str) -> str:
 
 def main() -> None:
     """Print the audit, or write the tables."""
-    if sys.argv[1:] == ["audit"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["audit", "tables"], help="the report, or the two pages")
+    if parser.parse_args().what == "audit":
         print("\n".join(audit()))
-    elif sys.argv[1:] == ["tables"]:
-        for path, text in ((DEPENDENCIES, dependencies_page()), (LICENCES, licences_page())):
-            path.write_text(text, encoding="utf-8")
-            print(f"wrote {path.relative_to(ROOT)}")
-    else:
-        sys.exit(__doc__)
+        return
+    for path, text in ((DEPENDENCIES, dependencies_page()), (LICENCES, licences_page())):
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Bad inputs and hostile cases are run now. The rest takes long: its last results 
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def _result(name: str) -> dict | None:
 
 def main() -> None:
     """Run what is quick, read what is slow, write the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = [
         *kills(),
         ["bad inputs handled / tried", tests("tests/test_bad_inputs.py", "test_bad_input[")],

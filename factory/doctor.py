@@ -26,7 +26,14 @@ _GIB = 2**30
 # default experiment's has 4 billion. RAM of an 8B model's size to merge it.
 _DISK_FAULT, _DISK_WARNING, _CACHE_WARNING, _MEMORY_WARNING = 5, 25, 10, 20  # GiB
 _BILLION = 2e9 / _GIB
-_PORTS = {7860: ("LLaMA Board", "GRADIO_SERVER_PORT"), 6006: ("TensorBoard", "tensorboard --port")}
+# What our pages do without: `run.py` takes the next free port from 7860 on, or that of --port.
+_PORTS = {
+    7860: (
+        "the pages of run.py",
+        "nothing to do: `run.py board` and `watch` take the next free one, or that of --port",
+    ),
+    6006: ("a TensorBoard of your own", "start that one with tensorboard --port"),
+}
 _FOLDERS = ("data", "saves", "outputs", "factory_configs")
 
 
@@ -68,7 +75,7 @@ def _findings(seen: Devices) -> list[Finding]:
         _disk,
         _hub_token,
         _hub_cache,
-        lambda: _torchrun(len(seen.gpus)),
+        _torchrun,
         _ports,
         _folders,
         _path,
@@ -298,21 +305,22 @@ def _hub_cache() -> Iterator[Finding]:
         yield Finding("hub cache", "ok", said)
 
 
-def _torchrun(gpus: int) -> Iterator[Finding]:
+def _torchrun() -> Iterator[Finding]:
+    """Our launcher calls torch.distributed.run itself; the command is for people and for LLaMA-Factory's own cli."""
     found = shutil.which("torchrun")
     if found:
         yield Finding("torchrun", "ok", f"on the PATH: {found}")
     else:
-        remedy = "activate the environment: source .venv/bin/activate"
-        yield Finding("torchrun", "fault" if gpus > 1 else "warning", "not on the PATH; several GPUs need it", remedy)
+        remedy = "source .venv/bin/activate, where you call torchrun or llamafactory-cli yourself"
+        yield Finding("torchrun", "warning", "not on the PATH; run.py does without", remedy)
 
 
 def _ports() -> Iterator[Finding]:
-    for port, (who, option) in _PORTS.items():
+    for port, (who, remedy) in _PORTS.items():
         if _is_free(port):
             yield Finding(f"port {port}", "ok", f"free for {who}")
         else:
-            yield Finding(f"port {port}", "warning", "taken", f"{who} needs another one: {option}")
+            yield Finding(f"port {port}", "warning", "taken", remedy)
 
 
 def _is_free(port: int) -> bool:

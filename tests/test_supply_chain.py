@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 
 from benchmarks import supply_chain
-from benchmarks.supply_chain import DEPENDENCIES, LICENCES, audit, dependencies_page, direct, locked, locks
+from benchmarks.supply_chain import DEPENDENCIES, LICENCES, ROOT, audit, dependencies_page, direct, locked, locks
 
 
 def test_every_direct_dependency_has_a_reason_and_the_page_is_up_to_date():
@@ -49,3 +50,10 @@ def test_an_audit_says_what_it_found_and_what_it_could_not_look_at(monkeypatch):
         assert answer(monkeypatch, output)[-1].startswith("audit: NOT DONE")
     monkeypatch.setattr(supply_chain, "find_spec", lambda name: None)
     assert audit() == ["audit: NOT DONE: pip-audit is not installed (make extra-audit)"]
+
+
+@pytest.mark.parametrize("name", ["trust", "supply_chain"])
+def test_asking_for_help_starts_nothing(name):
+    script = ROOT / "benchmarks" / f"{name}.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {name}.py [-h]")

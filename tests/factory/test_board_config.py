@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from board_page import function_named, pressed
 from omegaconf import OmegaConf
 
 from factory.board import BoardModel, board_models, configuration
-from factory.board_config import board_config
+from factory.board_config import _LATE_SLIDERS, board_config
 from factory.child import child_environment
 from factory.experiment import load_experiment
 from factory.recipe import render_recipe
@@ -80,6 +81,13 @@ def test_what_no_element_takes_goes_to_the_extra_arguments_or_is_told(make_exper
         "double_quantization: LLaMA Board always quantizes twice",
     ]
     assert config.values["top.quantization_bit"] == "8" and "pref_beta" not in extra
+
+
+def test_the_page_on_watching_names_every_value_that_the_board_cannot_be_given():
+    text = " ".join((Path(__file__).resolve().parents[2] / "docs" / "watching.md").read_text("utf-8").split())
+    limits = {key: slider for key, slider in _LATE_SLIDERS.items() if key != "lora_dropout"}  # below 1 in any recipe
+    assert len(limits) == 5
+    assert all(f"`{key}` above {slider.high:g}" in text for key, slider in limits.items())
 
 
 def test_every_base_has_its_own_name_and_folder(make_experiment):

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from factory import doctor
+from factory import board, doctor
 from factory.devices import Devices, Gpu, Product
 from factory.doctor import Finding, as_lines, as_report, examine
 from factory.progress import Show
@@ -164,11 +164,11 @@ def test_disk_memory_and_path(machine, monkeypatch, tmp_path):
     assert machine()["path"].state == "warning"
 
 
-def test_torchrun_matters_with_several_gpus(machine, monkeypatch):
+def test_torchrun_is_no_fault_for_run_py_calls_it_as_a_module(machine, monkeypatch):
     card = Gpu("A", 80.0, 80.0, True)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    assert machine(gpus=(card,))["torchrun"].state == "warning"
-    assert machine(gpus=(card, card))["torchrun"].state == "fault"
+    assert machine(gpus=(card,))["torchrun"].state == machine(gpus=(card, card))["torchrun"].state == "warning"
+    assert "run.py does without" in machine()["torchrun"].said
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
     assert machine(gpus=(card, card))["torchrun"].said == "on the PATH: /bin/torchrun"
 
@@ -178,10 +178,15 @@ def test_a_taken_port_is_told(machine, monkeypatch):
         server.bind(("127.0.0.1", 0))
         server.listen()
         taken = server.getsockname()[1]
-        monkeypatch.setattr(doctor, "_PORTS", {taken: ("LLaMA Board", "GRADIO_SERVER_PORT")})
+        monkeypatch.setattr(doctor, "_PORTS", {taken: ("somebody", "do this")})
         finding = machine()[f"port {taken}"]
-        assert (finding.state, finding.said) == ("warning", "taken") and "GRADIO_SERVER_PORT" in finding.remedy
+        assert (finding.state, finding.said) == ("warning", "taken") and finding.remedy == "do this"
     assert machine()[f"port {taken}"].state == "ok"
+
+
+def test_a_taken_port_of_ours_needs_nothing_that_run_py_ignores():
+    _, remedy = doctor._PORTS[board.FIRST_PORT]
+    assert "next free one" in remedy and "--port" in remedy and "GRADIO_SERVER_PORT" not in str(doctor._PORTS)
 
 
 @pytest.mark.parametrize(
