@@ -93,6 +93,7 @@ def test_wrong_use_is_told_without_a_traceback(arguments, code, words, workplace
 
 
 def test_verbose_shows_where_an_error_comes_from(workplace):
+    (workplace / "factory_configs").mkdir(exist_ok=True)  # without one the folder itself is the fault
     result = CliRunner().invoke(run.cli, ["prepare", "-e", "nowhere", "--train", "x.csv", "-v"])
     assert result.exit_code == 2
     assert "Traceback" in result.stderr and "UsageError: there is no experiment 'nowhere'" in result.stderr
