@@ -306,7 +306,7 @@ def _list_data(experiments: list[Experiment], place: BoardPlace) -> None:
         with only_run(path, wait=lambda _: None):  # an export has it for a moment
             write_json(path, {**exported, **listed_sets(path)})
     except ArenaError as error:
-        place.notes.append(f"{path} stays as it is: {str(error).splitlines()[0]}")
+        place.notes.append(f"{path} {error.what}; it stays as it is, and our data sets may be missing in it")
 
 
 def _exported_sets(experiment: Experiment) -> dict[str, Any]:

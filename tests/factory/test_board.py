@@ -74,7 +74,7 @@ def test_a_list_of_data_sets_that_cannot_be_read_is_left_alone_with_a_note(place
     own.write_text(json.dumps({"exam_sft_train": entry, "exam_hub": {"hf_hub_url": "a/b"}, "exam_odd": 3}))
     listed.write_text('{"mine": {"hf_hub_url": "a/b"},}')
     (note,) = lay_out().notes
-    assert note.startswith("data/dataset_info.json stays as it is") and "is not readable JSON" in note
+    assert note.startswith("data/dataset_info.json is not readable JSON (") and "it stays as it is" in note
     assert listed.read_text() == '{"mine": {"hf_hub_url": "a/b"},}'
     listed.unlink()
     assert lay_out().notes == []
