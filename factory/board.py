@@ -14,7 +14,6 @@ import socket
 import sys
 import webbrowser
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +141,7 @@ def publish_run(experiment: Experiment, stage: str, model: BoardModel) -> None:
     """Let the page list and show a run of the command line: its adapter folder, its log, its settings.
 
     Nothing happens where nothing was trained. The log is that of the run so far. The settings are those that the run
-    began with; what a person made of them stays, what is older than the run is another one's and is written anew.
+    began with, not those of today's recipe; of a run that `run.py` did not start the first ones that were found stay.
     """
     adapter = experiment.adapter_folder(stage)
     if not adapter.is_dir():
@@ -150,24 +149,15 @@ def publish_run(experiment: Experiment, stage: str, model: BoardModel) -> None:
     if model.folder != adapter.parent:
         _link(model.folder / adapter.name, adapter)
     record, settings = StageState(experiment.output_folder(stage)).record("train"), adapter / RUN_CONFIG
-    if not settings.is_file() or (record and _is_older(settings, record.started_at)):
-        recipe = record.inputs.get(str(experiment.recipe(stage))) if record else None
-        if isinstance(recipe, dict):
-            values = board_config(experiment, stage, recipe, model.name, DATA.as_posix()).values
-        else:  # trained by something else: today's recipe is the best that is known
-            values = configuration(experiment, stage, model).values
-        _write_yaml(settings, values)
+    recipe = record.inputs.get(str(experiment.recipe(stage))) if record else None
+    if isinstance(recipe, dict):
+        _write_yaml(settings, board_config(experiment, stage, recipe, model.name, DATA.as_posix()).values)
+    elif not settings.is_file():  # trained by something else: today's recipe is the best that is known
+        _write_yaml(settings, configuration(experiment, stage, model).values)
     log = experiment.output_folder(stage) / "train.log"
     if log.is_file():
         with atomic_file(adapter / RUN_LOG) as file:
             file.write("\n".join(log_lines(log)) + "\n")
-
-
-def _is_older(path: Path, started_at: str) -> bool:
-    try:
-        return path.stat().st_mtime < datetime.fromisoformat(started_at).timestamp()
-    except ValueError:  # edited by hand
-        return False
 
 
 def log_lines(log: Path) -> list[str]:

@@ -61,7 +61,7 @@ def require_own_votes(experiment: Experiment, stage: str, *, trained: bool = Tru
 
 def replaced(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
     """Return what a person should know of an export that took another one's place, from both manifests."""
-    if before is None or before["sources"] == now["sources"]:
+    if before is None or _contents(before) == _contents(now):
         return None
     was, held = before["sources"]["train"]["file"], "test" in before["sources"]
     words = f"the earlier export, of {was}, is replaced"
@@ -70,6 +70,10 @@ def replaced(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | 
     if before["files"].get("sft_train.jsonl") != now["files"].get("sft_train.jsonl"):
         words += "; what was trained on it is outdated: train with --fresh"
     return words
+
+
+def _contents(manifest: Mapping[str, Any]) -> dict[str, str]:
+    return {name: source["sha256"] for name, source in manifest["sources"].items()}
 
 
 def _listed(names: list[str]) -> str:

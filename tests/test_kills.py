@@ -61,7 +61,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
 from pathlib import Path
 from killing import Call
 call = Call(Path({str(tmp_path)!r}), ("prepare", "-e", "none", "--train", "x"), Path({str(tmp_path / "log")!r}))
-print(call.wait(), "no experiment" in call.said())
+print(call.wait(), "no factory_configs/" in call.said())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "True"]

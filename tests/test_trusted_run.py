@@ -49,7 +49,7 @@ def test_other_votes_under_a_finished_judge_are_told_and_mixed_with_nothing(chai
     folder = shutil.copytree(chain, tmp_path / "copy", symlinks=True)
     write_arena(folder / "others", seed=12, train_rows=700, test_rows=30)
     done = run_py(folder, "prepare", "-e", "demo", "--train", "others/train.csv", "--test", "others/test.csv")
-    assert done.returncode == 0 and "arena/train.csv, is replaced; what was trained on it is outdated" in done.stderr
+    assert done.returncode == 0 and "is replaced; what was trained on it is outdated" in done.stderr
     for call in (["score", "--fresh"], ["compare"], ["dpo", "--view", "judge"]):
         refused = run_py(folder, call[0], "-e", "demo", *call[1:])
         assert refused.returncode == 1 and "sft was trained" in refused.stderr, refused.stderr

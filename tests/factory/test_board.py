@@ -1,5 +1,4 @@
 import json
-import os
 import socket
 from contextlib import contextmanager
 
@@ -157,14 +156,15 @@ def test_a_run_is_shown_with_the_recipe_that_it_began_with(place):
     assert yaml.safe_load(settings.read_text())["train.cutoff_len"] == 1234
     today = place / "llamaboard_config" / "exam_sft.yaml"
     assert yaml.safe_load(today.read_text())["train.cutoff_len"] == recipe["cutoff_len"] == 512
-    settings.write_text("top.model_name: own\n")
+    StageState(exam.output_folder("sft")).begin("train", {str(exam.recipe("sft")): {**recipe, "cutoff_len": 999}})
     lay_out()
-    assert settings.read_text() == "top.model_name: own\n", "what a person made of them stays"
-    os.utime(settings, (1e9, 1e9))
-    lay_out()
-    assert yaml.safe_load(settings.read_text())["train.cutoff_len"] == 1234, "older than the run: another run's"
+    assert yaml.safe_load(settings.read_text())["train.cutoff_len"] == 999, "another run in the same folder"
     (exam.output_folder("sft") / "state.json").write_text("{")
     assert any("the run of exam sft is left out" in note for note in lay_out().notes)
+    (exam.output_folder("sft") / "state.json").unlink()
+    settings.write_text("top.model_name: own\n")
+    lay_out()
+    assert settings.read_text() == "top.model_name: own\n", "nobody knows better"
 
 
 def test_without_experiments_it_is_the_wrong_folder(workplace):
