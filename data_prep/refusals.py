@@ -77,6 +77,10 @@ def in_words(error: BaseException, command: str | None = None) -> ArenaError | N
     number = error.errno if isinstance(error, OSError) and error.errno else _number_in(str(error))
     if isinstance(error, MemoryError) or (isinstance(error, Exception) and _NO_MEMORY.search(str(error))):
         number = errno.ENOMEM
+    if isinstance(error, SyntaxError) and "site-packages" in str(error.filename):
+        # Python's parser can take a lack of memory for a fault in the text, seen with pandas in 450 MB.
+        what = "memory ran out while this package was compiled, or its file is damaged"
+        return ArenaError(what, where=error.filename, remedy=f"{_MEMORY}; if it comes again, `make install` anew")
     where = str(error.filename) if isinstance(error, OSError) and error.filename else None
     if number in _REFUSALS:
         what, remedy = _REFUSALS[number]

@@ -201,6 +201,7 @@ def test_a_process_with_little_memory_loses_nothing(place, limit):
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "saves"), "saves: permission denied"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
+        (SyntaxError("expected ':'", ("/x/site-packages/pandas/f.py", 3, 1, "", 3, 1)), "memory ran out while this"),
         (ImportError("libarrow.so: failed to map segment: cannot allocate memory"), "memory ran out"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "mine"), "mine: is a directory"),
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
@@ -210,6 +211,10 @@ def test_a_process_with_little_memory_loses_nothing(place, limit):
 def test_what_the_system_says_becomes_an_error_with_a_remedy(error, words):
     told = in_words(error)
     assert words in str(told) and told.remedy
+
+
+def test_a_fault_in_our_own_text_is_no_lack_of_memory():
+    assert in_words(SyntaxError("expected ':'", ("/x/arena-factory/scoring/stage.py", 3, 1, "", 3, 1))) is None
 
 
 @pytest.mark.parametrize("command", [None, *run.cli.commands])
