@@ -341,16 +341,16 @@ def engine_options(command):
     return command
 
 
+def stage_option(which: str):
+    """Return the option that chooses a trained stage; `which` says what for."""
+    text = f"{which}; dpo: its trained view."
+    return click.option("--stage", type=click.Choice(STAGES), default="sft", show_default=True, help=text)
+
+
 @cli.command()
 @click.argument("battle_id", metavar="ID", help="The battle, as the votes name it.")
 @experiment_option
-@click.option(
-    "--stage",
-    type=click.Choice(STAGES),
-    default="sft",
-    show_default=True,
-    help="The stage whose judge answered; dpo: its trained view.",
-)
+@stage_option("The stage whose judge answered")
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), help="Where an id stands twice.")
 @click.option("--swapped", is_flag=True, help="Print the prompt with A and B exchanged.")
 @json_option
@@ -400,13 +400,7 @@ def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], a
 
 @cli.command()
 @experiment_option
-@click.option(
-    "--stage",
-    type=click.Choice(STAGES),
-    default="sft",
-    show_default=True,
-    help="The stage whose judge answers; dpo: its trained view.",
-)
+@stage_option("The stage whose judge answers")
 @click.option(
     "--input",
     "source",
@@ -470,13 +464,7 @@ def board(host: str, port: int | None, no_open: bool) -> None:
 
 @cli.command()
 @experiment_option
-@click.option(
-    "--stage",
-    type=click.Choice(STAGES),
-    default="sft",
-    show_default=True,
-    help="The judge to export; dpo: its trained view.",
-)
+@stage_option("The judge to export")
 @click.option(
     "--format", "file_format", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="Its file."
 )
