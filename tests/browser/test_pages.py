@@ -37,7 +37,8 @@ def test_a_run_is_watched_while_it_runs(tab, servers, training):
     first = tab.until(step, lambda n: n > 0)
     before = tab.until(lambda: drawn(tab, "losses"), bool)
     tab.picture("watch_running")
-    assert tab.page.get_by_text(re.compile(r"Running \d+/40")).is_visible(), "LLaMA-Factory's own progress"
+    # LLaMA-Factory's own bar; Gradio fetches the script of what is first shown now, so that it may come after the chart.
+    tab.page.get_by_text(re.compile(r"Running \d+/40")).wait_for()
     later = tab.until(step, lambda n: n > first)
     tab.until(lambda: drawn(tab, "losses"), lambda now: now and now != before)
     text = tab.until(words.inner_text, lambda text: "so a log loss of at most" in text and "class prior" in text)
@@ -97,7 +98,7 @@ def test_an_experiment_is_loaded_started_and_its_chart_moves(tab, browser, serve
     open_board(tab, servers["board"].url)
     load(tab, "demo_sft.yaml")
     tab.until(lambda: data_sets(tab), lambda seen: seen == ["demo_sft_train"])
-    assert tab.page.get_by_label("Learning rate").input_value() == "0.003"
+    tab.until(tab.page.get_by_label("Learning rate").input_value, lambda rate: rate == "0.003")
     press(tab, "Preview dataset")
     tab.page.get_by_text("Which assistant do people prefer?").first.wait_for()
     press(tab, "Close")
@@ -126,7 +127,7 @@ def test_a_run_of_the_command_line_shows_its_log_and_its_chart(tab, servers, tra
     tab.until(log.inner_text, lambda text: "***** Running training *****" in text)
     assert "Traceback" not in log.inner_text() and "it/s]" not in log.inner_text()
     tab.until(lambda: chart(tab), bool)
-    assert tab.page.get_by_text("Running 40/40").is_visible()
+    tab.page.get_by_text("Running 40/40").wait_for()
     tab.picture("board_earlier_run")
     assert tab.errors == []
 
@@ -137,8 +138,8 @@ def test_a_preference_stage_keeps_its_data_sets_and_names_its_own_base(tab, serv
     tab.until(lambda: data_sets(tab), lambda seen: seen == ["demo_dpo_judge_train"])
     tab.page.wait_for_timeout(1500)  # what followed the change of the stage has come by now
     assert data_sets(tab) == ["demo_dpo_judge_train"]
-    assert model_path(tab) == "outputs/demo/sft/merged"
-    assert tab.page.get_by_label("Chat template").input_value() == "qwen3_nothink"
+    tab.until(lambda: model_path(tab), lambda path: path == "outputs/demo/sft/merged")
+    tab.until(tab.page.get_by_label("Chat template").input_value, lambda name: name == "qwen3_nothink")
     assert tab.errors == []
 
 
@@ -186,7 +187,8 @@ def test_the_checkpoint_of_the_command_line_is_evaluated_on_its_validation_set(t
     choose(tab, "Checkpoint path", "demo_sft")
     open_tab(tab, "Evaluate & Predict")
     tab.until(lambda: data_sets(tab), lambda seen: seen == ["demo_sft", "demo_sft_valid"])
-    assert tab.page.get_by_label("number input for Cutoff length").locator("visible=true").input_value() == "256"
+    cutoff = tab.page.get_by_label("number input for Cutoff length").locator("visible=true")
+    tab.until(cutoff.input_value, lambda length: length == "256")
     said = tab.page.locator(".prose:visible").last
     if text_fault():
         tab.page.get_by_label("Save predictions").check()
