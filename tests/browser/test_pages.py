@@ -37,7 +37,7 @@ def test_a_run_is_watched_while_it_runs(tab, servers, training):
     first = tab.until(step, lambda n: n > 0)
     before = tab.until(lambda: drawn(tab, "losses"), bool)
     tab.picture("watch_running")
-    # LLaMA-Factory's own bar; Gradio fetches the script of what is first shown now, so that it may come after the chart.
+    # LLaMA-Factory's own bar: Gradio fetches the script of what is first shown now, so it may come after the chart.
     tab.page.get_by_text(re.compile(r"Running \d+/40")).wait_for()
     later = tab.until(step, lambda n: n > first)
     tab.until(lambda: drawn(tab, "losses"), lambda now: now and now != before)
