@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports torch: tests that run side by side, and their children, take one core each.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -17,6 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from data_prep.chat_frame import ChatFrame
 from data_prep.prompt import JudgePrompt
 from factory.experiment import Labels, parse_experiment
+
+# The same examples everywhere, and no verdict by the clock of a busy machine. `pytest --hypothesis-profile=explore`
+# draws others every time.
+settings.register_profile("explore", settings.get_profile("ci"), derandomize=False)
+settings.load_profile("ci")
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"

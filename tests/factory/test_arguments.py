@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -128,13 +127,13 @@ def test_llamafactory_takes_every_committed_recipe(imported):
 
 def test_reading_the_source_imports_nothing_heavy():
     code = (
-        "import sys; from factory.arguments import arguments, templates; arguments(); templates(); "
-        "print([m for m in ('torch', 'transformers', 'llamafactory') if m in sys.modules])"
+        "import sys, time; from factory.arguments import arguments, templates; arguments(); templates(); "
+        "print([m for m in ('torch', 'transformers', 'llamafactory') if m in sys.modules], time.process_time())"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-    assert time.perf_counter() - start < 5
+    loaded, seconds = done.stdout.rsplit(" ", 1)
+    assert loaded == "[]"
+    assert float(seconds) < 5, "of the processor's time, whatever else is at work"
 
 
 def test_a_comma_list_may_be_a_yaml_list_only_where_llamafactory_splits_it():
