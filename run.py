@@ -310,7 +310,11 @@ ENGINES = ("torch", "openvino", "llama.cpp")
 def engine_options(command):
     """Add the options that say what computes the scores, how often side by side, and how long."""
     for option in (
-        click.option("--fresh", is_flag=True, help="Score fold and test set anew; the earlier report is put aside."),
+        click.option(
+            "--fresh",
+            is_flag=True,
+            help="Score anew, also what an interrupted call left; an earlier report is put aside.",
+        ),
         click.option(
             "--time-limit",
             metavar="9h",
@@ -616,6 +620,7 @@ def _prepare(
 ) -> dict[str, Any]:
     from data_prep.dataset import earlier_manifest, read_manifest
     from data_prep.export import export, warnings_of
+    from data_prep.readers import VoteReader
     from data_prep.source import votes_at
     from factory.demo import ensure_embedded_base
     from factory.outdated import replaced
@@ -626,9 +631,12 @@ def _prepare(
 
     check_first_values(exp)
     refuse_while_at_work(exp)
-    ensure_embedded_base(exp, show)
     train = votes_at(train, labelled=True)
     test = votes_at(test, labelled=False) if test else None
+    for table, labelled in ((train, True), (test, False)):
+        if table is not None:
+            VoteReader(table, labelled=labelled)  # a file that is none is told before a base is built
+    ensure_embedded_base(exp, show)
     before = earlier_manifest(exp.data_folder)
     with show.line(f"prepare {exp.name}") as line:
         audit = export(exp, train, test, truth, progress=teller(line), views=views, workers=workers)

@@ -47,10 +47,12 @@ def open_job(
     rows: Callable[[], Iterable[tuple[Facts, Fed]]],
     label: str,
     show: Show,
+    fresh: bool = False,
 ) -> Job:
     """Open the job of these inputs under `base`: its rows are read (once), its finished shards are there.
 
-    `inputs` are what the rows come from; what the scores depend on beside them is added here.
+    `inputs` are what the rows come from; what the scores depend on beside them is added here. With `fresh` what an
+    interrupted call left is deleted.
     """
     depends = {
         **inputs,
@@ -62,7 +64,7 @@ def open_job(
         "columns": list(scorer.columns),
         "plan": constants(),
     }
-    folder = ShardFolder(base, target, depends, show.note)
+    folder = ShardFolder(base, target, depends, show.note, fresh=fresh)
     return Job(folder, _rows_of(folder, rows, label, show), scorer.columns, label, show)
 
 

@@ -28,11 +28,21 @@ _FORMAT = 1
 class ShardFolder:
     """The finished shards of one run; `inputs` are everything that its scores depend on."""
 
-    def __init__(self, base: Path, target: str, inputs: Mapping[str, Any], note: Callable[[str], None]):
-        """Open the folder of these inputs, new or with what an earlier call left there; `note` tells a person."""
+    def __init__(
+        self,
+        base: Path,
+        target: str,
+        inputs: Mapping[str, Any],
+        note: Callable[[str], None],
+        *,
+        fresh: bool = False,
+    ):
+        """Open the folder of these inputs, with what an earlier call left there, or `fresh`; `note` tells a person."""
         self._inputs = json.loads(json.dumps({"format": _FORMAT, **inputs}))
         self._run = hashlib.sha256(json.dumps(self._inputs, sort_keys=True).encode()).hexdigest()
         self.path, self._note = base / f"{target}-{self._run[:12]}", note
+        if fresh:
+            shutil.rmtree(self.path, ignore_errors=True)
         manifest = self.path / _MANIFEST
         self._tell_others(base, target)
         if manifest.is_file() and _read(manifest) != self._inputs:

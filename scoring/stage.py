@@ -50,7 +50,8 @@ class ScoreOptions:
     """How to score: what computes, in which precision (None: the experiment's), how often side by side, how long.
 
     `time_limit` is in seconds from `started` (time.monotonic) on; `ray` the address of a cluster, "local" for one of
-    its own; `fresh` puts an earlier report aside.
+    its own; `fresh` uses nothing that was scored before, and puts an earlier report
+    aside.
     """
 
     engine: str = "torch"
@@ -160,6 +161,7 @@ def score_input(
                 rows=lambda: scorer.read(path, both_orders=wanted),
                 label=f"{stage}: {Path(source).name}",
                 show=show,
+                fresh=options.fresh,
             )
             pace = _pace([job], options, show)
             job.straight(executor, pace)
@@ -232,6 +234,7 @@ def _score_splits(
                 rows=lambda split=split: scorer.exported(split),
                 label=f"{stage}: {label}",
                 show=show,
+                fresh=options.fresh,
             )
             for split, label in _LABELS.items()
         }

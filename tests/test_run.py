@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 import run
 from data_prep.battle import PROBABILITY_COLUMNS
+from data_prep.synthetic import write_arena
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(run.cli.commands)
@@ -90,6 +91,17 @@ def test_wrong_use_is_told_without_a_traceback(arguments, code, words, workplace
     assert result.exit_code == code, result.output
     assert all(word in result.output for word in words), result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("option", ["--train", "--test"])
+def test_a_file_that_holds_no_votes_is_told_before_a_base_is_built(option, workplace):
+    (workplace / "factory_configs").symlink_to(ROOT / "factory_configs")
+    write_arena(workplace / "arena", seed=3, train_rows=40, test_rows=5)
+    (workplace / "names.csv").write_text("id,name\n1,Ada\n", encoding="utf-8")
+    votes = {"--train": "arena/train.csv", option: "names.csv"}
+    result = CliRunner().invoke(run.cli, ["prepare", "-e", "demo", *(word for pair in votes.items() for word in pair)])
+    assert result.exit_code == 1 and "names.csv" in result.output, result.output
+    assert not (workplace / "models").exists() and not (workplace / "data").exists()
 
 
 def test_verbose_shows_where_an_error_comes_from(workplace):

@@ -21,7 +21,7 @@ def _small_shards(monkeypatch):
     monkeypatch.setattr(shard_plan, "SHARD_TOKENS", 600)
 
 
-def opened(base, scorer=None, show=None, count=ROWS, target="valid", **inputs):
+def opened(base, scorer=None, show=None, count=ROWS, target="valid", fresh=False, **inputs):
     scorer = scorer or FakeScorer()
     executor = InProcess(scorer)
     job = open_job(
@@ -29,10 +29,11 @@ def opened(base, scorer=None, show=None, count=ROWS, target="valid", **inputs):
         target,
         scorer,
         executor,
-        inputs={"data": "sha256:dd", **inputs},
+        inputs={"data": "sha256:dd"} | inputs,
         rows=lambda: rows(count),
         label="sft",
         show=show or quiet_show(),
+        fresh=fresh,
     )
     return job, executor
 
@@ -87,6 +88,17 @@ def test_an_interrupted_run_goes_on_and_asks_nothing_twice(tmp_path, moment):
     pd.testing.assert_frame_equal(found, expected)
     assert first.asked + second.asked == whole.asked, "the same batches, each once"
     assert ("rows were scored by an earlier call" in show.stream.getvalue()) == (moment > 0)
+
+
+def test_fresh_asks_everything_again_and_leaves_other_runs_alone(tmp_path):
+    expected = scored(tmp_path)
+    other = scored(tmp_path, data="sha256:ee")
+    scorer = FakeScorer()
+    pd.testing.assert_frame_equal(scored(tmp_path, scorer, fresh=True), expected)
+    assert sum(len(batch) for batch in scorer.asked) == 2 * ROWS
+    untouched = FakeScorer()
+    pd.testing.assert_frame_equal(scored(tmp_path, untouched, data="sha256:ee"), other)
+    assert untouched.asked == []
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "foreign", "emptied", "text"])
