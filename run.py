@@ -668,6 +668,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
     """Train, merge and score one stage as far as asked; return its report, None before scoring."""
     from data_prep.export import ensure_views
     from factory.checks import check_device, check_recipes
+    from factory.outdated import require_own_settings
     from factory.progress import teller
     from factory.step import STEPS
     from factory.steps import merge, train
@@ -677,6 +678,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
 
     if STEPS[stage].data == "dpo_reward":
         check_recipes(exp, [stage])  # before the time that the pairs take
+        require_own_settings(exp, stage)
         check_device(exp, stage)
         with show.line(f"prepare {exp.name}") as line:
             ensure_views(exp, ("reward",), teller(line))

@@ -1,22 +1,30 @@
-"""What is outdated: results that were made from another export than the one that data/<experiment> holds now.
+"""What is outdated: exports of other settings than today's, and results of another export or of an earlier judge.
 
 A judge that was trained on other votes may have seen the rows of today's validation fold, and figures of other rows
-say nothing beside today's baselines. What was recorded when a part began is compared with the export's manifest; no
-file is hashed again, so that `status` may ask at any time.
+say nothing beside today's baselines. What was recorded when a part began is compared with the export's manifest, and
+that with experiment.yaml; no large file is hashed again, so that `status` may ask at any time.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data_prep.dataset import read_manifest
 from data_prep.errors import ArenaError
-from factory.experiment import Experiment
-from factory.state import PARTS, StageState
+from data_prep.files import sha256_of
+from factory.experiment import Experiment, read_yaml
+from factory.state import PARTS, StageState, differences
 from factory.step import STEPS
 
+# The keys of experiment.yaml that the exported rows depend on; model and bits are the recipes' matter, too, which are
+# compared where they are read. Those of one stage alone are no other stage's matter.
+_SHAPING = (
+    *("template", "enable_thinking", "cutoff_len", "labels", "budget_shares", "valid_share", "swap_copies", "seed"),
+)
+_SHAPING_ONE = {"dpo_judge": ("dpo_rejected",)}
 _NAMED = 3  # so many files are named, the others counted
 
 
@@ -57,6 +65,87 @@ def require_own_votes(experiment: Experiment, stage: str, *, trained: bool = Tru
                 remedy="prepare the earlier votes again; or train on the new ones: "
                 f"python run.py {STEPS[each].asked_by} -e {experiment.name} --fresh",
             )
+
+
+def changed_settings(experiment: Experiment, stage: str) -> list[str]:
+    """Return one line for each setting that the exported rows of a stage depend on and that changed since `prepare`.
+
+    Raises ArenaError where nothing is exported.
+    """
+    folder = experiment.data_folder
+    manifest, today = read_manifest(folder), experiment.model_dump(mode="json")
+    made = manifest["experiment"]
+    keys = [key for key in (*_SHAPING, *_SHAPING_ONE.get(stage, ())) if key in made]
+    before, now = ({key: each[key] for key in keys} for each in (made, today))
+    template = Path(experiment.prompt_template)
+    if template.is_file():  # what is fed is the export's own copy, so that a project may be moved without it
+        before["prompt_template"] = f"sha256:{manifest['files'].get('judge_prompt.j2')}"
+        now["prompt_template"] = f"sha256:{sha256_of(template)}"
+    return differences(before, now)
+
+
+def require_own_settings(experiment: Experiment, stage: str) -> None:
+    """Raise ArenaError where experiment.yaml or the judge prompt says other rows than those that are exported."""
+    if changes := changed_settings(experiment, stage):
+        sources = read_manifest(experiment.data_folder)["sources"]
+        votes = " ".join(
+            f"--{name} {shlex.quote(sources[name]['file'])}" for name in ("train", "test") if name in sources
+        )
+        raise ArenaError(
+            "\n".join(["was exported with other settings; since then changed:", *(f"  - {c}" for c in changes)]),
+            where=str(experiment.data_folder),
+            remedy=f"undo the change (in {experiment.folder / 'experiment.yaml'}); or export anew, then train with "
+            f"--fresh: python run.py prepare -e {shlex.quote(experiment.name)} {votes}",
+        )
+
+
+def earlier_scores(experiment: Experiment, stage: str) -> str | None:
+    """Return why the report and the tables of a stage are not of its judge as it is now, None where they are.
+
+    A result without state.json is taken as it is: it was brought here without its books.
+    """
+    state = StageState(experiment.output_folder(stage))
+    if not state.path.is_file():
+        return None
+    record = state.record("score")
+    if record is not None and record.finished_at is not None:
+        return None
+    begun = next((f"{part} began" for part in reversed(PARTS) if state.record(part)), "nothing is finished")
+    return f"{stage} was begun anew since its report was written, and its scoring did not end ({begun})"
+
+
+def require_scored(experiment: Experiment, stage: str, model: Mapping[str, Any] | None = None) -> None:
+    """Raise ArenaError where a stage's report is of an earlier judge; with `model` (what the scores depend on now) also
+    where it is another one than was scored."""
+    where, again = str(experiment.output_folder(stage)), f"python run.py {{}} -e {shlex.quote(experiment.name)}"
+    if why := earlier_scores(experiment, stage):
+        remedy = f"go on to a new report: {again.format(STEPS[stage].asked_by)}"
+        raise ArenaError(f"{why}: its calibration and figures are of an earlier judge", where=where, remedy=remedy)
+    record = StageState(experiment.output_folder(stage)).record("score")
+    changes = differences(record.inputs.get("model", {}), model) if record and model is not None else []
+    if changes:
+        raise ArenaError(
+            "\n".join(
+                ["the judge is not the one that was scored; since then changed:", *(f"  - {c}" for c in changes)]
+            ),
+            where=where,
+            remedy=f"undo the change, or fit the calibration anew: {again.format('score')} --stage {stage} --fresh",
+        )
+
+
+def trained_recipe(experiment: Experiment, stage: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return a stage's recipe as it is today, with the values of `keys` that its adapter was trained with.
+
+    Today's are taken where `run.py` did not train the adapter.
+    """
+    path = experiment.recipe(stage)
+    recipe = read_yaml(path)
+    record = StageState(experiment.output_folder(stage)).record("train")
+    trained = record.inputs.get(str(path)) if record else None
+    if not isinstance(trained, dict):
+        return recipe
+    others = {key: value for key, value in recipe.items() if key not in keys}
+    return {**others, **{key: trained[key] for key in keys if key in trained}}
 
 
 def replaced(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ from factory.experiment import Experiment, read_yaml
 from factory.inputs import inputs_of, training_rows
 from factory.launch import Launch, plan_launch
 from factory.merge_progress import MergeProgress
-from factory.outdated import require_own_votes
+from factory.outdated import require_own_settings, require_own_votes
 from factory.progress import Line, LogPoint, Show, duration, loss_curve
 from factory.state import StageState, archive, checkpoints, flag_to_go_on, is_occupied, last_checkpoint
 from factory.step import STEPS, merge_of
@@ -184,6 +184,7 @@ def _require_start(experiment: Experiment, stage_step: str) -> None:
     if (experiment.data_folder / MANIFEST).is_file():  # else somebody else's data sets
         sets = [f"{STEPS[stage_step].data}_{split}" for split in SPLITS[:2]]
         require_intact(experiment.data_folder, [*sets, *(f"{name}.jsonl" for name in sets)])
+        require_own_settings(experiment, stage_step)
         require_own_votes(experiment, stage_step, trained=False)
     start = experiment.start_model(stage_step)
     if start != experiment.model and not (Path(start) / "config.json").is_file():

@@ -8,7 +8,7 @@ from data_prep.battle import PROBABILITY_COLUMNS
 from data_prep.dataset import truth_of
 from data_prep.errors import ArenaError
 from data_prep.files import read_json, write_json
-from factory.outdated import outdated_files
+from factory.outdated import outdated_files, require_scored
 from factory.step import STEPS, TRAININGS
 from scoring.baselines import baseline_ladder
 from scoring.compare import CHANCES, compare
@@ -35,6 +35,8 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
             where=str(experiment.output_folder("compare").parent),
             remedy=f"python run.py sft -e {experiment.name}, then dpo and rm",
         )
+    for stage in frames:
+        require_scored(experiment, stage)
     rows = texts(experiment.data_folder, "valid")
     for stage, frame in frames.items():
         _require_own_rows(experiment, stage, frame, rows)

@@ -15,6 +15,7 @@ from data_prep.errors import ArenaError, UsageError
 from data_prep.neutral import visible
 from data_prep.prompt import JudgePrompt
 from factory.experiment import Experiment, Labels
+from factory.outdated import earlier_scores, outdated_files
 from factory.step import STEPS
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Exhibit:
     `tokens` count the longest sequence with its answer, `tokens_full` before cutting (None for pairs, whose export does
     not keep it), `tokens_with` those with answer "A" and "B" of a pair. `probabilities` by order ("A first", "B first",
     before calibration) and "final", as in the stage's probabilities file; `rewards` of A and B where there are any.
+    `stale` says why scores that lie there are of an earlier judge or export, and so not shown.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Exhibit:
     rewards: dict[str, float]
     source: str
     tokens_with: dict[str, int] = field(default_factory=dict)
+    stale: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -79,7 +82,8 @@ def exhibit(experiment: Experiment, stage: str, battle_id: str, split: str | Non
     else:
         fed = _fed_judge(experiment, frame, manifest, place, row)
     folder = experiment.output_folder(stage)
-    probabilities, rewards = _scores(folder, split, battle_id)
+    stale = _not_of_today(experiment, stage)
+    probabilities, rewards = ({}, {}) if stale else _scores(folder, split, battle_id)
     return Exhibit(
         id=battle_id,
         experiment=experiment.name,
@@ -93,6 +97,7 @@ def exhibit(experiment: Experiment, stage: str, battle_id: str, split: str | Non
         probabilities=probabilities,
         rewards=rewards,
         source=manifest["sources"]["test" if split == "test" else "train"]["file"],
+        stale=stale,
     )
 
 
@@ -229,6 +234,13 @@ def _cuts(texts: dict[str, str]) -> list[str]:
     return lines
 
 
+def _not_of_today(experiment: Experiment, stage: str) -> str | None:
+    """Return why the scores that a stage left are not those of its judge on today's export, None where they are."""
+    if changed := outdated_files(experiment, stage):
+        return f"this stage was trained or scored on another export ({changed[0]} changed since)"
+    return earlier_scores(experiment, stage)
+
+
 def _scores(folder: Path, split: str, battle_id: str) -> tuple[dict[str, Shares], dict[str, float]]:
     """Return the probabilities by order and the rewards that scoring left; both empty for a row that was not scored."""
     from pyarrow.parquet import read_table
@@ -324,7 +336,8 @@ def _print_probabilities(console: Console, shown: Exhibit) -> None:
     if shown.rewards:
         console.print(Text("rewards: " + ", ".join(f"{x.upper()} {v:+.4f}" for x, v in shown.rewards.items())))
     if not shown.probabilities:
-        what = "training rows are not scored" if shown.split == "train" else "this stage was not scored yet"
+        not_yet = shown.stale or "this stage was not scored yet"
+        what = "training rows are not scored" if shown.split == "train" else not_yet
         call = f"python run.py {STEPS[shown.stage].asked_by} -e {shown.experiment}"
         console.print(Text(f"probabilities: none; {what}" + ("" if shown.split == "train" else f" ({call})")))
         return

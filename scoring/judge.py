@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.battle import VERDICTS, Battle, swap
 from data_prep.budget import Fitted, Fitter
 from data_prep.chat_frame import ChatFrame, load_frame
-from data_prep.dataset import read_manifest
+from data_prep.dataset import read_manifest, readable
 from data_prep.errors import ArenaError
 from data_prep.files import read_json, sha256_of, write_json
 from data_prep.prompt import JudgePrompt
@@ -86,6 +86,7 @@ def seal(folder: Path, experiment: Experiment, stage: str) -> None:
     data = experiment.data_folder
     manifest = read_manifest(data)
     frame = ChatFrame.from_dict(manifest["frame"])
+    made = _as_exported(experiment, manifest["experiment"])
     source = {
         "experiment": experiment.name,
         "stage": stage,
@@ -101,7 +102,14 @@ def seal(folder: Path, experiment: Experiment, stage: str) -> None:
             where=str(folder),
             remedy="check that the merge recipe and experiment.yaml name the same model",
         )
-    write_judge(folder, experiment, frame, (data / "judge_prompt.j2").read_text(encoding="utf-8"), source)
+    write_judge(folder, made, frame, (data / "judge_prompt.j2").read_text(encoding="utf-8"), source)
+
+
+def _as_exported(experiment: Experiment, exported: dict[str, Any]) -> Experiment:
+    """Return the experiment with the labels and the budget of the export: what the judge has learned to read."""
+    with readable(experiment.data_folder / "manifest.json"):
+        learned = {key: exported[key] for key in ("labels", "cutoff_len", "budget_shares")}
+        return Experiment.model_validate({**experiment.model_dump(mode="json"), **learned})
 
 
 def load_judge(folder: Path) -> Judge:

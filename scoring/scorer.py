@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,9 @@ from data_prep.files import sha256_of
 from data_prep.flatten import Pair
 from data_prep.pair_budget import PairFitter
 from data_prep.pairs import pair_sequences
-from factory.experiment import Experiment, read_yaml
+from factory.experiment import Experiment
+from factory.inputs import model_files
+from factory.outdated import trained_recipe
 from factory.step import STEPS
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
 from scoring.canaries import label_canaries, require_canaries, reward_canaries
@@ -43,6 +46,8 @@ _CHUNK = 512
 _FLOATS = ("auto", "fp32", "bf16", "fp16")
 # Where the engine of a stage is not a choice, the precisions that it has.
 _REWARD_PRECISIONS = {"rm": (*_FLOATS, "8bit", "4bit"), "dpo_reward": _FLOATS}
+# Keys of DPO's recipe that say what its rewards are.
+_TRAINED = ("pref_beta", "pref_loss", "quantization_bit", "quantization_type", "double_quantization")
 
 
 class Scorer(Protocol):
@@ -192,6 +197,11 @@ class _PairScorer:
         self._frame, self._tokenizer = load_frame(experiment)
         self._model: Any = None
 
+    def _fitting(self) -> dict[str, Any]:
+        """Return what any table's pairs are fitted by, which an export's were, too."""
+        shares = self._experiment.budget_shares.model_dump()
+        return {"template": self._experiment.template, "cutoff_len": self._experiment.cutoff_len, "shares": shares}
+
     def require_own_export(self) -> None:
         """The frame comes from the experiment, as the export's did."""
 
@@ -221,13 +231,18 @@ class _PairScorer:
 class _PolicyScorer(_PairScorer):
     def __init__(self, experiment: Experiment, precision: str):
         super().__init__(experiment, precision)
-        self._recipe = read_yaml(experiment.recipe("dpo_reward"))
+        # Where the models lie is said by today's recipe, how the adapter was trained by the one that trained it.
+        self._recipe = trained_recipe(experiment, "dpo_reward", _TRAINED)
         self._adapter = Path(self._recipe["output_dir"])
 
     def inputs(self) -> dict[str, Any]:
+        base = Path(self._recipe["model_name_or_path"])
         return {
             **_hashes(self._adapter, ["adapter_config.json", "adapter_model.safetensors"]),
             "length_normalised": self._length_normalised,
+            **{key: self._recipe[key] for key in _TRAINED if key in self._recipe},
+            **({"base": model_files(base)} if base.is_dir() else {}),  # what the hub holds is its revision's matter
+            **self._fitting(),
         }
 
     @property
@@ -274,7 +289,7 @@ class _ValueScorer(_PairScorer):
         self._head = load_value_head(self._folder)
 
     def inputs(self) -> dict[str, Any]:
-        return _hashes(self._folder, [VALUE_HEAD, "*.safetensors"])
+        return {**_hashes(self._folder, [VALUE_HEAD, "*.safetensors"]), **self._fitting()}
 
     def open(self) -> None:
         self.precision, device = _float_of(self.precision)
@@ -296,4 +311,10 @@ def _float_of(precision: str) -> tuple[str, str]:
 
 def _hashes(folder: Path, patterns: list[str]) -> dict[str, str]:
     files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    return {path.name: f"sha256:{sha256_of(path)}" for path in files}
+    return {path.name: f"sha256:{_sha256(path, path.stat().st_size, path.stat().st_mtime_ns)}" for path in files}
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, size: int, changed_ns: int) -> str:
+    """Return a file's hash; an 8B judge takes half a minute, and is asked for by every job of a scoring."""
+    return sha256_of(path)

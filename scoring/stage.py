@@ -15,7 +15,7 @@ from data_prep.files import atomic_file, read_json, sha256_of_table, write_json
 from data_prep.lock import only_run
 from data_prep.readers import VoteReader
 from data_prep.source import votes_at
-from factory.outdated import require_own_votes
+from factory.outdated import require_own_settings, require_own_votes, require_scored
 from factory.progress import duration, loss_curve
 from factory.step import STEPS, merge_of
 from scoring.destination import require_outside, require_replaceable
@@ -93,6 +93,7 @@ def score_stage(
     spec = options.spec(experiment, stage)
     scorer = spec.scorer()
     require_intact(experiment.data_folder, _exported(stage))
+    require_own_settings(experiment, stage)
     require_own_votes(experiment, stage)
     scorer.require_own_export()
     compared = gate(experiment, stage, show=show)
@@ -147,6 +148,7 @@ def score_input(
     scorer, path = spec.scorer(), votes_at(source, labelled=False)
     require_outside(output, path)
     VoteReader(path, labelled=False)  # a file that is none is told before the model is loaded
+    require_scored(experiment, stage, scorer.inputs())
     base, target = _base(experiment, stage), f"input-{output.name}"
     inputs = {"data": f"sha256:{sha256_of_table(path)}", "both_orders": wanted}
     with only_run(base / target):

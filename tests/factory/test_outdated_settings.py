@@ -1,0 +1,129 @@
+"""Settings that changed since prepare, and reports of an earlier judge: told, and mixed with nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import run
+from factory.experiment import load_experiment
+from factory.outdated import changed_settings, earlier_scores, require_scored, trained_recipe
+from factory.state import StageState
+from scoring.exhibit import exhibit
+from scoring.judge import MANIFEST, seal
+from scoring.scorer import scorer_of
+
+DATA, OUT = Path("data/exam"), Path("outputs/exam/sft")
+MERGED = OUT / "merged"
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(run.cli, arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("valid_share: 0.5", "valid_share 0.3 -> 0.5"),
+        ("swap_copies: false", "swap_copies true -> false"),
+        ("seed: 8", "seed 7 -> 8"),
+        ("labels: {a: B, b: A, tie: C}", 'labels: a "A" -> "B"'),
+        ("budget_shares: {prompt: 0.4, a: 0.3, b: 0.3}", "budget_shares: prompt 0.2 -> 0.4"),
+        ("prompt_template: other.j2", "prompt_template has other content"),
+    ],
+)
+def test_a_setting_that_the_rows_were_made_with_may_not_change_under_them(place, text, line):
+    template = Path("templates/judge_prompt.j2").read_text(encoding="utf-8")
+    Path("other.j2").write_text(template.replace("Which", "Say which"), encoding="utf-8")
+    place.edit_experiment(text)
+    before = place.snapshot()
+    for arguments in (["sft"], ["score", "--fresh"]):
+        told = call(arguments[0], "-e", "exam", *arguments[1:])
+        assert told.exit_code == 1 and "data/exam: was exported with other settings" in told.output, told.output
+        assert f"  - {line}" in told.output
+        assert "python run.py prepare -e exam --train votes.csv --test test.csv" in told.output
+    after = place.snapshot()
+    assert {name: after[name] for name in before} == before
+
+
+def test_what_shapes_no_row_may_change(place):
+    Path("copy.j2").write_bytes(Path("templates/judge_prompt.j2").read_bytes())
+    for text in ("prompt_template: copy.j2", "swap_tta: true", "target_prior: {a: 0.4, b: 0.3, tie: 0.3}"):
+        place.edit_experiment(text)
+    assert changed_settings(load_experiment("exam"), "sft") == []
+    place.edit_experiment("dpo_rejected: one")
+    assert changed_settings(load_experiment("exam"), "sft") == []
+    assert changed_settings(load_experiment("exam"), "dpo_judge") == ['dpo_rejected "each" -> "one"']
+
+
+def test_a_judge_keeps_the_labels_and_the_budget_that_it_was_trained_with(place):
+    was = json.loads((MERGED / MANIFEST).read_text())
+    for text in ("labels: {a: B, b: A, tie: C}", "cutoff_len: 310", "budget_shares: {prompt: 0.4, a: 0.3, b: 0.3}"):
+        place.edit_experiment(text)
+    seal(MERGED, load_experiment("exam"), "sft")
+    assert json.loads((MERGED / MANIFEST).read_text()) == was
+
+
+@pytest.mark.parametrize("part", ["train", "merge", "score"])
+def test_a_report_of_an_earlier_judge_is_used_by_nobody(place, part):
+    exam = load_experiment("exam")
+    shown = exhibit(exam, "sft", "9000")
+    assert earlier_scores(exam, "sft") is None and "final" in shown.probabilities and shown.stale is None
+    StageState(OUT).begin(part, {})
+    assert f"({part} began)" in earlier_scores(exam, "sft")
+    for arguments in (["compare"], ["score", "--input", "test.csv", "--output", "mine.csv"]):
+        told = call(arguments[0], "-e", "exam", *arguments[1:])
+        assert told.exit_code == 1 and "its scoring did not end" in told.output, told.output
+        assert "python run.py sft -e exam" in told.output and not Path("mine.csv").exists()
+    shown = exhibit(exam, "sft", "9000")
+    assert shown.probabilities == {} and "its scoring did not end" in shown.stale
+    told = call("show", "9000", "-e", "exam")
+    assert told.exit_code == 0 and "probabilities: none; sft was begun anew" in told.output
+
+
+def test_a_result_that_came_without_its_state_is_taken_as_it_is(place):
+    (OUT / "state.json").unlink()
+    require_scored(load_experiment("exam"), "sft")
+    assert call("score", "-e", "exam", "--input", "test.csv", "--output", "mine.csv").exit_code == 0
+
+
+def test_a_judge_that_was_put_in_the_place_of_the_scored_one_is_told(place):
+    changed = json.loads((MERGED / MANIFEST).read_text()) | {"cutoff_len": 310}
+    (MERGED / MANIFEST).write_text(json.dumps(changed))
+    told = call("score", "-e", "exam", "--input", "test.csv", "--output", "mine.csv")
+    assert told.exit_code == 1 and "the judge is not the one that was scored" in told.output, told.output
+    assert "judge.json has other content" in told.output and "score -e exam --stage sft --fresh" in told.output
+
+
+def trained_with(recipe: dict) -> None:
+    StageState(Path("outputs/exam/dpo_reward")).begin("train", {"factory_configs/exam/dpo_reward.yaml": recipe})
+
+
+def test_rewards_are_those_that_the_adapter_was_trained_with(place):
+    exam = load_experiment("exam")
+    today = trained_recipe(exam, "dpo_reward", ("pref_beta",))
+    adapter = exam.adapter_folder("dpo_reward")
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    trained_with({**today, "pref_beta": 0.5, "output_dir": "elsewhere"})
+    found = trained_recipe(exam, "dpo_reward", ("pref_beta",))
+    assert found == {**today, "pref_beta": 0.5}, "where the adapter lies is today's matter"
+    assert scorer_of(exam, "dpo_reward").inputs()["pref_beta"] == 0.5
+    without = {key: value for key, value in today.items() if key != "pref_beta"}
+    trained_with(without)
+    assert trained_recipe(exam, "dpo_reward", ("pref_beta",)) == without, "LLaMA-Factory's default ruled"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [("reward_length_normalised: true", "length_normalised"), ("cutoff_len: 310", "cutoff_len")],
+)
+def test_what_rewards_depend_on_is_among_their_inputs(place, text, key):
+    before = scorer_of(load_experiment("exam"), "dpo_reward").inputs()
+    place.edit_experiment(text)
+    after = scorer_of(load_experiment("exam"), "dpo_reward").inputs()
+    assert {name for name in before if before[name] != after[name]} == {key}
+    assert "model.safetensors" in before["base"], "a base that is a folder counts by its content"
