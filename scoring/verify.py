@@ -7,6 +7,7 @@ versions and hardware are compared with those of today.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,27 +56,37 @@ class Verification:
 
 def verify(folder: Path) -> Verification:
     """Check outputs/EXP/STAGE again; raises UsageError if it is no such folder, ArenaError if its report is damaged."""
-    root = _root(folder)
+    placed = _placed(folder)
+    root = placed.parents[2]
     provenance = _provenance(folder / REPORT)
     findings = [
         *_files("made from", root, _hashes(provenance, folder / REPORT)),
         *_steps(root, folder),
-        *_tables(root, folder),
+        *_tables(root, placed),
         *_checks(folder / REPORT),
         *_today(provenance),
     ]
     return Verification(folder.as_posix(), findings)
 
 
-def _root(folder: Path) -> Path:
-    """Return the folder that relative paths start from: the one that holds outputs/."""
+def _placed(folder: Path) -> Path:
+    """Return the whole path of outputs/EXP/STAGE, without ".." and without links that stand for the folder.
+
+    The folder that holds outputs/ is where relative paths start from; outputs/ itself may be a link to another disk.
+    """
     if not (folder / REPORT).is_file():
-        raise UsageError(
-            f"holds no {REPORT}",
-            where=str(folder),
-            remedy="give a scored stage's folder, such as outputs/EXP/sft",
-        )
-    return folder.absolute().parents[2]
+        raise _no_stage(f"holds no {REPORT}", folder)
+    ways = [
+        path for path in map(Path, (os.path.normpath(folder.absolute()), folder.resolve())) if len(path.parents) > 2
+    ]
+    same = [path for path in ways if path.exists() and path.samefile(folder)]
+    if not same:
+        raise _no_stage("is no folder of a stage", folder)
+    return next((path for path in same if path.parents[1].name == "outputs"), same[0])
+
+
+def _no_stage(what: str, folder: Path) -> UsageError:
+    return UsageError(what, where=str(folder), remedy="give a scored stage's folder, such as outputs/EXP/sft")
 
 
 def _provenance(path: Path) -> dict[str, Any]:
@@ -128,7 +139,7 @@ def _steps(root: Path, folder: Path) -> Iterator[Finding]:
 
 def _tables(root: Path, folder: Path) -> Iterator[Finding]:
     """Yield whether each table's rows sum to 1 and its ids are those of the exported rows, in their order."""
-    data = root / "data" / folder.absolute().parent.name
+    data = root / "data" / folder.parent.name
     for name, split in TABLES.items():
         if not (folder / name).is_file():
             continue
@@ -144,8 +155,11 @@ def _tables(root: Path, folder: Path) -> Iterator[Finding]:
 
 def _checks(path: Path) -> Iterator[Finding]:
     """Yield the run checks that failed when the result was made, each as report.json tells it."""
-    checks = read_json(path).get("checks")
-    for check in checks if isinstance(checks, list) else ():
+    checks = read_json(path).get("checks", [])
+    if not (isinstance(checks, list) and all(isinstance(check, dict) for check in checks)):
+        yield Finding("run checks", "changed", f"{path.name} does not tell them as a run writes them")
+        return
+    for check in checks:
         if check.get("passed") is False and check.get("stops"):
             yield Finding(f"run check: {check.get('name')}", "failed", str(check.get("detail", "")))
 

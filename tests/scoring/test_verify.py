@@ -107,6 +107,35 @@ def test_what_is_no_output_is_told(place, folder, code, words):
     assert done.exit_code == code and words in done.output and "remedy" in done.output
 
 
+@pytest.mark.parametrize("checks", [["x"], [None], [[]], "x", {"passed": False}, None])
+def test_checks_that_no_run_wrote_are_told(place, checks):
+    place.edit_json(str(OUT / "report.json"), checks=checks)
+    done = call(str(OUT))
+    assert isinstance(done.exception, SystemExit) and done.exit_code == 1
+    assert bad()["run checks"] == "changed"
+
+
+@pytest.mark.parametrize("name", ["sft/../sft", "./sft/", "../exam/sft", "link"])
+def test_a_folder_may_be_named_in_any_way(place, monkeypatch, name):
+    monkeypatch.chdir("outputs/exam")
+    Path("link").symlink_to("sft")
+    plain, other = verify(Path("sft")), verify(Path(name))
+    assert plain.sound and other.findings == plain.findings
+
+
+def test_outputs_may_be_a_link_to_another_disk(place, tmp_path):
+    Path("outputs").rename(tmp_path / "disk")
+    Path("outputs").symlink_to(tmp_path / "disk")
+    assert verify(OUT).sound and verify(OUT / ".." / "sft").sound
+
+
+def test_a_report_at_the_root_of_a_disk_is_no_stage(place, monkeypatch):
+    monkeypatch.setattr("scoring.verify.os.path.normpath", lambda _: "/exam")
+    monkeypatch.setattr(Path, "resolve", lambda _: Path("/exam"))
+    done = call(str(OUT))
+    assert done.exit_code == 2 and "is no folder of a stage" in done.output and "outputs/EXP/sft" in done.output
+
+
 def test_the_same_votes_give_the_same_bytes(place):
     before = place.snapshot()
     again = ["prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs"]
