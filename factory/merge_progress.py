@@ -11,7 +11,7 @@ from factory.progress import Countdown, Line
 # transformers' own bar, as tqdm writes it into a file: Loading weights:  43%|████  | 125/290 [00:05<00:07, 23.1it/s]
 _LOADING = re.compile(r"Loading weights:\s+(\d+)%\|.*<((?:\d+:)?\d+:\d+)")
 _WEIGHTS = "*.safetensors"
-_MIB = 2**20
+_KIB, _MIB = 2**10, 2**20
 
 
 class MergeProgress:
@@ -36,11 +36,20 @@ class MergeProgress:
         if self._total is None:
             self._total = _bytes(_folder_of(self._recipe))
         if not self._total:  # a hub model in a cache that we cannot find
-            self._line.phase(f"writing the merged model, {written // _MIB:,} MiB so far")
+            self._line.phase(f"writing the merged model, {_size(written, written)} so far")
             return
         share = min(written / self._total, 1.0)
-        size = f"{written // _MIB:,} of {self._total // _MIB:,} MiB"
+        size = f"{_number(written, self._total)} of {_size(self._total, self._total)}"
         self._line.part(share, f"of the merged model written, {size}{self._countdown.left(share)}")
+
+
+def _size(count: int, largest: int) -> str:
+    """Return bytes with their unit: that of `largest`, so that a tiny model is not 0 of 0 MiB."""
+    return f"{_number(count, largest)} {'MiB' if largest >= _MIB else 'KiB'}"
+
+
+def _number(count: int, largest: int) -> str:
+    return f"{count // (_MIB if largest >= _MIB else _KIB):,}"
 
 
 def _bytes(folder: Path) -> int:

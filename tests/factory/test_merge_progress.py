@@ -46,6 +46,16 @@ def test_what_lies_on_the_disk_says_how_much_is_written_and_for_how_long_it_goes
         assert third.startswith("sft: 100%"), "a merged model may be larger than its base"
 
 
+def test_a_tiny_model_has_its_size_in_a_smaller_unit(tmp_path):
+    base = tmp_path / "base"
+    for folder, size in ((base, 300_000), (tmp_path / "merged", 150_000)):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(size))
+    for progress, said in watched(tmp_path, {"model_name_or_path": str(base)}):
+        progress.look()
+        assert said.getvalue() == "sft: 50%  of the merged model written, 146 of 292 KiB\n"
+
+
 def test_a_hub_model_that_cannot_be_found_leaves_the_size_that_is_known(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for progress, said in watched(tmp_path, {"model_name_or_path": "nobody/nothing"}):

@@ -1,8 +1,21 @@
 """The probe of this machine's CPU: a product's first, slow calls do not make its figure."""
 
+import subprocess
+import sys
+
 import pytest
 
 from factory import probe
+
+
+def test_a_forecast_says_only_what_concerns_its_reader():
+    code = (
+        "from factory import probe; from types import SimpleNamespace as S;"
+        "print(probe.probe_cpu(S(hidden=64, feed_forward=64), nf4=True).dequantise > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+    assert "gemm_4bit_forward" not in done.stderr
 
 
 def test_slow_first_calls_do_not_count(monkeypatch):
