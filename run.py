@@ -46,7 +46,6 @@ class ErrorsWithRemedy(click.Group):
                 import traceback
 
                 click.echo(printable(traceback.format_exc()), err=True, nl=False)
-                ctx.exit(error.exit_code)
             failure = click.ClickException(str(error))
             failure.exit_code = error.exit_code
             raise failure from None
@@ -459,10 +458,11 @@ def board(host: str, port: int | None, no_open: bool) -> None:
 
     It is LLaMA Board, with our data sets and every trained adapter in it.
     """
-    from factory.board import lay_out, serve_board
+    from factory.board import free_port, lay_out, serve_board
     from factory.progress import Show
 
     show = Show()
+    free_port(host, port)  # an address that is none is told before anything is laid out
     serve_board(lay_out(), host, port, open_browser=not no_open, show=show)
 
 

@@ -14,6 +14,7 @@ import socket
 import sys
 import webbrowser
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,12 +173,7 @@ def log_lines(log: Path) -> list[str]:
 
 def free_port(host: str, wanted: int | None = None) -> int:
     """Return `wanted`, or the first free port from Gradio's on; raises UsageError if it cannot be listened on."""
-    if ":" in host:
-        raise UsageError(
-            f"{host!r} is an IPv6 address, which Gradio cannot serve a page at",
-            where="--host",
-            remedy="--host 127.0.0.1; 0.0.0.0 are all IPv4 addresses of this machine",
-        )
+    _refuse_other_addresses(host)
     tries = [wanted] if wanted else range(FIRST_PORT, FIRST_PORT + 100)
     for port in tries:
         try:
@@ -185,13 +181,40 @@ def free_port(host: str, wanted: int | None = None) -> int:
             with socket.socket(family, kind, number) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
-        except socket.gaierror:
-            raise UsageError(f"{host!r} is no address of this machine", remedy="--host 127.0.0.1") from None
+        except (socket.gaierror, UnicodeError):  # the latter of a name that no network could have: a..b
+            raise _no_address(host, "--host 127.0.0.1") from None
         except OSError:
             continue
         return port
     taken = f"port {wanted}" if wanted else f"every port from {FIRST_PORT} to {FIRST_PORT + 99}"
     raise UsageError(f"{taken} of {host} cannot be listened on", remedy="choose another one with --port")
+
+
+def _refuse_other_addresses(host: str) -> None:
+    """Raise UsageError for what has a colon in it: an IPv6 address, or one with its port."""
+    name, colon, port = host.rpartition(":")
+    if not colon:
+        return
+    if not any(map(_is_ipv6, (host, name))):
+        remedy = f"--host {name} --port {port}" if name and port.isdecimal() else "--host 127.0.0.1"
+        raise _no_address(host, remedy)
+    raise UsageError(
+        f"{host!r} is an IPv6 address, which Gradio cannot serve a page at",
+        where="--host",
+        remedy="--host 127.0.0.1; 0.0.0.0 are all IPv4 addresses of this machine",
+    )
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        IPv6Address(text.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _no_address(host: str, remedy: str) -> UsageError:
+    return UsageError(f"{host!r} is no address of this machine", where="--host", remedy=remedy)
 
 
 def exposure(host: str) -> str | None:

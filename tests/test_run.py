@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 import run
 from data_prep.battle import PROBABILITY_COLUMNS
+from data_prep.refusals import Stopped
 from data_prep.synthetic import write_arena
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +110,19 @@ def test_verbose_shows_where_an_error_comes_from(workplace):
     result = CliRunner().invoke(run.cli, ["prepare", "-e", "nowhere", "--train", "x.csv", "-v"])
     assert result.exit_code == 2
     assert "Traceback" in result.stderr and "UsageError: there is no experiment 'nowhere'" in result.stderr
+
+
+def test_verbose_keeps_the_remedy_of_what_the_system_refuses(monkeypatch):
+    def stopped(_):
+        raise Stopped("SIGTERM")
+
+    monkeypatch.setattr(run, "_start", stopped)
+    told = CliRunner().invoke(run.cli, ["prepare", "-v", "--train", "x.csv"])
+    plain = CliRunner().invoke(run.cli, ["prepare", "--train", "x.csv"])
+    assert told.exit_code == plain.exit_code == 1
+    assert "Traceback" in told.stderr and "Stopped: SIGTERM" in told.stderr
+    assert plain.stderr.startswith("Error: interrupted by SIGTERM\n  remedy: ")
+    assert told.stderr.endswith(plain.stderr), "the traceback first, then what a user needs"
 
 
 def check_probabilities(path: Path, ids: list[str]) -> None:

@@ -265,4 +265,13 @@ TEMPLATES = [
         ("no_place", lambda f: f.write_text("stage: sft\n"), ("has no place for the first value(s) of: bf16",)),
     ]
 ]
-CASES = [*SYNTAX, *ENCODINGS, *KEYS, *FIRST_VALUES, *PLACES, *PROMPTS, *RECIPES, *TEMPLATES]
+HOSTS = [
+    Case(f"host_{name}_{call[0]}", lambda p: None, (*call, "--no-open", "--host", host), words, code=2)
+    for call in (("board",), ("watch", "-e", "exam", "--stage", "sft"))
+    for name, host, words in [
+        ("empty_label", "a..b", ("'a..b' is no address of this machine", "--host 127.0.0.1")),
+        ("long_label", "a" * 70, ("is no address of this machine",)),
+        ("with_port", "127.0.0.1:80", ("is no address of this machine", "--host 127.0.0.1 --port 80")),
+    ]
+]
+CASES = [*SYNTAX, *ENCODINGS, *KEYS, *FIRST_VALUES, *PLACES, *PROMPTS, *RECIPES, *TEMPLATES, *HOSTS]

@@ -198,8 +198,29 @@ def test_ports_are_free_and_the_loopback_is_no_exposure():
         with pytest.raises(UsageError, match="is an IPv6 address") as caught:
             free_port(address)
         assert "--host 127.0.0.1" in caught.value.remedy
+    for address in ("[::1]", "[::1]:80"):
+        with pytest.raises(UsageError, match="is an IPv6 address"):
+            free_port(address)
     assert exposure("127.0.0.1") is None and exposure("localhost") is None
     assert "prefer 127.0.0.1" in exposure("0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    ("host", "remedy"),
+    [
+        ("a..b", "--host 127.0.0.1"),
+        ("a" * 70, "--host 127.0.0.1"),
+        ("\udcff", "--host 127.0.0.1"),  # a byte of the command line that is no text
+        ("127.0.0.1:80", "--host 127.0.0.1 --port 80"),
+        ("localhost:8080", "--host localhost --port 8080"),
+        (":80", "--host 127.0.0.1"),
+        ("http://localhost", "--host 127.0.0.1"),
+    ],
+)
+def test_a_host_that_is_none_is_told_with_what_to_give_instead(host, remedy):
+    with pytest.raises(UsageError, match="is no address of this machine") as caught:
+        free_port(host)
+    assert (caught.value.where, caught.value.remedy) == ("--host", remedy)
 
 
 def test_a_page_that_cannot_start_says_why(place, capsys, monkeypatch):
