@@ -25,13 +25,8 @@ def only_run(folder: Path, *, wait: Callable[[str], None] | None = None) -> Iter
     start) is for the reader, and for other hosts on a shared disk.
     """
     refuse_links_out(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
-    with path.open("a+", encoding="utf-8") as file:
-        _take(file, folder, path, wait)
-        owner = _owner(path)
-        if owner.get("host", socket.gethostname()) != socket.gethostname():
-            raise _held(folder, path)  # its system's lock may not reach over a shared disk
+    with _taken(folder, path, wait) as file:
         try:
             file.truncate(0)
             started_at = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -39,7 +34,9 @@ def only_run(folder: Path, *, wait: Callable[[str], None] | None = None) -> Iter
             file.flush()
             yield
         finally:
-            file.truncate(0)  # not deleted: another run may have opened it already
+            if _lies_at(path, file):
+                path.unlink(missing_ok=True)
+            file.truncate(0)  # after that, for a run of another host that has opened it already: see `_taken`
 
 
 def refuse_links_out(folder: Path) -> None:
@@ -53,6 +50,37 @@ def refuse_links_out(folder: Path) -> None:
                 where=str(link),
                 remedy=f"put a folder in its place; to keep all results on another disk, make {root} itself the link",
             )
+
+
+def _taken(folder: Path, path: Path, wait: Callable[[str], None] | None) -> IO[str]:
+    """Return the lock's file, locked. One that its holder has deleted since it was opened locks nothing: opened anew.
+
+    Nobody but the holder may delete a lock's file: whoever still holds it would not be alone any more.
+    """
+    while True:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # another run has just removed its empty folder
+            continue
+        try:
+            _take(file, folder, path, wait)
+            owner = _owner(path)
+            if _lies_at(path, file):  # asked last: what was read is then what a holder wrote, or nobody's
+                if owner.get("host", socket.gethostname()) != socket.gethostname():
+                    raise _held(folder, path)  # its system's lock may not reach over a shared disk
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lies_at(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _take(file: IO[str], folder: Path, path: Path, wait: Callable[[str], None] | None) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,7 @@ class ShardFolder:
     def remove(self) -> None:
         """Delete this run's folder: its scores are in the final files. The last one takes the base folder along."""
         shutil.rmtree(self.path, ignore_errors=True)
-        base = self.path.parent
-        if base.is_dir() and all(path.suffix == ".lock" for path in base.iterdir()):
-            shutil.rmtree(base, ignore_errors=True)
+        remove_empty(self.path.parent)
 
     def _file(self, shard: Shard) -> Path:
         return self.path / f"{shard.name}.scores"
@@ -112,6 +111,12 @@ class ShardFolder:
                     f"({'; '.join(changed[:3])}{' …' if len(changed) > 3 else ''}); delete the folder if they are not "
                     "wanted any more"
                 )
+
+
+def remove_empty(base: Path) -> None:
+    """Remove a folder of unfinished runs if there are none, nor a lock: what lies in there belongs to other runs."""
+    with suppress(OSError):
+        base.rmdir()
 
 
 def _read(manifest: Path) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ from scoring.provenance import provenance
 from scoring.report import build_report
 from scoring.run_checks import require_sound, run_checks, stopping
 from scoring.scorer import Scorer, ScorerSpec, own_precision
+from scoring.shards import remove_empty
 from scoring.shown_battles import shown_battles
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def score_input(
         rows = _write_table(output, job, calibrations)
         formulas = sum(map(is_formula, job.ids()))
         job.remove()
+    remove_empty(base)  # its own lock lay in there until now
     if formulas:
         show.note(f"warning: {formulas} id(s) begin as a spreadsheet's formula does: do not open {output} in one")
     return rows

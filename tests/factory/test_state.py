@@ -162,6 +162,34 @@ def test_a_second_run_of_a_stage_is_refused_and_told_who_holds_it():
     assert not folder.exists()  # the lock lies beside it, so that an archived folder does not take it along
 
 
+def test_a_lock_is_gone_with_its_run_and_one_that_took_its_place_is_not_deleted():
+    folder, lock = Path("outputs/demo/sft"), Path("outputs/demo/.sft.lock")
+    with only_run(folder):
+        assert lock.exists()
+    assert list(Path("outputs/demo").iterdir()) == []
+    with only_run(folder):
+        lock.unlink()  # as the advice says for a run that does not live any more, too early
+        lock.write_text("another's")
+    assert lock.read_text() == "another's"
+
+
+def test_a_lock_that_is_deleted_again_and_again_lets_one_run_in_at_a_time():
+    code = """
+        from pathlib import Path
+        from data_prep.lock import only_run
+        for _ in range(150):
+            with only_run(Path("x/y"), wait=lambda who: None):
+                number = int(Path("number").read_text())
+                Path("number").write_text(str(number + 1))
+    """
+    root = str(Path(__file__).parents[2])
+    command, environment = [sys.executable, "-c", textwrap.dedent(code)], {**os.environ, "PYTHONPATH": root}
+    Path("number").write_text("0")
+    runs = [subprocess.Popen(command, env=environment) for _ in range(4)]
+    assert [run.wait() for run in runs] == [0] * 4
+    assert Path("number").read_text() == "600"
+
+
 def test_the_lock_of_a_killed_run_is_stale():
     code = """
         import os

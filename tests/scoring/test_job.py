@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_prep.errors import ArenaError
+from data_prep.lock import only_run
 from scoring import shard_plan
 from scoring.executors import InProcess
 from scoring.job import open_job
@@ -161,6 +163,17 @@ def test_the_folder_goes_when_the_work_is_done(tmp_path):
     job.straight(executor, no_limit(job))
     job.remove()
     assert not (tmp_path / "scoring").exists()
+
+
+def test_the_lock_of_a_run_that_has_no_shards_yet_is_left_to_it(tmp_path):
+    base = tmp_path / "scoring"
+    job, executor = opened(base)
+    with only_run(base / "input-b.csv"):
+        job.straight(executor, no_limit(job))
+        job.remove()
+        assert [path.name for path in base.iterdir()] == [".input-b.csv.lock"]
+        with pytest.raises(ArenaError, match="another run is at work"), only_run(base / "input-b.csv"):
+            pass
 
 
 def test_a_time_limit_swaps_as_many_rows_as_it_allows_the_most_uncertain_first(tmp_path, monkeypatch):

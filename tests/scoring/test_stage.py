@@ -36,6 +36,7 @@ def scored(experiment, **options) -> str:
     show = quiet_show()
     given = ScoreOptions(**options)
     assert score_input(experiment, "sft", Path("battles.csv"), OUTPUT, show=show, options=given) == 40
+    assert not (experiment.output_folder("sft") / "scoring").exists(), "nothing is left behind, its lock neither"
     return show.stream.getvalue()
 
 
