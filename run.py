@@ -424,7 +424,7 @@ def score(experiment: str, stage: str, source: str | None, output: Path | None, 
     """Write the probabilities of A / B / tie for any battles.
 
     Without --input again those of the fold and the test set. What is scored is kept: after an interruption the
-    same command goes on.
+    same command goes on, without --fresh.
     """
     from scoring.destination import scored_file
     from scoring.stage import ScoreOptions, score_input, score_stage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +13,17 @@ from types import FrameType
 
 from data_prep.errors import ArenaError
 
-_FINISHED = "the same command goes on from what is finished"
-# What each command promises after an interruption.
+_FINISHED = "{same} goes on from what is finished"
+# What each command promises after an interruption; `same` is the command itself, see `same_command`.
 _AGAIN = {
     "sft": f"{_FINISHED}; where a training had saved a checkpoint, with --resume",
     "dpo": f"{_FINISHED}; where a training had saved a checkpoint, with --resume",
     "rm": f"{_FINISHED}; where a training had begun, with --fresh",  # LLaMA-Factory cannot resume a reward model
     "demo": f"{_FINISHED}; where a training had begun: python run.py sft -e demo --resume",
-    "score": "the same command goes on from what is scored",
-    "prepare": "the same command begins anew; until it has ended an earlier export stays as it was",
+    "score": "{same} goes on from what is scored",
+    "prepare": "{same} begins anew; until it has ended an earlier export stays as it was",
 }
-_ANEW = "give the same command again"
+_ANEW = "give {same} again"
 _ROOM = "free disk space (old checkpoints under saves/, earlier runs named *.earlier-N)"
 _RIGHTS = "give yourself the right to write there (ls -ld, chown, chmod), or work in a copy of the project"
 _MEMORY = "close other programs, use fewer --workers, or a machine with more memory"
@@ -67,9 +68,14 @@ def stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def same_command() -> str:
+    """Name the command that was given, as it goes on: --fresh would put aside what it has finished meanwhile."""
+    return "the same command without --fresh" if "--fresh" in sys.argv[1:] else "the same command"
+
+
 def in_words(error: BaseException, command: str | None = None) -> ArenaError | None:
     """Return what an error of the system means for a user of `command`, None where it is a fault in our code."""
-    again = _AGAIN.get(command or "", _ANEW)
+    again = _AGAIN.get(command or "", _ANEW).format(same=same_command())
     if isinstance(error, KeyboardInterrupt | Stopped):
         return ArenaError(f"interrupted{f' by {error}' if str(error) else ''}", remedy=again)
     if isinstance(error, BrokenPipeError):  # whoever read our output has enough of it

@@ -13,6 +13,7 @@ from data_prep.dataset import MANIFEST, SPLITS, require_intact
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import atomic_folder, read_json
 from data_prep.lock import only_run
+from data_prep.refusals import same_command
 from factory.checks import check_device, check_recipes
 from factory.child import Watch, llamafactory, run_child
 from factory.dequantised import DequantisedBase, dequantised_base
@@ -322,7 +323,7 @@ def _run_merge(
     with atomic_folder(merged) as temporary, show.line(stage_step) as line:
         line.phase("starting LLaMA-Factory")
         command = llamafactory("export", str(recipe_path), f"export_dir={temporary}")
-        what, again = f"merging {stage_step}", "start the same command again; the training is kept"
+        what, again = f"merging {stage_step}", f"start {same_command()} again; the training is kept"
         progress = MergeProgress(line, recipe, temporary)
         watch = Watch(on_line=_Reader(line, progress.read, show), on_look=progress.look)
         finished = run_child(command, log, what=what, watch=watch, interrupted_remedy=again)

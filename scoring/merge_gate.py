@@ -26,6 +26,7 @@ from data_prep.errors import ArenaError
 from data_prep.files import write_json
 from data_prep.lock import only_run
 from data_prep.pairs import pair_sequences
+from data_prep.refusals import same_command
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import model_files
 from factory.progress import Countdown, duration
@@ -232,7 +233,7 @@ def _require_passed(experiment: Experiment, stage: str, found: dict[str, Any], p
     if found["passed"]:
         return
     merged = experiment.merged_folder(stage)
-    again = f"then move {merged} away and run the same command again"
+    again = f"then move {merged} away and run {same_command()} again"
     if experiment.quantization_bit and not experiment.merges_dequantised:
         remedy = (
             f"merge_onto: dequantised in experiment.yaml merges into the weights that were trained on; prepare, {again}"

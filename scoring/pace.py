@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from data_prep.errors import ArenaError, UsageError
+from data_prep.refusals import same_command
 from factory.progress import duration
 
 _UNITS = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
@@ -138,5 +139,5 @@ class Pace:
             f"{what}; no table of probabilities is written",
             where=f"--time-limit {duration(self.limit)}",
             remedy="a smaller or quantised model (--precision 8bit), more GPUs (--workers), a lower cutoff_len, or a "
-            "longer limit; the same command then goes on from what is scored already",
+            f"longer limit; {same_command()} then goes on from what is scored already",
         )

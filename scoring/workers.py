@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import ArenaError
+from data_prep.refusals import same_command
 from scoring.executors import Progress, ask, device_of, prepare, visible_gpus
 from scoring.row_store import RowStore
 from scoring.scorer import Scorer, ScorerSpec
@@ -155,7 +156,7 @@ class Workers:
         code = worker.process.exitcode
         killed = code is not None and code < 0
         how = f"was killed by {signal.Signals(-code).name}" if killed else f"ended with exit code {code}"
-        remedy = "the same command goes on from what is scored; if it happens again, give fewer --workers"
+        remedy = f"{same_command()} goes on from what is scored; if it happens again, give fewer --workers"
         if killed and -code == signal.SIGKILL:
             remedy += " or a smaller --precision: an end by SIGKILL is mostly the system's, for want of memory"
         return ArenaError(f"{how} {when}", where=worker.process.name, remedy=remedy)

@@ -27,6 +27,7 @@ from data_prep.lock import only_run
 from data_prep.refusals import in_words
 from factory import inputs
 from scoring import stage
+from scoring.pace import Pace
 from tests.bad_inputs.case import PREPARE_TEST, SCORE, SCORE_INPUT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,6 +151,7 @@ def test_a_file_that_may_not_grow_is_told(place):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda sign: sign.name)
 @pytest.mark.parametrize("command", [PREPARE_TEST, SCORE_INPUT, ANEW], ids=["prepare", "input", "score"])
 def test_a_signal_ends_the_work_in_words_and_it_goes_on(place, monkeypatch, command, sign):
+    monkeypatch.setattr(sys, "argv", ["run.py", *command])
     call(*command)
     export, scored = exported(), results()
     mine = Path("mine.csv").read_bytes() if Path("mine.csv").exists() else None
@@ -159,7 +161,7 @@ def test_a_signal_ends_the_work_in_words_and_it_goes_on(place, monkeypatch, comm
         patch.setattr(*where, Nth(getattr(*where), 1, lambda: signal.raise_signal(sign)))
         by = "interrupted" if sign is signal.SIGINT else f"interrupted by {sign.name}"
         begins = "begins anew" if command is PREPARE_TEST else "goes on from what is scored"
-        refused(*command, words=(by, f"the same command {begins}"))
+        refused(*command, words=(by, f"the same command {'without --fresh ' if command is ANEW else ''}{begins}"))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handler is put back"
     assert exported() == export and not leftovers() and not Path("mine.csv").exists()
     again = call(*(SCORE if command is ANEW else command))
@@ -167,7 +169,7 @@ def test_a_signal_ends_the_work_in_words_and_it_goes_on(place, monkeypatch, comm
     assert (exported(), results()) == (export, scored)
     if mine is not None:
         assert Path("mine.csv").read_bytes() == mine
-        assert "were scored by an earlier call, and kept" in again.output
+    assert ("were scored by an earlier call, and kept" in again.output) == (command is not PREPARE_TEST)
 
 
 def test_memory_that_runs_out_is_told(place, monkeypatch):
@@ -245,6 +247,26 @@ def test_an_interrupted_command_is_told_what_goes_on(monkeypatch, command, words
 
     monkeypatch.setattr(run, "_start", interrupted)
     assert words in refused(*command, words=("interrupted",))
+
+
+FRESH = [name for name in run.cli.commands if any("--fresh" in each.opts for each in run.cli.commands[name].params)]
+
+
+@pytest.mark.parametrize("command", FRESH)
+def test_no_advice_after_fresh_would_put_aside_what_was_finished_meanwhile(monkeypatch, command):
+    assert set(FRESH) == {"demo", "sft", "dpo", "rm", "score"}
+    monkeypatch.setattr(sys, "argv", ["run.py", command, "--fresh"])
+    for error in (KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device", "x")):
+        assert "the same command without --fresh goes on from what is " in in_words(error, command).remedy
+    paced = Pace(lambda _: None, 1000, 1.0)
+    assert "the same command without --fresh then goes on" in paced._over("too slow").remedy
+
+
+def test_no_text_names_the_same_command_but_by_the_one_that_looks_at_fresh():
+    sources = [path for folder in ("data_prep", "factory", "scoring") for path in (ROOT / folder).glob("*.py")]
+    said = {path.name: path.read_text(encoding="utf-8").count("the same command") for path in sources}
+    # Its own two texts and what describes it; before anything was written both ways are the same.
+    assert {name: count for name, count in said.items() if count} == {"refusals.py": 2, "steps.py": 1}
 
 
 @pytest.mark.parametrize("error", [ValueError("a fault of ours"), BrokenPipeError(errno.EPIPE, "x"), KeyError("id")])

@@ -42,6 +42,9 @@ if command == "export":
         (out / name).write_text("{}")
     if mode == "killed":
         os.kill(os.getpid(), 9)
+    if mode == "interrupted":
+        os.kill(os.getppid(), 2)
+        time.sleep(60)
     sys.exit()
 rows = 5 if mode == "dropped" else 6
 print("[INFO|trainer.py:1] >> ***** Running Evaluation *****\\n  Num examples = 2")
@@ -361,6 +364,18 @@ def test_a_failed_merge_leaves_nothing_and_is_made_again(experiment, mode):
     Path(f"outputs/demo/sft/{ended}abc.tmp").mkdir()  # what a merge leaves that was killed with us
     run(experiment, step="merge")
     assert {p.name for p in Path("outputs/demo/sft").iterdir()} == {"merged", "state.json", "train.log", "merge.log"}
+
+
+@pytest.mark.parametrize(("options", "words"), [([], "the same command"), (["--fresh"], "the same command without --")])
+def test_the_advice_of_an_interrupted_merge_keeps_the_training(experiment, monkeypatch, options, words):
+    monkeypatch.setattr(sys, "argv", ["run.py", "sft", *options])
+    run(experiment, fresh=bool(options))
+    with pytest.raises(ArenaError, match="merging sft was interrupted") as caught:
+        run(experiment, "interrupted", step="merge")
+    assert caught.value.remedy.startswith(f"start {words}") and ("--fresh" in caught.value.remedy) == bool(options)
+    assert "training kept" in run(experiment)[1]
+    run(experiment, step="merge")
+    assert [call.split()[0] for call in calls()] == ["train", "export", "export"]
 
 
 def test_a_merge_needs_a_finished_adapter_and_follows_a_new_one(experiment):
