@@ -187,7 +187,8 @@ def prepare(
 ) -> None:
     """Read votes, check, fold and fit them; write data and recipes.
 
-    What is fitted to the token budget goes to data/EXP, with an audit of what was read, cut and rejected.
+    What is fitted to the token budget goes to data/EXP, with an audit of what was read, cut and rejected. An
+    earlier export there is replaced; files of anybody else in that folder are never deleted, but must be moved first.
     """
     exp, show = _start(experiment)
     views = VIEWS if pairs else VIEWS[:1]
@@ -622,6 +623,7 @@ def _prepare(
     from data_prep.export import export, warnings_of
     from data_prep.readers import VoteReader
     from data_prep.source import votes_at
+    from data_prep.strangers import refuse_loss
     from factory.demo import ensure_embedded_base
     from factory.outdated import replaced
     from factory.progress import teller
@@ -631,6 +633,7 @@ def _prepare(
 
     check_first_values(exp)
     refuse_while_at_work(exp)
+    refuse_loss(exp.data_folder, (train, test, truth))
     train = votes_at(train, labelled=True)
     test = votes_at(test, labelled=False) if test else None
     for table, labelled in ((train, True), (test, False)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,13 @@ from data_prep.pairs import VIEWS, View
 
 if TYPE_CHECKING:
     from factory.experiment import Experiment
+
+
+# A data set's name without the experiment's, in all versions.
+SET = r"(?:sft|dpo_judge|dpo_reward)_(?:train|valid)"
+_OF_AN_EXPORT = re.compile(rf"(?P<experiment>[^/]+)/(?P<set>{SET})(\.jsonl)?")
+# What LLaMA-Factory heeds before file_name.
+_ELSEWHERE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 
 
 def set_names(views: Collection[View]) -> list[str]:
@@ -33,6 +41,28 @@ def listed_sets(path: Path) -> dict[str, Any]:
     if not isinstance(entries, dict):
         raise _unreadable(path, "is not a JSON object of data sets by name")
     return entries
+
+
+def entries_of_others(entries: Mapping[str, Any], experiment: Experiment, data: Path) -> dict[str, Any]:
+    """Return the entries that an export of `experiment` leaves as they are, in a list of the folder `data`.
+
+    These are all whose name is none of its sets: hub sets, scripts and files of a person, whether they are there by
+    now or not. What exports of experiments left that are gone is no person's.
+    """
+    own = re.compile(rf"{re.escape(experiment.name)}_{SET}")
+    return {
+        name: entry for name, entry in entries.items() if not own.fullmatch(name) and not _is_left(name, entry, data)
+    }
+
+
+def _is_left(name: str, entry: Any, data: Path) -> bool:
+    """Tell whether an entry is that of an export whose file was deleted since."""
+    if not isinstance(entry, dict) or any(entry.get(key) for key in _ELSEWHERE):
+        return False
+    file = _OF_AN_EXPORT.fullmatch(str(entry.get("file_name")))
+    if file is None or name != f"{file['experiment']}_{file['set']}":
+        return False
+    return not (data / file[0]).exists()
 
 
 def _unreadable(path: Path, what: str) -> ArenaError:

@@ -28,7 +28,7 @@ from data_prep.battle import PROBABILITY_COLUMNS, Battle
 from data_prep.budget import in_chunks
 from data_prep.chat_frame import load_frame
 from data_prep.crew import open_crew, usual_workers
-from data_prep.data_sets import dataset_entries, listed_sets
+from data_prep.data_sets import dataset_entries, entries_of_others, listed_sets
 from data_prep.dataset import FORMAT, read_manifest
 from data_prep.errors import ArenaError
 from data_prep.files import atomic_file, atomic_folder, sha256_of, sha256_of_table, write_json
@@ -37,6 +37,7 @@ from data_prep.overlap import check_overlap, refuse_same_table
 from data_prep.pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
+from data_prep.strangers import refuse_loss, refuse_strangers
 from data_prep.tables import BrokenRow, open_table
 from data_prep.writer import Writer
 
@@ -79,7 +80,9 @@ def export(
     `workers` is the number of processes that fit (0: a thread; None: what suits the machine); the files do not
     depend on it. Raises ArenaError; an earlier export then stays as it was.
     """
-    listed_sets(DATA / "dataset_info.json")  # a slip in it is told now, not after the work
+    refuse_loss(experiment.data_folder, [train, test, None if unchanged else truth])  # a view takes the copy in there
+    for folder in (DATA, experiment.data_folder):
+        listed_sets(folder / "dataset_info.json")  # a slip in it is told now, not after the work
     if truth:
         _check_truth(truth)
     if test and test.exists() and train.exists():
@@ -107,6 +110,7 @@ def export(
             audit["test_rows_in_train"] = check_overlap(rows, test_reader.path, has_verdicts=test_reader.has_verdicts)
         files = _describe(folder, experiment, prompt, frame, audit, truth)
         _refuse_changed(experiment, files, unchanged or {})
+        refuse_strangers(experiment.data_folder)  # what came while we worked, or with a folder that was put back
     _publish(experiment, audit)
     return audit
 
@@ -203,8 +207,10 @@ def _describe(
     folder: Path, experiment: Experiment, prompt: JudgePrompt, frame, audit, truth: Path | None
 ) -> dict[str, str]:
     """Write the small files, the manifest with everybody's hash last; return the hashes."""
-    entries = dataset_entries(experiment, audit["pairs"], folders=_folders(folder))
-    write_json(folder / "dataset_info.json", entries)
+    earlier = listed_sets(experiment.data_folder / "dataset_info.json")
+    theirs = entries_of_others(earlier, experiment, experiment.data_folder)  # recipes read their sets from this list
+    own = dataset_entries(experiment, audit["pairs"], folders=_folders(folder))
+    write_json(folder / "dataset_info.json", {**theirs, **own})
     write_json(folder / "audit.json", audit)
     with atomic_file(folder / "judge_prompt.j2") as file:
         file.write(prompt.source)
@@ -249,20 +255,12 @@ def _publish(experiment: Experiment, audit: dict[str, Any]) -> None:
     """List the sets in data/dataset_info.json too, where LLaMA Board looks, and leave the newest audit there."""
     path = DATA / "dataset_info.json"
     with only_run(path, wait=lambda _: None):  # an export of another experiment has it for a moment
-        others = {name: entry for name, entry in listed_sets(path).items() if _is_of_another(entry, experiment)}
+        others = entries_of_others(listed_sets(path), experiment, DATA)
         own = dataset_entries(
             experiment, audit["pairs"], within=f"{experiment.name}/", folders=_folders(experiment.data_folder)
         )
         write_json(path, {**others, **own})
         write_json(DATA / "audit.json", audit)
-
-
-def _is_of_another(entry: Any, experiment: Experiment) -> bool:
-    """Tell whether an entry stays: it names no local file (a hub's set, a script), or one that is there, not ours."""
-    name = entry.get("file_name") if isinstance(entry, dict) else None
-    if not isinstance(name, str):
-        return True
-    return (DATA / name).exists() and not name.startswith(f"{experiment.name}/")
 
 
 def warnings_of(audit: Mapping[str, Any]) -> list[str]:

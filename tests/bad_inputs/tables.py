@@ -265,6 +265,31 @@ BROKEN_ROWS = [
 ]
 
 
+def within(name: str, option: str) -> tuple[str, ...]:
+    """Return `prepare` with a table that lies in the folder that it replaces."""
+    return (*PREPARE[:-1], *(("votes.csv", option) if option != "--train" else ()), f"data/exam/{name}")
+
+
+def moved(name: str, new: str) -> Any:
+    return lambda place: Path(name).rename(new)
+
+
+LIES_IN, STRANGERS = "lies in data/exam, and an export replaces this folder", "holds 1 file(s) that no export wrote"
+LOSSES = [
+    Case("votes_in_the_export", moved("votes.csv", "data/exam/votes.csv"), within("votes.csv", "--train"), (LIES_IN,)),
+    Case("test_in_the_export", moved("test.csv", "data/exam/test.csv"), within("test.csv", "--test"), (LIES_IN,)),
+    Case("truth_in_the_export", write("data/exam/truth.csv", ""), within("truth.csv", "--truth"), (LIES_IN,)),
+    Case("zip_in_the_export", write("data/exam/votes.zip", b"PK"), within("votes.zip", "--train"), (LIES_IN,)),
+    Case("exported_table_as_test", lambda p: None, within("battles.parquet", "--test"), (LIES_IN,)),
+    *(
+        Case(
+            f"own_file_{i}", write("data/exam/own.jsonl", "{}"), call, (STRANGERS, "own.jsonl", "outside of data/exam")
+        )
+        for i, call in enumerate((PREPARE, PREPARE_TEST, (*PREPARE, "--pairs")))
+    ),
+]
+
+
 def truth(text: str) -> Any:
     return write("truth.csv", text)
 
@@ -282,4 +307,4 @@ TRUTH = [
     Case("truth_negative", truth(f"{NAMES}1,1.5,-.5,0\n"), WITH_TRUTH, ("truth.csv row 1",)),
     Case("truth_short_row", truth(f"{NAMES}1,1,0,0\n2,1\n"), WITH_TRUTH, ("truth.csv row 2",)),
 ]
-CASES = [*FILES, *PARQUET, *CELLS, *BROKEN_ROWS, *TRUTH]
+CASES = [*FILES, *PARQUET, *CELLS, *BROKEN_ROWS, *LOSSES, *TRUTH]
