@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from data_prep.battle import VERDICTS, Battle, swap_verdict
 from data_prep.budget import Fitted, Fitter
 from data_prep.data_sets import set_names
-from data_prep.folds import group_number, prompt_group
+from data_prep.facts import battle_facts
+from data_prep.folds import group_number
 from data_prep.pair_budget import FittedPair, PairFitter
 from data_prep.pairs import PairTally, View, judge_rows, pair_table, reward_rows, turn_json, wrong_verdicts
 from data_prep.prompt import JudgePrompt
@@ -70,23 +71,23 @@ class BatchMaker:
         """Fit the battles and return what is to be written; raises ArenaError if one cannot be fitted."""
         pairs = self._pair_fitter.fit(battles) if self._pair_fitter else [None] * len(battles)
         fitted = self._fitter.fit(battles, both_orders=labelled and self._experiment.swap_copies)
-        groups = [prompt_group(each.battle) for each in fitted]
+        facts = [battle_facts(battle) for battle in battles]
         batch = Batch(
             battles=len(battles),
             labelled=labelled,
-            rows=self._rows(fitted, groups, "train" if labelled else "test"),
+            rows=self._rows(fitted, facts, "train" if labelled else "test"),
             texts=self._texts(fitted),
             pairs=pair_table(pairs) if self._pair_fitter else None,
             lines=self._lines(fitted, pairs) if labelled else {},
-            groups=list(map(group_number, groups)) if labelled else [],
-            kinds=[VERDICTS.index(each.battle.verdict) for each in fitted] if labelled else [],
+            groups=[group_number(each["group"]) for each in facts] if labelled else [],
+            kinds=[VERDICTS.index(battle.verdict) for battle in battles] if labelled else [],
             tally=Tally(),
             pair_tally=PairTally(),
         )
-        for each, pair in zip(fitted, pairs, strict=True):
+        for battle, each, pair in zip(battles, fitted, pairs, strict=True):
             batch.tally.add(each)
             if pair is not None:
-                batch.pair_tally.add(pair, turns=each.battle.turns + each.dropped, verdict=each.battle.verdict)
+                batch.pair_tally.add(pair, turns=battle.turns, verdict=battle.verdict)
         return batch
 
     def _lines(self, fitted: Sequence[Fitted], pairs: Sequence[FittedPair | None]) -> dict[str, bytes]:
@@ -117,21 +118,14 @@ class BatchMaker:
             lines["dpo_judge"] = judge_rows(battle_id, human, label, [self._labels[w] for w in wrong])
         return lines
 
-    def _rows(self, fitted: Sequence[Fitted], groups: list[str], split: str) -> pa.RecordBatch:
-        battles = [each.battle for each in fitted]
+    def _rows(self, fitted: Sequence[Fitted], facts: Sequence[dict[str, Any]], split: str) -> pa.RecordBatch:
+        """Return what is known of each battle: the facts of the vote itself, and what fitting it cost."""
         columns: dict[str, list[Any]] = {
-            "id": [b.id for b in battles],
-            "split": [split] * len(battles),
-            "verdict": [b.verdict for b in battles],
-            "group": groups,
-            "language": [b.language for b in battles],
-            "turns": [each.battle.turns + each.dropped for each in fitted],
+            **{name: [each[name] for each in facts] for name in facts[0]},
+            "split": [split] * len(facts),
             "dropped": [each.dropped for each in fitted],
             "tokens": [each.tokens for each in fitted],
             "tokens_full": [each.tokens_full for each in fitted],
-            "chars_prompt": [sum(map(len, b.prompts)) for b in battles],
-            "chars_a": [sum(map(len, b.responses_a)) for b in battles],
-            "chars_b": [sum(map(len, b.responses_b)) for b in battles],
             "cut": [each.cut for each in fitted],
         }
         return _record_batch(columns, self._row_schema)
@@ -156,7 +150,7 @@ def text_schema() -> pa.Schema:
 
 
 def row_schema() -> pa.Schema:
-    """Return the columns of rows.parquet: what is known of each battle."""
+    """Return the columns of what is known of each battle."""
     import pyarrow as pa
 
     strings = ("id", "split", "verdict", "group", "language")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 MANIFEST = "manifest.json"
 # Of the manifest and the files that it names.
-FORMAT = 3
+FORMAT = 4
 _BATCH = 1024
 _SUM_TOLERANCE = 1e-3
 

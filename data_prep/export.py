@@ -31,6 +31,7 @@ from data_prep.crew import open_crew, usual_workers
 from data_prep.data_sets import dataset_entries, entries_of_others, listed_sets
 from data_prep.dataset import FORMAT, read_manifest
 from data_prep.errors import ArenaError
+from data_prep.facts import noting
 from data_prep.files import atomic_file, atomic_folder, sha256_of, sha256_of_table, write_json
 from data_prep.lock import only_run
 from data_prep.overlap import check_overlap, refuse_same_table
@@ -42,6 +43,8 @@ from data_prep.tables import BrokenRow, open_table
 from data_prep.writer import Writer
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from factory.experiment import Experiment
 
 DATA = Path("data")
@@ -99,8 +102,9 @@ def export(
         ):
             for phase, votes in (("train", reader), ("test", test_reader)):
                 chunks = _counted(votes, f"{phase} battles", progress) if votes else ()
-                for batch in crew.batches(chunks, labelled=phase == "train"):
-                    writer.add(batch)
+                noted: list[np.ndarray] = []  # of the chunks under way
+                for batch in crew.batches(noting(chunks, noted), labelled=phase == "train"):
+                    writer.add(batch, noted.pop(0))
         progress(Progress("dividing into folds", reader.rows_read, None))
         counts = writer.split()
         audit = _audit(experiment, reader, test_reader, writer.tallies, counts)

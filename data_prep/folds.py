@@ -10,21 +10,28 @@ from typing import TYPE_CHECKING
 
 from data_prep.battle import Battle
 from data_prep.errors import ArenaError
+from data_prep.neutral import BREAK
 
 if TYPE_CHECKING:
     import numpy as np
 
 # Exactly the ASCII characters of Unicode's categories P and S, and the space.
 _EDGES = string.punctuation + " "
+# What becomes of a prompt of nothing, and of "(empty)", which is fed in its place.
+_NOTHING = "empty"
 _SLICE = 1 << 14
 _PIECE = 1 << 16
 
 
 def normalise_prompt(text: str) -> str:
-    """Return a prompt without what does not make it another: case, width, white space, punctuation at its ends."""
+    """Return a prompt without what does not make it another: case, width, white space, punctuation at its ends.
+
+    Nor does it matter whether a prompt was made harmless (`data_prep.neutral`): what is fed alike is in one group.
+    """
     if text.isascii():
         text = " ".join(text.lower().split())
-        return text.strip(_EDGES) or text
+        return text.strip(_EDGES) or text or _NOTHING
+    text = text.replace(BREAK, "")
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     text = " ".join(folded.split())
     start, end = 0, len(text)
@@ -32,7 +39,7 @@ def normalise_prompt(text: str) -> str:
         start += 1
     while end > start and _is_edge(text[end - 1]):
         end -= 1
-    return text[start:end] or text
+    return text[start:end] or text or _NOTHING
 
 
 def prompt_group(battle_or_prompt: Battle | str) -> str:

@@ -14,7 +14,7 @@ EMPTY = "(empty)"
 # LLaMA-Factory replaces these in any text: multimodal placeholders raise, the braces are filled in.
 _PLACEHOLDERS = ("<image>", "<video>", "<audio>", "{{idx}}", "{{content}}")
 # A zero-width space behind the first character: no longer a special token, and still readable.
-_BREAK = "\u200b"
+BREAK = "\u200b"
 # Everything at which some reader or tokenizer begins a new line, and the space that may open or close one.
 _ENDS = "\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029"
 _SPACE = "[ \t\u00a0]"
@@ -48,9 +48,9 @@ class Neutralizer:
             return EMPTY
         previous = None
         while previous != text:  # breaking one string up may never build another, but stay certain
-            previous, text = text, self._pattern.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
+            previous, text = text, self._pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
         if self._line is not None:
-            text = self._line.sub(lambda match: match[0] + _BREAK, "\n" + text)[1:]
+            text = self._line.sub(lambda match: match[0] + BREAK, "\n" + text)[1:]
         return text
 
     def battle(self, battle: Battle) -> Battle:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Rows that are put into one group of a parquet file: they wait in memory. Texts are large, what is known of them small.
 _TEXT_GROUP = 1024
 _ROW_GROUP = 1 << 16
+# The column that tells the run checks, without the folds' own groups, which battles share a prompt.
+FIRST_PROMPT = "first_prompt"
 
 
 class Writer:
@@ -41,7 +43,7 @@ class Writer:
         self._pair_tallies = {"train": PairTally(), "test": PairTally()}
         self._spools = {name: Spool(folder, name) for name in set_names(views)}
         self._waiting = folder / "rows.waiting"
-        self._rows = _ParquetFile(self._waiting, row_schema(), _ROW_GROUP)
+        self._rows = _ParquetFile(self._waiting, known_schema(), _ROW_GROUP)
         self._battles = _ParquetFile(folder / "battles.parquet", text_schema(), _TEXT_GROUP)
         self._pairs = _ParquetFile(folder / "pairs.parquet", pair_schema(), _TEXT_GROUP) if "reward" in views else None
 
@@ -53,15 +55,17 @@ class Writer:
             if file is not None:
                 file.close()
 
-    def add(self, batch: Batch) -> None:
-        """Append a batch; all labelled ones come before the others."""
+    def add(self, batch: Batch, first_prompts: np.ndarray) -> None:
+        """Append a batch, and `data_prep.facts.first_prompts` of it; all labelled ones come before the others."""
+        import pyarrow as pa
+
         split = "train" if batch.labelled else "test"
         for name, records in batch.lines.items():
             self._spools[name].add(records, batch.battles)
         self._groups.extend(batch.groups)
         self._kinds.extend(batch.kinds)
         self._tests += 0 if batch.labelled else batch.battles
-        self._rows.add(batch.rows)
+        self._rows.add(batch.rows.append_column(FIRST_PROMPT, pa.array(first_prompts, pa.uint64())))
         self._battles.add(batch.texts)
         add_counts(self.tallies[split], batch.tally)
         if self._pairs is not None:
@@ -99,8 +103,9 @@ class Writer:
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
 
-        place = row_schema().get_field_index("split")
-        target, at = _ParquetFile(self._folder / "rows.parquet", row_schema(), _ROW_GROUP), 0
+        schema, at = known_schema(), 0
+        place = schema.get_field_index("split")
+        target = _ParquetFile(self._folder / "rows.parquet", schema, _ROW_GROUP)
         with ParquetFile(self._waiting) as waiting:
             for batch in waiting.iter_batches(batch_size=_ROW_GROUP):
                 mine = valid[at : at + len(batch)].tolist()
@@ -109,6 +114,13 @@ class Writer:
                 at += len(batch)
         target.close()
         self._waiting.unlink()
+
+
+def known_schema() -> pa.Schema:
+    """Return the columns of rows.parquet: those of a batch, and the first prompts that were noted beside it."""
+    import pyarrow as pa
+
+    return row_schema().append(pa.field(FIRST_PROMPT, pa.uint64()))
 
 
 class _ParquetFile:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.dataset import SPLITS, read_audit, read_manifest, readable
+from data_prep.budget import MARKER
+from data_prep.dataset import read_audit, read_manifest, readable
 from data_prep.errors import ArenaError
 from data_prep.folds import prompt_group
+from data_prep.writer import FIRST_PROMPT
 from factory.inputs import training_rows
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
 from scoring.canaries import canary_limit
@@ -38,6 +40,7 @@ START_REWARD = 0.05
 # The last quarter of the logged losses may lie this much above the first.
 RISE = 1.1
 _AGAIN = "train again with --fresh"
+_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def run_checks(
     return [
         rows_trained(training_rows(recipe), told),
         labels_distinct(read_manifest(data)["frame"]["label_ids"]),
-        folds_apart(*_first_prompts(data)),
+        folds_apart(shared_prompts(data)),
         loss_finite(loss_curve),
         loss_not_rising(loss_curve),
         dpo_start(recipe, _first_rewards(Path(recipe["output_dir"]))),
@@ -127,11 +130,11 @@ def labels_distinct(label_ids: Sequence[int]) -> Check:
     return Check("labels distinct", distinct, f"token ids {', '.join(map(str, label_ids))}", remedy)
 
 
-def folds_apart(train: set[str], valid: set[str]) -> Check:
-    """Require that no prompt is on both sides: what was trained on proves nothing."""
-    both = len(train & valid)
+def folds_apart(shared: Mapping[str, int]) -> Check:
+    """Require that no prompt is on both sides, whoever tells: what was trained on proves nothing."""
+    told = ", ".join(f"{count:,} by {witness}" for witness, count in shared.items())
     remedy = "prepare again, then " + _AGAIN
-    return Check("train/validation prompt overlap = 0", not both, f"{both:,} prompts are in both", remedy)
+    return Check("train/validation prompt overlap = 0", not any(shared.values()), f"prompts in both: {told}", remedy)
 
 
 def loss_finite(curve: Sequence[Mapping[str, Any]]) -> Check:
@@ -244,24 +247,51 @@ def submission_ids(expected: Sequence[str], found: Sequence[str], rejected: int)
     return Check(name, True, f"{len(expected):,} rows in the test's order")
 
 
-def _first_prompts(data: Path) -> tuple[set[str], set[str]]:
-    """Return the normalised first prompts of both sides: those that the folds were made of, and those of the texts.
+def shared_prompts(data: Path) -> dict[str, int]:
+    """Return how many first prompts of an export are on both sides, by what tells of it.
 
-    The second are made anew from what is really trained on, where nothing was cut from it.
+    Witnesses that do not depend on each other: the groups that the folds were made of; the prompts, noted where the
+    table was read; and those that are fed, where nothing was left out of them.
     """
     from pyarrow.parquet import read_table
 
     with readable(data / "rows.parquet"):
-        rows = read_table(data / "rows.parquet", columns=["split", "group", "cut", "dropped"]).to_pylist()
+        rows = read_table(data / "rows.parquet", columns=["split", "dropped", "group", FIRST_PROMPT]).to_pydict()
+    splits, found = rows["split"], {}
+    for name, witness in (("group", "the folds' groups"), (FIRST_PROMPT, "the votes")):
+        found[witness] = _on_both_sides(splits, rows[name])
     with readable(data / "battles.parquet"):
-        prompts = read_table(data / "battles.parquet", columns=["prompts"])["prompts"].to_pylist()
-        both = list(zip(rows, prompts, strict=True))
-    sides: dict[str, set[str]] = {name: set() for name in SPLITS}
-    for row, texts in both:
-        sides[row["split"]].add(row["group"])
-        if row["split"] != "test" and not row["cut"] and not row["dropped"]:
-            sides[row["split"]].add(prompt_group(texts[0]))
-    return sides["train"], sides["valid"]
+        fed = zip((row["prompts"][0] for row in _rows_of(data / "battles.parquet")), rows["dropped"], strict=True)
+        found["the judge's texts"] = _on_both_sides(splits, _whole_groups(fed))
+    if (data / "pairs.parquet").is_file():
+        with readable(data / "pairs.parquet"):
+            fed = ((row["prompt"], row["dropped"]) for row in _rows_of(data / "pairs.parquet"))
+            found["the pairs' texts"] = _on_both_sides(splits, _whole_groups(fed))
+    return found
+
+
+def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield what is needed of a table of fed texts to know the first prompt of each row."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        columns = [name for name in ("prompts", "prompt", "dropped") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _whole_groups(fed: Iterable[tuple[str, int]]) -> Iterator[str | None]:
+    """Yield the group of each first prompt as it is fed, None where it is not fed or lost its middle."""
+    for prompt, dropped in fed:
+        yield None if dropped or MARKER in prompt else prompt_group(prompt)
+
+
+def _on_both_sides(splits: Sequence[str], prompts: Iterable[Any]) -> int:
+    """Return how many different prompts are trained on and validated on, too."""
+    sides: dict[str, set[Any]] = {"train": set(), "valid": set(), "test": set()}
+    for split, prompt in zip(splits, prompts, strict=True):
+        sides[split].add(prompt)
+    return len((sides["train"] & sides["valid"]) - {None})
 
 
 def _first_rewards(adapter: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any
 from data_prep.battle import Battle
 from data_prep.dataset import readable, require_pairs
 from data_prep.errors import ArenaError
-from data_prep.folds import prompt_group
+from data_prep.facts import battle_facts
 from data_prep.readers import VoteReader
 from data_prep.screen import name_of
 from scoring.row_store import ROW_FACTS, Facts
@@ -60,15 +60,4 @@ def battles_to_score(path: Path) -> Iterator[Battle]:
 
 def describe(battle: Battle, *, tokens: int, cut: bool) -> Facts:
     """Return one row of `COLUMNS` for a battle as it was before it was fitted."""
-    return {
-        "id": battle.id,
-        "group": prompt_group(battle),
-        "verdict": battle.verdict,
-        "language": battle.language,
-        "turns": battle.turns,
-        "chars_prompt": sum(map(len, battle.prompts)),
-        "chars_a": sum(map(len, battle.responses_a)),
-        "chars_b": sum(map(len, battle.responses_b)),
-        "tokens": tokens,
-        "cut": cut,
-    }
+    return {**battle_facts(battle), "tokens": tokens, "cut": cut}

@@ -309,9 +309,9 @@ SHOWS = [
 
 
 def first_prompts() -> None:
-    from scoring.run_checks import _first_prompts
+    from scoring.run_checks import shared_prompts
 
-    _first_prompts(Path(DATA))
+    shared_prompts(Path(DATA))
 
 
 def test_ids() -> None:

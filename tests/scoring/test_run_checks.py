@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_prep.budget import MARKER
 from data_prep.errors import ArenaError
 from factory.steps import trained_rows
 from scoring import run_checks as checks
@@ -38,7 +39,7 @@ FIRST = {"step": 1, "rewards/chosen": 0.0, "rewards/rejected": 1e-4}
 CASES = {
     "rows": (checks.rows_trained(10, 10), checks.rows_trained(10, 9), checks.rows_trained(None, 9)),
     "labels": (checks.labels_distinct([1, 2, 3]), checks.labels_distinct([1, 2, 1]), None),
-    "folds": (checks.folds_apart({"x", "y"}, {"z"}), checks.folds_apart({"x", "y"}, {"y"}), None),
+    "folds": (checks.folds_apart({"votes": 0, "texts": 0}), checks.folds_apart({"votes": 1, "texts": 0}), None),
     "nan": (
         checks.loss_finite(SOUND),
         checks.loss_finite([*SOUND, {"step": 13, "loss": math.nan}]),
@@ -138,27 +139,36 @@ def test_the_log_tells_the_trained_rows(tmp_path):
     assert trained_rows(log) is None
 
 
-def export(folder, prompts, *, groups=None, cut=False):
+def export(folder, prompts, *, groups=None, noted=None, dropped=0, pairs=None):
     """Write what the checks read of an export: one row a prompt, the splits in turn."""
     splits = ["train", "valid", "test"]
-    rows = [
-        {"id": str(i), "split": splits[i % 3], "group": (groups or prompts)[i], "cut": cut, "dropped": 0}
-        for i in range(len(prompts))
-    ]
-    pd.DataFrame(rows).to_parquet(folder / "rows.parquet", index=False)
+    known = {"group": groups or list(map(str, range(len(prompts)))), "first_prompt": noted or range(len(prompts))}
+    rows = {"id": [str(i) for i in range(len(prompts))], "split": [splits[i % 3] for i in range(len(prompts))]}
+    pd.DataFrame({**rows, **known, "dropped": dropped}).to_parquet(folder / "rows.parquet", index=False)
     pd.DataFrame({"prompts": [[prompt] for prompt in prompts]}).to_parquet(folder / "battles.parquet", index=False)
+    if pairs:
+        pd.DataFrame({"prompt": pairs, "dropped": dropped}).to_parquet(folder / "pairs.parquet", index=False)
 
 
-def test_prompts_on_both_sides_are_found_by_group_and_by_text(tmp_path):
-    export(tmp_path, ["why", "how", "why"])
-    assert checks.folds_apart(*checks._first_prompts(tmp_path)).passed
-    export(tmp_path, ["why", "Why?", "x"], groups=["1", "2", "3"])
-    assert checks.folds_apart(*checks._first_prompts(tmp_path)).detail == "1 prompts are in both"
-    export(tmp_path, ["why", "Why?", "x"], groups=["1", "2", "3"], cut=True)
-    assert checks.folds_apart(*checks._first_prompts(tmp_path)).passed, "what is left of a cut text proves nothing"
-    export(tmp_path, ["a", "b", "x"], groups=["1", "1", "3"])
-    assert not checks.folds_apart(*checks._first_prompts(tmp_path)).passed
+def test_prompts_on_both_sides_are_found_by_each_witness_alone(tmp_path):
+    def told(*prompts, **known) -> dict[str, int]:
+        export(tmp_path, list(prompts), **known)
+        found = checks.shared_prompts(tmp_path)
+        assert checks.folds_apart(found).passed == (not any(found.values()))
+        return {witness: count for witness, count in found.items() if count}
+
+    assert told("why", "how", "why") == {}, "the test set is no side"
+    assert told("why", "Why?", "x") == {"the judge's texts": 1}
+    assert told("why", "Why?", "x", dropped=1) == {}, "a later turn's prompt is not the first"
+    assert told(f"w{MARKER}y", f"w{MARKER}y", "x") == {}, "what is left of a cut text proves nothing"
+    assert told("a", "b", "x", groups=["1", "1", "3"]) == {"the folds' groups": 1}
+    assert told("a", "b", "x", "a", noted=[1, 2, 3, 2]) == {"the votes": 1}
     assert checks._test_ids(tmp_path) == ["2"]
+    assert told("a", "b", "x", pairs=["why", "why", "x"]) == {"the pairs' texts": 1}
+    found = checks.folds_apart(checks.shared_prompts(tmp_path))
+    assert found.detail == (
+        "prompts in both: 0 by the folds' groups, 0 by the votes, 0 by the judge's texts, 1 by the pairs' texts"
+    )
 
 
 def test_the_first_rewards_are_read_from_the_trainer_s_state(tmp_path):
