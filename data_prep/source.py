@@ -6,10 +6,14 @@ votes_at("hf://datasets/lmsys/chatbot_arena_conversations", labelled=True)
 
 from __future__ import annotations
 
+import errno
+import lzma
 import re
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
@@ -23,6 +27,11 @@ CACHE = Path("data") / ".sources"
 _HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>.+))?")
 # A whole competition's tables unpack to a few hundred MB; more than this is no table of votes.
 _LARGEST = 64 * 2**30
+# What zipfile and the decompressors under it raise for bytes that make no sense.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError),
+    *(RuntimeError, NotImplementedError, ValueError, OverflowError),
+)
 _LONGEST_NAME = 255  # what file systems take
 _FORMS = "a .csv, .csv.gz or .parquet file, a folder of such parts, Kaggle's zip, or hf://datasets/OWNER/NAME"
 _VERDICTS = frozenset({*PROBABILITY_COLUMNS, "winner"})
@@ -82,20 +91,26 @@ def _unpacked(path: Path) -> Path:
     target = CACHE / blake2b(stamp.encode(errors="surrogatepass"), digest_size=8).hexdigest()
     if target.is_dir():
         return target
-    try:
-        with zipfile.ZipFile(path) as archive, atomic_folder(target) as folder:
-            for member, name in _tables_in(archive, path):
-                with archive.open(member) as packed, (folder / name).open("wb") as file:
-                    shutil.copyfileobj(packed, file, 1 << 20)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        RuntimeError,
-        NotImplementedError,
-        EOFError,
-    ) as error:  # torn, encrypted, odd
-        raise ArenaError(f"cannot be unpacked: {error}", where=str(path), remedy="download it again") from None
+    with _told(path), zipfile.ZipFile(path) as archive, atomic_folder(target) as folder:
+        for member, name in _tables_in(archive, path):
+            with archive.open(member) as packed, (folder / name).open("wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
     return target
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Within the block, whatever is wrong with an archive (torn, encrypted, odd) is an ArenaError.
+
+    What the system says (a full disk, missing rights) is left to it. It is told by its number: bzip2 says OSError
+    without one, and a damaged directory leads to places where no file begins.
+    """
+    try:
+        yield
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise ArenaError(f"cannot be unpacked: {error}", where=str(path), remedy="download it again") from None
 
 
 def _tables_in(archive: zipfile.ZipFile, path: Path) -> list[tuple[zipfile.ZipInfo, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,30 @@ def raw_bytes() -> Any:
     import pyarrow as pa
 
     return pa.array([b'["a"]'] * 39 + [b'["\xff"]'], pa.binary()).view(pa.string())
+
+
+def packed(kind: int, how=bytes) -> Any:
+    """Return what packs the votes into votes.zip, its bytes changed."""
+
+    def breaks(place: Place) -> None:
+        with zipfile.ZipFile("votes.zip", "w", kind) as archive:
+            archive.write("votes.csv")
+        path = Path("votes.zip")
+        path.write_bytes(how(path.read_bytes()))
+
+    return breaks
+
+
+def flipped(data: bytes) -> bytes:
+    """Invert the bytes in the middle, where a member's content is."""
+    at = len(data) // 3
+    return data[:at] + bytes(b ^ 255 for b in data[at : at + 100]) + data[at + 100 :]
+
+
+def misled(data: bytes) -> bytes:
+    """Let the directory lead to a place before the file's beginning."""
+    at = data.rindex(b"PK\x05\x06") + 16
+    return data[:at] + (len(data) * 2).to_bytes(4, "little") + data[at + 4 :]
 
 
 NO_BATTLES = "this is not a table of battles"
@@ -210,6 +235,33 @@ PARQUET = [
 ]
 
 
+ZIP = (*PREPARE[:-1], "votes.zip")
+UNPACKED = ("votes.zip: cannot be unpacked", "download it again")
+ZIPS = [
+    Case("zip_deflated_flipped", packed(zipfile.ZIP_DEFLATED, flipped), ZIP, UNPACKED),
+    Case("zip_stored_flipped", packed(zipfile.ZIP_STORED, flipped), ZIP, UNPACKED),
+    Case("zip_bzip2_flipped", packed(zipfile.ZIP_BZIP2, flipped), ZIP, UNPACKED),
+    Case("zip_lzma_flipped", packed(zipfile.ZIP_LZMA, flipped), ZIP, UNPACKED),
+    *(
+        Case(f"zip_misled_{name}", packed(kind, misled), ZIP, UNPACKED)
+        for name, kind in (("stored", zipfile.ZIP_STORED), ("lzma", zipfile.ZIP_LZMA), ("bzip2", zipfile.ZIP_BZIP2))
+    ),
+    Case("zip_cut_off", packed(zipfile.ZIP_LZMA, cut(0.5)), ZIP, ("votes.zip: is a zip archive",)),
+    Case(
+        "zip_unknown_method",
+        packed(zipfile.ZIP_STORED, lambda d: d.replace(b"\x14\0\0\0\0\0", b"\x14\0\0\0\x63\0")),
+        ZIP,
+        ("votes.zip: cannot be unpacked", "compression"),
+    ),
+    Case(
+        "zip_encrypted",
+        packed(zipfile.ZIP_STORED, lambda d: d.replace(b"\x14\0\0\0\0\0", b"\x14\0\1\0\0\0")),
+        ZIP,
+        ("votes.zip: cannot be unpacked", "password"),
+    ),
+]
+
+
 def one(column: str, cell: str) -> Any:
     return rows(lambda table: table[4].update({column: cell}))
 
@@ -307,4 +359,4 @@ TRUTH = [
     Case("truth_negative", truth(f"{NAMES}1,1.5,-.5,0\n"), WITH_TRUTH, ("truth.csv row 1",)),
     Case("truth_short_row", truth(f"{NAMES}1,1,0,0\n2,1\n"), WITH_TRUTH, ("truth.csv row 2",)),
 ]
-CASES = [*FILES, *PARQUET, *CELLS, *BROKEN_ROWS, *LOSSES, *TRUTH]
+CASES = [*FILES, *PARQUET, *ZIPS, *CELLS, *BROKEN_ROWS, *LOSSES, *TRUTH]

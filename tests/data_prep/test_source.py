@@ -1,6 +1,7 @@
 """Where votes come from: files, folders, Kaggle's zip, a hub data set; told apart by columns."""
 
 import csv
+import errno
 import zipfile
 
 import pytest
@@ -108,6 +109,19 @@ def test_a_broken_archive_is_refused_and_leaves_nothing(kaggle, damage, monkeypa
     assert "lmsys.zip" in str(caught.value) and caught.value.remedy
     left = kaggle.parent / "data" / ".sources"
     assert not left.exists() or not any(left.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_what_the_system_says_while_an_archive_is_unpacked_is_no_fault_of_the_archive(kaggle, monkeypatch, number):
+    def copyfileobj(*_):
+        raise OSError(number, "the system's word")
+
+    archive = zipped(kaggle)
+    monkeypatch.setattr("shutil.copyfileobj", copyfileobj)
+    with pytest.raises(OSError, match="the system's word") as caught:
+        votes_at(archive, labelled=True)
+    assert caught.value.errno == number
+    assert not any((kaggle.parent / "data" / ".sources").iterdir())
 
 
 @pytest.mark.parametrize("source", ["hf://datasets/justone", "hf://models/a/b", "hf://datasets//x", "hf://"])
