@@ -416,7 +416,7 @@ def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], a
 @click.option(
     "--output",
     type=file_argument,
-    help="Where --input's probabilities go [outputs/EXP/STAGE/scored/NAME.csv].",
+    help="Where --input's probabilities go [outputs/EXP/STAGE/scored/NAME.csv]; only an earlier output is replaced.",
 )
 @engine_options
 @json_option

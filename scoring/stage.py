@@ -18,7 +18,7 @@ from data_prep.source import votes_at
 from factory.outdated import require_own_settings, require_own_votes, require_scored
 from factory.progress import duration, loss_curve
 from factory.step import STEPS, merge_of
-from scoring.destination import require_outside, require_replaceable
+from scoring.destination import record_output, require_outside, require_replaceable
 from scoring.executors import Executor, open_executor
 from scoring.job import Job, open_job
 from scoring.judge import MANIFEST
@@ -141,7 +141,7 @@ def score_input(
     where `output` is somebody else's file.
     """
     options = options or ScoreOptions()
-    require_replaceable(output, source)
+    require_replaceable(output, source, experiment)
     spec, report = options.spec(experiment, stage), read_report(experiment, stage)
     calibrations, wanted = orders_of(report), bool(report["calibration"]["swap_tta"])
     if wanted and options.time_limit is not None:
@@ -171,6 +171,7 @@ def score_input(
             if wanted or (options.time_limit is not None and calibrations.both is not None):
                 _tell_partial(job.swapped(executor, pace), job.rows, stage, options, show)
         rows = _write_table(output, job, calibrations)
+        record_output(output)
         formulas = sum(map(is_formula, job.ids()))
         job.remove()
     remove_empty(base)  # its own lock lay in there until now

@@ -308,6 +308,23 @@ SHOWS = [
 ]
 
 
+def scored_to(output: str) -> tuple[str, ...]:
+    return (*SCORE_INPUT[:-1], output)
+
+
+OUTPUTS = [
+    Case(f"output_{name}", breaks, scored_to(output), (output, *words), 2)
+    for name, breaks, output, words in [
+        ("is_a_truth", write("truth.csv", f"{HEAD}1,1,0,0\n"), "truth.csv", ("is not an earlier output", "--output")),
+        ("is_a_sample", write("sample_submission.csv", HEAD), "sample_submission.csv", ("is not an earlier output",)),
+        ("is_the_votes", lambda p: None, "votes.csv", ("which exam was prepared from",)),
+        ("was_the_votes", remove("votes.csv"), "votes.csv", ("which exam was prepared from",)),
+        ("is_exported", lambda p: None, "data/exam/rows.parquet", ("lies in data/",)),
+        ("is_in_an_arena", lambda p: None, "data/synthetic_arena/truth.csv", ("lies in data/",)),
+    ]
+]
+
+
 def first_prompts() -> None:
     from scoring.run_checks import shared_prompts
 
@@ -385,6 +402,6 @@ SUBMISSIONS = [
 ]
 SUBMISSIONS.append(Case("submission_missing", lambda p: None, submission, ("mine.csv: cannot be read",)))
 CASES = [
-    *(*MANIFEST, *EXPORT, *INFO, *STATE, *JUDGE, *MODEL, *ADAPTERS, *MERGES, *REPORTS, *COMPARES, *SHOWS),
+    *(*MANIFEST, *EXPORT, *INFO, *STATE, *JUDGE, *MODEL, *ADAPTERS, *MERGES, *REPORTS, *COMPARES, *SHOWS, *OUTPUTS),
     *(*OWN_READS, *SUBMISSIONS),
 ]
