@@ -68,7 +68,7 @@ class Scorer(Protocol):
     def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
         """Yield the rows of one exported split, in the order of the input."""
 
-    def read(self, path: Path, *, both_orders: bool) -> Iterator[tuple[Facts, Fed]]:
+    def read(self, path: Path) -> Iterator[tuple[Facts, Fed]]:
         """Yield the rows of any table of battles, fitted as the training rows were; a bad row stops it by name."""
 
     def open(self) -> None:
@@ -154,10 +154,10 @@ class _LabelScorer:
         for facts, text in exported_rows(self._data, split, "battles.parquet"):
             yield facts, {**text, "dropped": facts.pop("dropped")}
 
-    def read(self, path: Path, *, both_orders: bool) -> Iterator[tuple[Facts, Fed]]:
+    def read(self, path: Path) -> Iterator[tuple[Facts, Fed]]:
         fitter = self._judge.fitter()
         for chunk in in_chunks(battles_to_score(path), _CHUNK):
-            for battle, fitted in zip(chunk, fitter.fit(chunk, both_orders=both_orders), strict=True):
+            for battle, fitted in zip(chunk, fitter.fit(chunk, both_orders=True), strict=True):
                 fed = {name: getattr(fitted.battle, name) for name in ("id", "prompts", "responses_a", "responses_b")}
                 yield describe(battle, tokens=fitted.tokens, cut=fitted.cut), {**fed, "dropped": fitted.dropped}
 
@@ -212,7 +212,7 @@ class _PairScorer:
             facts |= {"tokens": max(text["tokens_a"], text["tokens_b"]), "cut": text["cut"]}
             yield facts, {name: text[name] for name in ("id", "prompt", "response_a", "response_b")}
 
-    def read(self, path: Path, *, both_orders: bool) -> Iterator[tuple[Facts, Fed]]:
+    def read(self, path: Path) -> Iterator[tuple[Facts, Fed]]:
         shares, cutoff = self._experiment.budget_shares, self._experiment.cutoff_len
         fitter = PairFitter(self._frame, self._tokenizer, cutoff_len=cutoff, shares=shares)
         for chunk in in_chunks(battles_to_score(path), _CHUNK):

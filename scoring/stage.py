@@ -161,7 +161,7 @@ def score_input(
                 scorer,
                 executor,
                 inputs=inputs,
-                rows=lambda: scorer.read(path, both_orders=wanted),
+                rows=lambda: scorer.read(path),
                 label=f"{stage}: {Path(source).name}",
                 show=show,
                 fresh=options.fresh,

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,13 @@ def row(identity: str, prompt: str, a: str, b: str, verdict: int) -> dict[str, s
     return {"id": identity, "model_a": "m", "model_b": "n", **{k: json.dumps([v]) for k, v in texts.items()}, **flags}
 
 
-def build(folder: Path, frame, tokenizer) -> None:
+def usual_votes(place: Place) -> None:
+    """Write votes.csv and test.csv."""
+    place.table(place.rows())
+    place.table(place.rows(6, start=9000), "test.csv", COLUMNS[:6])
+
+
+def build(folder: Path, frame, tokenizer, write_votes: Callable[[Place], object] = usual_votes) -> None:
     """Lay the place out in `folder`, the current one: everything by the project's own code, training left out."""
     from click.testing import CliRunner
 
@@ -98,13 +105,11 @@ def build(folder: Path, frame, tokenizer) -> None:
     CACHE.mkdir(parents=True)
     cached = {"frame": asdict(frame), "tokenizer": tokenizer.to_str()}
     (CACHE / f"{_cache_key(experiment)}.json").write_text(json.dumps(cached))
-    place = Place()
-    place.table(place.rows())
-    place.table(place.rows(6, start=9000), "test.csv", COLUMNS[:6])
+    write_votes(Place())
     _call(CliRunner(), run.cli, "prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs")
     merged = experiment.merged_folder("sft")
     merged.mkdir(parents=True)
-    _train_and_merge(experiment.adapter_folder("sft"), merged)
+    train_and_merge(experiment.adapter_folder("sft"), merged)
     seal(merged, experiment, "sft")
     _call(CliRunner(), run.cli, "score", "-e", "exam", "--json")
 
@@ -123,7 +128,7 @@ def _model(folder: Path, tokenizer) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
-def _train_and_merge(adapter: Path, merged: Path) -> None:
+def train_and_merge(adapter: Path, merged: Path) -> None:
     """Lay down what a training and its merge leave, with a random adapter."""
     import torch
     from peft import LoraConfig, get_peft_model

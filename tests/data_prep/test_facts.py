@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -13,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow.parquet import read_table
 
-from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from data_prep.battle import VERDICTS, Battle, swap
+from data_prep.budget import MARKER
+from data_prep.chat_frame import load_frame
 from data_prep.export import export
 from data_prep.facts import battle_facts, first_prompts
 from data_prep.folds import prompt_group
@@ -21,6 +22,7 @@ from data_prep.neutral import EMPTY, Neutralizer
 from data_prep.prompt import JudgePrompt
 from factory.experiment import Labels
 from scoring.run_checks import shared_prompts
+from tests.votes import write_votes
 
 SETS = ("sft", "dpo_judge", "dpo_reward")
 PROMPTS = [
@@ -34,17 +36,6 @@ PROMPTS = [
 ]
 SPELLINGS = [str, str.upper, str.title, lambda text: f"  {text}\n", lambda text: f"¿{text}!"]
 ANSWERS = ["yes", "", "no\nit is not", "word " * 150, "日本 " * 200]
-
-
-def write_votes(path: Path, battles: Iterable[Battle]) -> Path:
-    """Write battles as the competition's table."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "model_a", "model_b", "prompt", "response_a", "response_b", *PROBABILITY_COLUMNS])
-        for battle in battles:
-            texts = [json.dumps(list(each)) for each in (battle.prompts, battle.responses_a, battle.responses_b)]
-            writer.writerow([battle.id, "m", "n", *texts, *(int(battle.verdict == v) for v in VERDICTS)])
-    return path
 
 
 def folds_of(folder: Path) -> dict[str, dict[str, set[str]]]:
@@ -123,6 +114,33 @@ def test_the_run_check_sees_what_groups_of_shortened_battles_would_hide(experime
     export(experiment, write_votes(workplace / "votes.csv", battles), views=("judge", "reward"), workers=0)
     found = shared_prompts(experiment.data_folder)
     assert found["the votes"] > 10 and not found["the folds' groups"]
+
+
+def test_a_battle_is_cut_alike_with_and_without_its_verdict_in_either_order(experiment, workplace):
+    Path("inline.j2").write_text(
+        "{% for turn in turns %}{{ turn.prompt }}\n{{ turn.a }} {{ turn.b }}\n{% endfor %}Verdict:\n"
+    )
+    frame, tokenizer = load_frame(experiment)
+    prompt = JudgePrompt.load(Path("inline.j2"), experiment.labels)
+
+    def tokens(battle: Battle) -> int:
+        wrapped = frame.wrap(prompt.message(battle, 0))
+        return len(tokenizer.encode(wrapped, add_special_tokens=False).ids) + frame.overhead
+
+    texts = ("why " * 300,), ("the answer",), ("1 answer",)
+    battle = max((Battle("1", *texts, "a"), swap(Battle("1", *texts, "b"))), key=lambda b: tokens(swap(b)) - tokens(b))
+    assert tokens(battle) < tokens(swap(battle)), "only the other order is too long"
+    others = [Battle(f"x{i}", (f"q{i}",), ("a",), ("b",), VERDICTS[i % 3]) for i in range(60)]
+    changed = {"cutoff_len": tokens(battle), "prompt_template": "inline.j2"}
+    for swap_copies in (True, False):
+        its = experiment.model_copy(update={**changed, "swap_copies": swap_copies})
+        votes = write_votes(workplace / "votes.csv", [battle, *others])
+        export(its, votes, write_votes(workplace / "test.csv", [battle, replace(battle, id="new")]))
+        (fitted, *_), row = (
+            read_table(its.data_folder / f"{name}.parquet").to_pylist() for name in ("battles", "rows")
+        )
+        assert row[0]["cut"] and MARKER in fitted["prompts"][0] and row[-1]["split"] == "test"
+        assert {**read_table(its.data_folder / "battles.parquet").to_pylist()[-1], "id": "1"} == fitted
 
 
 def test_the_lengths_are_those_of_the_whole_texts(experiment, workplace):
