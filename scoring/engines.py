@@ -50,14 +50,9 @@ class Engine(Protocol):
 def open_engine(judge: Judge, engine: str = "torch", precision: str = "auto", **options: Any) -> Engine:
     """Load a judge into an engine; `options` are those of the engine's own class.
 
-    Raises UsageError for an unknown engine or precision, ArenaError where the extra is missing or the model cannot
-    be loaded.
+    Raises as `require_engine` does, and ArenaError where the model cannot be loaded.
     """
-    if engine not in ENGINES:
-        raise UsageError(f"there is no engine {engine!r}", remedy=f"choose one of: {', '.join(ENGINES)}")
-    if engine != "llama.cpp" and precision not in PRECISIONS:  # a GGUF file has precisions of its own
-        raise UsageError(f"there is no precision {precision!r}", remedy=f"choose one of: {', '.join(PRECISIONS)}")
-    _require_extra(engine)
+    require_engine(engine, precision)
     if engine == "openvino":
         from scoring.openvino_engine import OpenVinoEngine
 
@@ -71,8 +66,14 @@ def open_engine(judge: Judge, engine: str = "torch", precision: str = "auto", **
     return TorchEngine(judge, precision, **options)
 
 
-def _require_extra(engine: str) -> None:
+def require_engine(engine: str, precision: str) -> None:
+    """Raise UsageError for an unknown engine or precision, ArenaError where the engine's extra is missing; quick."""
     from importlib.util import find_spec
+
+    if engine not in ENGINES:
+        raise UsageError(f"there is no engine {engine!r}", remedy=f"choose one of: {', '.join(ENGINES)}")
+    if engine != "llama.cpp" and precision not in PRECISIONS:  # a GGUF file has precisions of its own
+        raise UsageError(f"there is no precision {precision!r}", remedy=f"choose one of: {', '.join(PRECISIONS)}")
 
     if engine in _EXTRAS and find_spec(_EXTRAS[engine][0]) is None:
         module, extra = _EXTRAS[engine]

@@ -34,7 +34,7 @@ from factory.step import STEPS
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
 from scoring.canaries import label_canaries, require_canaries, reward_canaries
 from scoring.engine import device_name, load_model
-from scoring.engines import open_engine
+from scoring.engines import open_engine, require_engine
 from scoring.judge import MANIFEST, load_judge
 from scoring.links import softmax
 from scoring.reader import Reader
@@ -106,6 +106,7 @@ def scorer_of(experiment: Experiment, stage: str, engine: str = "torch", precisi
     if stage not in STEPS or STEPS[stage].merges:
         raise ArenaError(f"{stage!r} is no stage", remedy="choose one of: sft, dpo_judge, dpo_reward, rm")
     if stage not in _REWARD_PRECISIONS:
+        require_engine(engine, precision)  # before the judge is read: nothing is begun for an engine that is not there
         return _LabelScorer(experiment, stage, engine, precision)
     if engine != "torch":
         raise UsageError(

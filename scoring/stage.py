@@ -101,17 +101,19 @@ def score_stage(
     again = f"python run.py score -e {experiment.name} --stage {stage} --fresh"
     inputs = {"model": scorer.inputs(), **_inputs(experiment, stage), **_asked(spec)}
     with only_run(folder):
-        if options.fresh:
-            archive(folder / REPORT)
         state = StageState(folder)
-        if state.finished("score", inputs, fresh_remedy=again):
+        if not options.fresh and state.finished("score", inputs, fresh_remedy=again):
             show.note(f"{stage}: scores kept, finished {state.record('score').finished_at}")
             report = read_report(experiment, stage, remedy=again)
             require_sound(report.get("checks", []), folder / REPORT)
             return report
-        state.begin("score", inputs)
         started = time.monotonic()
-        jobs, scoring = _score_splits(experiment, scorer, spec, options, show)
+        with closing(_opened(spec, stage, options, show)) as executor:
+            # Only now: a model that cannot be loaded leaves the earlier result as it is.
+            for old in archive(folder / REPORT) if options.fresh else ():
+                show.note(f"{stage}: the earlier report is now {old}")
+            state.begin("score", inputs)
+            jobs, scoring = _score_splits(experiment, stage, scorer, executor, options, show)
         scoring["seconds"] = seconds = round(time.monotonic() - started, 2)
         report, outputs = _write(experiment, stage, jobs, scoring, compared)
         state.finish("score", outputs, time.monotonic() - started)
@@ -224,39 +226,37 @@ def _opened(spec: ScorerSpec, stage: str, options: ScoreOptions, show: Show) -> 
 
 
 def _score_splits(
-    experiment: Experiment, scorer: Scorer, spec: ScorerSpec, options: ScoreOptions, show: Show
+    experiment: Experiment, stage: str, scorer: Scorer, executor: Executor, options: ScoreOptions, show: Show
 ) -> tuple[dict[str, Job], dict[str, Any]]:
     """Score both splits; return their jobs, and what the report says of how they were scored."""
-    stage = spec.stage
-    with closing(_opened(spec, stage, options, show)) as executor:
-        jobs = {
-            split: open_job(
-                _base(experiment, stage),
-                split,
-                scorer,
-                executor,
-                inputs={"data": _data(experiment, stage)},
-                rows=lambda split=split: scorer.exported(split),
-                label=f"{stage}: {label}",
-                show=show,
-                fresh=options.fresh,
-            )
-            for split, label in _LABELS.items()
-        }
-        valid, test = jobs.values()
-        pace = _pace(jobs.values(), options, show)
-        for job in jobs.values():
-            job.straight(executor, pace)
-        both = {"valid": 0, "test": 0}
-        if not scorer.label_ids:
-            pass  # rewards have no order
-        elif pace.allows(valid.tokens):
-            both["valid"] = valid.swapped(executor, pace, whole=True)
-            if experiment.swap_tta or options.time_limit is not None:
-                both["test"] = test.swapped(executor, pace)
-                _tell_partial(both["test"], test.rows, stage, options, show)
-        else:
-            show.note(f"{stage}: the time limit leaves no room for the other order of the answers: no row was swapped")
+    jobs = {
+        split: open_job(
+            _base(experiment, stage),
+            split,
+            scorer,
+            executor,
+            inputs={"data": _data(experiment, stage)},
+            rows=lambda split=split: scorer.exported(split),
+            label=f"{stage}: {label}",
+            show=show,
+            fresh=options.fresh,
+        )
+        for split, label in _LABELS.items()
+    }
+    valid, test = jobs.values()
+    pace = _pace(jobs.values(), options, show)
+    for job in jobs.values():
+        job.straight(executor, pace)
+    both = {"valid": 0, "test": 0}
+    if not scorer.label_ids:
+        pass  # rewards have no order
+    elif pace.allows(valid.tokens):
+        both["valid"] = valid.swapped(executor, pace, whole=True)
+        if experiment.swap_tta or options.time_limit is not None:
+            both["test"] = test.swapped(executor, pace)
+            _tell_partial(both["test"], test.rows, stage, options, show)
+    else:
+        show.note(f"{stage}: the time limit leaves no room for the other order of the answers: no row was swapped")
     scoring = {"engine": executor.engine, "precision": executor.precision, "device": executor.device}
     limit = {} if options.time_limit is None else {"time_limit_seconds": options.time_limit}
     return jobs, {**scoring, "rows_in_both_orders": both, **limit}

@@ -285,6 +285,28 @@ def test_two_runs_at_once_are_told_who_is_at_work(place):
     assert {k: v for k, v in place.snapshot().items() if "input-" not in k} == before
 
 
+@pytest.mark.parametrize("options", [["--precision", "16bit"], ["--engine", "llama.cpp"]])
+def test_options_that_cannot_be_had_put_no_result_aside(place, monkeypatch, options):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    before = place.snapshot()
+    done = call(*SCORE, "--fresh", *options)
+    assert done.exit_code in (1, 2) and "remedy: " in done.output and "loading" not in done.output, done.output
+    assert place.snapshot() == before
+
+
+def test_a_model_that_cannot_be_loaded_puts_no_result_aside(place, monkeypatch):
+    def breaks(*_):
+        raise ArenaError("fits in no memory", remedy="take a smaller one")
+
+    before = place.snapshot()
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "_opened", breaks)
+        refused(*SCORE, "--fresh", words=("fits in no memory",))
+    assert place.snapshot() == before
+    done = call(*SCORE, "--fresh")
+    assert done.exit_code == 0 and "the earlier report is now outputs/exam/sft/report.json.earlier-1" in done.output
+
+
 def test_a_lock_may_be_waited_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "from pathlib import Path; from data_prep.lock import only_run; import time\n"
