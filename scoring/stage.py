@@ -175,7 +175,10 @@ def score_input(
         rows = _write_table(output, job, calibrations)
         record_output(output)
         formulas = sum(map(is_formula, job.ids()))
+        cut = sum(int(table["cut"].sum()) for table in job.tables())
         job.remove()
+    if cut:
+        show.note(f"{stage}: {cut:,} of {rows:,} rows ({cut / rows:.1%}) were shortened to the judge's token budget")
     remove_empty(base)  # its own lock lay in there until now
     if formulas:
         show.note(f"warning: {formulas} id(s) begin as a spreadsheet's formula does: do not open {output} in one")

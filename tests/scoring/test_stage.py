@@ -55,6 +55,15 @@ def test_a_calibration_of_another_precision_is_told(judged):
     assert probabilities() != fp32, "16 bit really are 16 bit"
 
 
+def test_it_says_how_many_rows_were_shortened(judged):
+    assert "shortened" not in scored(judged)
+    rows = Path("battles.csv").read_text(encoding="utf-8").splitlines()
+    long = json.dumps(["word " * 500]).replace('"', '""')
+    rows[1:3] = [f'{row.split(",")[0]},"{long}","{long}","{long}"' for row in rows[1:3]]
+    Path("battles.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    assert "sft: 2 of 40 rows (5.0%) were shortened to the judge's token budget" in scored(judged)
+
+
 def test_a_limit_that_does_not_hold_writes_nothing_and_loses_nothing(judged):
     with pytest.raises(ArenaError, match="before every row was scored once") as caught:
         scored(judged, time_limit=3600.0, started=time.monotonic() - 7200)
