@@ -167,7 +167,7 @@ def new(name: str, model: str, template: str | None, bits: str, cutoff: int | No
     help="Votes: a table, a folder, Kaggle's zip, or hf://datasets/OWNER/NAME.",
 )
 @click.option("--test", shell_complete=_complete_file, help="Battles without votes, for the submission; as --train.")
-@click.option("--truth", type=file_argument, help="Known probabilities of the votes (synthetic arenas only).")
+@click.option("--truth", type=file_argument, help="Known probabilities of all votes (synthetic arenas only).")
 @click.option("--force", is_flag=True, help="Replace recipes that were edited by hand.")
 @click.option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them.")
 @click.option(

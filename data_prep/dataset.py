@@ -178,7 +178,8 @@ def truth_of(folder: Path) -> pd.DataFrame | None:
     if not path.is_file():
         return None
     try:
-        truth = pd.read_csv(path, dtype={"id": str})
+        truth = pd.read_csv(path, dtype={"id": str}, keep_default_na=False)  # an id may be NA
+        truth["id"] = truth["id"].str.strip()  # as those of the votes
         values = truth.set_index("id")[list(PROBABILITY_COLUMNS)].to_numpy(float)
     except (ValueError, KeyError, OSError) as error:  # pandas' own errors are ValueErrors
         raise _damaged(path, str(error).splitlines()[0][:200]) from None

@@ -18,13 +18,13 @@ rows: memory grows by some ten bytes a battle, so that millions of votes are a m
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.batch import BatchMaker
-from data_prep.battle import PROBABILITY_COLUMNS, Battle
+from data_prep.battle import Battle
 from data_prep.budget import in_chunks
 from data_prep.chat_frame import load_frame
 from data_prep.crew import open_crew, usual_workers
@@ -39,7 +39,7 @@ from data_prep.pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
 from data_prep.strangers import refuse_loss, refuse_strangers
-from data_prep.tables import BrokenRow, open_table
+from data_prep.truth import check_truth, require_truth_of
 from data_prep.writer import Writer
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def export(
 ) -> dict[str, Any]:
     """Read, fold, fit and write one experiment's data folder, whole or not at all; return the audit.
 
-    `truth` is a table of known probabilities (synthetic arena only), copied beside the data for the report.
+    `truth` is a table of known probabilities of all votes (synthetic arena only), copied beside the data.
     `views` are the preference sets to write beside those of SFT; "reward" tokenizes every text once more, and
     may follow later with `ensure_views`. `unchanged` are SHA-256 sums of files that must come out as they were.
     `workers` is the number of processes that fit (0: a thread; None: what suits the machine); the files do not
@@ -87,7 +87,7 @@ def export(
     for folder in (DATA, experiment.data_folder):
         listed_sets(folder / "dataset_info.json")  # a slip in it is told now, not after the work
     if truth:
-        _check_truth(truth)
+        check_truth(truth)
     if test and test.exists() and train.exists():
         refuse_same_table(train, test)
     reader = VoteReader(train, labelled=True)
@@ -112,6 +112,8 @@ def export(
         if test_reader:
             rows = folder / "rows.parquet"
             audit["test_rows_in_train"] = check_overlap(rows, test_reader.path, has_verdicts=test_reader.has_verdicts)
+        if truth:
+            require_truth_of(folder / "rows.parquet", truth)
         files = _describe(folder, experiment, prompt, frame, audit, truth)
         _refuse_changed(experiment, files, unchanged or {})
         refuse_strangers(experiment.data_folder)  # what came while we worked, or with a folder that was put back
@@ -127,25 +129,6 @@ def _counted(reader: VoteReader, phase: str, progress) -> Iterator[list[Battle]]
         yield chunk
         seen += len(chunk)
         progress(Progress(phase, seen, share))
-
-
-def _check_truth(path: Path) -> None:
-    """Raise ArenaError now, not in the report after hours of training, if this is no table of probabilities."""
-    remedy = "--truth is the truth.csv of a synthetic arena; leave it out for votes of people"
-    table, names = open_table(path), ("id", *PROBABILITY_COLUMNS)
-    if missing := [name for name in names if name not in table.columns]:
-        raise ArenaError(f"lacks the column(s) {missing}", where=str(path), remedy=remedy)
-    for number, cells in enumerate(table.rows(names), 1):
-        if isinstance(cells, BrokenRow) or not _is_distribution(cells[1:]):
-            raise ArenaError("holds no three probabilities", where=f"{path} row {number}", remedy=remedy)
-
-
-def _is_distribution(cells: Sequence[object]) -> bool:
-    try:
-        values = [float(cell) for cell in cells]
-    except (TypeError, ValueError):
-        return False
-    return all(0 <= value <= 1 for value in values) and abs(sum(values) - 1) < 1e-3
 
 
 def ensure_views(

@@ -8,6 +8,7 @@ from data_prep.battle import PROBABILITY_COLUMNS
 from data_prep.dataset import truth_of
 from data_prep.errors import ArenaError
 from data_prep.files import read_json, write_json
+from data_prep.truth import probabilities_of
 from factory.outdated import outdated_files, require_scored
 from factory.step import STEPS, TRAININGS
 from scoring.baselines import baseline_ladder
@@ -44,7 +45,7 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
     truth = truth_of(experiment.data_folder)
     bayes = None
     if truth is not None:
-        bayes = truth.set_index("id").loc[rows["id"], list(PROBABILITY_COLUMNS)].to_numpy(float)
+        bayes = probabilities_of(truth, rows["id"].tolist(), str(experiment.data_folder / "truth.csv"))
     result = {"experiment": experiment.name, **compare(frames, experiment.seed, baselines=ladder, bayes=bayes)}
     result["flags"] = {stage: _red_flags(experiment, stage) for stage in frames}
     folder = experiment.output_folder("compare")

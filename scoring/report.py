@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS
+from data_prep.battle import VERDICTS
 from data_prep.errors import ArenaError
 from data_prep.screen import name_of
+from data_prep.truth import probabilities_of
 from scoring import metrics
 from scoring.baselines import baseline_ladder, ladder_notes
 from scoring.calibration import (
@@ -336,24 +337,9 @@ def _judged(
         metrics.as_groups(table["group"]),
         probabilities[known],
         baselines,
-        _bayes(truth, table),
+        None if truth is None else probabilities_of(truth, _ids(table)),
         orders,
     )
-
-
-def _bayes(truth: pd.DataFrame | None, table: pd.DataFrame) -> np.ndarray | None:
-    """Return the true probabilities [rows, 3] of the judged rows; None where they are unknown."""
-    if truth is None:
-        return None
-    known = truth.set_index(truth["id"].astype(str))
-    missing = [name for name in _ids(table) if name not in known.index]
-    if missing:
-        raise ArenaError(
-            f"{len(missing)} judged row(s) have no true probabilities, the first id is {name_of(missing[0])}",
-            where="truth.csv",
-            remedy="use the truth.csv that was made with these battles",
-        )
-    return known.loc[_ids(table), list(PROBABILITY_COLUMNS)].to_numpy(np.float64)
 
 
 def _check(scores: pd.DataFrame, texts: pd.DataFrame) -> None:

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.battle import PROBABILITY_COLUMNS
 from data_prep.chat_frame import ChatFrame, load_frame
 from data_prep.dataset import read_battles, read_manifest, truth_of
 from data_prep.errors import ArenaError, UsageError
 from data_prep.prompt import JudgePrompt
+from data_prep.truth import probabilities_of
 from factory.board import serve_page
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import names
@@ -34,7 +34,7 @@ from factory.step import STEPS, TRAININGS
 from factory.survey import OUTDATED, experiment_view, next_commands, running_stages, stage_view
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 RUNG_NAMES = {
     "uniform": "uniform, 1/3 each",
@@ -199,7 +199,7 @@ class Ladder:
         self._losses = {name: row_losses(shares, truth) for name, shares in found.items()}
         known = truth_of(data)
         if known is not None:
-            self._losses["bayes"] = row_losses(_in_order(known, self.ids), truth)
+            self._losses["bayes"] = row_losses(probabilities_of(known, self.ids, str(data / "truth.csv")), truth)
 
     def at(self, ids: list[str] | None = None) -> dict[str, float]:
         """Return the log loss of each rung on some validation rows, or on all of them."""
@@ -208,10 +208,6 @@ class Ladder:
             place = {name: number for number, name in enumerate(self.ids)}
             places = [place[name] for name in ids]
         return {name: float(losses[list(places)].mean()) for name, losses in self._losses.items()}
-
-
-def _in_order(known: pd.DataFrame, ids: list[str]) -> np.ndarray:
-    return known.set_index("id").loc[ids, list(PROBABILITY_COLUMNS)].to_numpy()
 
 
 class CheckpointScorer:

@@ -236,6 +236,19 @@ REPORTS = [
 ]
 HEAD = "id,winner_model_a,winner_model_b,winner_tie\n"
 SCORES, CHANCES = f"{OUT}/scores_valid.parquet", f"{OUT}/probabilities_valid.csv"
+
+
+def truth_of_others(place: Place) -> None:
+    Path(DATA, "truth.csv").write_text(f"{HEAD}1,.5,.25,.25\n")
+
+
+def ladder() -> None:
+    from factory.experiment import load_experiment
+    from scoring.watching import Ladder
+
+    Ladder(load_experiment("exam"))
+
+
 COMPARES = [
     Case(f"compare_{name}", breaks, COMPARE, words)
     for name, breaks, words in [
@@ -254,6 +267,7 @@ COMPARES = [
             ("its scores cannot be read",),
         ),
         ("flags_of_words", edited(REPORT, flags="red"), ("its flags cannot be read", "--fresh")),
+        ("truth_of_others", truth_of_others, ("have no true probabilities", "prepare again")),
         ("other_rows", change(CHANCES, lambda d: b"\n".join(d.splitlines()[:-1])), ("hold different rows",)),
     ]
 ]
@@ -366,6 +380,7 @@ OWN_READS = [
         ("no_audit", remove(f"{DATA}/audit.json"), rejected, ("audit.json: is damaged", AGAIN)),
         ("audit_deep", write(f"{DATA}/audit.json", DEEP), rejected, ("audit.json: is damaged",)),
         ("audit_a_list", write(f"{DATA}/audit.json", "[]"), rejected, ("audit.json: is no audit",)),
+        ("truth_of_others", truth_of_others, ladder, ("data/exam/truth.csv", "have no true probabilities")),
         ("half_a_row_store", half_store, stored_ids, ("rows.parquet: is damaged", "score again")),
     ]
 ]

@@ -357,6 +357,16 @@ TRUTH = [
     Case("truth_does_not_sum", truth(f"{NAMES}1,.5,.5,.5\n"), WITH_TRUTH, ("truth.csv row 1",)),
     Case("truth_nan", truth(f"{NAMES}1,nan,.5,.5\n"), WITH_TRUTH, ("truth.csv row 1",)),
     Case("truth_negative", truth(f"{NAMES}1,1.5,-.5,0\n"), WITH_TRUTH, ("truth.csv row 1",)),
+    Case(
+        "truth_of_a_part",
+        truth(NAMES + "".join(f"{n},1,0,0\n" for n in range(1000, 1030))),
+        WITH_TRUTH,
+        ("truth.csv: has no true probabilities of 10 of the 40 battles, the first id is 1030", "with these votes"),
+    ),
+    Case("truth_of_none", truth(NAMES), WITH_TRUTH, ("of 40 of the 40 battles",)),
+    Case("truth_twice", truth(f"{NAMES}1,1,0,0\n2,1,0,0\n1,0,1,0\n"), WITH_TRUTH, ("the id 1 stands in row 1 and",)),
+    Case("truth_without_an_id", truth(f"{NAMES} ,1,0,0\n"), WITH_TRUTH, ("truth.csv row 1: has no id",)),
+    Case("truth_packed", write("truth.csv", gzip.compress(NAMES.encode())), WITH_TRUTH, ("is no plain CSV file",)),
     Case("truth_short_row", truth(f"{NAMES}1,1,0,0\n2,1\n"), WITH_TRUTH, ("truth.csv row 2",)),
 ]
 CASES = [*FILES, *PARQUET, *ZIPS, *CELLS, *BROKEN_ROWS, *LOSSES, *TRUTH]

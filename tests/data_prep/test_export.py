@@ -162,6 +162,16 @@ def test_a_truth_that_is_none_is_refused_before_the_export(experiment, arena):
     assert not experiment.data_folder.exists()
 
 
+def test_a_truth_of_other_votes_leaves_the_earlier_export(experiment, arena, workplace):
+    export(experiment, arena.train, arena.test, arena.truth)
+    before = digests(experiment.data_folder)
+    part = workplace / "part.csv"
+    part.write_text("".join(arena.truth.read_text().splitlines(keepends=True)[:101]))
+    with pytest.raises(ArenaError, match=r"part\.csv: has no true probabilities of 200 of the 300 battles"):
+        export(experiment, arena.train, arena.test, part)
+    assert digests(experiment.data_folder) == before
+
+
 def test_no_swapped_copies_without_being_asked(make_experiment, experiment, arena):
     plain = experiment.model_copy(update={"swap_copies": False})
     export(plain, arena.train)
