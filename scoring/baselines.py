@@ -1,6 +1,7 @@
 """The baseline ladder: what a result must beat, trained on the same training rows and judged on the same rows.
 
-Frames have the columns id, verdict, text_prompt, text_a, text_b (turns joined) and turns; no swapped copies.
+Frames have the columns id, verdict, text_a, text_b (turns joined, as a judge is fed them), and chars_prompt, chars_a,
+chars_b, turns of the whole battle, whatever was cut from its texts; no swapped copies.
 """
 
 from __future__ import annotations
@@ -49,15 +50,15 @@ def ladder_notes(train_rows: int) -> dict[str, str]:
     return {
         "uniform": "a third for each class",
         "prior": "the class shares of the training rows",
-        "length": "logistic regression on the lengths of prompt, A and B, their gap and the number of turns",
+        "length": "logistic regression on the whole lengths of prompt, A and B, their gap and the number of turns",
         "tfidf": f"logistic regression on TF-IDF of A minus TF-IDF of B, and the lengths; {rows}, "
-        f"{TFIDF_CHARS} characters of each answer, {TFIDF_TERMS} words",
+        f"{TFIDF_CHARS} characters of each answer as it is fed, {TFIDF_TERMS} words",
     }
 
 
 def length_features(frame: pd.DataFrame) -> np.ndarray:
     """Return [rows, 9] features that know nothing but lengths (characters) and the number of turns."""
-    prompt, a, b = (_lengths(frame[name]) for name in ("text_prompt", "text_a", "text_b"))
+    prompt, a, b = (frame[name].to_numpy(dtype=np.float64) for name in ("chars_prompt", "chars_a", "chars_b"))
     turns = frame["turns"].to_numpy(dtype=np.float64, na_value=1.0)
     logs = np.log1p(prompt), np.log1p(a), np.log1p(b)
     gap, ratio = logs[1] - logs[2], (a - b) / (a + b + 1)
@@ -113,10 +114,6 @@ def _regression(
     full = np.tile(prior, (asked.shape[0], 1))
     full[:, classes] = model.predict_proba(asked) * prior[classes].sum()
     return full
-
-
-def _lengths(texts: Iterable[str | None]) -> np.ndarray:
-    return np.array([len(text) if isinstance(text, str) else 0 for text in texts], dtype=np.float64)
 
 
 def _heads(texts: Iterable[str | None]) -> list[str]:

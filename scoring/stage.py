@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.cells import is_formula
-from data_prep.dataset import read_audit, read_battles, read_manifest, readable, require_intact, truth_of
+from data_prep.dataset import (
+    read_audit,
+    read_battles,
+    read_manifest,
+    read_rows,
+    readable,
+    require_intact,
+    truth_of,
+)
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import atomic_file, read_json, sha256_of_table, write_json
 from data_prep.lock import only_run
@@ -204,23 +212,27 @@ def read_report(experiment: Experiment, stage: str, *, remedy: str | None = None
 
 
 def texts(data: Path, split: str) -> pd.DataFrame:
-    """Return the frame that the baselines learn from: id, verdict, text_prompt, text_a, text_b, turns."""
+    """Return the frame that the baselines learn from (see scoring.baselines).
+
+    The answers are as they were fitted to the judge prompt, lengths and turns as in the vote.
+    """
     import pandas as pd
 
-    return pd.DataFrame(
+    lengths = ["chars_prompt", "chars_a", "chars_b", "turns"]
+    fitted = pd.DataFrame(
         [
             {
                 "id": battle.id,
                 "verdict": battle.verdict,
-                "text_prompt": "\n".join(battle.prompts),
                 "text_a": "\n".join(battle.responses_a),
                 "text_b": "\n".join(battle.responses_b),
-                "turns": battle.turns + dropped,
             }
-            for battle, dropped in read_battles(data, split)
+            for battle, _ in read_battles(data, split)
         ],
-        columns=["id", "verdict", "text_prompt", "text_a", "text_b", "turns"],
+        columns=["id", "verdict", "text_a", "text_b"],
     )
+    with readable(data / "rows.parquet"):
+        return fitted.join(read_rows(data, split)[lengths])
 
 
 def _opened(spec: ScorerSpec, stage: str, options: ScoreOptions, show: Show) -> Executor:

@@ -30,9 +30,13 @@ def arena(rows: int, seed: int = 0) -> pd.DataFrame:
     logits = np.column_stack([s / 2, -s / 2, np.full(rows, -0.3)])
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     verdict = np.array(["a", "b", "tie"])[(p.cumsum(axis=1) < random.random((rows, 1))).sum(axis=1)]
-    return pd.DataFrame(
-        {"id": range(rows), "verdict": verdict, "text_prompt": "why?", "text_a": a, "text_b": b, "turns": 1}
-    )
+    return measured(pd.DataFrame({"id": range(rows), "verdict": verdict, "text_a": a, "text_b": b, "turns": 1}), "why?")
+
+
+def measured(frame: pd.DataFrame, prompts: object) -> pd.DataFrame:
+    """Return the frame with the lengths of its texts, from which nothing was cut."""
+    texts = {"chars_prompt": pd.Series(prompts, frame.index), "chars_a": frame["text_a"], "chars_b": frame["text_b"]}
+    return frame.assign(**{name: column.fillna("").map(len) for name, column in texts.items()})
 
 
 def loss(p: np.ndarray, frame: pd.DataFrame) -> float:
@@ -50,6 +54,12 @@ def test_each_rung_learns_more_than_the_one_below():
     assert found["uniform"] == pytest.approx(np.log(3))
     assert found["length"] < found["prior"] - 0.05
     assert found["tfidf"] < found["length"] - 0.05
+
+
+def test_the_length_rung_knows_the_whole_lengths_of_what_was_cut():
+    train, rows = arena(500), arena(100, seed=1)
+    cut = [frame.assign(text_a="…", text_b="…") for frame in (train, rows)]
+    assert (baselines.baseline_ladder(*cut, 0)["length"] == baselines.baseline_ladder(train, rows, 0)["length"]).all()
 
 
 def test_the_prior_comes_from_the_training_rows_and_not_from_the_judged_ones():
@@ -80,7 +90,7 @@ def test_classes_missing_in_training_get_their_smoothed_share(left):
 
 @pytest.mark.parametrize("text", ["", None, "\ud800", "一二三", "same"])
 def test_identical_or_odd_texts_everywhere_do_not_crash(text):
-    train, rows = (frame.assign(text_prompt=text, text_a=text, text_b=text) for frame in (arena(200), arena(20, 1)))
+    train, rows = (measured(frame.assign(text_a=text, text_b=text), text) for frame in (arena(200), arena(20, 1)))
     for p in baselines.baseline_ladder(train, rows, 0).values():
         assert np.isfinite(p).all()
 
@@ -104,18 +114,18 @@ def real_rows(path: Path) -> pd.DataFrame:
     def joined(cell):
         return "\n".join(turn or "" for turn in json.loads(cell))
 
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "id": [r["id"] for r in records],
             "verdict": [
                 "a" if r["winner_model_a"] == "1" else "b" if r["winner_model_b"] == "1" else "tie" for r in records
             ],
-            "text_prompt": [joined(r["prompt"]) for r in records],
             "text_a": [joined(r["response_a"]) for r in records],
             "text_b": [joined(r["response_b"]) for r in records],
             "turns": [len(json.loads(r["prompt"])) for r in records],
         }
     )
+    return measured(frame, [joined(r["prompt"]) for r in records])
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real rows are not on this machine")

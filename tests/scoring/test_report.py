@@ -52,10 +52,9 @@ def arena(rows: int, seed: int, *, skill: float = 1.0, tie: float = 0.0, both_or
         {
             "id": ids,
             "verdict": verdicts,
-            "text_prompt": "why",
             "text_a": ["x " * n for n in random.integers(1, 9, rows)],
             "text_b": ["y " * n for n in random.integers(1, 9, rows)],
-            "turns": scores["turns"],
+            **{name: scores[name] for name in ("turns", "chars_prompt", "chars_a", "chars_b")},
         }
     )
     truth = pd.DataFrame(chances, columns=list(PROBABILITY_COLUMNS)).assign(id=ids)
