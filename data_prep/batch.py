@@ -70,8 +70,7 @@ class BatchMaker:
     def make(self, battles: list[Battle], labelled: bool) -> Batch:
         """Fit the battles and return what is to be written; raises ArenaError if one cannot be fitted."""
         pairs = self._pair_fitter.fit(battles) if self._pair_fitter else [None] * len(battles)
-        # Both orders always, as `score --input` fits: what a battle is cut to does not depend on its table.
-        fitted = self._fitter.fit(battles, both_orders=True)
+        fitted = self._fitter.fit(battles, both_orders=labelled and self._experiment.swap_copies)
         facts = [battle_facts(battle) for battle in battles]
         batch = Batch(
             battles=len(battles),

@@ -7,7 +7,7 @@ is longer than `cutoff_len`, counted with the model's own tokenizer inside the w
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -29,6 +29,8 @@ MARKER = "\n[… cut …]\n"
 _ROUNDS = 24
 # Letters that hardly any tokenizer puts into one token on average: more are too long, most likely.
 _LETTERS_A_TOKEN = 5
+# By so many tokens a turn the two orders of a battle may differ, and by an eighth of the budget: far more than they do.
+_ENDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,8 @@ class Fitted:
     """A battle that fits: its texts as fed, its message in both orders, and what was lost on the way.
 
     `tokens` and `tokens_swapped` count the whole sequence with the answer (`message_swapped` is empty and its count
-    0 where only one order was asked for); `tokens_full` is what the uncut battle would have taken; `lost` are the
-    tokens cut from (prompt, a, b) of the kept turns.
+    0 where the other order was neither asked for nor near the budget); `tokens_full` is what the uncut battle would
+    have taken; `lost` are the tokens cut from (prompt, a, b) of the kept turns.
     """
 
     battle: Battle
@@ -97,8 +99,9 @@ class Fitter:
     def fit(self, battles: Sequence[Battle], *, both_orders: bool) -> list[Fitted]:
         """Fit a batch of battles; the result is in the same order and every row is within `cutoff_len`.
 
-        With `both_orders` the A/B-swapped message is made and counted too. Raises ArenaError that names the
-        battle if it cannot be fitted.
+        With `both_orders` the A/B-swapped message of each is made and counted; without it only of those near the
+        budget, which costs little: what a battle is cut to does not depend on who asks, and both of its orders are
+        within the budget either way. Raises ArenaError that names the battle if it cannot be fitted.
         """
         jobs = [_Job(self.clean(battle)) for battle in battles]
         for job in jobs:
@@ -145,15 +148,29 @@ class Fitter:
         )
 
     def _measure(self, jobs: list[_Job], both_orders: bool) -> list[_Job]:
-        """Count every candidate (in both orders) with one batch call; return those that exceed the budget."""
+        """Count every candidate with one or two batch calls; return those that exceed the budget."""
         for job in jobs:
-            orders = (job.candidate, swap(job.candidate)) if both_orders else (job.candidate,)
-            job.messages = tuple(self.prompt.message(battle, job.dropped) for battle in orders)
-        texts = [self.frame.wrap(message) for job in jobs for message in job.messages]
-        counts = iter(map(len, self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
-        for job in jobs:
-            job.tokens = tuple(next(counts) + self.frame.overhead for _ in job.messages)
+            job.messages, job.tokens = (), ()
+        self._add_order(jobs, lambda battle: battle)
+        self._add_order(jobs if both_orders else [job for job in jobs if self._is_near(job)], swap)
         return [job for job in jobs if max(job.tokens) > self.cutoff_len]
+
+    def _add_order(self, jobs: list[_Job], order: Callable[[Battle], Battle]) -> None:
+        """Make and count one order's message of every candidate."""
+        messages = [self.prompt.message(order(job.candidate), job.dropped) for job in jobs]
+        texts = [self.frame.wrap(message) for message in messages]
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for job, message, encoding in zip(jobs, messages, encoded, strict=True):
+            job.messages += (message,)
+            job.tokens += (len(encoding) + self.frame.overhead,)
+
+    def _is_near(self, job: _Job) -> bool:
+        """Tell whether the other order could exceed the budget though this one does not.
+
+        The same texts stand in it, so that only tokens across their ends differ, a few for each text.
+        """
+        far = self.cutoff_len - self.cutoff_len // 8 - _ENDS * job.candidate.turns
+        return far < job.tokens[0] <= self.cutoff_len
 
     def _analyse(self, jobs: list[_Job]) -> None:
         """Count a battle's tokens and find their places in its texts."""

@@ -158,7 +158,7 @@ class _LabelScorer:
     def read(self, path: Path) -> Iterator[tuple[Facts, Fed]]:
         fitter = self._judge.fitter()
         for chunk in in_chunks(battles_to_score(path), _CHUNK):
-            for battle, fitted in zip(chunk, fitter.fit(chunk, both_orders=True), strict=True):
+            for battle, fitted in zip(chunk, fitter.fit(chunk, both_orders=False), strict=True):
                 fed = {name: getattr(fitted.battle, name) for name in ("id", "prompts", "responses_a", "responses_b")}
                 yield describe(battle, tokens=fitted.tokens, cut=fitted.cut), {**fed, "dropped": fitted.dropped}
 
