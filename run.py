@@ -546,13 +546,18 @@ def watch(
             raise click.UsageError("--tensorboard has its own page: leave out --terminal, --once, --score and --json")
         serve_tensorboard(exp, host, port, open_browser=not no_open, show=show)
         return
-    stage = stage_to_watch(exp, stage)
+    stage = stage_to_watch(exp, stage, score)
     if not (once or terminal or as_json):
         serve_watch_page(exp, stage, score, host, port, open_browser=not no_open, show=show)
         return
     watcher = Watcher(exp, stage, score)
     seen = watcher.finish().look() if once or as_json else follow(watcher.start(), show)
-    click.echo(json.dumps(seen.to_json(), indent=2) if as_json else "\n".join([*in_words(seen), *watcher.faults]))
+    if not as_json:
+        click.echo("\n".join(in_words(seen)))
+        return
+    click.echo(json.dumps(seen.to_json(), indent=2))
+    for fault in seen.faults:
+        show.note(fault)
 
 
 @cli.command()

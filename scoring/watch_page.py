@@ -89,7 +89,7 @@ def _update(watcher: Watcher, read: Callable, adapter: Path, log: Path, before: 
     changed = now != before
     return [
         now,
-        "\n\n".join([*in_words(seen), *watcher.faults]),
+        "\n\n".join(in_words(seen)),
         progress,
         chart if changed else gr.skip(),
         gr.Plot(ladder_plot(seen)) if changed else gr.skip(),

@@ -76,7 +76,7 @@ class Look:
     """What a run shows at one moment; `seconds_left` is None while nobody can tell.
 
     `evaluates` says when the recipe evaluates on the way, None where it does not; `start_step` is where the run goes on
-    from, 0 where it began anew.
+    from, 0 where it began anew. `faults` are why the ladder or a checkpoint's score is missing.
     """
 
     experiment: str
@@ -94,6 +94,7 @@ class Look:
     measured: list[Measured] = field(default_factory=list)
     ladder: dict[str, float] | None = None
     how_to_evaluate: str = ""
+    faults: list[str] = field(default_factory=list)
 
     @property
     def at_work(self) -> bool:
@@ -105,12 +106,13 @@ class Look:
         return asdict(self)
 
 
-def stage_to_watch(experiment: Experiment, stage: str | None) -> str:
-    """Return `stage`, or the only one that runs; raises UsageError where there is none or more than one."""
-    if stage:
-        return stage
-    running = running_stages(experiment)
+def stage_to_watch(experiment: Experiment, stage: str | None, score_rows: int = 0) -> str:
+    """Return `stage`, or the only one that runs; raises UsageError where there is none or more than one, or where
+    `score_rows` battles are to be asked of a stage that answers none."""
+    running = [stage] if stage else running_stages(experiment)
     if len(running) == 1:
+        if score_rows:
+            _require_labels(running[0])
         return running[0]
     what = f"{' and '.join(running)} run" if running else "no stage of this experiment runs now"
     remedy = f"python run.py watch -e {experiment.name} --stage {running[0] if running else TRAININGS[0]}"
@@ -118,6 +120,11 @@ def stage_to_watch(experiment: Experiment, stage: str | None) -> str:
         start = f"python run.py {TRAININGS[0]} -e {experiment.name}"
         remedy = f"start one in another terminal: {start}; or wait for one, or look at an earlier one: {remedy}"
     raise UsageError(what, where=experiment.name, remedy=remedy)
+
+
+def _require_labels(stage: str) -> None:
+    if STEPS[stage].data == "dpo_reward":
+        raise UsageError(f"{stage} has rewards and no labels", remedy="leave --score out: scoring fits their link")
 
 
 def look(experiment: Experiment, stage: str) -> Look:
@@ -218,8 +225,7 @@ class CheckpointScorer:
 
     def __init__(self, experiment: Experiment, stage: str, rows: int):
         """Choose the rows, the same for every checkpoint; raises UsageError for a stage without labels."""
-        if STEPS[stage].data == "dpo_reward":
-            raise UsageError(f"{stage} has rewards and no labels", remedy="leave --score out: scoring fits their link")
+        _require_labels(stage)
         self._experiment, self._stage = experiment, stage
         manifest = read_manifest(experiment.data_folder)
         frame, tokenizer = load_frame(experiment)
@@ -289,7 +295,7 @@ class Watcher:
 
         Today's baselines and today's validation rows say nothing about a run on another export: none stand beside it.
         """
-        seen = look(self._experiment, self._stage)
+        seen = replace(look(self._experiment, self._stage), faults=list(self.faults))
         if seen.state == OUTDATED:
             return seen
         return replace(seen, measured=list(self.measured), ladder=self.ladder.at() if self.ladder else None)
@@ -420,6 +426,7 @@ def in_words(seen: Look) -> list[str]:
         lines.append(f"no evaluation {'yet' if seen.at_work else 'on the way'}: {seen.how_to_evaluate}")
     if seen.ladder:
         lines.append("to beat:" + _beside(seen.ladder)[1:].replace("(", " ").rstrip(")"))
+    lines += seen.faults
     if seen.next and not seen.at_work:
         lines.append(f"next: {seen.next}")
     return lines

@@ -274,4 +274,14 @@ HOSTS = [
         ("with_port", "127.0.0.1:80", ("is no address of this machine", "--host 127.0.0.1 --port 80")),
     ]
 ]
-CASES = [*SYNTAX, *ENCODINGS, *KEYS, *FIRST_VALUES, *PLACES, *PROMPTS, *RECIPES, *TEMPLATES, *HOSTS]
+WATCHES = [
+    Case(
+        f"watch_{stage}_has_no_labels",
+        lambda p: None,
+        ("watch", "-e", "exam", "--stage", stage, "--score", "20", "--json"),
+        (f"{stage} has rewards and no labels", "leave --score out"),
+        code=2,
+    )
+    for stage in ("rm", "dpo_reward")
+]
+CASES = [*SYNTAX, *ENCODINGS, *KEYS, *FIRST_VALUES, *PLACES, *PROMPTS, *RECIPES, *TEMPLATES, *HOSTS, *WATCHES]

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+import run
 import scoring.watching as watching
 from data_prep.errors import UsageError
 from data_prep.export import export
@@ -207,8 +209,36 @@ def test_a_fault_of_the_ladder_is_told_and_does_not_end_the_watch(exam, monkeypa
     monkeypatch.setattr(watching, "Ladder", broken)
     watcher = Watcher(exam, "sft").finish()
     assert watcher.faults == ["rows.parquet: is damaged"] and watcher.look().ladder is None
+    assert "rows.parquet: is damaged" in in_words(watcher.look())
     follow(watcher, Show(attended=False), pause=0.01)
     assert "rows.parquet: is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", ["trained", watching.OUTDATED])
+def test_a_program_reads_what_failed_and_a_person_beside_it(exam, monkeypatch, state):
+    def broken(_):
+        raise watching.ArenaError("is damaged", where="truth.csv", remedy="prepare again")
+
+    real = watching.look
+    monkeypatch.setattr(watching, "look", lambda *about: replace(real(*about), state=state))
+    monkeypatch.setattr(watching, "Ladder", broken)
+    told = CliRunner().invoke(run.cli, ["watch", "-e", "exam", "--stage", "sft", "--json"])
+    assert told.exit_code == 0, "how far the run is was told"
+    seen, fault = json.loads(told.stdout), "truth.csv: is damaged\n  remedy: prepare again"
+    assert (seen["faults"], seen["ladder"]) == ([fault], None)
+    assert fault in told.stderr
+
+
+@pytest.mark.parametrize("how", ["--json", "--once", "--terminal", "--no-open"])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_stage_without_labels_is_not_asked_for_them(exam, monkeypatch, how, given):
+    for name in ("serve_page", "follow"):
+        monkeypatch.setattr(watching, name, lambda *_, **__: pytest.fail("nothing is shown"))
+    command = ["watch", "-e", "exam", *(["--stage", "rm"] if given else []), "--score", "20", how]
+    with only_run(exam.output_folder("rm")):
+        told = CliRunner().invoke(run.cli, command)
+    assert told.exit_code == 2 and told.stdout == ""
+    assert "rm has rewards and no labels" in told.stderr and "leave --score out" in told.stderr
 
 
 def test_the_chart_puts_a_measured_point_beside_the_baselines_on_its_own_rows(exam):
