@@ -190,6 +190,8 @@ def prepare(
     What is fitted to the token budget goes to data/EXP, with an audit of what was read, cut and rejected. An
     earlier export there is replaced; files of anybody else in that folder are never deleted, but must be moved first.
     """
+    from factory.survey import experiment_view, next_commands
+
     exp, show = _start(experiment)
     views = VIEWS if pairs else VIEWS[:1]
     audit = _prepare(exp, train, test, truth, force=force, views=views, workers=workers, show=show)
@@ -197,7 +199,8 @@ def prepare(
         click.echo(json.dumps(audit, indent=2))
     else:
         click.echo(f"data: {exp.data_folder}   (what was read, cut and rejected: audit.json)")
-        click.echo(f"next: python run.py sft -e {exp.name}")
+        for command in next_commands(experiment_view(exp)):
+            click.echo(f"next: {command}")
 
 
 # The view that measured better; docs/methods.md has the figures.

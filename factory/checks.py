@@ -34,6 +34,8 @@ _REFUSED_LOSSES = {
     "kto_pair": "LLaMA-Factory 0.9.5 silently trains plain sigmoid for it",
     "ipo": "LLaMA-Factory 0.9.5 silently trains sigmoid on length-averaged log-probabilities for it",
 }
+# How the fault of a recipe ends that the next `prepare` mends by itself.
+OLDER = "the recipe is older than that"
 _RESUMES = "a checkpoint in output_dir is resumed without being asked"
 
 
@@ -418,7 +420,7 @@ def _disagreements(
 ) -> Iterator[Fault]:
     """Yield keys that say otherwise than experiment.yaml, and what the chat template needs."""
     yaml = experiment.folder / "experiment.yaml"
-    mend = ": the recipe is older than that" if rendered else "; write that here, or change it in that file"
+    mend = f": {OLDER}" if rendered else "; write that here, or change it in that file"
     for key, expected in shared_values(experiment, step.name).items():
         if key in content and key not in sound:
             continue  # its type is already a fault

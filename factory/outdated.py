@@ -1,4 +1,4 @@
-"""What is outdated: exports of other settings than today's, and results of another export or of an earlier judge.
+"""What is outdated: exports of other settings than today's, and results of another export, recipe or judge.
 
 A judge that was trained on other votes may have seen the rows of today's validation fold, and figures of other rows
 say nothing beside today's baselines. What was recorded when a part began is compared with the export's manifest, and
@@ -87,16 +87,35 @@ def changed_settings(experiment: Experiment, stage: str) -> list[str]:
 def require_own_settings(experiment: Experiment, stage: str) -> None:
     """Raise ArenaError where experiment.yaml or the judge prompt says other rows than those that are exported."""
     if changes := changed_settings(experiment, stage):
-        sources = read_manifest(experiment.data_folder)["sources"]
-        votes = " ".join(
-            f"--{name} {shlex.quote(sources[name]['file'])}" for name in ("train", "test") if name in sources
-        )
         raise ArenaError(
             "\n".join(["was exported with other settings; since then changed:", *(f"  - {c}" for c in changes)]),
             where=str(experiment.data_folder),
             remedy=f"undo the change (in {experiment.folder / 'experiment.yaml'}); or export anew, then train with "
-            f"--fresh: python run.py prepare -e {shlex.quote(experiment.name)} {votes}",
+            f"--fresh: {prepare_again(experiment)}",
         )
+
+
+def prepare_again(experiment: Experiment) -> str:
+    """Return the command that exports the same votes anew; raises ArenaError where nothing is exported."""
+    sources = read_manifest(experiment.data_folder)["sources"]
+    votes = " ".join(f"--{name} {shlex.quote(sources[name]['file'])}" for name in ("train", "test") if name in sources)
+    return f"python run.py prepare -e {shlex.quote(experiment.name)} {votes}"
+
+
+def changed_recipe(experiment: Experiment, stage: str) -> list[str]:
+    """Return one line for each key of a stage's recipe, and of what starts it, that changed since its training began.
+
+    Those that change no weights are left out; nothing is told of an adapter that `run.py` did not train.
+    """
+    record, path = StageState(experiment.output_folder(stage)).record("train"), experiment.recipe(stage)
+    began = record.inputs.get(str(path)) if record else None
+    if record is None or not isinstance(began, dict):
+        return []
+    engine = {"distributed": record.inputs.get("distributed", "auto")}
+    return differences(
+        {path.name: began, "experiment.yaml": engine},
+        {path.name: read_yaml(path), "experiment.yaml": {"distributed": experiment.distributed}},
+    )
 
 
 def earlier_scores(experiment: Experiment, stage: str) -> str | None:

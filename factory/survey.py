@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import shlex
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import read_json
+from factory.checks import OLDER, check_recipe
 from factory.experiment import Experiment, load_experiment, require_project
-from factory.outdated import outdated_files
+from factory.outdated import changed_recipe, changed_settings, outdated_files, prepare_again
 from factory.progress import TrainerLog
 from factory.state import StageState, flag_to_go_on
-from factory.step import STEPS, TRAININGS
+from factory.step import STEPS, TRAININGS, merge_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +29,7 @@ _RUNNING = {"train": "training", "merge": "merging", "score": "scoring"}
 _DONE = {"train": "trained", "merge": "merged", "score": "scored"}
 INTERRUPTED = "interrupted"
 OUTDATED = "outdated"
+_NAMED = 3  # so many changes are told, the others counted
 # The order in which the methods are worth a try; docs/methods.md has the figures behind it.
 _WORTH_TRYING = ("sft", "dpo_reward", "rm", "dpo_judge")
 
@@ -37,7 +39,8 @@ class StageView:
     """How far one stage is.
 
     `state`: new, training, merging, scoring, interrupted, trained, merged, scored, or
-    outdated: made from another export than today's. `beats_prior` is what its report says, None where there is none.
+    outdated: made from another export or recipe than today's. `beats_prior` is what its report says, None where there
+    is none. `next` is a command, or "mend FILE: …" where run.py would refuse every command.
     """
 
     stage: str
@@ -54,7 +57,10 @@ class StageView:
 
 @dataclass(frozen=True)
 class ExperimentView:
-    """One folder of factory_configs; `fault` says why its experiment.yaml cannot be read."""
+    """One folder of factory_configs; `fault` says why its experiment.yaml cannot be read.
+
+    `changed` are the settings that the exported rows depend on and that are other ones since `prepare`.
+    """
 
     name: str
     description: str = ""
@@ -64,6 +70,7 @@ class ExperimentView:
     stages: list[StageView] = field(default_factory=list)
     fault: str | None = None
     next: str = ""
+    changed: list[str] = field(default_factory=list)
 
     @property
     def untouched(self) -> bool:
@@ -151,13 +158,31 @@ def experiment_view(experiment: Experiment) -> ExperimentView:
     prepare = "" if prepared else f"python run.py prepare -e {shlex.quote(name)} --train FILE"
     if not prepared and name == "demo":
         prepare = "python run.py demo"
-    return ExperimentView(
-        name, experiment.description, experiment.model, prepared, _battles(experiment), stages, next=prepare
-    )
+    changed = _settings_changed(experiment, "sft")  # what all stages share
+    if changed and not running_stages(experiment):
+        prepare = prepare_again(experiment)
+    about = (experiment.description, experiment.model, prepared, _battles(experiment))
+    return ExperimentView(name, *about, stages, next=prepare, changed=changed)
 
 
 def stage_view(experiment: Experiment, stage: str, prepared: bool = True) -> StageView:
     """Return how far a stage is; what state.json holds rules, and an adapter without one was trained by hand."""
+    view = _as_left(experiment, stage, prepared)
+    if is_at_work(experiment.output_folder(stage)) or view.state == "unreadable":
+        return view
+    if changed := _settings_changed(experiment, stage):
+        again = prepare_again(experiment)
+        if view.state == "new":
+            return replace(view, next=again)
+        detail = f"experiment.yaml changed since prepare: {_some(changed)}"
+        return StageView(stage, OUTDATED, detail, view.step, view.steps, next=again)
+    if view.next and view.state != "scored" and (mend := _recipes_mended(experiment, stage)):
+        return replace(view, next=mend)
+    return view
+
+
+def _as_left(experiment: Experiment, stage: str, prepared: bool) -> StageView:
+    """Return how far a stage is and what goes on from there, where its export and its recipes are sound."""
     folder, adapter = experiment.output_folder(stage), experiment.adapter_folder(stage)
     call = f"python run.py {STEPS[stage].asked_by} -e {shlex.quote(experiment.name)}"
     at_work = is_at_work(folder)
@@ -173,32 +198,82 @@ def stage_view(experiment: Experiment, stage: str, prepared: bool = True) -> Sta
     if at_work:
         detail = f"step {step}/{steps}" if part == "train" and step else ""
         return StageView(stage, _RUNNING[part], detail, step, steps, next=_watching(experiment, stage))
+    others = _made_from_others(experiment, stage)
     if record.finished_at is None:
-        earlier = "" if part == "train" else f"; {_DONE[list(parts)[-2]]}" if len(parts) > 1 else ""
-        where = f" at step {step}/{steps}" if part == "train" and step else ""
-        flag = flag_to_go_on(adapter, STEPS[stage].stage) if part == "train" else ""
-        return StageView(
-            stage, INTERRUPTED, f"{_RUNNING[part]}{where}{earlier}", step, steps, next=f"{call} {flag}".rstrip()
-        )
+        return _left_in_the_middle(experiment, stage, list(parts), others)
     if record.missing:
-        return StageView(stage, INTERRUPTED, f"gone: {', '.join(record.missing)}", step, steps, next=call)
-    if others := _made_from_others(experiment, stage):
-        detail = f"{_DONE[part]} on {_day(record.finished_at)}, from another export than {experiment.data_folder}"
-        return StageView(stage, OUTDATED, detail, step, steps, next=f"python run.py {others} --fresh")
+        flag = flag_to_go_on(adapter, STEPS[stage].stage) if part == "train" else ""
+        again = others[1] if others else f"{call} {flag}".rstrip()
+        return StageView(stage, INTERRUPTED, f"gone: {', '.join(record.missing)}", step, steps, next=again)
+    if others:
+        why, again = others
+        detail = f"{_DONE[part]} on {_day(record.finished_at)}, {why}"
+        return StageView(stage, OUTDATED, detail, step, steps, next=again)
     if part != "score":
         return StageView(stage, _DONE[part], f"on {_day(record.finished_at)}", step, steps, next=call)
     return _scored(experiment, stage, record.finished_at, step, steps)
 
 
-def _made_from_others(experiment: Experiment, stage: str) -> str | None:
-    """Return the command that makes a stage anew from today's export, None where it is up to date."""
-    name = shlex.quote(experiment.name)
+def _left_in_the_middle(
+    experiment: Experiment, stage: str, parts: list[str], others: tuple[str, str] | None
+) -> StageView:
+    """Return the view of a stage whose last part began and did not end."""
+    adapter, part, its = experiment.adapter_folder(stage), parts[-1], STEPS[stage]
+    step, steps = _steps(adapter)
+    call = f"python run.py {its.asked_by} -e {shlex.quote(experiment.name)}"
+    where = f" at step {step}/{steps}" if part == "train" and step else ""
+    earlier = f"; {_DONE[parts[-2]]}" if part != "train" and len(parts) > 1 else ""
+    flag = flag_to_go_on(adapter, its.stage) if part == "train" else ""
+    detail, following = f"{_RUNNING[part]}{where}{earlier}", f"{call} {flag}".rstrip()
+    if others and (part != "train" or flag == "--resume"):  # what was begun is refused when its inputs are others
+        detail, following = f"{detail}; {others[0]}", others[1]
+    return StageView(stage, INTERRUPTED, detail, step, steps, next=following)
+
+
+def _made_from_others(experiment: Experiment, stage: str) -> tuple[str, str] | None:
+    """Return why a stage is outdated and the command that makes it anew, None where it is up to date."""
+    name, anew = shlex.quote(experiment.name), f"python run.py {STEPS[stage].asked_by} -e "
+    export = f"from another export than {experiment.data_folder}"
     try:
         if outdated_files(experiment, stage, ("train",)):
-            return f"{STEPS[stage].asked_by} -e {name}"
-        return f"score -e {name} --stage {stage}" if outdated_files(experiment, stage, ("score",)) else None
+            return export, f"{anew}{name} --fresh"
+        if changed := changed_recipe(experiment, stage):
+            return f"since then changed: {_some(changed)}", f"{anew}{name} --fresh"
+        if outdated_files(experiment, stage, ("score",)):
+            return export, f"python run.py score -e {name} --stage {stage} --fresh"
     except ArenaError:  # nothing is exported, or not by this version: another line tells it
+        pass
+    return None
+
+
+def _settings_changed(experiment: Experiment, stage: str) -> list[str]:
+    try:
+        return changed_settings(experiment, stage)
+    except ArenaError:  # nothing is exported
+        return []
+
+
+def _recipes_mended(experiment: Experiment, stage: str) -> str | None:
+    """Return what mends the recipes of a stage where its training would refuse them, None where they are sound.
+
+    A recipe without hand edits follows experiment.yaml at the next `prepare`; a missing one is told by the training.
+    """
+    try:
+        steps = [step for step in (stage, merge_of(stage)) if experiment.recipe(step).is_file()]
+        faults = [fault for step in steps for fault in check_recipe(experiment, step)]
+        if not faults:
+            return None
+        if all(fault.endswith(OLDER) for fault in faults):
+            return prepare_again(experiment)
+    except ArenaError:
         return None
+    more = f"   (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"mend {faults[0]}{more}"
+
+
+def _some(changes: list[str]) -> str:
+    more = f", and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
+    return ", ".join(changes[:_NAMED]) + more
 
 
 def _without_state(stage: str, adapter: Path, call: str, at_work: bool, prepared: bool) -> StageView:
@@ -293,8 +368,9 @@ def _table_rows(view: ExperimentView) -> list[tuple[tuple[str, str, str, str], s
     if view.fault:
         return [(("", f"faulty: {view.fault}", "", ""), "red")]
     known = f", {view.battles:,} battles" if view.battles is not None else ""
+    changed = f"; experiment.yaml changed since: {_some(view.changed)}" if view.changed else ""
     rows: list[tuple[tuple[str, str, str, str], str | None]] = [
-        (("", f"prepared{known}" if view.prepared else "not prepared", "", ""), None)
+        (("", f"prepared{known}{changed}" if view.prepared else "not prepared", "", ""), "yellow" if changed else None)
     ]
     for stage in view.stages:
         if stage.state == "new":

@@ -1,0 +1,169 @@
+"""What `status` and `prepare` say is next is never refused: changed votes, recipes and settings, hand edits."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import run
+from factory.experiment import load_experiment, read_yaml
+from factory.inputs import inputs_of
+from factory.state import StageState
+from factory.survey import stage_view
+
+ADAPTER, OUT = Path("saves/tiny/lora/exam_sft"), Path("outputs/exam/sft")
+RECIPE = Path("factory_configs/exam/sft.yaml")
+
+
+class Started(Exception):
+    """LLaMA-Factory would have been started."""
+
+
+@pytest.fixture(autouse=True)
+def starts(monkeypatch):
+    def started(*_, **__):
+        raise Started
+
+    monkeypatch.setattr("factory.steps._run_training", started)
+    monkeypatch.setattr("factory.steps._run_merge", started)
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(run.cli, arguments)
+
+
+def next_of(said: str) -> list[str]:
+    return re.findall(r"^next: (.*)$", said, re.MULTILINE)
+
+
+def trained(*, checkpoint: str | None = None) -> None:
+    """Write down that today's recipe was trained on today's export; with a checkpoint that it was left there."""
+    state = StageState(OUT)
+    state.begin("train", inputs_of(RECIPE, read_yaml(RECIPE)))
+    if checkpoint:
+        (ADAPTER / checkpoint).mkdir()
+        (ADAPTER / checkpoint / "trainer_state.json").write_text("{}")
+    else:
+        state.finish("train", [ADAPTER / "adapter_config.json"], 1.0)
+
+
+def prepare(votes: str = "votes.csv", *more: str) -> list[str]:
+    done = call("prepare", "-e", "exam", "--train", votes, *more)
+    assert done.exit_code == 0, done.output
+    told = next_of(done.output)
+    assert told == next_of(call("status", "-e", "exam").output), "one place decides"
+    return told
+
+
+def starts_by(command: str) -> bool:
+    """Tell whether a recommended command of run.py is accepted: LLaMA-Factory would start."""
+    words = shlex.split(command.split("   (")[0])
+    assert words[:2] == ["python", "run.py"], command
+    done = call(*words[2:])
+    assert done.exception is not None and not isinstance(done.exception, SystemExit), done.output
+    return isinstance(done.exception, Started)
+
+
+def other_votes(place) -> str:
+    return str(place.table(place.rows(44, start=5000), "others.csv"))
+
+
+def test_prepare_of_other_votes_recommends_what_is_not_refused(place):
+    trained()
+    told = prepare(other_votes(place))
+    assert told == ["python run.py sft -e exam --fresh"] and starts_by(told[0])
+
+
+def test_prepare_after_a_run_that_was_left_recommends_what_is_not_refused(place):
+    trained(checkpoint="checkpoint-4")
+    told = prepare()
+    assert told == ["python run.py sft -e exam --resume"] and starts_by(told[0])
+    told = prepare(other_votes(place))
+    assert told == ["python run.py sft -e exam --fresh"], "what began on other votes is not gone on with"
+    assert starts_by(told[0])
+
+
+def test_prepare_beside_a_contradicting_recipe_says_what_to_mend(place):
+    (OUT / "state.json").unlink()
+    ADAPTER.rename("elsewhere")
+    assert prepare() == ["python run.py sft -e exam"]
+    place.edit_recipe("sft", "cutoff_len: 200")
+    (told,) = prepare()
+    assert told.startswith("mend factory_configs/exam/sft.yaml: cutoff_len: is 200, but by factory_configs/exam/exper")
+    place.edit_recipe("sft", "cutoff_len: 300\nlearning_rate: -1")
+    (told,) = prepare()
+    assert "learning_rate: -1 must be above 0" in told
+    assert prepare("votes.csv", "--force") == ["python run.py sft -e exam"]
+
+
+def test_recipes_that_are_older_than_experiment_yaml_are_rendered_by_prepare(place):
+    (OUT / "state.json").unlink()
+    ADAPTER.rename("elsewhere")
+    place.edit_experiment("revision: other")
+    told = next_of(call("status", "-e", "exam").output)
+    assert told == ["python run.py prepare -e exam --train votes.csv --test test.csv"]
+    assert call(*shlex.split(told[0])[2:]).exit_code == 0
+    assert next_of(call("status", "-e", "exam").output) == ["python run.py sft -e exam"]
+
+
+def test_a_changed_recipe_makes_a_stage_outdated(place):
+    place.edit_recipe("sft", "optim: adamw_torch_fused\nlogging_steps: 7")
+    trained()
+    assert stage_view(load_experiment("exam"), "sft").state == "trained"
+    place.edit_recipe("sft", "logging_steps: 8")
+    assert stage_view(load_experiment("exam"), "sft").state == "trained", "no weight depends on it"
+    place.edit_recipe("sft", "optim: adamw_torch")
+    seen = stage_view(load_experiment("exam"), "sft")
+    assert seen.state == "outdated" and seen.next == "python run.py sft -e exam --fresh"
+    assert 'since then changed: sft.yaml: optim "adamw_torch_fused" -> "adamw_torch"' in seen.detail
+    assert starts_by(seen.next)
+
+
+def test_what_starts_the_processes_counts_too(place):
+    trained()
+    place.edit_experiment("distributed: ddp")
+    seen = stage_view(load_experiment("exam"), "sft")
+    assert seen.state == "outdated" and 'experiment.yaml: distributed "auto" -> "ddp"' in seen.detail
+
+
+def test_a_changed_recipe_is_not_resumed(place):
+    trained(checkpoint="checkpoint-4")
+    place.edit_recipe("sft", "learning_rate: 0.005")
+    seen = stage_view(load_experiment("exam"), "sft")
+    assert (seen.state, seen.next) == ("interrupted", "python run.py sft -e exam --fresh")
+    assert "learning_rate" in seen.detail and starts_by(seen.next)
+
+
+def test_settings_that_changed_since_prepare_are_told(place):
+    trained()
+    place.edit_experiment("seed: 8")
+    said = call("status", "-e", "exam").output
+    assert "experiment.yaml changed" in said and "seed 7 -> 8" in said and "outdated" in said
+    assert next_of(said) == ["python run.py prepare -e exam --train votes.csv --test test.csv"]
+    assert call(*shlex.split(next_of(said)[0])[2:]).exit_code == 0
+    told = next_of(call("status", "-e", "exam").output)
+    assert told == ["python run.py sft -e exam --fresh"] and starts_by(told[0])
+
+
+def test_a_setting_of_one_stage_makes_no_other_outdated(place):
+    trained()
+    place.edit_experiment("dpo_rejected: one")
+    exam = load_experiment("exam")
+    assert stage_view(exam, "sft").state == "trained"
+    assert stage_view(exam, "dpo_judge").next == "python run.py prepare -e exam --train votes.csv --test test.csv"
+    assert next_of(call("status", "-e", "exam").output) == ["python run.py sft -e exam"]
+
+
+def test_a_recipe_is_not_hashed_with_its_model_for_status(place, monkeypatch):
+    trained()
+
+    def hashed(path):
+        raise AssertionError(f"{path} was hashed")
+
+    monkeypatch.setattr("factory.inputs.sha256_of", hashed)
+    monkeypatch.setattr("factory.state.sha256_of", hashed)
+    assert stage_view(load_experiment("exam"), "sft").state == "trained"
