@@ -19,7 +19,7 @@ FOLDER = Path("data/exam")
 @pytest.fixture
 def exported(experiment, workplace):
     """An experiment with its export and the arena that it was made from."""
-    arena = write_arena(workplace / "arena", seed=5, train_rows=300, test_rows=20)
+    arena = write_arena(workplace / "arena", seed=5, train_rows=100, test_rows=10)
     export(experiment, arena.train, arena.test)
     return experiment, arena
 
