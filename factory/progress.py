@@ -258,6 +258,8 @@ class _BarLine(Line):
         self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def phase(self, text: str) -> None:
+        if self._description == f"{self.label}: {text}":
+            return  # what stands beside the phase belongs to it as long as it lasts
         self._description = f"{self.label}: {text}"
         self._bar.update(self._task, description=self._description, detail="")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -347,7 +348,19 @@ def serve_watch_page(
 
 
 def follow(watcher: Watcher, show: Show, *, pause: float = 1.0) -> Look:
-    """Show a run in the terminal until it is not at work any more; return the last look.
+    """Show a run in the terminal until it is not at work any more, or until Ctrl-C; return the last look."""
+    seen: Look | None = None
+    try:
+        for now in _looks(watcher, show, pause):
+            seen = now
+    except KeyboardInterrupt:  # the run is a process of another terminal: Ctrl-C here does not reach it
+        seen = seen or watcher.look()
+        show.note(f"watching ended; {f'the {seen.state} goes on' if seen.at_work else 'nothing was at work'}")
+    return seen
+
+
+def _looks(watcher: Watcher, show: Show, pause: float) -> Iterator[Look]:
+    """Yield each look at a run after showing it, until the run is over.
 
     Between two steps of one run nobody holds its lock for a moment: a run that was at work is over when it is not at
     work three times in a row.
@@ -371,9 +384,10 @@ def follow(watcher: Watcher, show: Show, *, pause: float = 1.0) -> Look:
                 if ("fault", fault) not in told:
                     told.add(("fault", fault))
                     show.note(fault)
+            yield seen
             idle = 0 if seen.at_work else idle + 1
             if idle >= patience:
-                return seen
+                return
             time.sleep(pause)
             seen = watcher.look()
 

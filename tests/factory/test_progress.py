@@ -256,3 +256,14 @@ def test_a_time_that_no_run_takes_is_none(tmp_path, elapsed):
     (point,) = TrainerLog(path).read_new()
     assert point.elapsed is None and "left" not in describe(point)
     assert describe(replace(point, elapsed=1e9)).endswith(" left") and duration(float("inf")) == duration(1e9)
+
+
+def test_the_same_phase_again_keeps_what_stands_beside_it():
+    stream = io.StringIO()
+    with Show(stream, attended=True).line("sft") as line:
+        line.phase("training")
+        line.point(LogPoint(3, 10, loss=1.5, elapsed=3.0))
+        line.phase("training")
+        assert "3/10" in line._bar.tasks[0].fields["detail"]
+        line.phase("merging")
+        assert line._bar.tasks[0].fields["detail"] == ""

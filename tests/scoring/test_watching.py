@@ -1,6 +1,10 @@
+import io
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -316,3 +320,64 @@ def test_whatever_ends_the_scoring_thread_is_told(exam, monkeypatch):
     first = Watcher(exam, "sft", 20)
     first._work()  # and where it is the first checkpoint
     assert first.faults == [told]
+
+
+class _Scripted(Watcher):
+    """A run that is at work for some looks at the same point, and then does what `end` says."""
+
+    def __init__(self, experiment, looks, end=None, each=lambda: None):
+        super().__init__(experiment, "sft")
+        self._left, self._end, self._each = looks, end, each
+
+    def look(self):
+        self._each()
+        self._left -= 1
+        seen = replace(look(self._experiment, "sft"), ladder={"prior": 1.0956})
+        if self._left >= 0:
+            return replace(seen, state="training")
+        if self._end:
+            raise self._end
+        return replace(seen, state="trained")
+
+
+def test_the_progress_stays_in_sight_while_no_new_step_comes(exam, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    log(exam, "sft", (4, {"loss": 0.4}))
+    stream, frames = io.StringIO(), []
+    show = Show(stream, attended=True)
+
+    def each():
+        if show._live:
+            stream.seek(0)
+            stream.truncate()
+            show._live._bar.refresh()
+            frames.append(stream.getvalue())
+
+    follow(_Scripted(exam, 4, each=each), show, pause=0.01)
+    assert len(frames) >= 3
+    assert all("exam sft: training" in frame and "4/10  loss 0.4000" in frame for frame in frames[:3])
+
+
+def test_ctrl_c_ends_the_watching_alone(exam, capsys):
+    log(exam, "sft", (4, {"loss": 0.4}))
+    seen = follow(_Scripted(exam, 2, KeyboardInterrupt()), Show(attended=False), pause=0.01)
+    assert seen.at_work and in_words(seen)[1].startswith("step 4/10")
+    assert capsys.readouterr().err.splitlines()[-1] == "watching ended; the training goes on"
+
+
+def test_ctrl_c_in_a_terminal_is_no_failure(exam):
+    """As a user does it: the command is asked to stop while a run is at work, and says so with exit code 0."""
+    log(exam, "sft", (4, {"loss": 0.4}))
+    StageState(exam.output_folder("sft")).begin("train", {})
+    call = [sys.executable, str(ROOT / "run.py"), "watch", "-e", "exam", "--terminal"]
+    with only_run(exam.output_folder("sft")):
+        process = subprocess.Popen(call, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            first = process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            said, more = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert first == "exam sft: training\n" and process.returncode == 0, more
+    assert "watching ended; the training goes on" in more and "Error" not in more
+    assert "exam sft: training step 4/10" in said
