@@ -18,6 +18,8 @@ _MODEL_FILE = re.compile(
 )
 # What the trainer leaves beside a model, and the log that LLaMA Board shows: no part of it.
 _NO_MODEL = frozenset({"training_args.bin", "optimizer.bin", "pytorch_model_fsdp.bin", "running_log.txt"})
+# `prepare` keeps a person's entries, and so reads the list, too.
+_MEND = "mend it; or move it away where it holds no entries of your own, and run `run.py prepare` again"
 _HASHED_UP_TO = 256 * 2**20  # bytes
 _STRIDE, _SAMPLE = 4 * 2**20, 64 * 2**10
 
@@ -90,9 +92,9 @@ def _entries(recipe: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
     try:
         info = read_json(path)
     except (OSError, ValueError) as error:
-        raise ArenaError(f"is not JSON: {error}", where=str(path), remedy="run `run.py prepare` again") from None
+        raise ArenaError(f"is not JSON: {error}", where=str(path), remedy=_MEND) from None
     if not isinstance(info, dict):
-        raise ArenaError("is not a JSON object", where=str(path), remedy="run `run.py prepare` again")
+        raise ArenaError("is not a JSON object", where=str(path), remedy=_MEND)
     entries = {name: info[name] for name in wanted if name in info}
     for name, entry in entries.items():
         _check_entry(entry, f"{path}: {name}")
@@ -108,7 +110,7 @@ def _check_entry(entry: Any, where: str) -> None:
         raise ArenaError(
             f"file_name {file!r} leads out of the data folder",
             where=where,
-            remedy="run `run.py prepare` again; a data set of your own belongs into the data folder",
+            remedy="run `run.py prepare` again; a data set of your own belongs into the data folder once it is done",
         )
 
 
