@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # One cell larger than this is a lost quote that has swallowed rows, not a text.
 _LARGEST_CELL = 1 << 26
+_AT_THE_END = "unexpected end of data"  # what csv says in a quoted cell that nothing closes
 _LARGEST_LINE = 1 << 27
 # What the parts of a table in a folder end with.
 PARTS = (".csv", ".csv.gz", ".parquet")
@@ -137,6 +138,13 @@ class CsvTable:
             return float(self._source is not None)
         return self._source.tell() / max(os.fstat(self._source.fileno()).st_size, 1)
 
+    def _open_row(self, line: int) -> ArenaError:
+        return ArenaError(
+            "the file ends within a quoted cell of this row: it is cut off, or a quote is not closed",
+            where=f"{self.path} line {line}",
+            remedy="fetch or write the file again; or close the quote, or remove that row",
+        )
+
     def rows(self, names: Sequence[str]) -> Iterator[tuple[str, ...] | BrokenRow]:
         """Yield the cells of two or more columns, row by row; blank lines are no rows. Raises ArenaError."""
         places = [self.columns.index(name) for name in names]
@@ -144,11 +152,14 @@ class CsvTable:
         with self._reader() as reader:
             self._header(reader)
             while True:
+                begins = reader.line_num + 1
                 try:
                     row = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:  # the reader goes on at the next line
+                    if str(error) == _AT_THE_END:  # whatever followed that quote is gone, be it one row or a thousand
+                        raise self._open_row(begins) from None
                     yield BrokenRow(f"is not valid CSV up to line {reader.line_num}: {error}")
                     continue
                 if len(row) == width:

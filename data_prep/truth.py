@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _NAMES = ("id", *PROBABILITY_COLUMNS)
 _BATCH = 4096  # rows whose ids are in memory as text
+_SOME = 20  # rows that no real arena is sure of, all of them
 _REMEDY = "--truth is the truth.csv of a synthetic arena; leave it out for votes of people"
 _OF_THESE = "give the truth.csv that was made with these votes, or leave --truth out"
 
@@ -35,11 +36,16 @@ def check_truth(path: Path) -> None:
         raise ArenaError("is no plain CSV file", where=str(path), remedy=_REMEDY)
     if missing := [name for name in _NAMES if name not in table.columns]:
         raise ArenaError(f"lacks the column(s) {missing}", where=str(path), remedy=_REMEDY)
+    graded = rows = 0
     for number, cells in enumerate(table.rows(_NAMES), 1):
         if isinstance(cells, BrokenRow) or not _is_distribution(cells[1:]):
             raise ArenaError("holds no three probabilities", where=f"{path} row {number}", remedy=_REMEDY)
         if parse_id(cells[0]) is None:
             raise ArenaError("has no id", where=f"{path} row {number}", remedy=_REMEDY)
+        rows, graded = number, graded + (max(map(float, cells[1:])) < 1)
+    if rows >= _SOME and not graded:
+        what = "holds verdicts (each row one 1 and two 0), not probabilities: the best possible would be perfect"
+        raise ArenaError(what, where=str(path), remedy=_REMEDY)
     _refuse_repeats(path, _hashes(path))
 
 

@@ -313,7 +313,8 @@ BROKEN_ROWS = [
         ("has 8 cells",),
         0,
     ),
-    Case("row_cut_off", change("votes.csv", lambda d: d[:-20]), PREPARE, ("unexpected end of data",), 0),
+    Case("row_cut_off", change("votes.csv", lambda d: d[:-20]), PREPARE, ("votes.csv line 41", "is cut off")),
+    Case("test_row_cut_off", change("test.csv", lambda d: d[:-4]), PREPARE_TEST, ("test.csv line 7", "is cut off")),
 ]
 
 
@@ -359,9 +360,15 @@ TRUTH = [
     Case("truth_negative", truth(f"{NAMES}1,1.5,-.5,0\n"), WITH_TRUTH, ("truth.csv row 1",)),
     Case(
         "truth_of_a_part",
-        truth(NAMES + "".join(f"{n},1,0,0\n" for n in range(1000, 1030))),
+        truth(NAMES + "".join(f"{n},.5,.3,.2\n" for n in range(1000, 1030))),
         WITH_TRUTH,
         ("truth.csv: has no true probabilities of 10 of the 40 battles, the first id is 1030", "with these votes"),
+    ),
+    Case(
+        "truth_of_verdicts",
+        truth(NAMES + "".join(f"{n},{n % 2},{1 - n % 2},0\n" for n in range(1000, 1040))),
+        WITH_TRUTH,
+        ("truth.csv: holds verdicts (each row one 1 and two 0), not probabilities", "leave it out"),
     ),
     Case("truth_of_none", truth(NAMES), WITH_TRUTH, ("of 40 of the 40 battles",)),
     Case("truth_twice", truth(f"{NAMES}1,1,0,0\n2,1,0,0\n1,0,1,0\n"), WITH_TRUTH, ("the id 1 stands in row 1 and",)),

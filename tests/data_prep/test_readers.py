@@ -373,12 +373,12 @@ def test_scraps_of_a_broken_row_are_not_duplicate_ids(tmp_path):
     assert [(rejected.id, rejected.row) for rejected in reader.rejected[:3]] == [("7", 8), ("}", 9), ("}", 10)]
 
 
-def test_a_plain_csv_that_is_cut_off_loses_its_last_row_only(tmp_path):
-    path = write_csv(tmp_path / "x.csv", good_rows(3))
+def test_a_csv_that_ends_within_a_cell_is_refused_for_nobody_knows_what_is_lost(tmp_path):
+    path = write_csv(tmp_path / "x.csv", good_rows(300))
     path.write_bytes(path.read_bytes()[:-20])
-    reader = VoteReader(path, labelled=True)
-    assert len(list(reader)) == 2
-    assert "unexpected end of data" in reader.rejected[0].reason
+    with pytest.raises(ArenaError, match="ends within a quoted cell") as caught:
+        list(VoteReader(path, labelled=True))
+    assert caught.value.where == f"{path} line 301" and "fetch or write the file again" in caught.value.remedy
 
 
 def test_one_percent_is_allowed_and_more_is_not(tmp_path):
