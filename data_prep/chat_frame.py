@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from factory.experiment import Experiment
 
 CACHE = Path("data") / ".frames"
-_FORMAT = 3  # of the cached files
+_FORMAT = 4  # of the cached files
 _MARK = "arenafactorymessage"
 _ANSWER_MARK = "arenafactoryanswer"
 # Texts on which a new frame must agree with LLaMA-Factory's own encoder before it is used.
@@ -95,7 +95,8 @@ def load_frame(experiment: Experiment) -> tuple[ChatFrame, Tokenizer]:
     """Return the experiment's frame and the very tokenizer that LLaMA-Factory uses, from a cache where it is there.
 
     The first call for a model imports LLaMA-Factory (about 20 s); later ones read a small file.
-    Raises ArenaError when the model's tokenizer cannot be had, or a label is not one token in its place.
+    Raises ArenaError when the model's tokenizer cannot be had, lacks a token of the template, or a label is not one
+    token in its place.
     """
     from tokenizers import Tokenizer
 
@@ -114,7 +115,7 @@ def load_frame(experiment: Experiment) -> tuple[ChatFrame, Tokenizer]:
 
 def probe_frame(experiment: Experiment) -> tuple[ChatFrame, str]:
     """Ask LLaMA-Factory for its template ids and return the frame with the tokenizer as JSON; heavy imports."""
-    tokenizer, template = _llamafactory_template(experiment)
+    tokenizer, template, known = _llamafactory_template(experiment)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ArenaError(
@@ -124,6 +125,7 @@ def probe_frame(experiment: Experiment) -> tuple[ChatFrame, str]:
         )
     recorder = _Recorder(tokenizer)
     prompt_ids, answer_ids = _encode_oneturn(recorder, template, _MARK, _ANSWER_MARK)
+    _require_tokens(experiment, template, tokenizer, known, [*prompt_ids, *answer_ids])
     prefix_ids, before, after, suffix_ids = recorder.around(_MARK, prompt_ids)
     answer_prefix_ids, answer_before, answer_after, answer_suffix_ids = recorder.around(_ANSWER_MARK, answer_ids)
     label_ids, answer_len = _labels(tokenizer, template, experiment)
@@ -147,6 +149,7 @@ def probe_frame(experiment: Experiment) -> tuple[ChatFrame, str]:
 
 
 def _llamafactory_template(experiment: Experiment):
+    """Return LLaMA-Factory's tokenizer and template, and the tokens that the tokenizer had before the template's."""
     from llamafactory.data.template import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments, ModelArguments
     from llamafactory.model import load_tokenizer
@@ -160,8 +163,9 @@ def _llamafactory_template(experiment: Experiment):
     try:
         with asked_once(experiment.model, experiment.revision):
             tokenizer = load_tokenizer(model_args)["tokenizer"]
+        known = set(tokenizer.get_vocab())
         data_args = DataArguments(template=experiment.template, **thinking)
-        return tokenizer, get_template_and_fix_tokenizer(tokenizer, data_args)
+        return tokenizer, get_template_and_fix_tokenizer(tokenizer, data_args), known
     except (OSError, ValueError) as error:
         from factory.remedies import remedy_for
 
@@ -184,6 +188,23 @@ def _encode_oneturn(tokenizer, template, message: str, answer: str) -> tuple[lis
     turn = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
     prompt_ids, answer_ids = template.encode_oneturn(tokenizer, turn)
     return prompt_ids, answer_ids + ([tokenizer.eos_token_id] if template.efficient_eos else [])
+
+
+def _require_tokens(experiment: Experiment, template, tokenizer, known: set[str], ids: list[int | None]) -> None:
+    """Raise ArenaError where a frame holds tokens that the model was never taught: LLaMA-Factory adds them with a
+    remark in its log, and the training dies of their ids, or teaches rows of the embedding that nobody ever trained."""
+    parts = (template.format_prefix, template.format_user, template.format_assistant)
+    named = [slot["token"] for part in parts for slot in part.slots if isinstance(slot, dict)]
+    fed = [tokenizer.convert_ids_to_tokens(each) for each in ids if each is not None]
+    if lacking := [token for token in dict.fromkeys([*named, *fed]) if token not in known]:
+        from factory.model_table import own_template
+
+        raise ArenaError(
+            f"the tokenizer of {experiment.model} lacks {', '.join(lacking)}, which template {experiment.template!r} "
+            "writes around every prompt and answer",
+            where=f"{experiment.folder}/experiment.yaml: template",
+            remedy=f"write the model's own template there: {own_template(experiment.model)}",
+        )
 
 
 def _special_strings(tokenizer, template) -> tuple[str, ...]:

@@ -71,8 +71,8 @@ def known_models() -> dict[str, KnownModel]:
 def choose_template(model: str, asked: str | None = None) -> Choice:
     """Return the chat template of a hub id or a local folder; `asked` overrides what is known.
 
-    Raises UsageError for a name that is neither, an unknown template, or where nothing tells the template; the
-    nearest ones are named.
+    Raises UsageError for a name that is neither, an unknown template, one whose tokens the model's tokenizer lacks
+    (where that is on this disk), or where nothing tells the template; the nearest ones are named.
     """
     folder = Path(model).expanduser()
     local = bool(model) and folder.is_dir()
@@ -83,6 +83,7 @@ def choose_template(model: str, asked: str | None = None) -> Choice:
     if asked is not None:
         if asked not in templates():
             raise UsageError(f"LLaMA-Factory has no chat template {asked!r}", remedy=_near_templates(asked))
+        _require_tokens(model, folder if local else None, asked)
         return Choice(asked, "given by --template")
     if local:
         return _of_folder(folder)
@@ -99,6 +100,67 @@ def choose_template(model: str, asked: str | None = None) -> Choice:
         )
     named = f"LLaMA-Factory's own for {known.name}"
     return Choice(known.template, named if known.template != BASE_TEMPLATE else f"{named}, which is no chat model")
+
+
+def own_template(model: str) -> str:
+    """Say which template is a model's own, or which ones it may be."""
+    try:
+        return choose_template(model).template
+    except ArenaError as error:
+        return error.remedy.removeprefix("name one with --template; ")
+
+
+@cache
+def tokens_of(template: str) -> tuple[str, ...]:
+    """Return the special tokens that a template writes around every prompt and answer, those that a text begins and
+    ends with by the tokenizer's own choice left out.
+
+    A token is what stands alone in a formatter, or a stop word: LLaMA-Factory adds these to a tokenizer that lacks
+    them. Other texts, such as [INST], are any tokenizer's.
+    """
+    call = next(c for c in _calls("llamafactory.data.template", "register_template") if _given(c, "name") == template)
+    formatters = [each.value for each in call.keywords if each.arg in ("format_prefix", "format_user")]
+    answer = [each.value for each in call.keywords if each.arg == "format_assistant"]
+    slots = [slot for each in (*formatters, *answer) for slot in _parts(each)]
+    slots += [{"eos_token"}] if not answer or _given(call, "efficient_eos") else []
+    stops = _given(call, "stop_words") or []
+    tokens = [slot["token"] for slot in slots if isinstance(slot, dict)]
+    tokens += [word for word in stops if any(word in slot for slot in slots if isinstance(slot, str))]
+    if _given(call, "replace_eos") and {"eos_token"} in slots:
+        tokens.append(stops[0])
+    return tuple(dict.fromkeys(tokens))
+
+
+def _given(call: ast.Call, key: str) -> Any:
+    return _literal(next((each.value for each in call.keywords if each.arg == key), None))
+
+
+def _require_tokens(model: str, folder: Path | None, template: str) -> None:
+    """Raise UsageError where the model's tokenizer is on this disk and lacks a token of the template."""
+    path = folder / "tokenizer.json" if folder else _cached(model, "tokenizer.json")
+    if path is None or not path.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        known = Tokenizer.from_file(str(path)).get_vocab()
+    except Exception:  # the library has no narrower class; `prepare` tells what is wrong with it
+        return
+    if lacking := [token for token in tokens_of(template) if token not in known]:
+        raise UsageError(
+            f"the tokenizer of {model} lacks {', '.join(lacking)}, which this template writes around every prompt "
+            "and answer",
+            where=f"--template {template}",
+            remedy=f"give the model's own: {own_template(model)}",
+        )
+
+
+def _cached(model: str, name: str) -> Path | None:
+    """Return a file of a hub's model that an earlier download left on this disk."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, name)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _require_id(model: str) -> None:
@@ -238,13 +300,19 @@ def _text_templates() -> dict[str, _Layout]:
 
 def _slots(formatter: ast.expr | None) -> str | None:
     """Return a formatter's text; a token that begins or ends a text is left out, another one makes it unknown."""
-    if not isinstance(formatter, ast.Call):
+    if not isinstance(formatter, ast.Call) or not (parts := _parts(formatter)):
         return None
-    listed = next((keyword.value for keyword in formatter.keywords if keyword.arg == "slots"), None)
-    parts = _literal(listed) if listed is not None else None
-    if not isinstance(parts, list) or any(isinstance(part, dict) for part in parts):
+    if any(isinstance(part, dict) for part in parts):
         return None
     return "".join(part for part in parts if isinstance(part, str))
+
+
+def _parts(formatter: ast.expr) -> list[Any]:
+    """Return a formatter's parts as they stand in the source: texts, {"token": …}, {"bos_token"}; [] where unknown."""
+    keywords = formatter.keywords if isinstance(formatter, ast.Call) else []
+    listed = next((keyword.value for keyword in keywords if keyword.arg == "slots"), None)
+    parts = _literal(listed)
+    return parts if isinstance(parts, list) else []
 
 
 def _calls(module: str, function: str) -> Iterator[ast.Call]:

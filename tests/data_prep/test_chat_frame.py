@@ -60,7 +60,7 @@ def frames(tmp_path_factory, train_tokenizer):
         thinking = {"enable_thinking": False} if template == "qwen3" else {}
         experiment = parse_experiment(keys | thinking, "exam", where="experiment.yaml")
         frame, kept = chat_frame.probe_frame(experiment)
-        made[template] = (frame, Tokenizer.from_str(kept), *chat_frame._llamafactory_template(experiment))
+        made[template] = (frame, Tokenizer.from_str(kept), *chat_frame._llamafactory_template(experiment)[:2])
     return made
 
 
@@ -113,6 +113,27 @@ def test_what_surrounds_a_message(frames):
     assert frame["qwen3_nothink"].suffix_ids == ()
     assert [name for name, each in frame.items() if each.answer_lstrip] == ["qwen3"]
     assert ChatFrame.from_dict(vars(frame["qwen3"])) == frame["qwen3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", ["llama3", "gemma2"])
+def test_a_template_whose_tokens_the_model_lacks_is_refused(frames, make_experiment, tmp_path, template):
+    frames["qwen3_nothink"][2].save_pretrained(tmp_path)
+    lacking = {"llama3": "lacks <|eot_id|>, which", "gemma2": "lacks <end_of_turn>, which"}[template]
+    with pytest.raises(ArenaError) as caught:
+        chat_frame.probe_frame(make_experiment(model=str(tmp_path), template=template))
+    assert lacking in caught.value.what and caught.value.where == "factory_configs/exam/experiment.yaml: template"
+    assert caught.value.remedy.startswith("write the model's own template there")
+
+
+@pytest.mark.slow
+def test_a_stop_word_that_no_row_holds_may_be_lacking(make_experiment, tmp_path, train_tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    specials, ends = FAMILIES["llama3"]  # Llama 3.0 has no <|eom_id|>, which LLaMA-Factory's template stops at
+    known = train_tokenizer([token for token in specials if token != "<|eom_id|>"])
+    PreTrainedTokenizerFast(tokenizer_object=known, **ends).save_pretrained(tmp_path)
+    assert chat_frame.probe_frame(make_experiment(model=str(tmp_path), template="llama3"))[0].template == "llama3"
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from data_prep.errors import ArenaError, UsageError
-from factory.model_table import BASE_TEMPLATE, _text_templates, choose_template, known_models
+from factory.model_table import BASE_TEMPLATE, _text_templates, choose_template, known_models, tokens_of
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -53,6 +53,20 @@ def test_the_table_is_the_imported_one():
     for name, layout in _text_templates().items():
         slots = TEMPLATES[name].format_user.slots
         assert layout.user == "".join(slot for slot in slots if isinstance(slot, str))
+
+
+@pytest.mark.slow
+def test_the_tokens_of_a_template_are_those_that_llamafactory_writes():
+    from llamafactory.data.template import TEMPLATES
+
+    found = {name: tokens_of(name) for name in TEMPLATES}
+    for name, its in TEMPLATES.items():
+        slots = [slot for part in (its.format_prefix, its.format_user, its.format_assistant) for slot in part.slots]
+        named = {slot["token"] for slot in slots if isinstance(slot, dict)}
+        stops = {word for word in its.stop_words if any(word in slot for slot in slots if isinstance(slot, str))}
+        ends = {"eos_token"} in slots or its.efficient_eos
+        assert set(found[name]) == named | stops | ({its.stop_words[0]} if its.replace_eos and ends else set()), name
+    assert found["llama3"] == ("<|eot_id|>",) and found["qwen3_nothink"] == ("<|im_end|>",) and not found["vicuna"]
 
 
 @pytest.mark.parametrize(

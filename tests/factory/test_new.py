@@ -67,6 +67,27 @@ def test_a_local_folder_is_a_model(workplace, tiny_base):
     assert "revision" not in (its.folder / "experiment.yaml").read_text(encoding="utf-8")
 
 
+def test_a_template_whose_tokens_the_model_lacks_is_refused(workplace, tiny_base):
+    result = call("local", "--model", str(tiny_base), "--template", "llama3")
+    assert result.exit_code == 2 and not Path("factory_configs/local").exists()
+    assert f"the tokenizer of {tiny_base} lacks <|eot_id|>, which this template writes" in result.output
+    assert "--template llama3: " in result.output
+    assert "give the model's own: for qwen3 perhaps: qwen3, qwen3_nothink" in result.output
+
+
+def test_a_hubs_model_is_looked_at_where_it_was_downloaded(workplace, tiny_base, tmp_path, monkeypatch):
+    kept = tmp_path / "hub" / "models--Qwen--Qwen3-8B"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("abc")
+    (kept / "snapshots" / "abc").mkdir(parents=True)
+    asked = ("mine", "--model", "Qwen/Qwen3-8B", "--template", "llama3")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert call("other", *asked[1:]).exit_code == 0, "nothing is on this disk, so prepare tells"
+    (kept / "snapshots" / "abc" / "tokenizer.json").write_bytes((tiny_base / "tokenizer.json").read_bytes())
+    result = call(*asked)
+    assert result.exit_code == 2 and "give the model's own: qwen3\n" in result.output, result.output
+
+
 def test_nothing_is_ever_overwritten(workplace):
     assert call("mine", "--model", "Qwen/Qwen3-8B").exit_code == 0
     before = {path.name: path.read_bytes() for path in Path("factory_configs/mine").iterdir()}
