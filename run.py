@@ -103,14 +103,16 @@ def demo(seed: int, fresh: bool, as_json: bool) -> None:
 
     In minutes: draws an arena whose true probabilities are known, prepares, trains, merges, scores and reports.
     """
-    from factory.demo import demo_arena, refuse_other_votes
+    from factory.demo import demo_arena, refuse_other_votes, trained_on_another
+    from factory.survey import refuse_while_at_work
 
     exp, show = _start("demo")
+    refuse_while_at_work(exp)
     if not fresh:
         refuse_other_votes(exp)
-    arena, changed = demo_arena(exp, seed, show)
+    arena = demo_arena(exp, seed, show)
     _prepare(exp, arena.train, arena.test, arena.truth, force=False, show=show)
-    report = _stage(exp, "sft", until="score", resume=False, fresh=fresh or changed, show=show)
+    report = _stage(exp, "sft", until="score", resume=False, fresh=fresh or trained_on_another(exp), show=show)
     _finish(exp, "sft", report, as_json)
 
 

@@ -10,6 +10,8 @@ from data_prep.errors import ArenaError
 from data_prep.files import atomic_folder, read_json, write_json
 from data_prep.strangers import refuse_loss, refuse_strangers
 from data_prep.synthetic import ArenaFiles, write_arena
+from factory.outdated import outdated_files
+from factory.survey import running_stages
 
 if TYPE_CHECKING:
     from factory.experiment import Experiment
@@ -35,34 +37,40 @@ def refuse_other_votes(experiment: Experiment) -> None:
         )
 
 
-def demo_arena(experiment: Experiment, seed: int, show: Show) -> tuple[ArenaFiles, bool]:
-    """Return the arena of this seed and whether another one (or another base) was there before.
+def demo_arena(experiment: Experiment, seed: int, show: Show) -> ArenaFiles:
+    """Return the arena of this seed, drawn together with its base where either of them is not there.
 
-    Raises ArenaError, before anything is replaced, where anybody else's files would go with it.
+    Raises ArenaError, before anything is replaced, where anybody else's files would go with it or a run reads the base.
     """
     refuse_loss(experiment.data_folder)
-    files = ArenaFiles(ARENA / "train.csv", ARENA / "test.csv", ARENA / "truth.csv")
-    drawn, earlier = _drawn(seed), _read(ARENA / "drawn.json")
-    if earlier == drawn and Path(experiment.model).is_dir():
-        return files, False
-    if experiment.model != EMBEDDED_BASE:
-        raise ArenaError(
-            f"names the model {experiment.model}, and the demo would build its own tiny base in that place",
-            where=str(experiment.folder / "experiment.yaml"),
-            remedy=f"write model: {EMBEDDED_BASE}, and make another experiment for your model: run.py new EXP --model",
-        )
-    _draw(seed)
-    show.note(f"drew {TRAIN_ROWS:,} battles with known probabilities and {TEST_ROWS} to submit (seed {seed}): {ARENA}")
-    build_embedded_base(experiment, files.train, seed, show)
-    return files, earlier is not None and earlier != drawn
+    if _read(ARENA / "drawn.json") != _drawn(seed) or not Path(experiment.model).is_dir():
+        if experiment.model != EMBEDDED_BASE:
+            raise ArenaError(
+                f"names the model {experiment.model}, and the demo would build its own tiny base in that place",
+                where=str(experiment.folder / "experiment.yaml"),
+                remedy=f"write model: {EMBEDDED_BASE}, and make another experiment for your model: "
+                "run.py new EXP --model",
+            )
+        _refuse_readers_of_the_base()
+        _draw(experiment, seed, show)
+    return ArenaFiles(ARENA / "train.csv", ARENA / "test.csv", ARENA / "truth.csv")
+
+
+def trained_on_another(experiment: Experiment) -> bool:
+    """Tell whether the judge, finished or begun, learned from another arena than is prepared now.
+
+    What it began with says so, not what this call drew: an earlier call may have been interrupted after that.
+    """
+    return bool(outdated_files(experiment, "sft", ("train",)))
 
 
 def ensure_embedded_base(experiment: Experiment, show: Show) -> None:
-    """Build the embedded base if the experiment names it and it is not there yet."""
+    """Build the embedded base if the experiment names it and it is not there yet: that of the arena, if one is."""
     if experiment.model != EMBEDDED_BASE or Path(experiment.model).is_dir():
         return
-    _draw(DEFAULT_SEED)
-    build_embedded_base(experiment, ARENA / "train.csv", DEFAULT_SEED, show)
+    drawn = _read(ARENA / "drawn.json")
+    seed = drawn.get("seed") if isinstance(drawn, dict) else None
+    _draw(experiment, seed if isinstance(seed, int) and seed >= 0 else DEFAULT_SEED, show)
 
 
 def build_embedded_base(experiment: Experiment, votes: Path, seed: int, show: Show) -> None:
@@ -79,13 +87,32 @@ def build_embedded_base(experiment: Experiment, votes: Path, seed: int, show: Sh
     show.note(f"built a tiny base model with random weights (seed {seed}): {folder}")
 
 
-def _draw(seed: int) -> None:
-    """Write the arena of a seed; raises ArenaError where its folder holds anybody else's files."""
-    own = _FILES if (ARENA / "drawn.json").is_file() else ()
+def _draw(experiment: Experiment, seed: int, show: Show) -> None:
+    """Write the arena of a seed, then its base; raises ArenaError where the arena's folder holds anybody else's files.
+
+    drawn.json says last that both are there: a call that was interrupted between them draws both again.
+    """
+    drawn, own = _drawn(seed), _FILES if (ARENA / "drawn.json").is_file() else ()
     refuse_strangers(ARENA, own.__contains__, "demo")
     with atomic_folder(ARENA) as folder:
         write_arena(folder, seed=seed, train_rows=TRAIN_ROWS, test_rows=TEST_ROWS)
-        write_json(folder / "drawn.json", _drawn(seed))
+        write_json(folder / "drawn.json", {**drawn, "base": "is being built"})
+    show.note(f"drew {TRAIN_ROWS:,} battles with known probabilities and {TEST_ROWS} to submit (seed {seed}): {ARENA}")
+    build_embedded_base(experiment, ARENA / "train.csv", seed, show)
+    write_json(ARENA / "drawn.json", drawn)
+
+
+def _refuse_readers_of_the_base() -> None:
+    """Raise ArenaError while a stage of any experiment on the embedded base runs on this machine."""
+    from factory.board import readable_experiments
+
+    for experiment in readable_experiments()[0]:
+        if experiment.model == EMBEDDED_BASE and (running := running_stages(experiment)):
+            raise ArenaError(
+                f"{' and '.join(running)} of {experiment.name} is at work on this base, which would be replaced",
+                where=EMBEDDED_BASE,
+                remedy="wait for it or end it",
+            )
 
 
 def _drawn(seed: int) -> dict[str, int]:

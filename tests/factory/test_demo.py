@@ -1,7 +1,9 @@
 """The demo leaves votes of people alone."""
 
 import json
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
@@ -9,10 +11,13 @@ from click.testing import CliRunner
 import run
 from data_prep.errors import ArenaError
 from data_prep.files import write_json
+from data_prep.lock import only_run
 from factory import demo as demo_module
 from factory.demo import ARENA, demo_arena, ensure_embedded_base, refuse_other_votes
-from factory.experiment import load_experiment
+from factory.experiment import load_experiment, read_yaml
+from factory.inputs import inputs_of
 from factory.progress import Show
+from factory.state import StageState
 
 
 def test_an_export_of_other_votes_is_not_replaced_by_the_arena(place):
@@ -79,4 +84,58 @@ def test_nor_does_the_demo_build_its_base_in_the_place_of_another_model(place, m
     if Path(model).is_dir():  # over the arena that is there already it may be any model
         ARENA.mkdir()
         write_json(ARENA / "drawn.json", {"seed": 1, "train_rows": 60, "test_rows": 500})
-        assert demo_arena(exam, 1, Show())[1] is False
+        assert demo_arena(exam, 1, Show()).train == ARENA / "train.csv"
+
+
+@pytest.mark.parametrize("other", [None, "other"])
+def test_nothing_is_replaced_while_a_run_is_at_work_on_it(place, monkeypatch, other):
+    exam = as_demo(place, monkeypatch)
+    demo_arena(exam, 1, Show())
+    if other:  # another experiment on the demo's base
+        shutil.copytree("factory_configs/exam", f"factory_configs/{other}")
+    Path("factory_configs/exam").rename("factory_configs/demo")
+    before = place.snapshot()
+    with only_run(load_experiment(other or "demo").output_folder("sft")):
+        refused = CliRunner().invoke(run.cli, ["demo", "--seed", "2", "--fresh"])
+    assert refused.exit_code == 1 and "is at work" in refused.output and "remedy: wait for it" in refused.output
+    assert place.snapshot() == before
+
+
+def test_an_arena_without_its_base_is_drawn_again(place, monkeypatch):
+    exam = as_demo(place, monkeypatch)
+    demo_arena(exam, 1, Show())
+    whole = place.snapshot()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("factory.base_model.build_base_model", Mock(side_effect=KeyboardInterrupt))
+        demo_arena(exam, 2, Show())
+    demo_arena(exam, 2, Show())
+    assert "(seed 2, " in Path(exam.model, "README.md").read_text(encoding="utf-8")
+    shutil.rmtree(exam.model)
+    second = place.snapshot()
+    ensure_embedded_base(exam, Show())
+    assert {k: v for k, v in place.snapshot().items() if exam.model not in k} == second, "the base of the same arena"
+    assert "(seed 2, " in Path(exam.model, "README.md").read_text(encoding="utf-8")
+    demo_arena(exam, 1, Show())
+    assert place.snapshot() == whole
+
+
+def test_an_interrupted_demo_of_another_seed_goes_on(place, monkeypatch):
+    as_demo(place, monkeypatch)
+    Path("factory_configs/exam").rename("factory_configs/demo")
+    Path("data/exam").rename("exam")
+    asked = []
+
+    def trains(experiment, stage, *, fresh, **_):
+        asked.append(fresh)
+        state, recipe = StageState(experiment.output_folder(stage)), experiment.recipe(stage)
+        state.begin("train", inputs_of(recipe, read_yaml(recipe)))
+
+    def demo(seed, stage=trains):
+        monkeypatch.setattr(run, "_stage", stage)
+        return CliRunner().invoke(run.cli, ["demo", "--seed", seed]).exit_code
+
+    monkeypatch.setattr(run, "_finish", lambda *_: None)
+    assert demo("1") == 0
+    assert demo("2", Mock(side_effect=KeyboardInterrupt)) == 1, "right after prepare"
+    assert demo("2") == 0 and demo("2") == 0 and demo("1") == 0
+    assert asked == [False, True, False, True]
