@@ -24,6 +24,7 @@ import numpy as np
 from data_prep.chat_frame import ChatFrame, load_frame
 from data_prep.dataset import read_battles, read_manifest, truth_of
 from data_prep.errors import ArenaError, UsageError
+from data_prep.files import read_json
 from data_prep.prompt import JudgePrompt
 from data_prep.truth import probabilities_of
 from factory.board import serve_page
@@ -32,7 +33,7 @@ from factory.inputs import names
 from factory.progress import LogPoint, Show, TrainerLog, describe, duration, loss_curve, resumed_at, seconds_left
 from factory.state import last_checkpoint
 from factory.step import STEPS, TRAININGS
-from factory.survey import OUTDATED, experiment_view, next_commands, running_stages, stage_view
+from factory.survey import OUTDATED, StageView, experiment_view, next_commands, running_stages, stage_view
 
 if TYPE_CHECKING:
     pass
@@ -73,11 +74,22 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """What the report of a scored stage says: its final log loss on `rows` held-out battles, and the ladder on them."""
+
+    log_loss: float
+    rows: int | None
+    beats_prior: bool
+    ladder: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Look:
     """What a run shows at one moment; `seconds_left` is None while nobody can tell.
 
     `evaluates` says when the recipe evaluates on the way, None where it does not; `start_step` is where the run goes on
-    from, 0 where it began anew. `faults` are why the ladder or a checkpoint's score is missing.
+    from, 0 where it began anew. `faults` are why the ladder or a checkpoint's score is missing,
+    `reached` is None until the stage is scored.
     """
 
     experiment: str
@@ -96,6 +108,7 @@ class Look:
     ladder: dict[str, float] | None = None
     how_to_evaluate: str = ""
     faults: list[str] = field(default_factory=list)
+    reached: Reached | None = None
 
     @property
     def at_work(self) -> bool:
@@ -146,7 +159,23 @@ def look(experiment: Experiment, stage: str) -> Look:
     recipe = experiment.recipe(stage)
     told = (experiment.name, stage, view.state, view.detail, "".join(following))
     seen = Look(*told, point, left, curve, evaluations, why, evaluation_times(recipe), start)
-    return replace(seen, how_to_evaluate=how_to_evaluate(recipe))
+    reached = what_was_reached(experiment, view)
+    ladder = reached.ladder if reached else None
+    return replace(seen, how_to_evaluate=how_to_evaluate(recipe), reached=reached, ladder=ladder)
+
+
+def what_was_reached(experiment: Experiment, view: StageView) -> Reached | None:
+    """Return what the report of a scored stage says, None where the stage is not scored."""
+    if view.log_loss is None or view.prior is None:
+        return None
+    known, rows = {"prior": view.prior}, None
+    try:
+        content = read_json(experiment.output_folder(view.stage) / "report.json")
+        known, rows = {**content["baselines"], "bayes": content.get("bayes")}, content.get("rows")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # put aside since the survey read it: what the survey has is shown
+    ladder = {name: float(known[name]) for name in RUNG_NAMES if isinstance(known.get(name), int | float)}
+    return Reached(view.log_loss, rows if isinstance(rows, int) else None, bool(view.beats_prior), ladder)
 
 
 def evaluation_times(recipe_path: Path) -> str | None:
@@ -299,9 +328,11 @@ class Watcher:
         seen = replace(look(self._experiment, self._stage), faults=list(self.faults))
         if seen.state == OUTDATED:
             return seen
-        return replace(seen, measured=list(self.measured), ladder=self.ladder.at() if self.ladder else None)
+        return replace(seen, measured=list(self.measured), ladder=self.ladder.at() if self.ladder else seen.ladder)
 
     def _prepare(self) -> CheckpointScorer | None:
+        if not self._rows and look(self._experiment, self._stage).ladder:
+            return None  # its report has the baselines: nothing is left to find out
         try:
             self.ladder = Ladder(self._experiment)
             scorer = CheckpointScorer(self._experiment, self._stage, self._rows) if self._rows else None
@@ -424,6 +455,21 @@ def _beside(ladder: dict[str, float] | None) -> str:
     return " (" + ", ".join(f"{RUNG_NAMES[name]} {loss:.4f}" for name, loss in ladder.items()) + ")"
 
 
+def _log_loss_in_words(seen: Look) -> list[str]:
+    """Return what the stage reached, or how a log loss is to be had while it is not scored."""
+    if seen.reached:
+        rows = "" if seen.reached.rows is None else f" on {seen.reached.rows} held-out battles"
+        than = "better" if seen.reached.beats_prior else "not better"
+        return [f"log loss {seen.reached.log_loss:.4f}{rows}: {than} than the class prior"]
+    if seen.why_no_log_loss:
+        return [f"no log loss yet: {seen.why_no_log_loss}"]
+    if seen.evaluations or seen.measured:
+        return []
+    if seen.evaluates:
+        return [f"no evaluation yet: the recipe evaluates {seen.evaluates}"]
+    return [f"no evaluation {'yet' if seen.at_work else 'on the way'}: {seen.how_to_evaluate}"]
+
+
 def in_words(seen: Look) -> list[str]:
     """Return a run as lines: how far it is, its losses, the ladder, and the command that comes next."""
     lines = [f"{seen.experiment} {seen.stage}: {seen.state} {seen.detail}".rstrip()]
@@ -432,12 +478,7 @@ def in_words(seen: Look) -> list[str]:
         losses = describe(replace(_last_loss(seen), elapsed=None))
         lines.append(f"step {seen.point.step}/{seen.point.total}  {losses}{left}")
     lines += [sentence for _, sentence in sentences(seen)]
-    if seen.why_no_log_loss:
-        lines.append(f"no log loss yet: {seen.why_no_log_loss}")
-    elif not seen.evaluations and not seen.measured and seen.evaluates:
-        lines.append(f"no evaluation yet: the recipe evaluates {seen.evaluates}")
-    elif not seen.evaluations and not seen.measured:
-        lines.append(f"no evaluation {'yet' if seen.at_work else 'on the way'}: {seen.how_to_evaluate}")
+    lines += _log_loss_in_words(seen)
     if seen.ladder:
         lines.append("to beat:" + _beside(seen.ladder)[1:].replace("(", " ").rstrip(")"))
     lines += seen.faults

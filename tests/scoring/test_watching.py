@@ -285,11 +285,12 @@ def test_after_a_scored_stage_watch_names_the_same_command_as_status(exam):
     for part in ("train", "merge", "score"):
         state.begin(part, {})
         state.finish(part, [], 1.0)
-    content = {"log_loss": 1.0, "baselines": {"prior": 1.09}}
+    content = {"log_loss": 1.0061, "baselines": {"prior": 1.09}}
     (folder / "report.json").write_text(json.dumps(content))
     seen = look(exam, "rm")
     assert seen.state == "scored" and seen.next == next_commands(survey(["exam"])[0])[0]
     assert not seen.next.startswith("python run.py compare"), "one stage alone is not compared"
+    assert "log loss 1.0061: better than the class prior" in in_words(seen)
     shutil.rmtree(folder)  # others find the place as it was
 
 
@@ -381,3 +382,27 @@ def test_ctrl_c_in_a_terminal_is_no_failure(exam):
     assert first == "exam sft: training\n" and process.returncode == 0, more
     assert "watching ended; the training goes on" in more and "Error" not in more
     assert "exam sft: training step 4/10" in said
+
+
+@pytest.mark.parametrize("look_at", [lambda watcher: watcher.finish().look(), lambda w: follow(w, Show(), pause=0)])
+def test_a_scored_stage_is_told_with_what_it_reached(exam, monkeypatch, capsys, look_at):
+    """The log loss that `status` has, beside the baselines of the same report: nothing is fitted for it."""
+    monkeypatch.setattr(watching, "Ladder", None)
+    folder = exam.output_folder("sft")
+    state = StageState(folder)
+    for part in ("train", "merge", "score"):
+        state.begin(part, {})
+        state.finish(part, [], 1.0)
+    log(exam, "sft", (10, {"loss": 0.35}))
+    baselines = {"uniform": 1.0986, "prior": 1.0956, "length": 1.0994, "tfidf": 0.8535}
+    report = {"log_loss": 1.1061, "rows": 60, "baselines": baselines, "bayes": 0.8187, "beats_prior": False}
+    (folder / "report.json").write_text(json.dumps(report))
+    watcher = Watcher(exam, "sft")
+    said = in_words(look_at(watcher))
+    assert watcher.faults == []
+    assert "log loss 1.1061 on 60 held-out battles: not better than the class prior" in said
+    (beaten,) = (line for line in said if line.startswith("to beat:"))
+    assert "class prior 1.0956" in beaten and "Bayes: the best possible 0.8187" in beaten
+    assert not any("evaluation" in line or "no log loss" in line for line in said)
+    assert json.loads(json.dumps(watcher.look().to_json()))["reached"]["log_loss"] == 1.1061
+    shutil.rmtree(folder)
