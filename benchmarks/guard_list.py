@@ -65,7 +65,7 @@ _TEXTS = [
         "special tokens are broken up",
         "texts",
         "test_a_special_token_in_a_text_is_text",
-        (NEUTRAL, "self._pattern.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)", "text"),
+        (NEUTRAL, "self._pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)", "text"),
     ),
     _guard(
         "special tokens are broken up in pairs too",
