@@ -29,7 +29,7 @@ from scoring.gguf_file import (
     source_digest,
     source_files,
 )
-from scoring.judge import load_judge
+from scoring.judge import load_judge, require_judge
 from scoring.links import softmax
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def export_gguf(
     """
     _check_request(stage, quantization)
     script = find_converter(converter)
+    require_judge(experiment, stage)
     judge = load_judge(experiment.merged_folder(stage))
     output = output or gguf_path(judge.folder, quantization)
     log = experiment.output_folder(stage) / "export.log"

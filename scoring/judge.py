@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from data_prep.errors import ArenaError
 from data_prep.files import read_json, sha256_of, write_json
 from data_prep.prompt import JudgePrompt
 from factory.experiment import BudgetShares, Experiment, Labels
+from factory.step import STEPS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -151,6 +153,30 @@ def load_judge(folder: Path) -> Judge:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0][:_LONGEST_REASON]
         raise ArenaError(f"is damaged: {reason}", where=str(path), remedy="merge the adapter again") from None
+
+
+def require_judge(experiment: Experiment, stage: str) -> None:
+    """Raise ArenaError where a stage's judge is not made yet: what it lacks, or that a run makes it now."""
+    from factory.survey import INTERRUPTED, experiment_view, is_at_work, stage_view
+
+    folder = experiment.merged_folder(stage)
+    if (folder / MANIFEST).is_file():
+        return
+    view, name = stage_view(experiment, stage), shlex.quote(experiment.name)
+    call = f"python run.py {STEPS[stage].asked_by} -e {name}"
+    if is_at_work(experiment.output_folder(stage)):
+        now = f"{view.state} {view.detail}".rstrip()
+        what = f"is not a judge yet: {stage} is at work ({now})"
+        remedy = f"wait for it, it scores at its end: python run.py watch -e {name} --stage {stage}"
+    elif folder.is_dir():
+        what = f"is not a judge: {MANIFEST} is missing"
+        remedy = f"move the folder away and merge again: {call} --until merge"
+    else:
+        left = f"{view.state} ({view.detail})" if view.state == INTERRUPTED else view.state
+        what = f"is not a judge yet: {stage} is {'not trained' if view.state == 'new' else left}"
+        whole = experiment_view(experiment)
+        remedy = f"{whole.next}; then {call}" if whole.next else f"train, merge and score: {view.next}"
+    raise ArenaError(what, where=str(folder), remedy=remedy)
 
 
 def _check_types(content: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
 from scoring.canaries import label_canaries, require_canaries, reward_canaries
 from scoring.engine import device_name, load_model
 from scoring.engines import open_engine, require_engine
-from scoring.judge import MANIFEST, load_judge
+from scoring.judge import MANIFEST, load_judge, require_judge
 from scoring.links import softmax
 from scoring.reader import Reader
 from scoring.rewards import VALUE_HEAD, beats, implicit_rewards, load_policy, load_value_head, value_rewards
@@ -107,6 +107,7 @@ def scorer_of(experiment: Experiment, stage: str, engine: str = "torch", precisi
         raise ArenaError(f"{stage!r} is no stage", remedy="choose one of: sft, dpo_judge, dpo_reward, rm")
     if stage not in _REWARD_PRECISIONS:
         require_engine(engine, precision)  # before the judge is read: nothing is begun for an engine that is not there
+        require_judge(experiment, stage)
         return _LabelScorer(experiment, stage, engine, precision)
     if engine != "torch":
         raise UsageError(
@@ -120,7 +121,10 @@ def scorer_of(experiment: Experiment, stage: str, engine: str = "torch", precisi
             where=f"--precision {precision}",
             remedy=f"choose one of: {', '.join(_REWARD_PRECISIONS[stage])}",
         )
-    return _PolicyScorer(experiment, precision) if stage == "dpo_reward" else _ValueScorer(experiment, precision)
+    if stage == "dpo_reward":
+        return _PolicyScorer(experiment, precision)
+    require_judge(experiment, stage)
+    return _ValueScorer(experiment, precision)
 
 
 def own_precision(experiment: Experiment, stage: str) -> str:

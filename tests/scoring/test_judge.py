@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+import run
 from data_prep.battle import Battle, swap
 from data_prep.budget import Fitter
 from data_prep.errors import ArenaError
+from data_prep.lock import only_run
+from factory.state import StageState
 from scoring.judge import MANIFEST, load_judge, write_judge
 
 BATTLES = [
@@ -170,3 +174,29 @@ def test_a_broken_tokenizer_is_an_error_with_a_remedy(folder):
     with pytest.raises(ArenaError) as caught:
         load_judge(folder)
     assert "merge" in caught.value.remedy
+
+
+def told(*arguments: str) -> str:
+    done = CliRunner().invoke(run.cli, arguments)
+    assert done.exit_code == 1, done.output
+    return done.output
+
+
+def test_a_judge_that_is_not_made_yet_comes_with_the_command_that_makes_it(place):
+    merged, moved = Path("outputs/exam/sft/merged"), Path("elsewhere")
+    call = ("score", "-e", "exam", "--stage", "sft")
+    (merged / MANIFEST).rename("judge.kept")
+    assert "judge.json is missing" in (said := told(*call)), said
+    assert "move the folder away and merge again: python run.py sft -e exam --until merge" in said
+    merged.rename(moved)
+    Path("outputs/exam/sft/state.json").unlink()
+    Path("saves").rename("saved")
+    assert "outputs/exam/sft/merged: is not a judge yet: sft is not trained" in (said := told(*call)), said
+    assert "remedy: train, merge and score: python run.py sft -e exam\n" in said
+    with only_run(Path("outputs/exam/sft")):
+        StageState(Path("outputs/exam/sft")).begin("train", {})
+        assert "is not a judge yet: sft is at work (training)" in (said := told(*call)), said
+        assert "python run.py watch -e exam --stage sft" in said
+    assert "is not a judge yet: sft is interrupted (training)\n" in told(*call)
+    Path("data/exam/manifest.json").unlink()
+    assert "remedy: python run.py prepare -e exam --train FILE; then python run.py sft -e exam\n" in told(*call)
