@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ MANIFEST = "manifest.json"
 # Of the manifest and the files that it names.
 FORMAT = 4
 _BATCH = 1024
+_NAMED = 5  # experiments that a remedy names
 _SUM_TOLERANCE = 1e-3
 
 
@@ -35,7 +37,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ArenaError(
             "there is no exported data",
             where=str(folder),
-            remedy=f"python run.py prepare -e {folder.name} --train FILE",
+            remedy=to_export(folder),
         ) from None
     except (OSError, ValueError):
         raise _damaged(path) from None
@@ -44,6 +46,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not _is_manifest(manifest):
         raise _damaged(path)
     return manifest
+
+
+def to_export(folder: Path) -> str:
+    """Return how a data folder is filled, and which others beside it are: -e may just have been left out."""
+    filled = sorted(path.parent.name for path in folder.parent.glob(f"*/{MANIFEST}") if path.parent != folder)
+    told = f"python run.py prepare -e {shlex.quote(folder.name)} --train FILE"
+    if not filled:
+        return told
+    named = f"{', '.join(filled[:_NAMED])}{' and others' if len(filled) > _NAMED else ''}"
+    return f"{told}; {named} {'hold' if len(filled) > 1 else 'holds'} exported data: -e {shlex.quote(filled[0])}"
 
 
 def earlier_manifest(folder: Path) -> dict[str, Any] | None:

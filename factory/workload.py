@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.dataset import readable, require_pairs
+from data_prep.dataset import readable, require_pairs, to_export
 from data_prep.errors import ArenaError
 from factory.step import STEPS
 
@@ -81,7 +81,7 @@ def _read(path: Path, columns: list[str], experiment: Experiment) -> dict[str, n
         raise ArenaError(
             "there is no exported data, and its lengths are what a forecast is made of",
             where=str(path.parent),
-            remedy=f"python run.py prepare -e {experiment.name} --train FILE",
+            remedy=to_export(path.parent),
         )
     with readable(path):
         table = read_table(path, columns=columns)

@@ -12,9 +12,11 @@ the form of an answer. A measured figure comes from `CheckpointScorer`: the chec
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,12 +30,20 @@ from data_prep.files import read_json
 from data_prep.prompt import JudgePrompt
 from data_prep.truth import probabilities_of
 from factory.board import serve_page
-from factory.experiment import Experiment, read_yaml
+from factory.experiment import Experiment, load_experiment, read_yaml
 from factory.inputs import names
 from factory.progress import LogPoint, Show, TrainerLog, describe, duration, loss_curve, resumed_at, seconds_left
 from factory.state import last_checkpoint
 from factory.step import STEPS, TRAININGS
-from factory.survey import OUTDATED, StageView, experiment_view, next_commands, running_stages, stage_view
+from factory.survey import (
+    OUTDATED,
+    StageView,
+    experiment_names,
+    experiment_view,
+    next_commands,
+    running_stages,
+    stage_view,
+)
 
 if TYPE_CHECKING:
     pass
@@ -133,7 +143,20 @@ def stage_to_watch(experiment: Experiment, stage: str | None, score_rows: int = 
     if not running:
         start = f"python run.py {TRAININGS[0]} -e {experiment.name}"
         remedy = f"start one in another terminal: {start}; or wait for one, or look at an earlier one: {remedy}"
+        if at_work := _at_work_elsewhere(experiment):
+            names = f"{' and '.join(at_work)} {'is' if len(at_work) == 1 else 'are'} at work"
+            remedy = f"{names}: python run.py watch -e {shlex.quote(at_work[0])}; or {remedy}"
     raise UsageError(what, where=experiment.name, remedy=remedy)
+
+
+def _at_work_elsewhere(experiment: Experiment) -> list[str]:
+    """Return the checkout's other experiments on which a run is at work; one with a faulty yaml has none."""
+    found = []
+    for name in experiment_names():
+        with suppress(ArenaError):
+            if name != experiment.name and running_stages(load_experiment(name)):
+                found.append(name)
+    return found
 
 
 def _require_labels(stage: str) -> None:

@@ -15,6 +15,7 @@ from data_prep.budget import MARKER
 from data_prep.errors import ArenaError, UsageError
 from data_prep.export import export
 from factory.experiment import load_experiment
+from factory.workload import workload_of
 from scoring.exhibit import exhibit, print_exhibit
 from scoring.probabilities import write_probabilities
 
@@ -168,5 +169,21 @@ def test_what_is_not_there_is_told(experiment, monkeypatch, tmp_path):
         exhibit(experiment, "sft", "t1", "train")
     assert "probabilities: none" in printed(exhibit(experiment, "dpo_judge", "plain1"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArenaError, match="there is no exported data"):
+    with pytest.raises(ArenaError, match="there is no exported data") as caught:
         exhibit(experiment, "sft", "t1")
+    assert caught.value.remedy == f"python run.py prepare -e {experiment.name} --train FILE"
+
+
+def test_where_nothing_is_exported_the_experiments_that_have_data_are_named(experiment, monkeypatch, tmp_path):
+    """Who leaves -e out gets the default, which may never have been prepared."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "arena"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    (tmp_path / "data" / "demo" / "manifest.json").touch()
+    with pytest.raises(ArenaError) as caught:
+        exhibit(experiment, "sft", "t1")
+    assert caught.value.remedy.endswith("--train FILE; demo holds exported data: -e demo")
+    (tmp_path / "data" / "arena" / "manifest.json").touch()
+    with pytest.raises(ArenaError) as caught:
+        workload_of(experiment, "sft")
+    assert caught.value.remedy.endswith("; arena, demo hold exported data: -e arena")

@@ -406,3 +406,20 @@ def test_a_scored_stage_is_told_with_what_it_reached(exam, monkeypatch, capsys, 
     assert not any("evaluation" in line or "no log loss" in line for line in said)
     assert json.loads(json.dumps(watcher.look().to_json()))["reached"]["log_loss"] == 1.1061
     shutil.rmtree(folder)
+
+
+def test_where_nothing_runs_the_experiment_that_is_at_work_is_named(exam, place):
+    """`watch` without -e means the default, while the demo trains."""
+    configs = place / "factory_configs"
+    for name, text in (("other", (configs / "exam" / "experiment.yaml").read_text()), ("broken", "model: [")):
+        (configs / name).mkdir()
+        (configs / name / "experiment.yaml").write_text(text)
+    other = load_experiment("other")
+    with pytest.raises(UsageError) as caught:
+        stage_to_watch(exam, None)
+    assert "at work" not in caught.value.remedy
+    with only_run(other.output_folder("sft")), pytest.raises(UsageError) as caught:
+        stage_to_watch(exam, None)
+    assert caught.value.remedy.startswith("other is at work: python run.py watch -e other; or start one")
+    for name in ("other", "broken"):
+        shutil.rmtree(configs / name)
