@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.battle import VERDICTS
+from scoring.words import final_flips
 
 if TYPE_CHECKING:
     from scoring.calibration import Calibration
@@ -65,9 +66,9 @@ def _cautions(report: Mapping[str, Any], calibration: Calibration) -> list[tuple
         found.append(("few_rows", f"Only {report['rows']} rows: the figures are rough."))
     bias = report["position_bias"]
     if bias and bias["flip_rate"] > FLIP_RATE:
-        found.append(
-            ("position_bias", f"{bias['flip_rate']:.0%} of the first choices change with the order of the answers.")
-        )
+        final = final_flips(bias, averaged=calibration.swap_tta, decimals=0)
+        changed = f"{bias['flip_rate']:.0%} of its first choices change with the order of the answers"
+        found.append(("position_bias", f"{changed}{final}."))
     cut = report["truncation"].get("judged", {}).get("rows_cut_share", 0)
     if cut > CUT_SHARE:
         found.append(("truncation", f"{cut:.0%} of the rows were shortened to fit: a larger cutoff_len may help."))

@@ -104,7 +104,11 @@ def report_view(report: dict, battles: Sequence[dict] = ()) -> dict:
             for key, name in (("top", "Its first choice"), *words.CLASS_NAMES.items())
         ],
         "reliability_words": words.reliability(points.get("top") or []),
-        "position_words": words.position_bias(report["position_bias"], report["position_bias_reason"]),
+        "position_words": words.position_bias(
+            report["position_bias"],
+            report["position_bias_reason"],
+            averaged=bool((report["calibration"] or {}).get("swap_tta")),
+        ),
         "calibration_words": words.calibration(report["calibration"]),
         "target_words": words.target_prior(report["target_prior"]),
         "parameters": facts(words.link_of(report["calibration"])),

@@ -107,7 +107,7 @@ def build_report(
         "experiment": experiment,
         "stage": stage,
         "set": set_name,
-        **_figures(judged, seed),
+        **_figures(judged, calibration, seed),
         "calibration": calibration.to_json(),
         "target_prior": _weighted_to_target(judged, calibration, seed) if fitted_here else None,
         "merge_gate": merge_gate,
@@ -122,8 +122,8 @@ def build_report(
     return _plain(report), probabilities, calibration
 
 
-def _figures(judged: _Judged, seed: int) -> dict[str, Any]:
-    """Return every figure that comes from probabilities and verdicts alone."""
+def _figures(judged: _Judged, calibration: Calibration, seed: int) -> dict[str, Any]:
+    """Return every figure that comes from probabilities and verdicts; `calibration` tells what of the order remains."""
     truth, model = judged.truth, judged.model
     intervals, shares = _intervals(judged, seed)
     losses = {name: float(judged.losses(p).mean()) for name, p in judged.baselines.items()}
@@ -150,7 +150,7 @@ def _figures(judged: _Judged, seed: int) -> dict[str, Any]:
         "bayes_expected": None if judged.bayes is None else _entropy(judged.bayes),
         "learned_share": share,
         "learned_share_ci95": share_ends,
-        **_position(judged, intervals),
+        **_position(judged, calibration, intervals),
         "reliability": metrics.reliability(model, truth),
         "confusion": metrics.confusion(model, truth),
         "slices": _slices(judged, seed),
@@ -185,8 +185,11 @@ def _intervals(judged: _Judged, seed: int) -> tuple[dict[str, list | None], tupl
     return ends, (means["gain_over_prior"] / learnable, metrics.percentile_interval(ratios, judged.groups))
 
 
-def _position(judged: _Judged, intervals: Mapping[str, list | None]) -> dict[str, Any]:
-    """Return position bias of the uncalibrated softmax in both orders, or null with the reason."""
+def _position(judged: _Judged, calibration: Calibration, intervals: Mapping[str, list | None]) -> dict[str, Any]:
+    """Return position bias of the uncalibrated softmax in both orders, or null with the reason.
+
+    `final_flip_rate` is the share of rows whose first choice by the final probabilities changes with the order.
+    """
     if judged.orders is None:
         if kind_of(judged.table) == "rewards":
             reason = "each answer is rewarded alone, so the order cannot matter"
@@ -197,6 +200,7 @@ def _position(judged: _Judged, intervals: Mapping[str, list | None]) -> dict[str
     single, both = metrics.log_loss(ab, judged.truth), metrics.log_loss((ab + ba) / 2, judged.truth)
     bias = {
         **metrics.position_bias(ab, ba),
+        "final_flip_rate": _final_flip_rate(judged.table, calibration),
         "log_loss_ab": single,
         "log_loss_ba": metrics.log_loss(ba, judged.truth),
         "log_loss_averaged": both,
@@ -204,6 +208,19 @@ def _position(judged: _Judged, intervals: Mapping[str, list | None]) -> dict[str
         "tta_gain_ci95": intervals["tta_gain"],
     }
     return {"position_bias": bias, "position_bias_reason": None}
+
+
+def _final_flip_rate(table: pd.DataFrame, calibration: Calibration) -> float:
+    """Return how often the final first choice is another one when the battle is given with A and B exchanged.
+
+    Of averaged orders it may change, too: a link's class bias for A stays with the place, not with the answer.
+    """
+    exchanged = [VERDICTS.index(name) for name in ("b", "a", "tie")]
+    other = table.copy()
+    for here, there in ((AB_COLUMNS, BA_COLUMNS), (BA_COLUMNS, AB_COLUMNS)):
+        other[list(here)] = table[[there[i] for i in exchanged]].to_numpy()
+    final, swapped = calibration.apply(table), calibration.apply(other)[:, exchanged]
+    return float((final.argmax(axis=1) != swapped.argmax(axis=1)).mean())
 
 
 def _slices(judged: _Judged, seed: int) -> dict[str, list[dict]]:

@@ -10,7 +10,7 @@ from data_prep.battle import PROBABILITY_COLUMNS
 from data_prep.screen import printable
 from factory import survey
 from factory.step import STEPS
-from scoring.words import points
+from scoring.words import final_flips, points
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -166,10 +166,11 @@ def findings(report: dict[str, Any]) -> list[str]:
     if bias := report.get("position_bias"):
         gain = bias["tta_gain"]
         way = "lowers" if gain > 0 else "raises"
+        final = final_flips(bias, averaged=bool(report["calibration"]["swap_tta"]), decimals=1)
         lines.append(
             f"position bias: P(A) moves by {100 * bias['mean_abs_diff']:.1f} percentage points on average when A and B "
-            f"change places; {bias['flip_rate']:.1%} of the verdicts flip; averaging both orders {way} the log loss by "
-            f"{abs(gain):.4f}"
+            f"change places; {bias['flip_rate']:.1%} of its first choices flip{final}; averaging both orders {way} the "
+            f"log loss by {abs(gain):.4f}"
         )
     judged = (report.get("truncation") or {}).get("judged") or {}
     if judged.get("rows_cut"):

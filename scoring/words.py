@@ -6,6 +6,7 @@ number(0.95123) == "0.951", percent(0.071) == "7.1%", interval([0.93, 0.97]) == 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 # What stands where a value was not measured.
@@ -205,8 +206,11 @@ def confusion(cells: list[list[dict]] | None) -> list[str]:
     return sentences
 
 
-def position_bias(bias: dict | None, reason: str | None = None) -> list[str]:
-    """Return what happens when the two answers change places, or why (`reason`) it is not known."""
+def position_bias(bias: dict | None, reason: str | None = None, *, averaged: bool = False) -> list[str]:
+    """Return what happens when the two answers change places, or why (`reason`) it is not known.
+
+    `averaged` says whether the final probabilities average both orders.
+    """
     if not bias and reason:
         return [f"Not measured: {reason}."]
     if not bias:
@@ -222,7 +226,8 @@ def position_bias(bias: dict | None, reason: str | None = None) -> list[str]:
             f"{number(100 * moved, 1)} percentage points on average; a judge without a bias would not move."
         )
     if flips is not None:
-        sentences.append(f"In {percent(flips)} of the battles the first choice itself changes.")
+        final = final_flips(bias, averaged=averaged)
+        sentences.append(f"In {percent(flips)} of the battles the first choice itself changes{final}.")
     slot = finite(bias.get("first_slot_advantage"))
     if slot is not None:
         verb = "gains" if slot >= 0 else "loses"
@@ -230,6 +235,16 @@ def position_bias(bias: dict | None, reason: str | None = None) -> list[str]:
             f"Being shown first, an answer {verb} {number(100 * abs(slot), 1)} percentage points on average."
         )
     return sentences + _tta(bias)
+
+
+def final_flips(bias: Mapping[str, Any], *, averaged: bool, decimals: int | None = None) -> str:
+    """Return how many of the final first choices flip, as the end of a sentence; nothing where no report tells it."""
+    rate = finite(bias.get("final_flip_rate"))
+    if rate is None:
+        return ""
+    how = "averages both orders" if averaged else "has A first: swap_tta is false"
+    share = percent(rate) if decimals is None else f"{rate:.{decimals}%}"
+    return f", {share} in the final answer, which {how}"
 
 
 def _tta(bias: dict) -> list[str]:

@@ -1,6 +1,7 @@
 """scoring.report: the contract's keys, figures that agree with each other, and flags on what is not good."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS
 from data_prep.errors import ArenaError
 from scoring import metrics
 from scoring.calibration import calibrate
-from scoring.links import softmax
+from scoring.links import SoftmaxLink, softmax
 from scoring.report import build_report
 from scoring.summary import findings
 
@@ -117,9 +118,32 @@ def test_position_bias_and_what_tta_gains():
     assert bias["tta_gain"] == pytest.approx(bias["log_loss_ab"] - bias["log_loss_averaged"])
     assert bias["tta_gain_ci95"][0] < bias["tta_gain"] < bias["tta_gain_ci95"][1]
     assert "position_bias" in codes_of(report)
+    assert bias["final_flip_rate"] == pytest.approx(bias["flip_rate"], abs=0.05) and bias["flip_rate"] > 0.1
     moved = [row["change"] for row in report["most_biased"]]
     assert moved == sorted(moved, reverse=True)
     assert len(moved) == 20
+
+
+def test_what_of_the_position_bias_is_left_in_the_final_answers():
+    """Averaging takes it away where no link is kept; a link's class bias for A stays with the place."""
+    scores, texts, _ = arena(40, 2, both_orders=True)  # too few rows for a link
+    one, _, plain = built(scores, texts)
+    both, _, averaged = built(scores, texts, swap_tta=True)
+    assert plain.link is None and averaged.link is None
+    assert one["position_bias"]["final_flip_rate"] == one["position_bias"]["flip_rate"] > 0.15
+    assert both["position_bias"]["final_flip_rate"] == 0
+    biased = replace(averaged, link=SoftmaxLink(bias=(4 / 3, -2 / 3, -2 / 3)), kept=True)
+    found = built(scores, texts, swap_tta=True, calibration=biased)[0]["position_bias"]["final_flip_rate"]
+    p = averaged.apply(scores) * np.exp([2.0, 0, 0])
+    mirrored = averaged.apply(scores)[:, [1, 0, 2]] * np.exp([2.0, 0, 0])
+    left = np.mean(p.argmax(axis=1) != np.array([1, 0, 2])[mirrored.argmax(axis=1)])
+    assert found == pytest.approx(left) and left > 0
+    (flag,) = (flag["text"] for flag in both["flags"] if flag["code"] == "position_bias")
+    assert flag.startswith(f"{both['position_bias']['flip_rate']:.0%} of its first choices change with the order")
+    assert flag.endswith(", 0% in the final answer, which averages both orders.")
+    rate = f"{one['position_bias']['flip_rate']:.1%}"
+    (line,) = (line for line in findings(one) if line.startswith("position bias"))
+    assert f"{rate} of its first choices flip, {rate} in the final answer, which has A first: swap_tta is false" in line
 
 
 def test_without_both_orders_position_bias_is_null_with_a_reason():

@@ -47,6 +47,8 @@ def test_position_bias_whose_gain_is_chance_says_so():
     text = " ".join(words.position_bias(bias))
     assert "moves by 5.0 percentage points" in text
     assert "changes the log loss by −0.002: within chance (95% interval −0.005 to +0.001)" in text
+    final = " ".join(words.position_bias({"flip_rate": 0.29, "final_flip_rate": 0.02}, averaged=True))
+    assert final.endswith("the first choice itself changes, 2.0% in the final answer, which averages both orders.")
     worse = {"tta_gain": -0.033, "tta_gain_ci95": [-0.056, -0.007]}
     assert words.position_bias(worse) == [
         "Averaging both orders raises the log loss by 0.033 (95% interval 0.007 to 0.056)."
