@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import zipfile
@@ -142,12 +143,17 @@ def differences(old: Inputs, new: Inputs) -> list[str]:
     return lines
 
 
-def archive(*paths: Path) -> list[Path]:
-    """Rename the given files and folders that exist to '<name>.earlier-N', one free N for all; delete nothing."""
+def archive(*paths: Path, places: Sequence[Path] = ()) -> list[Path]:
+    """Rename the given files and folders that exist to '<name>.earlier-N', one N for all; delete nothing.
+
+    N is one more than the highest of them and of `places`, a stage's folders and what they hold: equal numbers were put
+    aside together, the highest last.
+    """
+    siblings = [each for path in (*paths, *places) for each in path.parent.glob(f"{glob.escape(path.name)}.earlier-*")]
+    within = [each for place in places for each in place.glob("*.earlier-*")]
+    numbers = [int(told[1]) for each in (*siblings, *within) if (told := _EARLIER.search(each.name))]
+    number = max(numbers, default=0) + 1
     present = [path for path in paths if path.exists() or path.is_symlink()]
-    number = 1
-    while any(_earlier(path, number).exists() for path in present):
-        number += 1
     return [path.rename(_earlier(path, number)) for path in present]
 
 
@@ -183,6 +189,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
+_EARLIER = re.compile(r"\.earlier-(\d+)$")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ABSENT = type("Absent", (), {"__repr__": lambda self: "(absent)"})()
 

@@ -89,7 +89,7 @@ def train(
     with only_run(folder):
         if fresh:
             require_accounts(recipe, recipe_path)
-            _put_aside(show, adapter, folder)
+            _put_aside(show, adapter, folder, places=(adapter, folder))
         state, inputs = StageState(folder), {**inputs_of(recipe_path, recipe), **launch.inputs}
         remedy = "--fresh archives the earlier run and trains anew"
         damaged = state.damaged("train")
@@ -140,7 +140,7 @@ def merge(
         if state.finished("merge", inputs, fresh_remedy=remedy):
             show.note(f"{stage_step}: merge kept, finished {state.record('merge').finished_at}")
             return merged
-        for old in archive(merged):
+        for old in archive(merged, places=(experiment.adapter_folder(stage_step), folder)):
             show.note(f"{stage_step}: the earlier merge is now {old}")
         state.begin("merge", inputs)
         if base:
@@ -197,8 +197,8 @@ def _require_start(experiment: Experiment, stage_step: str) -> None:
         )
 
 
-def _put_aside(show: Show, *paths: Path) -> None:
-    for old in archive(*paths):
+def _put_aside(show: Show, *paths: Path, places: tuple[Path, ...]) -> None:
+    for old in archive(*paths, places=places):
         show.note(f"the earlier run is now {old}")
 
 
@@ -227,7 +227,7 @@ def _start(
         )
     if checkpoint is None:
         show.note(f"{adapter} holds no whole checkpoint: training starts at the beginning")
-        _put_aside(show, adapter)
+        _put_aside(show, adapter, places=(adapter, folder))
         return _Start()
     if recipe.get("stage") == "rm":
         raise ArenaError(

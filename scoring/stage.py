@@ -118,7 +118,8 @@ def score_stage(
         started = time.monotonic()
         with closing(_opened(spec, stage, options, show)) as executor:
             # Only now: a model that cannot be loaded leaves the earlier result as it is.
-            for old in archive(folder / REPORT) if options.fresh else ():
+            places = (experiment.adapter_folder(stage), folder)
+            for old in archive(folder / REPORT, places=places) if options.fresh else ():
                 show.note(f"{stage}: the earlier report is now {old}")
             state.begin("score", inputs)
             jobs, scoring = _score_splits(experiment, stage, scorer, executor, options, show)

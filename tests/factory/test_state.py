@@ -218,3 +218,30 @@ def test_a_lock_of_another_host_is_not_taken_over():
     Path("outputs/demo/.sft.lock").write_text('{"pid": 1, "ho')  # torn
     with only_run(Path("outputs/demo/sft")):
         pass
+
+
+def test_what_is_put_aside_is_numbered_over_both_places_of_a_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter, folder = Path("saves/x[1]_sft"), Path("outputs/x/sft")
+    places = (adapter, folder)
+
+    def made(*paths):
+        for path in paths:
+            path.mkdir(parents=True)
+
+    def aside(*paths):
+        return {path.name for path in archive(*paths, places=places)}
+
+    made(adapter)
+    assert aside(adapter) == {"x[1]_sft.earlier-1"}, "an adapter alone, as --resume does without a checkpoint"
+    made(adapter, folder)
+    assert aside(adapter, folder) == {"x[1]_sft.earlier-2", "sft.earlier-2"}
+    made(folder / "report.json")
+    assert aside(folder / "report.json") == {"report.json.earlier-3"}
+    made(adapter)
+    assert aside(adapter, folder) == {"x[1]_sft.earlier-4", "sft.earlier-4"}
+    made(folder)
+    assert aside(adapter, folder) == {"sft.earlier-5"}
+    Path("outputs/x/sft.earlier-1").mkdir()
+    made(folder)
+    assert aside(folder) == {"sft.earlier-6"}, "a gap is not filled: the highest number is the newest"

@@ -10,7 +10,7 @@ import pytest
 from data_prep import files
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import sha256_of
-from factory import steps
+from factory import steps, survey
 from factory.base_model import BaseModelSize, build_base_model
 from factory.experiment import StartFrom, parse_experiment, read_yaml
 from factory.inputs import inputs_of
@@ -81,6 +81,7 @@ if mode != "no adapter":
 def experiment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(steps, "check_recipes", lambda experiment, names: None)
+    monkeypatch.setattr(survey, "check_recipe", lambda experiment, step: [])
     Path("fake.py").write_text(FAKE)
     monkeypatch.setattr(steps, "llamafactory", lambda *arguments: [sys.executable, "fake.py", *arguments])
     values = {"model": "models/tiny", "template": "llama3", "cutoff_len": 64, "merge_onto": "base"}
