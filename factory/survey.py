@@ -32,6 +32,7 @@ OUTDATED = "outdated"
 _NAMED = 3  # so many changes are told, the others counted
 # The order in which the methods are worth a try; docs/methods.md has the figures behind it.
 _WORTH_TRYING = ("sft", "dpo_reward", "rm", "dpo_judge")
+_MOSTLY_CUT = 0.5  # of the battles; from here on what was cut away is the first suspect
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class StageView:
     `state`: new, training, merging, scoring, interrupted, trained, merged, scored, or
     outdated: made from another export or recipe than today's. `beats_prior` is what its report says, None where there
     is none. `next` is a command, or "mend FILE: …" where run.py would refuse every command.
+    `cut_share` is the share of its report's battles that were shortened.
     """
 
     stage: str
@@ -53,6 +55,7 @@ class StageView:
     beats_prior: bool | None = None
     report: str | None = None
     next: str = ""
+    cut_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -292,7 +295,8 @@ def _scored(experiment: Experiment, stage: str, finished_at: str, step: int | No
         content = read_json(report)
         loss, prior = float(content["log_loss"]), float(content["baselines"]["prior"])
         beats = bool(content.get("beats_prior", loss < prior))
-    except (OSError, ValueError, KeyError, TypeError):
+        share = float(((content.get("truncation") or {}).get("judged") or {}).get("rows_cut_share") or 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         again = f"python run.py score -e {name} --stage {stage} --fresh"
         return StageView(stage, INTERRUPTED, f"{report} is unreadable", next=again)
     return StageView(
@@ -306,6 +310,7 @@ def _scored(experiment: Experiment, stage: str, finished_at: str, step: int | No
         beats,
         report.with_suffix(".html").as_posix(),
         next=f"python run.py compare -e {name}",
+        cut_share=share,
     )
 
 
@@ -397,9 +402,22 @@ def next_commands(view: ExperimentView) -> list[str]:
     scored = [stage.next for stage in view.stages if stage.state == "scored"]
     if begun or len(scored) > 1:
         return begun or scored[-1:]
+    useless = [stage for stage in view.stages if stage.state == "scored" and stage.beats_prior is False]
+    if useless:  # another method would fail for the same reason
+        return [_instead(view.name, useless[0].cut_share or 0)]
     new = {stage.stage: stage.next for stage in view.stages if stage.state == "new"}
     why = "   (another method on the same votes)" if scored else ""
     return [f"{new[name]}{why}" for name in _WORTH_TRYING if name in new][:1]
+
+
+def _instead(name: str, cut_share: float) -> str:
+    """Return what may help where a judge is not better than the class prior: whole texts, more votes, another base."""
+    prepare = f"python run.py prepare -e {shlex.quote(name)} --train FILE"
+    base = "another base: python run.py new EXP --model ID"
+    if cut_share > _MOSTLY_CUT:
+        where = f"cutoff_len in factory_configs/{name}/experiment.yaml"
+        return f"{prepare}   (after a larger {where}: {cut_share:.0%} of these battles were shortened; or {base})"
+    return f"{prepare}   (with more votes; or {base})"
 
 
 def _first_commands(untouched: list[ExperimentView]) -> list[str]:

@@ -250,3 +250,23 @@ def test_every_command_that_takes_a_stage_takes_dpo(exam, command):
     done = CliRunner().invoke(run.cli, [*command, "-e", "exam", "--stage", "dpo", "--json"])
     assert done.exit_code in (0, 1) and isinstance(done.exception, SystemExit | None), done.exception
     assert "dpo_judge" in done.output or "--view judge" in done.output or "remedy: " in done.output
+
+
+def test_after_a_useless_judge_the_advice_is_no_other_method(exam):
+    """Whatever the method, it would read the same cut texts: what may help is told instead."""
+    prepared(exam)
+    began(exam, "sft", "train", "merge", "score")
+    report(exam, "sft", 1.10)
+    (more,) = next_commands(survey(["exam"])[0])
+    base = "another base: python run.py new EXP --model ID"
+    assert more == f"python run.py prepare -e exam --train FILE   (with more votes; or {base})"
+    path = exam.output_folder("sft") / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": {"judged": {"rows_cut_share": 0.86}}}))
+    (longer,) = next_commands(survey(["exam"])[0])
+    assert longer == (
+        "python run.py prepare -e exam --train FILE   "
+        "(after a larger cutoff_len in factory_configs/exam/experiment.yaml: "
+        f"86% of these battles were shortened; or {base})"
+    )
+    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": [1]}))
+    assert stage_view(exam, "sft").state == "interrupted", "a damaged report is no traceback"
