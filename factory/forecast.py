@@ -11,6 +11,7 @@ from data_prep.errors import UsageError
 from factory.card import CARDS, GIB, TOKEN_BUDGET, Card
 from factory.checks import check_recipes
 from factory.hours import (
+    CARD_START,
     CPU_LAYER_CALL,
     CPU_SHARE,
     CPU_START,
@@ -198,12 +199,14 @@ def print_forecast(console, found: dict[str, Any]) -> None:
 
     console.print(f"{found['model']}: {found['parameters'] / 1e6:,.1f} million parameters", highlight=False)
     for stage, one in found["stages"].items():
-        title = (
+        console.print(  # not the table's title, which would be broken to the width of the table
             f"{found['experiment']} / {stage}: {one['rows']:,} rows, {one['mean_tokens']:.0f} tokens on average, "
-            f"the longest {one['longest']:,}; {one['steps']:,} steps"
+            f"the longest {one['longest']:,}; {one['steps']:,} steps",
+            highlight=False,
+            soft_wrap=True,
         )
-        table = Table(title=title, title_justify="left")
-        for heading in ("device", "train GiB", "train hours", "score GiB", "score hours"):
+        table = Table()
+        for heading in ("device", "train GiB", "train time", "score GiB", "score time"):
             table.add_column(heading, justify="left" if heading == "device" else "right")
         for name, cells in _rows(one["devices"]):
             table.add_row(name, *cells)
@@ -213,13 +216,18 @@ def print_forecast(console, found: dict[str, Any]) -> None:
                 console.print(f"  {name}: {line}", highlight=False)
     for stage, why in found["left_out"].items():
         console.print(f"left out: {stage}: {why}", highlight=False, markup=False, soft_wrap=True)
-    measured = any(CPU in one["devices"] for one in found["stages"].values())
-    cpu = "this machine's cpu: its speed was measured now" if measured else "this machine's CPU: --card cpu"
-    console.print(
-        f"By formula (docs/forecast.md). Cards: assumed shares of their data sheet's rate, not run; {cpu}.",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for line in _footnotes(found):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _footnotes(found: dict[str, Any]) -> list[str]:
+    """Return how the figures were come by, and what of the times is the start."""
+    devices = {name for one in found["stages"].values() for name in one["devices"]}
+    cpu = "this machine's cpu: its speed was measured now" if CPU in devices else "this machine's CPU: --card cpu"
+    lines = [f"By formula (docs/forecast.md). Cards: assumed shares of their data sheet's rate, not run; {cpu}."]
+    starts = [f"{CARD_START:.0f} s assumed on a card"] if devices - {CPU} else []
+    starts += [f"{CPU_START:.0f} s on the cpu"] if CPU in devices else []
+    return [*lines, f"Each time holds its start, up to the first step: {', '.join(starts)}."]
 
 
 def _rows(devices: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -234,16 +242,18 @@ def _cells(device: dict[str, Any]) -> list[str]:
     train, score = ("" if device[key] else " (too much)" for key in ("fits", "scoring_fits"))
     return [
         f"{device['memory']:.1f}{train}",
-        _hours(device["training_hours"]),
+        _time(device["training_hours"]),
         f"{device['scoring_memory']:.1f}{score}",
-        _hours(device["scoring_hours"]),
+        _time(device["scoring_hours"]),
     ]
 
 
-def _hours(hours: float) -> str:
-    if hours < 0.005:
-        return "under 0.01"
-    return f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
+def _time(hours: float) -> str:
+    """Return hours in the unit that a person would say them in: 36 s, 12 min, 3.4 h."""
+    seconds = hours * 3600
+    if seconds < 99.5:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 59.5 * 60 else f"{hours:.1f} h"
 
 
 def _left_out(experiment: Experiment) -> dict[str, str]:

@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.errors import ArenaError, UsageError
 from factory.card import CARDS
-from factory.forecast import forecast, print_forecast
+from factory.forecast import _time, forecast, print_forecast
 from factory.hours import Speed, training_work
 from factory.memory import scoring_memory, training_memory, weight_bytes
 from factory.setup import Setup, setup_of
@@ -183,7 +183,29 @@ def test_a_small_model_gets_this_machines_cpu_and_cards_alike_share_a_row(export
     (shared,) = (line for line in printed.getvalue().splitlines() if "RTX-4090" in line and "GiB" not in line)
     assert {name for name in CARDS if name in shared} == set(CARDS)
     assert "its speed was measured now" in printed.getvalue()
-    assert " 0.00 " not in printed.getvalue() and "under 0.01" in printed.getvalue()
+    assert " 60 s " in shared, "a tiny model's time on a card is the start"
+    assert "60 s assumed on a card, 12 s on the cpu." in printed.getvalue()
+    narrow = io.StringIO()
+    print_forecast(Console(file=narrow, width=60), found)
+    assert "tokens on average, the longest 2,000; 5 steps" in narrow.getvalue(), "in one line, however narrow the table"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0.01, "1 s"),
+        (36, "36 s"),
+        (99.4, "99 s"),
+        (99.6, "2 min"),
+        (720, "12 min"),
+        (3569, "59 min"),
+        (3571, "1.0 h"),
+        (3.4 * 3600, "3.4 h"),
+        (200 * 3600, "200.0 h"),
+    ],
+)
+def test_a_time_is_told_in_the_unit_that_fits(seconds, told):
+    assert _time(seconds / 3600) == told
 
 
 def test_stages_that_are_left_out_are_told_with_the_command(exported, capsys):
