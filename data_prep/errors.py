@@ -23,3 +23,7 @@ class UsageError(ArenaError):
     """The command was called wrongly: an unknown experiment, an option that does not fit."""
 
     exit_code = 2
+
+
+class Interrupted(ArenaError):
+    """Somebody ended the work: nothing is wrong with it."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from data_prep.errors import ArenaError
+from data_prep.errors import ArenaError, Interrupted
 from data_prep.refusals import Stopped, stop_signals
 from data_prep.screen import secrets
 from factory.launcher import LIFELINE
@@ -168,7 +168,7 @@ def _follow(
     except (KeyboardInterrupt, Stopped):
         family.end(grace)
         remedy = interrupted_remedy if isinstance(interrupted_remedy, str) else interrupted_remedy()
-        raise ArenaError(f"{what} was interrupted", where=str(log), remedy=remedy) from None
+        raise Interrupted(f"{what} was interrupted", where=str(log), remedy=remedy) from None
     except BaseException:
         family.end(grace)
         raise

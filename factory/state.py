@@ -6,13 +6,14 @@ import glob
 import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import ArenaError
+from data_prep.errors import ArenaError, Interrupted
 from data_prep.files import read_json, sha256_of, write_json
 
 # Parts of a stage in the order in which each is made from the one before.
@@ -48,6 +49,7 @@ class Record:
     finished_at: str | None = None
     seconds: float | None = None
     sha256: dict[str, str] = field(default_factory=dict)  # of the outputs that are files
+    failed: str | None = None  # what ended it, where that was an error and no interrupt
 
     @property
     def is_sound(self) -> bool:
@@ -55,6 +57,8 @@ class Record:
         if not isinstance(self.sha256, dict):
             return False
         names = isinstance(self.outputs, list) and all(isinstance(name, str) for name in self.outputs)
+        if not isinstance(self.failed, str | None):
+            return False
         times = isinstance(self.started_at, str) and isinstance(self.finished_at, str | None)
         return names and times and isinstance(self.inputs, dict)
 
@@ -116,6 +120,21 @@ class StageState:
         names = [Path(path).as_posix() for path in outputs]
         hashes = {name: sha256_of(Path(name)) for name in names if Path(name).is_file()}
         self._write(part, Record(begun.inputs, names, begun.started_at, _now(), round(seconds, 3), hashes))
+
+    @contextmanager
+    def failures_of(self, part: str) -> Iterator[None]:
+        """Write down what ends a part that began, unless it is an interrupt, and let it go on up.
+
+        A kill that nobody can catch leaves nothing: the part then counts as interrupted.
+        """
+        try:
+            yield
+        except Interrupted:
+            raise
+        except ArenaError as error:
+            begun, told = self._records[part], error.what.splitlines()
+            self._write(part, replace(begun, failed=next((line.strip() for line in told[1:]), told[0])))
+            raise
 
     def _write(self, part: str, record: Record) -> None:
         self._records[part] = record

@@ -103,7 +103,8 @@ def train(
             require_accounts(recipe, recipe_path)
         state.begin("train", inputs)
         rows = _Rows(training_rows(recipe), recipe_path, lambda: _refuse_new_inputs(state, recipe_path, launch))
-        seconds = _run_training(stage_step, recipe_path, rows, adapter, folder / "train.log", start, launch, show)
+        with state.failures_of("train"):
+            seconds = _run_training(stage_step, recipe_path, rows, adapter, folder / "train.log", start, launch, show)
         state.finish("train", [adapter / name for name in _ADAPTER_FILES], seconds)
     show.note(f"{stage_step}: trained in {duration(seconds)}{_summary(adapter)}")
     return adapter
@@ -143,9 +144,10 @@ def merge(
         for old in archive(merged, places=(experiment.adapter_folder(stage_step), folder)):
             show.note(f"{stage_step}: the earlier merge is now {old}")
         state.begin("merge", inputs)
-        if base:
-            base.ensure(show)
-        seconds = _run_merge(stage_step, recipe_path, recipe, merged, folder / "merge.log", complete, show)
+        with state.failures_of("merge"):
+            if base:
+                base.ensure(show)
+            seconds = _run_merge(stage_step, recipe_path, recipe, merged, folder / "merge.log", complete, show)
         state.finish("merge", [merged / "config.json"], seconds)
     show.note(f"{stage_step}: merged in {duration(seconds)}")
     return merged

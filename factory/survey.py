@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _RUNNING = {"train": "training", "merge": "merging", "score": "scoring"}
 _DONE = {"train": "trained", "merge": "merged", "score": "scored"}
 INTERRUPTED = "interrupted"
+FAILED = "failed"
 OUTDATED = "outdated"
 _NAMED = 3  # so many changes are told, the others counted
 # The order in which the methods are worth a try; docs/methods.md has the figures behind it.
@@ -39,7 +40,7 @@ _MOSTLY_CUT = 0.5  # of the battles; from here on what was cut away is the first
 class StageView:
     """How far one stage is.
 
-    `state`: new, training, merging, scoring, interrupted, trained, merged, scored, or
+    `state`: new, training, merging, scoring, interrupted, failed, trained, merged, scored, or
     outdated: made from another export or recipe than today's. `beats_prior` is what its report says, None where there
     is none. `next` is a command, or "mend FILE: …" where run.py would refuse every command.
     `cut_share` is the share of its report's battles that were shortened.
@@ -203,7 +204,7 @@ def _as_left(experiment: Experiment, stage: str, prepared: bool) -> StageView:
         return StageView(stage, _RUNNING[part], detail, step, steps, next=_watching(experiment, stage))
     others = _made_from_others(experiment, stage)
     if record.finished_at is None:
-        return _left_in_the_middle(experiment, stage, list(parts), others)
+        return _left_in_the_middle(experiment, stage, list(parts), others, record.failed)
     if record.missing:
         flag = flag_to_go_on(adapter, STEPS[stage].stage) if part == "train" else ""
         again = others[1] if others else f"{call} {flag}".rstrip()
@@ -218,9 +219,9 @@ def _as_left(experiment: Experiment, stage: str, prepared: bool) -> StageView:
 
 
 def _left_in_the_middle(
-    experiment: Experiment, stage: str, parts: list[str], others: tuple[str, str] | None
+    experiment: Experiment, stage: str, parts: list[str], others: tuple[str, str] | None, failed: str | None
 ) -> StageView:
-    """Return the view of a stage whose last part began and did not end."""
+    """Return the view of a stage whose last part began and did not end, or `failed`."""
     adapter, part, its = experiment.adapter_folder(stage), parts[-1], STEPS[stage]
     step, steps = _steps(adapter)
     call = f"python run.py {its.asked_by} -e {shlex.quote(experiment.name)}"
@@ -230,7 +231,11 @@ def _left_in_the_middle(
     detail, following = f"{_RUNNING[part]}{where}{earlier}", f"{call} {flag}".rstrip()
     if others and (part != "train" or flag == "--resume"):  # what was begun is refused when its inputs are others
         detail, following = f"{detail}; {others[0]}", others[1]
-    return StageView(stage, INTERRUPTED, detail, step, steps, next=following)
+    if failed:
+        log = experiment.output_folder(stage) / f"{part}.log"
+        detail = f"{detail}: {failed} ({log})"
+        following += "" if others else f"   (it failed: mend that first, see {log})"
+    return StageView(stage, FAILED if failed else INTERRUPTED, detail, step, steps, next=following)
 
 
 def _made_from_others(experiment: Experiment, stage: str) -> tuple[str, str] | None:
@@ -391,7 +396,9 @@ def _table_rows(view: ExperimentView) -> list[tuple[tuple[str, str, str, str], s
 def _style(stage: StageView) -> str | None:
     if stage.beats_prior is not None:
         return "green" if stage.beats_prior else "red"
-    return {INTERRUPTED: "yellow", OUTDATED: "yellow", "unreadable": "red", "training": "cyan"}.get(stage.state)
+    return {INTERRUPTED: "yellow", OUTDATED: "yellow", FAILED: "red", "unreadable": "red", "training": "cyan"}.get(
+        stage.state
+    )
 
 
 def next_commands(view: ExperimentView) -> list[str]:

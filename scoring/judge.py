@@ -157,7 +157,7 @@ def load_judge(folder: Path) -> Judge:
 
 def require_judge(experiment: Experiment, stage: str) -> None:
     """Raise ArenaError where a stage's judge is not made yet: what it lacks, or that a run makes it now."""
-    from factory.survey import INTERRUPTED, experiment_view, is_at_work, stage_view
+    from factory.survey import FAILED, INTERRUPTED, experiment_view, is_at_work, stage_view
 
     folder = experiment.merged_folder(stage)
     if (folder / MANIFEST).is_file():
@@ -172,7 +172,7 @@ def require_judge(experiment: Experiment, stage: str) -> None:
         what = f"is not a judge: {MANIFEST} is missing"
         remedy = f"move the folder away and merge again: {call} --until merge"
     else:
-        left = f"{view.state} ({view.detail})" if view.state == INTERRUPTED else view.state
+        left = f"{view.state} ({view.detail})" if view.state in (INTERRUPTED, FAILED) else view.state
         what = f"is not a judge yet: {stage} is {'not trained' if view.state == 'new' else left}"
         whole = experiment_view(experiment)
         remedy = f"{whole.next}; then {call}" if whole.next else f"train, merge and score: {view.next}"

@@ -513,3 +513,23 @@ def test_the_error_of_llamafactory_itself_is_told(real):
         steps.train(real, "sft", show=Show(io.StringIO()))
     assert "run.py prepare" in caught.value.remedy
     assert caught.value.where == "outputs/demo/sft/train.log"
+
+
+def test_a_training_that_failed_is_called_so_with_its_error(experiment):
+    with pytest.raises(ArenaError, match="Template qwen33 does not exist"):
+        run(experiment, "error")
+    seen = stage_view(experiment, "sft")
+    assert seen.state == "failed"
+    assert seen.detail == "training: ValueError: Template qwen33 does not exist. (outputs/demo/sft/train.log)"
+    assert seen.next == "python run.py sft -e demo   (it failed: mend that first, see outputs/demo/sft/train.log)"
+    with pytest.raises(ArenaError, match="NaN"):
+        run(experiment, "nan")
+    assert "the loss is NaN or infinite at step 2" in stage_view(experiment, "sft").detail
+    with pytest.raises(ArenaError, match="was interrupted"):
+        run(experiment, "interrupted at 3", fresh=True)
+    assert (seen := stage_view(experiment, "sft")).state == "interrupted" and "failed" not in seen.next
+    run(experiment, fresh=True)
+    assert stage_view(experiment, "sft").state == "trained"
+    with pytest.raises(ArenaError, match="SIGKILL"):
+        run(experiment, "killed", step="merge")
+    assert (seen := stage_view(experiment, "sft")).state == "failed" and "outputs/demo/sft/merge.log" in seen.detail
