@@ -3,7 +3,7 @@
     python benchmarks/demo.py --work FOLDER [--seeds 1 2 3] [--readme]
 
 Each seed draws its own arena and base model and runs `run.py demo` in a new folder of its own under FOLDER, where
-benchmarks/methods.py goes on; --readme puts the table into README.md.
+benchmarks/methods.py goes on; --readme puts the table into README.md, and what the first run said.
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ from figures import ROOT, measured_on, put, table
 from workbench import Workbench, interval
 
 
-def one(work: Path, seed: int) -> tuple[dict, float]:
-    """Run the demo once; return its report and the seconds it took."""
+SESSION = """```console
+$ make demo
+.venv/bin/python run.py demo
+{said}
+```
+
+From one run of the demo on two cores without a GPU, the installation done: {seconds:.0f} s."""
+
+
+def one(work: Path, seed: int) -> tuple[dict, float, str]:
+    """Run the demo once; return its report, the seconds it took and what it said."""
     bench = Workbench(work / f"seed{seed}")
     if bench.output("demo", "sft").exists():
         raise SystemExit(f"{bench.folder} holds a run already: give another --work")
-    seconds = bench.run("demo", "--seed", str(seed))
-    return bench.report("demo", "sft"), seconds
+    said, seconds = bench.transcript("demo", "--seed", str(seed))
+    return bench.report("demo", "sft"), seconds, said
 
 
 def main() -> None:
@@ -30,9 +39,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--readme", action="store_true")
     arguments = parser.parse_args()
-    rows = []
+    rows, session = [], ""
     for seed in arguments.seeds:
-        report, seconds = one(arguments.work.resolve(), seed)
+        report, seconds, said = one(arguments.work.resolve(), seed)
+        session = session or SESSION.format(said=said, seconds=seconds)
         rows.append(
             [
                 str(seed),
@@ -52,6 +62,7 @@ def main() -> None:
     print(text)
     if arguments.readme:
         put(ROOT / "README.md", "demo figures", text)
+        put(ROOT / "README.md", "session", session)
 
 
 if __name__ == "__main__":

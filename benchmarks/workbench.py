@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,14 @@ class Workbench:
         call = [sys.executable, str(ROOT / "run.py"), *arguments]
         subprocess.run(call, cwd=self.folder, check=True, stdout=subprocess.DEVNULL)
         return time.monotonic() - started
+
+    def transcript(self, *arguments: str) -> tuple[str, float]:
+        """Call run.py as into a pipe; return all that it said, on both of its streams, and the seconds it took."""
+        started = time.monotonic()
+        call = [sys.executable, str(ROOT / "run.py"), *arguments]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        done = subprocess.run(call, cwd=self.folder, check=True, env={**os.environ, "COLUMNS": "96"}, **streams)
+        return done.stdout.strip(), time.monotonic() - started
 
     def stage(self, experiment: str, stage: str) -> None:
         """Run a stage to its report, unless the report is there already."""
