@@ -14,7 +14,6 @@ from pathlib import Path
 from figures import ROOT, measured_on, put, table
 from workbench import Workbench, interval
 
-
 SESSION = """```console
 $ make demo
 .venv/bin/python run.py demo
