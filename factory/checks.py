@@ -19,6 +19,7 @@ from data_prep.errors import ArenaError
 from factory.arguments import UNKNOWN, arguments, key_fault, reporters, templates, value_fault
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import names
+from factory.lora_targets import target_fault
 from factory.recipe import is_as_rendered, shared_values, step_of
 from factory.step import Step
 from factory.trackers import swanlab_fails
@@ -311,7 +312,10 @@ def check_recipe(experiment: Experiment, step: str, root: Path = Path(), *, inst
     except ArenaError as error:
         return [f"{path}: {error.what}; {error.remedy}"]
     rendered = _is_rendered(root / path)
-    return [f"{path}: {key}: {fault}" for key, fault in _faults(experiment, its, content, rendered, installed)]
+    faults = list(_faults(experiment, its, content, rendered, installed))
+    if not its.merges and "lora_target" not in dict(faults) and (fault := target_fault(content, root)):
+        faults.append(("lora_target", fault))
+    return [f"{path}: {key}: {fault}" for key, fault in faults]
 
 
 def _is_rendered(path: Path) -> bool:

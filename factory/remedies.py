@@ -139,7 +139,7 @@ REMEDIES: tuple[Remedy, ...] = (
         "recipe equal output_dir of the training recipe",
     ),
     _remedy(
-        r"Target modules .+ not found in the base model",
+        r"Target modules .+ not found in the base model|No modules were targeted",
         "`lora_target` does not fit this model: use `lora_target: all`",
     ),
     _remedy(
