@@ -217,7 +217,11 @@ def stage_options(command):
         verbose_option,
         json_option,
         click.option("--fresh", is_flag=True, help="Train anew; the earlier run is put aside, not deleted."),
-        click.option("--resume", is_flag=True, help="Go on from the last checkpoint of an unfinished run."),
+        click.option(
+            "--resume",
+            is_flag=True,
+            help="Go on from the last checkpoint of an unfinished run; anew where none is whole.",
+        ),
         click.option("--until", type=_UNTIL, default="score", show_default=True, help="Stop after this step."),
         experiment_option,
     ):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -30,6 +30,18 @@ if TYPE_CHECKING:
 Fault = tuple[str, str]  # key, what is wrong and the remedy
 
 _PATHS = frozenset({"model_name_or_path", "adapter_name_or_path", "dataset_dir", "output_dir", "export_dir"})
+# The keys of a recipe that experiment.yaml has, too, if by another name; others follow from a recipe's own name.
+_OF_EXPERIMENT = frozenset(
+    {
+        "model_name_or_path",
+        "model_revision",
+        "trust_remote_code",
+        "template",
+        "enable_thinking",
+        "cutoff_len",
+        "quantization_bit",
+    }
+)
 _REFUSED_LOSSES = {
     "hinge": "LLaMA-Factory 0.9.5 silently trains plain sigmoid for it",
     "kto_pair": "LLaMA-Factory 0.9.5 silently trains plain sigmoid for it",
@@ -293,13 +305,21 @@ def check_recipes(experiment: Experiment, steps: Iterable[str], root: Path = Pat
         )
 
 
-def _remedy(experiment: Experiment, recipes: Iterable[Path]) -> str:
+def _remedy(experiment: Experiment, recipes: Sequence[Path]) -> str:
     """Say what mends faulty recipes: those without hand edits follow experiment.yaml at the next `prepare`."""
     prepare = f"python run.py prepare -e {experiment.name} --train FILE"
     if all(_is_rendered(path) for path in recipes if path.is_file()):
         yaml = experiment.folder / "experiment.yaml"
         return f"`{prepare}` renders recipes without hand edits anew, as these are; their values come from {yaml}"
-    return f"mend these keys; or render a recipe anew with `{prepare} --force`, which drops its hand edits"
+    these = "these keys" if all(_is_readable(path) for path in recipes if path.is_file()) else "these files"
+    return f"mend {these}; or render a recipe anew with `{prepare} --force`, which drops its hand edits"
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        return bool(read_yaml(path))
+    except ArenaError:
+        return False
 
 
 def check_recipe(experiment: Experiment, step: str, root: Path = Path(), *, installed: bool = True) -> list[str]:
@@ -431,7 +451,10 @@ def _disagreements(
         given = sound.get(key, arguments()[key].default)
         if _comparable(key, given) != _comparable(key, expected):
             said = "is missing" if key not in content else f"is {given!r}"
-            yield key, f"{said}, but by {yaml} it is {expected!r}{mend}"
+            if key in _OF_EXPERIMENT or rendered:
+                yield key, f"{said}, but by {yaml} it is {expected!r}{mend}"
+            else:
+                yield key, f"{said}, but for {step.name} of {experiment.name} it is {expected!r}; write that here"
     if _is_quantized(experiment.model):
         yield (
             "model_name_or_path",

@@ -86,7 +86,7 @@ def test_a_rendered_recipe_has_no_fault(faults, step):
         ("eval_dataset", None, "is missing"),
         ("dataset_dir", "data/demo", "it is 'data/exp'"),
         ("output_dir", "saves/x", "it is 'saves/base-4b/lora/exp_sft'"),
-        ("stage", "dpo", "it is 'sft'"),
+        ("stage", "dpo", "is 'dpo', but for sft of exp it is 'sft'; write that here"),
         ("trust_remote_code", "true", "it is False"),
         ("enable_thinking", "false", "it is True"),
         ("model_revision", "dev", "it is 'main'"),
@@ -415,12 +415,26 @@ def test_an_untouched_recipe_behind_its_experiment_needs_no_force(tmp_path):
     check_recipes(changed, ["sft"], tmp_path)
 
 
+@pytest.mark.parametrize("key", ["stage", "dataset_dir", "output_dir", "quantization_method"])
+def test_a_key_that_experiment_yaml_has_not_is_not_sent_there(tmp_path, key):
+    its = experiment()
+    write_recipe(its, "sft", root=tmp_path)
+    path = tmp_path / its.recipe("sft")
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith(f"{key}:")]
+    path.write_text("\n".join([*kept, f"{key}: dpo"]), encoding="utf-8")
+    told = next(fault for fault in check_recipe(its, "sft", tmp_path) if f": {key}: " in fault)
+    assert "experiment.yaml" not in told and (told.endswith("; write that here") or "choices" in told)
+
+
 def test_a_repeated_key_and_an_empty_file_are_faults(tmp_path):
     its = experiment()
     write_recipe(its, "sft", root=tmp_path)
     path = tmp_path / its.recipe("sft")
     path.write_text(path.read_text(encoding="utf-8") + "seed: 1\n", encoding="utf-8")
     assert "found duplicate key seed" in check_recipe(its, "sft", tmp_path)[0]
+    with pytest.raises(ArenaError) as caught:
+        check_recipes(its, ["sft"], tmp_path)
+    assert caught.value.remedy.startswith("mend these files; or render a recipe anew")
     path.write_text("", encoding="utf-8")
     assert any("model_name_or_path: is missing" in fault for fault in check_recipe(its, "sft", tmp_path))
     path.write_text("- a\n", encoding="utf-8")

@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+import run as click_commands
 from data_prep import files
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import sha256_of
@@ -263,6 +265,10 @@ def test_resume_without_a_checkpoint_says_so_and_begins_anew_after_archiving(exp
     assert caught.value.remedy == "--fresh archives that run and begins anew"
     _, shown = run(experiment, resume=True)
     assert "holds no whole checkpoint: training starts at the beginning" in shown
+    told = CliRunner().invoke(click_commands.cli, ["sft", "--help"]).output
+    assert "unfinished run; anew where none is whole." in " ".join(told.split()), "help and tutorial tell the same"
+    tutorial = (Path(click_commands.__file__).parent / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    assert "`--resume` does the same there, and says so." in tutorial
     assert Path("saves/tiny/lora/demo_sft.earlier-1/trainer_log.jsonl").is_file()
     assert calls() == ["train", "train"]
 

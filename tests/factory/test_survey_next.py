@@ -167,3 +167,25 @@ def test_a_recipe_is_not_hashed_with_its_model_for_status(place, monkeypatch):
     monkeypatch.setattr("factory.inputs.sha256_of", hashed)
     monkeypatch.setattr("factory.state.sha256_of", hashed)
     assert stage_view(load_experiment("exam"), "sft").state == "trained"
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        (1, ["prepare", "-e", "exam", "--train", "nowhere.csv"]),
+        (1, ["score", "-e", "exam", "--input", "nowhere.csv"]),
+        (1, ["sft", "-e", "faulty"]),
+        (2, ["sft", "-e", "nowhere"]),
+        (2, ["sft", "--nothing"]),
+        (2, ["verify", "nowhere"]),
+        (2, ["new", "other", "--model", "models/nowhere"]),
+        (2, ["watch", "-e", "exam", "--once"]),
+        (2, ["score", "-e", "exam", "--stage", "dpo"]),
+    ],
+    ids=lambda value: value if isinstance(value, int) else " ".join(value),
+)
+def test_exit_codes_are_those_of_the_readme(place, code, arguments):
+    Path("factory_configs/faulty").mkdir()
+    Path("factory_configs/faulty/experiment.yaml").write_text("modle: x\n")
+    done = call(*arguments)
+    assert done.exit_code == code, done.output
