@@ -41,7 +41,7 @@ def main() -> None:
     rows, session = [], ""
     for seed in arguments.seeds:
         report, seconds, said = one(arguments.work.resolve(), seed)
-        session = session or SESSION.format(said=said, seconds=seconds)
+        session = session or SESSION.format(said="\n".join(map(str.rstrip, said.splitlines())), seconds=seconds)
         rows.append(
             [
                 str(seed),
