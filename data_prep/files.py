@@ -151,3 +151,9 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def is_within(path: str | Path, folder: Path) -> bool:
+    """Tell whether a path is the folder or leads into it, by its text or through links."""
+    ways = (os.path.abspath, os.path.realpath)  # neither raises for loops and names that are too long
+    return any(Path(way(path)).is_relative_to(way(folder)) for way in ways)

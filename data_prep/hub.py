@@ -16,14 +16,14 @@ def asked_once(model: str, revision: str) -> Iterator[None]:
 
     Its lines about retries are kept off the terminal. Raises OSError where no hub answers and the cache lacks it.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
     from llamafactory.extras.misc import use_modelscope, use_openmind
 
     logger = logging.getLogger(_RETRIES)
     offline, level = constants.HF_HUB_OFFLINE, logger.level
     elsewhere = Path(model).is_dir() or use_modelscope() or use_openmind()
     if not offline and not elsewhere and (reason := why_silent(model, revision)):
-        if not isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
+        if cached_file(model, "config.json", revision) is None:
             raise OSError(f"couldn't connect to {constants.ENDPOINT} ({reason}), and the cache does not hold it")
         constants.HF_HUB_OFFLINE = True  # read anew at each request
     logger.setLevel(logging.ERROR)
@@ -32,6 +32,18 @@ def asked_once(model: str, revision: str) -> Iterator[None]:
     finally:
         logger.setLevel(level)
         constants.HF_HUB_OFFLINE = offline
+
+
+def cached_file(model: str, name: str, revision: str = "main") -> Path | None:
+    """Return a file of a hub's model that an earlier download left on this disk, None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model, name, revision=revision)
+    except HFValidationError:  # no hub's id
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def why_silent(model: str, revision: str) -> str | None:

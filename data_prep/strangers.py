@@ -13,7 +13,7 @@ from pathlib import Path
 from data_prep.data_sets import SET
 from data_prep.dataset import MANIFEST
 from data_prep.errors import ArenaError
-from data_prep.files import read_json
+from data_prep.files import is_within, read_json
 
 # What exports of all versions wrote, for a manifest that is damaged or names nothing.
 _WRITTEN = re.compile(
@@ -28,7 +28,7 @@ _NAMED = 5
 def refuse_loss(folder: Path, inputs: Iterable[str | Path | None] = ()) -> None:
     """Raise ArenaError where replacing an export's folder would delete an input or any file that no export wrote."""
     for given in inputs:
-        if given is not None and _is_within(given, folder):
+        if given is not None and not str(given).startswith("hf://") and is_within(given, folder):
             raise ArenaError(
                 f"lies in {folder}, and an export replaces this folder as a whole",
                 where=str(given),
@@ -59,16 +59,6 @@ def refuse_strangers(folder: Path, own: Callable[[str], object] | None = None, m
 def strangers_in(folder: Path, own: Callable[[str], object]) -> list[str]:
     """Return the files (and links) below a folder that are not its own, as paths in it, sorted."""
     return sorted(name for name in _files(folder) if not own(name) and Path(name).name not in _NOBODYS)
-
-
-def _is_within(given: str | Path, folder: Path) -> bool:
-    """Tell whether a path leads into the folder, by its text or through links."""
-    if str(given).startswith("hf://"):
-        return False
-    return any(
-        Path(where(given)).is_relative_to(where(folder))
-        for where in (os.path.abspath, os.path.realpath)  # neither raises for loops and names that are too long
-    )
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -12,10 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from data_prep.hub import cached_file
 from factory.inputs import names
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
-_LONGEST_HEADER = 1 << 26  # bytes; that of a model of a thousand layers is a few MiB
 _TIED = "lm_head"  # no tensor of its own where it shares the embedding's
 
 
@@ -43,7 +45,7 @@ def _modules(model: str, revision: str) -> frozenset[str]:
     """Return the names of the modules that have weights of their own; none where these are not on this disk."""
     try:
         return frozenset(key.rsplit(".", 1)[0] for key in _tensors(model, revision))
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError):
         return frozenset()  # damaged weights are told by whoever loads them
 
 
@@ -51,22 +53,13 @@ def _tensors(model: str, revision: str) -> Iterator[str]:
     if index := _file(model, _INDEX, revision):
         yield from json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     elif whole := _file(model, _WHOLE, revision):
-        with whole.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size <= _LONGEST_HEADER else {}
-        yield from (name for name in header if name != "__metadata__")
+        with safe_open(whole, framework="np") as file:
+            yield from file.keys()
 
 
 def _file(model: str, name: str, revision: str) -> Path | None:
     """Return a file of a local folder, or of a hub's model that an earlier download left on this disk."""
     if Path(model).is_dir():
-        found: Any = Path(model) / name
+        found = Path(model) / name
         return found if found.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model, name, revision=revision)
-    except HFValidationError:
-        return None  # no hub's id: a folder that is not there
-    return Path(found) if isinstance(found, str) else None
+    return cached_file(model, name, revision)

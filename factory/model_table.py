@@ -17,6 +17,7 @@ from typing import Any
 
 from data_prep.errors import ArenaError, UsageError
 from data_prep.files import read_json
+from data_prep.hub import cached_file
 from factory.arguments import parse_module, templates
 
 # The template that LLaMA-Factory's own web UI takes for a base model, which was never taught a chat.
@@ -137,7 +138,7 @@ def _given(call: ast.Call, key: str) -> Any:
 
 def _require_tokens(model: str, folder: Path | None, template: str) -> None:
     """Raise UsageError where the model's tokenizer is on this disk and lacks a token of the template."""
-    path = folder / "tokenizer.json" if folder else _cached(model, "tokenizer.json")
+    path = folder / "tokenizer.json" if folder else cached_file(model, "tokenizer.json")
     if path is None or not path.is_file():
         return
     from tokenizers import Tokenizer
@@ -153,14 +154,6 @@ def _require_tokens(model: str, folder: Path | None, template: str) -> None:
             where=f"--template {template}",
             remedy=f"give the model's own: {own_template(model)}",
         )
-
-
-def _cached(model: str, name: str) -> Path | None:
-    """Return a file of a hub's model that an earlier download left on this disk."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, name)
-    return Path(found) if isinstance(found, str) else None
 
 
 def _require_id(model: str) -> None:

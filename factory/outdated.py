@@ -16,7 +16,7 @@ from data_prep.dataset import read_manifest
 from data_prep.errors import ArenaError
 from data_prep.files import sha256_of
 from factory.experiment import Experiment, read_yaml
-from factory.state import PARTS, StageState, differences
+from factory.state import PARTS, Record, StageState, differences, listed
 from factory.step import STEPS
 
 # The keys of experiment.yaml that the exported rows depend on; model and bits are the recipes' matter, too, which are
@@ -88,7 +88,7 @@ def require_own_settings(experiment: Experiment, stage: str) -> None:
     """Raise ArenaError where experiment.yaml or the judge prompt says other rows than those that are exported."""
     if changes := changed_settings(experiment, stage):
         raise ArenaError(
-            "\n".join(["was exported with other settings; since then changed:", *(f"  - {c}" for c in changes)]),
+            listed("was exported with other settings; since then changed:", changes),
             where=str(experiment.data_folder),
             remedy=f"undo the change (in {experiment.folder / 'experiment.yaml'}); or export anew, then train with "
             f"--fresh: {prepare_again(experiment)}",
@@ -108,8 +108,7 @@ def changed_recipe(experiment: Experiment, stage: str) -> list[str]:
     Those that change no weights are left out; nothing is told of an adapter that `run.py` did not train.
     """
     record, path = StageState(experiment.output_folder(stage)).record("train"), experiment.recipe(stage)
-    began = record.inputs.get(str(path)) if record else None
-    if record is None or not isinstance(began, dict):
+    if (began := _recipe_of(record, path)) is None:
         return []
     engine = {"distributed": record.inputs.get("distributed", "auto")}
     return differences(
@@ -144,9 +143,7 @@ def require_scored(experiment: Experiment, stage: str, model: Mapping[str, Any] 
     changes = differences(record.inputs.get("model", {}), model) if record and model is not None else []
     if changes:
         raise ArenaError(
-            "\n".join(
-                ["the judge is not the one that was scored; since then changed:", *(f"  - {c}" for c in changes)]
-            ),
+            listed("the judge is not the one that was scored; since then changed:", changes),
             where=where,
             remedy=f"undo the change, or fit the calibration anew: {again.format('score')} --stage {stage} --fresh",
         )
@@ -159,12 +156,17 @@ def trained_recipe(experiment: Experiment, stage: str, keys: tuple[str, ...]) ->
     """
     path = experiment.recipe(stage)
     recipe = read_yaml(path)
-    record = StageState(experiment.output_folder(stage)).record("train")
-    trained = record.inputs.get(str(path)) if record else None
-    if not isinstance(trained, dict):
+    trained = _recipe_of(StageState(experiment.output_folder(stage)).record("train"), path)
+    if trained is None:
         return recipe
     others = {key: value for key, value in recipe.items() if key not in keys}
     return {**others, **{key: trained[key] for key in keys if key in trained}}
+
+
+def _recipe_of(record: Record | None, path: Path) -> dict[str, Any] | None:
+    """Return the recipe that a training began with, None where `run.py` began none."""
+    recipe = record.inputs.get(str(path)) if record else None
+    return recipe if isinstance(recipe, dict) else None
 
 
 def replaced(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:

@@ -103,7 +103,7 @@ class StageState:
         if changes:
             verb = "was finished" if record.finished_at else "began"
             raise ArenaError(
-                "\n".join([f"{part} {verb} with other inputs; since then changed:", *(f"  - {c}" for c in changes)]),
+                listed(f"{part} {verb} with other inputs; since then changed:", changes),
                 where=str(self.path.parent),
                 remedy=f"undo the change, or {fresh_remedy}",
             )
@@ -160,6 +160,11 @@ def differences(old: Inputs, new: Inputs) -> list[str]:
         else:
             lines.append(f"{name} {_shown(was)} -> {_shown(now)}")
     return lines
+
+
+def listed(what: str, changes: Sequence[str]) -> str:
+    """Return what is told of changes, a line each."""
+    return "\n".join([what, *(f"  - {change}" for change in changes)])
 
 
 def archive(*paths: Path, places: Sequence[Path] = ()) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.dataset import earlier_manifest
 from data_prep.errors import UsageError
-from data_prep.files import read_json, sha256_of, write_json
+from data_prep.files import is_within, read_json, sha256_of, write_json
 from data_prep.lock import only_run
 from data_prep.screen import printable
 from scoring.probabilities import holds_probabilities
@@ -49,10 +49,10 @@ def require_replaceable(output: Path, source: str | Path, experiment: Experiment
             raise _refused(output, "is the input itself")
         if not output.is_file():
             raise _refused(output, "is there already, and is no file")
-    if _is_within(output, DATA):
+    if is_within(output, DATA):
         raise _refused(output, f"lies in {DATA}/, which holds what is read, and is no place for results")
     for table in _tables_of(experiment):
-        if any(_is_within(place, table) and _is_within(table, place) for place in (output, output.parent)):
+        if any(is_within(place, table) and is_within(table, place) for place in (output, output.parent)):
             raise _refused(output, f"is a place of {table}, which {experiment.name} was prepared from")
     if output.exists() and not _is_earlier(output):
         raise _refused(output, f"is there already, and is not an earlier output of this command, as {RECORD} knows it")
@@ -91,11 +91,6 @@ def _tables_of(experiment: Experiment) -> list[Path]:
     """Return the tables that an experiment's export was made from."""
     manifest = earlier_manifest(experiment.data_folder) or {"sources": {}}
     return [Path(source["file"]) for source in manifest["sources"].values()]
-
-
-def _is_within(output: Path, other: Path) -> bool:
-    """Tell whether a path is another one, or lies in it, by its text or through links."""
-    return any(Path(where(output)).is_relative_to(where(other)) for where in (os.path.abspath, os.path.realpath))
 
 
 def require_outside(output: Path, table: Path) -> None:

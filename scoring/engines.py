@@ -74,7 +74,6 @@ def require_engine(engine: str, precision: str) -> None:
         raise UsageError(f"there is no engine {engine!r}", remedy=f"choose one of: {', '.join(ENGINES)}")
     if engine != "llama.cpp" and precision not in PRECISIONS:  # a GGUF file has precisions of its own
         raise UsageError(f"there is no precision {precision!r}", remedy=f"choose one of: {', '.join(PRECISIONS)}")
-
     if engine in _EXTRAS and find_spec(_EXTRAS[engine][0]) is None:
         module, extra = _EXTRAS[engine]
         raise ArenaError(

@@ -134,6 +134,10 @@ class Job:
         """Yield the rows' ids in the input's order."""
         return self._store.ids()
 
+    def cut_rows(self) -> int:
+        """Return how many rows were shortened to fit."""
+        return sum(int(facts["cut"].sum()) for _, facts in self._store.windows())
+
     def remove(self) -> None:
         """Delete the folder of the job: its scores are in the final files."""
         self._store.close()

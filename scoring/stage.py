@@ -59,8 +59,7 @@ class ScoreOptions:
     """How to score: what computes, in which precision (None: the experiment's), how often side by side, how long.
 
     `time_limit` is in seconds from `started` (time.monotonic) on; `ray` the address of a cluster, "local" for one of
-    its own; `fresh` uses nothing that was scored before, and puts an earlier report
-    aside.
+    its own; `fresh` uses nothing that was scored before, and puts an earlier report aside.
     """
 
     engine: str = "torch"
@@ -184,7 +183,7 @@ def score_input(
         rows = _write_table(output, job, calibrations)
         record_output(output)
         formulas = sum(map(is_formula, job.ids()))
-        cut = sum(int(table["cut"].sum()) for table in job.tables())
+        cut = job.cut_rows()
         job.remove()
     if cut:
         show.note(f"{stage}: {cut:,} of {rows:,} rows ({cut / rows:.1%}) were shortened to the judge's token budget")

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -44,9 +44,6 @@ from factory.survey import (
     running_stages,
     stage_view,
 )
-
-if TYPE_CHECKING:
-    pass
 
 RUNG_NAMES = {
     "uniform": "uniform, 1/3 each",
