@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.synced
 
 EXTRAS := openvino ray gguf browser fuzz audit
 
-.PHONY: install demo test check lock audit tables fuzz kills guards trust $(EXTRAS:%=extra-%)
+.PHONY: install demo test check lock audit tables fuzz kills trust $(EXTRAS:%=extra-%)
 
 install: $(STAMP)
 
@@ -63,11 +63,8 @@ fuzz: extra-fuzz
 kills: install
 	$(BIN)/python benchmarks/kills.py
 
-# Every guard against hostile input, taken away: a test must fail without it. A quarter of an hour.
-guards: install
-	$(BIN)/python benchmarks/guards.py
 
-# The table of docs/trust.md, from the tests and the kept results of the fuzzer, of the kills and of the guards.
+# The table of docs/trust.md, from the tests and the kept results of the fuzzer and of the kills.
 trust: install
 	$(BIN)/python benchmarks/trust.py
 

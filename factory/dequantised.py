@@ -18,7 +18,6 @@ from data_prep.lock import only_run
 from factory.experiment import Experiment, read_yaml
 from factory.inputs import model_files
 from factory.progress import duration
-from factory.remarks import hush_remarks
 
 if TYPE_CHECKING:
     from factory.progress import Show
@@ -112,7 +111,6 @@ def _dequantised(model: str, revision: str, quantisation: dict[str, Any], device
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
-    hush_remarks()
     if quantisation["bits"] == 8:
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from statistics import median
 
-from factory.remarks import hush_remarks
 from factory.shape import ModelShape
 
 _TOKENS = 512  # a batch of the size that a CPU trains on
@@ -35,7 +34,6 @@ def probe_cpu(shape: ModelShape, *, nf4: bool) -> Probe:
 
 
 def _dequantise(weight):
-    hush_remarks()
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")

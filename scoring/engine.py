@@ -14,7 +14,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from data_prep.errors import ArenaError
-from factory.remarks import hush_remarks
 from scoring.batches import ScoreProgress, run_batches, tell
 from scoring.reader import Pack, Piece, Reader
 
@@ -150,7 +149,6 @@ def load_model(folder: Path, device: str, *, precision: str | None = None) -> An
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    hush_remarks()
     logging.disable_progress_bar()
     options: dict[str, Any] = {}
     if precision in ("8bit", "4bit"):

@@ -18,7 +18,6 @@ import numpy as np
 
 from data_prep.errors import ArenaError
 from data_prep.files import read_json
-from factory.remarks import hush_remarks
 from scoring.batches import DoesNotFit, ScoreProgress, run_batches, tell
 from scoring.engine import LOADING_ERRORS, weight_dtype
 from scoring.reader import Pack, Piece, Reader
@@ -64,7 +63,6 @@ def load_policy(
     """
     import torch
 
-    hush_remarks()
     _check_adapter(adapter, base)
     dtype = weight_dtype(device, precision)
     config = quantization(quantization_bit, quantization_type, double_quantization, dtype, device)

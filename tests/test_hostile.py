@@ -1,6 +1,6 @@
 """Hostile input: votes are texts that strangers wrote, models are files that strangers uploaded. One guard, one test.
 
-benchmarks/trust.py counts these tests: each is a case. benchmarks/guards.py takes every guard away, one at a time, and
+benchmarks/trust.py counts these tests: each is a case.
 demands that one of them fails.
 """
 
