@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from factory.interpreter import require_packages
+from common.interpreter import require_packages
 
 require_packages()  # before click: another Python lacks it, or has one that fails with a traceback
 
 import click  # noqa: E402
 
+from common.stages import TRAININGS  # noqa: E402
 from factory import DEFAULT_EXPERIMENT  # noqa: E402
-from factory.step import TRAININGS  # noqa: E402
 
 VIEWS = ("judge", "reward")
 # A stage by its own name, or as the command that trains it is called.
@@ -29,9 +29,9 @@ class ErrorsWithRemedy(click.Group):
     """Turns our errors into a message with its remedy and an exit code; -v shows where they come from."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from data_prep.errors import ArenaError
-        from data_prep.refusals import in_words, stop_signals
-        from data_prep.screen import printable
+        from common.errors import ArenaError
+        from common.os_errors import in_words, stop_signals
+        from common.screen import printable
 
         try:
             with stop_signals():
@@ -104,7 +104,7 @@ def demo(seed: int, fresh: bool, as_json: bool) -> None:
     In minutes: draws an arena whose true probabilities are known, prepares, trains, merges, scores and reports.
     """
     from factory.demo import demo_arena, refuse_other_votes, trained_on_another
-    from factory.survey import refuse_while_at_work
+    from factory.status import refuse_while_at_work
 
     exp, show = _start("demo")
     refuse_while_at_work(exp)
@@ -152,7 +152,7 @@ def new(name: str, model: str, template: str | None, bits: str, cutoff: int | No
 
     It is factory_configs/EXP with experiment.yaml and all its recipes.
     """
-    from factory.new import BITS, CUTOFF_LEN, Wish, new_experiment
+    from factory.new_experiment import BITS, CUTOFF_LEN, Wish, new_experiment
 
     exp = new_experiment(Wish(name, model, template, BITS[bits], cutoff or CUTOFF_LEN))
     made = {"folder": str(exp.folder), "model": exp.model, "template": exp.template}
@@ -192,7 +192,7 @@ def prepare(
     What is fitted to the token budget goes to data/EXP, with an audit of what was read, cut and rejected. An
     earlier export there is replaced; files of anybody else in that folder are never deleted, but must be moved first.
     """
-    from factory.survey import experiment_view, next_commands
+    from factory.status import experiment_view, next_commands
 
     exp, show = _start(experiment)
     views = VIEWS if pairs else VIEWS[:1]
@@ -281,7 +281,7 @@ def compare(experiment: str, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from scoring.summary import print_comparison
+    from scoring.report.console import print_comparison
 
     print_comparison(Console(), exp, result)
 
@@ -299,7 +299,7 @@ def status(experiment: str | None, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from factory.survey import experiment_names, print_survey, survey
+    from factory.status import experiment_names, print_survey, survey
 
     if experiment:
         _start(experiment)  # an unknown name is wrong use
@@ -312,7 +312,7 @@ def status(experiment: str | None, as_json: bool) -> None:
     print_survey(Console(), views)
 
 
-# Those of scoring.engines; its import would cost --help its speed, a test compares them.
+# Those of scoring.engines.protocol; its import would cost --help its speed, a test compares them.
 ENGINES = ("torch", "openvino", "llama.cpp")
 
 
@@ -373,7 +373,7 @@ def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped
 
     The verdict, the probabilities in both orders, and what was fed, with its cut places marked.
     """
-    from scoring.exhibit import exhibit, print_exhibit
+    from scoring.show import exhibit, print_exhibit
 
     exp, stage, _ = _start_stage(experiment, stage)
     shown = exhibit(exp, stage, battle_id, split)
@@ -437,8 +437,8 @@ def score(experiment: str, stage: str, source: str | None, output: Path | None, 
     same command goes on, without --fresh.
     """
     from scoring.destination import scored_file
-    from scoring.stage import ScoreOptions, score_input, score_stage
-    from scoring.summary import input_lines
+    from scoring.pipeline import ScoreOptions, score_input, score_stage
+    from scoring.report.console import input_lines
 
     if output is not None and source is None:
         raise click.UsageError("--output is where the probabilities of --input go: give both, or leave it out")
@@ -468,8 +468,8 @@ def board(host: str, port: int | None, no_open: bool) -> None:
 
     It is LLaMA Board, with our data sets and every trained adapter in it.
     """
+    from common.console import Show
     from factory.board import free_port, lay_out, serve_board
-    from factory.progress import Show
 
     show = Show()
     free_port(host, port)  # an address that is none is told before anything is laid out
@@ -506,8 +506,8 @@ def export(
 
     And prove that it is still the same judge.
     """
-    from scoring.gguf_export import export_gguf
-    from scoring.summary import export_lines
+    from scoring.engines.gguf_export import export_gguf
+    from scoring.report.console import export_lines
 
     exp, stage, show = _start_stage(experiment, stage)
     manifest = export_gguf(exp, stage, quantization, output=output, converter=converter, show=show)
@@ -547,7 +547,7 @@ def watch(
     A run of the command line, in the browser or in the terminal.
     """
     from factory.board import serve_tensorboard
-    from scoring.watching import Watcher, follow, in_words, serve_watch_page, stage_to_watch
+    from scoring.watch import Watcher, follow, in_words, serve_watch_page, stage_to_watch
 
     exp, stage, show = _start_stage(experiment, stage)
     if tensorboard:
@@ -591,8 +591,8 @@ def verify(output: Path, as_json: bool) -> None:
 
     OUTPUT is a scored stage's folder, outputs/EXP/STAGE. Exit code 1: something changed.
     """
-    from scoring.summary import print_verification
-    from scoring.verify import verify
+    from scoring.checks.verify import verify
+    from scoring.report.console import print_verification
 
     result = verify(output)
     if as_json:
@@ -604,8 +604,8 @@ def verify(output: Path, as_json: bool) -> None:
 
 def _start(name: str):
     """Load the experiment and open the place where progress is shown."""
-    from factory.experiment import load_experiment
-    from factory.progress import Show
+    from common.console import Show
+    from common.experiment import load_experiment
 
     verbose = (click.get_current_context().find_root().obj or {}).get("verbose", False)
     exp, show = load_experiment(name), Show(verbose=verbose)
@@ -616,7 +616,7 @@ def _start(name: str):
 
 def _start_stage(name: str, stage: str | None):
     """As `_start`, with the stage that the user's word for it means."""
-    from factory.survey import stage_named
+    from factory.status import stage_named
 
     exp, show = _start(name)
     return exp, stage and stage_named(exp, stage), show
@@ -633,17 +633,17 @@ def _prepare(
     workers=None,
     show,
 ) -> dict[str, Any]:
-    from data_prep.dataset import earlier_manifest, read_manifest
+    from common.console import teller
+    from common.stages import STEPS
     from data_prep.export import export, warnings_of
+    from data_prep.export_reader import earlier_manifest, read_manifest
+    from data_prep.overwrite_check import refuse_loss
     from data_prep.readers import VoteReader
-    from data_prep.source import votes_at
-    from data_prep.strangers import refuse_loss
+    from data_prep.sources import votes_at
     from factory.demo import ensure_embedded_base
     from factory.outdated import replaced
-    from factory.progress import teller
-    from factory.recipe import check_first_values, write_recipe
-    from factory.step import STEPS
-    from factory.survey import refuse_while_at_work
+    from factory.recipes import check_first_values, write_recipe
+    from factory.status import refuse_while_at_work
 
     check_first_values(exp)
     refuse_while_at_work(exp)
@@ -683,15 +683,15 @@ def _audit_line(exp, audit: dict[str, Any]) -> str:
 
 def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> dict[str, Any] | None:
     """Train, merge and score one stage as far as asked; return its report, None before scoring."""
+    from common.console import teller
+    from common.stages import STEPS
     from data_prep.export import ensure_views
-    from factory.checks import check_device, check_recipes
     from factory.outdated import require_own_settings
-    from factory.progress import teller
-    from factory.step import STEPS
-    from factory.steps import merge, train
+    from factory.recipe_checks import check_device, check_recipes
+    from factory.train import merge, train
+    from scoring.checks.merge_check import gate
     from scoring.judge import seal
-    from scoring.merge_gate import gate
-    from scoring.stage import score_stage
+    from scoring.pipeline import score_stage
 
     if STEPS[stage].data == "dpo_reward":
         check_recipes(exp, [stage])  # before the time that the pairs take
@@ -711,7 +711,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
 def _finish(exp, stage: str, report: dict[str, Any] | None, as_json: bool) -> None:
     """Print what was reached: for people a table, for programs the report."""
     if report is None:
-        from factory.step import STEPS
+        from common.stages import STEPS
 
         made = {"adapter": exp.adapter_folder(stage)}
         if exp.merged_folder(stage).is_dir():
@@ -727,7 +727,7 @@ def _finish(exp, stage: str, report: dict[str, Any] | None, as_json: bool) -> No
     else:
         from rich.console import Console
 
-        from scoring.summary import print_summary
+        from scoring.report.console import print_summary
 
         print_summary(Console(), exp, stage, report)
 

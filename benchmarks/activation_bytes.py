@@ -23,7 +23,7 @@ from forecast_check import Case, prepare
 from workbench import Workbench
 
 from factory.memory import SLACK, layer_bytes, training_memory
-from factory.shape import ModelShape
+from factory.model_size import ModelShape
 
 MIB = 2**20
 # hidden, heads, key-value heads, head width, feed-forward width
@@ -128,9 +128,9 @@ def whole_step(bench: Workbench, votes: Path, size: str, stage: str, checkpointi
 
 def _formula(name: str, stage: str, length: int) -> float:
     """Return activations and logits by the formula, in MiB: what a step allocates beside weights and optimizer."""
-    from factory.experiment import load_experiment
-    from factory.setup import setup_of
-    from factory.shape import shape_of
+    from common.experiment import load_experiment
+    from factory.model_size import shape_of
+    from factory.train_config import setup_of
 
     experiment = load_experiment(name)
     setup = setup_of(experiment, stage).changed(compute_bytes=2, trained_modules=())

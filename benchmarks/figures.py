@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 def measured_on(command: str) -> str:
     """Return one line: hardware, versions, date and command."""
-    from scoring.provenance import hardware
+    from scoring.checks.provenance import hardware
 
     machine = hardware()
     gpus = ", ".join(machine["gpus"]) or "no GPU"

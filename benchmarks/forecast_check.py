@@ -105,7 +105,7 @@ def predicted(bench: Workbench, name: str, stage: str) -> tuple[float, float]:
     here = Path.cwd()
     os.chdir(bench.folder)
     try:
-        from factory.experiment import load_experiment
+        from common.experiment import load_experiment
         from factory.forecast import forecast
 
         device = forecast(load_experiment(name), [stage], ["cpu"])["stages"][stage]["devices"]["cpu"]

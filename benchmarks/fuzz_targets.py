@@ -14,24 +14,32 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
-from data_prep.budget import Fitter
-from data_prep.cells import BadCell, BadVerdict, parse_conversation, parse_id, parse_one_hot, parse_turns, parse_winner
-from data_prep.chat_frame import ChatFrame
-from data_prep.dataset import FORMAT, read_manifest
-from data_prep.errors import ArenaError
+from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from common.console import loss_curve
+from common.error_hints import all_errors, clean_lines, remedy_for
+from common.errors import ArenaError
+from common.experiment import BudgetShares, Experiment, Labels, parse_experiment, read_yaml
+from common.stages import STEPS
+from data_prep.chat_template import ChatFrame
+from data_prep.export_reader import FORMAT, read_manifest
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
-from factory.checks import check_recipe
-from factory.experiment import BudgetShares, Experiment, Labels, parse_experiment, read_yaml
+from data_prep.schemas import (
+    BadCell,
+    BadVerdict,
+    parse_conversation,
+    parse_id,
+    parse_one_hot,
+    parse_turns,
+    parse_winner,
+)
+from data_prep.truncation import Fitter
 from factory.inputs import inputs_of, training_rows
-from factory.progress import loss_curve
-from factory.recipe import render_recipe
-from factory.remedies import all_errors, clean_lines, remedy_for
+from factory.recipe_checks import check_recipe
+from factory.recipes import render_recipe
 from factory.state import StageState
-from factory.step import STEPS
 from scoring.judge import load_judge
-from scoring.probabilities import check_submission
+from scoring.predictions import check_submission
 
 ROOT = Path(__file__).resolve().parents[1]
 OUR_ERRORS = (ArenaError, BadCell, BadVerdict)

@@ -32,7 +32,14 @@ _FIXED = ("models/**/*", "arena/*")
 _ADAPTER = (f"{ADAPTER}/adapter_*",)
 _MERGED = (f"{OUT}/merged/*",)
 _SCORES = (f"{OUT}/*.csv", f"{OUT}/scores_*.parquet", f"{OUT}/report.json")
-_IMPORTS = ("run", "pandas", "pyarrow.parquet", "matplotlib.pyplot", "sklearn.feature_extraction.text", "scoring.stage")
+_IMPORTS = (
+    "run",
+    "pandas",
+    "pyarrow.parquet",
+    "matplotlib.pyplot",
+    "sklearn.feature_extraction.text",
+    "scoring.pipeline",
+)
 _IMPORTS += ("transformers.models.qwen3.modeling_qwen3",)
 # How many kills of each work, of 200.
 SHARES = {"prepare": 58, "prepare --workers": 6, "train": 20, "merge": 14, "score": 34, "report": 26}
@@ -192,8 +199,8 @@ def _begun(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(path: Path, found: dict[str, Any]) -> None:
-    from data_prep.files import write_json
-    from scoring.provenance import git_commit, hardware
+    from common.files import write_json
+    from scoring.checks.provenance import git_commit, hardware
 
     by_step: dict[str, Any] = {}
     for each in found["rounds"]:

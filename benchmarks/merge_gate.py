@@ -70,10 +70,10 @@ def build_wide_base(folder: Path, votes: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from common.experiment import Labels
     from data_prep.prompt import JudgePrompt
     from data_prep.readers import VoteReader
     from factory.base_model import BaseModelSize, build_base_model
-    from factory.experiment import Labels
 
     if folder.is_dir():
         return
@@ -101,14 +101,14 @@ def measure(folder: Path, experiment: str, name: str, count: int) -> list[list[s
 def _measure(experiment: str, name: str, count: int) -> list[list[str]]:
     import torch
 
-    from data_prep.chat_frame import load_frame
-    from data_prep.dataset import read_battles, read_manifest
+    from common.experiment import load_experiment
+    from data_prep.chat_template import load_frame
+    from data_prep.export_reader import read_battles, read_manifest
     from data_prep.prompt import JudgePrompt
-    from factory.experiment import load_experiment
     from scoring.adapters import trained_adapter
-    from scoring.engine import score_labels
+    from scoring.checks.merge_check import compared
+    from scoring.engines.torch_engine import score_labels
     from scoring.links import softmax
-    from scoring.merge_gate import compared
 
     its = load_experiment(experiment)
     frame, tokenizer = load_frame(its)
@@ -138,8 +138,8 @@ def merged(its) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from factory.dequantised import dequantised_base
-    from factory.progress import Show
+    from common.console import Show
+    from factory.merge import dequantised_base
 
     base = dequantised_base(its, "sft")
     if base:

@@ -64,7 +64,7 @@ def sft_steps(bench: Workbench) -> int:
 
 def recipe(bench: Workbench, step: str) -> dict:
     """Return a recipe of the demo."""
-    from factory.experiment import read_yaml
+    from common.experiment import read_yaml
 
     return read_yaml(bench.folder / "factory_configs" / "demo" / f"{step}.yaml")
 

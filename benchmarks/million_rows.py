@@ -21,10 +21,10 @@ from pathlib import Path
 
 from figures import ROOT, measured_on, put, table
 
-from data_prep.chat_frame import ChatFrame
-from data_prep.dataset import FORMAT
-from data_prep.files import write_json
-from factory.experiment import Experiment
+from common.experiment import Experiment
+from common.files import write_json
+from data_prep.chat_template import ChatFrame
+from data_prep.export_reader import FORMAT
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PROMPT = "{% for turn in turns %}{{ turn.prompt }}|{{ turn.a }}|{{ turn.b }}{% endfor %}"

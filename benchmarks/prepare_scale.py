@@ -25,10 +25,10 @@ from pathlib import Path
 from figures import ROOT, measured_on, put, table
 from prepare_speed import battles_of, frame_of, train_tokenizer
 
+from common.battle import Battle
+from common.experiment import Experiment
 from data_prep import export as export_module
-from data_prep.battle import Battle
 from data_prep.synthetic import cell
-from factory.experiment import Experiment
 
 PART = 50_000
 

@@ -25,15 +25,15 @@ from pathlib import Path
 
 from figures import ROOT, measured_on, put, table
 
+from common.battle import Battle, swap
+from common.experiment import Experiment
 from data_prep import export as export_module
-from data_prep.battle import Battle, swap
-from data_prep.budget import in_chunks
-from data_prep.chat_frame import ChatFrame
-from data_prep.neutral import Neutralizer
+from data_prep.chat_template import ChatFrame
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
+from data_prep.sanitize import Neutralizer
 from data_prep.synthetic import cell
-from factory.experiment import Experiment
+from data_prep.truncation import in_chunks
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 32_000

@@ -31,7 +31,7 @@ RUNS = (
 
 def megabytes(judge, engine: str, precision: str) -> str:
     """Return the size of what the engine reads, in MiB."""
-    from scoring.gguf_file import gguf_path
+    from scoring.engines.gguf_file import gguf_path
 
     folder = judge.folder.parent / "openvino" / ("8bit" if precision == "8bit" else "fp32")
     paths = {
@@ -46,12 +46,12 @@ def measure(experiment: str, stage: str) -> list[list[str]]:
     """Return one row an engine and precision."""
     import numpy as np
 
-    from data_prep.dataset import read_battles, read_rows
-    from factory.experiment import load_experiment
-    from factory.progress import Show
-    from scoring.engines import open_engine
-    from scoring.gguf_export import export_gguf
-    from scoring.gguf_file import gguf_path
+    from common.console import Show
+    from common.experiment import load_experiment
+    from data_prep.export_reader import read_battles, read_rows
+    from scoring.engines.gguf_export import export_gguf
+    from scoring.engines.gguf_file import gguf_path
+    from scoring.engines.protocol import open_engine
     from scoring.judge import load_judge
     from scoring.links import softmax
     from scoring.metrics import log_loss, paired_difference, verdict_codes

@@ -23,7 +23,7 @@ import numpy as np
 from figures import ROOT, measured_on, put, table
 from workbench import STAGES, Workbench, interval
 
-from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 from data_prep.folds import prompt_group
 from data_prep.readers import VoteReader
 from data_prep.synthetic import TRAIN_COLUMNS, cell

@@ -32,7 +32,7 @@ import numpy as np
 from figures import ROOT, measured_on, put, table
 from prepare_speed import battles_of, frame_of, train_tokenizer
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 
 CUTOFF = 2048
 SHAPES = {
@@ -106,9 +106,9 @@ def make_model(folder: Path, shape: str, device: str = "cpu") -> None:
 
 def make_rows(folder: Path, votes: list[Path], count: int) -> None:
     """Save the token ids of a random sample of real rows, fitted as `prepare` fits them."""
-    from data_prep.budget import Fitter
+    from common.experiment import BudgetShares, Labels
     from data_prep.prompt import JudgePrompt
-    from factory.experiment import BudgetShares, Labels
+    from data_prep.truncation import Fitter
 
     battles = battles_of(votes)
     tokenizer = train_tokenizer(battles[:4000])
@@ -126,13 +126,13 @@ def open_way(folder: Path, way: Way, labels: Sequence[int]) -> Score:
     if way.engine == USUAL.engine:
         return usual_loop(folder, way.precision, labels)
     if way.options:  # several ways share one model
-        from scoring.engine import score_labels
-        from scoring.reader import Reader
+        from scoring.engines.torch_engine import score_labels
+        from scoring.packed_model import Reader
 
         options = dict(way.options)
         reader = Reader(one_model(folder, way.precision), mode=options["mode"])
         return lambda rows: score_labels(reader, rows, labels, token_budget=options["token_budget"])
-    from scoring.engines import open_engine
+    from scoring.engines.protocol import open_engine
 
     judge = SimpleNamespace(folder=folder / "merged", frame=SimpleNamespace(label_ids=tuple(labels)))
     opened = open_engine(judge, way.engine, way.precision)
@@ -141,7 +141,7 @@ def open_way(folder: Path, way: Way, labels: Sequence[int]) -> Score:
 
 @cache
 def one_model(folder: Path, precision: str) -> Any:
-    from scoring.engine import device_name, load_model
+    from scoring.engines.torch_engine import device_name, load_model
 
     return load_model(folder / "merged", device_name(), precision=precision)
 

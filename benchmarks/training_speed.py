@@ -89,7 +89,7 @@ def experiment(bench: Workbench, name: str, model: str, stage: str, values: dict
 
 def train(bench: Workbench, name: str, stage: str) -> dict[str, Any]:
     """Train by the recipe; return tokens a second, peak GiB, first and last loss."""
-    from factory.experiment import read_yaml
+    from common.experiment import read_yaml
 
     adapter = bench.folder / read_yaml(bench.folder / "factory_configs" / name / f"{stage}.yaml")["output_dir"]
     shutil.rmtree(adapter, ignore_errors=True)
@@ -134,7 +134,7 @@ def matrix_rate(gpu: bool) -> float:
 
 def share(shape: str, result: dict[str, Any], rate: float, pairs: bool, model: Path) -> str:
     """Return the share of the matrix rate: 6 operations a weight and token, 8 with DPO's reference."""
-    from factory.shape import shape_of
+    from factory.model_size import shape_of
 
     if not result["tokens_per_second"]:
         return "-"

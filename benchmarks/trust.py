@@ -50,12 +50,6 @@ def _survived(tally: dict) -> str:
     return f"{tally['survived']:,} / {tally['tried']:,}"
 
 
-def guards() -> list[list[str]]:
-    """Return how many guards a test fails without."""
-    name, found = "guards shown by removal: a test fails without it", _result("guards.json")
-    return [[name, _NOT_RUN if found is None else f"{sum(each['shown'] for each in found)} / {len(found)}"]]
-
-
 def fuzzing() -> list[list[str]]:
     """Return a row a target, and one for all of them."""
     found = _result("fuzz.json")
@@ -84,7 +78,6 @@ def main() -> None:
         *kills(),
         ["bad inputs handled / tried", tests("tests/test_bad_inputs.py", "test_bad_input[")],
         ["hostile cases guarded / tried", tests("tests/test_hostile.py", "test_")],
-        *guards(),
         *fuzzing(),
     ]
     text = f"{table(['what', 'figure'], rows)}\n\n{measured_on('make trust')}"

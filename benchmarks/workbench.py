@@ -83,7 +83,7 @@ class Workbench:
         """Return the validation rows of a stage: id, verdict, group, p_a, p_b, p_tie and the raw scores."""
         import pandas as pd
 
-        from data_prep.battle import PROBABILITY_COLUMNS
+        from common.battle import PROBABILITY_COLUMNS
 
         scores = pd.read_parquet(self.output(experiment, stage) / "scores_valid.parquet")
         chances = pd.read_csv(self.output(experiment, stage) / "probabilities_valid.csv", dtype={"id": str})

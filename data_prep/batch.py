@@ -1,6 +1,6 @@
 """A batch: some hundred battles fitted to the budget and turned into the bytes and columns that are written.
 
-Everything that takes time for each battle happens here, in a thread or in a process of its own (data_prep.crew);
+Everything that takes time for each battle happens here, in a thread or in a process of its own (data_prep.pool);
 what comes back is quickly appended to files.
 """
 
@@ -12,23 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.battle import VERDICTS, Battle, swap_verdict
-from data_prep.budget import Fitted, Fitter
-from data_prep.data_sets import set_names
-from data_prep.facts import battle_facts
+from common.battle import VERDICTS, Battle, swap_verdict
+from data_prep.audit import Tally
+from data_prep.dataset_info import set_names
 from data_prep.folds import group_number
 from data_prep.pair_budget import FittedPair, PairFitter
-from data_prep.pairs import PairTally, View, judge_rows, pair_table, reward_rows, turn_json, wrong_verdicts
+from data_prep.preference_pairs import PairTally, View, judge_rows, pair_table, reward_rows, turn_json, wrong_verdicts
 from data_prep.prompt import JudgePrompt
+from data_prep.row_statistics import battle_facts
 from data_prep.spool import record
-from data_prep.tally import Tally
+from data_prep.truncation import Fitted, Fitter
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from tokenizers import Tokenizer
 
-    from data_prep.chat_frame import ChatFrame
-    from factory.experiment import Experiment
+    from common.experiment import Experiment
+    from data_prep.chat_template import ChatFrame
 
 
 @dataclass

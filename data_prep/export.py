@@ -23,29 +23,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.battle import Battle
+from common.errors import ArenaError
+from common.files import atomic_file, atomic_folder, sha256_of, sha256_of_table, write_json
+from common.lock import only_run
 from data_prep.batch import BatchMaker
-from data_prep.battle import Battle
-from data_prep.budget import in_chunks
-from data_prep.chat_frame import load_frame
-from data_prep.crew import open_crew, usual_workers
-from data_prep.data_sets import dataset_entries, entries_of_others, listed_sets
-from data_prep.dataset import FORMAT, read_manifest
-from data_prep.errors import ArenaError
-from data_prep.facts import noting
-from data_prep.files import atomic_file, atomic_folder, sha256_of, sha256_of_table, write_json
-from data_prep.lock import only_run
+from data_prep.chat_template import load_frame
+from data_prep.dataset_info import dataset_entries, entries_of_others, listed_sets
+from data_prep.export_reader import FORMAT, read_manifest
+from data_prep.export_writer import Writer
+from data_prep.ground_truth import check_truth, require_truth_of
 from data_prep.overlap import check_overlap, refuse_same_table
-from data_prep.pairs import VIEWS, View
+from data_prep.overwrite_check import refuse_loss, refuse_strangers
+from data_prep.pool import open_crew, usual_workers
+from data_prep.preference_pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
-from data_prep.strangers import refuse_loss, refuse_strangers
-from data_prep.truth import check_truth, require_truth_of
-from data_prep.writer import Writer
+from data_prep.row_statistics import noting
+from data_prep.truncation import in_chunks
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from factory.experiment import Experiment
+    from common.experiment import Experiment
 
 DATA = Path("data")
 # Battles per tokenizer call: enough to keep every core busy, little enough to keep memory flat.

@@ -23,8 +23,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_prep.battle import Battle
-from data_prep.errors import ArenaError
+from common.battle import Battle
+from common.errors import ArenaError
 
 USER = "\n\n### User\n"
 ASSISTANT = "\n\n### Assistant\n"

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from data_prep.battle import Battle
-from data_prep.errors import ArenaError
-from data_prep.neutral import BREAK
+from common.battle import Battle
+from common.errors import ArenaError
+from data_prep.sanitize import BREAK
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,7 @@ _PIECE = 1 << 16
 def normalise_prompt(text: str) -> str:
     """Return a prompt without what does not make it another: case, width, white space, punctuation at its ends.
 
-    Nor does it matter whether a prompt was made harmless (`data_prep.neutral`): what is fed alike is in one group.
+    Nor does it matter whether a prompt was made harmless (`data_prep.sanitize`): what is fed alike is in one group.
     """
     if text.isascii():
         text = " ".join(text.lower().split())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 
 if TYPE_CHECKING:
     import numpy as np

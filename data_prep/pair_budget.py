@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from data_prep.battle import Battle
-from data_prep.budget import MARKER, cut_middle, last_turns, share_out
-from data_prep.errors import ArenaError
+from common.battle import Battle
+from common.errors import ArenaError
+from common.screen import name_of
 from data_prep.flatten import ASSISTANT, USER, Pair, flatten
-from data_prep.neutral import Neutralizer
-from data_prep.screen import name_of
+from data_prep.sanitize import Neutralizer
+from data_prep.truncation import MARKER, cut_middle, last_turns, share_out
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from data_prep.chat_frame import ChatFrame
+    from data_prep.chat_template import ChatFrame
 
 # A round takes off what the last one was too long by, so two or three do; escaped header lines may ask for more.
 _ROUNDS = 16

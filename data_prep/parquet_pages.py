@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile

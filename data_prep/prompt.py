@@ -14,13 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from data_prep.errors import ArenaError
-from data_prep.neutral import Lines
+from common.errors import ArenaError
 from data_prep.safe_template import LARGEST, faults, sandbox
+from data_prep.sanitize import Lines
 
 if TYPE_CHECKING:
-    from data_prep.battle import Battle
-    from factory.experiment import Labels
+    from common.battle import Battle
+    from common.experiment import Labels
 
 FIELDS = ("prompt", "a", "b")
 # Two private-use characters enclose a mark; texts never pass through the marked rendering.

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.battle import PROBABILITY_COLUMNS, Battle
-from data_prep.cells import (
+from common.battle import PROBABILITY_COLUMNS, Battle
+from common.errors import ArenaError
+from common.screen import name_of
+from data_prep.schemas import (
     BadCell,
     BadVerdict,
     is_formula,
@@ -30,8 +32,6 @@ from data_prep.cells import (
     parse_turns,
     parse_winner,
 )
-from data_prep.errors import ArenaError
-from data_prep.screen import name_of
 from data_prep.seen_ids import SeenIds, first_repeat
 from data_prep.tables import BrokenRow, CsvTable, ParquetTable, open_tables
 

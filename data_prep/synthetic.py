@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
-from data_prep.errors import ArenaError
-from data_prep.files import atomic_file
+from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from common.errors import ArenaError
+from common.files import atomic_file
 
 TRAIN_COLUMNS = ("id", "model_a", "model_b", "prompt", "response_a", "response_b", *PROBABILITY_COLUMNS)
 TEST_COLUMNS = ("id", "prompt", "response_a", "response_b")

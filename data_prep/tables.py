@@ -20,7 +20,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from data_prep.parquet_pages import batch_rows
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import ArenaError
-from data_prep.files import atomic_folder
+from common.errors import ArenaError
+from common.files import atomic_folder
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"

@@ -18,21 +18,21 @@ from ipaddress import IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.data_sets import listed_sets
-from data_prep.errors import ArenaError, UsageError
-from data_prep.files import atomic_file, write_json
-from data_prep.lock import only_run
+from common.error_hints import clean_lines
+from common.errors import ArenaError, UsageError
+from common.experiment import Experiment, load_experiment, read_yaml
+from common.files import atomic_file, write_json
+from common.lock import only_run
+from common.stages import TRAININGS
+from data_prep.dataset_info import listed_sets
 from factory.board_config import BoardConfig, board_config
-from factory.checks import check_recipe
-from factory.experiment import Experiment, load_experiment, read_yaml
-from factory.recipe import render_recipe
-from factory.remedies import clean_lines
+from factory.recipe_checks import check_recipe
+from factory.recipes import render_recipe
 from factory.state import StageState
-from factory.step import TRAININGS
-from factory.survey import experiment_names, running_stages
+from factory.status import experiment_names, running_stages
 
 if TYPE_CHECKING:
-    from factory.progress import Show
+    from common.console import Show
 
 CONFIGS = Path("llamaboard_config")
 CACHE = Path("llamaboard_cache")
@@ -234,7 +234,7 @@ def serve_board(place: BoardPlace, host: str, port: int | None, *, open_browser:
     show.note(
         f"board: {len(place.configs)} configurations in {CONFIGS}/: choose one at 'Config path', then Load, Start"
     )
-    serve_page("factory.webui", [], "board", CACHE / "board.log", host, port, open_browser=open_browser, show=show)
+    serve_page("factory.board_page", [], "board", CACHE / "board.log", host, port, open_browser=open_browser, show=show)
     show.note("what was trained there lies under saves/; a training that was at work there ended with the page")
 
 
@@ -268,7 +268,7 @@ def serve_page(
     Its address is told when it listens, and opened in a browser where asked. Raises ArenaError if the module ends
     with an error, UsageError for an address that cannot be listened on.
     """
-    from factory.child import Watch, run_child
+    from factory.process import Watch, run_child
 
     port = free_port(host, port)
     if warning := exposure(host):

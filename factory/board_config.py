@@ -15,9 +15,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from factory.experiment import Experiment
+from common.experiment import Experiment
+from common.stages import STEPS
 from factory.inputs import names
-from factory.step import STEPS
 
 STAGE_NAMES = {"sft": "Supervised Fine-Tuning", "dpo": "DPO", "rm": "Reward Modeling"}
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.dataset import earlier_manifest
-from data_prep.errors import ArenaError
-from data_prep.files import atomic_folder, read_json, write_json
-from data_prep.strangers import refuse_loss, refuse_strangers
+from common.errors import ArenaError
+from common.files import atomic_folder, read_json, write_json
+from data_prep.export_reader import earlier_manifest
+from data_prep.overwrite_check import refuse_loss, refuse_strangers
 from data_prep.synthetic import ArenaFiles, write_arena
 from factory.outdated import outdated_files
-from factory.survey import running_stages
+from factory.status import running_stages
 
 if TYPE_CHECKING:
-    from factory.experiment import Experiment
-    from factory.progress import Show
+    from common.console import Show
+    from common.experiment import Experiment
 
 # The folder that stands for the embedded base wherever an experiment names it as its model.
 EMBEDDED_BASE = "models/arena-tiny"

@@ -16,8 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from common.console import Show
 from factory.devices import Devices, Product, devices
-from factory.progress import Show
 
 State = Literal["ok", "warning", "fault"]
 _HERE = Path(__file__).resolve().parents[1]

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from data_prep.errors import UsageError
-from factory.card import CARDS, GIB, TOKEN_BUDGET, Card
-from factory.checks import check_recipes
-from factory.hours import (
+from common.errors import UsageError
+from common.stages import STEPS, TRAININGS
+from factory.gpu import CARDS, GIB, TOKEN_BUDGET, Card
+from factory.memory import Memory, scoring_memory, training_memory
+from factory.model_size import ModelShape, shape_of
+from factory.recipe_checks import check_recipes
+from factory.runtime import (
     CARD_START,
     CPU_LAYER_CALL,
     CPU_SHARE,
@@ -22,14 +25,11 @@ from factory.hours import (
     scoring_work,
     training_work,
 )
-from factory.memory import Memory, scoring_memory, training_memory
-from factory.setup import Setup, setup_of
-from factory.shape import ModelShape, shape_of
-from factory.step import STEPS, TRAININGS
+from factory.train_config import Setup, setup_of
 from factory.workload import Workload, workload_of
 
 if TYPE_CHECKING:
-    from factory.experiment import Experiment
+    from common.experiment import Experiment
 
 # This machine's CPU, beside the cards' names.
 CPU = "cpu"

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import ArenaError
-from data_prep.files import read_json, sha256_of
+from common.errors import ArenaError
+from common.files import read_json, sha256_of
 
 # Keys whose value may name local files or folders that shape the result.
 _PATH_KEYS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "deepspeed")

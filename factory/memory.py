@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from factory.card import GIB
-from factory.setup import Setup
-from factory.shape import ModelShape
+from factory.gpu import GIB
+from factory.model_size import ModelShape
+from factory.train_config import Setup
 
 # Bytes of a 4-bit weight: half a byte, one fp32 scale for 64 weights, or with double quantisation one byte for 64
 # and one fp32 for 256 of those (Dettmers et al. 2023, QLoRA, section 3).

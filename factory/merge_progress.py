@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from factory.progress import Countdown, Line
+from common.console import Countdown, Line
 
 # transformers' own bar, as tqdm writes it into a file: Loading weights:  43%|████  | 125/290 [00:05<00:07, 23.1it/s]
 _LOADING = re.compile(r"Loading weights:\s+(\d+)%\|.*<((?:\d+:)?\d+:\d+)")

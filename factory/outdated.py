@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.dataset import read_manifest
-from data_prep.errors import ArenaError
-from data_prep.files import sha256_of
-from factory.experiment import Experiment, read_yaml
+from common.errors import ArenaError
+from common.experiment import Experiment, read_yaml
+from common.files import sha256_of
+from common.stages import STEPS
+from data_prep.export_reader import read_manifest
 from factory.state import PARTS, Record, StageState, differences, listed
-from factory.step import STEPS
 
 # The keys of experiment.yaml that the exported rows depend on; model and bits are the recipes' matter, too, which are
 # compared where they are read. Those of one stage alone are no other stage's matter.

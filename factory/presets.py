@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from factory.experiment import Experiment
-from factory.new import Wish, render_experiment, write_experiment
-from factory.step import TRAININGS
+from common.experiment import Experiment
+from common.stages import TRAININGS
+from factory.new_experiment import Wish, render_experiment, write_experiment
 
 _FORECAST = "by calculation; `python run.py forecast` tells what your votes need"
 # A row's fp32 logits take 4 GB and more of a 24 GB card beside the weights of 7 to 9 billion parameters.

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from statistics import median
 
-from factory.shape import ModelShape
+from factory.model_size import ModelShape
 
 _TOKENS = 512  # a batch of the size that a CPU trains on
 _REPEATS, _LEAST = 5, 0.25  # calls and seconds, at least

@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import ArenaError, Interrupted
-from data_prep.files import read_json, sha256_of, write_json
+from common.errors import ArenaError, Interrupted
+from common.files import read_json, sha256_of, write_json
 
 # Parts of a stage in the order in which each is made from the one before.
 PARTS = ("train", "merge", "score")

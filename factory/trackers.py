@@ -18,10 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import ArenaError
-from data_prep.screen import printable
-from factory.child import child_environment
+from common.errors import ArenaError
+from common.screen import printable
 from factory.inputs import names
+from factory.process import child_environment
 
 _PATIENCE = 60  # seconds for a tracker to say whether we are logged in
 _SWANLAB_RAISES = (0, 8)  # from here on get_run() raises without a run, where transformers expects None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from factory.inputs import names
 
 # Keys of a recipe whose value may name a local folder of weights.

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.dataset import readable, require_pairs, to_export
-from data_prep.errors import ArenaError
-from factory.step import STEPS
+from common.errors import ArenaError
+from common.stages import STEPS
+from data_prep.export_reader import readable, require_pairs, to_export
 
 if TYPE_CHECKING:
-    from factory.experiment import Experiment
+    from common.experiment import Experiment
 
 # LLaMA-Factory's collators pad the longest sequence of a batch to a multiple of this.
 _MULTIPLE = 8

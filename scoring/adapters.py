@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.errors import ArenaError
-from factory.experiment import Experiment, load_experiment, read_yaml
+from common.errors import ArenaError
+from common.experiment import Experiment, load_experiment, read_yaml
 
 if TYPE_CHECKING:
     from scoring.judge import Judge

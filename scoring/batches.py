@@ -8,10 +8,10 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from data_prep.errors import ArenaError
-from factory.card import TOKEN_BUDGET
-from scoring.ahead import ahead
-from scoring.reader import Pack, Piece, Reader, pack
+from common.errors import ArenaError
+from factory.gpu import TOKEN_BUDGET
+from scoring.packed_model import Pack, Piece, Reader, pack
+from scoring.prefetch import ahead
 
 if TYPE_CHECKING:
     import torch

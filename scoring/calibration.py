@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data_prep.battle import VERDICTS
-from data_prep.errors import ArenaError
+from common.battle import VERDICTS
+from common.errors import ArenaError
 from scoring.links import (
     TIE,
     DavidsonLink,

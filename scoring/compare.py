@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.battle import VERDICTS
-from data_prep.errors import ArenaError
+from common.battle import VERDICTS
+from common.errors import ArenaError
 from scoring import metrics
 from scoring.calibration import FEWEST_ROWS, grouped_parts
 from scoring.links import fit_conditional_logit, softmax

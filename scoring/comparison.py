@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from data_prep.battle import PROBABILITY_COLUMNS
-from data_prep.dataset import truth_of
-from data_prep.errors import ArenaError
-from data_prep.files import read_json, write_json
-from data_prep.truth import probabilities_of
+from common.battle import PROBABILITY_COLUMNS
+from common.errors import ArenaError
+from common.files import read_json, write_json
+from common.stages import STEPS, TRAININGS
+from data_prep.export_reader import truth_of
+from data_prep.ground_truth import probabilities_of
 from factory.outdated import outdated_files, require_scored
-from factory.step import STEPS, TRAININGS
 from scoring.baselines import baseline_ladder
 from scoring.compare import CHANCES, compare
-from scoring.page import write_compare_page
-from scoring.stage import REPORT, texts
+from scoring.pipeline import REPORT, texts
+from scoring.report.page import write_compare_page
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from factory.experiment import Experiment
+    from common.experiment import Experiment
 
 
 def compare_stages(experiment: Experiment) -> dict[str, Any]:

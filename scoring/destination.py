@@ -10,16 +10,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.dataset import earlier_manifest
-from data_prep.errors import UsageError
-from data_prep.files import is_within, read_json, sha256_of, write_json
-from data_prep.lock import only_run
-from data_prep.screen import printable
-from scoring.probabilities import holds_probabilities
-from scoring.verify import REPORT, TABLES
+from common.errors import UsageError
+from common.files import is_within, read_json, sha256_of, write_json
+from common.lock import only_run
+from common.screen import printable
+from data_prep.export_reader import earlier_manifest
+from scoring.checks.verify import REPORT, TABLES
+from scoring.predictions import holds_probabilities
 
 if TYPE_CHECKING:
-    from factory.experiment import Experiment
+    from common.experiment import Experiment
 
 # A folder of its own: test.csv and valid.csv are the names of a result's own tables, and Kaggle's.
 FOLDER = "scored"

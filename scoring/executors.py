@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from data_prep.screen import name_of
+from common.screen import name_of
 from scoring.row_store import RowStore
 from scoring.scorer import Scorer, ScorerSpec
 from scoring.shard_plan import Shard
 
 if TYPE_CHECKING:
-    from scoring.engine import ScoreProgress
+    from scoring.engines.torch_engine import ScoreProgress
 
 # Called with a shard and the share of it that is done, rising from 0 to 1.
 Progress = Callable[[Shard, float], None]
@@ -86,7 +86,7 @@ def ask(scorer: Scorer, shard: Shard, prepared: Prepared, progress: Progress) ->
 
 def device_of(engine: str) -> str:
     """Return the kind of device that an engine uses: only torch uses a GPU here."""
-    from scoring.engine import device_name
+    from scoring.engines.torch_engine import device_name
 
     return device_name() if engine == "torch" else "cpu"
 

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.battle import VERDICTS, Battle, swap
-from data_prep.budget import Fitted, Fitter
-from data_prep.chat_frame import ChatFrame, load_frame
-from data_prep.dataset import read_manifest, readable
-from data_prep.errors import ArenaError
-from data_prep.files import read_json, sha256_of, write_json
+from common.battle import VERDICTS, Battle, swap
+from common.errors import ArenaError
+from common.experiment import BudgetShares, Experiment, Labels
+from common.files import read_json, sha256_of, write_json
+from common.stages import STEPS
+from data_prep.chat_template import ChatFrame, load_frame
+from data_prep.export_reader import read_manifest, readable
 from data_prep.prompt import JudgePrompt
-from factory.experiment import BudgetShares, Experiment, Labels
-from factory.step import STEPS
+from data_prep.truncation import Fitted, Fitter
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -157,7 +157,7 @@ def load_judge(folder: Path) -> Judge:
 
 def require_judge(experiment: Experiment, stage: str) -> None:
     """Raise ArenaError where a stage's judge is not made yet: what it lacks, or that a run makes it now."""
-    from factory.survey import FAILED, INTERRUPTED, experiment_view, is_at_work, stage_view
+    from factory.status import FAILED, INTERRUPTED, experiment_view, is_at_work, stage_view
 
     folder = experiment.merged_folder(stage)
     if (folder / MANIFEST).is_file():

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_prep.battle import VERDICTS
-from data_prep.errors import ArenaError
+from common.battle import VERDICTS
+from common.errors import ArenaError
 
 # Every parameter, in units of one standard deviation of its input, has a normal prior with mean 0 and standard
 # deviation 10: too weak to be seen on ordinary data, strong enough that separable data stays finite.

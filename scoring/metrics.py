@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.battle import VERDICTS
-from data_prep.errors import ArenaError
+from common.battle import VERDICTS
+from common.errors import ArenaError
 
 # Probabilities are clipped to [EPS, 1] before the logarithm: the machine epsilon of float64, as scikit-learn does.
 EPS = float(np.finfo(np.float64).eps)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from scoring.executors import Progress, ask, device_of, prepare
 from scoring.row_store import RowStore
 from scoring.scorer import Scorer, ScorerSpec

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.errors import ArenaError
-from data_prep.files import read_json
+from common.errors import ArenaError
+from common.files import read_json
 from scoring.batches import DoesNotFit, ScoreProgress, run_batches, tell
-from scoring.engine import LOADING_ERRORS, weight_dtype
-from scoring.reader import Pack, Piece, Reader
+from scoring.engines.torch_engine import LOADING_ERRORS, weight_dtype
+from scoring.packed_model import Pack, Piece, Reader
 
 if TYPE_CHECKING:
     import torch

@@ -23,9 +23,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.dataset import readable
-from data_prep.errors import ArenaError
-from data_prep.files import sha256_of, write_json
+from common.errors import ArenaError
+from common.files import sha256_of, write_json
+from data_prep.export_reader import readable
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,26 +18,26 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_prep.battle import Battle
-from data_prep.budget import in_chunks
-from data_prep.chat_frame import ChatFrame, load_frame
-from data_prep.dataset import read_manifest
-from data_prep.errors import ArenaError, UsageError
-from data_prep.files import sha256_of
+from common.battle import Battle
+from common.errors import ArenaError, UsageError
+from common.experiment import Experiment
+from common.files import sha256_of
+from common.stages import STEPS
+from data_prep.chat_template import ChatFrame, load_frame
+from data_prep.export_reader import read_manifest
 from data_prep.flatten import Pair
 from data_prep.pair_budget import PairFitter
-from data_prep.pairs import pair_sequences
-from factory.experiment import Experiment
+from data_prep.preference_pairs import pair_sequences
+from data_prep.truncation import in_chunks
 from factory.inputs import model_files
 from factory.outdated import trained_recipe
-from factory.step import STEPS
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
-from scoring.canaries import label_canaries, require_canaries, reward_canaries
-from scoring.engine import device_name, load_model
-from scoring.engines import open_engine, require_engine
+from scoring.engines.protocol import open_engine, require_engine
+from scoring.engines.torch_engine import device_name, load_model
+from scoring.golden_prompts import label_canaries, require_canaries, reward_canaries
 from scoring.judge import MANIFEST, load_judge, require_judge
 from scoring.links import softmax
-from scoring.reader import Reader
+from scoring.packed_model import Reader
 from scoring.rewards import VALUE_HEAD, beats, implicit_rewards, load_policy, load_value_head, value_rewards
 from scoring.row_store import Facts, Fed
 from scoring.scores import battles_to_score, describe, exported_rows

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.battle import Battle
-from data_prep.dataset import readable, require_pairs
-from data_prep.errors import ArenaError
-from data_prep.facts import battle_facts
+from common.battle import Battle
+from common.errors import ArenaError
+from common.screen import name_of
+from data_prep.export_reader import readable, require_pairs
 from data_prep.readers import VoteReader
-from data_prep.screen import name_of
+from data_prep.row_statistics import battle_facts
 from scoring.row_store import ROW_FACTS, Facts
 
 # The first columns of every score table.

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import ArenaError
-from data_prep.files import atomic_file, write_json
+from common.errors import ArenaError
+from common.files import atomic_file, write_json
 from factory.state import differences
 from scoring.shard_plan import Shard
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.experiment import load_experiment
 from factory.board import log_lines
-from factory.experiment import load_experiment
 from factory.launcher import follow_parent
-from scoring.watching import RUNG_NAMES, Look, Watcher, in_words
+from scoring.watch import RUNG_NAMES, Look, Watcher, in_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

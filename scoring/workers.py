@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import ArenaError
-from data_prep.refusals import same_command
+from common.errors import ArenaError
+from common.os_errors import same_command
 from scoring.executors import Progress, ask, device_of, prepare, visible_gpus
 from scoring.row_store import RowStore
 from scoring.scorer import Scorer, ScorerSpec

@@ -15,9 +15,9 @@ from hypothesis import settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from data_prep.chat_frame import ChatFrame
+from common.experiment import Labels, parse_experiment
+from data_prep.chat_template import ChatFrame
 from data_prep.prompt import JudgePrompt
-from factory.experiment import Labels, parse_experiment
 
 # The same examples everywhere, and no verdict by the clock of a busy machine. `pytest --hypothesis-profile=explore`
 # draws others every time.

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from tests.bad_inputs import CASES
 from tests.bad_inputs.case import Case
 

@@ -14,7 +14,7 @@ import pytest
 from chain import run_py
 
 import run
-from factory.experiment import Experiment
+from common.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

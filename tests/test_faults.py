@@ -21,13 +21,14 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from data_prep import files, writer
-from data_prep.errors import ArenaError
-from data_prep.lock import only_run
-from data_prep.refusals import in_words
+from common import files
+from common.errors import ArenaError
+from common.lock import only_run
+from common.os_errors import in_words
+from data_prep import export_writer as writer
 from factory import inputs
-from scoring import stage
-from scoring.pace import Pace
+from scoring import pipeline as stage
+from scoring.time_limit import Pace
 from tests.bad_inputs.case import PREPARE_TEST, SCORE, SCORE_INPUT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,7 +217,7 @@ def test_what_the_system_says_becomes_an_error_with_a_remedy(error, words):
 
 
 def test_a_fault_in_our_own_text_is_no_lack_of_memory():
-    assert in_words(SyntaxError("expected ':'", ("/x/arena-factory/scoring/stage.py", 3, 1, "", 3, 1))) is None
+    assert in_words(SyntaxError("expected ':'", ("/x/arena-factory/scoring/pipeline.py", 3, 1, "", 3, 1))) is None
 
 
 @pytest.mark.parametrize("command", [None, *run.cli.commands])
@@ -309,7 +310,7 @@ def test_a_model_that_cannot_be_loaded_puts_no_result_aside(place, monkeypatch):
 
 def test_a_lock_may_be_waited_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = "from pathlib import Path; from data_prep.lock import only_run; import time\n"
+    code = "from pathlib import Path; from common.lock import only_run; import time\n"
     code += "with only_run(Path('x/y')): print('held', flush=True); time.sleep(0.5)"
     holder = subprocess.Popen([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
@@ -322,7 +323,7 @@ def test_a_lock_may_be_waited_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_killed_writer_left_is_removed_by_the_next_one_and_a_living_ones_is_not(tmp_path, kind):
     opened = "atomic_file" if kind == "file" else "atomic_folder"
-    code = f"import os; from pathlib import Path; from data_prep.files import {opened}\n"
+    code = f"import os; from pathlib import Path; from common.files import {opened}\n"
     code += f"with {opened}(Path({str(tmp_path / 'x')!r})): os.kill(os.getpid(), 9)"
     killed = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)})
     assert killed.returncode == -signal.SIGKILL
@@ -386,7 +387,7 @@ def test_a_clock_that_goes_backwards_decides_nothing(place, monkeypatch):
     ticks = iter(range(2_000_000_000, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(ticks)))
     monkeypatch.setattr("factory.state.datetime", Backwards)
-    monkeypatch.setattr("data_prep.lock.datetime", Backwards)
+    monkeypatch.setattr("common.lock.datetime", Backwards)
     assert "scores kept" in call(*SCORE).output
     assert call(*ANEW).exit_code == 0 and results() == whole
     record = json.loads((OUT / "state.json").read_text())["parts"]["score"]

@@ -1,7 +1,6 @@
 """Hostile input: votes are texts that strangers wrote, models are files that strangers uploaded. One guard, one test.
 
 benchmarks/trust.py counts these tests: each is a case.
-demands that one of them fails.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from data_prep.battle import Battle
-from data_prep.budget import Fitter
-from data_prep.dataset import read_audit, read_manifest, read_rows
-from data_prep.errors import ArenaError
-from data_prep.files import atomic_file, atomic_folder
-from data_prep.lock import only_run
-from data_prep.neutral import Neutralizer
+from common.battle import Battle
+from common.console import Show
+from common.errors import ArenaError
+from common.experiment import Labels, load_experiment, parse_experiment, read_yaml
+from common.files import atomic_file, atomic_folder
+from common.lock import only_run
+from common.screen import hide_secrets, name_of, printable
+from data_prep.export_reader import read_audit, read_manifest, read_rows
 from data_prep.pair_budget import PairFitter
 from data_prep.prompt import JudgePrompt
-from data_prep.screen import hide_secrets, name_of, printable
-from data_prep.source import votes_at
-from factory.child import run_child
-from factory.experiment import Labels, load_experiment, parse_experiment, read_yaml
+from data_prep.sanitize import Neutralizer
+from data_prep.sources import votes_at
+from data_prep.truncation import Fitter
 from factory.inputs import dataset_files
-from factory.progress import Show
+from factory.process import run_child
 from factory.weights import refuse_pickles
 from tests.bad_inputs.place import COLUMNS
 
@@ -195,7 +194,7 @@ def test_a_bar_cannot_steer_a_terminal():
 def test_a_battle_that_is_shown_cannot_steer_a_terminal():
     from rich.console import Console
 
-    from scoring.exhibit import Exhibit, print_exhibit
+    from scoring.show import Exhibit, print_exhibit
 
     names = {"id": ESCAPES, "experiment": "exam", "stage": "sft", "split": "train", "source": ESCAPES}
     counts = dict.fromkeys(("turns", "dropped", "tokens", "tokens_full", "cutoff_len"), 1)
@@ -222,7 +221,7 @@ def test_a_hostile_id_in_a_real_run(place):
 
 
 def test_html_in_ids_and_flags_is_escaped_in_the_report():
-    from scoring.page import _environment
+    from scoring.report.page import _environment
 
     assert _environment().autoescape is True
     template = _environment().from_string("{{ id }}")
@@ -265,7 +264,7 @@ def test_a_token_in_a_recipe_is_refused(place, key):
 
 
 def test_provenance_holds_no_secret(secrets):
-    from scoring.provenance import provenance
+    from scoring.checks.provenance import provenance
 
     told = json.dumps(provenance(seed=1, files=[]))
     assert not [value for value in secrets.values() if value in told]
@@ -332,7 +331,7 @@ REACHING_OUT = "{{ cycler.__init__.__globals__.os.system('touch pwned') }}"
 
 
 def test_a_models_chat_template_cannot_reach_out(tmp_path, monkeypatch):
-    from factory.model_table import _render_own
+    from data_prep.template_choice import _render_own
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -343,7 +342,7 @@ def test_a_models_chat_template_cannot_reach_out(tmp_path, monkeypatch):
 
 
 def test_a_recipe_template_cannot_reach_out(workplace, make_experiment):
-    from factory.recipe import render_recipe
+    from factory.recipes import render_recipe
 
     templates = workplace / "mine"
     templates.mkdir()
@@ -376,8 +375,8 @@ def test_a_base_of_pickles_stops_a_training_before_it_starts(place):
 def test_scoring_asks_for_safetensors_and_runs_no_code_of_the_folder(monkeypatch, tmp_path):
     import transformers
 
-    from factory.dequantised import _dequantised
-    from scoring.engine import load_model
+    from factory.merge import _dequantised
+    from scoring.engines.torch_engine import load_model
     from scoring.rewards import _load_base
 
     asked = []
@@ -537,7 +536,7 @@ def test_every_page_of_ours_is_served_to_this_machine_only(monkeypatch):
     """What run.py asks for, and what the two pages of our own do where nobody asks."""
     import llamafactory.extras.misc as misc
 
-    from factory import webui
+    from factory import board_page as webui
     from factory.board import exposure
     from scoring import watch_page
 
@@ -596,7 +595,7 @@ GROWING = """
 import gzip, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))
 from pathlib import Path
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from data_prep.readers import VoteReader
 reader = VoteReader(Path("bomb.csv"), labelled=True)
 try:
@@ -640,7 +639,7 @@ UNPACKING = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 from pathlib import Path
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from data_prep.tables import BrokenRow, open_table
 rows, end = [], ""
 try:
@@ -728,7 +727,7 @@ def test_json_that_nests_too_deeply_is_damage(place, name):
 
 
 def test_an_archive_that_unpacks_without_end_is_refused_before(place, monkeypatch):
-    monkeypatch.setattr("data_prep.source._LARGEST", 10_000)
+    monkeypatch.setattr("data_prep.sources._LARGEST", 10_000)
     with zipfile.ZipFile("votes.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("votes.csv", "x" * 20_000)
     with pytest.raises(ArenaError, match="would unpack to"):

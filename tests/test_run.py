@@ -14,8 +14,8 @@ from chain import place, run_py
 from click.testing import CliRunner
 
 import run
-from data_prep.battle import PROBABILITY_COLUMNS
-from data_prep.refusals import Stopped
+from common.battle import PROBABILITY_COLUMNS
+from common.os_errors import Stopped
 from data_prep.synthetic import write_arena
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 
 
 def write_votes(path: Path, battles: Iterable[Battle]) -> Path:

@@ -35,8 +35,8 @@ def prompt(text: str | bytes) -> Callable[[Place], None]:
 
 def check(step: str) -> Callable[[], Any]:
     def call() -> None:
-        from factory.checks import check_recipes
-        from factory.experiment import load_experiment
+        from common.experiment import load_experiment
+        from factory.recipe_checks import check_recipes
 
         try:
             check_recipes(load_experiment("exam"), [step])
@@ -49,8 +49,8 @@ def check(step: str) -> Callable[[], Any]:
 
 def render(edit: Callable[[Path], None]) -> Callable[[], Any]:
     def call() -> None:
-        from factory.experiment import load_experiment
-        from factory.recipe import render_recipe
+        from common.experiment import load_experiment
+        from factory.recipes import render_recipe
 
         templates = Path(shutil.copytree(ROOT / "templates", "own_templates"))
         edit(templates / "sft.yaml.j2")

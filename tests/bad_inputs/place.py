@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.battle import PROBABILITY_COLUMNS
+from common.battle import PROBABILITY_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("id", "model_a", "model_b", "prompt", "response_a", "response_b", *PROBABILITY_COLUMNS)
@@ -92,8 +92,8 @@ def build(folder: Path, frame, tokenizer, write_votes: Callable[[Place], object]
     from click.testing import CliRunner
 
     import run
-    from data_prep.chat_frame import CACHE, _cache_key
-    from factory.experiment import load_experiment
+    from common.experiment import load_experiment
+    from data_prep.chat_template import CACHE, _cache_key
     from scoring.judge import seal
 
     (folder / "templates").symlink_to(ROOT / "templates")

@@ -145,7 +145,7 @@ JUDGE = [
 
 
 def load_model() -> None:
-    from scoring.engine import load_model
+    from scoring.engines.torch_engine import load_model
 
     load_model(Path(MERGED), "cpu")
 
@@ -188,8 +188,8 @@ def load_adapter() -> None:
 
 
 def merge() -> None:
-    from factory.experiment import load_experiment
-    from factory.steps import merge
+    from common.experiment import load_experiment
+    from factory.train import merge
 
     merge(load_experiment("exam"), "sft")
 
@@ -243,8 +243,8 @@ def truth_of_others(place: Place) -> None:
 
 
 def ladder() -> None:
-    from factory.experiment import load_experiment
-    from scoring.watching import Ladder
+    from common.experiment import load_experiment
+    from scoring.watch import Ladder
 
     Ladder(load_experiment("exam"))
 
@@ -340,19 +340,19 @@ OUTPUTS = [
 
 
 def first_prompts() -> None:
-    from scoring.run_checks import shared_prompts
+    from scoring.checks.run_checks import shared_prompts
 
     shared_prompts(Path(DATA))
 
 
 def test_ids() -> None:
-    from scoring.run_checks import _test_ids
+    from scoring.checks.run_checks import _test_ids
 
     _test_ids(Path(DATA))
 
 
 def rejected() -> None:
-    from scoring.run_checks import _rejected
+    from scoring.checks.run_checks import _rejected
 
     _rejected(Path(DATA))
 
@@ -389,7 +389,7 @@ GOOD = "1,.5,.25,.25\n2,.5,.25,.25\n3,.5,.25,.25\n"
 
 
 def submission() -> None:
-    from scoring.probabilities import check_submission
+    from scoring.predictions import check_submission
 
     check_submission(Path("mine.csv"), IDS)
 

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from data_prep.battle import PROBABILITY_COLUMNS
+from common.battle import PROBABILITY_COLUMNS
 from tests.bad_inputs.case import PREPARE, PREPARE_TEST, Case, change, cut, remove, write
 from tests.bad_inputs.place import COLUMNS, Place
 

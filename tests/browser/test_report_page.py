@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scoring.page import write_page
+from scoring.report.page import write_page
 
 ASSETS = Path(__file__).resolve().parents[1] / "scoring" / "assets"
 LONG = "https://example.org/" + "a-very-long-address-without-a-blank/" * 12

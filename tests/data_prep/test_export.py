@@ -9,14 +9,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from common.battle import VERDICTS, swap, swap_verdict
+from common.errors import ArenaError
+from common.files import sha256_of
 from data_prep import export as export_module
-from data_prep import writer as writer_module
-from data_prep.battle import VERDICTS, swap, swap_verdict
-from data_prep.chat_frame import load_frame
-from data_prep.dataset import read_battles, read_manifest, read_rows
-from data_prep.errors import ArenaError
+from data_prep import export_writer as writer_module
+from data_prep.chat_template import load_frame
 from data_prep.export import ensure_views, export
-from data_prep.files import sha256_of
+from data_prep.export_reader import read_battles, read_manifest, read_rows
 from data_prep.spool import Spool
 from data_prep.synthetic import write_arena
 from factory.inputs import training_rows

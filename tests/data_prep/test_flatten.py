@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.battle import Battle
-from data_prep.errors import ArenaError
+from common.battle import Battle
+from common.errors import ArenaError
 from data_prep.flatten import Pair, flatten, join_turns, split_turns, unflatten
 
 PIECES = ["### User", "### Assistant", "\\### User", "\\\\### Assistant", "\n", "\n\n", "\\", "x", " ", "\t", "\r", "#"]

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from data_prep.battle import VERDICTS, Battle
-from data_prep.errors import ArenaError
+from common.battle import VERDICTS, Battle
+from common.errors import ArenaError
 from data_prep.folds import normalise_prompt, prompt_group, validation_mask, validation_rows
 from data_prep.readers import VoteReader
 

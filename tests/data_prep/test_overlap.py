@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from data_prep.export import export, warnings_of
 from data_prep.synthetic import write_arena
 

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.battle import Battle, swap
-from data_prep.budget import MARKER
-from data_prep.errors import ArenaError
+from common.battle import Battle, swap
+from common.errors import ArenaError
 from data_prep.flatten import flatten, unflatten
-from data_prep.neutral import EMPTY
 from data_prep.pair_budget import PairFitter
-from data_prep.pairs import pair_sequences
+from data_prep.preference_pairs import pair_sequences
 from data_prep.readers import VoteReader
+from data_prep.sanitize import EMPTY
+from data_prep.truncation import MARKER
 
 SHARES = SimpleNamespace(prompt=0.2, a=0.4, b=0.4)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200) | st.sampled_from(

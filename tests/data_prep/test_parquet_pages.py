@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from data_prep.parquet_pages import LARGEST_BATCH, STEPS, _pages, _row_groups, _struct, _widest, batch_rows
 from data_prep.tables import BrokenRow, open_table
 

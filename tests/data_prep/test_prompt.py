@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import Environment
 
-from data_prep.battle import Battle
-from data_prep.errors import ArenaError
+from common.battle import Battle
+from common.errors import ArenaError
+from common.experiment import Labels
 from data_prep.prompt import JudgePrompt
-from factory.experiment import Labels
 
 TEXTS = st.tuples(*[st.text(max_size=40)] * 3)
 

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
-from data_prep.errors import ArenaError
+from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from common.errors import ArenaError
 from data_prep.readers import Rejected, VoteReader
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"

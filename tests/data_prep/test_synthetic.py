@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.battle import PROBABILITY_COLUMNS, VERDICTS
-from data_prep.errors import ArenaError
-from data_prep.files import sha256_of
+from common.battle import PROBABILITY_COLUMNS, VERDICTS
+from common.errors import ArenaError
+from common.files import sha256_of
 from data_prep.synthetic import (
     BAD_MARKERS,
     FIT_MARKERS,

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The real page with the committed experiments, in whose folder the tests of a module then are."""
-    from factory.webui import build
+    from factory.board_page import build
 
     folder = tmp_path_factory.mktemp("page")
     for name in ("factory_configs", "templates"):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from data_prep.errors import ArenaError
-from data_prep.files import sha256_of
+from common.errors import ArenaError
+from common.files import sha256_of
 from data_prep.synthetic import synthetic_battles
 from factory.base_model import SPECIAL_TOKENS, BaseModelSize, build_base_model
 

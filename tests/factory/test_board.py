@@ -5,14 +5,14 @@ from contextlib import contextmanager
 import pytest
 import yaml
 
-from data_prep.errors import ArenaError, UsageError
-from data_prep.lock import only_run
+from common.console import Show
+from common.errors import ArenaError, UsageError
+from common.experiment import load_experiment, read_yaml
+from common.lock import only_run
 from factory import board
 from factory.board import exposure, free_port, lay_out, log_lines, publish_run, serve_page, serve_tensorboard
-from factory.experiment import load_experiment, read_yaml
 from factory.inputs import model_files
-from factory.progress import Show
-from factory.recipe import write_recipe
+from factory.recipes import write_recipe
 from factory.state import StageState
 
 

@@ -9,12 +9,12 @@ import yaml
 from board_page import function_named, pressed
 from omegaconf import OmegaConf
 
+from common.experiment import load_experiment
+from common.stages import TRAININGS
 from factory.board import BoardModel, board_models, configuration
 from factory.board_config import _LATE_SLIDERS, board_config
-from factory.child import child_environment
-from factory.experiment import load_experiment
-from factory.recipe import render_recipe
-from factory.step import TRAININGS
+from factory.process import child_environment
+from factory.recipes import render_recipe
 
 ROOT_EXPERIMENTS = ("demo", "qwen3-4b")
 

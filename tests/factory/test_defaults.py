@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from factory.experiment import Experiment, load_experiment
-from factory.new import CUTOFF_LEN, Wish, render_experiment
-from factory.recipe import as_yaml, render_recipe, shared_values
-from factory.step import TRAININGS
+from common.experiment import Experiment, load_experiment
+from common.stages import TRAININGS
+from factory.new_experiment import CUTOFF_LEN, Wish, render_experiment
+from factory.recipes import as_yaml, render_recipe, shared_values
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "defaults.md").read_text(encoding="utf-8")

@@ -9,14 +9,14 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from data_prep.errors import ArenaError
-from data_prep.files import write_json
-from data_prep.lock import only_run
+from common.console import Show
+from common.errors import ArenaError
+from common.experiment import load_experiment, read_yaml
+from common.files import write_json
+from common.lock import only_run
 from factory import demo as demo_module
 from factory.demo import ARENA, demo_arena, ensure_embedded_base, refuse_other_votes
-from factory.experiment import load_experiment, read_yaml
 from factory.inputs import inputs_of
-from factory.progress import Show
 from factory.state import StageState
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.errors import ArenaError
-from factory import steps
+from common.console import Show, loss_curve
+from common.errors import ArenaError
+from common.experiment import parse_experiment
+from factory import train as steps
 from factory.base_model import BaseModelSize, build_base_model
-from factory.experiment import parse_experiment
-from factory.progress import Show, loss_curve
-from factory.recipe import TEMPLATES, write_recipe
+from factory.recipes import TEMPLATES, write_recipe
 
 RECIPE = {
     "max_steps": 40,

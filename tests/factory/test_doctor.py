@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 import run
+from common.console import Show
 from factory import board, doctor
 from factory.devices import Devices, Gpu, Product
 from factory.doctor import Finding, as_lines, as_report, examine
-from factory.progress import Show
 
 SECRET = "hf_notForAnyonesEyes123"
 WORKS = Product("cpu", 0.09, 0.002)

@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from data_prep.errors import ArenaError, UsageError
-from factory.card import CARDS
+from common.errors import ArenaError, UsageError
 from factory.forecast import _time, forecast, print_forecast
-from factory.hours import Speed, training_work
+from factory.gpu import CARDS
 from factory.memory import scoring_memory, training_memory, weight_bytes
-from factory.setup import Setup, setup_of
-from factory.shape import shape_of
+from factory.model_size import shape_of
+from factory.runtime import Speed, training_work
+from factory.train_config import Setup, setup_of
 from factory.workload import Workload, workload_of
 
 MODEL = "Qwen/Qwen3-8B"
@@ -43,8 +43,8 @@ def exported(workplace, make_experiment):
     import pyarrow as pa
     from pyarrow.parquet import write_table
 
-    from factory.recipe import write_recipe
-    from factory.step import STEPS
+    from common.stages import STEPS
+    from factory.recipes import write_recipe
 
     experiment = make_experiment(model=MODEL, cutoff_len=2048, swap_copies=True, swap_tta=True)
     experiment.data_folder.mkdir(parents=True)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from factory.inputs import inputs_of, names, training_rows
 
 RECIPE = {"dataset": "one, two", "dataset_dir": "data/demo", "model_name_or_path": "org/model"}

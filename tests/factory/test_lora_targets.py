@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 import run
+from common.error_hints import remedy_for
 from factory.lora_targets import _modules, target_fault
-from factory.remedies import remedy_for
 
 
 @pytest.fixture(autouse=True)

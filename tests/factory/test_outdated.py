@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from data_prep.dataset import read_manifest
-from data_prep.errors import ArenaError
-from data_prep.lock import only_run
-from factory.experiment import load_experiment
+from common.errors import ArenaError
+from common.experiment import load_experiment
+from common.lock import only_run
+from data_prep.export_reader import read_manifest
 from factory.outdated import changed_files, outdated_files, replaced, require_own_votes
-from factory.survey import stage_view
+from factory.status import stage_view
 
 DATA, OUT = Path("data/exam"), Path("outputs/exam/sft")
 

@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from factory.experiment import load_experiment
+from common.experiment import load_experiment
 from factory.outdated import changed_settings, earlier_scores, require_scored, trained_recipe
 from factory.state import StageState
-from scoring.exhibit import exhibit
 from scoring.judge import MANIFEST, seal
 from scoring.scorer import scorer_of
+from scoring.show import exhibit
 
 DATA, OUT = Path("data/exam"), Path("outputs/exam/sft")
 MERGED = OUT / "merged"

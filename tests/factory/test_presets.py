@@ -4,16 +4,16 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from factory.checks import check_recipes
-from factory.experiment import load_experiment, read_yaml
+from common.experiment import load_experiment, read_yaml
+from common.stages import STEPS, TRAININGS
+from data_prep.template_choice import known_models
 from factory.memory import training_memory
-from factory.model_table import known_models
-from factory.new import render_experiment
+from factory.model_size import shape_of
+from factory.new_experiment import render_experiment
 from factory.presets import PRESETS, write_preset
-from factory.recipe import render_recipe
-from factory.setup import setup_of
-from factory.shape import shape_of
-from factory.step import STEPS, TRAININGS
+from factory.recipe_checks import check_recipes
+from factory.recipes import render_recipe
+from factory.train_config import setup_of
 
 ROOT = Path(__file__).parents[2]
 NAMES = [preset.name for preset in PRESETS]

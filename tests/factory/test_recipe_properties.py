@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.errors import ArenaError
-from factory.arguments import arguments
-from factory.experiment import parse_experiment, read_yaml
-from factory.recipe import as_yaml, is_as_rendered, render_recipe
+from common.errors import ArenaError
+from common.experiment import parse_experiment, read_yaml
+from common.llamafactory_schema import arguments
+from factory.recipes import as_yaml, is_as_rendered, render_recipe
 
 KEYS = {"model": "models/none", "template": "qwen3_nothink", "cutoff_len": 512}
 # YAML 1.1 has no lone surrogates, and OmegaConf takes ${ for an interpolation.

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from factory.experiment import load_experiment, read_yaml
+from common.experiment import load_experiment, read_yaml
 from factory.inputs import inputs_of
 from factory.state import StageState
-from factory.survey import stage_view
+from factory.status import stage_view
 
 ADAPTER, OUT = Path("saves/tiny/lora/exam_sft"), Path("outputs/exam/sft")
 RECIPE = Path("factory_configs/exam/sft.yaml")
@@ -28,8 +28,8 @@ def starts(monkeypatch):
     def started(*_, **__):
         raise Started
 
-    monkeypatch.setattr("factory.steps._run_training", started)
-    monkeypatch.setattr("factory.steps._run_merge", started)
+    monkeypatch.setattr("factory.train._run_training", started)
+    monkeypatch.setattr("factory.train._run_merge", started)
 
 
 def call(*arguments: str):

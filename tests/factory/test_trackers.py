@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from factory import trackers
 from factory.trackers import accounts_needed, require_accounts, swanlab_fails
 

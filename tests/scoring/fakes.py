@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import ArenaError
-from factory.progress import Show
+from common.console import Show
+from common.errors import ArenaError
 from scoring.calibration import AB_COLUMNS
-from scoring.engine import ScoreProgress
+from scoring.engines.torch_engine import ScoreProgress
 
 
 def rows(count: int, seed: int = 0):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.dataset import FORMAT
-from data_prep.files import write_json
-from factory.experiment import Experiment
+from common.experiment import Experiment
+from common.files import write_json
+from data_prep.export_reader import FORMAT
 from scoring.calibration import Calibration
 from scoring.judge import write_judge
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from scoring import metrics
 from scoring.calibration import calibrate, calibration_from_json, grouped_parts, kind_of, raw_scores
 from scoring.links import softmax

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from scoring import metrics
 from scoring.compare import compare
 from scoring.links import softmax

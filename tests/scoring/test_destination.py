@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.dataset import FORMAT, earlier_manifest
-from data_prep.errors import UsageError
-from data_prep.files import write_json
+from common.errors import UsageError
+from common.files import write_json
+from data_prep.export_reader import FORMAT, earlier_manifest
+from scoring.checks.verify import TABLES
 from scoring.destination import record_output, require_outside, require_replaceable, scored_file
-from scoring.probabilities import write_probabilities
-from scoring.verify import TABLES
+from scoring.predictions import write_probabilities
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""scoring.gguf_export: a judge as GGUF answers as it did, and what cannot be exported is told."""
+"""scoring.engines.gguf_export: a judge as GGUF answers as it did, and what cannot be exported is told."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="the extra gguf is not installed (make extra-gguf)")
 
-from data_prep.battle import Battle
-from data_prep.errors import ArenaError, UsageError
-from factory.progress import Show
-from scoring import gguf_export
-from scoring.engines import open_engine
-from scoring.gguf_export import Agreement, export_gguf, find_converter, plain_byte_level
-from scoring.gguf_file import SOURCE_KEY, gguf_path, manifest_path
+from common.battle import Battle
+from common.console import Show
+from common.errors import ArenaError, UsageError
+from scoring.engines import gguf_export
+from scoring.engines.gguf_export import Agreement, export_gguf, find_converter, plain_byte_level
+from scoring.engines.gguf_file import SOURCE_KEY, gguf_path, manifest_path
+from scoring.engines.protocol import open_engine
 from scoring.judge import load_judge, write_judge
 from scoring.links import softmax
 
@@ -38,8 +38,8 @@ def merged(tmp_path_factory, tiny_base, small_frame):
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
 
+    from common.experiment import Labels, parse_experiment
     from data_prep.prompt import JudgePrompt
-    from factory.experiment import Labels, parse_experiment
 
     folder = tmp_path_factory.mktemp("judge") / "merged"
     shutil.copytree(tiny_base, folder)
@@ -119,7 +119,7 @@ def test_a_file_of_another_judge_is_refused_though_its_manifest_was_edited(place
     judge = load_judge(place.merged_folder("sft"))
     with pytest.raises(ArenaError, match="trained again since"):
         open_engine(judge, "llama.cpp")
-    from scoring.gguf_file import source_digest, source_files
+    from scoring.engines.gguf_file import source_digest, source_files
 
     content = json.loads(manifest_path(path).read_text())
     source = source_files(judge.folder)

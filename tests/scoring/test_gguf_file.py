@@ -1,4 +1,4 @@
-"""scoring.gguf_file: a GGUF is taken only with the judge that it was made of."""
+"""scoring.engines.gguf_file: a GGUF is taken only with the judge that it was made of."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_prep.errors import ArenaError, UsageError
-from data_prep.files import sha256_of
-from scoring.gguf_file import (
+from common.errors import ArenaError, UsageError
+from common.files import sha256_of
+from scoring.engines.gguf_file import (
     QUANTIZATIONS,
     check_gguf,
     find_gguf,

@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from data_prep.battle import Battle, swap
-from data_prep.budget import Fitter
-from data_prep.errors import ArenaError
-from data_prep.lock import only_run
+from common.battle import Battle, swap
+from common.errors import ArenaError
+from common.lock import only_run
+from data_prep.truncation import Fitter
 from factory.state import StageState
 from scoring.judge import MANIFEST, load_judge, write_judge
 

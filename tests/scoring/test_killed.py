@@ -18,8 +18,9 @@ DRIVER = """
 import os, pickle, random, signal, sys, time
 from pathlib import Path
 import pandas, pyarrow.parquet, torch, transformers.models.llama.modeling_llama
-from factory.progress import Show
-from scoring import shard_plan, stage
+from common.console import Show
+from scoring import pipeline as stage
+from scoring import shard_plan
 shard_plan.SHARD_TOKENS = 2000
 experiment = pickle.loads(Path("experiment.pickle").read_bytes())
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from data_prep.battle import VERDICTS
-from data_prep.errors import ArenaError
+from common.battle import VERDICTS
+from common.errors import ArenaError
 from scoring import links
 
 # Denormal, ordinary and nearly overflowing numbers in one array.

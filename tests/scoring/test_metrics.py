@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from scoring import metrics
 
 

@@ -1,4 +1,4 @@
-"""scoring.openvino_engine: the same class probabilities as the torch engine, from a model that is converted once."""
+"""The OpenVINO engine: the same class probabilities as the torch engine, from a model that is converted once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("openvino", reason="the extra openvino is not installed (make extra-openvino)")
 
-from data_prep.errors import ArenaError, UsageError
-from scoring import openvino_engine
-from scoring.engines import open_engine
+from common.errors import ArenaError, UsageError
+from scoring.engines import openvino_engine
+from scoring.engines.openvino_engine import OpenVinoEngine, converted, fast_bf16
+from scoring.engines.protocol import open_engine
 from scoring.links import softmax
-from scoring.openvino_engine import OpenVinoEngine, converted, fast_bf16
 
 LABELS = (35, 7, 599)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from scoring import page
-from scoring.page import write_compare_page, write_page
-from scoring.words import percent
+from scoring.report import page
+from scoring.report.formatting import percent
+from scoring.report.page import write_compare_page, write_page
 
 ASSETS = Path(__file__).parent / "assets"
 SECTIONS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scoring.plots import write_plots
+from scoring.report.plots import write_plots
 
 ASSETS = Path(__file__).parent / "assets"
 NAMES = ["loss_curve.png", "reliability.png", "confusion.png", "ladder.png"]
@@ -92,7 +92,7 @@ def test_plots_need_no_display_and_leave_pyplot_alone(tmp_path):
     code = (
         "import json, pathlib, sys\n"
         "report, folder = map(pathlib.Path, sys.argv[1:])\n"
-        "from scoring.plots import write_plots\n"
+        "from scoring.report.plots import write_plots\n"
         "assert 'matplotlib' not in sys.modules\n"
         "write_plots(json.loads(report.read_text()), folder)\n"
         "assert 'matplotlib.pyplot' not in sys.modules or not sys.modules['matplotlib.pyplot'].get_fignums()\n"

@@ -7,7 +7,7 @@ import importlib.util
 import pandas as pd
 import pytest
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from scoring import ray_scoring, shard_plan
 from scoring.executors import InProcess
 from scoring.ray_scoring import LOCAL, RayActors

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from scoring import rewards
-from scoring.reader import Reader
+from scoring.packed_model import Reader
 from scoring.rewards import implicit_rewards, load_policy, load_value_head, value_rewards
 
 BETA = 0.3

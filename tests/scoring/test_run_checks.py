@@ -1,4 +1,4 @@
-"""scoring.run_checks: each check passes on a sound run and fails on one that is broken in just that way."""
+"""scoring.checks.run_checks: each check passes on a sound run and fails on one that is broken in just that way."""
 
 import json
 import math
@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_prep.budget import MARKER
-from data_prep.errors import ArenaError
-from factory.steps import trained_rows
-from scoring import run_checks as checks
-from scoring.run_checks import require_sound, stopping
+from common.errors import ArenaError
+from data_prep.truncation import MARKER
+from factory.train import trained_rows
+from scoring.checks import run_checks as checks
+from scoring.checks.run_checks import require_sound, stopping
 
 SOUND = [{"step": step, "loss": 2 - step / 10, "eval_loss": None} for step in range(1, 13)]
 GATE = {"max_abs_diff": 1e-6, "rows": 200, "threshold": 0.05, "passed": True}

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_prep.errors import ArenaError
-from factory.experiment import load_experiment
+from common.errors import ArenaError
+from common.experiment import load_experiment
+from scoring.pipeline import audit_for
 from scoring.scorer import scorer_of
-from scoring.stage import audit_for
 
 DATA = Path("data/exam")
 

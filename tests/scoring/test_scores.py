@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from data_prep.battle import Battle
-from factory.experiment import load_experiment
-from scoring.orders import orders_of
-from scoring.probabilities import write_probabilities
+from common.battle import Battle
+from common.experiment import load_experiment
+from scoring.position_bias import orders_of
+from scoring.predictions import write_probabilities
 from scoring.scorer import scorer_of
 from tests.bad_inputs.place import build, train_and_merge
 from tests.scoring.places import identity

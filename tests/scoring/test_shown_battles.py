@@ -2,8 +2,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from scoring.page import write_page
-from scoring.shown_battles import LONGEST, shown_battles
+from scoring.report.page import write_page
+from scoring.report.shown_battles import LONGEST, shown_battles
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \x1b[31m \u202eevil"
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from scoring.verify import verify
+from scoring.checks.verify import verify
 
 OUT = Path("outputs/exam/sft")
 
@@ -81,7 +81,7 @@ def test_rows_are_checked_too(place):
 
 
 def test_another_version_is_a_warning_and_no_fault(place, monkeypatch):
-    monkeypatch.setattr("scoring.verify.versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr("scoring.checks.verify.versions", lambda: {"torch": "0.1"})
     result = verify(OUT)
     assert result.sound
     (told,) = [finding for finding in result.findings if finding.what == "version of torch"]
@@ -130,7 +130,7 @@ def test_outputs_may_be_a_link_to_another_disk(place, tmp_path):
 
 
 def test_a_report_at_the_root_of_a_disk_is_no_stage(place, monkeypatch):
-    monkeypatch.setattr("scoring.verify.os.path.normpath", lambda _: "/exam")
+    monkeypatch.setattr("scoring.checks.verify.os.path.normpath", lambda _: "/exam")
     monkeypatch.setattr(Path, "resolve", lambda _: Path("/exam"))
     done = call(str(OUT))
     assert done.exit_code == 2 and "is no folder of a stage" in done.output and "outputs/EXP/sft" in done.output

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from data_prep.errors import ArenaError
+from common.errors import ArenaError
 from scoring import shard_plan
 from scoring.executors import InProcess, default_workers, visible_gpus
-from scoring.job import open_job
-from scoring.pace import Pace
+from scoring.runner import open_job
+from scoring.time_limit import Pace
 from scoring.workers import Workers
 from tests.scoring.fakes import FakeScorer, FakeSpec, quiet_show, rows
 

@@ -1,0 +1,333 @@
+"""An experiment: what its stages share. One folder of factory_configs with one `experiment.yaml`."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from difflib import get_close_matches
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+
+from common.battle import VERDICTS
+from common.errors import ArenaError, UsageError
+from common.stages import STEPS, Start
+
+_PROJECT = Path(__file__).resolve().parents[1]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Far more than any experiment or recipe has, and far less than hurts.
+_LARGEST, _MOST_VALUES, _DEEPEST = 1 << 18, 10_000, 32
+_LONGEST_REASON = 500
+# What PyYAML's constructors raise for values such as `!!int ""`, `!!bool maybe`, `!!timestamp soon`.
+_CONSTRUCTORS_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+# `key:value`, which YAML reads as one word; an address (`http://…`) is none.
+_GLUED = re.compile(r"\s*(?:- )?([A-Za-z_]\w*):((?!//)\S.*)")
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+Engine = Literal["auto", "ddp", "zero2", "zero3", "fsdp", "ray"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Labels(_Strict):
+    """The single token that stands for each class, as the judge answers it."""
+
+    a: str = "A"
+    b: str = "B"
+    tie: str = "C"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Labels:
+        if len(set(self.in_order())) != len(VERDICTS) or not all(self.in_order()):
+            raise ValueError("the three verdict labels must be distinct and not empty")
+        return self
+
+    def in_order(self) -> tuple[str, str, str]:
+        """Return the labels in the order of `VERDICTS`."""
+        return (self.a, self.b, self.tie)
+
+
+class BudgetShares(_Strict):
+    """How prompt, A and B share the token budget when the last turn alone exceeds it; they sum to 1."""
+
+    prompt: Share = 0.2
+    a: Share = 0.4
+    b: Share = 0.4
+
+    @model_validator(mode="after")
+    def _whole(self) -> BudgetShares:
+        if abs(self.prompt + self.a + self.b - 1) > 1e-6:
+            raise ValueError("prompt + a + b must be 1")
+        if self.a != self.b:
+            raise ValueError("a and b must be equal: anything else would be a position bias by construction")
+        return self
+
+
+class Prior(_Strict):
+    """The class shares of the rows to come, where they differ from those of the votes; they sum to 1."""
+
+    a: Share
+    b: Share
+    tie: Share
+
+    @model_validator(mode="after")
+    def _whole(self) -> Prior:
+        if abs(self.a + self.b + self.tie - 1) > 1e-6:
+            raise ValueError("a + b + tie must be 1")
+        return self
+
+
+class MergeGate(_Strict):
+    """How the merged model is held against the trained adapter: on how many battles, and how far it may differ."""
+
+    rows: int = Field(default=200, ge=1)
+    max_abs_diff: Annotated[float, Field(gt=0, le=1)] = 0.05
+
+
+class StartFrom(_Strict):
+    """What a preference training starts from: the base, or the merged SFT judge, which is then its reference."""
+
+    dpo_judge: Start = "sft"  # the same prompts as SFT: DPO sharpens a judge that exists
+    dpo_reward: Start = "base"  # the prompts of the users: a judge is no better start than a chat model
+    rm: Start = "base"
+
+
+class Experiment(_Strict):
+    """The checked content of one `experiment.yaml`, and the places where its work goes (relative paths)."""
+
+    name: str
+    description: str = ""
+    model: str = Field(min_length=1)  # hub id or folder
+    revision: str = "main"
+    template: str = Field(min_length=1)  # LLaMA-Factory's chat template
+    enable_thinking: bool | None = None
+    trust_remote_code: StrictBool = False
+    cutoff_len: int = Field(ge=32)
+    quantization_bit: Literal[4, 8] | None = 4
+    labels: Labels = Labels()
+    prompt_template: str = "templates/judge_prompt.j2"
+    budget_shares: BudgetShares = BudgetShares()
+    valid_share: float = Field(default=0.1, gt=0, lt=0.9)
+    swap_copies: bool = True
+    dpo_rejected: Literal["each", "one"] = "each"  # the wrong labels that a judge pair rejects
+    reward_length_normalised: bool = False  # implicit rewards: the mean over an answer's tokens instead of the sum
+    swap_tta: bool = False  # score both orders and average
+    precision: Literal["auto", "fp32", "bf16", "fp16", "8bit", "4bit", "adapter"] = "auto"  # of the scoring
+    distributed: Engine = "auto"  # what starts the training's processes
+    seed: int = Field(default=42, ge=0)
+    target_prior: Prior | None = None  # corrects the test set's probabilities where the votes' shares are not natural
+    start_from: StartFrom = StartFrom()
+    merge_onto: Literal["dequantised", "base"] = "dequantised"  # docs/merge.md has the figures
+    merge_gate: MergeGate = MergeGate()
+    # First values of the rendered recipes, by step, in LLaMA-Factory's keys; the recipe rules once it is rendered.
+    recipes: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _known_steps(self) -> Experiment:
+        if unknown := sorted(self.recipes.keys() - STEPS.keys()):
+            raise ValueError(f"recipes: no such step: {', '.join(unknown)} (choices: {', '.join(STEPS)})")
+        return self
+
+    @model_validator(mode="after")
+    def _own_code(self) -> Experiment:
+        if self.trust_remote_code and self.quantization_bit and self.merge_onto == "dequantised":
+            raise ValueError(
+                "merge_onto: dequantised makes a copy of the base without the code that comes with the model; "
+                "write merge_onto: base beside trust_remote_code: true"
+            )
+        return self
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know before this experiment does anything."""
+        if not self.trust_remote_code:
+            return []
+        return [
+            f"warning: trust_remote_code is true in {self.folder / 'experiment.yaml'}: Python code that comes with "
+            f"{self.model} (revision {self.revision}) runs on this machine with your rights; read it first"
+        ]
+
+    @property
+    def folder(self) -> Path:
+        """factory_configs/<name>: this file and the recipes."""
+        return Path("factory_configs") / self.name
+
+    @property
+    def data_folder(self) -> Path:
+        """data/<name>: the exported sets, LLaMA-Factory's `dataset_dir` of this experiment."""
+        return Path("data") / self.name
+
+    def recipe(self, step: str) -> Path:
+        """Return the path of a recipe; `step` is one of common.stages.STEPS: sft, merge_sft, dpo_judge, …"""
+        return self.folder / f"{step}.yaml"
+
+    def adapter_folder(self, stage: str) -> Path:
+        """saves/<model>/lora/<name>_<stage>: where LLaMA Board looks for adapters."""
+        return Path("saves") / self.short_model / "lora" / f"{self.name}_{stage}"
+
+    def output_folder(self, stage: str) -> Path:
+        """outputs/<name>/<stage>: merged model, probabilities, report, state."""
+        return Path("outputs") / self.name / stage
+
+    def merged_folder(self, stage: str) -> Path:
+        """outputs/<name>/<stage>/merged: base and adapter as one ordinary model."""
+        return self.output_folder(stage) / "merged"
+
+    def start_model(self, training: str) -> str:
+        """Return the model that a training starts from: `model`, or the merged SFT judge (see `start_from`)."""
+        start: Start = getattr(self.start_from, training, "base")
+        return self.merged_folder("sft").as_posix() if start == "sft" else self.model
+
+    @property
+    def merges_dequantised(self) -> bool:
+        """Tell whether adapters are merged into the dequantised base: where there is a quantised one to copy."""
+        return self.merge_onto == "dequantised" and self.quantization_bit is not None
+
+    def merge_model(self, training: str) -> str:
+        """Return the model that a training's adapter is merged into: its start, or the dequantised copy of it."""
+        start = self.start_model(training)
+        if not self.merges_dequantised:
+            return start
+        origin = "base" if start == self.model else f"{self.name}_sft"
+        return f"saves/{self.short_model}/dequantised/{origin}_{self.quantization_bit}bit"
+
+    @property
+    def short_model(self) -> str:
+        """The last part of the model's name."""
+        return self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError unless `name` may be a folder of factory_configs and a part of file names."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise UsageError(
+            f"{name!r} is not an experiment's name",
+            remedy="use letters, digits, '.', '_' and '-', at most 64",
+        )
+
+
+def require_project(root: Path = Path()) -> None:
+    """Raise UsageError where the folder, by default the current one, is not the project's."""
+    if not (root / "factory_configs").is_dir():
+        raise UsageError(
+            "there is no factory_configs/ here",
+            where=str(root.resolve()),
+            remedy=f"call run.py from arena-factory's folder: cd {shlex.quote(str(_PROJECT))}",
+        )
+
+
+def load_experiment(name: str, root: Path = Path()) -> Experiment:
+    """Read and check factory_configs/<name>/experiment.yaml.
+
+    Raises UsageError for an unknown or unsafe name, ArenaError that lists every fault of the file.
+    """
+    configs = root / "factory_configs"
+    check_name(name)
+    path = configs / name / "experiment.yaml"
+    require_project(root)
+    if not path.is_file():
+        known = sorted(p.parent.name for p in configs.glob("*/experiment.yaml"))
+        raise UsageError(
+            f"there is no experiment {name!r} ({path} is missing)",
+            remedy=f"choose one of: {', '.join(known) or 'none yet'}; or make it: python run.py new {name} --model ID",
+        )
+    return parse_experiment(read_yaml(path), name, where=str(path))
+
+
+def parse_experiment(content: dict[str, Any], name: str, where: str) -> Experiment:
+    """Check the content of an experiment.yaml; raises ArenaError that lists every fault together."""
+    try:
+        return Experiment(name=name, **content)
+    except ValidationError as error:
+        faults = [f"  - {'.'.join(map(str, e['loc'])) or '(file)'}: {_in_words(e)}" for e in error.errors()]
+        raise ArenaError(
+            "\n".join([f"{len(faults)} fault(s) in the experiment:", *faults]),
+            where=where,
+            remedy="mend these keys; the comments in factory_configs/demo/experiment.yaml explain each",
+        ) from None
+    except TypeError as error:  # `name` given twice, or a key that is not a string
+        raise ArenaError(str(error), where=where, remedy="remove that key; the folder is the name") from None
+
+
+def _refuse_bombs(text: str, path: Path) -> None:
+    """Raise ArenaError where a few lines would become millions of values (aliases of aliases), or nest too deeply."""
+    import yaml
+
+    def refused(what: str) -> ArenaError:
+        return ArenaError(what, where=str(path), remedy="write the values out; a configuration is a page or two")
+
+    if len(text) > _LARGEST:
+        raise refused(f"is longer than {_LARGEST:,} characters")
+    sizes: dict[str, int] = {}
+    total, open_nodes = 0, []  # of each open collection: its anchor, and the number of values before it
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            sizes[anchor] = total - before
+        elif isinstance(event, yaml.AliasEvent):
+            total += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.NodeEvent):
+            total += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append((event.anchor, total - 1))
+        if total > _MOST_VALUES:
+            raise refused(f"holds more than {_MOST_VALUES:,} values, aliases written out")
+        if len(open_nodes) > _DEEPEST:
+            raise refused(f"nests more than {_DEEPEST} levels deep")
+
+
+def _in_words(fault: Mapping[str, Any]) -> str:
+    """Say a fault in a user's words: pydantic calls keys "inputs"."""
+    if fault["type"] == "extra_forbidden":
+        near = get_close_matches(str(fault["loc"][-1]), Experiment.model_fields, 1) if len(fault["loc"]) == 1 else []
+        return f"there is no such key{f'; did you mean {near[0]}?' if near else ''}"
+    if fault["type"] == "missing":
+        return "is missing"
+    words = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return words if fault["type"] == "value_error" else f"{words}, not {fault['input']!r}"
+
+
+def _reason(error: Exception) -> str:
+    """Say what a parser says, without the name that it gives the text: "could not find expected ':' in line 45"."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if not problem or mark is None:
+        return str(error)[:_LONGEST_REASON]
+    context = getattr(error, "context", None)
+    return f"{f'{context}, ' if context else ''}{problem} in line {mark.line + 1}"[:_LONGEST_REASON]
+
+
+def _mend(error: Exception, text: str) -> str:
+    """Name the line, at the fault or above it, that lacks the space after its colon, if there is one."""
+    mark = getattr(error, "problem_mark", None)
+    lines = text.splitlines()[: mark.line + 1] if mark else []
+    for number, line in reversed(list(enumerate(lines, 1))):
+        if glued := _GLUED.fullmatch(line):
+            key, value = glued.groups()
+            return f"a space after the colon is missing in line {number}: write {key}: {value[:80].rstrip()}"
+    return "mend the file"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping exactly as LLaMA-Factory does: OmegaConf, `${…}` left as text; raises ArenaError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    text = ""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_LARGEST + 1)
+        _refuse_bombs(text, path)
+        content = OmegaConf.to_container(OmegaConf.load(StringIO(text)))
+    except (YAMLError, OmegaConfBaseException, OSError, *_CONSTRUCTORS_ERRORS) as error:
+        told = isinstance(error, (YAMLError, OmegaConfBaseException, OSError, ValueError))
+        reason = _reason(error) if told else "a value that does not fit its tag, or nests too deeply"
+        raise ArenaError(f"is not readable YAML: {reason}", where=str(path), remedy=_mend(error, text)) from None
+    if not isinstance(content, dict):
+        raise ArenaError("must be a YAML mapping (key: value lines)", where=str(path), remedy="mend the file")
+    return {str(key): value for key, value in content.items()}

@@ -1,0 +1,166 @@
+"""A launch: how many processes train, and by which of LLaMA-Factory's engines they are started.
+
+experiment.yaml's `distributed` chooses the engine; how many nodes there are and which of them this one is, every
+launcher on a cluster tells by the environment, in LLaMA-Factory's own names:
+
+    NPROC_PER_NODE                            processes here (the GPUs there are)
+    NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT                      several nodes
+    RDZV_ID, MIN_NNODES, MAX_NNODES, MAX_RESTARTS                    elastic: nodes may come and go
+    USE_RAY                                   Ray instead, where `distributed` is auto
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from common.errors import ArenaError
+from common.experiment import Engine
+from factory.launcher import ACCELERATE_CONFIG, RAY_CORES
+
+CONFIGS = Path("templates") / "distributed"
+_TRUE = ("true", "y", "1")  # as LLaMA-Factory reads switches
+_PLACE_OF_NODES = ("MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a training is started: `options` and `environment` go to factory.launcher, `inputs` to the stage's state."""
+
+    engine: Engine = "auto"
+    options: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    node: int = 0
+
+    @property
+    def keeps_books(self) -> bool:
+        """Whether this node keeps state, log and results; the others only train along."""
+        return self.node == 0
+
+
+def plan_launch(
+    engine: Engine, recipe: Mapping[str, Any], recipe_path: Path, given: Mapping[str, str] = os.environ
+) -> Launch:
+    """Return how a recipe is trained by `engine` in the environment `given`.
+
+    Raises one ArenaError that lists all faults: missing packages, settings of a cluster that do not fit together,
+    what the engine does not do.
+    """
+    chosen = _chosen(engine, recipe, given)
+    faults = [*_package_faults(chosen, recipe), *_recipe_faults(chosen, recipe)]
+    if chosen not in ("auto", "ray"):
+        faults += _node_faults(given)
+    if faults:
+        raise ArenaError(
+            "\n".join([f"{len(faults)} fault(s) in the distributed training:", *(f"  - {each}" for each in faults)]),
+            where=f"{recipe_path}, distributed: {engine}",
+            remedy="mend these settings; docs/distributed.md shows each way with its commands",
+        )
+    inputs = {} if engine == "auto" else {"distributed": engine}
+    if chosen == "auto":
+        return Launch(inputs=inputs)
+    if chosen == "ray":
+        return Launch("ray", _ray_options(recipe, given), {"USE_RAY": "1"}, inputs)
+    environment = {"FORCE_TORCHRUN": "1", "USE_RAY": "0"}
+    options: tuple[str, ...] = ()
+    if chosen == "fsdp":
+        environment[ACCELERATE_CONFIG] = (CONFIGS / "fsdp.yaml").as_posix()
+        inputs["fsdp.yaml"] = (CONFIGS / "fsdp.yaml").read_text(encoding="utf-8")
+    elif chosen in ("zero2", "zero3"):
+        config = CONFIGS / f"{chosen}.json"
+        options = (f"deepspeed={config.as_posix()}",)
+        inputs[config.name] = json.loads(config.read_text(encoding="utf-8"))
+    return Launch(chosen, options, environment, inputs, node=int(given.get("NODE_RANK", "0")))
+
+
+def _chosen(engine: Engine, recipe: Mapping[str, Any], given: Mapping[str, str]) -> Engine:
+    """Resolve `auto`: what the environment asks for; else one process, or one for each GPU."""
+    if engine != "auto":
+        return engine
+    if given.get("USE_RAY", "0").lower() in _TRUE:
+        return "ray"
+    asked = given.get("FORCE_TORCHRUN", "0").lower() in _TRUE or given.get("NNODES", "1") != "1" or "RDZV_ID" in given
+    return "ddp" if asked or recipe.get("deepspeed") else "auto"
+
+
+def _package_faults(engine: Engine, recipe: Mapping[str, Any]) -> Iterator[str]:
+    if (engine in ("zero2", "zero3") or recipe.get("deepspeed")) and find_spec("deepspeed") is None:
+        yield "deepspeed is not installed: pip install deepspeed (it needs CUDA's compiler; or use ddp or fsdp)"
+    if engine == "ray" and find_spec("ray") is None:
+        yield "ray is not installed: make extra-ray"
+    name = {"zero2": "zero2.json", "zero3": "zero3.json", "fsdp": "fsdp.yaml"}.get(engine)
+    if name and not (CONFIGS / name).is_file():
+        yield f"{CONFIGS / name} is missing: restore it from git"
+
+
+def _recipe_faults(engine: Engine, recipe: Mapping[str, Any]) -> Iterator[str]:
+    bits, sharded = recipe.get("quantization_bit"), engine in ("zero3", "fsdp")
+    if sharded and bits not in (4, None):
+        yield f"{engine} shards 4-bit or 16-bit weights, not {bits}-bit: write quantization_bit: 4 in experiment.yaml"
+    for key in ("pissa_init", "pure_bf16", "use_unsloth"):
+        if engine == "zero3" and recipe.get(key):
+            yield f"zero3 does not go with {key}: remove it from the recipe"
+    if engine in ("fsdp", "ray") and recipe.get("deepspeed"):
+        yield f"{engine} excludes deepspeed: remove that key from the recipe, or write distributed: zero2"
+    if engine in ("zero2", "zero3") and recipe.get("deepspeed"):
+        yield f"{engine} brings its own DeepSpeed file: remove deepspeed from the recipe, or write distributed: auto"
+    if engine == "fsdp" and recipe.get("fsdp"):
+        yield "fsdp brings its own settings (templates/distributed/fsdp.yaml): remove the key fsdp from the recipe"
+
+
+def _node_faults(given: Mapping[str, str]) -> Iterator[str]:
+    """Yield what torchrun would wait for, or start wrongly, without a word."""
+    lowest = {"NNODES": 1, "NODE_RANK": 0, "NPROC_PER_NODE": 1, "MIN_NNODES": 1, "MAX_NNODES": 1, "MAX_RESTARTS": 0}
+    lowest["MASTER_PORT"] = 1
+    bad = [name for name, least in lowest.items() if name in given and not _is_number(given[name], least)]
+    for name in bad:
+        yield f"{name}={given[name]!r} is not a whole number of {lowest[name]} or more"
+    if bad:
+        return
+    nodes, rank, elastic = int(given.get("NNODES", "1")), int(given.get("NODE_RANK", "0")), "RDZV_ID" in given
+    if nodes > 1 and not elastic and "NODE_RANK" not in given:
+        yield f"NNODES={nodes} without NODE_RANK: number the nodes, NODE_RANK=0 on the first, 1 on the next, …"
+    if rank >= nodes and not elastic:
+        yield f"NODE_RANK={rank} is not below NNODES={nodes}: the nodes count from 0"
+    if (nodes > 1 or elastic) and (missing := [name for name in _PLACE_OF_NODES if name not in given]):
+        yield (
+            f"{' and '.join(missing)} missing: give every node the same address (of node 0) and the same free port, "
+            "for example MASTER_ADDR=10.0.0.1 MASTER_PORT=29500"
+        )
+    if ("MIN_NNODES" in given) != ("MAX_NNODES" in given):
+        yield "MIN_NNODES and MAX_NNODES belong together: give both, or neither"
+    elif "MIN_NNODES" in given and int(given["MIN_NNODES"]) > int(given["MAX_NNODES"]):
+        yield f"MIN_NNODES={given['MIN_NNODES']} exceeds MAX_NNODES={given['MAX_NNODES']}"
+    if not elastic and (lost := [name for name in ("MIN_NNODES", "MAX_RESTARTS") if name in given]):
+        yield f"{' and '.join(lost)} without RDZV_ID: elastic training needs a name that all nodes share, RDZV_ID=myrun"
+
+
+def _is_number(text: str, least: int) -> bool:
+    return re.fullmatch(r"\d{1,9}", text) is not None and int(text) >= least
+
+
+def _ray_options(recipe: Mapping[str, Any], given: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the keys that Ray needs and the recipe does not give.
+
+    LLaMA-Factory asks Ray for ten cores a worker; a Ray of our own, on this machine, is told that it has them.
+    """
+    workers = recipe.get("ray_num_workers") or int(given.get("NPROC_PER_NODE", "0")) or _gpus() or 1
+    options = [] if recipe.get("ray_num_workers") else [f"ray_num_workers={workers}"]
+    if not recipe.get("ray_init_kwargs") and "RAY_ADDRESS" not in given:
+        claim: dict[str, Any] = {"num_cpus": RAY_CORES * max(workers, _gpus()), "include_dashboard": False}
+        claim["runtime_env"] = {"worker_process_setup_hook": "factory.launcher.guard_worker"}
+        options.append(f"ray_init_kwargs={json.dumps(claim)}")
+    return tuple(options)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

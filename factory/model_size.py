@@ -1,0 +1,133 @@
+"""The shape of a model: the sizes in its config.json, and the numbers of parameters that follow from them.
+
+shape_of("models/arena-tiny").linear        # weights of the linear layers, which quantisation makes small
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import ArenaError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder with gated feed-forward layers and grouped-query attention; sizes are numbers of weights."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    vocabulary: int
+    tied: bool  # the head is the embedding
+    normed: bool = False  # queries and keys pass through norms (Qwen3)
+    soft_capped: bool = False  # attention scores pass through tanh (Gemma 2)
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        """Width of keys and values together."""
+        return 2 * self.kv_heads * self.head_dim
+
+    def linear_shapes(self) -> list[tuple[int, int]]:
+        """Return (inputs, outputs) of one layer's linear layers: q, k, v, o, gate, up, down."""
+        q, kv, h, f = self.attention_width, self.key_value_width // 2, self.hidden, self.feed_forward
+        return [(h, q), (h, kv), (h, kv), (q, h), (h, f), (h, f), (f, h)]
+
+    @property
+    def linear(self) -> int:
+        """Weights of the linear layers, the head left out: those that quantisation makes small."""
+        return self.layers * sum(i * o for i, o in self.linear_shapes())
+
+    @property
+    def embedding(self) -> int:
+        """Weights of the embedding."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def head(self) -> int:
+        """Weights that the head has of its own: none if it is the embedding."""
+        return 0 if self.tied else self.embedding
+
+    @property
+    def parameters(self) -> int:
+        """All weights but the norms, which are a few thousandths."""
+        return self.linear + self.embedding + self.head
+
+    def lora(self, rank: int) -> int:
+        """Return the weights of a LoRA adapter on all linear layers."""
+        return self.layers * rank * sum(i + o for i, o in self.linear_shapes())
+
+
+# config.json of models that people use, from their cards: a forecast needs no download.
+_KNOWN = {
+    "meta-llama/Meta-Llama-3-8B-Instruct": ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
+    "meta-llama/Llama-3.1-8B-Instruct": ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
+    "meta-llama/Meta-Llama-3.1-8B-Instruct": ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
+    "google/gemma-2-9b-it": ModelShape(3584, 42, 16, 8, 256, 14336, 256000, tied=True, soft_capped=True),
+    "Qwen/Qwen2.5-1.5B-Instruct": ModelShape(1536, 28, 12, 2, 128, 8960, 151936, tied=True),
+    "Qwen/Qwen2.5-7B-Instruct": ModelShape(3584, 28, 28, 4, 128, 18944, 152064, tied=False),
+    "Qwen/Qwen3-0.6B": ModelShape(1024, 28, 16, 8, 128, 3072, 151936, tied=True, normed=True),
+    "Qwen/Qwen3-1.7B": ModelShape(2048, 28, 16, 8, 128, 6144, 151936, tied=True, normed=True),
+    "Qwen/Qwen3-4B-Instruct-2507": ModelShape(2560, 36, 32, 8, 128, 9728, 151936, tied=True, normed=True),
+    "Qwen/Qwen3-8B": ModelShape(4096, 36, 32, 8, 128, 12288, 151936, tied=False, normed=True),
+    "microsoft/Phi-4-mini-instruct": ModelShape(3072, 32, 24, 8, 128, 8192, 200064, tied=True),
+}
+
+
+def shape_of(model: str, revision: str = "main") -> ModelShape:
+    """Return the shape of a model folder or of a hub id; raises ArenaError where it cannot be told.
+
+    Known ids need no network; of any other the hub's config.json is read (or taken from the cache when offline).
+    """
+    known = _KNOWN.get(model)
+    if known and not Path(model).is_dir():
+        return known
+    path = Path(model) / "config.json" if Path(model).is_dir() else _from_hub(model, revision)
+    try:
+        return _parse(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArenaError(
+            f"does not tell the model's sizes ({error!r})",
+            where=str(path),
+            remedy="forecast knows decoders with hidden_size, num_hidden_layers, intermediate_size and vocab_size",
+        ) from None
+
+
+def _from_hub(model: str, revision: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json", revision=revision))
+    except Exception as error:  # gated, offline, unknown: the library has a class for each
+        raise ArenaError(
+            f"its config.json cannot be had: {str(error).splitlines()[0]}",
+            where=model,
+            remedy="go online, accept the model's licence on its page, or give a folder as `model`",
+        ) from None
+
+
+def _parse(config: dict[str, Any]) -> ModelShape:
+    config = config.get("text_config", config)
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    return ModelShape(
+        hidden=hidden,
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        feed_forward=config["intermediate_size"],
+        vocabulary=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+        normed=str(config.get("model_type")).startswith("qwen3"),
+        soft_capped=bool(config.get("attn_logit_softcapping")),
+    )

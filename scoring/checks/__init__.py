@@ -1,0 +1,1 @@
+"""Checks of a run, of a merge and of a finished result."""

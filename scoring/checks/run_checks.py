@@ -1,0 +1,324 @@
+"""Run checks: what would make a result wrong without an error, looked at in every real run and told by name.
+
+    [{"name": "rows trained", "passed": true, "detail": "10,800 exported, 10,800 trained", "stops": true, "remedy": ""}]
+
+`passed` is null where a check does not apply; the detail says why. A failed check that `stops` means that the
+figures or the submission are wrong: the report is written, the submission is not, and the command ends with an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.errors import ArenaError
+from data_prep.export_reader import read_audit, read_manifest, readable
+from data_prep.export_writer import FIRST_PROMPT
+from data_prep.folds import prompt_group
+from data_prep.truncation import MARKER
+from factory.inputs import training_rows
+from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
+from scoring.golden_prompts import canary_limit
+from scoring.links import softmax
+from scoring.report.formatting import points
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from common.experiment import Experiment
+
+# Below this a difference of probabilities or rewards is no difference.
+NOTHING = 1e-6
+# A DPO training starts at its reference, where every reward is 0; kernels that are not repeatable leave a little.
+START_REWARD = 0.05
+# The last quarter of the logged losses may lie this much above the first.
+RISE = 1.1
+_AGAIN = "train again with --fresh"
+_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found. `passed` None: it does not apply here."""
+
+    name: str
+    passed: bool | None
+    detail: str
+    remedy: str = ""
+    stops: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the check as report.json holds it."""
+        return asdict(self)
+
+
+def run_checks(
+    experiment: Experiment,
+    stage: str,
+    *,
+    scores: pd.DataFrame,
+    test_ids: Sequence[str],
+    loss_curve: Sequence[Mapping[str, Any]],
+    compared: Mapping[str, Any] | None,
+    precision: str,
+) -> list[Check]:
+    """Return every check of one scored stage, in a fixed order.
+
+    `scores` are the validation fold's raw scores, `test_ids` the scored test rows in their order, `compared` the
+    record of the merge gate, `precision` what the scores were computed in.
+    """
+    from common.experiment import read_yaml
+    from factory.train import trained_rows
+
+    recipe, data = read_yaml(experiment.recipe(stage)), experiment.data_folder
+    told = trained_rows(experiment.output_folder(stage) / "train.log")
+    merged = experiment.merged_folder(stage)
+    return [
+        rows_trained(training_rows(recipe), told),
+        labels_distinct(read_manifest(data)["frame"]["label_ids"]),
+        folds_apart(shared_prompts(data)),
+        loss_finite(loss_curve),
+        loss_not_rising(loss_curve),
+        dpo_start(recipe, _first_rewards(Path(recipe["output_dir"]))),
+        adapter_applied(compared, _rewards(scores, recipe)),
+        merge_gate(compared, stage),
+        canaries(None if stage == "dpo_reward" else canary_limit(merged, precision)),
+        not_constant(scores),
+        submission_ids(_test_ids(data), test_ids, _rejected(data)),
+    ]
+
+
+def require_sound(checks: Sequence[Mapping[str, Any]], where: Path) -> None:
+    """Raise ArenaError that lists the failed checks that stop, each with its remedy; `checks` as in report.json."""
+    failed = stopping(checks)
+    if failed:
+        lines = [f"  - {check['name']}: {check['detail']}; {check['remedy']}" for check in failed]
+        raise ArenaError(
+            "\n".join(
+                [f"{len(failed)} check(s) failed, so these figures are wrong and no submission was written:", *lines]
+            ),
+            where=str(where),
+            remedy="see above, one remedy for each",
+        )
+
+
+def stopping(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the failed checks after which the figures or the submission are wrong."""
+    return [check for check in checks if check["passed"] is False and check["stops"]]
+
+
+def rows_trained(expected: int | None, told: int | None) -> Check:
+    """Compare the exported rows with those that LLaMA-Factory said it trained on: it drops rows with only a warning."""
+    name = "exported rows = trained rows"
+    if expected is None or told is None:
+        reason = "the recipe leaves the number open" if expected is None else "there is no log of the training here"
+        return Check(name, None, reason)
+    remedy = "look for 'Dropped' in train.log; prepare again, then " + _AGAIN
+    return Check(name, expected == told, f"{expected:,} exported, {told:,} trained", remedy)
+
+
+def labels_distinct(label_ids: Sequence[int]) -> Check:
+    """Require that each verdict has a token of its own: else two classes always get the same probability."""
+    distinct = len(set(label_ids)) == len(label_ids) == 3
+    remedy = "choose labels of experiment.yaml that are single, different tokens; prepare, then " + _AGAIN
+    return Check("labels distinct", distinct, f"token ids {', '.join(map(str, label_ids))}", remedy)
+
+
+def folds_apart(shared: Mapping[str, int]) -> Check:
+    """Require that no prompt is on both sides, whoever tells: what was trained on proves nothing."""
+    told = ", ".join(f"{count:,} by {witness}" for witness, count in shared.items())
+    remedy = "prepare again, then " + _AGAIN
+    return Check("train/validation prompt overlap = 0", not any(shared.values()), f"prompts in both: {told}", remedy)
+
+
+def loss_finite(curve: Sequence[Mapping[str, Any]]) -> Check:
+    """Require that every logged loss is a number."""
+    losses = [row[key] for row in curve for key in ("loss", "eval_loss") if row.get(key) is not None]
+    if not losses:
+        return Check("loss is a number", None, "no loss was logged")
+    bad = sum(not math.isfinite(loss) for loss in losses)
+    remedy = "lower learning_rate (3 to 10 times), prefer bf16 to fp16; then " + _AGAIN
+    return Check("loss is a number", not bad, f"{bad} of {len(losses)} logged losses are NaN or infinite", remedy)
+
+
+def loss_not_rising(curve: Sequence[Mapping[str, Any]]) -> Check:
+    """Compare the first and the last quarter of the training loss; it stops nothing, as the log loss itself is told."""
+    losses = [row["loss"] for row in curve if row.get("loss") is not None and math.isfinite(row["loss"])]
+    if len(losses) < 4:
+        return Check("loss not rising", None, f"only {len(losses)} loss(es) were logged", stops=False)
+    quarter = len(losses) // 4
+    first, last = float(np.mean(losses[:quarter])), float(np.mean(losses[-quarter:]))
+    passed = last <= RISE * first if first > 0 else last <= first + 0.1
+    remedy = "lower learning_rate, or " + _AGAIN + " on other data"
+    return Check("loss not rising", passed, f"first quarter {first:.4f}, last quarter {last:.4f}", remedy, stops=False)
+
+
+def dpo_start(recipe: Mapping[str, Any], first: Mapping[str, Any] | None) -> Check:
+    """Require that DPO's first rewards were about 0: else it did not start at the reference that scoring uses."""
+    name = "step-1 DPO reward about 0"
+    if recipe.get("stage") != "dpo":
+        return Check(name, None, "this stage is not DPO")
+    if recipe.get("pref_loss", "sigmoid") != "sigmoid":
+        return Check(name, None, f"{recipe['pref_loss']} has no reference")
+    if first is None or first.get("step") != 1:
+        return Check(name, None, "step 1 was not logged; logging_first_step: true in the recipe logs it")
+    rewards = [abs(float(first[f"rewards/{side}"])) for side in ("chosen", "rejected")]
+    detail = f"chosen {first['rewards/chosen']:.4f}, rejected {first['rewards/rejected']:.4f}"
+    remedy = "remove adapter_name_or_path and ref_model from the recipe; then " + _AGAIN
+    return Check(name, max(rewards) <= START_REWARD, detail, remedy)
+
+
+def adapter_applied(compared: Mapping[str, Any] | None, rewards: np.ndarray | None) -> Check:
+    """Require that the adapter changes what the base says and that the merged model is nearer to it than the base is.
+
+    `rewards` are implicit ones against the reference, which are 0 where the adapter does nothing.
+    """
+    name, remedy = "adapter applied", "merge again (move the merged folder away); if that does not help, " + _AGAIN
+    if rewards is not None:
+        largest = float(np.abs(rewards).max()) if rewards.size else 0.0
+        return Check(name, largest > NOTHING, f"the largest reward is {largest:.2g}", _AGAIN)
+    effect = (compared or {}).get("adapter_effect")
+    if effect is None:
+        return Check(name, None, "the adapter was not compared with its base")
+    moved, left = effect["mean_abs_diff"], effect["merged_mean_abs_diff"]
+    if moved is None or left is None:
+        return Check(name, False, "an answer of the adapter or of the merged model is no number", remedy)
+    detail = (
+        f"on {effect['rows']} battles the adapter moves the base's probabilities by {points(moved)} percentage points "
+        f"on average, and the merged model is {points(left)} away from it"
+    )
+    return Check(name, moved > NOTHING and left < moved, detail, remedy)
+
+
+def merge_gate(compared: Mapping[str, Any] | None, stage: str) -> Check:
+    """Tell what the merge gate found; a failed gate has stopped the run before this."""
+    if compared is None:
+        scored = "nothing merged is scored" if stage == "dpo_reward" else "adapter and merged model were not compared"
+        return Check("merge gate", None, scored)
+    found = compared["merge_gate"]
+    largest = "not a number" if found["max_abs_diff"] is None else points(found["max_abs_diff"])
+    allowed = points(found["threshold"])
+    detail = f"largest difference {largest} percentage points on {found['rows']} battles, allowed {allowed}"
+    return Check("merge gate", found["passed"], detail, "merge_onto: dequantised in experiment.yaml; then merge again")
+
+
+def canaries(limit: float | None) -> Check:
+    """Tell how near the canaries' answers were to the sealed ones: a model that is further away is not opened."""
+    if limit is None:
+        return Check("canaries", None, "no answers were sealed with this model")
+    return Check("canaries", True, f"every loaded model gave the sealed answers within {limit}")
+
+
+def not_constant(scores: pd.DataFrame) -> Check:
+    """Require that the scores depend on the battle."""
+    name = "probabilities not constant"
+    if len(scores) < 2:
+        return Check(name, None, f"{len(scores)} battle(s)")
+    if AB_COLUMNS[0] in scores:
+        values, unit = softmax(scores[list(AB_COLUMNS)].to_numpy(np.float64)), "percentage points"
+    else:
+        values, unit = np.diff(scores[list(REWARD_COLUMNS)].to_numpy(np.float64), axis=1), "of reward"
+    spread = float(np.ptp(values, axis=0).max())
+    wide = f"{spread:.2g}" if unit == "of reward" else points(spread)
+    remedy = "the training collapsed: lower learning_rate, look at the loss curve; " + _AGAIN
+    return Check(name, spread > NOTHING, f"they spread over {wide} {unit} on {len(scores):,} battles", remedy)
+
+
+def submission_ids(expected: Sequence[str], found: Sequence[str], rejected: int) -> Check:
+    """Require that exactly the test's rows are answered, in their order; rows that prepare rejected are lacking."""
+    name = "submission ids = test ids"
+    if not expected and not rejected:
+        return Check(name, None, "there is no test set")
+    if list(expected) != list(found):
+        lost = len(set(expected) - set(found))
+        detail = f"{len(expected):,} expected, {len(found):,} answered, {lost:,} of them missing, or in another order"
+        return Check(name, False, detail, "score again with --fresh")
+    if rejected:
+        remedy = "mend the rows that data/…/audit.json names, then prepare again"
+        return Check(
+            name, False, f"{rejected:,} test rows were rejected by prepare and lack an answer", remedy, stops=False
+        )
+    return Check(name, True, f"{len(expected):,} rows in the test's order")
+
+
+def shared_prompts(data: Path) -> dict[str, int]:
+    """Return how many first prompts of an export are on both sides, by what tells of it.
+
+    Witnesses that do not depend on each other: the groups that the folds were made of; the prompts, noted where the
+    table was read; and those that are fed, where nothing was left out of them.
+    """
+    from pyarrow.parquet import read_table
+
+    with readable(data / "rows.parquet"):
+        rows = read_table(data / "rows.parquet", columns=["split", "dropped", "group", FIRST_PROMPT]).to_pydict()
+    splits, found = rows["split"], {}
+    for name, witness in (("group", "the folds' groups"), (FIRST_PROMPT, "the votes")):
+        found[witness] = _on_both_sides(splits, rows[name])
+    with readable(data / "battles.parquet"):
+        fed = zip((row["prompts"][0] for row in _rows_of(data / "battles.parquet")), rows["dropped"], strict=True)
+        found["the judge's texts"] = _on_both_sides(splits, _whole_groups(fed))
+    if (data / "pairs.parquet").is_file():
+        with readable(data / "pairs.parquet"):
+            fed = ((row["prompt"], row["dropped"]) for row in _rows_of(data / "pairs.parquet"))
+            found["the pairs' texts"] = _on_both_sides(splits, _whole_groups(fed))
+    return found
+
+
+def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield what is needed of a table of fed texts to know the first prompt of each row."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        columns = [name for name in ("prompts", "prompt", "dropped") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _whole_groups(fed: Iterable[tuple[str, int]]) -> Iterator[str | None]:
+    """Yield the group of each first prompt as it is fed, None where it is not fed or lost its middle."""
+    for prompt, dropped in fed:
+        yield None if dropped or MARKER in prompt else prompt_group(prompt)
+
+
+def _on_both_sides(splits: Sequence[str], prompts: Iterable[Any]) -> int:
+    """Return how many different prompts are trained on and validated on, too."""
+    sides: dict[str, set[Any]] = {"train": set(), "valid": set(), "test": set()}
+    for split, prompt in zip(splits, prompts, strict=True):
+        sides[split].add(prompt)
+    return len((sides["train"] & sides["valid"]) - {None})
+
+
+def _first_rewards(adapter: Path) -> dict[str, Any] | None:
+    """Return the trainer's first entry that holds DPO's rewards."""
+    try:
+        history = json.loads((adapter / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        return next((entry for entry in history if "rewards/chosen" in entry), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _rewards(scores: pd.DataFrame, recipe: Mapping[str, Any]) -> np.ndarray | None:
+    """Return implicit rewards, where these scores are such and measured against the reference."""
+    if recipe.get("stage") != "dpo" or REWARD_COLUMNS[0] not in scores:
+        return None
+    if recipe.get("pref_loss", "sigmoid") != "sigmoid":
+        return None
+    return scores[list(REWARD_COLUMNS)].to_numpy(np.float64)
+
+
+def _test_ids(data: Path) -> list[str]:
+    from pyarrow.parquet import read_table
+
+    with readable(data / "rows.parquet"):
+        rows = read_table(data / "rows.parquet", columns=["split", "id"]).to_pydict()
+    return [name for name, split in zip(rows["id"], rows["split"], strict=True) if split == "test"]
+
+
+def _rejected(data: Path) -> int:
+    return read_audit(data)["sources"].get("test", {}).get("rows_rejected", 0)

@@ -1,0 +1,187 @@
+"""Re-checking an output folder against what was written down when it was made: report.json and state.json beside it.
+
+Every file that provenance or a finished step names is hashed again; tables of probabilities are checked row by row;
+versions and hardware are compared with those of today.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import ArenaError, UsageError
+from common.files import read_json, sha256_of
+from data_prep.export_reader import read_rows
+from factory.state import PARTS, StageState
+from scoring.checks.provenance import git_commit, hardware, versions
+from scoring.predictions import check_submission
+
+REPORT = "report.json"
+# The tables of a stage and the split whose ids each must hold.
+TABLES = {"probabilities_valid.csv": "valid", "probabilities_test.csv": "test", "submission.csv": "test"}
+# `changed` and `missing` mean that the folder is no longer what was made, `failed` that it was wrong when it was made;
+# a warning is for a person to weigh.
+BAD = ("changed", "missing", "failed")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a verification: `state` is ok, changed, missing, failed or warning."""
+
+    what: str
+    state: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All findings about one output folder."""
+
+    folder: str
+    findings: list[Finding]
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing changed, nothing is missing and no run check failed."""
+        return not any(finding.state in BAD for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"folder": self.folder, "sound": self.sound, "findings": [asdict(finding) for finding in self.findings]}
+
+
+def verify(folder: Path) -> Verification:
+    """Check outputs/EXP/STAGE again; raises UsageError if it is no such folder, ArenaError if its report is damaged."""
+    placed = _placed(folder)
+    root = placed.parents[2]
+    provenance = _provenance(folder / REPORT)
+    findings = [
+        *_files("made from", root, _hashes(provenance, folder / REPORT)),
+        *_steps(root, folder),
+        *_tables(root, placed),
+        *_checks(folder / REPORT),
+        *_today(provenance),
+    ]
+    return Verification(folder.as_posix(), findings)
+
+
+def _placed(folder: Path) -> Path:
+    """Return the whole path of outputs/EXP/STAGE, without ".." and without links that stand for the folder.
+
+    The folder that holds outputs/ is where relative paths start from; outputs/ itself may be a link to another disk.
+    """
+    if not (folder / REPORT).is_file():
+        raise _no_stage(f"holds no {REPORT}", folder)
+    ways = [
+        path for path in map(Path, (os.path.normpath(folder.absolute()), folder.resolve())) if len(path.parents) > 2
+    ]
+    same = [path for path in ways if path.exists() and path.samefile(folder)]
+    if not same:
+        raise _no_stage("is no folder of a stage", folder)
+    return next((path for path in same if path.parents[1].name == "outputs"), same[0])
+
+
+def _no_stage(what: str, folder: Path) -> UsageError:
+    return UsageError(what, where=str(folder), remedy="give a scored stage's folder, such as outputs/EXP/sft")
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    try:
+        provenance = read_json(path)["provenance"]
+        if not isinstance(provenance, dict):
+            raise TypeError("no provenance")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArenaError(f"cannot be read: {error}", where=str(path), remedy="score the stage again") from None
+    return provenance
+
+
+def _hashes(provenance: Mapping[str, Any], path: Path) -> dict[str, str]:
+    hashes = provenance.get("sha256")
+    if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in hashes.values()):
+        raise ArenaError("names no hashes", where=str(path), remedy="score the stage again")
+    return hashes
+
+
+def _files(role: str, root: Path, hashes: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield one finding a file; a path that leads out of the root is not opened."""
+    for name, digest in hashes.items():
+        what = f"{role}: {name}"
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            yield Finding(what, "changed", "the path leads out of this folder; it was not written by a run")
+        elif not (root / name).is_file():
+            yield Finding(what, "missing")
+        elif sha256_of(root / name) != digest:
+            yield Finding(what, "changed", "has other content than when the result was made")
+        else:
+            yield Finding(what, "ok")
+
+
+def _steps(root: Path, folder: Path) -> Iterator[Finding]:
+    """Yield the outputs of the finished steps, from state.json."""
+    if not (folder / "state.json").is_file():
+        yield Finding("state.json", "missing", "the hashes of the outputs are not known")
+        return
+    state = StageState(folder)
+    for part in PARTS:
+        record = state.record(part)
+        if record is None:
+            continue
+        if record.finished_at is None:
+            yield Finding(f"{part}: finished", "changed", f"{part} began anew and did not end: run it again")
+        elif not record.sha256:
+            yield Finding(f"{part}: hashes", "warning", "made by an earlier version, which did not keep them")
+        yield from _files(part, root, record.sha256)
+
+
+def _tables(root: Path, folder: Path) -> Iterator[Finding]:
+    """Yield whether each table's rows sum to 1 and its ids are those of the exported rows, in their order."""
+    data = root / "data" / folder.parent.name
+    for name, split in TABLES.items():
+        if not (folder / name).is_file():
+            continue
+        what = f"rows: {name}"
+        try:
+            ids = read_rows(data, split)["id"]
+            rows = check_submission(folder / name, ids)
+        except ArenaError as error:
+            yield Finding(what, "changed", error.what)
+        else:
+            yield Finding(what, "ok", f"{rows} rows, ids in order, each sums to 1")
+
+
+def _checks(path: Path) -> Iterator[Finding]:
+    """Yield the run checks that failed when the result was made, each as report.json tells it."""
+    checks = read_json(path).get("checks", [])
+    if not (isinstance(checks, list) and all(isinstance(check, dict) for check in checks)):
+        yield Finding("run checks", "changed", f"{path.name} does not tell them as a run writes them")
+        return
+    for check in checks:
+        if check.get("passed") is False and check.get("stops"):
+            yield Finding(f"run check: {check.get('name')}", "failed", str(check.get("detail", "")))
+
+
+def _today(provenance: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield where versions, commit or hardware are not those that the result was made with."""
+    before = {
+        **{f"version of {name}": value for name, value in _mapping(provenance.get("versions")).items()},
+        "git commit": provenance.get("git_commit"),
+        **_mapping(provenance.get("hardware")),
+    }
+    now = {**{f"version of {k}": v for k, v in versions().items()}, "git commit": git_commit(), **hardware()}
+    for name, value in before.items():
+        if now.get(name) == value:
+            yield Finding(name, "ok", _shown(value))
+        else:
+            yield Finding(name, "warning", f"{_shown(value)} when it was made, {_shown(now.get(name))} now")
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

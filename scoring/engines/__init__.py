@@ -1,0 +1,1 @@
+"""What computes a judge's label logits: torch, llama.cpp."""

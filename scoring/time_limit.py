@@ -1,0 +1,143 @@
+"""The pace of scoring: its own speed, what that makes of the time left, and what a time limit still allows.
+
+pace = Pace(show.note, must=9_000_000, limit=parse_duration("9h"))
+pace.update(tokens_done)     # raises ArenaError early where even one order of the answers does not fit
+pace.allows(tokens)          # whether the other order of some more rows does
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+from common.console import duration
+from common.errors import ArenaError, UsageError
+from common.os_errors import same_command
+
+_UNITS = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+# The share of a limit, and the most seconds of it, that calibrating and writing the files are left.
+_RESERVE, _RESERVE_SECONDS = 0.02, 60.0
+# A forecast is made once this share of the limit, or that many seconds, were measured.
+_MEASURED, _MEASURED_SECONDS = 0.01, 20.0
+# How far over the limit a forecast may be: much at first, because the longest rows come first, later little.
+_EARLY, _LATE, _EARLY_UNTIL = 1.25, 1.05, 0.1
+_SAFETY = 1.1
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of 9h, 90m, 1h30m or 3600s; raises UsageError."""
+    found = _UNITS.fullmatch(text.strip().lower())
+    seconds = sum(float(n or 0) * unit for n, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    if seconds <= 0:
+        raise UsageError(
+            f"{text!r} is not a length of time", where="--time-limit", remedy="write it as 9h, 90m, 1h30m or 3600s"
+        )
+    return seconds
+
+
+class Pace:
+    """How fast this call scores, over all that it scores; `must` are the tokens of every row in one order.
+
+    `started` is when the time limit began to run, on `clock` in seconds.
+    """
+
+    def __init__(
+        self,
+        note: Callable[[str], None],
+        must: int,
+        limit: float | None = None,
+        *,
+        started: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._note, self._clock, self.limit = note, clock, limit
+        self._started = clock() if started is None else started
+        self._must = self._total = must
+        self._tokens = self._in_flight = 0.0
+        self._measuring_since: float | None = None
+        self._told = False
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second so far in this call, None before anything was measured."""
+        if self._measuring_since is None or not self._tokens:
+            return None
+        return self._tokens / max(self._clock() - self._measuring_since, 1e-6)
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds that the limit leaves for scoring; without a limit, infinity."""
+        if self.limit is None:
+            return float("inf")
+        reserve = min(_RESERVE * self.limit, _RESERVE_SECONDS)
+        return self._started + self.limit - reserve - self._clock()
+
+    def begin(self) -> None:
+        """Say that the model is loaded: from now on speed is measured."""
+        if self._measuring_since is None:
+            self._measuring_since = self._clock()
+
+    def skip(self, tokens: int) -> None:
+        """Count tokens that every row needs as done by an earlier call."""
+        self._must -= tokens
+
+    def update(self, tokens: float, *, must: bool) -> None:
+        """Count tokens as done, `must` where every row needs them; raises ArenaError where the limit cannot be kept."""
+        self._tokens += tokens
+        self._in_flight = max(self._in_flight - tokens, 0)
+        if must:
+            self._must -= tokens
+        if self.limit is not None and self._must > 0.5:
+            self._check()
+
+    def forecast(self, tokens: float) -> float | None:
+        """Return the seconds that so many more tokens take, None before anything was measured."""
+        return None if self.speed is None else tokens / self.speed
+
+    def send(self, tokens: float) -> None:
+        """Count tokens as being worked on, until `update` counts them as done."""
+        self._in_flight += tokens
+
+    def allows(self, tokens: float) -> bool:
+        """Return whether so many tokens, after those being worked on, still fit in the limit."""
+        if self.limit is None:
+            return True
+        needed = self.forecast(tokens + self._in_flight)
+        return self.seconds_left > 0 if needed is None else needed * _SAFETY <= self.seconds_left
+
+    def _check(self) -> None:
+        now = self._clock()
+        measured = now - (now if self._measuring_since is None else self._measuring_since)
+        enough = measured >= min(_MEASURED * self.limit, _MEASURED_SECONDS)
+        if self.seconds_left <= 0:
+            raise self._over("the time limit has passed before every row was scored once")
+        if not enough or self.speed is None:
+            return
+        needed, left = self.forecast(self._must), self.seconds_left
+        early = self._total and 1 - self._must / self._total < _EARLY_UNTIL
+        if needed > (_EARLY if early else _LATE) * left:
+            raise self._over(
+                f"every row once takes {duration(needed)} more at {self.speed:,.0f} tokens/s, "
+                f"and the limit leaves {duration(left)}"
+            )
+        if not self._told:
+            self._told = True
+            self._tell(needed, left)
+
+    def _tell(self, needed: float, left: float) -> None:
+        spare = max(left - needed, 0)
+        share = min(spare * self.speed / _SAFETY / self._total, 1)
+        self._note(
+            f"measured {self.speed:,.0f} tokens/s: every row once takes {duration(needed)} more; of the limit "
+            f"{duration(spare)} stay for the other order of the answers, "
+            + ("all rows" if share >= 1 else f"about {share:.0%} of the rows, the most uncertain first")
+        )
+
+    def _over(self, what: str) -> ArenaError:
+        return ArenaError(
+            f"{what}; no table of probabilities is written",
+            where=f"--time-limit {duration(self.limit)}",
+            remedy="a smaller or quantised model (--precision 8bit), more GPUs (--workers), a lower cutoff_len, or a "
+            f"longer limit; {same_command()} then goes on from what is scored already",
+        )

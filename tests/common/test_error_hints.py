@@ -1,0 +1,167 @@
+import pytest
+
+from common.error_hints import REMEDIES, all_errors, last_error, last_lines, remedy_for
+
+TORCHRUN = """
+Traceback (most recent call last):
+  File "launcher.py", line 5, in <module>
+    run_exp()
+ValueError: Template qwen33 does not exist.
+[rank0]: Traceback (most recent call last):
+[rank0]:   File "launcher.py", line 5, in <module>
+[rank0]:     run_exp()
+[rank0]: ValueError: Template qwen33 does not exist.
+W1123 17:00:00.000 1 torch/distributed/elastic/multiprocessing/api.py:1010] Sending process 2 closing signal SIGTERM
+[rank1]: Traceback (most recent call last):
+[rank1]:   File "ddp.py", line 1, in <module>
+[rank1]: torch.distributed.DistBackendError: NCCL error: remote process exited
+Traceback (most recent call last):
+  File "bin/torchrun", line 10, in <module>
+    sys.exit(main())
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+launcher.py FAILED
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  exitcode  : 1 (pid: 4242)
+============================================================
+Traceback (most recent call last):
+  File "cli.py", line 24, in main
+    process = subprocess.run(
+subprocess.CalledProcessError: Command '['torchrun', 'launcher.py']' returned non-zero exit status 1.
+"""
+KILLED_WORKER = """
+Traceback (most recent call last):
+  File "bin/torchrun", line 10, in <module>
+    sys.exit(main())
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+Root Cause (first observed failure):
+[0]:
+  exitcode  : -9 (pid: 4242)
+  traceback : Signal 9 (SIGKILL) received by PID 4242
+============================================================
+subprocess.CalledProcessError: Command '['torchrun']' returned non-zero exit status 1.
+"""
+GATED = """[INFO|configuration_utils.py:765] 2026-01-01 10:00:00,000 >> loading configuration file
+Traceback (most recent call last):
+  File "hub.py", line 400, in hf_raise_for_status
+    response.raise_for_status()
+requests.exceptions.HTTPError: 401 Client Error: Unauthorized for url: https://huggingface.co/x/resolve/main/config.json
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "tokenizer.py", line 1, in <module>
+OSError: You are trying to access a gated repo.
+Make sure to have access to it at https://huggingface.co/x.
+401 Client Error. (Request ID: abc)
+
+Cannot access gated repo for url https://huggingface.co/x.
+Access to model x is restricted. You must have access to it and be authenticated to access it. Please log in.
+"""
+CHATTER_AFTER = (
+    "  5%|#         | 10/200 [00:10<03:10]\r  6%|#         | 12/200 [00:12<03:08]\r"
+    "Traceback (most recent call last):\n"
+    '  File "train.py", line 3, in <module>\n'
+    "    loss.backward()\n"
+    "    ^^^^^^^^^^^^^^^\n"
+    "\x1b[31mtorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\x1b[0m\n"
+    "  6%|#         | 12/200 [00:13<03:10]\n"
+    "Exception ignored in: <function Pool.__del__ at 0x1>\n"
+    "Traceback (most recent call last):\n"
+    '  File "pool.py", line 268, in __del__\n'
+    "OSError: [Errno 9] Bad file descriptor\n"
+    "[W1123 17:00:00 ProcessGroup.cpp] Warning: destroy_process_group() was not called\n"
+)
+
+
+def test_torchruns_wrappers_and_other_ranks_do_not_hide_the_error():
+    assert last_error(TORCHRUN) == "ValueError: Template qwen33 does not exist."
+
+
+def test_a_worker_that_was_killed_is_named_by_its_signal():
+    assert last_error(KILLED_WORKER) == "traceback : Signal 9 (SIGKILL) received by PID 4242"
+    assert "ran out of memory" in remedy_for(last_error(KILLED_WORKER))
+
+
+def test_a_message_of_many_lines_is_kept_whole():
+    error = last_error(GATED)
+    assert error.startswith("OSError: You are trying to access a gated repo.\nMake sure")
+    assert error.endswith("Please log in.")
+    assert "hf auth login" in remedy_for(error)
+
+
+def test_bars_colours_and_what_is_said_at_shutdown_do_not_count():
+    error = last_error(CHATTER_AFTER)
+    assert error == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert "per_device_train_batch_size" in remedy_for(error)
+
+
+def test_an_error_of_a_datasets_worker_is_found_behind_its_wrapper():
+    log = (
+        'multiprocess.pool.RemoteTraceback:\n"""\nTraceback (most recent call last):\n  File "x.py", line 1\n'
+        'KeyError: \'conversations\'\n"""\n\nThe above exception was the direct cause of the following exception:\n\n'
+        'Traceback (most recent call last):\n  File "y.py", line 2\n'
+        "datasets.exceptions.DatasetGenerationError: An error occurred while generating the dataset\n"
+    )
+    assert last_error(log) == "KeyError: 'conversations'"
+    assert all_errors(log)[0].startswith("datasets.exceptions.DatasetGenerationError")
+
+
+def test_without_a_traceback_a_complaint_counts_and_without_one_the_last_words_do():
+    assert last_error("loading\nerror: the argument is wrong\nbye\n") == "error: the argument is wrong"
+    assert last_error("all\nis\nwell\n") is None
+    assert last_lines("one\ntwo\n\nthree\n 50%|## | 1/2\nfour\n") == "two\nthree\nfour"
+    assert last_error("") is None
+
+
+@pytest.mark.parametrize(
+    ("message", "part"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "gradient_accumulation_steps"),
+        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", "memory is full"),
+        ("was killed by signal 9 (SIGKILL)", "ran out of memory"),
+        ("OSError: [Errno 28] No space left on device", "free disk space"),
+        ("huggingface_hub.errors.GatedRepoError: 403 Client Error.", "licence"),
+        ("Cannot reach https://x: offline mode is enabled. To disable it, unset HF_HUB_OFFLINE", "HF_HUB_OFFLINE"),
+        ("OSError: We couldn't connect to 'https://huggingface.co' to load the files", "network"),
+        ("OSError: nobody/x is not a local folder and is not a valid model identifier listed on", "spelling"),
+        ("safetensors_rust.SafetensorError: Error while deserializing header: incomplete metadata", "damaged"),
+        ("RuntimeError: PyTorch and TorchAudio were compiled with different CUDA versions", "make install"),
+        ("RuntimeError: operator torchvision::nms does not exist", "make install"),
+        ("RuntimeError: CUDA Setup failed despite GPU being available.", "python -m bitsandbytes"),
+        ("ImportError: Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip", "bitsandbytes is missing"),
+        ("ValueError: Your setup doesn't support bf16/gpu.", "bf16: false"),
+        ("ValueError: Template qwen33 does not exist.", "qwen3_nothink"),
+        ("ValueError: Some specified arguments are not used by the HfArgumentParser: ['lr']", "spelling"),
+        ("ValueError: 'cosin' is not a valid SchedulerType, please select one of ['linear'", "choices"),
+        ("RuntimeError: Cannot find valid samples, check `data/README.md` for the data format.", "audit.json"),
+        ("ValueError: Undefined dataset demo_sft in dataset_info.json.", "prepare"),
+        ("ValueError: The dataset is not applicable in the current training stage.", "ranking"),
+        ("ValueError: Output directory already exists and is not empty. Please set", "--fresh"),
+        ("ValueError: Cannot merge adapters to a quantized model.", "quantization_bit"),
+        ("ValueError: Can't find 'adapter_config.json' at 'saves/x'", "train the stage first"),
+        ("ValueError: Target modules {'q'} not found in the base model.", "lora_target: all"),
+        ("RuntimeError: size mismatch for base_model.model.lm_head", "do not belong together"),
+        ("ValueError: The checkpoint you are trying to load has model type `x` but Transformers does not", "newer"),
+        ("ValueError: x requires you to execute the file; set the option `trust_remote_code=True`", "own code"),
+        ("ValueError: Please use `FORCE_TORCHRUN=1` to launch DeepSpeed training.", "FORCE_TORCHRUN=1"),
+        ("FileNotFoundError: [Errno 2] No such file or directory: 'torchrun'", "PATH"),
+        ("torch.distributed.DistNetworkError: port: 29500, useIpv6: 0, code: -98, name: EADDRINUSE", "MASTER_PORT"),
+        ("RuntimeError: DataLoader worker is killed by signal: Bus error.", "shm-size"),
+        ("the loss is NaN or infinite at step 3", "learning_rate"),
+        ("torch.distributed.DistBackendError: NCCL error in: x.cpp", "NCCL_DEBUG"),
+        ("was killed by signal 11 (SIGSEGV)", "crashed"),
+        ("ModuleNotFoundError: No module named 'trl'", "make install"),
+        ("PermissionError: [Errno 13] Permission denied: 'saves'", "writable"),
+    ],
+)
+def test_known_errors_have_their_remedy(message, part):
+    assert part in remedy_for(message)
+
+
+def test_an_unknown_error_has_none_and_every_remedy_is_one_line():
+    assert remedy_for("ZeroDivisionError: division by zero") is None
+    assert all("\n" not in remedy.advice and remedy.advice.strip() for remedy in REMEDIES)

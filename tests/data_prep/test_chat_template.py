@@ -1,0 +1,173 @@
+"""Frames of each preset's chat template, over small tokenizers that know the template's special tokens."""
+
+import pytest
+
+from common.errors import ArenaError
+from data_prep import chat_template as chat_frame
+from data_prep import hub
+from data_prep.chat_template import ChatFrame, load_frame
+from factory.presets import PRESETS
+
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML_ENDS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+# Special tokens and their parts, as the models' own tokenizers name them.
+FAMILIES = {
+    "llama3": (
+        [
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+            "<|eom_id|>",
+        ],
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+    ),
+    "gemma2": (
+        ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
+        {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
+    ),
+    "phi4_mini": (
+        ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"],
+        {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+    ),
+    "qwen": (CHATML, CHATML_ENDS),
+    "qwen3_nothink": (CHATML, CHATML_ENDS),
+    "qwen3": ([*CHATML, "<think>", "</think>"], CHATML_ENDS),
+}
+TEXTS = (
+    "Verdict:",
+    "\n\nAn answer behind empty lines\n\n",
+    "  indented\tand 日本語 😀 naïve\r\n",
+    "### User\nWhich?\n\n### Assistant A\nA\n\n### Assistant B\nB\n",
+    "{'json': [1, 2.5, null]} <b>not special</b> </s> [INST]",
+    "x" * 300,
+)
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory, train_tokenizer):
+    """{template: (frame, the tokenizer as scoring has it, LLaMA-Factory's tokenizer and template)}"""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from common.experiment import parse_experiment
+
+    made = {}
+    for template, (specials, ends) in FAMILIES.items():
+        folder = tmp_path_factory.mktemp(template)
+        PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(specials), **ends).save_pretrained(folder)
+        keys = {"model": str(folder), "template": template, "cutoff_len": 512}
+        thinking = {"enable_thinking": False} if template == "qwen3" else {}
+        experiment = parse_experiment(keys | thinking, "exam", where="experiment.yaml")
+        frame, kept = chat_frame.probe_frame(experiment)
+        made[template] = (frame, Tokenizer.from_str(kept), *chat_frame._llamafactory_template(experiment)[:2])
+    return made
+
+
+def test_every_presets_template_is_tried():
+    from data_prep.template_choice import choose_template
+
+    assert {choose_template(preset.model).template for preset in PRESETS} == set(FAMILIES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", FAMILIES)
+def test_ids_are_those_that_llamafactory_trains_on(frames, template):
+    frame, tokenizer, theirs, their_template = frames[template]
+
+    def ids(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    for text in TEXTS:
+        for answer in (*TEXTS, "A"):
+            turn = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+            prompt_ids, answer_ids = their_template.encode_oneturn(theirs, turn)
+            if their_template.efficient_eos:  # what LLaMA-Factory's processors append
+                answer_ids = [*answer_ids, theirs.eos_token_id]
+            assert frame.surround(ids(frame.wrap(text))) == prompt_ids
+            assert frame.answer(ids(frame.wrap_answer(answer))) == answer_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", FAMILIES)
+def test_the_label_is_the_first_token_behind_the_prompt(frames, template):
+    frame, tokenizer, theirs, their_template = frames[template]
+    assert [tokenizer.decode([i]) for i in frame.label_ids] == ["A", "B", "C"]
+    for label, expected in zip("ABC", frame.label_ids, strict=True):
+        turn = [{"role": "user", "content": TEXTS[3]}, {"role": "assistant", "content": label}]
+        assert their_template.encode_oneturn(theirs, turn)[1][0] == expected
+        assert len(frame.answer([expected])) <= frame.answer_len
+
+
+@pytest.mark.slow
+def test_what_surrounds_a_message(frames):
+    frame = {name: made[0] for name, made in frames.items()}
+    decode = {name: made[1].decode for name, made in frames.items()}
+    assert decode["llama3"](frame["llama3"].prefix_ids, skip_special_tokens=False) == "<|begin_of_text|>"
+    assert decode["gemma2"](frame["gemma2"].prefix_ids, skip_special_tokens=False) == "<bos>"
+    assert frame["gemma2"].wrap("x") == "<start_of_turn>user\nx<end_of_turn>\n<start_of_turn>model\n"
+    assert decode["gemma2"](frame["gemma2"].answer_suffix_ids, skip_special_tokens=False) == "<eos>"
+    assert frame["phi4_mini"].prefix_ids == () and frame["phi4_mini"].wrap("x") == "<|user|>x<|end|><|assistant|>"
+    assert "You are Qwen" in decode["qwen"](frame["qwen"].prefix_ids)
+    assert decode["qwen3"](frame["qwen3"].suffix_ids, skip_special_tokens=False) == "<think>\n\n</think>\n\n"
+    assert frame["qwen3_nothink"].suffix_ids == ()
+    assert [name for name, each in frame.items() if each.answer_lstrip] == ["qwen3"]
+    assert ChatFrame.from_dict(vars(frame["qwen3"])) == frame["qwen3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", ["llama3", "gemma2"])
+def test_a_template_whose_tokens_the_model_lacks_is_refused(frames, make_experiment, tmp_path, template):
+    frames["qwen3_nothink"][2].save_pretrained(tmp_path)
+    lacking = {"llama3": "lacks <|eot_id|>, which", "gemma2": "lacks <end_of_turn>, which"}[template]
+    with pytest.raises(ArenaError) as caught:
+        chat_frame.probe_frame(make_experiment(model=str(tmp_path), template=template))
+    assert lacking in caught.value.what and caught.value.where == "factory_configs/exam/experiment.yaml: template"
+    assert caught.value.remedy.startswith("write the model's own template there")
+
+
+@pytest.mark.slow
+def test_a_stop_word_that_no_row_holds_may_be_lacking(make_experiment, tmp_path, train_tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    specials, ends = FAMILIES["llama3"]  # Llama 3.0 has no <|eom_id|>, which LLaMA-Factory's template stops at
+    known = train_tokenizer([token for token in specials if token != "<|eom_id|>"])
+    PreTrainedTokenizerFast(tokenizer_object=known, **ends).save_pretrained(tmp_path)
+    assert chat_frame.probe_frame(make_experiment(model=str(tmp_path), template="llama3"))[0].template == "llama3"
+
+
+@pytest.mark.slow
+def test_thinking_that_is_left_on_is_refused(frames, make_experiment, tmp_path):
+    frames["qwen3"][2].save_pretrained(tmp_path)
+    with pytest.raises(ArenaError, match="not three distinct single tokens") as caught:
+        chat_frame.probe_frame(make_experiment(model=str(tmp_path), template="qwen3"))
+    assert "_nothink twin" in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cause", "part"),
+    [
+        ("You are trying to access a gated repo.\nMake sure to have access to it", "accept the model's licence"),
+        ("401 Client Error. Access to model meta-llama/x is restricted", "`hf auth login` (or set HF_TOKEN)"),
+        ("We couldn't connect to 'https://huggingface.co' to load the files", "the hub cannot be reached"),
+        ("something unheard of", "check the keys model and template"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_had_comes_with_its_remedy(make_experiment, workplace, monkeypatch, cause, part):
+    import llamafactory.model
+
+    def refuse(_):
+        try:
+            raise OSError(cause)
+        except OSError as error:
+            raise OSError("Failed to load tokenizer.") from error
+
+    monkeypatch.setattr(llamafactory.model, "load_tokenizer", refuse)
+    monkeypatch.setattr(hub, "why_silent", lambda *_: None)
+    with pytest.raises(ArenaError) as caught:
+        load_frame(make_experiment(model="meta-llama/Meta-Llama-3-8B-Instruct", template="llama3"))
+    assert part in caught.value.remedy
+    assert cause.splitlines()[0] in caught.value.what
+    assert caught.value.where == "meta-llama/Meta-Llama-3-8B-Instruct"

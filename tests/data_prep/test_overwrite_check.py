@@ -1,0 +1,175 @@
+"""What is not ours is never deleted with the folder of an export: inputs, own data sets, notes, links."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.errors import ArenaError
+from data_prep.export import ensure_views, export
+from data_prep.export_reader import read_manifest
+from data_prep.overwrite_check import refuse_loss, refuse_strangers
+from data_prep.synthetic import write_arena
+
+FOLDER = Path("data/exam")
+
+
+@pytest.fixture
+def exported(experiment, workplace):
+    """An experiment with its export and the arena that it was made from."""
+    arena = write_arena(workplace / "arena", seed=5, train_rows=100, test_rows=10)
+    export(experiment, arena.train, arena.test)
+    return experiment, arena
+
+
+def everything(folder: Path = FOLDER) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def manifest(**changed) -> None:
+    content = json.loads((FOLDER / "manifest.json").read_text()) | changed
+    (FOLDER / "manifest.json").write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+
+
+@pytest.mark.parametrize("name", ["own.jsonl", "sft_train/own.jsonl", ".hidden", "notes/deep/x.md", "truth.csv"])
+def test_a_file_of_a_person_stops_an_export_and_a_view_that_would_follow(exported, name):
+    experiment, arena = exported
+    own = FOLDER / name
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text("mine")
+    before = everything()
+    for again in (lambda: export(experiment, arena.train), lambda: ensure_views(experiment, ("reward",))):
+        with pytest.raises(ArenaError, match=rf"holds 1 file\(s\) that no export wrote.*: {name}") as caught:
+            again()
+        assert caught.value.where == "data/exam" and "outside of data/exam" in caught.value.remedy
+        assert everything() == before
+    own.unlink()
+    assert ensure_views(experiment, ("reward",)), "once it is moved away all goes on"
+
+
+def test_a_link_is_no_file_of_an_export_either(exported, workplace):
+    experiment, arena = exported
+    for name, target in (("votes", workplace / "arena"), ("gone", "nowhere"), ("votes.csv", arena.train)):
+        (FOLDER / name).symlink_to(target)
+        with pytest.raises(ArenaError, match=rf"no export wrote.*: {name}"):
+            export(experiment, arena.train)
+        (FOLDER / name).unlink()
+    assert arena.train.is_file()
+
+
+def test_a_file_that_comes_while_an_export_works_stops_it_too(exported):
+    experiment, arena = exported
+    late = FOLDER / "late.md"
+    with pytest.raises(ArenaError, match=r"no export wrote.*: late\.md"):
+        export(experiment, arena.train, progress=lambda _: late.write_text("mine"))
+    assert late.read_text() == "mine"
+    assert not list(Path("data").glob(".exam.*.tmp"))
+
+
+@pytest.mark.parametrize("option", ["train", "test", "truth"])
+@pytest.mark.parametrize("path", ["data/exam/{name}", "arena/../data/exam/{name}", "linked/{name}", "link.csv"])
+def test_an_input_below_the_folder_is_refused(exported, workplace, option, path):
+    experiment, arena = exported
+    tables = {"train": arena.train, "test": arena.test, "truth": arena.truth}
+    (FOLDER / "mine").mkdir()
+    inside = FOLDER / "mine" / tables[option].name
+    tables[option].rename(inside)
+    Path("linked").symlink_to("data/exam")
+    Path("link.csv").symlink_to(inside)
+    tables[option] = Path(path.format(name=f"mine/{inside.name}"))
+    before = everything()
+    with pytest.raises(ArenaError, match="lies in data/exam, and an export replaces this folder") as caught:
+        export(experiment, **tables)
+    assert caught.value.where == str(tables[option])
+    assert everything() == before
+
+
+def test_an_input_under_the_name_of_an_exported_file_is_refused_though_the_manifest_names_it(exported):
+    experiment, arena = exported
+    with pytest.raises(ArenaError, match=r"data/exam/battles\.parquet: lies in data/exam"):
+        export(experiment, arena.train, FOLDER / "battles.parquet")
+
+
+def test_what_an_export_reads_from_elsewhere_is_nobody_s_concern(workplace):
+    for given in ("hf://datasets/data/exam", "data/.sources/x/train.csv", "data/exam2/votes.csv", "x" * 5000):
+        refuse_loss(FOLDER, [given, None])
+    Path("loop").symlink_to("loop")
+    refuse_loss(FOLDER, ["loop/votes.csv"])
+
+
+def test_a_folder_without_an_export_s_manifest_is_a_person_s(exported):
+    experiment, arena = exported
+    for breaks in (lambda: manifest(format=...), (FOLDER / "manifest.json").unlink):
+        breaks()
+        before = everything()
+        with pytest.raises(ArenaError, match=r"holds \d+ file\(s\) that no export wrote.*audit\.json"):
+            export(experiment, arena.train)
+        assert everything() == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda: (FOLDER / "manifest.json").write_text("{"),
+        lambda: (FOLDER / "manifest.json").write_bytes(b"\xff"),
+        lambda: manifest(files=[1]),
+        lambda: manifest(format=1),
+        lambda: manifest(format=2, files=...),
+        lambda: (FOLDER / ".DS_Store").write_text("x"),
+        lambda: (FOLDER / "empty").mkdir(),
+        lambda: (FOLDER / "battles.parquet").unlink(),
+        lambda: (FOLDER / "battles.parquet").write_text("edited"),
+    ],
+)
+def test_earlier_exports_are_replaced_also_damaged_ones_and_those_of_other_versions(exported, damage):
+    experiment, arena = exported
+    before = everything()
+    damage()
+    export(experiment, arena.train, arena.test)
+    assert everything() == before
+
+
+@pytest.mark.parametrize("damage", [lambda: (FOLDER / "manifest.json").write_text("{"), lambda: manifest(format=1)])
+def test_nor_do_those_hide_a_person_s_file(exported, damage):
+    experiment, arena = exported
+    damage()
+    (FOLDER / "own.jsonl").write_text("mine")
+    with pytest.raises(ArenaError, match=r"holds 1 file\(s\) that no export wrote.*: own\.jsonl"):
+        export(experiment, arena.train)
+
+
+def test_parts_of_a_large_set_are_ours(exported):
+    (FOLDER / "sft_train").mkdir()
+    (FOLDER / "sft_train" / "part-00000.jsonl").write_text("{}")
+    with pytest.raises(ArenaError, match=r"sft_train/part-00000\.jsonl"):
+        refuse_strangers(FOLDER)
+    manifest(files=read_manifest(FOLDER)["files"] | {"sft_train/part-00000.jsonl": "0"})
+    refuse_strangers(FOLDER)
+    (FOLDER / "manifest.json").write_text("{")
+    refuse_strangers(FOLDER)
+
+
+def test_a_file_in_the_folder_s_place_is_left(experiment, workplace):
+    FOLDER.parent.mkdir()
+    FOLDER.write_text("mine")
+    with pytest.raises(ArenaError, match="is a file, where the export makes a folder"):
+        export(experiment, Path("votes.csv"))
+    assert FOLDER.read_text() == "mine"
+
+
+def test_own_entries_of_the_folder_s_list_stay(exported):
+    experiment, arena = exported
+    path = FOLDER / "dataset_info.json"
+    ours = json.loads(path.read_text())
+    theirs = {"hub": {"hf_hub_url": "o/n"}, "own": {"file_name": "own.jsonl"}}
+    path.write_text(json.dumps({**ours, **theirs}))
+    export(experiment, arena.train)
+    assert json.loads(path.read_text()) == {**theirs, **ours}
+    ensure_views(experiment, ("reward",))
+    assert theirs.items() <= json.loads(path.read_text()).items()
+    path.write_text('{"own": {},}')
+    with pytest.raises(ArenaError, match=r"data/exam/dataset_info\.json: is not readable JSON"):
+        export(experiment, arena.train)
+    assert path.read_text() == '{"own": {},}'

@@ -1,0 +1,160 @@
+"""Where votes come from: files, folders, Kaggle's zip, a hub data set; told apart by columns."""
+
+import csv
+import errno
+import zipfile
+
+import pytest
+
+from common.battle import PROBABILITY_COLUMNS
+from common.errors import ArenaError
+from data_prep.readers import VoteReader
+from data_prep.sources import votes_at
+from data_prep.synthetic import write_arena
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    """A folder as Kaggle's download unpacks, with other names than Kaggle's."""
+    monkeypatch.chdir(tmp_path)
+    arena = write_arena(tmp_path / "arena", seed=1, train_rows=30, test_rows=5)
+    folder = tmp_path / "download"
+    folder.mkdir()
+    arena.train.rename(folder / "x.csv")
+    arena.test.rename(folder / "y.csv")
+    with (folder / "z.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", *PROBABILITY_COLUMNS], ["1", 0.3, 0.3, 0.4]])
+    return folder
+
+
+def zipped(folder, names=None, prefix=""):
+    path = folder.parent / "lmsys.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, prefix + (names or {}).get(file.name, file.name))
+    return path
+
+
+def rows(path, labelled):
+    return len(list(VoteReader(path, labelled=labelled)))
+
+
+def test_a_file_is_what_it_is(kaggle):
+    assert votes_at(kaggle / "x.csv", labelled=True) == kaggle / "x.csv"
+
+
+def test_a_path_that_is_not_there_is_told_with_all_that_may_be_given(kaggle):
+    with pytest.raises(ArenaError, match="does not exist") as caught:
+        votes_at("nowhere.csv", labelled=True)
+    assert caught.value.where == "nowhere.csv"
+    for form in (".csv.gz", ".parquet", "folder", "Kaggle's zip", "hf://datasets/OWNER/NAME"):
+        assert form in caught.value.remedy
+
+
+def test_of_kaggles_folder_the_right_table_is_taken_by_its_columns(kaggle):
+    assert votes_at(kaggle, labelled=True).name == "x.csv"
+    assert votes_at(kaggle, labelled=False).name == "y.csv"
+
+
+def test_of_kaggles_zip_too_and_it_is_unpacked_once(kaggle):
+    archive = zipped(kaggle)
+    train, test = votes_at(str(archive), labelled=True), votes_at(archive, labelled=False)
+    assert rows(train, True) == 30 and rows(test, False) == 5
+    assert train.parent == test.parent and train.parent.parent.as_posix() == "data/.sources"
+    before = train.stat().st_mtime_ns
+    assert votes_at(archive, labelled=True).stat().st_mtime_ns == before
+
+
+def test_nothing_leaves_the_folder_whatever_the_archive_says(kaggle):
+    archive = zipped(kaggle, {"x.csv": "../../../../evil.csv", "y.csv": "/etc/y.csv", "z.csv": "a\\..\\..\\z.csv"})
+    train = votes_at(archive, labelled=True)
+    assert train.name == "evil.csv" and train.parent.parent.as_posix() == "data/.sources"
+    outside = [p for p in kaggle.parent.rglob("*.csv") if "arena" not in p.parts and "download" not in p.parts]
+    assert {p.parent for p in outside} == {train.parent.resolve()} and not (kaggle.parents[1] / "evil.csv").exists()
+
+
+def test_equal_tables_in_a_folder_are_parts_of_one(kaggle):
+    (kaggle / "y.csv").unlink()
+    (kaggle / "z.csv").unlink()
+    assert votes_at(kaggle, labelled=True) == kaggle
+
+
+def test_what_is_not_clear_is_asked_for(kaggle):
+    (kaggle / "w.csv").write_bytes((kaggle / "x.csv").read_bytes())
+    with pytest.raises(ArenaError, match=r"several tables hold votes .*w\.csv, x\.csv") as caught:
+        votes_at(kaggle, labelled=True)
+    assert "give the path" in caught.value.remedy
+    for name in ("w.csv", "x.csv"):
+        (kaggle / name).unlink()
+    with pytest.raises(ArenaError, match="no table holds votes"):
+        votes_at(kaggle, labelled=True)
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "twice", "huge"])
+def test_a_broken_archive_is_refused_and_leaves_nothing(kaggle, damage, monkeypatch):
+    archive = zipped(kaggle)
+    if damage == "torn":  # the directory at the end is whole, the data are not
+        content = bytearray(archive.read_bytes())
+        content[200:2200] = bytes(2000)
+        archive.write_bytes(content)
+    elif damage == "empty":
+        zipfile.ZipFile(archive, "w").close()
+    elif damage == "twice":
+        with zipfile.ZipFile(archive, "a") as file:
+            file.write(kaggle / "x.csv", "other/x.csv")
+    else:
+        monkeypatch.setattr("data_prep.sources._LARGEST", 1000)
+    with pytest.raises(ArenaError) as caught:
+        votes_at(archive, labelled=True)
+    assert "lmsys.zip" in str(caught.value) and caught.value.remedy
+    left = kaggle.parent / "data" / ".sources"
+    assert not left.exists() or not any(left.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_what_the_system_says_while_an_archive_is_unpacked_is_no_fault_of_the_archive(kaggle, monkeypatch, number):
+    def copyfileobj(*_):
+        raise OSError(number, "the system's word")
+
+    archive = zipped(kaggle)
+    monkeypatch.setattr("shutil.copyfileobj", copyfileobj)
+    with pytest.raises(OSError, match="the system's word") as caught:
+        votes_at(archive, labelled=True)
+    assert caught.value.errno == number
+    assert not any((kaggle.parent / "data" / ".sources").iterdir())
+
+
+@pytest.mark.parametrize("source", ["hf://datasets/justone", "hf://models/a/b", "hf://datasets//x", "hf://"])
+def test_an_address_that_is_none_is_refused(source):
+    with pytest.raises(ArenaError, match="is not a data set's address"):
+        votes_at(source, labelled=True)
+
+
+def test_a_hub_data_set_is_downloaded_and_its_folder_of_parts_found(kaggle, monkeypatch):
+    asked = {}
+
+    def snapshot(repo, **options):
+        asked.update(options, repo=repo)
+        target = kaggle.parent / "snapshot"
+        (target / "data").mkdir(parents=True)
+        for number in (0, 1):
+            (target / "data" / f"train-{number}.csv").write_bytes((kaggle / "x.csv").read_bytes())
+        return str(target)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    found = votes_at("hf://datasets/lmsys/votes@v1", labelled=True)
+    assert found.name == "data" and asked["repo"] == "lmsys/votes" and asked["revision"] == "v1"
+    assert asked["repo_type"] == "dataset" and "*.parquet" in asked["allow_patterns"]
+
+
+def test_one_file_of_a_hub_data_set(kaggle, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, path, **_: str(kaggle / "x.csv"))
+    assert votes_at("hf://datasets/a/b/deep/x.csv", labelled=True) == kaggle / "x.csv"
+
+
+def test_offline_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ArenaError) as caught:
+        votes_at("hf://datasets/nobody/nothing", labelled=True)
+    assert "hf://datasets/nobody/nothing" in str(caught.value) and "HF_HUB_OFFLINE" in caught.value.remedy

@@ -1,0 +1,183 @@
+import json
+
+import pytest
+
+from common.errors import ArenaError, UsageError
+from data_prep.template_choice import BASE_TEMPLATE, _text_templates, choose_template, known_models, tokens_of
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content }}<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+QWEN_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+NO_THOUGHT = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+PHI4 = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+
+
+def folder_of(path, kind, chat_template=None, **config):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": kind, **config}), encoding="utf-8")
+    settings = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|eot_id|>"}
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
+    (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.slow
+def test_the_table_is_the_imported_one():
+    from llamafactory.data.template import TEMPLATES
+    from llamafactory.extras.constants import DEFAULT_TEMPLATE, MULTIMODAL_SUPPORTED_MODELS, SUPPORTED_MODELS
+
+    ours = known_models()
+    theirs = {id.lower(): name for name, ids in reversed(SUPPORTED_MODELS.items()) for id in ids.values()}
+    assert set(ours) == set(theirs)
+    forgotten = []
+    for known in ours.values():
+        if (expected := DEFAULT_TEMPLATE.get(known.name, BASE_TEMPLATE)) != known.template:
+            forgotten.append((known.name, expected, known.template))
+        # Two models of that name are registered: with images, and without.
+        assert known.multimodal == (known.name in MULTIMODAL_SUPPORTED_MODELS) or known.name == "MedGemma-27B-Instruct"
+        assert known.template in TEMPLATES
+    assert ("Phi-4-3.8B-instruct", BASE_TEMPLATE, "phi4_mini") in forgotten
+    assert all("-instruct" in name or "-chat" in name or "MedGemma" in name for name, _, _ in forgotten), forgotten
+    for name, layout in _text_templates().items():
+        slots = TEMPLATES[name].format_user.slots
+        assert layout.user == "".join(slot for slot in slots if isinstance(slot, str))
+
+
+@pytest.mark.slow
+def test_the_tokens_of_a_template_are_those_that_llamafactory_writes():
+    from llamafactory.data.template import TEMPLATES
+
+    found = {name: tokens_of(name) for name in TEMPLATES}
+    for name, its in TEMPLATES.items():
+        slots = [slot for part in (its.format_prefix, its.format_user, its.format_assistant) for slot in part.slots]
+        named = {slot["token"] for slot in slots if isinstance(slot, dict)}
+        stops = {word for word in its.stop_words if any(word in slot for slot in slots if isinstance(slot, str))}
+        ends = {"eos_token"} in slots or its.efficient_eos
+        assert set(found[name]) == named | stops | ({its.stop_words[0]} if its.replace_eos and ends else set()), name
+    assert found["llama3"] == ("<|eot_id|>",) and found["qwen3_nothink"] == ("<|im_end|>",) and not found["vicuna"]
+
+
+@pytest.mark.parametrize(
+    ("model", "template", "thinks"),
+    [
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3", False),
+        ("META-LLAMA/meta-llama-3.1-8b-instruct", "llama3", False),
+        ("google/gemma-2-9b-it", "gemma2", False),
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen", False),
+        ("Qwen/Qwen3-8B", "qwen3", True),
+        ("Qwen/Qwen3-4B-Instruct-2507", "qwen3_nothink", False),
+        ("microsoft/Phi-4-mini-instruct", "phi4_mini", False),
+        ("LLM-Research/gemma-2-9b-it", "gemma2", False),
+        ("Qwen/Qwen2.5-7B", "default", False),
+    ],
+)
+def test_a_known_model_has_its_own_template(model, template, thinks):
+    choice = choose_template(model)
+    assert (choice.template, choice.thinks) == (template, thinks)
+    assert choice.reason.startswith("LLaMA-Factory's own for ")
+    assert ("no chat model" in choice.reason) == (template == "default")
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "part"),
+    [
+        ("me/gemma-2-9b-it-tuned", None, "google/gemma-2-9b-it has gemma2"),
+        ("me/something-else-entirely", None, "--template"),
+        ("google/gemma-3-4b-it", None, "reads images too"),
+        ("Qwen/Qwen3-8B", "qwen3_nothin", "qwen3_nothink"),
+        ("models/absent/folder", None, "neither a folder nor a hub id"),
+        ("./absent", "llama3", "neither a folder nor a hub id"),
+        ("a b", "llama3", "neither a folder nor a hub id"),
+        ("", "llama3", "neither a folder nor a hub id"),
+    ],
+)
+def test_what_is_not_known_is_asked_for(model, asked, part):
+    with pytest.raises(UsageError) as caught:
+        choose_template(model, asked)
+    assert part in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_an_unknown_model_takes_the_template_that_is_named():
+    assert choose_template("me/tuned", "llama3").template == "llama3"
+    assert choose_template("google/gemma-3-4b-it", "gemma2").template == "gemma2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "chat_template", "template"),
+    [
+        ("llama", LLAMA3, "llama3"),
+        (
+            "llama",
+            "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday<|eot_id|>" + LLAMA3[15:],
+            "llama3",
+        ),
+        ("gemma2", GEMMA, "gemma2"),
+        ("gemma", GEMMA, "gemma"),
+        ("qwen2", QWEN_SYSTEM + CHATML, "qwen"),
+        ("qwen3", CHATML, "qwen3_nothink"),
+        ("qwen3", CHATML + NO_THOUGHT, "qwen3"),
+        ("phi3", PHI4, "phi4_mini"),
+        ("qwen3", [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}], "qwen3_nothink"),
+    ],
+)
+def test_a_folder_tells_by_its_chat_template(tmp_path, kind, chat_template, template):
+    choice = choose_template(folder_of(tmp_path / "model", kind, chat_template))
+    assert choice.template == template
+    assert choice.thinks == (template == "qwen3")
+
+
+def test_a_folder_that_does_not_tell_is_asked_for(tmp_path):
+    with pytest.raises(UsageError, match="brings no chat template") as caught:
+        choose_template(folder_of(tmp_path / "silent", "gemma2"))
+    assert caught.value.remedy.endswith("perhaps: gemma2")
+    with pytest.raises(UsageError, match="of LLaMA-Factory's templates write what") as caught:
+        choose_template(folder_of(tmp_path / "many", "mystery", CHATML))
+    assert "chatml" in caught.value.remedy and "qwen3_nothink" in caught.value.remedy
+    with pytest.raises(UsageError, match="none of LLaMA-Factory's templates writes"):
+        choose_template(folder_of(tmp_path / "none", "llama", "{% for m in messages %}<{{ m.content }}>{% endfor %}"))
+    for number, broken in enumerate(("{% if %}", "{{ raise_exception('no') }}", "{{ 1 / 'a' }}")):
+        with pytest.raises(UsageError, match="brings no chat template"):
+            choose_template(folder_of(tmp_path / f"broken{number}", "llama", broken))
+    assert choose_template(folder_of(tmp_path / "told", "llama"), "llama3").template == "llama3"
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path):
+    source = "{{ ''.__class__.__mro__[1].__subclasses__() }}" + LLAMA3
+    with pytest.raises(UsageError, match="brings no chat template"):
+        choose_template(folder_of(tmp_path / "hostile", "llama", source))
+
+
+def test_a_folder_without_a_model_or_with_quantized_weights_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"holds no config\.json"):
+        choose_template(str(tmp_path), "llama3")
+    quantized = folder_of(tmp_path / "gptq", "llama", LLAMA3, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UsageError, match="no adapter can be merged"):
+        choose_template(quantized)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ArenaError, match="is not readable JSON"):
+        choose_template(str(tmp_path / "bad"))
+
+
+@pytest.mark.parametrize("model", ["models/nothere", "gpt2"])
+def test_a_name_that_is_nowhere_is_told_to_be_no_folder_either(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"there is no folder {model}, and LLaMA-Factory's table does not") as caught:
+        choose_template(model)
+    assert caught.value.remedy.startswith(
+        "give the path of a folder that holds config.json; or, for a hub id, name its"
+    )
+    assert "gpt-oss" not in caught.value.remedy, "another model is no advice"

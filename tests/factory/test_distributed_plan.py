@@ -1,0 +1,157 @@
+"""Launches: what each engine asks of LLaMA-Factory, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from common.errors import ArenaError
+from factory import distributed as launch_module
+from factory.distributed import plan_launch
+from factory.launcher import ACCELERATE_CONFIG, accelerate_options, torchrun_options
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = {"stage": "sft", "quantization_bit": 4}
+PLACE = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture(autouse=True)
+def everything_installed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(launch_module, "find_spec", lambda name: name)
+    monkeypatch.setattr(launch_module, "_gpus", lambda: 0)
+
+
+def plan(engine, recipe=RECIPE, **given):
+    return plan_launch(engine, recipe, Path("factory_configs/exp/sft.yaml"), given)
+
+
+def faults_of(engine, recipe=RECIPE, **given) -> str:
+    with pytest.raises(ArenaError) as caught:
+        plan(engine, recipe, **given)
+    assert "docs/distributed.md" in caught.value.remedy and "sft.yaml" in caught.value.where
+    return caught.value.what
+
+
+def test_one_process_needs_nothing():
+    plain = plan("auto")
+    assert (plain.options, plain.environment, plain.inputs, plain.keeps_books) == ((), {}, {}, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "engine"),
+    [
+        ({"FORCE_TORCHRUN": "1"}, "ddp"),
+        ({"NNODES": "2", "NODE_RANK": "0", **PLACE}, "ddp"),
+        ({"RDZV_ID": "x", **PLACE}, "ddp"),
+        ({"USE_RAY": "1"}, "ray"),
+        ({"USE_RAY": "0", "NNODES": "1"}, "auto"),
+    ],
+)
+def test_auto_follows_the_environment(given, engine):
+    assert plan("auto", **given).engine == engine
+    assert plan("auto", {**RECIPE, "deepspeed": "mine.json"}).engine == "ddp", "DeepSpeed needs torchrun"
+
+
+def test_each_engine_uses_its_shipped_file():
+    for engine, stage in (("zero2", 2), ("zero3", 3)):
+        made = plan(engine)
+        (option,) = made.options
+        assert json.loads(Path(option.removeprefix("deepspeed=")).read_text())["zero_optimization"]["stage"] == stage
+        assert made.environment == {"FORCE_TORCHRUN": "1", "USE_RAY": "0"}
+        assert made.inputs["distributed"] == engine and made.inputs[f"{engine}.json"]["zero_optimization"]
+    made = plan("fsdp")
+    config = OmegaConf.load(made.environment[ACCELERATE_CONFIG])
+    assert config.distributed_type == "FSDP" and config.fsdp_config.fsdp_use_orig_params is False
+    assert "FULL_STATE_DICT" in made.inputs["fsdp.yaml"]
+
+
+def test_accelerate_knows_every_key_of_the_shipped_file():
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    config = load_config_from_file("templates/distributed/fsdp.yaml")
+    assert config.fsdp_config["fsdp_offload_params"] is True
+    known = {f"fsdp_{name}" for name in FullyShardedDataParallelPlugin.__dataclass_fields__}
+    told = {"fsdp_sharding_strategy", "fsdp_backward_prefetch", "fsdp_offload_params", "fsdp_version"}
+    assert set(config.fsdp_config) - told <= known | {"fsdp_forward_prefetch", "fsdp_cpu_ram_efficient_loading"}
+
+
+def test_ray_is_told_of_the_cores_that_llamafactory_asks_for():
+    made = plan("ray", NPROC_PER_NODE="2")
+    assert made.environment == {"USE_RAY": "1"} and made.options[0] == "ray_num_workers=2"
+    claim = json.loads(made.options[1].removeprefix("ray_init_kwargs="))
+    assert claim["num_cpus"] == 20, "ten a worker"
+    assert claim["runtime_env"]["worker_process_setup_hook"] == "factory.launcher.guard_worker"
+    assert plan("ray", {**RECIPE, "ray_num_workers": 4, "ray_init_kwargs": {}}, RAY_ADDRESS="auto").options == ()
+
+
+@pytest.mark.parametrize(
+    ("engine", "given", "words"),
+    [
+        ("ddp", {"NNODES": "2", **PLACE}, "NNODES=2 without NODE_RANK"),
+        ("ddp", {"NNODES": "2", "NODE_RANK": "2", **PLACE}, "NODE_RANK=2 is not below NNODES=2"),
+        ("ddp", {"NNODES": "2", "NODE_RANK": "1"}, "MASTER_ADDR and MASTER_PORT missing"),
+        ("zero2", {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "x"}, "MASTER_PORT missing"),
+        ("ddp", {"NNODES": "two"}, "NNODES='two' is not a whole number of 1 or more"),
+        ("ddp", {"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE='0' is not a whole number of 1 or more"),
+        ("ddp", {"RDZV_ID": "run", "MASTER_ADDR": "x"}, "MASTER_PORT missing"),
+        ("ddp", {"RDZV_ID": "r", "MIN_NNODES": "1", **PLACE}, "MIN_NNODES and MAX_NNODES belong together"),
+        ("ddp", {"RDZV_ID": "r", "MIN_NNODES": "3", "MAX_NNODES": "2", **PLACE}, "MIN_NNODES=3 exceeds MAX_NNODES=2"),
+        ("fsdp", {"MAX_RESTARTS": "2"}, "MAX_RESTARTS without RDZV_ID"),
+    ],
+)
+def test_a_cluster_that_does_not_fit_together_is_refused(engine, given, words):
+    assert words in faults_of(engine, **given)
+
+
+@pytest.mark.parametrize(
+    ("engine", "keys", "words"),
+    [
+        ("zero3", {"quantization_bit": 8}, "zero3 shards 4-bit or 16-bit weights, not 8-bit"),
+        ("fsdp", {"quantization_bit": 8}, "fsdp shards 4-bit or 16-bit weights, not 8-bit"),
+        ("zero3", {"pure_bf16": True}, "zero3 does not go with pure_bf16"),
+        ("zero3", {"pissa_init": True, "quantization_bit": None}, "zero3 does not go with pissa_init"),
+        ("fsdp", {"deepspeed": "x.json"}, "fsdp excludes deepspeed"),
+        ("zero2", {"deepspeed": "x.json"}, "zero2 brings its own DeepSpeed file"),
+        ("fsdp", {"fsdp": "full_shard"}, "remove the key fsdp"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(engine, keys, words):
+    assert words in faults_of(engine, {**RECIPE, **keys})
+
+
+def test_all_faults_come_together_and_missing_packages_have_a_remedy(monkeypatch):
+    monkeypatch.setattr(launch_module, "find_spec", lambda name: None)
+    told = faults_of("zero3", {**RECIPE, "quantization_bit": 8}, NNODES="2")
+    assert told.startswith("4 fault(s)") and "deepspeed is not installed: pip install deepspeed" in told
+    assert "ray is not installed: make extra-ray" in faults_of("ray")
+    monkeypatch.chdir("/")
+    assert "templates/distributed/fsdp.yaml is missing" in faults_of("fsdp")
+
+
+def test_only_the_first_node_keeps_books():
+    assert plan("ddp", NNODES="2", NODE_RANK="0", **PLACE).keeps_books
+    assert not plan("ddp", NNODES="2", NODE_RANK="1", **PLACE).keeps_books
+
+
+def test_torchruns_and_accelerates_options():
+    plain = torchrun_options({"NPROC_PER_NODE": "2", "MASTER_PORT": "1234"}, devices=0)
+    assert " ".join(plain) == "--nnodes 1 --node_rank 0 --nproc_per_node 2 --master_addr 127.0.0.1 --master_port 1234"
+    assert torchrun_options({}, devices=4)[5] == "4"
+    elastic = {"RDZV_ID": "my run", "MIN_NNODES": "1", "MAX_NNODES": "3", "MAX_RESTARTS": "5", **PLACE}
+    assert torchrun_options(elastic, devices=2) == [
+        *("--nnodes", "1:3", "--nproc-per-node", "2", "--max-restarts", "5"),
+        *("--rdzv-id", "my run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.0.0.1:29500"),
+    ]
+    told = accelerate_options({"NNODES": "2", "NODE_RANK": "1", **PLACE}, devices=4)
+    assert told[:6] == ["--num_processes", "8", "--num_machines", "2", "--machine_rank", "1"]
+    from accelerate.commands.launch import launch_command_parser
+
+    config = ["--config_file", "templates/distributed/fsdp.yaml"]
+    parsed = launch_command_parser().parse_args([*config, *told, "a script.py", "a recipe.yaml"])
+    assert parsed.training_script == "a script.py" and parsed.training_script_args == ["a recipe.yaml"]
+    assert parsed.num_processes == 8 and parsed.main_process_port == 29500

@@ -1,0 +1,130 @@
+"""factory.merge: the copy holds the weights that a quantised training computes with, and is made once."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from common.console import Show
+from common.errors import ArenaError
+from common.experiment import parse_experiment
+from factory import merge as dequantised
+from factory.base_model import BaseModelSize, build_base_model
+from factory.merge import MANIFEST, dequantised_base
+from factory.recipes import write_recipe
+
+SIZE = BaseModelSize(vocabulary=300, hidden=64, layers=1, heads=2, feed_forward=128, positions=128)
+
+
+def experiment(**changed):
+    values = {"model": "models/tiny", "template": "qwen3_nothink", "cutoff_len": 64} | changed
+    return parse_experiment(values, "exam", where="experiment.yaml")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a tiny base and a function that renders an experiment's recipe and returns its copy."""
+    monkeypatch.chdir(tmp_path)
+    build_base_model(Path("models/tiny"), ["Which is better, A or B?"], seed=1, size=SIZE)
+
+    def prepared(**changed):
+        its = experiment(**changed)
+        write_recipe(its, "sft")
+        return dequantised_base(its, "sft")
+
+    return prepared
+
+
+def trained_function(bits: int):
+    """Return the hidden states of the quantised base, as PyTorch computes them from the quantised weights."""
+    from scoring.rewards import _load_base, quantization, weight_dtype
+
+    config = quantization(bits, "nf4", True, weight_dtype("cpu"), "cpu")
+    return logits(_load_base("models/tiny", "cpu", weight_dtype("cpu"), config, revision="main"))
+
+
+def logits(model):
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(40)[None]).logits.float()
+
+
+def plain(folder):
+    from transformers import AutoModelForCausalLM
+
+    return logits(AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
+def test_the_4_bit_copy_is_the_quantised_base_and_the_base_is_not(place):
+    copy = place()
+    copy.ensure(Show(io.StringIO()))
+    assert copy.folder.as_posix() == "saves/tiny/dequantised/base_4bit"
+    trained = trained_function(4)
+    assert (plain(copy.folder) - trained).abs().max() < 1e-5
+    assert (plain("models/tiny") - trained).abs().max() > 1e-2, "nf4 rounds, or this test shows nothing"
+
+
+def test_the_8_bit_copy_is_nearer_than_the_base(place):
+    copy = place(quantization_bit=8)
+    copy.ensure(Show(io.StringIO()))
+    trained = trained_function(8)
+    # The activations are rounded too, which no weights can imitate.
+    assert (plain(copy.folder) - trained).abs().mean() < (plain("models/tiny") - trained).abs().mean()
+
+
+def test_the_copy_is_an_ordinary_model_with_the_same_tokenizer(place):
+    from transformers import AutoTokenizer
+
+    copy = place()
+    copy.ensure(Show(io.StringIO()))
+    config = json.loads((copy.folder / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "float32"
+    one, other = (AutoTokenizer.from_pretrained(folder) for folder in (copy.folder, "models/tiny"))
+    assert one("Which, <|im_end|>?").input_ids == other("Which, <|im_end|>?").input_ids
+    assert not list(copy.folder.parent.glob("*.tmp")), "nothing half-made is left"
+
+
+def test_it_is_made_once_and_again_when_its_source_or_a_file_changed(place, monkeypatch):
+    copy = place()
+    copy.ensure(Show(io.StringIO()))
+    made = []
+    monkeypatch.setattr(dequantised, "_dequantised", lambda *_: made.append(1) or pytest.fail("made again"))
+    copy.ensure(Show(io.StringIO()))
+    assert not made
+    assert not place(recipes={"sft": {"double_quantization": False}}).is_whole()
+    assert place().is_whole()
+    weights = copy.folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-9])
+    assert not copy.is_whole()
+    weights.write_bytes(whole)
+    assert copy.is_whole()
+    Path("models/tiny/config.json").write_text(Path("models/tiny/config.json").read_text() + " ")
+    assert not copy.is_whole()
+    (copy.folder / MANIFEST).write_text("{")
+    assert not copy.is_whole()
+
+
+def test_a_base_that_cannot_be_loaded_is_told_and_the_earlier_copy_stays(place):
+    copy = place()
+    copy.ensure(Show(io.StringIO()))
+    before = sorted(path.name for path in copy.folder.iterdir())
+    Path("models/tiny/model.safetensors").unlink()
+    with pytest.raises(ArenaError, match="cannot be loaded to be dequantised") as caught:
+        copy.ensure(Show(io.StringIO()))
+    assert "merge_onto: base" in caught.value.remedy
+    assert sorted(path.name for path in copy.folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("changed", [{"merge_onto": "base"}, {"quantization_bit": None}])
+def test_there_is_none_where_none_is_wanted(changed):
+    assert dequantised_base(experiment(**changed), "sft") is None
+
+
+def test_a_judge_that_a_training_starts_from_has_its_own_copy():
+    its = experiment(start_from={"dpo_judge": "sft"})
+    assert its.merge_model("sft") == its.merge_model("rm") == "saves/tiny/dequantised/base_4bit"
+    assert its.merge_model("dpo_judge") == "saves/tiny/dequantised/exam_sft_4bit"
+    assert experiment(merge_onto="base").merge_model("dpo_judge") == "outputs/exam/sft/merged"

@@ -1,0 +1,147 @@
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import run
+from common.errors import ArenaError, UsageError
+from common.experiment import load_experiment
+from common.stages import STEPS
+from factory import new_experiment as new
+from factory.new_experiment import Wish, new_experiment
+from factory.recipe_checks import check_recipes
+from factory.recipes import is_as_rendered, write_recipe
+
+
+def call(*arguments):
+    return CliRunner().invoke(run.cli, ["new", *arguments])
+
+
+def test_it_makes_a_whole_experiment(workplace):
+    result = call("mine", "--model", "Qwen/Qwen3-8B", "--bits", "8", "--cutoff", "1024", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output) == {
+        "folder": "factory_configs/mine",
+        "model": "Qwen/Qwen3-8B",
+        "template": "qwen3",
+    }
+    its = load_experiment("mine")
+    assert (its.model, its.template, its.enable_thinking) == ("Qwen/Qwen3-8B", "qwen3", False)
+    assert (its.quantization_bit, its.cutoff_len) == (8, 1024)
+    assert sorted(p.name for p in its.folder.iterdir()) == sorted(["experiment.yaml", *(f"{s}.yaml" for s in STEPS)])
+    for step in STEPS:
+        assert is_as_rendered(its.recipe(step).read_text(encoding="utf-8"))
+        assert write_recipe(its, step).state == "unchanged"
+    check_recipes(its, STEPS)
+    text = (its.folder / "experiment.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# Made by: python run.py new mine --model Qwen/Qwen3-8B --bits 8 --cutoff 1024\n")
+    assert "gated" not in text
+
+
+def test_the_defaults_are_4_bits_and_2048_tokens(workplace):
+    result = call("mine", "--model", "google/gemma-2-2b-it")
+    assert result.exit_code == 0, result.output
+    assert "template gemma2; next: python run.py prepare -e mine --train FILE" in result.output
+    its = load_experiment("mine")
+    assert (its.quantization_bit, its.cutoff_len) == (4, 2048)
+    text = (its.folder / "experiment.yaml").read_text(encoding="utf-8")
+    assert "accept its licence with your account on https://huggingface.co/google/gemma-2-2b-it" in text
+    assert "HF_TOKEN" in text and "hf auth login" in text
+
+
+def test_no_bits_mean_no_quantization(workplace):
+    assert call("plain", "--model", "Qwen/Qwen2.5-7B-Instruct", "--bits", "none").exit_code == 0
+    assert load_experiment("plain").quantization_bit is None
+    for step in STEPS:
+        assert "quantization_bit:" not in Path(f"factory_configs/plain/{step}.yaml").read_text(encoding="utf-8")
+
+
+def test_a_local_folder_is_a_model(workplace, tiny_base):
+    result = call("local", "--model", str(tiny_base))
+    assert result.exit_code == 2 and "perhaps: qwen3, qwen3_nothink" in result.output
+    result = call("local", "--model", str(tiny_base), "--template", "qwen3_nothink")
+    assert result.exit_code == 0, result.output
+    its = load_experiment("local")
+    assert its.model == str(tiny_base)
+    assert "revision" not in (its.folder / "experiment.yaml").read_text(encoding="utf-8")
+
+
+def test_a_template_whose_tokens_the_model_lacks_is_refused(workplace, tiny_base):
+    result = call("local", "--model", str(tiny_base), "--template", "llama3")
+    assert result.exit_code == 2 and not Path("factory_configs/local").exists()
+    assert f"the tokenizer of {tiny_base} lacks <|eot_id|>, which this template writes" in result.output
+    assert "--template llama3: " in result.output
+    assert "give the model's own: for qwen3 perhaps: qwen3, qwen3_nothink" in result.output
+
+
+def test_a_hubs_model_is_looked_at_where_it_was_downloaded(workplace, tiny_base, tmp_path, monkeypatch):
+    kept = tmp_path / "hub" / "models--Qwen--Qwen3-8B"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("abc")
+    (kept / "snapshots" / "abc").mkdir(parents=True)
+    asked = ("mine", "--model", "Qwen/Qwen3-8B", "--template", "llama3")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert call("other", *asked[1:]).exit_code == 0, "nothing is on this disk, so prepare tells"
+    (kept / "snapshots" / "abc" / "tokenizer.json").write_bytes((tiny_base / "tokenizer.json").read_bytes())
+    result = call(*asked)
+    assert result.exit_code == 2 and "give the model's own: qwen3\n" in result.output, result.output
+
+
+def test_nothing_is_ever_overwritten(workplace):
+    assert call("mine", "--model", "Qwen/Qwen3-8B").exit_code == 0
+    before = {path.name: path.read_bytes() for path in Path("factory_configs/mine").iterdir()}
+    result = call("mine", "--model", "google/gemma-2-9b-it")
+    assert result.exit_code == 2 and "is there already" in result.output and "remedy" in result.output
+    assert {path.name: path.read_bytes() for path in Path("factory_configs/mine").iterdir()} == before
+    Path("factory_configs/file").write_text("mine")
+    assert call("file", "--model", "Qwen/Qwen3-8B").exit_code == 2
+    assert Path("factory_configs/file").read_text() == "mine"
+
+
+def test_a_folder_that_appears_meanwhile_stays(workplace, monkeypatch):
+    def slow(text, name, folder):
+        Path("factory_configs/mine").mkdir()
+        Path("factory_configs/mine/other").write_text("theirs")
+
+    monkeypatch.setattr(new, "write_experiment", slow)
+    with pytest.raises(UsageError, match="is there already"):
+        new_experiment(Wish("mine", "Qwen/Qwen3-8B"))
+    assert [path.name for path in Path("factory_configs").rglob("*")] == ["mine", "other"]
+
+
+def test_a_failure_leaves_nothing(workplace, monkeypatch):
+    def failing(*_):
+        raise ArenaError("no room")
+
+    monkeypatch.setattr(new, "render_recipe", failing)
+    with pytest.raises(ArenaError, match="no room"):
+        new_experiment(Wish("mine", "Qwen/Qwen3-8B"))
+    assert list(Path("factory_configs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["../x", "--model", "Qwen/Qwen3-8B"], "is not an experiment's name"),
+        (["mine"], "--model"),
+        (["mine", "--model", "me/unknown"], "for a hub id, name its chat template with --template"),
+        (["mine", "--model", "Qwen/Qwen3-8B", "--template", "qwn3"], "perhaps: qwen3"),
+        (["mine", "--model", "Qwen/Qwen3-8B", "--bits", "2"], "--bits"),
+        (["mine", "--model", "Qwen/Qwen3-8B", "--cutoff", "8"], "--cutoff"),
+        (["mine", "--model", "no such folder"], "neither a folder nor a hub id"),
+    ],
+)
+def test_wrong_use_is_told_and_makes_nothing(workplace, arguments, part):
+    result = call(*arguments)
+    assert result.exit_code == 2 and part in result.output, result.output
+    assert not Path("factory_configs").exists() or list(Path("factory_configs").iterdir()) == []
+
+
+def test_a_broken_template_is_named(workplace, monkeypatch, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "experiment.yaml.j2").write_text("{{ nothing }}", encoding="utf-8")
+    monkeypatch.setattr(new, "TEMPLATES", broken)
+    with pytest.raises(ArenaError, match="'nothing' is undefined"):
+        new_experiment(Wish("mine", "Qwen/Qwen3-8B"))

@@ -1,0 +1,326 @@
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from common.errors import ArenaError, UsageError
+from common.experiment import load_experiment, parse_experiment
+from common.stages import STEPS, TRAININGS, merge_of
+from factory.recipes import (
+    TEMPLATES,
+    as_yaml,
+    check_first_values,
+    is_as_rendered,
+    render_recipe,
+    shared_values,
+    step_of,
+    write_recipe,
+)
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted(path.parent.name for path in ROOT.glob("factory_configs/*/experiment.yaml"))
+COMMITTED = [(name, step) for name in EXPERIMENTS for step in STEPS]
+SECTIONS = {"train": ["model", "method", "dataset", "output", "train", "eval"], "export": ["model", "export"]}
+
+
+def experiment(**values):
+    base = {"model": "org/base-4b", "template": "qwen3_nothink", "cutoff_len": 1024}
+    return parse_experiment(base | values, "exp", where="experiment.yaml")
+
+
+def read(text: str) -> dict:
+    return OmegaConf.to_container(OmegaConf.create(text))
+
+
+def test_both_experiments_are_committed():
+    assert {"demo", "qwen3-4b"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize(("name", "step"), COMMITTED)
+def test_a_committed_recipe_is_what_its_template_renders(name, step):
+    its = load_experiment(name, ROOT)
+    text = (ROOT / its.recipe(step)).read_text(encoding="utf-8")
+    assert text == render_recipe(its, step), "render it anew: python run.py prepare"
+    assert is_as_rendered(text)
+
+
+@pytest.mark.parametrize(("name", "step"), COMMITTED)
+def test_a_recipe_is_native_and_tells_how_to_run_it(name, step):
+    text = render_recipe(load_experiment(name, ROOT), step)
+    command = STEPS[step].command
+    assert f"llamafactory-cli {command} factory_configs/{name}/{step}.yaml\n" in text
+    assert re.findall(r"^### (\w+)$", text, re.MULTILINE) == SECTIONS[command]
+    assert text.startswith("# ")
+    assert text.endswith("\n")
+    assert not re.search(r"\n\n\n| $", text, re.MULTILINE)
+    content = read(text)
+    assert not content.keys() & {"overwrite_output_dir", "trust_remote_code", "val_size", "tokenized_path", "packing"}
+    # PyYAML and OmegaConf read it alike, so that other tools may too.
+    assert yaml.safe_load(text) == content
+    assert max(map(len, text.splitlines())) <= 160
+
+
+def test_the_real_defaults():
+    recipe = read(render_recipe(load_experiment("qwen3-4b", ROOT), "sft"))
+    assert recipe == recipe | {
+        "model_name_or_path": "Qwen/Qwen3-4B-Instruct-2507",
+        "quantization_bit": 4,
+        "quantization_method": "bnb",
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_target": "all",
+        "lora_rank": 64,
+        "lora_alpha": 16,
+        "dataset_dir": "data/qwen3-4b",
+        "dataset": "qwen3-4b_sft_train",
+        "eval_dataset": "qwen3-4b_sft_valid",
+        "template": "qwen3_nothink",
+        "cutoff_len": 2048,
+        "output_dir": "saves/Qwen3-4B-Instruct-2507/lora/qwen3-4b_sft",
+        "learning_rate": 1e-4,
+        "num_train_epochs": 1.0,
+        "lr_scheduler_type": "cosine",
+        "bf16": True,
+        "report_to": "tensorboard",
+        "plot_loss": True,
+    }
+    assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 16
+
+
+def test_a_merge_fits_its_training():
+    for training in TRAININGS:
+        its = experiment()
+        trained, merged = read(render_recipe(its, training)), read(render_recipe(its, merge_of(training)))
+        assert merged["adapter_name_or_path"] == trained["output_dir"] == f"saves/base-4b/lora/exp_{training}"
+        copy = "exp_sft" if training == "dpo_judge" else "base"
+        assert merged["model_name_or_path"] == f"saves/base-4b/dequantised/{copy}_4bit"
+        onto_base = read(render_recipe(experiment(merge_onto="base"), merge_of(training)))
+        assert onto_base["model_name_or_path"] == trained["model_name_or_path"]
+        assert merged["template"] == trained["template"]
+        assert merged["export_dir"] == f"outputs/exp/{training}/merged"
+        assert "quantization_bit" not in merged
+        assert merged.get("stage") == ("rm" if training == "rm" else None)
+
+
+def test_dpo_starts_where_the_experiment_says():
+    its = experiment(start_from={"dpo_judge": "sft", "dpo_reward": "base"}, revision="abc123")
+    judge, reward = read(render_recipe(its, "dpo_judge")), read(render_recipe(its, "dpo_reward"))
+    assert judge["model_name_or_path"] == "outputs/exp/sft/merged"
+    assert "model_revision" not in judge
+    assert (reward["model_name_or_path"], reward["model_revision"]) == ("org/base-4b", "abc123")
+    assert judge["dataset"] == "exp_dpo_judge_train"
+    assert reward["dataset"] == read(render_recipe(its, "rm"))["dataset"] == "exp_dpo_reward_train"
+    assert (judge["stage"], judge["pref_loss"], judge["pref_beta"]) == ("dpo", "sigmoid", 1.0)
+    assert reward["pref_beta"] == 0.1
+    assert "adapter_name_or_path" not in judge
+    assert "outputs/exp/sft/merged, made by: python run.py sft" in render_recipe(its, "dpo_judge")
+
+
+def test_first_values_stand_in_place_or_in_their_section():
+    first = {
+        "lora_rank": 8,
+        "do_train": True,
+        "finetuning_type": "lora",
+        "neftune_noise_alpha": 5.0,
+        "use_rslora": True,
+        "upcast_layernorm": True,
+        "eval_delay": 2,
+    }
+    text = render_recipe(experiment(recipes={"sft": first}), "sft")
+    sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^###|\Z)", text, re.MULTILINE | re.DOTALL))
+    assert re.findall(r"^lora_rank: .*", text, re.MULTILINE) == [
+        "lora_rank: 8  # adapter and optimizer memory grow in proportion"
+    ], "the template's reason speaks for 64 only"
+    assert sections["model"].endswith("upcast_layernorm: true\n\n")
+    assert sections["method"].endswith("use_rslora: true\n\n")
+    assert sections["train"].endswith("neftune_noise_alpha: 5.0\n\n")
+    assert sections["eval"].endswith("eval_delay: 2\n")
+    assert read(text) | first == read(text)
+
+
+def test_first_values_of_a_merge():
+    first = {"export_legacy_format": False, "finetuning_type": "lora", "export_size": 2}
+    text = render_recipe(experiment(recipes={"merge_sft": first}), "merge_sft")
+    assert read(text) | first == read(text)
+    assert text.index("finetuning_type") < text.index("### export") < text.index("export_legacy_format")
+
+
+def test_all_faults_of_first_values_come_together():
+    first = {"lora_rnak": 8, "cutoff_len": 512, "learning_rate": "1e-4", "compute_dtype": "x"}
+    with pytest.raises(ArenaError) as caught:
+        render_recipe(experiment(recipes={"sft": first}), "sft")
+    message = str(caught.value)
+    assert "4 fault(s)" in message
+    assert "recipes.sft.lora_rnak: LLaMA-Factory has no such key; did you mean lora_rank?" in message
+    assert "recipes.sft.cutoff_len: follows from experiment.yaml" in message
+    assert "recipes.sft.learning_rate: '1e-4' is of type str" in message
+    assert message.startswith("factory_configs/exp/experiment.yaml: ") or "factory_configs" in message
+
+
+def test_thinking_and_remote_code_appear_only_when_declared():
+    plain = read(render_recipe(experiment(), "sft"))
+    assert not plain.keys() & {"enable_thinking", "trust_remote_code", "model_revision"}
+    its = experiment(enable_thinking=False, trust_remote_code=True, merge_onto="base", revision="v1")
+    told = read(render_recipe(its, "sft"))
+    assert (told["enable_thinking"], told["trust_remote_code"], told["model_revision"]) == (False, True, "v1")
+    assert "quantization_bit" not in read(render_recipe(experiment(quantization_bit=None), "sft"))
+
+
+@pytest.mark.parametrize("text", ["no", "", "a: b", "# c", "{x}", "null", "1e5", "ünï \n \"q\" 'r'", "- a", "yes #1"])
+def test_a_hostile_name_survives_the_rendering(text):
+    its = experiment(model=text or " ", template=text or " ", description=text)
+    content = read(render_recipe(its, "sft"))
+    assert content["model_name_or_path"] == (text or " ")
+    assert content["template"] == (text or " ")
+    assert content["stage"] == "sft"
+
+
+@given(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(10**12), 10**12),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.text(st.characters(codec="utf-8"), max_size=20).filter(lambda text: "${" not in text),
+        st.lists(st.text("abc,:#'\" ", max_size=5), max_size=3),
+    )
+)
+def test_a_value_reads_back_as_it_is(value):
+    line = f"key: {as_yaml(value)}\n"
+    assert "\n" not in line[:-1]
+    assert yaml.safe_load(line) == {"key": value}
+    assert OmegaConf.to_container(OmegaConf.create(line)) == {"key": value}
+    assert type(yaml.safe_load(line)["key"]) is type(value)
+
+
+def test_small_floats_are_written_as_people_write_them():
+    assert [as_yaml(x) for x in (1e-4, 2e-3, 5.5e-6, 0.05, 0.0, 1.0, -1e-5)] == [
+        "1.0e-4",
+        "2.0e-3",
+        "5.5e-6",
+        "0.05",
+        "0.0",
+        "1.0",
+        "-1.0e-5",
+    ]
+
+
+def test_the_life_of_a_recipe(tmp_path):
+    its = experiment()
+    path = tmp_path / its.recipe("sft")
+    outcome = write_recipe(its, "sft", root=tmp_path)
+    assert (outcome.state, outcome.diff, outcome.path) == ("written", "", its.recipe("sft"))
+    first = path.read_text(encoding="utf-8")
+    assert write_recipe(its, "sft", root=tmp_path).state == "unchanged"
+
+    outcome = write_recipe(experiment(cutoff_len=512), "sft", root=tmp_path)
+    assert outcome.state == "updated"
+    assert "-cutoff_len: 1024" in outcome.diff
+    assert "+cutoff_len: 512" in outcome.diff
+    assert "sha256" not in outcome.diff
+
+    write_recipe(its, "sft", root=tmp_path)
+    edited = first.replace("learning_rate: 1.0e-4", "learning_rate: 3.0e-4")
+    path.write_text(edited, encoding="utf-8")
+    outcome = write_recipe(its, "sft", root=tmp_path)
+    assert outcome.state == "hand-edited"
+    assert path.read_text(encoding="utf-8") == edited
+    assert re.findall(r"^[-+][a-z].*", outcome.diff, re.MULTILINE) == [
+        "-learning_rate: 3.0e-4  # with rank 64 and alpha 16, of the competition's 3rd place",
+        "+learning_rate: 1.0e-4  # with rank 64 and alpha 16, of the competition's 3rd place",
+    ]
+    outcome = write_recipe(its, "sft", force=True, root=tmp_path)
+    assert outcome.state == "replaced"
+    assert path.read_text(encoding="utf-8") == first
+    assert [p.name for p in path.parent.iterdir()] == ["sft.yaml"]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace("lora_rank: 64", "lora_rank: 32"),
+        lambda text: text + "# my note\n",
+        lambda text: (
+            re.sub("sha256:.", "sha256:0", text) if "sha256:0" not in text else text.replace("sha256:0", "sha256:1")
+        ),
+        lambda text: re.sub(r"^# Rendered.*\n", "", text, flags=re.MULTILINE),
+        lambda text: text.replace("### train", "### training"),
+        lambda text: "### model\nmodel_name_or_path: mine\n",
+        lambda text: "",
+        lambda text: text + "# sha256:" + "0" * 64 + "\n",
+    ],
+)
+def test_every_hand_edit_is_recognised(tmp_path, edit):
+    its = experiment()
+    write_recipe(its, "sft", root=tmp_path)
+    path = tmp_path / its.recipe("sft")
+    path.write_text(edit(path.read_text(encoding="utf-8")), encoding="utf-8")
+    outcome = write_recipe(its, "sft", root=tmp_path)
+    assert outcome.state == "hand-edited"
+
+
+def test_other_line_ends_are_no_edit(tmp_path):
+    its = experiment()
+    write_recipe(its, "sft", root=tmp_path)
+    path = tmp_path / its.recipe("sft")
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert write_recipe(its, "sft", root=tmp_path).state == "unchanged"
+    path.write_bytes(b"\xff\xfe broken")
+    assert write_recipe(its, "sft", root=tmp_path).state == "hand-edited"
+
+
+def test_a_faulty_template_is_named_and_the_recipe_stays(tmp_path):
+    its, templates = experiment(), tmp_path / "templates"
+    templates.mkdir()
+    for source in TEMPLATES.glob("*.yaml.j2"):
+        (templates / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    write_recipe(its, "sft", root=tmp_path, templates=templates)
+    before = (tmp_path / its.recipe("sft")).read_bytes()
+    faults = {"{{ no_such_name }}": "no_such_name", "{% if %}": "sft.yaml.j2 line", "{{ shared('seed') }}": "seed"}
+    for text, part in faults.items():
+        (templates / "sft.yaml.j2").write_text(text + "\n", encoding="utf-8")
+        with pytest.raises(ArenaError, match=part):
+            write_recipe(its, "sft", force=True, root=tmp_path, templates=templates)
+        assert (tmp_path / its.recipe("sft")).read_bytes() == before
+    (templates / "sft.yaml.j2").write_text("seed: 1\nseed: 2\n", encoding="utf-8")
+    with pytest.raises(ArenaError, match="writes twice: seed"):
+        render_recipe(its, "sft", templates)
+    (templates / "sft.yaml.j2").write_text("# no sections\n", encoding="utf-8")
+    with pytest.raises(ArenaError, match=r"no place for the first value\(s\) of: lora_rank"):
+        render_recipe(experiment(recipes={"sft": {"lora_rank": 4}}), "sft", templates)
+
+
+def test_steps_are_one_table():
+    assert list(STEPS) == [
+        *("sft", "merge_sft", "dpo_judge", "merge_dpo_judge"),
+        *("dpo_reward", "merge_dpo_reward", "rm", "merge_rm"),
+    ]
+    assert {step.template for step in STEPS.values()} == {
+        path.name for path in TEMPLATES.glob("*.yaml.j2") if path.name not in ("train.yaml.j2", "experiment.yaml.j2")
+    }
+    assert step_of("merge_rm").trains == step_of("rm").trains == "rm"
+    with pytest.raises(UsageError, match="choose one of: sft, merge_sft"):
+        step_of("sfft")
+
+
+def test_shared_values_are_in_the_recipe():
+    its = experiment()
+    for step in STEPS:
+        content = read(render_recipe(its, step))
+        given = {key: value for key, value in shared_values(its, step).items() if key in content}
+        assert content == content | given
+        assert len(given) >= 4
+
+
+def test_first_values_of_all_steps_are_refused_together():
+    recipes = {"sft": {"lora_rnk": 8}, "rm": {"learning_rate": "fast"}}
+    values = {"model": "models/tiny", "template": "llama3", "cutoff_len": 64, "recipes": recipes}
+    with pytest.raises(ArenaError) as caught:
+        check_first_values(parse_experiment(values, "demo", where="here"))
+    assert "2 fault(s)" in str(caught.value)
+    assert "recipes.sft.lora_rnk" in str(caught.value) and "recipes.rm.learning_rate" in str(caught.value)

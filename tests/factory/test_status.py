@@ -1,0 +1,272 @@
+import io
+import json
+import os
+import socket
+from datetime import datetime, timedelta
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+import run
+from common.errors import UsageError
+from common.experiment import load_experiment
+from common.lock import only_run
+from common.stages import TRAININGS
+from factory.state import StageState
+from factory.status import (
+    experiment_names,
+    is_at_work,
+    next_commands,
+    print_survey,
+    running_stages,
+    stage_named,
+    stage_view,
+    survey,
+)
+
+
+@pytest.fixture
+def exam(workplace):
+    folder = workplace / "factory_configs" / "exam"
+    folder.mkdir(parents=True)
+    (folder / "experiment.yaml").write_text("model: models/none\ntemplate: qwen3_nothink\ncutoff_len: 512\n")
+    return load_experiment("exam")
+
+
+def began(experiment, stage, *parts, finished=True):
+    """Write down the parts as run.py does; only the last one may be unfinished."""
+    folder = experiment.output_folder(stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = StageState(folder)
+    for part in parts:
+        state.begin(part, {})
+        if finished or part != parts[-1]:
+            made = folder / f"{part}.made"
+            made.touch()
+            state.finish(part, [made], 1.0)
+
+
+def log(experiment, stage, step, total=100):
+    folder = experiment.adapter_folder(stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"current_steps": step, "total_steps": total, "loss": 1.0})
+    (folder / "trainer_log.jsonl").write_text(f"{line}\n")
+
+
+def report(experiment, stage, log_loss, prior=1.09):
+    content = {"log_loss": log_loss, "baselines": {"prior": prior}}
+    (experiment.output_folder(stage) / "report.json").write_text(json.dumps(content))
+
+
+def prepared(experiment, battles=1234):
+    experiment.data_folder.mkdir(parents=True)
+    (experiment.data_folder / "manifest.json").write_text("{}")
+    (experiment.data_folder / "audit.json").write_text(json.dumps({"sources": {"train": {"rows_kept": battles}}}))
+
+
+def test_a_new_experiment_is_told_to_prepare(exam):
+    (view,) = survey(experiment_names())
+    assert (view.name, view.prepared, view.battles) == ("exam", False, None)
+    assert view.next == "python run.py prepare -e exam --train FILE"
+    assert {stage.state for stage in view.stages} == {"new"}
+
+
+def test_each_state_is_told_with_the_command_that_goes_on(exam):
+    prepared(exam)
+    log(exam, "sft", 40)
+    began(exam, "sft", "train", finished=False)
+    checkpoint = exam.adapter_folder("sft") / "checkpoint-40"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    began(exam, "dpo_judge", "train")
+    began(exam, "dpo_reward", "train", "merge", finished=False)
+    began(exam, "rm", "train", "merge", "score")
+    report(exam, "rm", 1.02)
+    (view,) = survey(["exam"])
+    assert (view.prepared, view.battles) == (True, 1234)
+    states = {stage.stage: (stage.state, stage.next) for stage in view.stages}
+    assert states == {
+        "sft": ("interrupted", "python run.py sft -e exam --resume"),
+        "dpo_judge": ("trained", "python run.py dpo --view judge -e exam"),
+        "dpo_reward": ("interrupted", "python run.py dpo --view reward -e exam"),
+        "rm": ("scored", "python run.py compare -e exam"),
+    }
+    (checkpoint / "trainer_state.json").unlink()
+    assert stage_view(exam, "sft").next == "python run.py sft -e exam --fresh", "there is nothing to resume from"
+    details = {stage.stage: stage.detail for stage in view.stages}
+    assert details["sft"] == "training at step 40/100" and details["dpo_reward"] == "merging; trained"
+    rm = view.stages[-1]
+    assert (rm.log_loss, rm.prior, rm.report) == (1.02, 1.09, "outputs/exam/rm/report.html")
+
+
+def test_a_run_at_work_is_known_by_its_lock_and_a_dead_one_is_not(exam):
+    log(exam, "sft", 7)
+    folder = exam.output_folder("sft")
+    with only_run(folder):
+        began(exam, "sft", "train", finished=False)
+        view = stage_view(exam, "sft")
+        assert (view.state, view.detail, view.step) == ("training", "step 7/100", 7)
+        assert view.next == "python run.py watch -e exam --stage sft"
+        assert running_stages(exam) == ["sft"]
+    assert stage_view(exam, "sft").state == "interrupted"
+    lock = folder.with_name(".sft.lock")
+    now = datetime.now().astimezone()
+    here = {"pid": os.getpid(), "host": socket.gethostname(), "started_at": now.isoformat()}
+    for owner, expected in (
+        (here, True),
+        ({**here, "host": "elsewhere"}, False),
+        ({**here, "started_at": (now - timedelta(days=9)).isoformat()}, False),  # the number was given again
+        ({**here, "pid": 2**22 + 1}, False),
+        ({"pid": os.getpid()}, False),
+    ):
+        lock.write_text(json.dumps(owner))
+        assert is_at_work(folder) is expected, owner
+    lock.write_text('{"pid": 1')
+    assert not is_at_work(folder)
+
+
+def test_what_is_gone_or_damaged_is_told(exam):
+    began(exam, "sft", "train", "merge")
+    (exam.output_folder("sft") / "merge.made").unlink()
+    assert stage_view(exam, "sft").detail.startswith("gone: outputs/exam/sft/merge.made")
+    began(exam, "rm", "train", "merge", "score")
+    assert stage_view(exam, "rm").detail == "outputs/exam/rm/report.json is unreadable"
+    assert stage_view(exam, "rm").next == "python run.py score -e exam --stage rm --fresh"
+    (exam.output_folder("rm") / "state.json").write_text("{")
+    assert stage_view(exam, "rm").state == "unreadable"
+
+
+def test_an_adapter_that_run_py_did_not_train_is_named(exam):
+    folder = exam.adapter_folder("sft")
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").touch()
+    view = stage_view(exam, "sft")
+    assert (view.state, view.detail) == ("trained", f"not by run.py: {folder}")
+
+
+def test_a_faulty_experiment_hides_no_other(exam, workplace):
+    broken = workplace / "factory_configs" / "broken"
+    broken.mkdir()
+    (broken / "experiment.yaml").write_text("modle: x\n")
+    result = CliRunner().invoke(run.cli, ["status"])
+    assert result.exit_code == 0
+    assert "faulty" in result.output and "exam" in result.output and "not prepared" in result.output
+    (first, second) = json.loads(CliRunner().invoke(run.cli, ["status", "--json"]).output)["experiments"]
+    assert "there is no such key; did you mean model?" in first["fault"] and second["fault"] is None
+
+
+def test_the_table_has_losses_and_no_colour_where_none_is_wanted(exam, monkeypatch):
+    prepared(exam)
+    began(exam, "sft", "train", "merge", "score")
+    report(exam, "sft", 0.987654)
+    views = survey(["exam"])
+    coloured, plain = io.StringIO(), io.StringIO()
+    print_survey(Console(file=coloured, force_terminal=True, width=100, color_system="standard"), views)
+    monkeypatch.setenv("NO_COLOR", "1")
+    print_survey(Console(file=plain, force_terminal=True, width=100), views)
+    assert "\x1b[32m" in coloured.getvalue(), "a result below the prior is green"
+    assert "\x1b[3" not in plain.getvalue()
+    assert "0.9877" in plain.getvalue() and "1.0900" in plain.getvalue()
+    assert "prepared, 1,234 battles" in plain.getvalue()
+    assert "next: python run.py dpo --view reward -e exam" in plain.getvalue(), "docs/methods.md: the one that helped"
+
+
+def test_what_is_next_after_a_report_is_what_status_says(exam):
+    from scoring.report import console as summary
+
+    prepared(exam)
+    asked = []
+    for stage in ("sft", "dpo_reward"):
+        began(exam, stage, "train", "merge", "score")
+        report(exam, stage, 1.02)
+        (view,) = survey(["exam"])
+        assert next_commands(view) == summary.next_commands(exam, stage, {})
+        asked += next_commands(view)
+    assert asked == [
+        "python run.py dpo --view reward -e exam   (another method on the same votes)",
+        "python run.py compare -e exam",
+    ]
+    began(exam, "rm", "train", finished=False)
+    assert summary.next_commands(exam, "sft", {}) == ["python run.py rm -e exam"]
+
+
+def test_a_result_that_does_not_beat_the_prior_is_marked_in_words(exam):
+    prepared(exam)
+    began(exam, "sft", "train", "merge", "score")
+    content = {"log_loss": 1.0, "baselines": {"prior": 1.01}, "beats_prior": False}  # within chance
+    (exam.output_folder("sft") / "report.json").write_text(json.dumps(content))
+    views = survey(["exam"])
+    assert views[0].stages[0].beats_prior is False
+    printed = io.StringIO()
+    print_survey(Console(file=printed, width=140), views)
+    assert "not better than the prior" in printed.getvalue()
+    report(exam, "sft", 0.9)
+    printed = io.StringIO()
+    print_survey(Console(file=printed, width=140), survey(["exam"]))
+    assert "not better" not in printed.getvalue()
+
+
+def test_untouched_experiments_share_one_line(exam, workplace):
+    source = (workplace / "factory_configs" / "exam" / "experiment.yaml").read_text()
+    for name in ("other", "third"):
+        (workplace / "factory_configs" / name).mkdir()
+        (workplace / "factory_configs" / name / "experiment.yaml").write_text(source)
+    fresh = CliRunner().invoke(run.cli, ["status"]).output
+    assert "3 experiments, nothing done yet: exam, other, third" in fresh
+    assert "next: python run.py prepare -e EXP --train FILE" in fresh
+    prepared(exam)
+    begun = CliRunner().invoke(run.cli, ["status"]).output
+    assert "2 more experiments, nothing done yet: other, third" in begun
+    assert [line for line in begun.splitlines() if line.startswith("next: ")] == ["next: python run.py sft -e exam"]
+    alone = CliRunner().invoke(run.cli, ["status", "-e", "other"]).output
+    assert "not prepared" in alone and "next: python run.py prepare -e other --train FILE" in alone
+    assert len(json.loads(CliRunner().invoke(run.cli, ["status", "--json"]).output)["experiments"]) == 3
+
+
+def test_status_of_one_experiment_and_of_none(exam):
+    assert CliRunner().invoke(run.cli, ["status", "-e", "nowhere"]).exit_code == 2
+    assert "exam" in CliRunner().invoke(run.cli, ["status", "-e", "exam"]).output
+
+
+def test_dpo_means_the_one_view_that_was_trained(exam):
+    assert [stage_named(exam, stage) for stage in TRAININGS] == list(TRAININGS)
+    with pytest.raises(UsageError, match="neither dpo_judge nor dpo_reward was trained") as caught:
+        stage_named(exam, "dpo")
+    assert "python run.py dpo --view judge -e exam or python run.py dpo --view reward -e exam" in caught.value.remedy
+    began(exam, "dpo_reward", "train", finished=False)
+    assert stage_named(exam, "dpo") == "dpo_reward", "also while it is trained: watch wants it"
+    began(exam, "dpo_judge", "train", "merge")
+    with pytest.raises(UsageError, match="dpo_judge and dpo_reward were both trained") as caught:
+        stage_named(exam, "dpo")
+    assert caught.value.remedy == "say which: --stage dpo_judge or --stage dpo_reward"
+
+
+@pytest.mark.parametrize("command", [["score"], ["show", "1"], ["export"], ["watch", "--once"]], ids=lambda c: c[0])
+def test_every_command_that_takes_a_stage_takes_dpo(exam, command):
+    done = CliRunner().invoke(run.cli, [*command, "-e", "exam", "--stage", "dpo"])
+    assert done.exit_code == 2 and "neither dpo_judge nor dpo_reward was trained" in done.output
+    began(exam, "dpo_judge", "train")
+    done = CliRunner().invoke(run.cli, [*command, "-e", "exam", "--stage", "dpo", "--json"])
+    assert done.exit_code in (0, 1) and isinstance(done.exception, SystemExit | None), done.exception
+    assert "dpo_judge" in done.output or "--view judge" in done.output or "remedy: " in done.output
+
+
+def test_after_a_useless_judge_the_advice_is_no_other_method(exam):
+    """Whatever the method, it would read the same cut texts: what may help is told instead."""
+    prepared(exam)
+    began(exam, "sft", "train", "merge", "score")
+    report(exam, "sft", 1.10)
+    (more,) = next_commands(survey(["exam"])[0])
+    base = "another base: python run.py new EXP --model ID"
+    assert more == f"python run.py prepare -e exam --train FILE   (with more votes; or {base})"
+    path = exam.output_folder("sft") / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": {"judged": {"rows_cut_share": 0.86}}}))
+    (longer,) = next_commands(survey(["exam"])[0])
+    assert longer == (
+        "python run.py prepare -e exam --train FILE   "
+        "(after a larger cutoff_len in factory_configs/exam/experiment.yaml: "
+        f"86% of these battles were shortened; or {base})"
+    )
+    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": [1]}))
+    assert stage_view(exam, "sft").state == "interrupted", "a damaged report is no traceback"

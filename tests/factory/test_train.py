@@ -1,0 +1,542 @@
+import io
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import run as click_commands
+from common import files
+from common.console import Show, loss_curve
+from common.errors import ArenaError, UsageError
+from common.experiment import StartFrom, parse_experiment, read_yaml
+from common.files import sha256_of
+from factory import status as survey
+from factory import train as steps
+from factory.base_model import BaseModelSize, build_base_model
+from factory.inputs import inputs_of
+from factory.recipes import write_recipe as render
+from factory.state import StageState
+from factory.status import stage_view
+
+# Stands for llamafactory-cli: writes what it writes, as far as our half reads it, and fails on demand.
+FAKE = """
+import json, os, struct, sys, time
+from pathlib import Path
+command, recipe_path, *options = sys.argv[1:]
+lines = (line.split(": ", 1) for line in Path(recipe_path).read_text().splitlines() if line)
+recipe = {key: json.loads(value) for key, value in lines} | dict(option.split("=", 1) for option in options)
+Path("calls.txt").open("a").write(" ".join([command, *options]) + "\\n")
+mode = os.environ.get("FAKE_MODE", "")
+def weights(path, value):
+    header = json.dumps({"lora_A": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<f", value))
+if mode == "prepared meanwhile":
+    Path("data/demo/sft_train.jsonl").open("a").write("\\n")
+if mode == "error":
+    raise ValueError("Template qwen33 does not exist.")
+if command == "export":
+    out = Path(recipe["export_dir"])
+    weights(out / "model.safetensors", 1.0)
+    for name in ("config.json", *(() if mode == "no tokenizer" else ("tokenizer_config.json",))):
+        (out / name).write_text("{}")
+    if mode == "killed":
+        os.kill(os.getpid(), 9)
+    if mode == "interrupted":
+        os.kill(os.getppid(), 2)
+        time.sleep(60)
+    sys.exit()
+rows = 5 if mode == "dropped" else 6
+print("[INFO|trainer.py:1] >> ***** Running Evaluation *****\\n  Num examples = 2")
+if mode != "mute":
+    print("[INFO|trainer.py:1] >> ***** Running training *****")
+    print(f"[INFO|trainer.py:2] >>   Num examples = {rows:,}", flush=True)
+out = Path(recipe["output_dir"])
+first = int(recipe.get("resume_from_checkpoint", "checkpoint-0").rsplit("-", 1)[1])
+history = []
+for step in range(first + 1, 5):
+    out.mkdir(parents=True, exist_ok=True)
+    loss = float("nan") if mode == "nan" and step == 2 else 2 - step / 10
+    history.append({"step": step, "loss": loss})
+    point = {"current_steps": step, "total_steps": 4, "loss": loss, "lr": 1e-4, "elapsed_time": "0:00:01"}
+    with (out / "trainer_log.jsonl").open("a") as file:
+        file.write(json.dumps(point) + "\\n")
+    if step % 2 == 0:
+        kept = out / f"checkpoint-{step}"
+        kept.mkdir(exist_ok=True)
+        (kept / "trainer_state.json").write_text("{}")
+    if mode == "stops" and step == 3 or mode == "stops early" and step == 1:
+        sys.exit("RuntimeError: CUDA out of memory")
+    if mode == f"interrupted at {step}":
+        os.kill(os.getppid(), 2)
+        time.sleep(60)
+(out / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+(out / "adapter_config.json").write_text("{}")
+if mode != "no adapter":
+    weights(out / "adapter_model.safetensors", float("nan") if mode == "nan weights" else 1.0)
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(steps, "check_recipes", lambda experiment, names: None)
+    monkeypatch.setattr(survey, "check_recipe", lambda experiment, step: [])
+    Path("fake.py").write_text(FAKE)
+    monkeypatch.setattr(steps, "llamafactory", lambda *arguments: [sys.executable, "fake.py", *arguments])
+    values = {"model": "models/tiny", "template": "llama3", "cutoff_len": 64, "merge_onto": "base"}
+    experiment = parse_experiment(values, "demo", where="here")
+    write_recipe(experiment)
+    Path("data/demo").mkdir(parents=True)
+    info = {"demo_sft_train": {"file_name": "sft_train.jsonl"}}
+    Path("data/demo/dataset_info.json").write_text(json.dumps(info))
+    Path("data/demo/sft_train.jsonl").write_text("{}\n" * 6)
+    Path("models/tiny").mkdir(parents=True)
+    Path("models/tiny/config.json").write_text("{}")
+    return experiment
+
+
+def write_recipe(experiment, **values):
+    adapter = experiment.adapter_folder("sft").as_posix()
+    model = {"model_name_or_path": "models/tiny"}
+    data = {"dataset": "demo_sft_train", "dataset_dir": "data/demo", "output_dir": adapter, "learning_rate": 1.0e-4}
+    merge = {"adapter_name_or_path": adapter, "export_dir": "outputs/demo/sft/merged"}
+    experiment.folder.mkdir(parents=True, exist_ok=True)
+    for step, recipe in {"sft": {**model, **data, **values}, "merge_sft": {**model, **merge}}.items():
+        lines = [f"{key}: {json.dumps(value)}" for key, value in recipe.items()]
+        experiment.recipe(step).write_text("\n".join(lines))
+
+
+def calls():
+    return Path("calls.txt").read_text().splitlines() if Path("calls.txt").exists() else []
+
+
+def run(experiment, mode="", step="train", **options):
+    os.environ["FAKE_MODE"] = mode
+    stream = io.StringIO()
+    try:
+        result = getattr(steps, step)(experiment, "sft", show=Show(stream), **options)
+    finally:
+        del os.environ["FAKE_MODE"]
+    return result, stream.getvalue()
+
+
+def test_a_tracker_without_an_account_is_told_before_anything_is_touched(experiment, monkeypatch):
+    asked = []
+
+    def refuse(recipe, recipe_path):
+        asked.append(recipe["report_to"])
+        raise ArenaError("wandb lets nobody in")
+
+    write_recipe(experiment, report_to="wandb")
+    monkeypatch.setattr(steps, "require_accounts", refuse)
+    for options in ({}, {"fresh": True}):
+        with pytest.raises(ArenaError, match="lets nobody in"):
+            run(experiment, **options)
+    assert calls() == [] and StageState(Path("outputs/demo/sft")).record("train") is None
+    monkeypatch.setattr(steps, "require_accounts", lambda recipe, recipe_path: None)
+    adapter, _ = run(experiment)
+    monkeypatch.setattr(steps, "require_accounts", refuse)
+    assert "training kept" in run(experiment)[1], "merging and scoring report to nobody"
+    with pytest.raises(ArenaError, match="lets nobody in"):
+        run(experiment, fresh=True)
+    assert adapter.is_dir() and not list(adapter.parent.glob("*.earlier-*"))
+    assert asked == ["wandb"] * 3
+
+
+def test_training_writes_adapter_state_and_log_and_shows_progress(experiment):
+    adapter, shown = run(experiment)
+    assert adapter == experiment.adapter_folder("sft")
+    assert "sft: training\n" in shown
+    assert "step 4/4  loss 1.6000" in shown
+    assert "sft: trained in 0:00:0" in shown
+    assert "loss 1.9000 -> 1.6000" in shown
+    record = StageState(Path("outputs/demo/sft")).record("train")
+    assert record.finished_at
+    assert record.inputs["data"] == {
+        "data/demo/dataset_info.json demo_sft_train": {"file_name": "sft_train.jsonl"},
+        "data/demo/sft_train.jsonl": f"sha256:{sha256_of(Path('data/demo/sft_train.jsonl'))}",
+    }
+    assert record.inputs["factory_configs/demo/sft.yaml"]["learning_rate"] == 1.0e-4
+    assert set(record.inputs["model_name_or_path models/tiny"]) == {"config.json"}
+    assert "Num examples = 6" in Path("outputs/demo/sft/train.log").read_text()
+
+
+def test_a_start_that_is_missing_is_told_before_the_child_starts(experiment):
+    from_sft = experiment.model_copy(update={"start_from": StartFrom(dpo_judge="sft")})
+    with pytest.raises(ArenaError) as caught:
+        steps.train(from_sft, "dpo_judge", show=Show(io.StringIO()))
+    assert caught.value.where == "outputs/demo/sft/merged"
+    assert "python run.py sft -e demo --until merge" in caught.value.remedy
+    Path("data/demo/dataset_info.json").unlink()
+    with pytest.raises(ArenaError, match="there is no exported data"):
+        run(experiment)
+    assert calls() == []
+
+
+def test_a_finished_training_is_kept(experiment):
+    run(experiment)
+    before = Path("outputs/demo/sft/state.json").read_bytes()
+    _, shown = run(experiment, "error")
+    assert "training kept" in shown
+    assert calls() == ["train"]
+    assert Path("outputs/demo/sft/state.json").read_bytes() == before
+    run(experiment, resume=True)  # nothing to go on with
+    assert calls() == ["train"]
+
+
+def test_changed_inputs_are_named_and_fresh_archives(experiment):
+    run(experiment)
+    write_recipe(experiment, learning_rate=2.0e-4, logging_steps=7)
+    Path("data/demo/sft_train.jsonl").write_text('{"a": 1}\n' * 6)
+    Path("models/tiny/config.json").write_text('{"a": 1}')
+    with pytest.raises(ArenaError) as caught:
+        run(experiment)
+    assert caught.value.what.splitlines()[1:] == [
+        "  - factory_configs/demo/sft.yaml: learning_rate 0.0001 -> 0.0002",
+        "  - model_name_or_path models/tiny: config.json has other content",
+        "  - data: data/demo/sft_train.jsonl has other content",
+    ]
+    assert "--fresh" in caught.value.remedy
+    _, shown = run(experiment, fresh=True)
+    assert "the earlier run is now saves/tiny/lora/demo_sft.earlier-1" in shown
+    assert Path("saves/tiny/lora/demo_sft.earlier-1/adapter_model.safetensors").is_file()
+    assert Path("outputs/demo/sft.earlier-1/state.json").is_file()
+    assert Path("saves/tiny/lora/demo_sft/adapter_model.safetensors").is_file()
+    assert calls() == ["train", "train"]
+
+
+def test_an_unfinished_run_is_not_touched_without_being_asked_and_resumed_when_asked(experiment):
+    with pytest.raises(ArenaError, match="CUDA out of memory") as caught:
+        run(experiment, "stops")
+    assert "gradient_accumulation_steps" in caught.value.remedy
+    adapter = experiment.adapter_folder("sft")
+    (adapter / "checkpoint-9").mkdir()  # only half written
+    before = sorted(adapter.rglob("*"))
+    with pytest.raises(ArenaError, match="its last whole checkpoint is checkpoint-2") as caught:
+        run(experiment)
+    assert "--resume" in caught.value.remedy
+    assert "--fresh" in caught.value.remedy
+    assert sorted(adapter.rglob("*")) == before
+    write_recipe(experiment, learning_rate=3.0e-4)
+    with pytest.raises(ArenaError, match=r"train began with other inputs(.|\n)*learning_rate 0.0001 -> 0.0003"):
+        run(experiment, resume=True)
+    write_recipe(experiment)
+    _, shown = run(experiment, resume=True)
+    assert f"going on from {adapter}/checkpoint-2" in shown
+    assert calls() == ["train", f"train resume_from_checkpoint={adapter}/checkpoint-2"]
+    assert [row["step"] for row in loss_curve(adapter / "trainer_log.jsonl")] == [1, 2, 3, 4]
+    assert StageState(Path("outputs/demo/sft")).record("train").finished_at
+
+
+@pytest.mark.parametrize(
+    ("step", "stage", "remedy", "flag"),
+    [
+        (
+            1,
+            "sft",
+            "no checkpoint was saved so far (save_strategy and save_steps in the recipe say when one is)",
+            "--fresh",
+        ),
+        (3, "sft", "go on from checkpoint-2: python run.py sft -e demo --resume", "--resume"),
+        (3, "rm", "LLaMA-Factory 0.9.5 cannot resume a reward model", "--fresh"),
+    ],
+)
+def test_after_an_interrupt_the_advice_is_what_the_next_call_takes(experiment, monkeypatch, step, stage, remedy, flag):
+    monkeypatch.setitem(steps.STEPS, "sft", replace(steps.STEPS["sft"], stage=stage))
+    write_recipe(experiment, stage=stage)
+    with pytest.raises(ArenaError, match="training sft was interrupted") as caught:
+        run(experiment, f"interrupted at {step}")
+    assert caught.value.remedy.startswith(remedy) and flag in caught.value.remedy
+    with pytest.raises(ArenaError, match="an unfinished run") as caught:
+        run(experiment)
+    assert ("--resume" in caught.value.remedy) == (flag == "--resume")
+    assert stage_view(experiment, "sft").next == f"python run.py sft -e demo {flag}"
+    assert run(experiment, **{flag.removeprefix("--"): True})[0] == experiment.adapter_folder("sft")
+
+
+def test_resume_without_a_checkpoint_says_so_and_begins_anew_after_archiving(experiment):
+    with pytest.raises(ArenaError):
+        run(experiment, "stops early")
+    with pytest.raises(ArenaError, match="it has no whole checkpoint") as caught:
+        run(experiment)
+    assert caught.value.remedy == "--fresh archives that run and begins anew"
+    _, shown = run(experiment, resume=True)
+    assert "holds no whole checkpoint: training starts at the beginning" in shown
+    told = CliRunner().invoke(click_commands.cli, ["sft", "--help"]).output
+    assert "unfinished run; anew where none is whole." in " ".join(told.split()), "help and tutorial tell the same"
+    tutorial = (Path(click_commands.__file__).parent / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    assert "`--resume` does the same there, and says so." in tutorial
+    assert Path("saves/tiny/lora/demo_sft.earlier-1/trainer_log.jsonl").is_file()
+    assert calls() == ["train", "train"]
+
+
+def test_resume_with_nothing_there_begins_and_both_flags_exclude_each_other(experiment):
+    _, shown = run(experiment, resume=True)
+    assert "nothing to resume" in shown
+    with pytest.raises(UsageError, match="exclude"):
+        run(experiment, resume=True, fresh=True)
+
+
+def test_an_adapter_that_was_damaged_later_is_not_kept_and_written_again_by_resume(experiment):
+    adapter, _ = run(experiment)
+    weights = adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit: it still loads
+    with pytest.raises(ArenaError, match="its last whole checkpoint is checkpoint-4"):
+        run(experiment)
+    _, shown = run(experiment, resume=True)
+    assert f"{weights} is not what the training wrote" in shown and "going on from" in shown
+    assert weights.read_bytes() == whole
+    assert "training kept" in run(experiment)[1]
+
+
+def test_data_that_change_while_the_child_reads_them_stop_the_training_at_once(experiment):
+    with pytest.raises(ArenaError, match=r"since then changed:(.|\n)*sft_train.jsonl has other content") as caught:
+        run(experiment, "prepared meanwhile")
+    assert "--fresh" in caught.value.remedy
+    assert StageState(Path("outputs/demo/sft")).record("train").finished_at is None
+
+
+def test_a_checkpoint_that_ends_early_is_passed_over_and_named(experiment):
+    with pytest.raises(ArenaError):
+        run(experiment, "stops")
+    adapter = experiment.adapter_folder("sft")
+    broken = adapter / "checkpoint-3"
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text("{}")
+    (broken / "optimizer.pt").write_bytes(b"PK\x03\x04 and then the disk was full")
+    _, shown = run(experiment, resume=True)
+    assert f"{broken} is not whole" in shown and f"going on from {adapter}/checkpoint-2" in shown
+
+
+def test_a_reward_model_is_not_resumed(experiment):
+    write_recipe(experiment, stage="rm")
+    with pytest.raises(ArenaError):
+        run(experiment, "stops")
+    with pytest.raises(ArenaError, match="cannot resume a reward model"):
+        run(experiment, resume=True)
+
+
+def test_rows_that_were_dropped_stop_the_training_at_once(experiment):
+    with pytest.raises(ArenaError, match="trains on 5 rows, but 6 were exported"):
+        run(experiment, "dropped")
+    assert StageState(Path("outputs/demo/sft")).record("train").finished_at is None
+    write_recipe(experiment, max_samples=5)
+    run(experiment, "dropped", fresh=True)
+
+
+def test_a_log_that_does_not_tell_the_rows_is_not_trusted(experiment):
+    with pytest.raises(ArenaError, match="does not say on how many rows"):
+        run(experiment, "mute")
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("nan", "NaN or infinite at step 2"),
+        ("nan weights", "1 trained weights are NaN or infinite, the first is lora_A"),
+        ("no adapter", r"ended without an error, but did not write adapter_model\.safetensors"),
+        ("error", "ValueError: Template qwen33 does not exist."),
+    ],
+)
+def test_a_training_that_went_wrong_is_not_finished(experiment, mode, message):
+    with pytest.raises(ArenaError, match=message) as caught:
+        run(experiment, mode)
+    assert caught.value.remedy
+    assert StageState(Path("outputs/demo/sft")).record("train").finished_at is None
+
+
+def test_a_merge_appears_whole_and_is_kept(experiment):
+    run(experiment)
+    merged, _ = run(experiment, step="merge", complete=lambda folder: (folder / "judge.json").write_text("{}"))
+    assert merged == Path("outputs/demo/sft/merged")
+    names = {"config.json", "judge.json", "model.safetensors", "tokenizer_config.json"}
+    assert {path.name for path in merged.iterdir()} == names
+    assert calls()[1].startswith("export export_dir=outputs/demo/sft/.merged.")
+    _, shown = run(experiment, "error", step="merge")
+    assert "merge kept" in shown
+    assert {p.name for p in merged.parent.iterdir()} == {"merged", "state.json", "train.log", "merge.log"}
+
+
+@pytest.mark.parametrize("mode", ["error", "no tokenizer", "killed"])
+def test_a_failed_merge_leaves_nothing_and_is_made_again(experiment, mode):
+    run(experiment)
+    with pytest.raises(ArenaError):
+        run(experiment, mode, step="merge")
+    assert {p.name for p in Path("outputs/demo/sft").iterdir()} == {"state.json", "train.log", "merge.log"}
+    ended = files._prefix(Path("outputs/demo/sft/merged")).replace(f"-{os.getpid()}.", "-999999999.")
+    Path(f"outputs/demo/sft/{ended}abc.tmp").mkdir()  # what a merge leaves that was killed with us
+    run(experiment, step="merge")
+    assert {p.name for p in Path("outputs/demo/sft").iterdir()} == {"merged", "state.json", "train.log", "merge.log"}
+
+
+@pytest.mark.parametrize(("options", "words"), [([], "the same command"), (["--fresh"], "the same command without --")])
+def test_the_advice_of_an_interrupted_merge_keeps_the_training(experiment, monkeypatch, options, words):
+    monkeypatch.setattr(sys, "argv", ["run.py", "sft", *options])
+    run(experiment, fresh=bool(options))
+    with pytest.raises(ArenaError, match="merging sft was interrupted") as caught:
+        run(experiment, "interrupted", step="merge")
+    assert caught.value.remedy.startswith(f"start {words}") and ("--fresh" in caught.value.remedy) == bool(options)
+    assert "training kept" in run(experiment)[1]
+    run(experiment, step="merge")
+    assert [call.split()[0] for call in calls()] == ["train", "export", "export"]
+
+
+def test_a_merge_needs_a_finished_adapter_and_follows_a_new_one(experiment):
+    with pytest.raises(ArenaError, match="no finished adapter to merge"):
+        run(experiment, step="merge")
+    run(experiment)
+    run(experiment, step="merge")
+    Path("saves/tiny/lora/demo_sft").rename("saves/old")  # a user puts it away
+    run(experiment)
+    merged, shown = run(experiment, step="merge")
+    assert "the earlier merge is now outputs/demo/sft/merged.earlier-1" in shown
+    assert merged.is_dir()
+    assert [call.split()[0] for call in calls()] == ["train", "export", "train", "export"]
+
+
+def test_a_changed_merge_recipe_is_named(experiment):
+    run(experiment)
+    run(experiment, step="merge")
+    experiment.recipe("merge_sft").write_text(experiment.recipe("merge_sft").read_text() + "\nexport_size: 2\n")
+    with pytest.raises(ArenaError, match=r"merge_sft.yaml: export_size \(absent\) -> 2") as caught:
+        run(experiment, step="merge")
+    assert "move outputs/demo/sft/merged away" in caught.value.remedy
+
+
+QUICK = {
+    "max_steps": 4,
+    "save_steps": 2,
+    "eval_steps": 2,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "lora_rank": 4,
+    "lora_dropout": 0.1,  # makes the random state matter
+    "additional_target": "embed_tokens,lm_head",
+    "preprocessing_num_workers": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 1.0e-2,
+    "bf16": False,
+    "plot_loss": False,
+    "report_to": "none",
+}
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch):
+    """An experiment that LLaMA-Factory itself can train in seconds: a tiny base, 12 battles, 4 steps of nf4."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = [{"conversations": [turn("human", f"Which is better, {i}?"), turn("gpt", "ABC"[i % 3])]} for i in range(12)]
+    size = BaseModelSize(vocabulary=300, hidden=32, layers=2, heads=2, feed_forward=64, positions=256)
+    build_base_model(Path("models/tiny"), [json.dumps(row) for row in rows], seed=1, size=size)
+    values = {"model": "models/tiny", "template": "qwen3_nothink", "cutoff_len": 128, "recipes": {"sft": QUICK}}
+    experiment = parse_experiment(values, "demo", where="here")
+    Path("data/demo").mkdir(parents=True)
+    info = {}
+    for part, kept in (("train", rows[:8]), ("valid", rows[8:])):
+        Path(f"data/demo/sft_{part}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+        columns = {"messages": "conversations"}
+        info[f"demo_sft_{part}"] = {"file_name": f"sft_{part}.jsonl", "formatting": "sharegpt", "columns": columns}
+    Path("data/demo/dataset_info.json").write_text(json.dumps(info))
+    for step in ("sft", "merge_sft"):
+        render(experiment, step)
+    return experiment
+
+
+def turn(speaker, text):
+    return {"from": speaker, "value": text}
+
+
+def weights_in(path):
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+@pytest.mark.slow
+def test_llamafactory_trains_resumes_and_merges(real):
+    import numpy as np
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stream = io.StringIO()
+    adapter = steps.train(real, "sft", show=Show(stream))
+    whole = weights_in(adapter / "adapter_model.safetensors")
+    curve = loss_curve(adapter / "trainer_log.jsonl")
+    assert [row["step"] for row in curve] == [1, 2, 3, 4]
+    assert [row["step"] for row in curve if row["eval_loss"] is not None] == [2, 4]
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    assert "sft: training\n" in stream.getvalue()
+    assert "Num examples = 8" in Path("outputs/demo/sft/train.log").read_text()
+
+    # As if it had been killed after step 2: the resumed run must end with the very same weights.
+    adapter.rename("saves/whole")
+    adapter.mkdir()
+    Path("saves/whole/checkpoint-2").rename(adapter / "checkpoint-2")
+    lines = Path("saves/whole/trainer_log.jsonl").read_text().splitlines(keepends=True)
+    (adapter / "trainer_log.jsonl").write_text("".join(lines[:4]) + lines[4][:20] + "\n")
+    state = StageState(Path("outputs/demo/sft"))
+    state.begin("train", inputs_of(real.recipe("sft"), read_yaml(real.recipe("sft"))))
+    stream = io.StringIO()
+    steps.train(real, "sft", resume=True, show=Show(stream))
+    assert f"going on from {adapter}/checkpoint-2" in stream.getvalue()
+    resumed = weights_in(adapter / "adapter_model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(np.allclose(whole[name], resumed[name], atol=1e-6) for name in whole)
+    assert loss_curve(adapter / "trainer_log.jsonl") == [pytest.approx(row) for row in curve]
+
+    merged = steps.merge(real, "sft", show=Show(stream))
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    trained = {name: value for name, value in resumed.items() if "embed_tokens" in name}
+    (embedding,) = trained.values()
+    assert np.allclose(model.get_input_embeddings().weight.detach().float().numpy(), embedding, atol=1e-2)
+    assert AutoTokenizer.from_pretrained(merged).encode("A") == AutoTokenizer.from_pretrained("models/tiny").encode("A")
+    assert steps.merge(real, "sft", show=Show(stream)) == merged
+    assert "sft: merge kept" in stream.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "said"), [(8, "Quantizing model to 8 bit with bitsandbytes"), (None, "")])
+def test_a_training_in_8_bits_and_one_without_learn_as_well(real, bits, said):
+    experiment = real.model_copy(update={"quantization_bit": bits})
+    render(experiment, "sft")
+    adapter = steps.train(experiment, "sft", show=Show(io.StringIO()))
+    curve = [row["loss"] for row in loss_curve(adapter / "trainer_log.jsonl") if row["loss"] is not None]
+    assert len(curve) == 4 and curve[-1] < curve[0]
+    log = Path("outputs/demo/sft/train.log").read_text(encoding="utf-8")
+    assert said in log and ("Quantizing model" in log) == bool(bits)
+    assert any("lora_A" in name for name in weights_in(adapter / "adapter_model.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_error_of_llamafactory_itself_is_told(real):
+    Path("data/demo/sft_train.jsonl").write_text("{broken\n")
+    with pytest.raises(ArenaError, match=r"JSON parse error|Missing a name|Expecting") as caught:
+        steps.train(real, "sft", show=Show(io.StringIO()))
+    assert "run.py prepare" in caught.value.remedy
+    assert caught.value.where == "outputs/demo/sft/train.log"
+
+
+def test_a_training_that_failed_is_called_so_with_its_error(experiment):
+    with pytest.raises(ArenaError, match="Template qwen33 does not exist"):
+        run(experiment, "error")
+    seen = stage_view(experiment, "sft")
+    assert seen.state == "failed"
+    assert seen.detail == "training: ValueError: Template qwen33 does not exist. (outputs/demo/sft/train.log)"
+    assert seen.next == "python run.py sft -e demo   (it failed: mend that first, see outputs/demo/sft/train.log)"
+    with pytest.raises(ArenaError, match="NaN"):
+        run(experiment, "nan")
+    assert "the loss is NaN or infinite at step 2" in stage_view(experiment, "sft").detail
+    with pytest.raises(ArenaError, match="was interrupted"):
+        run(experiment, "interrupted at 3", fresh=True)
+    assert (seen := stage_view(experiment, "sft")).state == "interrupted" and "failed" not in seen.next
+    run(experiment, fresh=True)
+    assert stage_view(experiment, "sft").state == "trained"
+    with pytest.raises(ArenaError, match="SIGKILL"):
+        run(experiment, "killed", step="merge")
+    assert (seen := stage_view(experiment, "sft")).state == "failed" and "outputs/demo/sft/merge.log" in seen.detail

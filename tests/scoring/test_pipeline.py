@@ -1,0 +1,185 @@
+"""scoring.pipeline: any table is scored as asked (engine, precision, time), or an error says why not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import run
+from common.errors import ArenaError, UsageError
+from scoring.destination import scored_file
+from scoring.engines.protocol import ENGINES
+from scoring.pipeline import ScoreOptions, score_input
+from scoring.scorer import own_precision, scorer_of
+from tests.scoring.fakes import quiet_show
+from tests.scoring.places import judged_place, write_battles
+
+OUTPUT = Path("out.csv")
+
+
+@pytest.fixture
+def judged(workplace, make_experiment, tiny_model, small_tokenizer, small_frame, judge_prompt):
+    """An experiment with a judge, and 40 battles in battles.csv; the current folder is its place."""
+    experiment = make_experiment(cutoff_len=400)
+    judged_place(experiment, tiny_model(), small_tokenizer, small_frame, judge_prompt)
+    write_battles(Path("battles.csv"), 40)
+    return experiment
+
+
+def scored(experiment, **options) -> str:
+    """Score battles.csv; return what was said."""
+    show = quiet_show()
+    given = ScoreOptions(**options)
+    assert score_input(experiment, "sft", Path("battles.csv"), OUTPUT, show=show, options=given) == 40
+    assert not (experiment.output_folder("sft") / "scoring").exists(), "nothing is left behind, its lock neither"
+    return show.stream.getvalue()
+
+
+def probabilities() -> dict[str, list[float]]:
+    with OUTPUT.open(newline="") as file:
+        return {row[0]: [float(x) for x in row[1:]] for row in list(csv.reader(file))[1:]}
+
+
+def test_a_calibration_of_another_precision_is_told(judged):
+    assert "the calibration was fitted" not in scored(judged)
+    fp32 = probabilities()
+    told = scored(judged, precision="bf16")
+    assert "the calibration was fitted on scores of torch in fp32, these are of torch in bf16" in told
+    for battle, values in probabilities().items():
+        assert values == pytest.approx(fp32[battle], abs=5e-2)
+    assert probabilities() != fp32, "16 bit really are 16 bit"
+
+
+def test_it_says_how_many_rows_were_shortened(judged):
+    assert "shortened" not in scored(judged)
+    rows = Path("battles.csv").read_text(encoding="utf-8").splitlines()
+    long = json.dumps(["word " * 500]).replace('"', '""')
+    rows[1:3] = [f'{row.split(",")[0]},"{long}","{long}","{long}"' for row in rows[1:3]]
+    Path("battles.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    assert "sft: 2 of 40 rows (5.0%) were shortened to the judge's token budget" in scored(judged)
+
+
+def test_a_limit_that_does_not_hold_writes_nothing_and_loses_nothing(judged):
+    with pytest.raises(ArenaError, match="before every row was scored once") as caught:
+        scored(judged, time_limit=3600.0, started=time.monotonic() - 7200)
+    assert "1:00:00" in caught.value.where and "--precision 8bit" in caught.value.remedy
+    assert not OUTPUT.exists()
+    scored(judged)
+    assert len(probabilities()) == 40
+
+
+def test_a_generous_limit_swaps_every_row(judged):
+    scored(judged)
+    one_order = probabilities()
+    told = scored(judged, time_limit=3600.0)
+    assert "within the time limit 40 of 40 rows (100%) were scored in both orders" in told
+    assert probabilities() != one_order
+
+
+def test_a_row_that_cannot_be_read_is_named_and_nothing_is_written(judged):
+    with Path("battles.csv").open("a") as file:
+        file.write('bad,"[""x"",""y""]","[""x""]","[""y""]"\n')
+    with pytest.raises(ArenaError, match=r"1 row\(s\) cannot be scored; the first \(id bad\): the numbers of turns"):
+        scored(judged)
+    assert not OUTPUT.exists()
+
+
+def test_a_row_without_a_finite_score_is_named_by_its_id(judged, small_tokenizer):
+    from safetensors.torch import load_file, save_file
+
+    with Path("battles.csv").open("a") as file:
+        file.write('"weird","[""日""]","[""x""]","[""y""]"\n')
+    path = judged.merged_folder("sft") / "model.safetensors"
+    weights = load_file(path)
+    shown = Path("battles.csv").read_text().split("weird")[0]
+    used = set(small_tokenizer.encode(shown).ids)
+    (broken, *_) = (i for i in small_tokenizer.encode("日").ids if i not in used)
+    weights["model.embed_tokens.weight"][broken] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ArenaError, match="id weird"):
+        score_input(judged, "sft", Path("battles.csv"), OUTPUT, show=quiet_show())
+    assert not OUTPUT.exists()
+
+
+def test_what_is_no_table_is_told_before_a_model_is_loaded(judged):
+    show = quiet_show()
+    with pytest.raises(ArenaError, match="does not exist"):
+        score_input(judged, "sft", Path("nothing.csv"), OUTPUT, show=show)
+    assert "loading" not in show.stream.getvalue()
+
+
+def test_nobody_else_s_file_is_replaced_and_no_model_loaded(judged):
+    content = Path("battles.csv").read_bytes()
+    Path("train.csv").write_bytes(content)
+    for name, words in (("train.csv", "not an earlier output of this command"), ("battles.csv", "is the input itself")):
+        show = quiet_show()
+        with pytest.raises(UsageError, match=words):
+            score_input(judged, "sft", Path("battles.csv"), Path(name), show=show)
+        assert Path(name).read_bytes() == content and show.stream.getvalue() == ""
+    scored(judged)
+    scored(judged)
+    assert len(probabilities()) == 40, "an earlier output is replaced"
+
+
+def test_a_result_s_own_tables_stay_as_they_were_whatever_the_input_is_called(judged):
+    own = judged.output_folder("sft") / "probabilities_test.csv"
+    own.write_text("the result's own\n")
+    for name in ("test.csv", "valid.csv"):
+        source = Path("other") / name
+        write_battles(source, 3)
+        output = scored_file(judged, "sft", source)
+        assert score_input(judged, "sft", source, output, show=quiet_show()) == 3
+        assert output.as_posix() == f"outputs/exam/sft/scored/{name}" and len(output.read_text().splitlines()) == 4
+    assert own.read_text() == "the result's own\n"
+    assert {path.name for path in own.parent.iterdir()} == {own.name, "scored", "merged", "report.json"}
+
+
+def test_kaggles_zip_is_scored_by_its_test_table(judged):
+    test = write_battles(Path("test.csv"), 5)
+    train = test.read_text().replace("response_b\n", "response_b,winner_model_a,winner_model_b,winner_tie\n")
+    with zipfile.ZipFile("lmsys-chatbot-arena.zip", "w") as archive:
+        archive.write("test.csv")
+        archive.writestr(
+            "train.csv", "".join(f"{line},1,0,0\n" if "[" in line else f"{line}\n" for line in train.splitlines())
+        )
+        archive.writestr("sample_submission.csv", "id,winner_model_a,winner_model_b,winner_tie\nb0,0.3,0.3,0.4\n")
+    assert score_input(judged, "sft", "lmsys-chatbot-arena.zip", OUTPUT, show=quiet_show()) == 5
+    from_zip = probabilities()
+    assert score_input(judged, "sft", test, OUTPUT, show=quiet_show()) == 5
+    assert probabilities() == from_zip and list(from_zip) == [f"b{n}" for n in range(5)]
+
+
+def test_options_that_exclude_each_other_are_wrong_use(judged):
+    with pytest.raises(UsageError, match="Ray takes all of them at once"):
+        scored(judged, time_limit=60.0, ray="local")
+    with pytest.raises(UsageError, match="rewards, which only the engine torch computes"):
+        scorer_of(judged, "rm", "openvino")
+    with pytest.raises(UsageError, match="cannot be scored in adapter") as caught:
+        scorer_of(judged, "dpo_reward", "torch", "adapter")
+    assert "auto, fp32, bf16, fp16" in caught.value.remedy
+
+
+def test_an_experiments_precision_goes_where_it_can(make_experiment):
+    experiment = make_experiment(precision="8bit")
+    assert {stage: own_precision(experiment, stage) for stage in ("sft", "dpo_judge", "rm", "dpo_reward")} == {
+        "sft": "8bit",
+        "dpo_judge": "8bit",
+        "rm": "8bit",
+        "dpo_reward": "auto",
+    }
+
+
+def test_the_command_line_knows_the_engines():
+    assert run.ENGINES == ENGINES
+
+
+def test_nothing_is_left_behind(judged):
+    scored(judged)
+    report = json.loads((judged.output_folder("sft") / "report.json").read_text())
+    assert report["scoring"] == {"engine": "torch", "precision": "fp32"}
+    assert not (judged.output_folder("sft") / "scoring").exists()
