@@ -29,9 +29,8 @@ class ErrorsWithRemedy(click.Group):
     """Turns our errors into a message with its remedy and an exit code; -v shows where they come from."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from common.errors import ArenaError
-        from common.os_errors import in_words, stop_signals
-        from common.screen import printable
+        from common.console import printable
+        from common.errors import ArenaError, in_words, stop_signals
 
         try:
             with stop_signals():
@@ -272,7 +271,7 @@ def compare(experiment: str, as_json: bool) -> None:
 
     With paired intervals, and a blend of them.
     """
-    from scoring.comparison import compare_stages
+    from scoring.compare import compare_stages
 
     exp, _ = _start(experiment)
     result = compare_stages(exp)
@@ -436,8 +435,8 @@ def score(experiment: str, stage: str, source: str | None, output: Path | None, 
     Without --input again those of the fold and the test set. What is scored is kept: after an interruption the
     same command goes on, without --fresh.
     """
-    from scoring.destination import scored_file
     from scoring.pipeline import ScoreOptions, score_input, score_stage
+    from scoring.predictions import scored_file
     from scoring.report.console import input_lines
 
     if output is not None and source is None:
@@ -506,7 +505,7 @@ def export(
 
     And prove that it is still the same judge.
     """
-    from scoring.engines.gguf_export import export_gguf
+    from scoring.engines.gguf import export_gguf
     from scoring.report.console import export_lines
 
     exp, stage, show = _start_stage(experiment, stage)
@@ -641,8 +640,8 @@ def _prepare(
     from data_prep.readers import VoteReader
     from data_prep.sources import votes_at
     from factory.demo import ensure_embedded_base
-    from factory.outdated import replaced
     from factory.recipes import check_first_values, write_recipe
+    from factory.state import replaced
     from factory.status import refuse_while_at_work
 
     check_first_values(exp)
@@ -686,8 +685,8 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
     from common.console import teller
     from common.stages import STEPS
     from data_prep.export import ensure_views
-    from factory.outdated import require_own_settings
     from factory.recipe_checks import check_device, check_recipes
+    from factory.state import require_own_settings
     from factory.train import merge, train
     from scoring.checks.merge_check import gate
     from scoring.judge import seal

@@ -34,10 +34,9 @@ from data_prep.schemas import (
     parse_winner,
 )
 from data_prep.truncation import Fitter
-from factory.inputs import inputs_of, training_rows
 from factory.recipe_checks import check_recipe
 from factory.recipes import render_recipe
-from factory.state import StageState
+from factory.state import StageState, inputs_of, training_rows
 from scoring.judge import load_judge
 from scoring.predictions import check_submission
 

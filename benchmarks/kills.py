@@ -223,7 +223,7 @@ def _import_everything() -> None:
         import_module(name)
     import torch
 
-    from scoring import shard_plan
+    from scoring import score_store as shard_plan
 
     torch.set_num_threads(1)
     shard_plan.SHARD_TOKENS = 1500  # several shards of few rows

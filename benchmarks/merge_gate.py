@@ -105,10 +105,10 @@ def _measure(experiment: str, name: str, count: int) -> list[list[str]]:
     from data_prep.chat_template import load_frame
     from data_prep.export_reader import read_battles, read_manifest
     from data_prep.prompt import JudgePrompt
-    from scoring.adapters import trained_adapter
     from scoring.checks.merge_check import compared
     from scoring.engines.torch_engine import score_labels
     from scoring.links import softmax
+    from scoring.scorer import trained_adapter
 
     its = load_experiment(experiment)
     frame, tokenizer = load_frame(its)

@@ -31,7 +31,7 @@ RUNS = (
 
 def megabytes(judge, engine: str, precision: str) -> str:
     """Return the size of what the engine reads, in MiB."""
-    from scoring.engines.gguf_file import gguf_path
+    from scoring.engines.gguf import gguf_path
 
     folder = judge.folder.parent / "openvino" / ("8bit" if precision == "8bit" else "fp32")
     paths = {
@@ -49,8 +49,7 @@ def measure(experiment: str, stage: str) -> list[list[str]]:
     from common.console import Show
     from common.experiment import load_experiment
     from data_prep.export_reader import read_battles, read_rows
-    from scoring.engines.gguf_export import export_gguf
-    from scoring.engines.gguf_file import gguf_path
+    from scoring.engines.gguf import export_gguf, gguf_path
     from scoring.engines.protocol import open_engine
     from scoring.judge import load_judge
     from scoring.links import softmax

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,59 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
-from common.screen import printable
+_PLAIN_NAME = re.compile(r"[\w.:/@+-]{1,80}", re.ASCII)
+_SECRET = re.compile(r"TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+# A shorter value is a switch or a number, and would be found everywhere.
+_SHORTEST_SECRET = 8
+_LONGEST_NAME = 60
+
+
+def printable(text: str) -> str:
+    """Return the text as a terminal may have it: what would steer it made visible, secrets hidden."""
+    return visible(hide_secrets(text))
+
+
+def name_of(value: object) -> str:
+    """Return an id as an error names it: a plain one as it is, any other quoted, in ASCII and not too long."""
+    text = str(value)
+    if _PLAIN_NAME.fullmatch(text):
+        return text
+    return ascii(text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}…")
+
+
+def hide_secrets(text: str) -> str:
+    """Return the text with the values of our environment's tokens, keys and passwords replaced by their names."""
+    for name, value in secrets().items():
+        text = text.replace(value, f"<{name}>")
+    return text
+
+
+def secrets() -> dict[str, str]:
+    """Return the environment's variables that hold something secret, by their names (HF_TOKEN, WANDB_API_KEY, …)."""
+    return {
+        name: value for name, value in os.environ.items() if len(value) >= _SHORTEST_SECRET and _SECRET.search(name)
+    }
+
+
+# What moves a terminal's cursor, rings, recolours, turns the writing round or cannot be encoded.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Return a text that a terminal prints as it stands: control characters become signs that can be read.
+
+    Line ends and tabs stay; ESC becomes ␛, other controls their pictures or \\x9b, \\u202e.
+    """
+    return _UNSAFE.sub(lambda match: _picture(ord(match[0])), text)
+
+
+def _picture(code: int) -> str:
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "\u2421"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
 
 _WIDE, _BAR = 120, 16  # columns of a terminal with room for a bar, and of the bar
 _PLAIN_INTERVAL = 30.0  # seconds between two lines where nobody watches

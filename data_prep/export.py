@@ -25,21 +25,18 @@ from typing import TYPE_CHECKING, Any
 
 from common.battle import Battle
 from common.errors import ArenaError
-from common.files import atomic_file, atomic_folder, sha256_of, sha256_of_table, write_json
-from common.lock import only_run
-from data_prep.batch import BatchMaker
+from common.files import atomic_file, atomic_folder, only_run, sha256_of, sha256_of_table, write_json
+from data_prep.audit import check_overlap, noting, refuse_same_table
 from data_prep.chat_template import load_frame
 from data_prep.dataset_info import dataset_entries, entries_of_others, listed_sets
 from data_prep.export_reader import FORMAT, read_manifest
+from data_prep.export_rows import BatchMaker, open_crew, usual_workers
 from data_prep.export_writer import Writer
 from data_prep.ground_truth import check_truth, require_truth_of
-from data_prep.overlap import check_overlap, refuse_same_table
 from data_prep.overwrite_check import refuse_loss, refuse_strangers
-from data_prep.pool import open_crew, usual_workers
 from data_prep.preference_pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
-from data_prep.row_statistics import noting
 from data_prep.truncation import in_chunks
 
 if TYPE_CHECKING:

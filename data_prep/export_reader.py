@@ -13,7 +13,7 @@ from common.battle import PROBABILITY_COLUMNS, Battle
 from common.errors import ArenaError
 from common.files import read_json, sha256_of
 from data_prep.chat_template import ChatFrame
-from data_prep.flatten import Pair
+from data_prep.preference_pairs import Pair
 
 if TYPE_CHECKING:
     import pandas as pd

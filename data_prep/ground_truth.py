@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.battle import PROBABILITY_COLUMNS
+from common.console import name_of
 from common.errors import ArenaError
-from common.screen import name_of
+from data_prep.readers import first_repeat, hash_of
 from data_prep.schemas import parse_id
-from data_prep.seen_ids import first_repeat, hash_of
 from data_prep.tables import BrokenRow, CsvTable, open_table
 
 if TYPE_CHECKING:

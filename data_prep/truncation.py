@@ -13,8 +13,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from common.battle import Battle, swap
+from common.console import name_of
 from common.errors import ArenaError
-from common.screen import name_of
 from data_prep.prompt import FIELDS, JudgePrompt, texts_of
 from data_prep.sanitize import Neutralizer
 

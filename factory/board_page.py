@@ -7,7 +7,7 @@
 2. Choosing the folder of a run that the page did not start raises an exception. Here it shows that run's log and chart.
 3. Loading a configuration of another training stage empties its data sets again. Here they stay.
 4. A SwanLab key that is typed in is written into two files of the output folder. Here it goes to the job alone.
-5. Evaluate compares generated texts alone, cut at 1,024 tokens: see factory.board_checkpoint.
+5. Evaluate compares generated texts alone, cut at 1,024 tokens: see factory.board_page.
 6. The list of checkpoints is read when one clicks into it, and empties the choice when it comes, even one that was made
    while it was on its way. Here a choice that is still in the list stays.
 """
@@ -20,7 +20,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,109 @@ from common.error_hints import clean_lines
 from common.errors import ArenaError
 from common.files import read_json
 from factory.board import BoardModel, board_models, publish_run, readable_experiments
-from factory.board_checkpoint import follow_checkpoint, mend_evaluation
-from factory.inputs import names
 from factory.launcher import follow_parent
+from factory.state import names
+
+# What LLaMA-Factory asks for before it compares texts, as modules and as packages.
+TEXT_METRICS = {"jieba": "jieba", "nltk": "nltk", "rouge_chinese": "rouge-chinese"}
+_REWARDS = "Reward Modeling"
+_LABEL_TOKENS, _NEARLY_GREEDY = 8, 0.01  # the least that the page's sliders take
+# Element ids: what decides on the tabs' values, and what is set.
+_ASKED = ("top.model_name", "top.finetuning_type", "top.checkpoint_path")
+_SET = (
+    *("eval.dataset_dir", "eval.dataset", "eval.cutoff_len", "eval.batch_size", "eval.max_new_tokens"),
+    *("eval.temperature", "export.extra_args", "top.quantization_bit", "top.quantization_method"),
+)
+
+
+def mend_evaluation(runner: Any) -> None:
+    """Let this page's Evaluate measure losses, and refuse to generate texts where that cannot end well."""
+    native_arguments, native_check = runner._parse_eval_args, runner._initialize
+
+    def parse(data: dict) -> dict[str, Any]:
+        arguments = {**native_arguments(data), "trust_remote_code": False}
+        del arguments["preprocessing_num_workers"]
+        if arguments.get("do_predict"):
+            return arguments
+        return {**arguments, "predict_with_generate": False, "compute_accuracy": True}
+
+    def check(data: dict, do_train: bool, from_preview: bool) -> str:
+        texts = not do_train and data[runner.manager.get_elem_by_id("eval.predict")]
+        return native_check(data, do_train, from_preview) or (text_fault() if texts else "")
+
+    runner._parse_eval_args, runner._initialize = parse, check
+
+
+def text_fault() -> str:
+    """Return what is missing for an evaluation of generated texts and what to do instead, empty where nothing is."""
+    missing = [package for module, package in TEXT_METRICS.items() if find_spec(module) is None]
+    if not missing:
+        return ""
+    return (
+        f"Generated texts are compared by packages that are not installed: pip install {' '.join(missing)}. Without "
+        "them untick 'Save predictions': loss and accuracy need none; `run.py score` gives probabilities."
+    )
+
+
+def follow_checkpoint(page: Any, manager: Any, refresh: Callable[[Path], None]) -> None:
+    """Fill both tabs when one checkpoint is chosen, and take the bits that it was trained in; all may be changed.
+
+    `refresh` lays a folder's settings into it where they are not yet: the run may have ended after the page began.
+    """
+    import gradio as gr
+    from llamafactory.webui.common import get_save_dir
+
+    def fill(model_name: str, finetuning_type: str, chosen: list[str] | str | None) -> list[Any]:
+        known, adapters = {}, names(chosen)
+        if len(adapters) == 1:
+            folder = Path(get_save_dir(model_name, finetuning_type, adapters[0]))
+            refresh(folder)
+            known = tab_values(folder)
+        return [known.get(each, gr.skip()) for each in _SET]
+
+    manager.get_elem_by_id("eval.predict").value = False
+    asked, filled = ([manager.get_elem_by_id(name) for name in group] for group in (_ASKED, _SET))
+    with page:
+        manager.get_elem_by_id("top.checkpoint_path").change(fill, asked, filled, queue=False)
+
+
+def tab_values(adapter: Path) -> dict[str, Any]:
+    """Return element values by id from the settings that lie with a checkpoint, nothing where none do.
+
+    Evaluate reads rows of one answer: the validation set of a preference stage, which has pairs, is left out.
+    """
+    from llamafactory.extras.constants import LLAMABOARD_CONFIG
+    from llamafactory.webui.common import load_args, load_dataset_info
+
+    trained = load_args(str(adapter / LLAMABOARD_CONFIG))
+    if not isinstance(trained, dict):
+        return {}
+    extra = _json(trained.get("train.extra_args"))
+    dataset_dir = trained.get("train.dataset_dir", "data")
+    listed = load_dataset_info(dataset_dir)
+    sets = [name for name in names(extra.get("eval_dataset")) if not listed.get(name, {"ranking": True}).get("ranking")]
+    rewards = {"stage": "rm"} if trained.get("train.training_stage") == _REWARDS else {}  # else its head is left behind
+    values = {
+        "eval.dataset_dir": dataset_dir,
+        "eval.dataset": sets,
+        "eval.cutoff_len": extra.get("cutoff_len") or trained.get("train.cutoff_len"),
+        "eval.batch_size": extra.get("per_device_eval_batch_size") or trained.get("train.batch_size"),
+        "eval.max_new_tokens": _LABEL_TOKENS,
+        "eval.temperature": _NEARLY_GREEDY,
+        "export.extra_args": json.dumps({"trust_remote_code": False, **rewards}),
+        "top.quantization_bit": trained.get("top.quantization_bit"),  # it answers as it was trained; Export ignores it
+        "top.quantization_method": trained.get("top.quantization_method"),
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _json(text: Any) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (TypeError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # OWNER/NAME, or an old one without its owner
 _TAIL = 100_000  # bytes of a failed job's log that the page gets to show

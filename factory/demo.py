@@ -10,7 +10,7 @@ from common.files import atomic_folder, read_json, write_json
 from data_prep.export_reader import earlier_manifest
 from data_prep.overwrite_check import refuse_loss, refuse_strangers
 from data_prep.synthetic import ArenaFiles, write_arena
-from factory.outdated import outdated_files
+from factory.state import outdated_files
 from factory.status import running_stages
 
 if TYPE_CHECKING:

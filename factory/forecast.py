@@ -25,8 +25,7 @@ from factory.runtime import (
     scoring_work,
     training_work,
 )
-from factory.train_config import Setup, setup_of
-from factory.workload import Workload, workload_of
+from factory.train_config import Setup, Workload, setup_of, workload_of
 
 if TYPE_CHECKING:
     from common.experiment import Experiment
@@ -128,7 +127,7 @@ def _of_card(card: Card) -> _Device:
 def _this_cpu(job: _Job) -> _Device:
     import psutil
 
-    from factory.probe import probe_cpu
+    from factory.gpu import probe_cpu
 
     probe = probe_cpu(job.shape, nf4=job.setup.bits == 4)
     speed = Speed(probe.rate * CPU_SHARE, probe.dequantise or float("inf"), CPU_LAYER_CALL, CPU_START)

@@ -15,11 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from common.console import LogPoint, TrainerLog
+from common.console import LogPoint, TrainerLog, secrets
 from common.error_hints import all_errors, clean_lines, last_lines, remedy_for
-from common.errors import ArenaError, Interrupted
-from common.os_errors import Stopped, stop_signals
-from common.screen import secrets
+from common.errors import ArenaError, Interrupted, Stopped, stop_signals
 from factory.launcher import LIFELINE
 
 _ROOT = Path(__file__).parents[1]

@@ -6,26 +6,202 @@ something else than they say. Each rule here gives the key, the reason and the r
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import posixpath
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
+from common.console import printable
 from common.errors import ArenaError
 from common.experiment import Experiment, read_yaml
 from common.llamafactory_schema import UNKNOWN, arguments, key_fault, reporters, templates, value_fault
 from common.stages import Step
-from factory.inputs import names
-from factory.lora_targets import target_fault
+from data_prep.hub import cached_file
+from factory.process import child_environment
 from factory.recipes import is_as_rendered, shared_values, step_of
-from factory.trackers import swanlab_fails
+from factory.state import names
 
 if TYPE_CHECKING:
     from factory.devices import Devices
+
+_INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
+_TIED = "lm_head"  # no tensor of its own where it shares the embedding's
+
+
+def target_fault(recipe: Mapping[str, Any], root: Path = Path()) -> str | None:
+    """Return which names of `lora_target` no module has, None where all have one or the weights are not at hand."""
+    targets, model = names(recipe.get("lora_target")), recipe.get("model_name_or_path")
+    if not targets or targets == ["all"] or not isinstance(model, str):
+        return None
+    modules = _modules(str(root / model) if (root / model).is_dir() else model, recipe.get("model_revision") or "main")
+    if not modules:
+        return None
+    known = {*modules, _TIED}
+    lacking = [name for name in targets if not any(each == name or each.endswith(f".{name}") for each in known)]
+    if not lacking:
+        return None
+    ends = sorted({each.rsplit(".", 1)[-1] for each in modules if any(p.isdigit() for p in each.split("."))})
+    ends = [name for name in ends if "norm" not in name]
+    near = difflib.get_close_matches(lacking[0], ends, 1)
+    hint = f"did you mean {near[0]}?" if near else f"its layers hold {', '.join(ends)}"
+    return f"{model} has no module {', '.join(map(repr, lacking))}; {hint} (all takes every linear one)"
+
+
+@cache
+def _modules(model: str, revision: str) -> frozenset[str]:
+    """Return the names of the modules that have weights of their own; none where these are not on this disk."""
+    try:
+        return frozenset(key.rsplit(".", 1)[0] for key in _tensors(model, revision))
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError):
+        return frozenset()  # damaged weights are told by whoever loads them
+
+
+def _tensors(model: str, revision: str) -> Iterator[str]:
+    if index := _file(model, _INDEX, revision):
+        yield from json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    elif whole := _file(model, _WHOLE, revision):
+        with safe_open(whole, framework="np") as file:
+            yield from file.keys()
+
+
+def _file(model: str, name: str, revision: str) -> Path | None:
+    """Return a file of a local folder, or of a hub's model that an earlier download left on this disk."""
+    if Path(model).is_dir():
+        found = Path(model) / name
+        return found if found.is_file() else None
+    return cached_file(model, name, revision)
+
+
+# Keys of a recipe whose value may name a local folder of weights.
+_KEYS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# What a trainer writes of itself beside the weights, and what no loader of weights opens.
+_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
+
+
+def refuse_pickles(recipe: Mapping[str, Any]) -> None:
+    """Raise ArenaError where a local folder that a recipe names holds its weights as pickles."""
+    for key in _KEYS:
+        for name in names(recipe.get(key)):
+            if Path(name).is_dir():
+                _check(Path(name), key)
+            elif Path(name).is_file():
+                raise ArenaError("is a file", where=f"{key} {name}", remedy="give the folder with config.json in it")
+
+
+def _check(folder: Path, key: str) -> None:
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    if any(path.suffix == ".safetensors" and path.name != "value_head.safetensors" for path in files):
+        return
+    pickles = [path.name for path in files if path.suffix in _PICKLES and path.name not in _NO_WEIGHTS]
+    if pickles:
+        raise ArenaError(
+            f"holds its weights as a pickle ({', '.join(pickles[:3])}), which runs its maker's code when it is loaded",
+            where=f"{key} {folder}",
+            remedy="use a model with *.safetensors; if you trust its maker, load it once elsewhere with transformers "
+            "and save_pretrained() it, which writes safetensors",
+        )
+
+
+_PATIENCE = 60  # seconds for a tracker to say whether we are logged in
+_SWANLAB_RAISES = (0, 8)  # from here on get_run() raises without a run, where transformers expects None
+
+
+@dataclass(frozen=True)
+class _Tracker:
+    """A tracker with an account: its own question whether there is one, when it needs none, and the ways out."""
+
+    asks: str
+    mode: str
+    without_account: tuple[str, ...]
+    remedy: str
+
+
+_TRACKERS = {
+    "wandb": _Tracker(
+        "import wandb; wandb.login()",
+        "WANDB_MODE",
+        ("offline", "dryrun", "disabled"),
+        "set WANDB_API_KEY or call `wandb login`; or WANDB_MODE=offline, and `wandb sync` later; or report_to: none",
+    ),
+    "swanlab": _Tracker(
+        "import swanlab; swanlab.login()",
+        "SWANLAB_MODE",
+        ("offline", "local", "disabled"),
+        "set SWANLAB_API_KEY or call `swanlab login`; or swanlab_mode: local beside use_swanlab: true; or remove it",
+    ),
+}
+
+
+def require_accounts(recipe: Mapping[str, Any], recipe_path: Path, given: Mapping[str, str] = os.environ) -> None:
+    """Raise ArenaError if a tracker that this recipe reports to would ask for an account; it is asked in a child."""
+    for name in accounts_needed(recipe, given):
+        if said := _refusal(_TRACKERS[name].asks):
+            raise ArenaError(
+                f"{name} lets nobody in, so that the run would end at its first step:\n  {said}",
+                where=str(recipe_path),
+                remedy=_TRACKERS[name].remedy,
+            )
+
+
+def accounts_needed(recipe: Mapping[str, Any], given: Mapping[str, str]) -> Iterator[str]:
+    """Yield the trackers that this recipe reports to over the network, as the environment `given` says.
+
+    LLaMA-Factory passes swanlab_mode on, which SWANLAB_MODE then does not change.
+    """
+    reports = names(recipe.get("report_to"))
+    for name, tracker in _TRACKERS.items():
+        if name == "swanlab" and recipe.get("use_swanlab"):
+            needed = recipe.get("swanlab_mode", "cloud") == "cloud"
+        elif name in reports or ("all" in reports and find_spec(name) is not None):
+            needed = given.get(tracker.mode, "").lower() not in tracker.without_account
+        else:
+            needed = False
+        if needed:
+            yield name
+
+
+def swanlab_fails(recipe: Mapping[str, Any]) -> bool:
+    """Return whether report_to reaches SwanLab by transformers' own reporter, which its newer releases break."""
+    if recipe.get("use_swanlab") or not {"swanlab", "all"} & set(names(recipe.get("report_to"))):
+        return False
+    try:
+        numbers = version("swanlab").split(".")[:2]
+        return tuple(int(number) for number in numbers) >= _SWANLAB_RAISES
+    except (PackageNotFoundError, ValueError):
+        return False
+
+
+def _refusal(question: str) -> str:
+    """Return the last line of what a tracker says when it lets nobody in, empty where it does."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", question],
+            env=child_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PATIENCE,
+        )
+    except subprocess.TimeoutExpired:
+        return f"it did not answer within {_PATIENCE} seconds"
+    if done.returncode == 0:
+        return ""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return printable(lines[-1]) if lines else f"it ended with exit code {done.returncode}"
+
 
 Fault = tuple[str, str]  # key, what is wrong and the remedy
 

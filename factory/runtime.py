@@ -13,8 +13,7 @@ import numpy as np
 
 from factory.gpu import TOKEN_BUDGET
 from factory.model_size import ModelShape
-from factory.train_config import Setup
-from factory.workload import Workload
+from factory.train_config import Setup, Workload
 
 # Shares of the matrix rate that training and scoring reach on a GPU, derived from two public runs of this
 # competition; docs/forecast.md has the derivation. Not measured by this project.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import re
+import shlex
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +16,147 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ArenaError, Interrupted
+from common.experiment import Experiment, read_yaml
 from common.files import read_json, sha256_of, write_json
+from common.stages import STEPS
+from data_prep.export_reader import read_manifest
+
+# Keys whose value may name local files or folders that shape the result.
+_PATH_KEYS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "deepspeed")
+_MODEL_FILE = re.compile(
+    r".*\.(safetensors|bin|model|jinja|txt|py)|(adapter_|generation_)?config\.json|tokenizer.*\.json|vocab\.json"
+    r"|special_tokens_map\.json|added_tokens\.json"
+)
+# What the trainer leaves beside a model, and the log that LLaMA Board shows: no part of it.
+_NO_MODEL = frozenset({"training_args.bin", "optimizer.bin", "pytorch_model_fsdp.bin", "running_log.txt"})
+# `prepare` keeps a person's entries, and so reads the list, too.
+_MEND = "mend it; or move it away where it holds no entries of your own, and run `run.py prepare` again"
+_HASHED_UP_TO = 256 * 2**20  # bytes
+_STRIDE, _SAMPLE = 4 * 2**20, 64 * 2**10
+
+
+def inputs_of(recipe_path: Path, recipe: dict[str, Any], *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the inputs of a recipe: its keys, its data files and local models, but those of the keys `without`.
+
+    A weights file of over 256 MiB counts by its size and samples, as hashing an 8B model takes half a minute.
+    """
+    inputs: dict[str, Any] = {str(recipe_path): recipe}
+    for key in (key for key in _PATH_KEYS if key not in without):
+        for name in names(recipe.get(key)):
+            if Path(name).exists():
+                inputs[f"{key} {name}"] = model_files(Path(name))
+    data: dict[str, Any] = {}
+    for key in ("dataset", "eval_dataset"):
+        data.update({f"{_info(recipe)} {name}": entry for name, entry in _entries(recipe, key).items()})
+        data.update({str(path): _content(path) for path in dataset_files(recipe, key)})
+    return {**inputs, "data": data} if data else inputs
+
+
+def dataset_files(recipe: dict[str, Any], key: str) -> list[Path]:
+    """Return the local files of the recipe's `dataset` or `eval_dataset`, those that exist; of a folder its parts."""
+    return [file for entry in _entries(recipe, key).values() for file in _entry_files(recipe, entry)]
+
+
+def _entry_files(recipe: dict[str, Any], entry: dict[str, Any]) -> list[Path]:
+    path = _info(recipe).parent / entry.get("file_name", "")
+    return sorted(path.iterdir()) if path.is_dir() and entry.get("file_name") else [path] if path.is_file() else []
+
+
+def training_rows(recipe: dict[str, Any]) -> int | None:
+    """Return the number of rows that LLaMA-Factory must train on, None where the recipe makes that unknowable.
+
+    Counted are JSON Lines files; `max_samples` and `num_samples` are taken into account, while packing,
+    streaming, a random validation split, mixing and other file types leave the number open.
+    """
+    open_keys = ("packing", "neat_packing", "streaming", "val_size", "tokenized_path")
+    if any(recipe.get(key) for key in open_keys) or recipe.get("mix_strategy", "concat") != "concat":
+        return None
+    entries = _entries(recipe, "dataset")
+    files = {name: _entry_files(recipe, entry) for name, entry in entries.items()}
+    if not files or len(files) != len(names(recipe.get("dataset"))):
+        return None
+    if not all(files.values()) or any(path.suffix != ".jsonl" for each in files.values() for path in each):
+        return None
+    total = 0
+    for name, entry in entries.items():
+        rows = entry.get("num_samples") or sum(map(_count_lines, files[name]))
+        if not isinstance(rows, int):
+            raise ArenaError(f"num_samples {rows!r} is no number", where=str(_info(recipe)), remedy="prepare again")
+        total += min(rows, recipe.get("max_samples") or rows)
+    return total
+
+
+def names(value: Any) -> list[str]:
+    """Return a recipe's comma list (or YAML list) as a list of names."""
+    parts = value if isinstance(value, list) else str(value).split(",") if value is not None else []
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _info(recipe: dict[str, Any]) -> Path:
+    return Path(recipe.get("dataset_dir", "data")) / "dataset_info.json"
+
+
+def _entries(recipe: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    path, wanted = _info(recipe), names(recipe.get(key))
+    if not wanted or not path.is_file():
+        return {}
+    try:
+        info = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ArenaError(f"is not JSON: {error}", where=str(path), remedy=_MEND) from None
+    if not isinstance(info, dict):
+        raise ArenaError("is not a JSON object", where=str(path), remedy=_MEND)
+    entries = {name: info[name] for name in wanted if name in info}
+    for name, entry in entries.items():
+        _check_entry(entry, f"{path}: {name}")
+    return entries
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    """Raise ArenaError unless a data set's file, if it names one, lies in the folder of dataset_info.json."""
+    file = entry.get("file_name", "") if isinstance(entry, dict) else None
+    if not isinstance(file, str):
+        raise ArenaError("is not an object that names a file", where=where, remedy="run `run.py prepare` again")
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise ArenaError(
+            f"file_name {file!r} leads out of the data folder",
+            where=where,
+            remedy="run `run.py prepare` again; a data set of your own belongs into the data folder once it is done",
+        )
+
+
+def model_files(path: Path) -> Any:
+    """Return what a model's or an adapter's folder holds, by name, each as 'sha256:…'; of a file its content alone."""
+    if path.is_file():
+        return _content(path)
+    own = [file for file in sorted(path.iterdir()) if _MODEL_FILE.fullmatch(file.name) and file.name not in _NO_MODEL]
+    return {file.name: _content(file) for file in own if file.is_file()}
+
+
+def _content(path: Path) -> str:
+    status = path.stat()
+    if status.st_size > _HASHED_UP_TO and path.suffix in (".safetensors", ".bin"):
+        return f"sha256:{_sampled(path, status.st_size)} of samples, {status.st_size} bytes"
+    return f"sha256:{sha256_of(path)}"
+
+
+def _sampled(path: Path, size: int) -> str:
+    """Return the SHA-256 of a block in every 4 MiB and of the end: no large tensor changes unseen, a copy stays equal.
+
+    The time of change would be another one on a disk that the project was moved to.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for place in (*range(0, size, _STRIDE), max(size - _SAMPLE, 0)):
+            file.seek(place)
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
 
 # Parts of a stage in the order in which each is made from the one before.
 PARTS = ("train", "merge", "score")
@@ -287,3 +429,175 @@ def _is_content(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return repr(value) if value is _ABSENT else json.dumps(value, ensure_ascii=False)
+
+
+# The keys of experiment.yaml that the exported rows depend on; model and bits are the recipes' matter, too, which are
+# compared where they are read. Those of one stage alone are no other stage's matter.
+_SHAPING = (
+    *("template", "enable_thinking", "cutoff_len", "labels", "budget_shares", "valid_share", "swap_copies", "seed"),
+)
+_SHAPING_ONE = {"dpo_judge": ("dpo_rejected",)}
+_NAMED = 3  # so many files are named, the others counted
+
+
+def changed_files(inputs: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return the exported files among a part's recorded inputs that the export no longer holds as they were.
+
+    Raises ArenaError where nothing is exported any more. Data sets of the user's own are not looked at.
+    """
+    files, changed = read_manifest(folder)["files"], []
+    data = inputs.get("data")
+    for name, content in data.items() if isinstance(data, dict) else ():
+        path = Path(name) if "/" in name else folder / name  # scoring names them without the folder
+        if isinstance(content, str) and path.is_relative_to(folder):
+            name = path.relative_to(folder).as_posix()
+            if content != f"sha256:{files.get(name)}":
+                changed.append(name)
+    return changed
+
+
+def outdated_files(experiment: Experiment, stage: str, parts: tuple[str, ...] = PARTS) -> list[str]:
+    """Return the exported files that changed since a stage was trained or scored, each once."""
+    state = StageState(experiment.output_folder(stage))
+    records = filter(None, map(state.record, parts))
+    changed = (name for record in records for name in changed_files(record.inputs, experiment.data_folder))
+    return list(dict.fromkeys(changed))
+
+
+def require_own_votes(experiment: Experiment, stage: str, *, trained: bool = True) -> None:
+    """Raise ArenaError where a stage (if it is `trained`) or the judge that it starts from has learned from another
+    export than today's: validation rows may be among what it has seen."""
+    start = ["sft"] if experiment.start_model(stage) != experiment.model else []
+    for each in (*start, *([stage] if trained else [])):
+        if changed := outdated_files(experiment, each, ("train",)):
+            raise ArenaError(
+                f"{each} was trained on another export than {experiment.data_folder} holds now "
+                f"({_listed(changed)} changed since): its validation rows may have been trained on",
+                where=str(experiment.output_folder(each)),
+                remedy="prepare the earlier votes again; or train on the new ones: "
+                f"python run.py {STEPS[each].asked_by} -e {experiment.name} --fresh",
+            )
+
+
+def changed_settings(experiment: Experiment, stage: str) -> list[str]:
+    """Return one line for each setting that the exported rows of a stage depend on and that changed since `prepare`.
+
+    Raises ArenaError where nothing is exported.
+    """
+    folder = experiment.data_folder
+    manifest, today = read_manifest(folder), experiment.model_dump(mode="json")
+    made = manifest["experiment"]
+    keys = [key for key in (*_SHAPING, *_SHAPING_ONE.get(stage, ())) if key in made]
+    before, now = ({key: each[key] for key in keys} for each in (made, today))
+    template = Path(experiment.prompt_template)
+    if template.is_file():  # what is fed is the export's own copy, so that a project may be moved without it
+        before["prompt_template"] = f"sha256:{manifest['files'].get('judge_prompt.j2')}"
+        now["prompt_template"] = f"sha256:{sha256_of(template)}"
+    return differences(before, now)
+
+
+def require_own_settings(experiment: Experiment, stage: str) -> None:
+    """Raise ArenaError where experiment.yaml or the judge prompt says other rows than those that are exported."""
+    if changes := changed_settings(experiment, stage):
+        raise ArenaError(
+            listed("was exported with other settings; since then changed:", changes),
+            where=str(experiment.data_folder),
+            remedy=f"undo the change (in {experiment.folder / 'experiment.yaml'}); or export anew, then train with "
+            f"--fresh: {prepare_again(experiment)}",
+        )
+
+
+def prepare_again(experiment: Experiment) -> str:
+    """Return the command that exports the same votes anew; raises ArenaError where nothing is exported."""
+    sources = read_manifest(experiment.data_folder)["sources"]
+    votes = " ".join(f"--{name} {shlex.quote(sources[name]['file'])}" for name in ("train", "test") if name in sources)
+    return f"python run.py prepare -e {shlex.quote(experiment.name)} {votes}"
+
+
+def changed_recipe(experiment: Experiment, stage: str) -> list[str]:
+    """Return one line for each key of a stage's recipe, and of what starts it, that changed since its training began.
+
+    Those that change no weights are left out; nothing is told of an adapter that `run.py` did not train.
+    """
+    record, path = StageState(experiment.output_folder(stage)).record("train"), experiment.recipe(stage)
+    if (began := _recipe_of(record, path)) is None:
+        return []
+    engine = {"distributed": record.inputs.get("distributed", "auto")}
+    return differences(
+        {path.name: began, "experiment.yaml": engine},
+        {path.name: read_yaml(path), "experiment.yaml": {"distributed": experiment.distributed}},
+    )
+
+
+def earlier_scores(experiment: Experiment, stage: str) -> str | None:
+    """Return why the report and the tables of a stage are not of its judge as it is now, None where they are.
+
+    A result without state.json is taken as it is: it was brought here without its books.
+    """
+    state = StageState(experiment.output_folder(stage))
+    if not state.path.is_file():
+        return None
+    record = state.record("score")
+    if record is not None and record.finished_at is not None:
+        return None
+    begun = next((f"{part} began" for part in reversed(PARTS) if state.record(part)), "nothing is finished")
+    return f"{stage} was begun anew since its report was written, and its scoring did not end ({begun})"
+
+
+def require_scored(experiment: Experiment, stage: str, model: Mapping[str, Any] | None = None) -> None:
+    """Raise ArenaError where a stage's report is of an earlier judge; with `model` (what the scores depend on now) also
+    where it is another one than was scored."""
+    where, again = str(experiment.output_folder(stage)), f"python run.py {{}} -e {shlex.quote(experiment.name)}"
+    if why := earlier_scores(experiment, stage):
+        remedy = f"go on to a new report: {again.format(STEPS[stage].asked_by)}"
+        raise ArenaError(f"{why}: its calibration and figures are of an earlier judge", where=where, remedy=remedy)
+    record = StageState(experiment.output_folder(stage)).record("score")
+    changes = differences(record.inputs.get("model", {}), model) if record and model is not None else []
+    if changes:
+        raise ArenaError(
+            listed("the judge is not the one that was scored; since then changed:", changes),
+            where=where,
+            remedy=f"undo the change, or fit the calibration anew: {again.format('score')} --stage {stage} --fresh",
+        )
+
+
+def trained_recipe(experiment: Experiment, stage: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return a stage's recipe as it is today, with the values of `keys` that its adapter was trained with.
+
+    Today's are taken where `run.py` did not train the adapter.
+    """
+    path = experiment.recipe(stage)
+    recipe = read_yaml(path)
+    trained = _recipe_of(StageState(experiment.output_folder(stage)).record("train"), path)
+    if trained is None:
+        return recipe
+    others = {key: value for key, value in recipe.items() if key not in keys}
+    return {**others, **{key: trained[key] for key in keys if key in trained}}
+
+
+def _recipe_of(record: Record | None, path: Path) -> dict[str, Any] | None:
+    """Return the recipe that a training began with, None where `run.py` began none."""
+    recipe = record.inputs.get(str(path)) if record else None
+    return recipe if isinstance(recipe, dict) else None
+
+
+def replaced(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
+    """Return what a person should know of an export that took another one's place, from both manifests."""
+    if before is None or _contents(before) == _contents(now):
+        return None
+    was, held = before["sources"]["train"]["file"], "test" in before["sources"]
+    words = f"the earlier export, of {was}, is replaced"
+    if held and "test" not in now["sources"]:
+        words += "; it had a test set, this one has none, so that there will be no submission.csv (--test FILE)"
+    if before["files"].get("sft_train.jsonl") != now["files"].get("sft_train.jsonl"):
+        words += "; what was trained on it is outdated: train with --fresh"
+    return words
+
+
+def _contents(manifest: Mapping[str, Any]) -> dict[str, str]:
+    return {name: source["sha256"] for name, source in manifest["sources"].items()}
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -17,9 +17,8 @@ from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, load_experiment, require_project
 from common.files import read_json
 from common.stages import STEPS, TRAININGS, merge_of
-from factory.outdated import changed_recipe, changed_settings, outdated_files, prepare_again
 from factory.recipe_checks import OLDER, check_recipe
-from factory.state import StageState, flag_to_go_on
+from factory.state import StageState, changed_recipe, changed_settings, flag_to_go_on, outdated_files, prepare_again
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from common.console import Line, LogPoint, Show, duration, loss_curve
-from common.errors import ArenaError, UsageError
+from common.errors import ArenaError, UsageError, same_command
 from common.experiment import Experiment, read_yaml
-from common.files import atomic_folder, read_json
-from common.lock import only_run
-from common.os_errors import same_command
+from common.files import atomic_folder, only_run, read_json
 from common.stages import STEPS, merge_of
 from data_prep.export_reader import MANIFEST, SPLITS, require_intact
 from factory.distributed import Launch, plan_launch
-from factory.inputs import inputs_of, training_rows
-from factory.merge import DequantisedBase, dequantised_base
-from factory.merge_progress import MergeProgress
-from factory.outdated import require_own_settings, require_own_votes
+from factory.merge import DequantisedBase, MergeProgress, dequantised_base
 from factory.process import Watch, llamafactory, run_child
-from factory.recipe_checks import check_device, check_recipes
-from factory.state import StageState, archive, checkpoints, flag_to_go_on, is_occupied, last_checkpoint
-from factory.trackers import require_accounts
-from factory.weights import refuse_pickles
+from factory.recipe_checks import check_device, check_recipes, refuse_pickles, require_accounts
+from factory.state import (
+    StageState,
+    archive,
+    checkpoints,
+    flag_to_go_on,
+    inputs_of,
+    is_occupied,
+    last_checkpoint,
+    require_own_settings,
+    require_own_votes,
+    training_rows,
+)
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _VALUE_HEAD = "value_head.safetensors"

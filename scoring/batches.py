@@ -3,18 +3,67 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import TYPE_CHECKING, TypeVar
 
 from common.errors import ArenaError
 from factory.gpu import TOKEN_BUDGET
 from scoring.packed_model import Pack, Piece, Reader, pack
-from scoring.prefetch import ahead
 
 if TYPE_CHECKING:
     import torch
+
+_Item = TypeVar("_Item")
+_SECONDS = 0.1
+
+
+def ahead(items: Iterable[_Item], depth: int = 1) -> Generator[_Item, None, None]:
+    """Yield the items in their order, up to `depth` of them made before they are asked for.
+
+    What `items` raises is raised here, in its place. When the iterator is closed, nothing more is made.
+    """
+    ready: Queue = Queue(maxsize=depth)
+    stopped = Event()
+
+    def put(kind: str, value: object) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put((kind, value), timeout=_SECONDS)
+                return
+            except Full:
+                continue
+
+    def make() -> None:
+        try:
+            for item in items:
+                put("item", item)
+                if stopped.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:  # whatever it is, it belongs to the one who asks
+            put("error", error)
+
+    thread = Thread(target=make, name="ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                kind, value = ready.get(timeout=_SECONDS)
+            except Empty:
+                continue
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()
+        thread.join()
+
 
 # What the allocators say that raise no error of their own kind.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")

@@ -28,6 +28,10 @@ from scoring.metrics import EPS, as_groups, log_loss, verdict_codes
 
 if TYPE_CHECKING:
     import pandas as pd
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Kind = Literal["logits", "rewards"]
 # The order of the columns is that of VERDICTS.
@@ -327,3 +331,77 @@ def _refuse(scores: pd.DataFrame, broken: np.ndarray, what: str) -> None:
 
 def _named(shares: tuple[float, float, float]) -> dict[str, float]:
     return dict(zip(VERDICTS, shares, strict=True))
+
+
+_KEY = "calibrations"
+
+
+@dataclass(frozen=True)
+class OrderCalibrations:
+    """The calibration of rows with one order and that of rows with both; None where there is none (rewards: both)."""
+
+    one: Calibration | None
+    both: Calibration | None
+
+    def apply(self, table: pd.DataFrame) -> np.ndarray:
+        """Return the final probabilities [rows, 3] of a score table, row by row with the calibration of its kind."""
+        both = _has_both(table)
+        found = np.empty((len(table), 3))
+        for rows, calibration in ((both, self.both), (~both, self.one)):
+            if rows.any():
+                found[rows] = _there(calibration).apply(table[rows])
+        return found
+
+    def require_one(self) -> None:
+        """Raise ArenaError if rows with one order only could not be calibrated."""
+        _there(self.one)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the report keeps under "calibrations"."""
+        pairs = {"one_order": self.one, "both_orders": self.both}
+        return {name: each.to_json() if each else None for name, each in pairs.items()}
+
+
+def fit_orders(valid: pd.DataFrame, used: Calibration, *, seed: int, target_prior: Mapping | None) -> OrderCalibrations:
+    """Return both calibrations of a validation fold; `used` is the one that its report was made with."""
+    if kind_of(valid) == "rewards":
+        return OrderCalibrations(used, None)
+    if not has_both_orders(valid):
+        return OrderCalibrations(used, None)
+    other = calibrate(
+        valid,
+        "logits",
+        groups=valid["group"],
+        verdicts=valid["verdict"],
+        seed=seed,
+        swap_tta=not used.swap_tta,
+        target_prior=target_prior,
+    )
+    return OrderCalibrations(other, used) if used.swap_tta else OrderCalibrations(used, other)
+
+
+def orders_of(report: Mapping[str, Any]) -> OrderCalibrations:
+    """Return the calibrations of a report; one that an earlier version wrote has only that which it used."""
+    used = calibration_from_json(report["calibration"])
+    kept = report.get(_KEY) or {}
+    named = {
+        name: calibration_from_json(kept[name]) if kept.get(name) else None for name in ("one_order", "both_orders")
+    }
+    named["both_orders" if used.swap_tta else "one_order"] = used
+    return OrderCalibrations(named["one_order"], named["both_orders"])
+
+
+def _has_both(table: pd.DataFrame) -> np.ndarray:
+    if not set(BA_COLUMNS) <= set(table.columns):
+        return np.zeros(len(table), dtype=bool)
+    return table[list(BA_COLUMNS)].notna().all(axis=1).to_numpy()
+
+
+def _there(calibration: Calibration | None) -> Calibration:
+    if calibration is None:
+        raise ArenaError(
+            "the report holds no calibration for rows with this number of orders",
+            where="calibrations",
+            remedy="score the stage again (run.py score --fresh), or without --time-limit",
+        )
+    return calibration

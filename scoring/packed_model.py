@@ -1,8 +1,9 @@
 """A reader: hidden states of a causal model where they are wanted, and nowhere else.
 
 It packs pieces of text into one row without padding (scoring.packed_attention) and, in the last layer, computes
-beyond keys and values only what is wanted. Whether a model's family allows that is tried when the reader is made, against the
-model's own plain pass; where it does not, rows are padded on the right, which in a causal model changes nothing.
+beyond keys and values only what is wanted. Whether a model's family allows that is tried when the reader is made,
+against the model's own plain pass; where it does not, rows are
+padded on the right, which in a causal model changes nothing.
 """
 
 from __future__ import annotations

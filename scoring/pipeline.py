@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.console import duration, loss_curve
 from common.errors import ArenaError, UsageError
-from common.files import atomic_file, read_json, sha256_of_table, write_json
-from common.lock import only_run
+from common.files import atomic_file, only_run, read_json, sha256_of_table, write_json
 from common.stages import STEPS, merge_of
 from data_prep.export_reader import (
     read_audit,
@@ -25,23 +24,29 @@ from data_prep.export_reader import (
 from data_prep.readers import VoteReader
 from data_prep.schemas import is_formula
 from data_prep.sources import votes_at
-from factory.outdated import require_own_settings, require_own_votes, require_scored
+from factory.state import require_own_settings, require_own_votes, require_scored
+from scoring.calibration import OrderCalibrations, fit_orders, orders_of
 from scoring.checks.merge_check import gate
 from scoring.checks.provenance import provenance
 from scoring.checks.run_checks import require_sound, run_checks, stopping
-from scoring.destination import record_output, require_outside, require_replaceable
-from scoring.executors import Executor, open_executor
 from scoring.judge import MANIFEST
-from scoring.position_bias import OrderCalibrations, fit_orders, orders_of
-from scoring.predictions import check_submission, probability_file, write_probabilities
+from scoring.predictions import (
+    REPORT,
+    check_submission,
+    probability_file,
+    record_output,
+    require_outside,
+    require_replaceable,
+    write_probabilities,
+)
 from scoring.report.build import build_report
-from scoring.report.page import write_page
+from scoring.report.page import shown_battles, write_page
 from scoring.report.plots import write_plots
-from scoring.report.shown_battles import shown_battles
 from scoring.runner import Job, open_job
+from scoring.score_store import remove_empty
 from scoring.scorer import Scorer, ScorerSpec, own_precision
-from scoring.shards import remove_empty
 from scoring.time_limit import Pace, parse_duration
+from scoring.workers import Executor, open_executor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +55,6 @@ if TYPE_CHECKING:
     from common.console import Show
     from common.experiment import Experiment
 
-REPORT = "report.json"
 _LABELS = {"valid": "scoring the validation fold", "test": "scoring the test set"}
 
 

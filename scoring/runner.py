@@ -6,7 +6,7 @@ job.swapped(executor, pace)                # B before A, the most uncertain rows
 for table in job.tables(): ...             # facts and scores of some thousand rows at a time, in the input's order
 job.remove()                               # once the final files are written
 
-Everything lies in one folder of shards (scoring.shards). The next call with the same inputs takes what is there.
+Everything lies in one folder of shards (scoring.score_store). The next call with the same inputs takes what is there.
 """
 
 from __future__ import annotations
@@ -22,13 +22,24 @@ from common.battle import SWAPPED_ORDER
 from common.console import duration
 from common.errors import ArenaError
 from scoring.calibration import AB_COLUMNS, BA_COLUMNS
-from scoring.executors import Executor
 from scoring.links import log_softmax
-from scoring.row_store import WINDOW, Facts, Fed, RowStore, facts_schema
+from scoring.score_store import (
+    STRAIGHT,
+    SWAPPED,
+    WINDOW,
+    Facts,
+    Fed,
+    RowStore,
+    Shard,
+    ShardFolder,
+    constants,
+    facts_schema,
+    straight_shards,
+    swapped_shards,
+)
 from scoring.scorer import Scorer
-from scoring.shard_plan import STRAIGHT, SWAPPED, Shard, constants, straight_shards, swapped_shards
-from scoring.shards import ShardFolder
 from scoring.time_limit import Pace
+from scoring.workers import Executor
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,37 +10,147 @@ happen in different processes: `ScorerSpec` is what one tells the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+from common.errors import ArenaError
+from common.experiment import Experiment, load_experiment, read_yaml
+
+if TYPE_CHECKING:
+    from scoring.judge import Judge
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 from common.battle import Battle
-from common.errors import ArenaError, UsageError
-from common.experiment import Experiment
+from common.console import name_of
+from common.errors import UsageError
 from common.files import sha256_of
 from common.stages import STEPS
+from data_prep.audit import battle_facts
 from data_prep.chat_template import ChatFrame, load_frame
-from data_prep.export_reader import read_manifest
-from data_prep.flatten import Pair
-from data_prep.pair_budget import PairFitter
-from data_prep.preference_pairs import pair_sequences
+from data_prep.export_reader import read_manifest, readable, require_pairs
+from data_prep.preference_pairs import Pair, PairFitter, pair_sequences
+from data_prep.readers import VoteReader
 from data_prep.truncation import in_chunks
-from factory.inputs import model_files
-from factory.outdated import trained_recipe
+from factory.state import model_files, trained_recipe
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
 from scoring.engines.protocol import open_engine, require_engine
 from scoring.engines.torch_engine import device_name, load_model
-from scoring.golden_prompts import label_canaries, require_canaries, reward_canaries
-from scoring.judge import MANIFEST, load_judge, require_judge
+from scoring.judge import MANIFEST, label_canaries, load_judge, require_canaries, require_judge, reward_canaries
 from scoring.links import softmax
 from scoring.packed_model import Reader
 from scoring.rewards import VALUE_HEAD, beats, implicit_rewards, load_policy, load_value_head, value_rewards
-from scoring.row_store import Facts, Fed
-from scoring.scores import battles_to_score, describe, exported_rows
+from scoring.score_store import ROW_FACTS, Facts, Fed
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter's folder and its base, quantised as it was in training."""
+
+    folder: Path
+    base: str
+    quantization_bit: int | None = None
+    quantization_type: str = "nf4"
+    double_quantization: bool = True
+    revision: str = "main"
+    trust_remote_code: bool = False
+
+    def load(self, device: str, *, precision: str | None = None) -> Any:
+        """Load the base with the adapter on it; `precision` is that of what is not quantised. Raises ArenaError."""
+        from scoring.rewards import load_policy
+
+        return load_policy(
+            self.base,
+            self.folder,
+            device,
+            quantization_bit=self.quantization_bit,
+            quantization_type=self.quantization_type,
+            double_quantization=self.double_quantization,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            precision=precision,
+        )
+
+
+def trained_adapter(experiment: Experiment, stage: str) -> TrainedAdapter:
+    """Return the adapter that the recipe of `stage` trained; raises ArenaError if the recipe does not tell its base."""
+    path = experiment.recipe(stage)
+    recipe = read_yaml(path)
+    if recipe.get("adapter_name_or_path"):
+        raise ArenaError(
+            "the training went on from another adapter, so its base is not a model by itself",
+            where=f"{path}: adapter_name_or_path",
+            remedy="score the merged model instead (--precision auto)",
+        )
+    # LLaMA-Factory's own defaults (hparams/model_args.py), where a recipe does not name a value
+    return TrainedAdapter(
+        folder=Path(recipe["output_dir"]),
+        base=recipe["model_name_or_path"],
+        quantization_bit=recipe.get("quantization_bit"),
+        quantization_type=recipe.get("quantization_type", "nf4"),
+        double_quantization=recipe.get("double_quantization", True),
+        revision=experiment.revision,
+        trust_remote_code=experiment.trust_remote_code,
+    )
+
+
+def adapter_of(judge: Judge) -> TrainedAdapter:
+    """Return the adapter that a judge was merged from, by the experiment and stage that judge.json names."""
+    return trained_adapter(load_experiment(judge.source["experiment"]), judge.source["stage"])
+
+
+# The first columns of every score table.
+COLUMNS = ROW_FACTS
+_BATCH = 512
+_AGAIN = "run prepare again"
+
+
+def exported_rows(data: Path, split: str, texts: str) -> Iterator[tuple[Facts, dict[str, Any]]]:
+    """Yield (facts and `dropped`, texts as fed) of one exported split, in the order of the input.
+
+    `texts` is the table that lies beside rows.parquet, row by row: battles.parquet or pairs.parquet. Raises ArenaError
+    where it was not exported.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    if texts == "pairs.parquet":
+        require_pairs(data)
+    columns = ["split", "dropped", *COLUMNS]
+    with readable(data / texts):
+        fed = ParquetFile(data / texts)
+    with readable(data / "rows.parquet"), fed, ParquetFile(data / "rows.parquet") as rows:
+        beside = (text for batch in fed.iter_batches(batch_size=_BATCH) for text in batch.to_pylist())
+        for batch in rows.iter_batches(batch_size=_BATCH, columns=columns):
+            for facts in batch.to_pylist():
+                text = next(beside, None)
+                if text is None:
+                    raise ArenaError("has fewer rows than rows.parquet", where=str(data / texts), remedy=_AGAIN)
+                if facts.pop("split") == split:
+                    yield facts, text
+
+
+def battles_to_score(path: Path) -> Iterator[Battle]:
+    """Yield the battles of a table; at its end raises ArenaError if a row could not be read: each needs its answer."""
+    reader = VoteReader(path, labelled=False)
+    yield from (battle for _, battle in reader)
+    if reader.rejected:
+        first = reader.rejected[0]
+        named = f" (id {name_of(first.id)})" if first.id is not None else ""
+        raise ArenaError(
+            f"{len(reader.rejected)} row(s) cannot be scored; the first{named}: {first.reason}",
+            where=f"{path} row {first.row}",
+            remedy="mend or remove these rows: every row needs its own probabilities",
+        )
+
+
+def describe(battle: Battle, *, tokens: int, cut: bool) -> Facts:
+    """Return one row of `COLUMNS` for a battle as it was before it was fitted."""
+    return {**battle_facts(battle), "tokens": tokens, "cut": cut}
+
 
 _CHUNK = 512
 _FLOATS = ("auto", "fp32", "bf16", "fp16")

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
+from common.console import visible
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, Labels
-from common.screen import visible
 from common.stages import STEPS
 from data_prep.chat_template import ChatFrame, load_frame
 from data_prep.export_reader import read_manifest, readable, require_pairs
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import MARKER
-from factory.outdated import earlier_scores, outdated_files
+from factory.state import earlier_scores, outdated_files
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable
 
 from common.console import duration
-from common.errors import ArenaError, UsageError
-from common.os_errors import same_command
+from common.errors import ArenaError, UsageError, same_command
 
 _UNITS = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 # The share of a limit, and the most seconds of it, that calibrating and writing the files are left.

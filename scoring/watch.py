@@ -33,8 +33,7 @@ from data_prep.export_reader import read_battles, read_manifest, truth_of
 from data_prep.ground_truth import probabilities_of
 from data_prep.prompt import JudgePrompt
 from factory.board import serve_page
-from factory.inputs import names
-from factory.state import last_checkpoint
+from factory.state import last_checkpoint, names
 from factory.status import (
     OUTDATED,
     StageView,
@@ -309,10 +308,10 @@ class CheckpointScorer:
 
     def log_loss(self, adapter: Path) -> float:
         """Return the log loss of an adapter's folder on the chosen rows."""
-        from scoring.adapters import trained_adapter
         from scoring.engines.torch_engine import device_name, score_labels
         from scoring.links import log_softmax
         from scoring.metrics import log_loss, verdict_codes
+        from scoring.scorer import trained_adapter
 
         model = replace(trained_adapter(self._experiment, self._stage), folder=adapter).load(device_name())
         logits = score_labels(model, self._sequences, self._label_ids)

@@ -22,11 +22,10 @@ from click.testing import CliRunner
 
 import run
 from common import files
-from common.errors import ArenaError
-from common.lock import only_run
-from common.os_errors import in_words
+from common.errors import ArenaError, in_words
+from common.files import only_run
 from data_prep import export_writer as writer
-from factory import inputs
+from factory import state as inputs
 from scoring import pipeline as stage
 from scoring.time_limit import Pace
 from tests.bad_inputs.case import PREPARE_TEST, SCORE, SCORE_INPUT
@@ -310,7 +309,7 @@ def test_a_model_that_cannot_be_loaded_puts_no_result_aside(place, monkeypatch):
 
 def test_a_lock_may_be_waited_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = "from pathlib import Path; from common.lock import only_run; import time\n"
+    code = "from pathlib import Path; from common.files import only_run; import time\n"
     code += "with only_run(Path('x/y')): print('held', flush=True); time.sleep(0.5)"
     holder = subprocess.Popen([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
@@ -387,7 +386,7 @@ def test_a_clock_that_goes_backwards_decides_nothing(place, monkeypatch):
     ticks = iter(range(2_000_000_000, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(ticks)))
     monkeypatch.setattr("factory.state.datetime", Backwards)
-    monkeypatch.setattr("common.lock.datetime", Backwards)
+    monkeypatch.setattr("common.files.datetime", Backwards)
     assert "scores kept" in call(*SCORE).output
     assert call(*ANEW).exit_code == 0 and results() == whole
     record = json.loads((OUT / "state.json").read_text())["parts"]["score"]

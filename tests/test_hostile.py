@@ -25,21 +25,19 @@ from click.testing import CliRunner
 
 import run
 from common.battle import Battle
-from common.console import Show
+from common.console import Show, hide_secrets, name_of, printable
 from common.errors import ArenaError
 from common.experiment import Labels, load_experiment, parse_experiment, read_yaml
-from common.files import atomic_file, atomic_folder
-from common.lock import only_run
-from common.screen import hide_secrets, name_of, printable
+from common.files import atomic_file, atomic_folder, only_run
 from data_prep.export_reader import read_audit, read_manifest, read_rows
-from data_prep.pair_budget import PairFitter
+from data_prep.preference_pairs import PairFitter
 from data_prep.prompt import JudgePrompt
 from data_prep.sanitize import Neutralizer
 from data_prep.sources import votes_at
 from data_prep.truncation import Fitter
-from factory.inputs import dataset_files
 from factory.process import run_child
-from factory.weights import refuse_pickles
+from factory.recipe_checks import refuse_pickles
+from factory.state import dataset_files
 from tests.bad_inputs.place import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import run
 from common.battle import PROBABILITY_COLUMNS
-from common.os_errors import Stopped
+from common.errors import Stopped
 from data_prep.synthetic import write_arena
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,23 +22,20 @@ import numpy as np
 
 from common.battle import VERDICTS
 from common.console import Countdown, duration
-from common.errors import ArenaError
+from common.errors import ArenaError, same_command
 from common.experiment import Experiment, read_yaml
-from common.files import write_json
-from common.lock import only_run
-from common.os_errors import same_command
+from common.files import only_run, write_json
 from data_prep.export_reader import read_battles, read_pairs, readable
 from data_prep.preference_pairs import pair_sequences
-from factory.inputs import model_files
-from scoring.adapters import trained_adapter
+from factory.state import model_files
 from scoring.batches import ScoreProgress
 from scoring.engines.torch_engine import device_name, load_model, score_labels
-from scoring.golden_prompts import CANARIES, label_canaries, reward_canaries, seal_canaries
-from scoring.judge import Judge, load_judge
+from scoring.judge import CANARIES, Judge, label_canaries, load_judge, reward_canaries, seal_canaries
 from scoring.links import softmax
 from scoring.metrics import log_loss
 from scoring.report.formatting import points
 from scoring.rewards import beats, load_value_head, value_rewards
+from scoring.scorer import trained_adapter
 
 if TYPE_CHECKING:
     from common.console import Line, Show

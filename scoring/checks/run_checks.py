@@ -22,9 +22,9 @@ from data_prep.export_reader import read_audit, read_manifest, readable
 from data_prep.export_writer import FIRST_PROMPT
 from data_prep.folds import prompt_group
 from data_prep.truncation import MARKER
-from factory.inputs import training_rows
+from factory.state import training_rows
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
-from scoring.golden_prompts import canary_limit
+from scoring.judge import canary_limit
 from scoring.links import softmax
 from scoring.report.formatting import points
 

@@ -18,11 +18,8 @@ from common.files import read_json, sha256_of
 from data_prep.export_reader import read_rows
 from factory.state import PARTS, StageState
 from scoring.checks.provenance import git_commit, hardware, versions
-from scoring.predictions import check_submission
+from scoring.predictions import REPORT, TABLES, check_submission
 
-REPORT = "report.json"
-# The tables of a stage and the split whose ids each must hold.
-TABLES = {"probabilities_valid.csv": "valid", "probabilities_test.csv": "test", "submission.csv": "test"}
 # `changed` and `missing` mean that the folder is no longer what was made, `failed` that it was wrong when it was made;
 # a warning is for a person to weigh.
 BAD = ("changed", "missing", "failed")

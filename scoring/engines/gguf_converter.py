@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from factory.launcher import follow_parent
-from scoring.engines.gguf_file import SOURCE_KEY
 
+SOURCE_KEY = "arena_factory.source_sha256"  # of the merged model that a file was made from
 SCRIPT = "convert_hf_to_gguf.py"
 
 

@@ -16,7 +16,8 @@ from unittest import mock
 import numpy as np
 
 from common.errors import ArenaError
-from scoring.engines.gguf_file import SOURCE_KEY, check_gguf, export_command, find_gguf
+from scoring.engines.gguf import check_gguf, export_command, find_gguf
+from scoring.engines.gguf_converter import SOURCE_KEY
 from scoring.engines.torch_engine import ScoreProgress
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import numpy as np
 
 from common.errors import ArenaError, UsageError
 from common.files import atomic_folder, write_json
-from scoring.engines.gguf_file import source_digest, source_files
+from scoring.engines.gguf import source_digest, source_files
 from scoring.engines.torch_engine import ScoreProgress, load_model
 
 if TYPE_CHECKING:

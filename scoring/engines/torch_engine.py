@@ -20,8 +20,8 @@ from scoring.packed_model import Pack, Piece, Reader
 if TYPE_CHECKING:
     import torch
 
-    from scoring.adapters import TrainedAdapter
     from scoring.judge import Judge
+    from scoring.scorer import TrainedAdapter
 
 # What damaged or foreign files of a model raise while they are loaded.
 LOADING_ERRORS = (
@@ -61,7 +61,7 @@ class TorchEngine:
         device = device or device_name()
         self._where, self._token_budget, self._note = str(judge.folder), token_budget, note
         if precision == "adapter":
-            from scoring.adapters import adapter_of
+            from scoring.scorer import adapter_of
 
             self.precision = precision
             model = (adapter or adapter_of(judge)).load(device)

@@ -6,16 +6,28 @@ write_json(folder / "report.json", report)
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.battle import VERDICTS
+from scoring.report.formatting import final_flips
+
+if TYPE_CHECKING:
+    from scoring.calibration import Calibration
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.console import name_of
 from common.errors import ArenaError
-from common.screen import name_of
 from data_prep.ground_truth import probabilities_of
 from scoring import metrics
 from scoring.baselines import baseline_ladder, ladder_notes
@@ -29,11 +41,139 @@ from scoring.calibration import (
     raw_scores,
 )
 from scoring.links import correct_prior, smoothed_prior, softmax
-from scoring.report.flags import flags_of
-from scoring.report.slices import row_slices
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# From here on a figure is worth a warning.
+FEW_ROWS, FLIP_RATE, CUT_SHARE, ECE, PRIOR_SHIFT = 200, 0.15, 0.1, 0.03, 0.1
+
+
+def flags_of(report: Mapping[str, Any], calibration: Calibration, train_prior: np.ndarray) -> list[dict[str, str]]:
+    """Return what a reader must not overlook, gravest first."""
+    flags: list[tuple[str, str, str]] = []
+    if not report["beats_prior"]:
+        flags.append(("red", "not_better_than_prior", _prior_words(report)))
+    if calibration.kind == "rewards" and not calibration.kept:
+        flags.append(("red", "no_link", calibration.reason))
+    if report["merge_gate"] and report["merge_gate"].get("passed") is False:
+        flags.append(("red", "merge_gate", "The merged model does not say what the trained adapter says."))
+    for check in report["checks"]:
+        if check["passed"] is False and check["name"] != "merge gate":
+            level = "red" if check["stops"] else "amber"
+            flags.append((level, "check", f"The check “{check['name']}” failed: {check['detail']}."))
+    if (report["target_prior"] or {}).get("log_loss") is not None:
+        found = report["target_prior"]
+        if found["log_loss"] >= found["prior"]:
+            figures = f"it reaches {found['log_loss']:.3f}, the prior alone {found['prior']:.3f}"
+            text = f"Under the declared target prior {figures}."
+            flags.append(("red", "target_prior_not_beaten", text))
+    flags += _cautions(report, calibration)
+    shift = float(np.abs(_shares(report["class_counts"]) - train_prior).sum() / 2)
+    if shift > PRIOR_SHIFT and not calibration.target_prior:
+        text = f"The class shares of the training rows differ from these rows' by {shift:.0%}: declare a target prior."
+        flags.append(("amber", "prior_shift", text))
+    if not (calibration.kind == "rewards" and not calibration.kept):
+        uncalibrated = calibration.log_loss_cross_fitted is None
+        flags.append(("amber" if uncalibrated else "info", "calibration", calibration.reason))
+    return [{"level": level, "code": code, "text": text} for level, code, text in flags]
+
+
+def _cautions(report: Mapping[str, Any], calibration: Calibration) -> list[tuple[str, str, str]]:
+    """Return the amber flags."""
+    found, loss = [], report["log_loss"]
+    ahead = [
+        f"{name} ({report['baselines'][name]:.3f})" for name in ("length", "tfidf") if report["baselines"][name] < loss
+    ]
+    if ahead:
+        found.append(("baseline_ahead", f"A simple baseline is better ({loss:.3f} here): {', '.join(ahead)}."))
+    if calibration.link is not None and calibration.link.learned is False:
+        found.append(
+            ("scores_say_nothing", "The link hardly uses the model's scores (within two standard errors of 0).")
+        )
+    missing = [name for name, count in report["class_counts"].items() if not count]
+    if missing:
+        found.append(("class_missing", f"No judged row of class {', '.join(missing)}."))
+    if report["rows"] < FEW_ROWS:
+        found.append(("few_rows", f"Only {report['rows']} rows: the figures are rough."))
+    bias = report["position_bias"]
+    if bias and bias["flip_rate"] > FLIP_RATE:
+        final = final_flips(bias, averaged=calibration.swap_tta, decimals=0)
+        changed = f"{bias['flip_rate']:.0%} of its first choices change with the order of the answers"
+        found.append(("position_bias", f"{changed}{final}."))
+    cut = report["truncation"].get("judged", {}).get("rows_cut_share", 0)
+    if cut > CUT_SHARE:
+        found.append(("truncation", f"{cut:.0%} of the rows were shortened to fit: a larger cutoff_len may help."))
+    if report["ece"] > max(ECE, report["ece_by_chance"]):
+        found.append(
+            ("ece", f"First choices are off by {report['ece']:.1%} on average: the probabilities are not honest.")
+        )
+    return [("amber", code, text) for code, text in found]
+
+
+def _prior_words(report: Mapping[str, Any]) -> str:
+    prior, loss, ends = report["baselines"]["prior"], report["log_loss"], report["gain_over_prior_ci95"]
+    if loss >= prior:
+        return f"Log loss {loss:.4f} does not beat the class prior ({prior:.4f}): this judge is useless as it is."
+    if loss >= report["baselines"]["uniform"]:
+        return f"Log loss {loss:.4f} is worse than a third for each class (1.0986): the prior is wrong for these rows."
+    if ends is None:
+        return f"Log loss {loss:.4f} against {prior:.4f} of the class prior, on one prompt only: nothing is shown."
+    return (
+        f"Log loss {loss:.4f} is below the class prior's {prior:.4f}, but the 95% interval of the gain "
+        f"({ends[0]:.4f} to {ends[1]:.4f}) holds 0: nothing is shown."
+    )
+
+
+def _shares(counts: Mapping[str, int]) -> np.ndarray:
+    values = np.array([counts[name] for name in VERDICTS], dtype=np.float64)
+    return values / values.sum()
+
+
+# Languages beyond these are one slice.
+LANGUAGES = 8
+
+
+def row_slices(table: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
+    """Return masks [rows] by family (length, turns, language) and name; every row is in one slice of a family.
+
+    Empty slices are left out, and languages where no row states one.
+    """
+    return {"length": _by_length(table), "turns": _by_turns(table), "language": _by_language(table)}
+
+
+def _by_length(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Split by quarters of the characters of prompt, A and B together; equal lengths stay together."""
+    total = table[["chars_prompt", "chars_a", "chars_b"]].sum(axis=1).to_numpy()
+    edges = np.unique(np.quantile(total, [0.25, 0.5, 0.75])).astype(int)
+    place = np.searchsorted(edges, total, side="left")
+    names = [f"up to {edges[0]:,} characters"]
+    names += [f"{low + 1:,} to {high:,} characters" for low, high in pairwise(edges)]
+    names.append(f"over {edges[-1]:,} characters")
+    return _present({name: place == index for index, name in enumerate(names)})
+
+
+def _by_turns(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    turns = table["turns"].to_numpy()
+    return _present({"1 turn": turns <= 1, "2 turns": turns == 2, "3 or more turns": turns >= 3})
+
+
+def _by_language(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Split by the stated language, the most frequent ones first; empty where no row states one."""
+    stated = table["language"].dropna().astype(str) if "language" in table else None
+    if stated is None or stated.empty:
+        return {}
+    names = table["language"].astype("string").fillna("").to_numpy(dtype=object)
+    common = stated.value_counts().index[:LANGUAGES].tolist()
+    slices = {name: names == name for name in common}
+    slices["other languages"] = ~np.isin(names, [*common, ""])
+    slices["not stated"] = names == ""
+    return _present(slices)
+
+
+def _present(slices: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: mask for name, mask in slices.items() if mask.any()}
+
 
 # How many rows the lists of worst and most biased rows hold.
 LISTED = 20

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.battle import PROBABILITY_COLUMNS
-from common.screen import printable
+from common.console import printable
 from common.stages import STEPS
 from factory import status as survey
 from scoring.report.formatting import final_flips, points

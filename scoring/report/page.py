@@ -6,17 +6,71 @@ write_page(json.loads(Path("report.json").read_text()), Path("report.html"))
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.battle import VERDICTS
+from common.console import visible
 from common.files import atomic_file
+from common.stages import STEPS
+from data_prep.export_reader import iter_battles, iter_pairs, read_rows
 from scoring.report import figures as charts
 from scoring.report import formatting as words
 
 if TYPE_CHECKING:
     import jinja2
+
+# Characters of one text: a page is for reading; `run.py show` prints all of it, as it was fed.
+LONGEST = 1_200
+_TEXTS = ("prompt", "response_a", "response_b")
+
+
+def shown_battles(data: Path, split: str, report: dict[str, Any], stage: str) -> list[dict[str, Any]]:
+    """Return one record for each battle that a report lists, in the order of its lists, each battle once.
+
+    A record holds id, verdict, dropped (the number of oldest turns that were not fed) and turns, a list of dicts
+    prompt, response_a, response_b: the texts as they were fitted to what this stage is fed, long ones shortened. A
+    pair is one turn, its answers hold the later ones.
+    """
+    listed = dict.fromkeys(str(row["id"]) for name in ("worst", "most_biased") for row in report.get(name) or ())
+    fed = _pairs if STEPS[stage].data == "dpo_reward" else _battles
+    found = {
+        name: {
+            "id": name,
+            "verdict": verdict,
+            "dropped": dropped,
+            "turns": [dict(zip(_TEXTS, map(_shortened, texts), strict=True)) for texts in turns],
+        }
+        for name, verdict, dropped, turns in fed(data, split)
+        if name in listed
+    }
+    return [found[name] for name in listed if name in found]
+
+
+_Fed = tuple[
+    str, str | None, int, list[tuple[str, str, str]]
+]  # id, verdict, dropped turns, (prompt, A, B) of each turn
+
+
+def _battles(data: Path, split: str) -> Iterator[_Fed]:
+    for battle, dropped in iter_battles(data, split):
+        turns = list(zip(battle.prompts, battle.responses_a, battle.responses_b, strict=True))
+        yield battle.id, battle.verdict, dropped, turns
+
+
+def _pairs(data: Path, split: str) -> Iterator[_Fed]:
+    for verdict, (pair, dropped) in zip(read_rows(data, split)["verdict"], iter_pairs(data, split), strict=True):
+        yield pair.id, verdict, dropped, [(pair.prompt, pair.response_a, pair.response_b)]
+
+
+def _shortened(text: str) -> str:
+    """Return a text that cannot hide or reorder anything on a page, with its middle left out where it is long."""
+    half = LONGEST // 2
+    if len(text) > LONGEST:
+        text = f"{text[:half]} [… {len(text) - 2 * half:,} characters are not shown here …] {text[-half:]}"
+    return visible(text)
+
 
 # Longer tables go on in report.json: a page is for reading.
 MOST_ROWS = 20
@@ -41,7 +95,7 @@ def write_page(report: dict, path: Path, battles: Sequence[dict] = ()) -> None:
     """Write the report of one stage as an HTML page, whole or not at all.
 
     `report` is report.json's content; a key that is missing, null or empty becomes a sentence that says so.
-    `battles` are the listed rows with their texts (scoring.report.shown_battles), which the lists then link to.
+    `battles` are the listed rows with their texts (scoring.report.page), which the lists then link to.
     """
     _write("report.html.j2", report_view(report, battles), path)
 
@@ -121,7 +175,7 @@ def report_view(report: dict, battles: Sequence[dict] = ()) -> dict:
         "curve": charts.curve(report["loss_curve"] or []),
         "worst": _worst(report["worst"] or []),
         "most_biased": _most_biased(report["most_biased"] or []),
-        "battles": _battles(report, battles),
+        "battles": _battles_page(report, battles),
         "provenance": facts(report["provenance"]),
         "few_rows": FEW_ROWS,
     }
@@ -278,7 +332,7 @@ def _worst(rows: list[dict]) -> list[dict]:
     ]
 
 
-def _battles(report: dict, battles: Sequence[dict]) -> dict[str, dict]:
+def _battles_page(report: dict, battles: Sequence[dict]) -> dict[str, dict]:
     """Return the battles that are shown with their texts, by id, each with its anchor and what the lists say of it."""
     worst = {words.plain(row.get("id")): row for row in report["worst"] or []}
     biased = {words.plain(row.get("id")): row for row in report["most_biased"] or []}

@@ -358,14 +358,14 @@ def rejected() -> None:
 
 
 def half_store(place: Place) -> None:
-    from scoring.row_store import RowStore
+    from scoring.score_store import RowStore
 
     RowStore.write(Path("store"), iter(()))
     Path("store/rows.parquet").write_bytes(b"PAR1")
 
 
 def stored_ids() -> None:
-    from scoring.row_store import RowStore
+    from scoring.score_store import RowStore
 
     list(RowStore(Path("store"), checked=False).ids())
 

@@ -10,7 +10,7 @@ import re
 import pytest
 from safetensors import safe_open
 
-from factory.board_checkpoint import text_fault
+from factory.board_page import text_fault
 
 pytestmark = pytest.mark.slow
 # The Board test once, or as often as one wants to be sure.

@@ -17,9 +17,9 @@ from data_prep import export_writer as writer_module
 from data_prep.chat_template import load_frame
 from data_prep.export import ensure_views, export
 from data_prep.export_reader import read_battles, read_manifest, read_rows
-from data_prep.spool import Spool
+from data_prep.export_writer import Spool
 from data_prep.synthetic import write_arena
-from factory.inputs import training_rows
+from factory.state import training_rows
 from scoring.judge import load_judge, write_judge
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from common.battle import Battle
 from common.errors import ArenaError
-from data_prep.flatten import Pair, flatten, join_turns, split_turns, unflatten
+from data_prep.preference_pairs import Pair, flatten, join_turns, split_turns, unflatten
 
 PIECES = ["### User", "### Assistant", "\\### User", "\\\\### Assistant", "\n", "\n\n", "\\", "x", " ", "\t", "\r", "#"]
 TEXT = st.text(max_size=20) | st.lists(st.sampled_from(PIECES), max_size=8).map("".join)

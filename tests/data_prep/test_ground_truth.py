@@ -57,7 +57,7 @@ def test_an_id_that_stands_twice_is_refused_and_equal_hashes_alone_are_not(workp
     with pytest.raises(ArenaError, match="the id b1 stands in row 2 and again in row 4"):
         check_truth(truth(["b0", "b1", "b2", "b1"]))
     monkeypatch.setattr("data_prep.ground_truth.hash_of", lambda identity: 7)
-    monkeypatch.setattr("data_prep.seen_ids.hash_of", lambda identity: 7)
+    monkeypatch.setattr("data_prep.readers.hash_of", lambda identity: 7)
     check_truth(truth(["b0", "b1", "b2"]))
     with pytest.raises(ArenaError, match="stands in row 1 and again in row 3"):
         check_truth(truth(["b0", "b1", "b0"]))

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from common.battle import Battle, swap
 from common.errors import ArenaError
-from data_prep.flatten import flatten, unflatten
-from data_prep.pair_budget import PairFitter
-from data_prep.preference_pairs import pair_sequences
+from data_prep.preference_pairs import PairFitter, flatten, pair_sequences, unflatten
 from data_prep.readers import VoteReader
 from data_prep.sanitize import EMPTY
 from data_prep.truncation import MARKER

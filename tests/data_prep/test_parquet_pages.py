@@ -10,8 +10,17 @@ import pytest
 from pyarrow import parquet
 
 from common.errors import ArenaError
-from data_prep.parquet_pages import LARGEST_BATCH, STEPS, _pages, _row_groups, _struct, _widest, batch_rows
-from data_prep.tables import BrokenRow, open_table
+from data_prep.tables import (
+    LARGEST_BATCH,
+    STEPS,
+    BrokenRow,
+    _pages,
+    _row_groups,
+    _struct,
+    _widest,
+    batch_rows,
+    open_table,
+)
 
 NAMES = ["id", "text"]
 OPTIONS = [

@@ -14,9 +14,16 @@ from common.files import sha256_of
 from data_prep.chat_template import load_frame
 from data_prep.export import ensure_views, export
 from data_prep.export_reader import read_battles, read_pairs, read_rows
-from data_prep.flatten import Pair, flatten, unflatten
-from data_prep.pair_budget import FittedPair
-from data_prep.preference_pairs import PairTally, pair_sequences, reward_rows, wrong_verdicts
+from data_prep.preference_pairs import (
+    FittedPair,
+    Pair,
+    PairTally,
+    flatten,
+    pair_sequences,
+    reward_rows,
+    unflatten,
+    wrong_verdicts,
+)
 from data_prep.synthetic import write_arena
 
 LABEL = dict(zip(VERDICTS, "ABC", strict=True))

@@ -14,11 +14,11 @@ from pyarrow.parquet import read_table
 
 from common.battle import VERDICTS, Battle, swap
 from common.experiment import Labels
+from data_prep.audit import battle_facts, first_prompts
 from data_prep.chat_template import load_frame
 from data_prep.export import export
 from data_prep.folds import prompt_group
 from data_prep.prompt import JudgePrompt
-from data_prep.row_statistics import battle_facts, first_prompts
 from data_prep.sanitize import EMPTY, Neutralizer
 from data_prep.truncation import MARKER
 from scoring.checks.run_checks import shared_prompts
@@ -103,7 +103,7 @@ def test_a_prompt_whose_turn_is_dropped_stays_in_its_fold_as_prompt_and_as_pair(
 
 
 def test_the_run_check_sees_what_groups_of_shortened_battles_would_hide(experiment, workplace, monkeypatch):
-    from data_prep import batch
+    from data_prep import export_rows as batch
 
     battles = twins(120)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.screen import visible
+from common.console import visible
 from data_prep.sanitize import EMPTY, Neutralizer
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<s>", "[INST]")

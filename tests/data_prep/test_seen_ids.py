@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import seen_ids
-from data_prep.seen_ids import SeenIds, first_repeat, hash_of
+from data_prep import readers as seen_ids
+from data_prep.readers import SeenIds, first_repeat, hash_of
 
 
 @given(st.lists(st.integers(0, 60).map(str), max_size=120), st.integers(1, 9))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_prep.spool import Spool, record
+from data_prep.export_writer import Spool, record
 
 
 def lines(number: int) -> list[str]:

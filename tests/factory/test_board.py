@@ -8,12 +8,11 @@ import yaml
 from common.console import Show
 from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment, read_yaml
-from common.lock import only_run
+from common.files import only_run
 from factory import board
 from factory.board import exposure, free_port, lay_out, log_lines, publish_run, serve_page, serve_tensorboard
-from factory.inputs import model_files
 from factory.recipes import write_recipe
-from factory.state import StageState
+from factory.state import StageState, model_files
 
 
 @pytest.fixture

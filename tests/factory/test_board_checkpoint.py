@@ -9,9 +9,9 @@ from board_page import function_named, pressed
 
 from common.experiment import load_experiment
 from common.llamafactory_schema import arguments
-from factory import board_checkpoint
+from factory import board_page as board_checkpoint
 from factory.board import board_models, configuration
-from factory.board_checkpoint import TEXT_METRICS, tab_values, text_fault
+from factory.board_page import TEXT_METRICS, tab_values, text_fault
 
 MODEL = {"top.model_name": "arena-tiny", "top.model_path": "models/arena-tiny"}
 

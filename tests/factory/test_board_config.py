@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 
 from common.experiment import load_experiment
 from common.stages import TRAININGS
-from factory.board import BoardModel, board_models, configuration
-from factory.board_config import _LATE_SLIDERS, board_config
+from factory.board import _LATE_SLIDERS, BoardModel, board_config, board_models, configuration
 from factory.process import child_environment
 from factory.recipes import render_recipe
 

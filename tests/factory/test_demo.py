@@ -12,12 +12,10 @@ import run
 from common.console import Show
 from common.errors import ArenaError
 from common.experiment import load_experiment, read_yaml
-from common.files import write_json
-from common.lock import only_run
+from common.files import only_run, write_json
 from factory import demo as demo_module
 from factory.demo import ARENA, demo_arena, ensure_embedded_base, refuse_other_votes
-from factory.inputs import inputs_of
-from factory.state import StageState
+from factory.state import StageState, inputs_of
 
 
 def test_an_export_of_other_votes_is_not_replaced_by_the_arena(place):

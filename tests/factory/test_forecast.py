@@ -12,8 +12,7 @@ from factory.gpu import CARDS
 from factory.memory import scoring_memory, training_memory, weight_bytes
 from factory.model_size import shape_of
 from factory.runtime import Speed, training_work
-from factory.train_config import Setup, setup_of
-from factory.workload import Workload, workload_of
+from factory.train_config import Setup, Workload, setup_of, workload_of
 
 MODEL = "Qwen/Qwen3-8B"
 SETUP = Setup(

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ArenaError
-from factory.inputs import inputs_of, names, training_rows
+from factory.state import inputs_of, names, training_rows
 
 RECIPE = {"dataset": "one, two", "dataset_dir": "data/demo", "model_name_or_path": "org/model"}
 
@@ -72,7 +72,7 @@ def test_inputs_are_recipe_data_and_local_models_but_not_what_a_trainer_writes_b
 
 
 def test_a_large_weights_file_counts_by_size_and_samples(monkeypatch):
-    monkeypatch.setattr("factory.inputs._HASHED_UP_TO", 3)
+    monkeypatch.setattr("factory.state._HASHED_UP_TO", 3)
     Path("models").mkdir()
     Path("models/model.safetensors").write_text("12345")
     inputs = inputs_of(Path("sft.yaml"), {"model_name_or_path": "models"})

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 import run
 from common.error_hints import remedy_for
-from factory.lora_targets import _modules, target_fault
+from factory.recipe_checks import _modules, target_fault
 
 
 @pytest.fixture(autouse=True)

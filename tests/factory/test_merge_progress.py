@@ -1,8 +1,8 @@
 import io
 
 from common.console import Show
-from factory import merge_progress
-from factory.merge_progress import MergeProgress
+from factory import merge as merge_progress
+from factory.merge import MergeProgress
 
 BAR = "Loading weights:  43%|████▎     | 125/290 [00:05<00:07, 23.1it/s]"
 

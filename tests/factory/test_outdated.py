@@ -12,9 +12,9 @@ from click.testing import CliRunner
 import run
 from common.errors import ArenaError
 from common.experiment import load_experiment
-from common.lock import only_run
+from common.files import only_run
 from data_prep.export_reader import read_manifest
-from factory.outdated import changed_files, outdated_files, replaced, require_own_votes
+from factory.state import changed_files, outdated_files, replaced, require_own_votes
 from factory.status import stage_view
 
 DATA, OUT = Path("data/exam"), Path("outputs/exam/sft")

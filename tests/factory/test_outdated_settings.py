@@ -10,8 +10,7 @@ from click.testing import CliRunner
 
 import run
 from common.experiment import load_experiment
-from factory.outdated import changed_settings, earlier_scores, require_scored, trained_recipe
-from factory.state import StageState
+from factory.state import StageState, changed_settings, earlier_scores, require_scored, trained_recipe
 from scoring.judge import MANIFEST, seal
 from scoring.scorer import scorer_of
 from scoring.show import exhibit

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from factory import probe
+from factory import gpu as probe
 
 
 def test_a_forecast_says_only_what_concerns_its_reader():

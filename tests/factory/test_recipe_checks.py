@@ -9,7 +9,7 @@ from common.errors import ArenaError
 from common.experiment import load_experiment, parse_experiment, read_yaml
 from common.stages import STEPS
 from factory import recipe_checks as checks
-from factory import trackers
+from factory import recipe_checks as trackers
 from factory.devices import Devices, Gpu
 from factory.recipe_checks import check_device, check_recipe, check_recipes, device_faults
 from factory.recipes import write_recipe

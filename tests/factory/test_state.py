@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ArenaError
-from common.lock import only_run
+from common.files import only_run
 from factory.state import PARTS, StageState, archive, differences, last_checkpoint
 
 INPUTS = {"sft.yaml": {"learning_rate": 1.0e-4, "epochs": 2}, "data": {"train.jsonl": "sha256:aa"}}
@@ -176,7 +176,7 @@ def test_a_lock_is_gone_with_its_run_and_one_that_took_its_place_is_not_deleted(
 def test_a_lock_that_is_deleted_again_and_again_lets_one_run_in_at_a_time():
     code = """
         from pathlib import Path
-        from common.lock import only_run
+        from common.files import only_run
         for _ in range(150):
             with only_run(Path("x/y"), wait=lambda who: None):
                 number = int(Path("number").read_text())
@@ -194,7 +194,7 @@ def test_the_lock_of_a_killed_run_is_stale():
     code = """
         import os
         from pathlib import Path
-        from common.lock import only_run
+        from common.files import only_run
         with only_run(Path("outputs/demo/sft")):
             os.kill(os.getpid(), 9)
     """

@@ -11,7 +11,7 @@ from rich.console import Console
 import run
 from common.errors import UsageError
 from common.experiment import load_experiment
-from common.lock import only_run
+from common.files import only_run
 from common.stages import TRAININGS
 from factory.state import StageState
 from factory.status import (

@@ -11,8 +11,7 @@ from click.testing import CliRunner
 
 import run
 from common.experiment import load_experiment, read_yaml
-from factory.inputs import inputs_of
-from factory.state import StageState
+from factory.state import StageState, inputs_of
 from factory.status import stage_view
 
 ADAPTER, OUT = Path("saves/tiny/lora/exam_sft"), Path("outputs/exam/sft")
@@ -164,7 +163,7 @@ def test_a_recipe_is_not_hashed_with_its_model_for_status(place, monkeypatch):
     def hashed(path):
         raise AssertionError(f"{path} was hashed")
 
-    monkeypatch.setattr("factory.inputs.sha256_of", hashed)
+    monkeypatch.setattr("factory.state.sha256_of", hashed)
     monkeypatch.setattr("factory.state.sha256_of", hashed)
     assert stage_view(load_experiment("exam"), "sft").state == "trained"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import ArenaError
-from factory import trackers
-from factory.trackers import accounts_needed, require_accounts, swanlab_fails
+from factory import recipe_checks as trackers
+from factory.recipe_checks import accounts_needed, require_accounts, swanlab_fails
 
 RECIPE = Path("factory_configs/demo/sft.yaml")
 # What wandb 0.31.0 and swanlab 0.10.3 do without a terminal: they raise, with their reason in the last line.

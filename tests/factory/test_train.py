@@ -17,9 +17,8 @@ from common.files import sha256_of
 from factory import status as survey
 from factory import train as steps
 from factory.base_model import BaseModelSize, build_base_model
-from factory.inputs import inputs_of
 from factory.recipes import write_recipe as render
-from factory.state import StageState
+from factory.state import StageState, inputs_of
 from factory.status import stage_view
 
 # Stands for llamafactory-cli: writes what it writes, as far as our half reads it, and fails on demand.

@@ -1,4 +1,4 @@
-"""scoring.destination: no result's own table and nobody else's file is replaced by the probabilities of a table."""
+"""scoring.predictions: no result's own table and nobody else's file is replaced by the probabilities of a table."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from common.errors import UsageError
 from common.files import write_json
 from data_prep.export_reader import FORMAT, earlier_manifest
 from scoring.checks.verify import TABLES
-from scoring.destination import record_output, require_outside, require_replaceable, scored_file
-from scoring.predictions import write_probabilities
+from scoring.predictions import record_output, require_outside, require_replaceable, scored_file, write_probabilities
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""scoring.engines.gguf_export: a judge as GGUF answers as it did, and what cannot be exported is told."""
+"""scoring.engines.gguf: a judge as GGUF answers as it did, and what cannot be exported is told."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ pytest.importorskip("llama_cpp", reason="the extra gguf is not installed (make e
 from common.battle import Battle
 from common.console import Show
 from common.errors import ArenaError, UsageError
-from scoring.engines import gguf_export
-from scoring.engines.gguf_export import Agreement, export_gguf, find_converter, plain_byte_level
-from scoring.engines.gguf_file import SOURCE_KEY, gguf_path, manifest_path
+from scoring.engines import gguf as gguf_export
+from scoring.engines.gguf import (
+    SOURCE_KEY,
+    Agreement,
+    export_gguf,
+    find_converter,
+    gguf_path,
+    manifest_path,
+    plain_byte_level,
+)
 from scoring.engines.protocol import open_engine
 from scoring.judge import load_judge, write_judge
 from scoring.links import softmax
@@ -119,7 +126,7 @@ def test_a_file_of_another_judge_is_refused_though_its_manifest_was_edited(place
     judge = load_judge(place.merged_folder("sft"))
     with pytest.raises(ArenaError, match="trained again since"):
         open_engine(judge, "llama.cpp")
-    from scoring.engines.gguf_file import source_digest, source_files
+    from scoring.engines.gguf import source_digest, source_files
 
     content = json.loads(manifest_path(path).read_text())
     source = source_files(judge.folder)

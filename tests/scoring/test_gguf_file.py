@@ -1,4 +1,4 @@
-"""scoring.engines.gguf_file: a GGUF is taken only with the judge that it was made of."""
+"""scoring.engines.gguf: a GGUF is taken only with the judge that it was made of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import ArenaError, UsageError
 from common.files import sha256_of
-from scoring.engines.gguf_file import (
+from scoring.engines.gguf import (
     QUANTIZATIONS,
     check_gguf,
     find_gguf,

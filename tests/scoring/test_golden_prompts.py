@@ -1,4 +1,4 @@
-"""scoring.golden_prompts: sealed once, and another model, another precision or a damaged file is told."""
+"""scoring.judge: sealed once, and another model, another precision or a damaged file is told."""
 
 import json
 
@@ -7,16 +7,16 @@ import pytest
 
 from common.errors import ArenaError
 from common.experiment import BudgetShares
-from scoring.golden_prompts import (
+from scoring.judge import (
     BATTLES,
     CANARIES,
+    Judge,
     canary_limit,
     label_canaries,
     require_canaries,
     reward_canaries,
     seal_canaries,
 )
-from scoring.judge import Judge
 
 ANSWERS = np.tile([0.5, 0.3, 0.2], (len(BATTLES), 1))
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import run
 from common.battle import Battle, swap
 from common.errors import ArenaError
-from common.lock import only_run
+from common.files import only_run
 from data_prep.truncation import Fitter
 from factory.state import StageState
 from scoring.judge import MANIFEST, load_judge, write_judge

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas, pyarrow.parquet, torch, transformers.models.llama.modeling_llama
 from common.console import Show
 from scoring import pipeline as stage
-from scoring import shard_plan
+from scoring import score_store as shard_plan
 shard_plan.SHARD_TOKENS = 2000
 experiment = pickle.loads(Path("experiment.pickle").read_bytes())
 

@@ -11,12 +11,11 @@ from safetensors.numpy import save_file
 
 from common.console import Show
 from common.errors import ArenaError
-from common.lock import only_run
-from data_prep.pair_budget import PairFitter
+from common.files import only_run
+from data_prep.preference_pairs import PairFitter
 from scoring.checks import merge_check as merge_gate
 from scoring.checks.merge_check import RECORD, compared, gate
-from scoring.golden_prompts import BATTLES, CANARIES
-from scoring.judge import write_judge
+from scoring.judge import BATTLES, CANARIES, write_judge
 from scoring.rewards import VALUE_HEAD
 from tests.scoring.test_rewards import trained_adapter
 

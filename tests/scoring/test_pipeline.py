@@ -12,9 +12,9 @@ import pytest
 
 import run
 from common.errors import ArenaError, UsageError
-from scoring.destination import scored_file
 from scoring.engines.protocol import ENGINES
 from scoring.pipeline import ScoreOptions, score_input
+from scoring.predictions import scored_file
 from scoring.scorer import own_precision, scorer_of
 from tests.scoring.fakes import quiet_show
 from tests.scoring.places import judged_place, write_battles

@@ -1,4 +1,4 @@
-"""scoring.position_bias: a row goes through the calibration of what was scored of it."""
+"""scoring.calibration: a row goes through the calibration of what was scored of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 
 from common.errors import ArenaError
-from scoring.calibration import AB_COLUMNS, BA_COLUMNS, calibrate
-from scoring.position_bias import fit_orders, orders_of
+from scoring.calibration import AB_COLUMNS, BA_COLUMNS, calibrate, fit_orders, orders_of
 
 ROWS = 600
 

@@ -1,4 +1,4 @@
-"""scoring.prefetch: the same items in the same order, made ahead; errors arrive, and nothing goes on after the end."""
+"""scoring.batches: the same items in the same order, made ahead; errors arrive, and nothing goes on after the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from scoring.prefetch import ahead
+from scoring.batches import ahead
 
 
 def test_the_items_come_in_their_order():

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from common.errors import ArenaError, UsageError
-from scoring.adapters import TrainedAdapter, adapter_of, trained_adapter
 from scoring.engines.protocol import open_engine
 from scoring.engines.torch_engine import score_labels
+from scoring.scorer import TrainedAdapter, adapter_of, trained_adapter
 from tests.scoring.test_rewards import trained_adapter as make_adapter
 from tests.scoring.test_torch_engine import LABELS, rows
 

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 
 from common.errors import ArenaError
-from common.lock import only_run
-from scoring import shard_plan
-from scoring.executors import InProcess
-from scoring.row_store import ROW_FACTS, RowStore
+from common.files import only_run
+from scoring import score_store as shard_plan
 from scoring.runner import open_job
+from scoring.score_store import ROW_FACTS, RowStore
 from scoring.time_limit import Pace
+from scoring.workers import InProcess
 from tests.scoring.fakes import FakeScorer, quiet_show, rows, scores_of
 
 ROWS = 300

@@ -1,4 +1,4 @@
-"""scoring.scores: the same battle is described, fed and scored alike, whatever table it comes from."""
+"""scoring.scorer: the same battle is described, fed and scored alike, whatever table it comes from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import run
 from common.battle import Battle
 from common.experiment import load_experiment
-from scoring.position_bias import orders_of
+from scoring.calibration import orders_of
 from scoring.predictions import write_probabilities
 from scoring.scorer import scorer_of
 from tests.bad_inputs.place import build, train_and_merge

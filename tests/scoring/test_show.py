@@ -15,7 +15,7 @@ from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment
 from data_prep.export import export
 from data_prep.truncation import MARKER
-from factory.workload import workload_of
+from factory.train_config import workload_of
 from scoring.predictions import write_probabilities
 from scoring.show import exhibit, print_exhibit
 

@@ -2,8 +2,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from scoring.report.page import write_page
-from scoring.report.shown_battles import LONGEST, shown_battles
+from scoring.report.page import LONGEST, shown_battles, write_page
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \x1b[31m \u202eevil"
 

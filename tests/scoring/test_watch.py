@@ -16,7 +16,7 @@ import scoring.watch as watching
 from common.console import Show
 from common.errors import UsageError
 from common.experiment import load_experiment
-from common.lock import only_run
+from common.files import only_run
 from data_prep.export import export
 from data_prep.synthetic import write_arena
 from factory.recipes import write_recipe

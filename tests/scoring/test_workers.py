@@ -6,11 +6,10 @@ import pandas as pd
 import pytest
 
 from common.errors import ArenaError
-from scoring import shard_plan
-from scoring.executors import InProcess, default_workers, visible_gpus
+from scoring import score_store as shard_plan
 from scoring.runner import open_job
 from scoring.time_limit import Pace
-from scoring.workers import Workers
+from scoring.workers import InProcess, Workers, default_workers, visible_gpus
 from tests.scoring.fakes import FakeScorer, FakeSpec, quiet_show, rows
 
 
