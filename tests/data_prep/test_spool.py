@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_prep.export_writer import Spool, record
+from data_prep.export_rows import record
+from data_prep.export_writer import Spool
 
 
 def lines(number: int) -> list[str]:
