@@ -467,7 +467,7 @@ def board(host: str, port: int | None, no_open: bool) -> None:
 
     It is LLaMA Board, with our data sets and every trained adapter in it.
     """
-    from common.console import Show
+    from common.progress import Show
     from factory.board import free_port, lay_out, serve_board
 
     show = Show()
@@ -603,8 +603,8 @@ def verify(output: Path, as_json: bool) -> None:
 
 def _start(name: str):
     """Load the experiment and open the place where progress is shown."""
-    from common.console import Show
     from common.experiment import load_experiment
+    from common.progress import Show
 
     verbose = (click.get_current_context().find_root().obj or {}).get("verbose", False)
     exp, show = load_experiment(name), Show(verbose=verbose)
@@ -632,7 +632,6 @@ def _prepare(
     workers=None,
     show,
 ) -> dict[str, Any]:
-    from common.console import teller
     from common.stages import STEPS
     from data_prep.export import export, warnings_of
     from data_prep.export_reader import earlier_manifest, read_manifest
@@ -655,7 +654,7 @@ def _prepare(
     ensure_embedded_base(exp, show)
     before = earlier_manifest(exp.data_folder)
     with show.line(f"prepare {exp.name}") as line:
-        audit = export(exp, train, test, truth, progress=teller(line), views=views, workers=workers)
+        audit = export(exp, train, test, truth, progress=line.update, views=views, workers=workers)
     change = replaced(before, read_manifest(exp.data_folder))
     for text in (_audit_line(exp, audit), *warnings_of(audit), *([f"{exp.data_folder}: {change}"] if change else [])):
         show.note(text)
@@ -682,7 +681,6 @@ def _audit_line(exp, audit: dict[str, Any]) -> str:
 
 def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> dict[str, Any] | None:
     """Train, merge and score one stage as far as asked; return its report, None before scoring."""
-    from common.console import teller
     from common.stages import STEPS
     from data_prep.export import ensure_views
     from factory.recipe_checks import check_device, check_recipes
@@ -697,7 +695,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
         require_own_settings(exp, stage)
         check_device(exp, stage)
         with show.line(f"prepare {exp.name}") as line:
-            ensure_views(exp, ("reward",), teller(line))
+            ensure_views(exp, ("reward",), line.update)
     adapter = train(exp, stage, resume=resume, fresh=fresh, show=show)
     if adapter is None or until == "train":  # None: a node that only trains along
         return None

@@ -17,8 +17,8 @@ from pathlib import Path
 from figures import ROOT, measured_on, put, table
 from workbench import Workbench
 
-from common.console import loss_curve
 from data_prep.synthetic import write_arena
+from factory.trainer_log import loss_curve
 
 WAYS = {"one process": ("auto", 16), "torchrun, 2 processes": ("ddp", 8), "Ray, 2 workers": ("ray", 8)}
 

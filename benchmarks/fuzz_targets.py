@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
-from common.console import loss_curve
 from common.error_hints import all_errors, clean_lines, remedy_for
 from common.errors import ArenaError
 from common.experiment import BudgetShares, Experiment, Labels, parse_experiment, read_yaml
@@ -37,6 +36,7 @@ from data_prep.truncation import Fitter
 from factory.recipe_checks import check_recipe
 from factory.recipes import render_recipe
 from factory.state import StageState, inputs_of, training_rows
+from factory.trainer_log import loss_curve
 from scoring.judge import load_judge
 from scoring.predictions import check_submission
 

@@ -138,7 +138,7 @@ def merged(its) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from common.console import Show
+    from common.progress import Show
     from factory.merge import dequantised_base
 
     base = dequantised_base(its, "sft")

@@ -46,8 +46,8 @@ def measure(experiment: str, stage: str) -> list[list[str]]:
     """Return one row an engine and precision."""
     import numpy as np
 
-    from common.console import Show
     from common.experiment import load_experiment
+    from common.progress import Show
     from data_prep.export_reader import read_battles, read_rows
     from scoring.engines.gguf import export_gguf, gguf_path
     from scoring.engines.protocol import open_engine

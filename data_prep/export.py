@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +53,8 @@ _MUCH_CUT = 0.5
 _LISTS = ("dataset_info.json", "audit.json")
 
 
-@dataclass
-class Progress:
-    """What `prepare` tells while it works: a phase, how many rows it has seen, and which part, 0 to 1, they are."""
-
-    phase: str
-    rows: int
-    share: float | None
+# What `prepare` is doing and, where it is known, the share that is done (common.progress.Line.update).
+Progress = Callable[[str, float | None], None]
 
 
 def export(
@@ -67,7 +62,7 @@ def export(
     train: Path,
     test: Path | None = None,
     truth: Path | None = None,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Progress = lambda text, share: None,
     views: Collection[View] = ("judge",),
     unchanged: Mapping[str, str] | None = None,
     workers: int | None = None,
@@ -102,7 +97,7 @@ def export(
                 noted: list[np.ndarray] = []  # of the chunks under way
                 for batch in crew.batches(noting(chunks, noted), labelled=phase == "train"):
                     writer.add(batch, noted.pop(0))
-        progress(Progress("dividing into folds", reader.rows_read, None))
+        progress("dividing into folds", None)
         counts = writer.split()
         audit = _audit(experiment, reader, test_reader, writer.tallies, counts)
         audit["pairs"] = writer.pairs_audit(counts)
@@ -118,18 +113,18 @@ def export(
     return audit
 
 
-def _counted(reader: VoteReader, phase: str, progress) -> Iterator[list[Battle]]:
+def _counted(reader: VoteReader, phase: str, progress: Progress) -> Iterator[list[Battle]]:
     """Yield the battles in chunks and tell how many there were."""
     seen = 0
     for chunk in in_chunks((battle for _, battle in reader), _CHUNK):
         share = reader.share
         yield chunk
         seen += len(chunk)
-        progress(Progress(phase, seen, share))
+        progress(f"{seen:,} {phase}", share)
 
 
 def ensure_views(
-    experiment: Experiment, views: Collection[View], progress: Callable[[Progress], None] = lambda _: None
+    experiment: Experiment, views: Collection[View], progress: Progress = lambda text, share: None
 ) -> bool:
     """Add preference sets that an export left out, from the same tables; return whether any was missing.
 

@@ -31,7 +31,7 @@ from factory.state import StageState, names
 from factory.status import experiment_names, running_stages
 
 if TYPE_CHECKING:
-    from common.console import Show
+    from common.progress import Show
 
 STAGE_NAMES = {"sft": "Supervised Fine-Tuning", "dpo": "DPO", "rm": "Reward Modeling"}
 
@@ -413,7 +413,7 @@ def serve_page(
     Its address is told when it listens, and opened in a browser where asked. Raises ArenaError if the module ends
     with an error, UsageError for an address that cannot be listened on.
     """
-    from factory.process import Watch, run_child
+    from factory.process import run_child
 
     port = free_port(host, port)
     if warning := exposure(host):
@@ -432,7 +432,7 @@ def serve_page(
 
     command = [sys.executable, "-m", module, *arguments, "--host", host, "--port", str(port)]
     try:
-        run_child(command, log, what=label, watch=Watch(on_line=read), interrupted_remedy="")
+        run_child(command, log, what=label, on_line=read, interrupted_remedy="")
     except ArenaError as error:
         if "was interrupted" not in error.what:  # Ctrl-C is how one leaves a page
             raise

@@ -14,8 +14,8 @@ from factory.state import outdated_files
 from factory.status import running_stages
 
 if TYPE_CHECKING:
-    from common.console import Show
     from common.experiment import Experiment
+    from common.progress import Show
 
 # The folder that stands for the embedded base wherever an experiment names it as its model.
 EMBEDDED_BASE = "models/arena-tiny"
@@ -82,7 +82,7 @@ def build_embedded_base(experiment: Experiment, votes: Path, seed: int, show: Sh
     folder = Path(experiment.model)
     prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
     with show.line("embedded base") as line:
-        line.phase("training a tokenizer, drawing random weights")
+        line.update("training a tokenizer, drawing random weights")
         build_base_model(folder, (prompt.message(b) for _, b in VoteReader(votes, labelled=True)), seed=seed)
     show.note(f"built a tiny base model with random weights (seed {seed}): {folder}")
 

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from common.console import Show
+from common.progress import Show
 from factory.devices import Devices, Product, devices
 
 State = Literal["ok", "warning", "fault"]
@@ -54,7 +54,7 @@ def examine(show: Show | None = None) -> list[Finding]:
     """
     show = show or Show()
     with show.line("doctor") as line:
-        tell = line.phase if show.attended else lambda _: None
+        tell = line.update if show.attended else lambda _: None
         tell("importing torch, multiplying in 4 bits")
         seen = devices(products=True)
         tell("versions, driver, memory, disk, ports")

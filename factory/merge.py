@@ -19,10 +19,10 @@ from common.files import atomic_folder, only_run, write_json
 from factory.state import model_files
 
 if TYPE_CHECKING:
-    from common.console import Show
+    from common.progress import Show
 import re
 
-from common.console import Countdown, Line
+from common.progress import Line
 
 MANIFEST = "dequantised.json"
 FORMAT = 1
@@ -69,7 +69,7 @@ class DequantisedBase:
     def _make(self, show: Show) -> None:
         started = time.monotonic()
         with show.line("dequantised base") as line:
-            line.phase(f"{self.bits}-bit weights of {self.model} as an ordinary model")
+            line.update(f"{self.bits}-bit weights of {self.model} as an ordinary model")
             model = self._load(show)
             with atomic_folder(self.folder) as folder:
                 self._save(model, folder)
@@ -142,7 +142,7 @@ def _dequantised(model: str, revision: str, quantisation: dict[str, Any], device
 
 
 # transformers' own bar, as tqdm writes it into a file: Loading weights:  43%|████  | 125/290 [00:05<00:07, 23.1it/s]
-_LOADING = re.compile(r"Loading weights:\s+(\d+)%\|.*<((?:\d+:)?\d+:\d+)")
+_LOADING = re.compile(r"Loading weights:\s+(\d+)%\|")
 _WEIGHTS = "*.safetensors"
 _KIB, _MIB = 2**10, 2**20
 
@@ -153,13 +153,12 @@ class MergeProgress:
     def __init__(self, line: Line, recipe: dict[str, Any], merged: Path):
         """`merged` is the folder that the child writes to."""
         self._line, self._recipe, self._merged = line, recipe, merged
-        self._countdown = Countdown()
         self._total: int | None = None
 
     def read(self, text: str) -> None:
         """Take one line of the child's output."""
         if (told := _LOADING.search(text)) and told[1] != "100":
-            self._line.part(int(told[1]) / 100, f"of the weights loaded, {told[2]} left")
+            self._line.update("of the weights loaded", int(told[1]) / 100)
 
     def look(self) -> None:
         """Look at what is written so far."""
@@ -169,11 +168,11 @@ class MergeProgress:
         if self._total is None:
             self._total = _bytes(_folder_of(self._recipe))
         if not self._total:  # a hub model in a cache that we cannot find
-            self._line.phase(f"writing the merged model, {_size(written, written)} so far")
+            self._line.update(f"writing the merged model, {_size(written, written)} so far")
             return
         share = min(written / self._total, 1.0)
         size = f"{_number(written, self._total)} of {_size(self._total, self._total)}"
-        self._line.part(share, f"of the merged model written, {size}{self._countdown.left(share)}")
+        self._line.update(f"of the merged model written, {size}", share)
 
 
 def _size(count: int, largest: int) -> str:

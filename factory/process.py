@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from common.console import LogPoint, TrainerLog, secrets
+from common.console import secrets
 from common.error_hints import all_errors, clean_lines, last_lines, remedy_for
 from common.errors import ArenaError, Interrupted, Stopped, stop_signals
 from factory.launcher import LIFELINE
@@ -55,16 +55,6 @@ class Finished:
         return clean_lines(_read(self.log, self.begins_at))
 
 
-@dataclass
-class Watch:
-    """Who looks on while the child runs; an exception that a callback raises ends the child and goes on up."""
-
-    on_line: Callable[[str], None] | None = None  # every whole line of output
-    on_point: Callable[[LogPoint], None] | None = None  # every new point of `trainer_log`
-    trainer_log: Path | None = None  # points that are there before the start are not reported
-    on_look: Callable[[], None] | None = None  # after each look at the two, some times a second
-
-
 def llamafactory(*arguments: str) -> list[str]:
     """Return the command that runs one command of LLaMA-Factory, e.g. train recipe.yaml key=value."""
     return [sys.executable, "-m", "factory.launcher", *arguments]
@@ -75,13 +65,15 @@ def run_child(
     log: Path,
     *,
     what: str,
-    watch: Watch | None = None,
+    on_line: Callable[[str], None] = lambda line: None,
+    on_look: Callable[[], None] = lambda: None,
     interrupted_remedy: str | Callable[[], str] = "go on with --resume",
     grace: float = 10.0,
     environment: Mapping[str, str] | None = None,
 ) -> Finished:
     """Run `command` to its end, appending all of its output to `log`; `environment` is added to ours.
 
+    `on_line` gets each line of its output, `on_look` is called some times a second; what they raise ends the child.
     Ctrl-C, SIGTERM or SIGHUP to us end the child with all of its descendants: SIGINT, after `grace` seconds
     SIGTERM, then SIGKILL (a second Ctrl-C does not wait); a remedy that is a function is asked after that. If we are
     killed by -9 the launcher notices.
@@ -107,7 +99,7 @@ def run_child(
             except OSError as error:
                 raise ArenaError(f"{what} could not start: {error}", where=command[0]) from None
             try:
-                _follow(process, log, begins_at, watch or Watch(), what, interrupted_remedy, grace)
+                _follow(process, log, begins_at, on_line, on_look, what, interrupted_remedy, grace)
             finally:
                 _hide_secrets(log)
     if process.returncode != 0:
@@ -143,25 +135,20 @@ def _follow(
     process: subprocess.Popen[bytes],
     log: Path,
     begins_at: int,
-    watch: Watch,
+    on_line: Callable[[str], None],
+    on_look: Callable[[], None],
     what: str,
     interrupted_remedy: str | Callable[[], str],
     grace: float,
 ) -> None:
     family, tail = _Family(process), _Tail(log, begins_at)
-    points = TrainerLog(watch.trainer_log, skip_existing=True) if watch.trainer_log else None
     try:
         ended = False
         while not ended:
             ended = family.wait(_POLL)
             for line in tail.read_new(whole=ended):
-                if watch.on_line:
-                    watch.on_line(line)
-            for point in points.read_new() if points else ():
-                if watch.on_point:
-                    watch.on_point(point)
-            if watch.on_look:
-                watch.on_look()
+                on_line(line)
+            on_look()
         family.end_stragglers()
     except (KeyboardInterrupt, Stopped):
         family.end(grace)

@@ -12,13 +12,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.console import TrainerLog
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, load_experiment, require_project
 from common.files import read_json
 from common.stages import STEPS, TRAININGS, merge_of
 from factory.recipe_checks import OLDER, check_recipe
 from factory.state import StageState, changed_recipe, changed_settings, flag_to_go_on, outdated_files, prepare_again
+from factory.trainer_log import TrainerLog
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.console import Line, LogPoint, Show, duration, loss_curve
+from common.console import duration
 from common.errors import ArenaError, UsageError, same_command
 from common.experiment import Experiment, read_yaml
 from common.files import atomic_folder, only_run, read_json
+from common.progress import Line, Show
 from common.stages import STEPS, merge_of
 from data_prep.export_reader import MANIFEST, SPLITS, require_intact
 from factory.distributed import Launch, plan_launch
 from factory.merge import DequantisedBase, MergeProgress, dequantised_base
-from factory.process import Watch, llamafactory, run_child
+from factory.process import llamafactory, run_child
 from factory.recipe_checks import check_device, check_recipes, refuse_pickles, require_accounts
 from factory.state import (
     StageState,
@@ -31,6 +32,7 @@ from factory.state import (
     require_own_votes,
     training_rows,
 )
+from factory.trainer_log import LogPoint, TrainerLog, loss_curve, show_points
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _VALUE_HEAD = "value_head.safetensors"
@@ -260,11 +262,10 @@ def _train_along(
     options = [*launch.options, *([f"resume_from_checkpoint={checkpoint}"] if checkpoint else [])]
     log = folder / f"train.node-{launch.node}.log"
     with show.line(f"{stage_step}, node {launch.node}") as line:
-        line.phase("starting LLaMA-Factory")
+        line.update("starting LLaMA-Factory")
         command = llamafactory("train", str(recipe_path), *options)
-        watch = Watch(on_line=_Reader(line, None, show))
         what = f"training {stage_step} on node {launch.node}"
-        finished = run_child(command, log, what=what, watch=watch, environment=launch.environment)
+        finished = run_child(command, log, what=what, on_line=_Reader(line, None, show), environment=launch.environment)
     show.note(f"{stage_step}: node {launch.node} trained along in {duration(finished.seconds)}; node 0 goes on")
 
 
@@ -282,20 +283,16 @@ def _run_training(
     options = [*launch.options, *([f"resume_from_checkpoint={start.checkpoint}"] if start.checkpoint else [])]
     if rows.expected is None:
         show.note(f"{stage_step}: this recipe leaves open how many rows are trained, so they are not compared")
-    with show.line(stage_step, start.step) as line:
-        line.phase("starting LLaMA-Factory")
-        watch = Watch(
-            on_line=_Reader(line, rows.read, show),
-            on_point=lambda point: _look_at(point, line, adapter),
-            trainer_log=adapter / "trainer_log.jsonl",
-        )
+    with show.line(stage_step) as line:
+        line.update("starting LLaMA-Factory")
         command = llamafactory("train", str(recipe_path), *options)
         what = f"training {stage_step}"
         finished = run_child(
             command,
             log,
             what=what,
-            watch=watch,
+            on_line=_Reader(line, rows.read, show),
+            on_look=_points_checked(adapter, show_points(line, start.step)),
             interrupted_remedy=lambda: _way_on(adapter, stage_step, recipe_path.parent.name),
             environment=launch.environment,
         )
@@ -327,12 +324,18 @@ def _run_merge(
     show: Show,
 ) -> float:
     with atomic_folder(merged) as temporary, show.line(stage_step) as line:
-        line.phase("starting LLaMA-Factory")
+        line.update("starting LLaMA-Factory")
         command = llamafactory("export", str(recipe_path), f"export_dir={temporary}")
         what, again = f"merging {stage_step}", f"start {same_command()} again; the training is kept"
         progress = MergeProgress(line, recipe, temporary)
-        watch = Watch(on_line=_Reader(line, progress.read, show), on_look=progress.look)
-        finished = run_child(command, log, what=what, watch=watch, interrupted_remedy=again)
+        finished = run_child(
+            command,
+            log,
+            what=what,
+            on_line=_Reader(line, progress.read, show),
+            on_look=progress.look,
+            interrupted_remedy=again,
+        )
         _require(temporary, ("config.json", "tokenizer_config.json", *_head(recipe)), log, what)
         if not any(temporary.glob("*.safetensors")):
             raise _without("any weights (*.safetensors)", temporary, log, what)
@@ -353,7 +356,7 @@ class _Reader:
             self._show.note(text)
         phase = next((name for pattern, name in self._phases if pattern.search(text)), None)
         if phase:
-            self._line.phase(phase)
+            self._line.update(phase)
         if phase == "training":  # from now on a file that is loaded is no model
             self._phases = _PHASES_OF_TRAINING
         if self._then:
@@ -403,12 +406,17 @@ def _refuse_new_inputs(state: StageState, recipe_path: Path, launch: Launch) -> 
     state.refuse_changes("train", now, fresh_remedy="start again with --fresh")
 
 
-def _look_at(point: LogPoint, line: Line, adapter: Path) -> None:
-    if not point.finite:
-        raise _not_finite(f"the loss is NaN or infinite at step {point.step}", adapter)
-    if point.loss is not None:
-        line.phase("training")  # again, after a validation
-    line.point(point)
+def _points_checked(adapter: Path, show_point: Callable[[LogPoint], None]) -> Callable[[], None]:
+    """Return a callback that shows the points a training has logged since the last call; raises ArenaError for NaN."""
+    log = TrainerLog(adapter / "trainer_log.jsonl", skip_existing=True)
+
+    def look() -> None:
+        for point in log.read_new():
+            if not point.finite:
+                raise _not_finite(f"the loss is NaN or infinite at step {point.step}", adapter)
+            show_point(point)
+
+    return look
 
 
 def _require_finite(adapter: Path, log: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.console import duration, loss_curve
+from common.console import duration
 from common.errors import ArenaError, UsageError
 from common.files import atomic_file, only_run, read_json, sha256_of_table, write_json
 from common.stages import STEPS, merge_of
@@ -25,6 +25,7 @@ from data_prep.readers import VoteReader
 from data_prep.schemas import is_formula
 from data_prep.sources import votes_at
 from factory.state import require_own_settings, require_own_votes, require_scored
+from factory.trainer_log import loss_curve
 from scoring.calibration import OrderCalibrations, fit_orders, orders_of
 from scoring.checks.merge_check import gate
 from scoring.checks.provenance import provenance
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    from common.console import Show
     from common.experiment import Experiment
+    from common.progress import Show
 
 _LABELS = {"valid": "scoring the validation fold", "test": "scoring the test set"}
 

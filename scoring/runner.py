@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.battle import SWAPPED_ORDER
-from common.console import duration
 from common.errors import ArenaError
 from scoring.calibration import AB_COLUMNS, BA_COLUMNS
 from scoring.links import log_softmax
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-    from common.console import Line, Show
+    from common.progress import Line, Show
 
 
 def open_job(
@@ -86,7 +85,7 @@ def _rows_of(folder: ShardFolder, rows: Callable[[], Iterable], label: str, show
         except ArenaError:  # killed while they were read, or damaged: they are read again, and are the same
             pass
     with show.line(f"{label}: reading the rows") as line:
-        return RowStore.write(folder.path, rows(), lambda count: count % 1000 or line.count(count, None, "rows"))
+        return RowStore.write(folder.path, rows(), lambda count: count % 100_000 or line.update(f"{count:,} rows"))
 
 
 class Job:
@@ -224,9 +223,9 @@ class _Tally:
         self._left -= tokens
         self.pace.update(tokens, must=self.must)
         rows = self.rows + sum(int(share * len(shard.rows)) for shard, share in self._begun.items())
-        speed = f"{self.pace.speed:,.0f} tokens/s, " if self.pace.speed else ""
-        left = self.pace.forecast(max(self._left, 0)) or 0
-        self._line.count(rows, self._total, f"{speed}{duration(left)} left")
+        speed = f"  {self.pace.speed:,.0f} tokens/s" if self.pace.speed else ""
+        left = self.pace.forecast(max(self._left, 0))
+        self._line.update(f"{rows:,}/{self._total:,}{speed}", rows / max(self._total, 1), left)
 
 
 class _ScoreFile:

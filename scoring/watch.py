@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from common.console import LogPoint, Show, TrainerLog, describe, duration, loss_curve, resumed_at, seconds_left
+from common.console import duration
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, load_experiment, read_yaml
 from common.files import read_json
+from common.progress import Show
 from common.stages import STEPS, TRAININGS
 from data_prep.chat_template import ChatFrame, load_frame
 from data_prep.export_reader import read_battles, read_manifest, truth_of
@@ -43,6 +44,7 @@ from factory.status import (
     running_stages,
     stage_view,
 )
+from factory.trainer_log import LogPoint, TrainerLog, describe, loss_curve, resumed_at, seconds_left, show_points
 
 RUNG_NAMES = {
     "uniform": "uniform, 1/3 each",
@@ -419,12 +421,13 @@ def _looks(watcher: Watcher, show: Show, pause: float) -> Iterator[Look]:
     idle, patience = 0, 3 if seen.at_work else 1
     told: set[tuple] = set()
     shown: LogPoint | None = None
-    with show.line(f"{seen.experiment} {seen.stage}", seen.start_step) as line:
+    with show.line(f"{seen.experiment} {seen.stage}") as line:
+        show_point = show_points(line, seen.start_step)
         while True:
-            line.phase(seen.state)
+            line.update(seen.state)
             if seen.point and seen.point != shown:
                 shown = seen.point
-                line.point(_last_loss(seen))
+                show_point(_last_loss(seen))
             for key, sentence in sentences(seen, seen.ladder):
                 # An evaluation waits for the ladder that it is told beside.
                 if key not in told and (seen.ladder or watcher.faults or not seen.at_work):
@@ -494,7 +497,7 @@ def in_words(seen: Look) -> list[str]:
     lines = [f"{seen.experiment} {seen.stage}: {seen.state} {seen.detail}".rstrip()]
     if seen.point:
         left = f"  {duration(seen.seconds_left)} left" if seen.seconds_left is not None else ""
-        losses = describe(replace(_last_loss(seen), elapsed=None))
+        losses = describe(_last_loss(seen))
         lines.append(f"step {seen.point.step}/{seen.point.total}  {losses}{left}")
     lines += [sentence for _, sentence in sentences(seen)]
     lines += _log_loss_in_words(seen)

@@ -25,10 +25,11 @@ from click.testing import CliRunner
 
 import run
 from common.battle import Battle
-from common.console import Show, hide_secrets, name_of, printable
+from common.console import hide_secrets, name_of, printable
 from common.errors import ArenaError
 from common.experiment import Labels, load_experiment, parse_experiment, read_yaml
 from common.files import atomic_file, atomic_folder, only_run
+from common.progress import Show
 from data_prep.export_reader import read_audit, read_manifest, read_rows
 from data_prep.preference_pairs import PairFitter
 from data_prep.prompt import JudgePrompt
@@ -171,7 +172,7 @@ def test_notes_and_live_lines_cannot_steer_a_terminal(capsys):
     show = Show(sys.stderr, attended=False, interval=0)
     show.note(ESCAPES)
     with show.line(ESCAPES) as line:
-        line.count(1, 1, "done")
+        line.update(ESCAPES, 1.0)
         show.note(ESCAPES)
     assert not set(capsys.readouterr().err) & set("\x1b\x07\x9b\r\x08\u202e")
 
@@ -185,7 +186,7 @@ def test_a_bar_cannot_steer_a_terminal():
     show = Show(stream, attended=True)
     with show.line(ESCAPES) as line:
         show.note(ESCAPES)
-        line.count(1, 2, "half")
+        line.update(ESCAPES, 0.5)
     assert "\x1b]0;title" not in stream.getvalue() and "\u202e" not in stream.getvalue()
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.battle import VERDICTS
-from common.console import Countdown, duration
+from common.console import duration
 from common.errors import ArenaError, same_command
 from common.experiment import Experiment, read_yaml
 from common.files import only_run, write_json
@@ -38,7 +38,7 @@ from scoring.rewards import beats, load_value_head, value_rewards
 from scoring.scorer import trained_adapter
 
 if TYPE_CHECKING:
-    from common.console import Line, Show
+    from common.progress import Line, Show
 
 RECORD = "merge_gate.json"
 # On these of the battles the adapter is also switched off: it must make a difference, and the merge must keep it.
@@ -133,12 +133,10 @@ class _Questions:
 
 def _told(line: Line, who: str) -> Tell:
     """Say who is asked now; return what shows how many answers are there, with the time left."""
-    line.phase(who)
-    countdown = Countdown()
+    line.update(who)
 
     def tell(progress: ScoreProgress) -> None:
-        share = progress.tokens / max(progress.total_tokens, 1)
-        line.part(share, f"of the answers{countdown.left(share)}")
+        line.update("of the answers", progress.tokens / max(progress.total_tokens, 1))
 
     return tell
 

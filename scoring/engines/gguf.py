@@ -35,8 +35,8 @@ from scoring.judge import load_judge, require_judge
 from scoring.links import softmax
 
 if TYPE_CHECKING:
-    from common.console import Show
     from common.experiment import Experiment
+    from common.progress import Show
     from scoring.judge import Judge
 
 # llama.cpp's own names, most exact first.

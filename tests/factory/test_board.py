@@ -5,10 +5,10 @@ from contextlib import contextmanager
 import pytest
 import yaml
 
-from common.console import Show
 from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment, read_yaml
 from common.files import only_run
+from common.progress import Show
 from factory import board
 from factory.board import exposure, free_port, lay_out, log_lines, publish_run, serve_page, serve_tensorboard
 from factory.recipes import write_recipe

@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from common.console import Show
 from common.errors import ArenaError
 from common.experiment import load_experiment, read_yaml
 from common.files import only_run, write_json
+from common.progress import Show
 from factory import demo as demo_module
 from factory.demo import ARENA, demo_arena, ensure_embedded_base, refuse_other_votes
 from factory.state import StageState, inputs_of

@@ -14,12 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.console import Show, loss_curve
 from common.errors import ArenaError
 from common.experiment import parse_experiment
+from common.progress import Show
 from factory import train as steps
 from factory.base_model import BaseModelSize, build_base_model
 from factory.recipes import TEMPLATES, write_recipe
+from factory.trainer_log import loss_curve
 
 RECIPE = {
     "max_steps": 40,

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from common.console import Show
+from common.progress import Show
 from factory import board, doctor
 from factory.devices import Devices, Gpu, Product
 from factory.doctor import Finding, as_lines, as_report, examine

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common.console import Show
 from common.errors import ArenaError
 from common.experiment import parse_experiment
+from common.progress import Show
 from factory import merge as dequantised
 from factory.base_model import BaseModelSize, build_base_model
 from factory.merge import MANIFEST, dequantised_base

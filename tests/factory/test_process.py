@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import ArenaError
 from factory import process as child
-from factory.process import Watch, child_environment, llamafactory, run_child
+from factory.process import child_environment, llamafactory, run_child
 
 ROOT = Path(__file__).parents[2]
 IGNORING = """
@@ -54,30 +54,24 @@ def alive(pids):
     return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
-def test_the_whole_output_is_kept_and_lines_and_points_are_reported_as_they_come(tmp_path):
-    log, trainer_log = tmp_path / "run.log", tmp_path / "trainer_log.jsonl"
-    trainer_log.write_text('{"current_steps": 1, "total_steps": 9, "loss": 9}\n')  # of an earlier run
-    lines, points = [], []
+def test_the_whole_output_is_kept_and_lines_are_reported_as_they_come(tmp_path):
+    log, lines, looks = tmp_path / "run.log", [], []
     finished = run_child(
         script(
             """
-            import json, sys
+            import sys
             print("out"); print("err", file=sys.stderr); sys.stderr.buffer.write(b" 5%| \\r 6%| \\r\\xff")
-            for step in (1, 2, 3):
-                with open(sys.argv[1], "a") as file:
-                    file.write(json.dumps({"current_steps": step, "total_steps": 3, "loss": 1 / step}) + "\\n")
             print("y" * 300_000)  # more than a pipe holds
             sys.stdout.write("no newline at the end")
-            """,
-            str(trainer_log),
+            """
         ),
         log,
         what="a test",
-        watch=Watch(lines.append, points.append, trainer_log),
+        on_line=lines.append,
+        on_look=lambda: looks.append(len(lines)),
     )
-    assert [(p.step, p.loss) for p in points] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert lines[:3] == ["out", "err", " 5%| "]
-    assert lines[-1] == "no newline at the end"
+    assert lines[-1] == "no newline at the end" and looks[-1] == len(lines)
     assert "y" * 300_000 in log.read_text(errors="replace")
     assert log.read_text(errors="replace").startswith("### ")
     assert finished.seconds > 0
@@ -130,7 +124,7 @@ def test_an_error_of_a_watcher_ends_the_child_and_its_descendants(tmp_path):
             raise ArenaError("rows differ")
 
     with pytest.raises(ArenaError, match="rows differ"):
-        run_child(script(IGNORING), log, what="a test", watch=Watch(on_line=refuse), grace=0.3)
+        run_child(script(IGNORING), log, what="a test", on_line=refuse, grace=0.3)
     assert alive(pids_in(log)) == []
 
 

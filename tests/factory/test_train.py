@@ -10,16 +10,17 @@ from click.testing import CliRunner
 
 import run as click_commands
 from common import files
-from common.console import Show, loss_curve
 from common.errors import ArenaError, UsageError
 from common.experiment import StartFrom, parse_experiment, read_yaml
 from common.files import sha256_of
+from common.progress import Show
 from factory import status as survey
 from factory import train as steps
 from factory.base_model import BaseModelSize, build_base_model
 from factory.recipes import write_recipe as render
 from factory.state import StageState, inputs_of
 from factory.status import stage_view
+from factory.trainer_log import loss_curve
 
 # Stands for llamafactory-cli: writes what it writes, as far as our half reads it, and fails on demand.
 FAKE = """

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.console import Show
 from common.errors import ArenaError
+from common.progress import Show
 from scoring.calibration import AB_COLUMNS
 from scoring.engines.torch_engine import ScoreProgress
 

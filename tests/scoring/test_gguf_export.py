@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("llama_cpp", reason="the extra gguf is not installed (make extra-gguf)")
 
 from common.battle import Battle
-from common.console import Show
 from common.errors import ArenaError, UsageError
+from common.progress import Show
 from scoring.engines import gguf as gguf_export
 from scoring.engines.gguf import (
     SOURCE_KEY,

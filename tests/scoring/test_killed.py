@@ -18,7 +18,7 @@ DRIVER = """
 import os, pickle, random, signal, sys, time
 from pathlib import Path
 import pandas, pyarrow.parquet, torch, transformers.models.llama.modeling_llama
-from common.console import Show
+from common.progress import Show
 from scoring import pipeline as stage
 from scoring import score_store as shard_plan
 shard_plan.SHARD_TOKENS = 2000

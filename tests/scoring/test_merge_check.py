@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common.console import Show
 from common.errors import ArenaError
 from common.files import only_run
+from common.progress import Show
 from data_prep.preference_pairs import PairFitter
 from scoring.checks import merge_check as merge_gate
 from scoring.checks.merge_check import RECORD, compared, gate

@@ -1,4 +1,3 @@
-import io
 import json
 import math
 import shutil
@@ -13,10 +12,10 @@ from click.testing import CliRunner
 
 import run
 import scoring.watch as watching
-from common.console import Show
 from common.errors import UsageError
 from common.experiment import load_experiment
 from common.files import only_run
+from common.progress import Show
 from data_prep.export import export
 from data_prep.synthetic import write_arena
 from factory.recipes import write_recipe
@@ -339,24 +338,6 @@ class _Scripted(Watcher):
         if self._end:
             raise self._end
         return replace(seen, state="trained")
-
-
-def test_the_progress_stays_in_sight_while_no_new_step_comes(exam, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "110")
-    log(exam, "sft", (4, {"loss": 0.4}))
-    stream, frames = io.StringIO(), []
-    show = Show(stream, attended=True)
-
-    def each():
-        if show._live:
-            stream.seek(0)
-            stream.truncate()
-            show._live._bar.refresh()
-            frames.append(stream.getvalue())
-
-    follow(_Scripted(exam, 4, each=each), show, pause=0.01)
-    assert len(frames) >= 3
-    assert all("exam sft: training" in frame and "4/10  loss 0.4000" in frame for frame in frames[:3])
 
 
 def test_ctrl_c_ends_the_watching_alone(exam, capsys):
