@@ -186,7 +186,7 @@ def test_the_terminal_tells_each_evaluation_once_beside_the_ladder(exam, capsys)
     assert said.count("step 2: evaluation loss 0.3500, so a log loss of at most 1.0500") == 1
     assert said.count("step 5: evaluation loss 0.3000") == 1 and "class prior 1.0956" in said
     assert "exam sft: training" in said
-    assert said.count("exam sft: step 10/10") == 1, "the last step is told once, however often it is looked at"
+    assert said.count("step 10/10") == 1, "the last step is told once, however often it is looked at"
     assert in_words(seen)[-1] == "next: python run.py sft -e exam"
 
 
