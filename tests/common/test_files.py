@@ -30,7 +30,7 @@ def test_a_file_appears_only_when_the_block_ends(tmp_path):
     assert names(target.parent) == ["a.txt"]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt], ids=("fault", "interrupt"))
 def test_a_failed_block_leaves_the_earlier_file_and_nothing_else(tmp_path, error):
     target = tmp_path / "a.bin"
     target.write_bytes(b"earlier")
@@ -85,7 +85,7 @@ def test_a_folder_replaces_the_earlier_one_wholly(tmp_path):
     assert names(tmp_path) == ["set"]
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt], ids=("fault", "interrupt"))
 def test_a_failed_block_leaves_the_earlier_folder_and_nothing_else(tmp_path, error):
     target = tmp_path / "set"
     with atomic_folder(target) as folder:

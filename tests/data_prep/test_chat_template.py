@@ -154,6 +154,7 @@ def test_thinking_that_is_left_on_is_refused(frames, make_experiment, tmp_path):
         ("We couldn't connect to 'https://huggingface.co' to load the files", "the hub cannot be reached"),
         ("something unheard of", "check the keys model and template"),
     ],
+    ids=("gated", "refused", "offline", "unknown"),
 )
 def test_a_tokenizer_that_cannot_be_had_comes_with_its_remedy(make_experiment, workplace, monkeypatch, cause, part):
     import llamafactory.model
