@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from common.console import printable
 from common.errors import ArenaError
 from common.experiment import Experiment, read_yaml
-from common.llamafactory_schema import UNKNOWN, arguments, key_fault, reporters, templates, value_fault
+from common.llamafactory_schema import arguments, key_fault, reporters, templates, value_fault
 from common.stages import Step
 from data_prep.hub import cached_file
 from factory.process import child_environment
@@ -525,7 +525,7 @@ def _faults(
     """Return all faults in the order of the recipe's keys; a key of a wrong type is not judged further."""
     own = list(_own_faults(content, not step.merges, installed))
     sound = {key: value for key, value in content.items() if key not in {fault[0] for fault in own}}
-    values = {a.name: a.default for a in arguments().values() if a.default is not UNKNOWN} | sound
+    values = {a.name: a.default for a in arguments().values()} | sound
     faults = [*own, *_disagreements(experiment, step, content, sound, rendered), *_refusals(step, values, sound)]
     order = {key: number for number, key in enumerate(content)}
     unique = {key: (key, text) for key, text in reversed(faults)}  # the first fault of a key says enough
@@ -640,7 +640,7 @@ def _disagreements(
     known = templates()
     if experiment.template not in known:
         yield "template", f"LLaMA-Factory has no chat template {experiment.template!r}; choices: {', '.join(known)}"
-    elif known[experiment.template] and experiment.enable_thinking is not False:
+    elif known[experiment.template].thinks and experiment.enable_thinking is not False:
         yield (
             "template",
             f"{experiment.template} trains on an empty thought before the label; write enable_thinking: false in "

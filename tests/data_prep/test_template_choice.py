@@ -3,7 +3,7 @@ import json
 import pytest
 
 from common.errors import ArenaError, UsageError
-from data_prep.template_choice import BASE_TEMPLATE, _text_templates, choose_template, known_models, tokens_of
+from data_prep.template_choice import choose_template
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -31,42 +31,6 @@ def folder_of(path, kind, chat_template=None, **config):
         settings["chat_template"] = chat_template
     (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return str(path)
-
-
-@pytest.mark.slow
-def test_the_table_is_the_imported_one():
-    from llamafactory.data.template import TEMPLATES
-    from llamafactory.extras.constants import DEFAULT_TEMPLATE, MULTIMODAL_SUPPORTED_MODELS, SUPPORTED_MODELS
-
-    ours = known_models()
-    theirs = {id.lower(): name for name, ids in reversed(SUPPORTED_MODELS.items()) for id in ids.values()}
-    assert set(ours) == set(theirs)
-    forgotten = []
-    for known in ours.values():
-        if (expected := DEFAULT_TEMPLATE.get(known.name, BASE_TEMPLATE)) != known.template:
-            forgotten.append((known.name, expected, known.template))
-        # Two models of that name are registered: with images, and without.
-        assert known.multimodal == (known.name in MULTIMODAL_SUPPORTED_MODELS) or known.name == "MedGemma-27B-Instruct"
-        assert known.template in TEMPLATES
-    assert ("Phi-4-3.8B-instruct", BASE_TEMPLATE, "phi4_mini") in forgotten
-    assert all("-instruct" in name or "-chat" in name or "MedGemma" in name for name, _, _ in forgotten), forgotten
-    for name, layout in _text_templates().items():
-        slots = TEMPLATES[name].format_user.slots
-        assert layout.user == "".join(slot for slot in slots if isinstance(slot, str))
-
-
-@pytest.mark.slow
-def test_the_tokens_of_a_template_are_those_that_llamafactory_writes():
-    from llamafactory.data.template import TEMPLATES
-
-    found = {name: tokens_of(name) for name in TEMPLATES}
-    for name, its in TEMPLATES.items():
-        slots = [slot for part in (its.format_prefix, its.format_user, its.format_assistant) for slot in part.slots]
-        named = {slot["token"] for slot in slots if isinstance(slot, dict)}
-        stops = {word for word in its.stop_words if any(word in slot for slot in slots if isinstance(slot, str))}
-        ends = {"eos_token"} in slots or its.efficient_eos
-        assert set(found[name]) == named | stops | ({its.stop_words[0]} if its.replace_eos and ends else set()), name
-    assert found["llama3"] == ("<|eot_id|>",) and found["qwen3_nothink"] == ("<|im_end|>",) and not found["vicuna"]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from common.experiment import load_experiment, read_yaml
+from common.llamafactory_schema import known_models
 from common.stages import STEPS, TRAININGS
-from data_prep.template_choice import known_models
 from factory.memory import training_memory
 from factory.model_size import shape_of
 from factory.new_experiment import render_experiment

@@ -1,0 +1,166 @@
+"""Write common/llamafactory_schema.json from the installed LLaMA-Factory: arguments, reporters, templates, models.
+
+    python benchmarks/llamafactory_schema.py          # after another release of LLaMA-Factory was installed
+    python benchmarks/llamafactory_schema.py --check  # exit code 1 where the file is not what would be written
+
+The product reads that file because importing LLaMA-Factory brings torch and transformers along (about 14 s).
+"""
+
+import dataclasses
+import enum
+import inspect
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llamafactory.data.mm_plugin import BasePlugin
+from llamafactory.data.template import TEMPLATES, ReasoningTemplate, Template
+from llamafactory.extras import constants
+from llamafactory.hparams import (
+    DataArguments,
+    FinetuningArguments,
+    GeneratingArguments,
+    ModelArguments,
+    TrainingArguments,
+)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+FILE = Path(__file__).resolve().parent.parent / "common/llamafactory_schema.json"
+# What `llamafactory-cli train` parses a recipe into, in its order; `export` leaves TrainingArguments out.
+GROUPS = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments)
+YAML_TYPES = (bool, int, float, str, list, dict)
+# What makes LLaMA-Factory take a model for a chat model. It compares with the capital letter only, and so forgets
+# microsoft/Phi-4-mini-instruct, which it calls Phi-4-3.8B-instruct; we compare in lower case.
+CHAT_MODELS = ("-chat", "-distill", "-instruct", "-thinking")
+
+
+def plain(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def annotation(hint: Any) -> tuple[set[str], list[str], bool]:
+    """Return a type hint's YAML types, the values that it allows, and whether null is one.
+
+    Where an enum stands beside `str` (`IntervalStrategy | str`), the class turns the string into the enum, so that
+    only the enum's values are allowed.
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        parts = [annotation(each) for each in inner]
+        return {k for p in parts for k in p[0]}, [c for p in parts for c in p[1]], any(p[2] for p in parts)
+    if hint is type(None):
+        return set(), [], True
+    if origin is typing.Literal:
+        return {"str"}, list(inner), False
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return {"str"}, [each.value for each in hint], False
+    kind = origin or hint
+    return {kind.__name__ if kind in YAML_TYPES else "other"}, [], False
+
+
+def arguments() -> dict[str, Any]:
+    """Return every field of the dataclasses that `llamafactory-cli train` parses; the first class of a name owns it."""
+    found: dict[str, Any] = {}
+    for group in GROUPS:
+        hints = typing.get_type_hints(group)
+        comma_lists = {
+            key
+            for part in group.__mro__
+            if part is not object
+            for key in re.findall(r"split_arg\(self\.(\w+)\)", inspect.getsource(part))
+        }
+        for field in dataclasses.fields(group):
+            kinds, choices, optional = annotation(hints[field.name])
+            kinds |= {"list"} if field.name in comma_lists else set()
+            made = field.default_factory is not dataclasses.MISSING
+            entry = {
+                "group": group.__name__,
+                "kinds": sorted(kinds),
+                "choices": choices or list(field.metadata.get("choices", [])),
+                "optional": optional,
+                "default": plain(field.default_factory() if made else field.default),
+                "settable": field.init,
+            }
+            found.setdefault(field.name, entry)
+    return found
+
+
+def text(slots: Iterable[Any]) -> str:
+    """Return a formatter's text without the tokens that begin or end a text."""
+    return "".join(slot for slot in slots if isinstance(slot, str))
+
+
+def template(its: Template) -> dict[str, Any]:
+    """Return what a chat template writes around one message; `user` is null where a text cannot show it: the template
+    takes images too, writes a token that has no text, or writes nothing.
+
+    `tokens` are those that stand alone in a formatter, or are stop words: LLaMA-Factory adds these to a tokenizer that
+    lacks them. Other texts, such as [INST], are any tokenizer's; how a text begins and ends is the tokenizer's choice.
+    """
+    prefix, user, answer = (part.slots for part in (its.format_prefix, its.format_user, its.format_assistant))
+    slots = [*prefix, *user, *answer]
+    tokens = [slot["token"] for slot in slots if isinstance(slot, dict)]
+    tokens += [word for word in its.stop_words if any(word in slot for slot in slots if isinstance(slot, str))]
+    if its.replace_eos and ({"eos_token"} in slots or its.efficient_eos):
+        tokens.append(its.stop_words[0])
+    words = its.default_system
+    around = text(its.format_system.slots).replace("{{content}}", words) if words else ""
+    text_only = its.mm_plugin.__class__ is BasePlugin and not any(isinstance(slot, dict) for slot in user)
+    return {
+        "thinks": isinstance(its, ReasoningTemplate),
+        "system": text(prefix) + around,
+        "user": text(user) if text_only and text(user) != "{{content}}" else None,
+        "tokens": list(dict.fromkeys(tokens)),
+    }
+
+
+def models() -> dict[str, Any]:
+    """Return LLaMA-Factory's models by lower-case hub id: [id, name, template, multimodal].
+
+    The template is null for a base model, which was never taught a chat. The registry forgets which template a group
+    of models came with, so the registrations run once more with a function that keeps it.
+    """
+    found: dict[str, Any] = {}
+
+    def register(models: dict[str, dict[str, str]], template: str | None = None, multimodal: bool = False) -> None:
+        for name, ids in models.items():
+            chats = any(part in name.lower() for part in CHAT_MODELS) or multimodal
+            for each in ids.values():
+                found.setdefault(each.lower(), [each, name, template if chats else None, multimodal])
+
+    _, calls = inspect.getsource(constants).split("\nregister_model_group(", 1)
+    exec(f"register_model_group({calls}", {**vars(constants), "register_model_group": register})
+    return found
+
+
+def schema() -> str:
+    """Return the file's text: JSON with one entry a line."""
+    sections = {
+        "arguments": arguments(),
+        "reporters": list(INTEGRATION_TO_CALLBACK),
+        "templates": {name: template(its) for name, its in TEMPLATES.items()},
+        "models": models(),
+    }
+    lines = [f'{{\n"llamafactory": "{version("llamafactory")}"']
+    for section, content in sections.items():
+        if isinstance(content, dict):
+            entries = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+            lines.append(f'"{section}": {{\n{entries}\n}}')
+        else:
+            lines.append(f'"{section}": {json.dumps(content)}')
+    return ",\n".join(lines) + "\n}\n"
+
+
+if __name__ == "__main__":
+    if os.environ.get("USE_MCA"):
+        sys.exit("unset USE_MCA: it replaces LLaMA-Factory's TrainingArguments")
+    if "--check" in sys.argv:
+        sys.exit(0 if FILE.read_text(encoding="utf-8") == schema() else f"{FILE.name} is not what this script writes")
+    FILE.write_text(schema(), encoding="utf-8")
