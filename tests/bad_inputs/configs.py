@@ -224,7 +224,7 @@ RECIPES = [
             ("reporter", "report_to: wondb\n", ("is no reporter",)),
             ("val_size", "val_size: 0.1\n", ("splits by row",)),
             ("full", "finetuning_type: full\n", ("needs a LoRA adapter",)),
-            ("token", "hub_token: hf_x\n", ("a token in a file", "HF_TOKEN")),
+            ("token", "hub_token: hf_x\n", ("a secret in a file", "HF_TOKEN")),
             ("two_faults", "lora_rank: 0\nlora_ranks: 1\n", ("2 fault(s)",)),
         ]
     ),
