@@ -34,6 +34,12 @@ CORPUS = [
 ]
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    """Number the cases of exceptions and of whole sentences: such an id can hardly be typed after `pytest -k`."""
+    sentence = isinstance(val, str) and " " in val
+    return argname if sentence or (isinstance(val, type) and issubclass(val, BaseException)) else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible():
     """Let signals reach the processes that tests start, also where our own shell ignores them (a job with &, nohup)."""
