@@ -69,7 +69,7 @@ def lay_out(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from scoring.calibration import Calibration
+    from scoring.calibration import FittedLink
     from scoring.judge import write_judge
 
     os.chdir(folder)
@@ -83,8 +83,8 @@ def lay_out(folder: Path) -> None:
     manifest = {"format": FORMAT, "frame": asdict(frame), "files": {}, "sources": {}, "views": []}
     write_json(experiment.data_folder / "manifest.json", manifest)
     write_json(experiment.folder / "experiment.yaml", KEYS)  # JSON is YAML
-    third = (1 / 3, 1 / 3, 1 / 3)
-    plain = Calibration("logits", False, None, "none", None, None, 0, False, third, None, np.empty((0, 3)))
+    third = {"a": 1 / 3, "b": 1 / 3, "tie": 1 / 3}
+    plain = FittedLink("logits", 1, False, None, "none", None, None, 0, third, None, np.empty((0, 3)))
     write_json(experiment.output_folder("sft") / "report.json", {"calibration": plain.to_json()})
 
 

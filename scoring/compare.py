@@ -152,7 +152,7 @@ def _blend(
 
 
 def _weights(design: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    return fit_conditional_logit(design, truth, np.zeros(design.shape[2])).parameters
+    return fit_conditional_logit(design, truth, np.zeros(design.shape[2]))[0]
 
 
 def _aligned(named: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:

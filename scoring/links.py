@@ -1,7 +1,7 @@
 """Links: raw scores in, three class probabilities out; fitted by maximum likelihood.
 
-    label logits [rows, 3]        →  SoftmaxLink   (temperature, class bias)
-    reward pairs [rows], [rows]   →  DavidsonLink  (scale, tie parameter, position bias, length term)
+    label logits [rows, 3]                       →  SoftmaxLink   (temperature, class bias)
+    reward and log-length differences [rows] × 2 →  DavidsonLink  (scale, tie parameter, position bias, length term)
 
 Both are conditional logits (McFadden 1974) that are linear in their parameters, so one convex fit serves both.
 """
@@ -9,10 +9,11 @@ Both are conditional logits (McFadden 1974) that are linear in their parameters,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 import numpy as np
+from scipy.optimize import minimize
 
 from common.battle import VERDICTS
 from common.errors import ArenaError
@@ -27,20 +28,8 @@ _SMALLEST, _SMALLEST_LENGTH = 1e-290, 1e-9
 TIE = VERDICTS.index("tie")
 # Where no tie was seen, one imagined tie between equal rewards (Laplace's rule) keeps the tie parameter above 0.
 _IMAGINED_TIE = np.array([[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
-
-
-@dataclass(frozen=True)
-class ConditionalLogit:
-    """The fitted parameters [k] of a conditional logit, their covariance [k, k] and the mean loss in nats."""
-
-    parameters: np.ndarray
-    covariance: np.ndarray
-    loss: float
-
-    @property
-    def errors(self) -> np.ndarray:
-        """Standard errors [k] from the observed information (the prior's included)."""
-        return np.sqrt(np.diag(self.covariance))
+# L-BFGS-B sometimes stops far from the optimum; it goes on when it is started again from there.
+_STARTS = 20
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -73,36 +62,33 @@ def penalised_loss(
     return loss, gradient + precision * parameters, hessian + precision * np.eye(len(parameters))
 
 
-def fit_conditional_logit(design: np.ndarray, truth: np.ndarray, lower: np.ndarray | None = None) -> ConditionalLogit:
-    """Fit the parameters [k] by penalised maximum likelihood, none below `lower` [k].
+def fit_conditional_logit(design: np.ndarray, truth: np.ndarray, lower: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the parameters [k] of largest posterior, none below `lower` [k], and their covariance [k, k].
 
-    `design` [rows, classes, k] in standardised units, `truth` [rows] class codes.
-    Raises ArenaError if the optimiser does not converge.
+    `design` [rows, classes, k] in standardised units, `truth` [rows] class codes. The covariance is the inverse of the
+    observed information, the prior's included. Raises ArenaError if the optimiser does not converge.
     """
-    from scipy.optimize import minimize
-
-    count = design.shape[2]
-    lower = np.full(count, -np.inf) if lower is None else lower
     rows = max(1, len(truth))
 
     def mean_loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         loss, gradient, _ = penalised_loss(parameters, design, truth)
         return loss / rows, gradient / rows
 
-    start = np.maximum(np.zeros(count), lower)
-    bounds = [(low if np.isfinite(low) else None, None) for low in lower]
+    found = np.maximum(np.zeros(len(lower)), lower)
     options = {"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-9}
-    found = minimize(mean_loss, start, jac=True, bounds=bounds, method="L-BFGS-B", options=options)
-    loss, gradient, hessian = penalised_loss(found.x, design, truth)
-    free = (found.x > lower) | (gradient < 0)
-    if not np.isfinite(loss) or np.abs(gradient[free]).max(initial=0) > 1e-3 * rows:
-        raise ArenaError(
-            f"the link did not converge ({found.message})",
-            where="calibration",
-            remedy="look at the raw scores of the validation fold: they may be broken",
-        )
-    penalty = float(found.x @ found.x) * PRIOR_DEVIATION**-2 / 2
-    return ConditionalLogit(found.x, np.linalg.inv(hessian), (loss - penalty) / rows)
+    for _ in range(_STARTS):
+        ended = minimize(mean_loss, found, jac=True, bounds=[(low, None) for low in lower], options=options)
+        found = ended.x
+        loss, gradient, hessian = penalised_loss(found, design, truth)
+        free = (found > lower) | (gradient < 0)
+        slope = np.abs(gradient[free]).max(initial=0) / rows
+        if np.isfinite(loss) and slope <= 1e-6:
+            return found, np.linalg.inv(hessian)
+    raise ArenaError(
+        f"the link did not converge ({ended.message})",
+        where="calibration",
+        remedy="look at the raw scores of the validation fold: they may be broken",
+    )
 
 
 def robust_scale(values: np.ndarray) -> float:
@@ -118,7 +104,33 @@ def robust_scale(values: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class SoftmaxLink:
+class Link:
+    """What both links share. `errors`: the standard errors of the fitted values; None where nothing was fitted."""
+
+    kind: ClassVar[str]
+    slope: ClassVar[str]  # the parameter by which the scores count
+    errors: Mapping[str, float] | None = field(default=None, kw_only=True)
+
+    @property
+    def learned(self) -> bool | None:
+        """Whether the scores count: their slope is over two standard errors; None where it was not fitted."""
+        return getattr(self, self.slope) > 2 * self.errors[self.slope] if self.errors else None
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the fitted values as a person reads them, each with its standard error where it has one."""
+        errors = self.errors or {}
+        return {
+            key: {"value": value, "standard_error": errors[key]} if key in errors else value
+            for key, value in self._values().items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the link as plain values; `link_from_json` is the inverse."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class SoftmaxLink(Link):
     """softmax(logits · inverse_temperature + bias): temperature scaling with a class bias (Guo et al., ICML 2017).
 
     `bias` sums to 0. An inverse temperature of 0 means that the logits carry nothing.
@@ -126,10 +138,10 @@ class SoftmaxLink:
     """
 
     kind: ClassVar[str] = "softmax"
+    slope: ClassVar[str] = "inverse_temperature"
     inverse_temperature: float = 1.0
     bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
     limit: float | None = None
-    errors: Mapping[str, float] | None = None
 
     @classmethod
     def fit(cls, logits: np.ndarray, truth: np.ndarray) -> SoftmaxLink:
@@ -140,13 +152,13 @@ class SoftmaxLink:
         with np.errstate(over="ignore"):  # what overflows is clipped
             design[:, :, 0] = np.clip(centred / unit, -CLIP, CLIP)
         design[:, 0, 1], design[:, 1, 2], design[:, 2, 1:] = 1.0, 1.0, -1.0
-        fitted = fit_conditional_logit(design, truth, np.array([0.0, -np.inf, -np.inf]))
-        slope, first, second = fitted.parameters
-        tie_error = float(np.sqrt(fitted.covariance[1:, 1:].sum()))
-        sizes = dict(zip(("inverse_temperature", "bias_a", "bias_b"), map(float, fitted.errors), strict=True))
-        sizes["inverse_temperature"] /= unit
+        (slope, first, second), covariance = fit_conditional_logit(design, truth, np.array([0.0, -np.inf, -np.inf]))
+        deviations = [*np.sqrt(np.diag(covariance)), np.sqrt(covariance[1:, 1:].sum())]
+        names = ("inverse_temperature", "bias_a", "bias_b", "bias_tie")
+        errors = dict(zip(names, map(float, deviations), strict=True))
+        errors["inverse_temperature"] /= unit
         bias = (float(first), float(second), float(-first - second))
-        return cls(float(slope / unit), bias, _limit(unit), {**sizes, "bias_tie": tie_error})
+        return cls(float(slope / unit), bias, _limit(unit), errors=errors)
 
     @property
     def temperature(self) -> float | None:
@@ -159,24 +171,17 @@ class SoftmaxLink:
         centred = np.clip(_centred(logits), -limit, limit)
         return softmax(centred * self.inverse_temperature + np.array(self.bias))
 
-    @property
-    def learned(self) -> bool | None:
-        """Whether the scores count: the slope is over two standard errors; None where it was not fitted."""
-        return self.inverse_temperature > 2 * self.errors["inverse_temperature"] if self.errors else None
-
-    def parameters(self) -> dict[str, Any]:
-        """Return the fitted values as a person reads them, each with its standard error where it has one."""
-        values = {"temperature": self.temperature, "inverse_temperature": self.inverse_temperature}
-        values |= dict(zip(("bias_a", "bias_b", "bias_tie"), self.bias, strict=True))
-        return _with_errors(values, self.errors)
+    def _values(self) -> dict[str, Any]:
+        bias = dict(zip(("bias_a", "bias_b", "bias_tie"), self.bias, strict=True))
+        return {"temperature": self.temperature, "inverse_temperature": self.inverse_temperature, **bias}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the link as plain values; `link_from_json` is the inverse."""
-        return {"kind": self.kind, "temperature": self.temperature, **asdict(self), "bias": list(self.bias)}
+        """Return the link as plain values, the temperature for readers among them."""
+        return {**super().to_json(), "temperature": self.temperature}
 
 
 @dataclass(frozen=True)
-class DavidsonLink:
+class DavidsonLink(Link):
     """P(a) : P(b) : P(tie) = exp(s/2) : exp(−s/2) : tie, s = scale·(ra − rb) + position_bias + length·z.
 
     Davidson 1970, "On extending the Bradley–Terry model to accommodate ties", JASA 65; the order effect after
@@ -186,20 +191,19 @@ class DavidsonLink:
     """
 
     kind: ClassVar[str] = "davidson"
+    slope: ClassVar[str] = "scale"
     scale: float
     position_bias: float
     length: float
     tie: float
     length_unit: float
     limit: float
-    errors: Mapping[str, float] | None = None
 
     @classmethod
     def fit(cls, difference: np.ndarray, log_lengths: np.ndarray, truth: np.ndarray) -> DavidsonLink:
         """Fit on reward differences ra − rb [rows], log-length differences [rows] and class codes [rows].
 
         The scale is never negative: a link does not turn a preference around.
-        `errors` holds standard errors of scale, position_bias, length, tie and log_tie from the observed information.
         """
         unit = robust_scale(difference) or 1.0
         length_unit = float(np.std(log_lengths))
@@ -213,14 +217,14 @@ class DavidsonLink:
         design[:, 2, 3] = 1.0
         if not (truth == TIE).any():
             design, truth = np.concatenate([design, [_IMAGINED_TIE]]), np.append(truth, TIE)
-        fitted = fit_conditional_logit(design, truth, np.array([0.0, -np.inf, -np.inf, -np.inf]))
-        scale, position, length, log_tie = map(float, fitted.parameters)
+        fitted, covariance = fit_conditional_logit(design, truth, np.array([0.0, -np.inf, -np.inf, -np.inf]))
+        scale, position, length, log_tie = map(float, fitted)
         names = ("scale", "position_bias", "length", "log_tie")
-        errors = dict(zip(names, map(float, fitted.errors), strict=True))
+        errors = dict(zip(names, map(float, np.sqrt(np.diag(covariance))), strict=True))
         errors["scale"] /= unit
         tie = float(np.exp(log_tie))
         errors["tie"] = tie * errors["log_tie"]  # delta method
-        return cls(scale / unit, position, length, tie, length_unit, _limit(unit), errors)
+        return cls(scale / unit, position, length, tie, length_unit, _limit(unit), errors=errors)
 
     def probabilities(self, difference: np.ndarray, log_lengths: np.ndarray) -> np.ndarray:
         """Return [rows, 3] probabilities of reward differences [rows] and log-length differences [rows]."""
@@ -228,36 +232,20 @@ class DavidsonLink:
         s = self.scale * bounded + self.position_bias + self.length * log_lengths / self.length_unit
         return softmax(np.column_stack([s / 2, -s / 2, np.full(len(s), np.log(self.tie))]))
 
-    @property
-    def learned(self) -> bool | None:
-        """Whether the rewards count: the scale is over two standard errors; None where it was not fitted."""
-        return self.scale > 2 * self.errors["scale"] if self.errors else None
-
-    def parameters(self) -> dict[str, Any]:
-        """Return the fitted values as a person reads them, each with its standard error where it has one."""
+    def _values(self) -> dict[str, Any]:
         names = ("scale", "position_bias", "length", "tie")
-        values = {name: getattr(self, name) for name in names} | {"log_tie": float(np.log(self.tie))}
-        return _with_errors(values, self.errors)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the link as plain values; `link_from_json` is the inverse."""
-        return {"kind": self.kind, **asdict(self)}
-
-
-Link = SoftmaxLink | DavidsonLink
+        return {name: getattr(self, name) for name in names} | {"log_tie": float(np.log(self.tie))}
 
 
 def link_from_json(value: Mapping[str, Any]) -> Link:
     """Return the link that `to_json` described; raises ArenaError for an unknown kind or missing values."""
-    fields = {key: item for key, item in value.items() if key not in ("kind", "temperature")}
+    links = {link.kind: link for link in (SoftmaxLink, DavidsonLink)}
     try:
-        if value.get("kind") == SoftmaxLink.kind:
-            return SoftmaxLink(**{**fields, "bias": tuple(fields["bias"])})
-        if value.get("kind") == DavidsonLink.kind:
-            return DavidsonLink(**fields)
+        link = links[value["kind"]]
+        values = {each.name: value[each.name] for each in fields(link)}
+        return link(**{name: tuple(each) if isinstance(each, list) else each for name, each in values.items()})
     except (TypeError, KeyError) as error:
-        raise ArenaError(f"the saved link is broken: {error}", where="calibration", remedy="score again") from None
-    raise ArenaError(f"unknown link {value.get('kind')!r}", where="calibration", remedy="score again")
+        raise ArenaError(f"the saved link is broken: {error!r}", where="calibration", remedy="score again") from None
 
 
 def correct_prior(probabilities: np.ndarray, source: Mapping[str, float], target: Mapping[str, float]) -> np.ndarray:
@@ -279,15 +267,17 @@ def correct_prior(probabilities: np.ndarray, source: Mapping[str, float], target
 
 def checked_prior(prior: Mapping[str, float], where: str) -> np.ndarray:
     """Return the shares [3] in the order of `VERDICTS`; raises ArenaError unless they are ≥ 0 and sum to 1."""
-    remedy = "give a share for each of " + ", ".join(VERDICTS) + ", for example a: 0.35, b: 0.35, tie: 0.30"
-    if not isinstance(prior, Mapping) or set(prior) != set(VERDICTS):
-        raise ArenaError(f"must name exactly {', '.join(VERDICTS)}", where=where, remedy=remedy)
     try:
         shares = np.array([float(prior[name]) for name in VERDICTS])
-    except (TypeError, ValueError):
-        raise ArenaError("holds something that is no number", where=where, remedy=remedy) from None
-    if not np.isfinite(shares).all() or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
-        raise ArenaError(f"shares {shares.tolist()} must be ≥ 0 and sum to 1", where=where, remedy=remedy)
+        good = len(prior) == len(shares) and (shares >= 0).all() and abs(shares.sum() - 1) <= 1e-6
+    except (TypeError, ValueError, KeyError):
+        good = False
+    if not good:
+        raise ArenaError(
+            f"must be three shares, each at least 0, that sum to 1, and not {prior!r}",
+            where=where,
+            remedy=f"give a share for each of {', '.join(VERDICTS)}, for example a: 0.35, b: 0.35, tie: 0.30",
+        )
     return shares
 
 
@@ -303,16 +293,7 @@ def _limit(unit: float) -> float:
     return CLIP * unit if unit < largest / CLIP else largest
 
 
-def _with_errors(values: dict[str, Any], errors: Mapping[str, float] | None) -> dict[str, Any]:
-    """Put each standard error beside its value."""
-    errors = errors or {}
-    return {
-        key: {"value": value, "standard_error": errors[key]} if key in errors else value
-        for key, value in values.items()
-    }
-
-
 def _centred(logits: np.ndarray) -> np.ndarray:
-    """Logits less their row mean: the same probabilities, and numbers of the size of the differences."""
+    """Return logits less their row mean: the same probabilities, and numbers of the size of the differences."""
     values = np.asarray(logits, dtype=np.float64)
     return values - values.mean(axis=1, keepdims=True)

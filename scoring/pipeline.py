@@ -26,7 +26,7 @@ from data_prep.schemas import is_formula
 from data_prep.sources import votes_at
 from factory.state import require_own_settings, require_own_votes, require_scored
 from factory.trainer_log import loss_curve
-from scoring.calibration import OrderCalibrations, fit_orders, orders_of
+from scoring.calibration import Calibration
 from scoring.checks.merge_check import gate
 from scoring.checks.provenance import provenance
 from scoring.checks.run_checks import require_sound, run_checks, stopping
@@ -158,9 +158,10 @@ def score_input(
     options = options or ScoreOptions()
     require_replaceable(output, source, experiment)
     spec, report = options.spec(experiment, stage), read_report(experiment, stage)
-    calibrations, wanted = orders_of(report), bool(report["calibration"]["swap_tta"])
+    calibration = Calibration.from_json(report)
+    wanted = calibration.used.swap_tta
     if wanted and options.time_limit is not None:
-        calibrations.require_one()
+        calibration.require(1)
     scorer, path = spec.scorer(), votes_at(source, labelled=False)
     require_outside(output, path)
     VoteReader(path, labelled=False)  # a file that is none is told before the model is loaded
@@ -183,9 +184,9 @@ def score_input(
             )
             pace = _pace([job], options, show)
             job.straight(executor, pace)
-            if wanted or (options.time_limit is not None and calibrations.both is not None):
+            if wanted or (options.time_limit is not None and 2 in calibration.links):
                 _tell_partial(job.swapped(executor, pace), job.rows, stage, options, show)
-        rows = _write_table(output, job, calibrations)
+        rows = _write_table(output, job, calibration)
         record_output(output)
         formulas = sum(map(is_formula, job.ids()))
         cut = job.cut_rows()
@@ -312,10 +313,10 @@ def _report(
     rows: dict[str, int],
     scoring: dict[str, Any],
     trust: dict[str, Any],
-) -> tuple[dict[str, Any], np.ndarray, OrderCalibrations]:
-    """Build the report; return it with the validation rows' probabilities and the calibrations."""
+) -> tuple[dict[str, Any], np.ndarray, Calibration]:
+    """Build the report; return it with the validation rows' probabilities and the calibration."""
     data = experiment.data_folder
-    report, probabilities, used = build_report(
+    report, probabilities, calibration = build_report(
         experiment=experiment.name,
         stage=stage,
         scores=valid,
@@ -330,13 +331,12 @@ def _report(
         target_prior=_target_prior(experiment),
         **trust,
     )
-    calibrations = fit_orders(valid, used, seed=experiment.seed, target_prior=_target_prior(experiment))
-    report |= {"calibrations": calibrations.to_json(), "scoring": scoring}
+    report["scoring"] = scoring
     both = scoring["rows_in_both_orders"]["test"]
     if 0 < both < rows["test"] or (experiment.swap_tta and both < rows["test"]):
         text = f"{both:,} of {rows['test']:,} test rows were scored in both orders, the others in one: a time limit."
         report["flags"].append({"level": "info", "code": "one_order", "text": text})
-    return report, probabilities, calibrations
+    return report, probabilities, calibration
 
 
 def audit_for(data: Path, stage: str) -> dict[str, Any]:
@@ -365,13 +365,13 @@ def _write(
         valid = pd.read_parquet(folder / "scores_valid.parquet")
     rows = {split: job.rows for split, job in jobs.items()}
     trust = _trust(experiment, stage, valid, jobs["test"], scoring, compared)
-    report, probabilities, calibrations = _report(experiment, stage, valid, rows, scoring, trust)
+    report, probabilities, calibration = _report(experiment, stage, valid, rows, scoring, trust)
     names = ["probabilities_valid.csv"]
     write_probabilities(folder / names[0], valid["id"], probabilities)
     (folder / "submission.csv").unlink(missing_ok=True)
     if rows["test"]:
         for name in ("probabilities_test.csv", *(() if stopping(report["checks"]) else ("submission.csv",))):
-            _write_table(folder / name, jobs["test"], calibrations)
+            _write_table(folder / name, jobs["test"], calibration)
             names.append(name)
     plots = write_plots(report, folder / "plots")
     write_page(report, folder / "report.html", shown_battles(experiment.data_folder, "valid", report, stage))
@@ -401,11 +401,11 @@ def _trust(
     return {"merge_gate": compared and compared["merge_gate"], "checks": [check.to_json() for check in checks]}
 
 
-def _write_table(path: Path, job: Job, calibrations: OrderCalibrations) -> int:
+def _write_table(path: Path, job: Job, calibration: Calibration) -> int:
     """Write a job's probabilities, piece by piece, and check what was written; return the number of rows."""
     with probability_file(path) as add:
         for table in job.tables():
-            add(table["id"], calibrations.apply(table))
+            add(table["id"], calibration.apply(table))
     return check_submission(path, job.ids())
 
 

@@ -7,17 +7,13 @@ write_json(folder / "report.json", report)
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.battle import VERDICTS
 from scoring.report.formatting import final_flips
-
-if TYPE_CHECKING:
-    from scoring.calibration import Calibration
-from itertools import pairwise
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +31,7 @@ from scoring.calibration import (
     AB_COLUMNS,
     BA_COLUMNS,
     Calibration,
+    FittedLink,
     calibrate,
     has_both_orders,
     kind_of,
@@ -49,7 +46,7 @@ if TYPE_CHECKING:
 FEW_ROWS, FLIP_RATE, CUT_SHARE, ECE, PRIOR_SHIFT = 200, 0.15, 0.1, 0.03, 0.1
 
 
-def flags_of(report: Mapping[str, Any], calibration: Calibration, train_prior: np.ndarray) -> list[dict[str, str]]:
+def flags_of(report: Mapping[str, Any], calibration: FittedLink, train_prior: np.ndarray) -> list[dict[str, str]]:
     """Return what a reader must not overlook, gravest first."""
     flags: list[tuple[str, str, str]] = []
     if not report["beats_prior"]:
@@ -79,7 +76,7 @@ def flags_of(report: Mapping[str, Any], calibration: Calibration, train_prior: n
     return [{"level": level, "code": code, "text": text} for level, code, text in flags]
 
 
-def _cautions(report: Mapping[str, Any], calibration: Calibration) -> list[tuple[str, str, str]]:
+def _cautions(report: Mapping[str, Any], calibration: FittedLink) -> list[tuple[str, str, str]]:
     """Return the amber flags."""
     found, loss = [], report["log_loss"]
     ahead = [
@@ -232,24 +229,22 @@ def build_report(
     if fitted_here:
         calibration = calibrate(
             scores,
-            kind_of(scores),
-            groups=scores["group"],
-            verdicts=scores["verdict"],
             seed=seed,
             swap_tta=swap_tta,
             train_prior=_named(train_prior),
             target_prior=target_prior,
         )
-    probabilities = calibration.probabilities if fitted_here else calibration.apply(scores)
-    corrected = None if fitted_here else calibration.target_prior
+    fitted = calibration.used
+    probabilities = fitted.probabilities if fitted_here else fitted.apply(scores)
+    corrected = None if fitted_here else fitted.target_prior
     judged = _judged(scores, probabilities, train_rows, valid_texts, truth, corrected, seed)
     report = {
         "experiment": experiment,
         "stage": stage,
         "set": set_name,
-        **_figures(judged, calibration, seed),
-        "calibration": calibration.to_json(),
-        "target_prior": _weighted_to_target(judged, calibration, seed) if fitted_here else None,
+        **_figures(judged, fitted, seed),
+        **calibration.to_json(),
+        "target_prior": _weighted_to_target(judged, fitted, seed) if fitted_here else None,
         "merge_gate": merge_gate,
         "checks": list(checks),
         "truncation": _truncation(judged, audit),
@@ -258,11 +253,11 @@ def build_report(
         "loss_curve": loss_curve,
         "provenance": {**provenance, "report": {"seed": seed, "bootstrap_draws": metrics.DRAWS}},
     }
-    report["flags"] = flags_of(report, calibration, train_prior)
+    report["flags"] = flags_of(report, fitted, train_prior)
     return _plain(report), probabilities, calibration
 
 
-def _figures(judged: _Judged, calibration: Calibration, seed: int) -> dict[str, Any]:
+def _figures(judged: _Judged, calibration: FittedLink, seed: int) -> dict[str, Any]:
     """Return every figure that comes from probabilities and verdicts; `calibration` tells what of the order remains."""
     truth, model = judged.truth, judged.model
     intervals, shares = _intervals(judged, seed)
@@ -325,7 +320,7 @@ def _intervals(judged: _Judged, seed: int) -> tuple[dict[str, list | None], tupl
     return ends, (means["gain_over_prior"] / learnable, metrics.percentile_interval(ratios, judged.groups))
 
 
-def _position(judged: _Judged, calibration: Calibration, intervals: Mapping[str, list | None]) -> dict[str, Any]:
+def _position(judged: _Judged, calibration: FittedLink, intervals: Mapping[str, list | None]) -> dict[str, Any]:
     """Return position bias of the uncalibrated softmax in both orders, or null with the reason.
 
     `final_flip_rate` is the share of rows whose first choice by the final probabilities changes with the order.
@@ -350,7 +345,7 @@ def _position(judged: _Judged, calibration: Calibration, intervals: Mapping[str,
     return {"position_bias": bias, "position_bias_reason": None}
 
 
-def _final_flip_rate(table: pd.DataFrame, calibration: Calibration) -> float:
+def _final_flip_rate(table: pd.DataFrame, calibration: FittedLink) -> float:
     """Return how often the final first choice is another one when the battle is given with A and B exchanged.
 
     Of averaged orders it may change, too: a link's class bias for A stays with the place, not with the answer.
@@ -431,17 +426,17 @@ def _truncation(judged: _Judged, audit: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _weighted_to_target(judged: _Judged, calibration: Calibration, seed: int) -> dict[str, Any] | None:
+def _weighted_to_target(judged: _Judged, calibration: FittedLink, seed: int) -> dict[str, Any] | None:
     """Estimate the corrected log loss under the declared prior.
 
     Each row counts (declared share / observed share) of its class.
     """
     if calibration.target_prior is None:
         return None
-    target = np.array(calibration.target_prior)
+    target = np.array([calibration.target_prior[name] for name in VERDICTS])
     observed = np.bincount(judged.truth, minlength=3) / len(judged.truth)
     unseen = [name for code, name in enumerate(VERDICTS) if observed[code] == 0 and target[code] > 0]
-    found = {"declared": _named(target), "source": _named(np.array(calibration.source_prior))}
+    found = {"declared": _named(target), "source": dict(calibration.source_prior)}
     if unseen:
         reason = f"no judged row of class {', '.join(unseen)}: the corrected log loss cannot be estimated here"
         return {**found, "log_loss": None, "log_loss_ci95": None, "prior": None, "reason": reason}
@@ -465,7 +460,7 @@ def _judged(
     train_rows: pd.DataFrame,
     texts: pd.DataFrame,
     truth: pd.DataFrame | None,
-    corrected: tuple[float, float, float] | None,
+    corrected: Mapping[str, float] | None,
     seed: int,
 ) -> _Judged:
     """Put the rows with a verdict beside the baselines' and the true probabilities."""
@@ -483,10 +478,10 @@ def _judged(
     if corrected is not None:
         source = _named(smoothed_prior(metrics.verdict_codes(train_rows["verdict"])))
         for name in set(baselines) - {"uniform"}:
-            baselines[name] = correct_prior(baselines[name], source, _named(np.array(corrected)))
+            baselines[name] = correct_prior(baselines[name], source, corrected)
     orders = None
     if kind_of(table) == "logits" and has_both_orders(table):
-        raw_scores(table, "logits", swap_tta=True)  # names the rows that lack one of the orders
+        raw_scores(table, orders=2)  # names the rows that lack one of the orders
         orders = tuple(softmax(table[list(names)].to_numpy(np.float64)) for names in (AB_COLUMNS, BA_COLUMNS))
     return _Judged(
         table,

@@ -230,7 +230,7 @@ REPORTS = [
         (
             "calibration_of_words",
             edited(REPORT, calibration={"source_prior": "x", "target_prior": 1}),
-            ("must name exactly a, b, tie",),
+            ("source_prior", "give a share for each of a, b, tie"),
         ),
     ]
 ]

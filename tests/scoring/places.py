@@ -12,14 +12,14 @@ import numpy as np
 from common.experiment import Experiment
 from common.files import write_json
 from data_prep.export_reader import FORMAT
-from scoring.calibration import Calibration
+from scoring.calibration import FittedLink
 from scoring.judge import write_judge
 
 
 def identity(swap_tta: bool = False) -> dict:
     """Return the calibration that leaves the softmax as it is, as a report keeps it."""
-    third = (1 / 3, 1 / 3, 1 / 3)
-    plain = Calibration("logits", False, None, "few rows", None, None, 0, swap_tta, third, None, np.empty((0, 3)))
+    third, none = dict.fromkeys(["a", "b", "tie"], 1 / 3), np.empty((0, 3))
+    plain = FittedLink("logits", 2 if swap_tta else 1, False, None, "few rows", None, None, 0, third, None, none)
     return plain.to_json()
 
 

@@ -99,7 +99,7 @@ def test_a_good_judge_on_the_synthetic_arena():
     assert report["learned_share_ci95"][0] < share < report["learned_share_ci95"][1]
     assert share > 0.8
     assert report["bayes_expected"] == pytest.approx(report["bayes"], abs=0.03)
-    assert report["calibration"]["kept"] == calibration.kept
+    assert report["calibration"]["kept"] == calibration.used.kept
     assert report["loss_curve"] == [{"step": 1, "loss": None}]
     assert report["provenance"]["versions"] == {"torch": "2"}
     assert report["truncation"]["train"]["rows_cut"] == 1
@@ -129,10 +129,11 @@ def test_what_of_the_position_bias_is_left_in_the_final_answers():
     scores, texts, _ = arena(40, 2, both_orders=True)  # too few rows for a link
     one, _, plain = built(scores, texts)
     both, _, averaged = built(scores, texts, swap_tta=True)
-    assert plain.link is None and averaged.link is None
+    assert plain.used.link is None and averaged.used.link is None
     assert one["position_bias"]["final_flip_rate"] == one["position_bias"]["flip_rate"] > 0.15
     assert both["position_bias"]["final_flip_rate"] == 0
-    biased = replace(averaged, link=SoftmaxLink(bias=(4 / 3, -2 / 3, -2 / 3)), kept=True)
+    link = replace(averaged.used, link=SoftmaxLink(bias=(4 / 3, -2 / 3, -2 / 3)), kept=True)
+    biased = replace(averaged, links={2: link})
     found = built(scores, texts, swap_tta=True, calibration=biased)[0]["position_bias"]["final_flip_rate"]
     p = averaged.apply(scores) * np.exp([2.0, 0, 0])
     mirrored = averaged.apply(scores)[:, [1, 0, 2]] * np.exp([2.0, 0, 0])
@@ -262,7 +263,7 @@ def test_training_on_scarce_ties_is_caught_and_corrected_by_the_target_prior():
     assert fold_report["log_loss"] == pytest.approx(metrics.log_loss(p, metrics.verdict_codes(scores["verdict"])))
     estimate = fold_report["target_prior"]
     assert estimate["log_loss"] < estimate["prior"] < estimate["log_loss_uncorrected"]
-    plain = calibrate(scores, "logits", groups=scores["group"], verdicts=scores["verdict"], seed=7)
+    plain = calibrate(scores, seed=7)
     uncorrected, _, _ = built(shown, natural[1], train=train, calibration=plain, set_name="natural")
     corrected, found, _ = built(shown, natural[1], train=train, calibration=fitted, set_name="natural")
     assert uncorrected["log_loss"] > 1.2

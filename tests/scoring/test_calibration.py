@@ -1,4 +1,4 @@
-"""scoring.calibration: what is kept, what is refused, and every stated degradation."""
+"""scoring.calibration: what is kept, what is refused, every stated fallback, and one link for each number of orders."""
 
 import json
 
@@ -8,22 +8,30 @@ import pytest
 
 from common.errors import ArenaError
 from scoring import metrics
-from scoring.calibration import calibrate, calibration_from_json, grouped_parts, kind_of, raw_scores
+from scoring.calibration import AB_COLUMNS, BA_COLUMNS, Calibration, calibrate, grouped_parts, kind_of
 from scoring.links import softmax
 
 VERDICTS = np.array(["a", "b", "tie"])
+AB, BA = list(AB_COLUMNS), list(BA_COLUMNS)
+TARGET = {"a": 0.35, "b": 0.35, "tie": 0.30}
 
 
 def drawn(p, seed):
     return (p.cumsum(axis=1) < np.random.default_rng(seed).random((len(p), 1))).sum(axis=1)
 
 
+def table_of(truth: np.ndarray, **columns) -> pd.DataFrame:
+    rows = len(truth)
+    return pd.DataFrame(
+        {"id": [f"r{i}" for i in range(rows)], "group": np.arange(rows) // 2, "verdict": VERDICTS[truth], **columns}
+    )
+
+
 def logit_table(rows=1_200, seed=0, *, temperature=1.0, bias=(0.0, 0.0, 0.0)) -> pd.DataFrame:
     """Label logits whose true probabilities are softmax(logits / temperature + bias)."""
     logits = np.random.default_rng(seed).normal(0, 1.5, (rows, 3))
     truth = drawn(softmax(logits / temperature + np.array(bias)), seed + 1)
-    table = pd.DataFrame(logits, columns=["ab_a", "ab_b", "ab_tie"])
-    return table.assign(id=[f"r{i}" for i in range(rows)], group=np.arange(rows) // 2, verdict=VERDICTS[truth])
+    return table_of(truth, **dict(zip(AB, logits.T, strict=True)))
 
 
 def reward_table(rows=1_200, seed=0, *, scale=1.2) -> pd.DataFrame:
@@ -31,54 +39,52 @@ def reward_table(rows=1_200, seed=0, *, scale=1.2) -> pd.DataFrame:
     rewards, lengths = random.normal(0, 1, (rows, 2)), random.integers(1, 2_000, (rows, 2))
     s = scale * (rewards[:, 0] - rewards[:, 1]) + 0.3
     truth = drawn(softmax(np.column_stack([s / 2, -s / 2, np.full(rows, np.log(0.7))])), seed + 1)
-    return pd.DataFrame(
-        {
-            "id": [f"r{i}" for i in range(rows)],
-            "group": np.arange(rows) // 2,
-            "verdict": VERDICTS[truth],
-            "reward_a": rewards[:, 0] * 1e-3,
-            "reward_b": rewards[:, 1] * 1e-3,
-            "chars_a": lengths[:, 0],
-            "chars_b": lengths[:, 1],
-        }
-    )
+    names = ("reward_a", "reward_b", "chars_a", "chars_b")
+    return table_of(truth, **dict(zip(names, [*(rewards * 1e-3).T, *lengths.T], strict=True)))
 
 
-def calibrated(table, kind="logits", **more):
-    return calibrate(table, kind, groups=table["group"], verdicts=table["verdict"], seed=1, **more)
+def two_orders(seed=0, rows=600) -> pd.DataFrame:
+    """Logits in both orders that are far too sharp, and that lean to the first answer."""
+    random = np.random.default_rng(seed)
+    truth = random.integers(0, 3, rows)
+    made = table_of(truth)
+    for columns, shift in ((AB, 2.0), (BA, -2.0)):
+        made[columns] = random.normal(0, 6, (rows, 3)) + 4 * np.eye(3)[truth] + np.array([shift, 0, 0])
+    return made
 
 
-def codes(table):
-    return metrics.verdict_codes(table["verdict"])
+def fitted(table, **more):
+    return calibrate(table, seed=1, **more).used
+
+
+def loss(p, table):
+    return metrics.log_loss(p, metrics.verdict_codes(table["verdict"]))
+
+
+def plain(table):
+    return softmax(table[AB].to_numpy())
 
 
 def test_an_overconfident_judge_is_calibrated_and_the_test_set_gains():
-    made = calibrated(logit_table(temperature=3.0, bias=(0.4, -0.4, 0.0)))
-    assert made.kept
+    table = logit_table(temperature=3.0, bias=(0.4, -0.4, 0.0))
+    made = fitted(table)
+    assert made.kept and "kept temperature and class bias" in made.reason
     assert made.log_loss_cross_fitted < made.log_loss_before - 0.1
     assert made.link.temperature == pytest.approx(3.0, rel=0.25)
-    assert "kept temperature and class bias" in made.reason
+    assert loss(made.probabilities, table) == pytest.approx(made.log_loss_cross_fitted), (
+        "judged by what is cross-fitted"
+    )
+    assert not np.allclose(made.probabilities, made.apply(table), atol=1e-6)
     fresh = logit_table(seed=77, temperature=3.0, bias=(0.4, -0.4, 0.0))
-    plain = softmax(fresh[["ab_a", "ab_b", "ab_tie"]].to_numpy())
-    assert metrics.log_loss(made.apply(fresh), codes(fresh)) < metrics.log_loss(plain, codes(fresh)) - 0.1
+    assert loss(made.apply(fresh), fresh) < loss(plain(fresh), fresh) - 0.1
 
 
 def test_an_honest_judge_keeps_its_softmax():
-    outcomes = [calibrated(logit_table(seed=seed)) for seed in range(0, 20, 2)]
-    left = [made for made in outcomes if not made.kept]
-    assert len(left) >= 5
+    assert sum(not fitted(logit_table(seed=seed)).kept for seed in range(0, 20, 2)) >= 5
     table = logit_table(seed=0)
-    made = calibrated(table)
-    assert not made.kept and made.link is None
-    assert "the plain softmax stays" in made.reason
-    assert made.apply(table) == pytest.approx(softmax(table[["ab_a", "ab_b", "ab_tie"]].to_numpy()))
-
-
-def test_the_judged_probabilities_are_cross_fitted_and_not_the_final_link_s():
-    table = logit_table(temperature=3.0)
-    made = calibrated(table)
-    assert metrics.log_loss(made.probabilities, codes(table)) == pytest.approx(made.log_loss_cross_fitted)
-    assert not np.allclose(made.probabilities, made.apply(table), atol=1e-6)
+    made = fitted(table)
+    assert not made.kept and made.link is None and "plain softmax" in made.reason
+    assert made.apply(table) == pytest.approx(plain(table))
 
 
 def test_parts_never_share_a_prompt_and_cover_every_row_once():
@@ -91,66 +97,47 @@ def test_parts_never_share_a_prompt_and_cover_every_row_once():
 
 
 def test_rewards_become_probabilities_that_beat_the_prior():
-    made = calibrated(reward_table(), "rewards")
-    assert made.kept
-    assert made.log_loss_cross_fitted < made.log_loss_before - 0.05
+    made, fresh = fitted(reward_table()), reward_table(seed=50)
+    assert made.kept and made.log_loss_cross_fitted < made.log_loss_before - 0.05
     assert made.link.scale * 1e-3 == pytest.approx(1.2, abs=3 * made.link.errors["scale"] * 1e-3)
-    fresh = reward_table(seed=50)
-    assert metrics.log_loss(made.apply(fresh), codes(fresh)) < made.log_loss_before - 0.05
+    assert loss(made.apply(fresh), fresh) < made.log_loss_before - 0.05
 
 
-def test_rewards_that_say_nothing_fall_back_to_the_prior_in_words():
-    table = reward_table()
-    table[["reward_a", "reward_b"]] = np.random.default_rng(9).normal(size=(len(table), 2))
-    table["verdict"] = np.random.default_rng(3).permutation(table["verdict"])
-    made = calibrated(table, "rewards")
-    assert made.kept or "class prior stays" in made.reason
-    assert made.reason.endswith(
-        f"against {made.log_loss_before:.4f} of a class prior fitted in the same way, on the other parts of the fold"
-    )
+def test_rewards_that_say_nothing_gain_nothing_over_a_prior_fitted_in_the_same_way():
+    random = np.random.default_rng(9)
+    table = reward_table().assign(reward_a=random.normal(size=1_200), reward_b=random.normal(size=1_200))
+    made = fitted(table.assign(verdict=np.random.default_rng(3).permutation(table["verdict"])))
+    assert f"against {made.log_loss_before:.4f} of a class prior" in made.reason
     assert abs(made.log_loss_cross_fitted - made.log_loss_before) < 0.01
 
 
-@pytest.mark.parametrize("kind", ["logits", "rewards"])
-def test_fewer_than_fifty_rows_are_not_calibrated_and_say_so(kind):
-    table = (logit_table(49) if kind == "logits" else reward_table(49)).assign(group=np.arange(49))
-    prior = {"a": 0.5, "b": 0.3, "tie": 0.2}
-    made = calibrated(table, kind, train_prior=prior)
-    assert not made.kept
-    assert "only 49 validation rows" in made.reason
-    if kind == "rewards":
-        assert "every row gets the class prior" in made.reason
-        assert made.apply(table) == pytest.approx(np.tile([0.5, 0.3, 0.2], (49, 1)))
-    else:
-        assert made.apply(table) == pytest.approx(softmax(table[["ab_a", "ab_b", "ab_tie"]].to_numpy()))
+def without(verdict):
+    return lambda table: table[table["verdict"] != verdict]
 
 
 @pytest.mark.parametrize("kind", ["logits", "rewards"])
-def test_a_missing_class_is_not_calibrated_and_say_so(kind):
-    table = logit_table() if kind == "logits" else reward_table()
-    made = calibrated(table[table["verdict"] != "b"], kind)
-    assert not made.kept
-    assert "no row of class b" in made.reason
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.iloc[:49].assign(group=range(49)), "only 49 validation rows"),
+        (without("b"), "no row of class b"),
+        (lambda t: t.assign(group="same"), "share one prompt"),
+        (lambda t: t.assign(**dict.fromkeys([c for c in t if c.startswith(("ab_", "reward_"))], 1.0)), "same score"),
+    ],
+)
+def test_what_fits_no_link_says_so_and_falls_back(kind, change, words):
+    table = change(logit_table() if kind == "logits" else reward_table())
+    made = fitted(table, train_prior={"a": 0.5, "b": 0.3, "tie": 0.2})
+    assert not made.kept and words in made.reason
+    expected = plain(table) if kind == "logits" else np.tile([0.5, 0.3, 0.2], (len(table), 1))
+    assert made.apply(table) == pytest.approx(expected)
 
 
 def test_rewards_without_any_tie_still_get_a_link_with_a_small_tie_share():
-    table = reward_table()
-    made = calibrated(table[table["verdict"] != "tie"], "rewards")
-    assert made.kept
-    assert "no tie was seen" in made.reason
+    table = without("tie")(reward_table())
+    made = fitted(table)
+    assert made.kept and "no tie was seen" in made.reason
     assert 0 < made.apply(table)[:, 2].mean() < 0.01
-
-
-def test_equal_scores_everywhere_are_a_stated_degradation():
-    made = calibrated(reward_table().assign(reward_a=3.0, reward_b=3.0), "rewards")
-    assert not made.kept
-    assert "same score for all its sides" in made.reason
-    made = calibrated(logit_table().assign(ab_a=1.0, ab_b=1.0, ab_tie=1.0))
-    assert not made.kept
-
-
-def test_one_prompt_cannot_be_cross_fitted():
-    assert "share one prompt" in calibrated(logit_table().assign(group="same")).reason
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e200])
@@ -158,84 +145,100 @@ def test_broken_logits_stop_with_their_ids(value):
     table = logit_table()
     table.loc[[3, 8], "ab_b"] = value
     with pytest.raises(ArenaError, match=r"2 row.*id r3, r8"):
-        calibrated(table)
+        calibrate(table, seed=1)
 
 
-def test_rewards_that_overflow_stop_with_their_ids():
-    table = reward_table()
-    table.loc[5, ["reward_a", "reward_b"]] = [1.7e308, -1.7e308]
-    with pytest.raises(ArenaError, match="overflow: id r5"):
-        calibrated(table, "rewards")
-
-
-def test_huge_but_finite_rewards_work():
+def test_rewards_that_overflow_stop_with_their_ids_and_huge_ones_work():
     table = reward_table()
     table[["reward_a", "reward_b"]] *= 1e300
-    made = calibrated(table, "rewards")
-    assert made.kept
-    assert np.isfinite(made.apply(table)).all()
-
-
-def test_averaging_both_orders_is_the_mean_of_their_probabilities():
-    table = logit_table(seed=0)
-    ba = pd.DataFrame(np.random.default_rng(5).normal(size=(len(table), 3)), columns=["ba_a", "ba_b", "ba_tie"])
-    both = table.join(ba)
-    mean = (softmax(both[["ab_a", "ab_b", "ab_tie"]].to_numpy()) + softmax(ba.to_numpy())) / 2
-    assert softmax(raw_scores(both, "logits", swap_tta=True).inputs[0]) == pytest.approx(mean)
-    with pytest.raises(ArenaError, match="swapped order was not scored"):
-        calibrated(table, swap_tta=True)
-    both.loc[4, "ba_tie"] = np.nan
-    with pytest.raises(ArenaError, match="id r4"):
-        calibrated(both, swap_tta=True)
+    made = fitted(table)
+    assert made.kept and np.isfinite(made.apply(table)).all()
+    table.loc[5, ["reward_a", "reward_b"]] = [1.7e308, -1.7e308]
+    with pytest.raises(ArenaError, match="overflow: id r5"):
+        calibrate(table, seed=1)
 
 
 def test_rows_without_a_verdict_fit_nothing_but_get_probabilities():
     table = logit_table(temperature=3.0)
     table.loc[:99, "verdict"] = None
-    made = calibrated(table)
+    made = fitted(table)
     assert made.rows == len(table) - 100
     assert made.probabilities[:100] == pytest.approx(made.apply(table)[:100])
 
 
 def test_a_target_prior_corrects_what_is_applied_and_not_what_is_judged():
     table = logit_table(4_000, temperature=2.0, bias=(1.0, 1.0, -2.0))  # ties are scarce here
-    target = {"a": 0.35, "b": 0.35, "tie": 0.30}
-    made, plain = calibrated(table, target_prior=target), calibrated(table)
-    assert made.probabilities == pytest.approx(plain.probabilities)
-    assert made.uncorrected(table) == pytest.approx(plain.apply(table))
-    assert made.apply(table)[:, 2].mean() > 4 * plain.apply(table)[:, 2].mean()
-    balanced = pd.concat([table[table.verdict == v].sample(n, random_state=0, replace=True) for v, n in
-                          (("a", 350), ("b", 350), ("tie", 300))])  # fmt: skip
-    before, after = (metrics.log_loss(c.apply(balanced), codes(balanced)) for c in (plain, made))
-    assert after < before - 0.1
-    assert after < 1.0965  # the prior's own log loss there
+    made, uncorrected = fitted(table, target_prior=TARGET), fitted(table)
+    assert made.probabilities == pytest.approx(uncorrected.probabilities)
+    assert made.apply(table)[:, 2].mean() > 4 * uncorrected.apply(table)[:, 2].mean()
+    counts = {"a": 350, "b": 350, "tie": 300}
+    balanced = pd.concat([table[table.verdict == v].sample(n, random_state=0, replace=True) for v, n in counts.items()])
+    before, after = (loss(each.apply(balanced), balanced) for each in (uncorrected, made))
+    assert after < before - 0.1 and after < 1.0965, "the prior's own log loss there"
 
 
 def test_a_judge_that_never_saw_a_tie_is_corrected_by_what_it_predicts_and_not_by_what_it_saw():
     table = logit_table(3_000, bias=(0.0, 0.0, -3.0))
     table["ab_tie"] -= 3.0  # it gives ties about 2%
-    table = table[table["verdict"] != "tie"]
     train_prior = {"a": 0.49995, "b": 0.49995, "tie": 0.0001}
-    made = calibrated(table, train_prior=train_prior, target_prior={"a": 0.35, "b": 0.35, "tie": 0.30})
+    made = fitted(without("tie")(table), train_prior=train_prior, target_prior=TARGET)
     assert not made.kept
     assert 0.15 < made.apply(table)[:, 2].mean() < 0.45
 
 
-def test_a_saved_calibration_gives_the_same_probabilities():
-    for table, kind in (
-        (logit_table(temperature=3.0), "logits"),
-        (reward_table(), "rewards"),
-        (logit_table(20), "logits"),
-    ):
-        made = calibrated(table, kind, target_prior={"a": 0.4, "b": 0.4, "tie": 0.2})
-        again = calibration_from_json(json.loads(json.dumps(made.to_json(), allow_nan=False)))
-        assert again.apply(table) == pytest.approx(made.apply(table), abs=1e-12)
+@pytest.mark.parametrize("swap_tta", [True, False])
+def test_each_row_goes_through_the_link_for_the_number_of_its_orders(swap_tta):
+    made, fresh = calibrate(two_orders(), seed=1, swap_tta=swap_tta), two_orders(1)
+    assert made.used is made.links[2 if swap_tta else 1]
+    assert made.links[1].kept and made.links[2].kept and made.links[1].link != made.links[2].link
+    fresh.loc[::3, BA] = np.nan
+    probabilities = made.apply(fresh)
+    alone = np.arange(len(fresh)) % 3 == 0
+    np.testing.assert_array_equal(probabilities[alone], made.links[1].apply(fresh[alone]))
+    np.testing.assert_array_equal(probabilities[~alone], made.links[2].apply(fresh[~alone]))
+
+
+def test_both_orders_are_averaged_by_their_probabilities():
+    table = two_orders().iloc[:40]  # too few for a link
+    mean = (plain(table) + softmax(table[BA].to_numpy())) / 2
+    assert fitted(table, swap_tta=True).apply(table) == pytest.approx(mean)
+    with pytest.raises(ArenaError, match="swapped order was not scored"):
+        calibrate(logit_table(), seed=1, swap_tta=True)
+    table.loc[4, "ba_tie"] = np.nan
+    with pytest.raises(ArenaError, match="id r4"):
+        calibrate(table, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("table", "options"),
+    [
+        (logit_table(temperature=3.0), {}),
+        (logit_table(20), {}),
+        (reward_table(), {}),
+        (two_orders(), {}),
+        (two_orders(), {"swap_tta": True}),
+    ],
+)
+def test_a_saved_calibration_gives_the_same_probabilities(table, options):
+    made = calibrate(table, seed=1, target_prior=TARGET, **options)
+    again = Calibration.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False)))
+    assert again.links.keys() == made.links.keys() and again.orders == made.orders
+    np.testing.assert_array_equal(again.apply(table), made.apply(table))
+
+
+def test_a_report_that_lacks_a_link_or_a_value_is_refused():
+    report = {"calibration": calibrate(two_orders(), seed=1, swap_tta=True).to_json()["calibration"]}
+    found, table = Calibration.from_json(report), two_orders(2)
+    found.apply(table)
+    table.loc[:9, BA] = np.nan
+    with pytest.raises(ArenaError, match="no calibration for rows with this number of orders") as caught:
+        found.apply(table)
+    assert "--fresh" in caught.value.remedy
     with pytest.raises(ArenaError, match="score the stage again"):
-        calibration_from_json({"kept": True})
+        Calibration.from_json({"calibration": {"kept": True}})
 
 
 def test_the_kind_is_read_from_the_columns():
-    assert kind_of(logit_table(3)) == "logits"
-    assert kind_of(reward_table(3)) == "rewards"
+    assert (kind_of(logit_table(3)), kind_of(reward_table(3))) == ("logits", "rewards")
     with pytest.raises(ArenaError, match="must hold either"):
         kind_of(pd.DataFrame({"id": [1]}))

@@ -347,8 +347,8 @@ def test_the_numbers_half_fits_the_page(tmp_path):
         {"id": [str(n) for n in range(300)], "verdict": verdicts, "group": [str(n) for n in range(300)]}
     )
     scores = rows.assign(**{f"ab_{name}": 2 * logits[:, i] for i, name in enumerate(("a", "b", "tie"))})
-    found = calibrate(scores, "logits", groups=rows["group"], verdicts=rows["verdict"], seed=1)
-    _, shown_report = shown(tmp_path, {"calibration": found.to_json()})
+    found = calibrate(scores.assign(group=rows["group"], verdict=rows["verdict"]), seed=1)
+    _, shown_report = shown(tmp_path, found.to_json())
     assert "Kept: temperature and class bias. It takes the log loss from" in shown_report.text
     assert "The raw model was too sure" in shown_report.text
     frames = {

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import run
 from common.battle import Battle
 from common.experiment import load_experiment
-from scoring.calibration import orders_of
+from scoring.calibration import Calibration
 from scoring.predictions import write_probabilities
 from scoring.scorer import scorer_of
 from tests.bad_inputs.place import build, train_and_merge
@@ -83,7 +83,8 @@ def test_input_gives_the_last_digit_of_the_test_set_s_own_table(scored, stage, m
         report |= {"calibration": identity(), "calibrations": {"one_order": identity()}}
         (folder / "report.json").write_text(json.dumps(report))
         scores = pd.read_parquet(folder / "scores_test.parquet")
-        write_probabilities(folder / "probabilities_test.csv", scores["id"], orders_of(report).apply(scores))
+        made = Calibration.from_json(report).apply(scores)
+        write_probabilities(folder / "probabilities_test.csv", scores["id"], made)
     else:
         assert report["calibration"]["kept"] and abs(report["calibration"]["link"]["length"]) > 0.1
     called("score", "-e", "exam", "--stage", stage, "--input", "test.csv", "--output", f"{stage}.csv")
