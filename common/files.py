@@ -6,7 +6,6 @@ what a killed one left behind, and removes it.
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -21,6 +20,9 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
+
+import psutil
+from filelock import FileLock, Timeout
 
 from common.errors import ArenaError
 
@@ -123,24 +125,15 @@ def sha256_of_table(path: Path) -> str:
 def _prefix(path: Path) -> str:
     """Return how the name of a temporary of `path` begins, after removing those of processes that were killed."""
     host = f"{zlib.crc32(socket.gethostname().encode()):08x}"
-    for rest in path.parent.glob(f".{glob.escape(path.name)}.{host}-*.tmp"):
-        process = rest.name.removeprefix(f".{path.name}.{host}-").split(".")[0]
-        if process.isdecimal() and not _is_alive(int(process)):
-            if rest.is_dir() and not rest.is_symlink():
-                shutil.rmtree(rest, ignore_errors=True)
-            else:
-                rest.unlink(missing_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{host}-*.tmp"):
+        process = left.name.removeprefix(f".{path.name}.{host}-").split(".")[0]
+        if not process.isdecimal() or psutil.pid_exists(int(process)):
+            continue
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
     return f".{path.name}.{host}-{os.getpid()}."
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def _discard(folder: Path) -> None:
@@ -165,25 +158,58 @@ def is_within(path: str | Path, folder: Path) -> bool:
 
 @contextmanager
 def only_run(folder: Path, *, wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock of a folder, beside it; raises ArenaError while another run holds it.
+    """Hold the lock of a folder, which lies beside it; raises ArenaError while another run holds it.
 
-    With `wait` it is waited for instead, after `wait` was told who holds it. The operating system releases the lock of
-    a process that died: what such a run left in the file is stale and taken over. The text in it (process id, host,
-    start) is for the reader, and for other hosts on a shared disk.
+    With `wait` this waits for the other run instead, after calling `wait` with the name of its process. The operating
+    system frees the lock of a killed run. The lock's text names the holder: for the error, for `run.py status`, and for
+    other hosts on a shared disk, which the operating system's lock may not reach.
     """
     refuse_links_out(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
-    with _taken(folder, path, wait) as file:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if wait is None:
+            raise _held(folder, path) from None
+        wait(_holder(path))
+        lock.acquire()
+    try:
+        if _owner(path).get("host", socket.gethostname()) != socket.gethostname():
+            raise _held(folder, path)
+        started_at = datetime.now().astimezone().isoformat(timespec="seconds")
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "started_at": started_at}
+        path.write_text(json.dumps(me), encoding="utf-8")
         try:
-            file.truncate(0)
-            started_at = datetime.now().astimezone().isoformat(timespec="seconds")
-            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started_at": started_at}, file)
-            file.flush()
             yield
         finally:
-            if _lies_at(path, file):
-                path.unlink(missing_ok=True)
-            file.truncate(0)  # after that, for a run of another host that has opened it already: see `_taken`
+            if _owner(path) == me:  # else somebody deleted the file, and another run has made its own
+                path.unlink()
+    finally:
+        lock.release()
+
+
+def _held(folder: Path, path: Path) -> ArenaError:
+    return ArenaError(
+        f"another run is at work here ({_holder(path)})",
+        where=str(folder),
+        remedy=f"wait for it or end it; if that process is gone, delete {path}",
+    )
+
+
+def _holder(path: Path) -> str:
+    owner = {"pid": "?", "host": "?", "started_at": "?", **_owner(path)}
+    return f"process {owner['pid']} on {owner['host']}, since {owner['started_at']}"
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """Return what a lock's holder wrote; nothing where it has not yet, or was killed while writing."""
+    try:
+        owner = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def refuse_links_out(folder: Path) -> None:
@@ -197,66 +223,3 @@ def refuse_links_out(folder: Path) -> None:
                 where=str(link),
                 remedy=f"put a folder in its place; to keep all results on another disk, make {root} itself the link",
             )
-
-
-def _taken(folder: Path, path: Path, wait: Callable[[str], None] | None) -> IO[str]:
-    """Return the lock's file, locked. One that its holder has deleted since it was opened locks nothing: opened anew.
-
-    Nobody but the holder may delete a lock's file: whoever still holds it would not be alone any more.
-    """
-    while True:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:  # another run has just removed its empty folder
-            continue
-        try:
-            _take(file, folder, path, wait)
-            owner = _owner(path)
-            if _lies_at(path, file):  # asked last: what was read is then what a holder wrote, or nobody's
-                if owner.get("host", socket.gethostname()) != socket.gethostname():
-                    raise _held(folder, path)  # its system's lock may not reach over a shared disk
-                return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-
-
-def _lies_at(path: Path, file: IO[str]) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-def _take(file: IO[str], folder: Path, path: Path, wait: Callable[[str], None] | None) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if wait is None:
-            raise _held(folder, path) from None
-        wait(_who(path))
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def _held(folder: Path, path: Path) -> ArenaError:
-    return ArenaError(
-        f"another run is at work here ({_who(path)})",
-        where=str(folder),
-        remedy=f"wait for it or end it; if it does not live any more, delete {path}",
-    )
-
-
-def _who(path: Path) -> str:
-    return "process {pid} on {host}, since {started_at}".format_map(
-        {"pid": "?", "host": "?", "started_at": "?", **_owner(path)}
-    )
-
-
-def _owner(path: Path) -> dict[str, Any]:
-    try:
-        owner = read_json(path)
-    except (OSError, ValueError):  # empty: released; torn: its writer died
-        return {}
-    return owner if isinstance(owner, dict) else {}

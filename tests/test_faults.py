@@ -307,18 +307,6 @@ def test_a_model_that_cannot_be_loaded_puts_no_result_aside(place, monkeypatch):
     assert done.exit_code == 0 and "the earlier report is now outputs/exam/sft/report.json.earlier-1" in done.output
 
 
-def test_a_lock_may_be_waited_for(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code = "from pathlib import Path; from common.files import only_run; import time\n"
-    code += "with only_run(Path('x/y')): print('held', flush=True); time.sleep(0.5)"
-    holder = subprocess.Popen([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"held\n"
-    told = []
-    with only_run(Path("x/y"), wait=told.append):
-        assert holder.wait() == 0
-    assert f"process {holder.pid}" in told[0]
-
-
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_killed_writer_left_is_removed_by_the_next_one_and_a_living_ones_is_not(tmp_path, kind):
     opened = "atomic_file" if kind == "file" else "atomic_folder"

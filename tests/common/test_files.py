@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from common.files import atomic_file, atomic_folder, sha256_of, write_json
+from common.errors import ArenaError
+from common.files import atomic_file, atomic_folder, only_run, sha256_of, write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,3 +141,67 @@ def test_json_is_readable_and_refuses_what_is_not_json(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 100_000)
     assert sha256_of(tmp_path / "a") == hashlib.sha256(b"x" * 100_000).hexdigest()
+
+
+def held_by_another(code: str) -> subprocess.Popen:
+    """Return a process that holds the lock of outputs/x while it runs `code`, once it holds it."""
+    script = "import os, time; from pathlib import Path; from common.files import only_run\n"
+    script += f"with only_run(Path('outputs/x')): print('held', flush=True); {code}"
+    child = subprocess.Popen([sys.executable, "-c", script], env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"held\n"
+    return child
+
+
+@pytest.fixture
+def lock(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path("outputs/.x.lock")
+
+
+def test_a_second_run_is_refused_and_the_error_names_the_first(lock):
+    with only_run(Path("outputs/x")):
+        with pytest.raises(ArenaError, match=rf"process {os.getpid()} on {socket.gethostname()}, since 20"):  # noqa: SIM117
+            with only_run(Path("outputs/x")):
+                pass
+        with only_run(Path("outputs/y")):  # another folder
+            pass
+    assert not list(Path("outputs").iterdir()), "neither lock nor folder is left"
+
+
+def test_a_lock_may_be_waited_for_and_that_of_a_killed_run_is_free(lock):
+    for code, status in (("time.sleep(0.5)", 0), ("time.sleep(0.2); os.kill(os.getpid(), 9)", -signal.SIGKILL)):
+        holder, waited = held_by_another(code), []
+        with only_run(Path("outputs/x"), wait=waited.append):
+            assert holder.wait() == status
+            assert json.loads(lock.read_text())["pid"] == os.getpid()
+        assert f"process {holder.pid}" in waited[0]
+
+
+def test_runs_that_wait_for_each_other_enter_one_at_a_time(lock):
+    code = """
+from pathlib import Path
+from common.files import only_run
+for _ in range(50):
+    with only_run(Path("x/y"), wait=lambda who: None):
+        Path("number").write_text(str(int(Path("number").read_text()) + 1))
+"""
+    Path("number").write_text("0")
+    runs = [subprocess.Popen([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}) for _ in range(4)]
+    assert [run.wait() for run in runs] == [0] * 4
+    assert Path("number").read_text() == "200"
+
+
+def test_the_lock_of_another_host_is_not_taken_over_and_a_torn_one_is(lock):
+    lock.parent.mkdir()
+    lock.write_text('{"pid": 1, "host": "elsewhere", "started_at": "2026-01-01"}')
+    with (
+        pytest.raises(ArenaError, match="process 1 on elsewhere, since 2026-01-01") as caught,
+        only_run(lock.parent / "x"),
+    ):
+        pass
+    assert f"delete {lock}" in caught.value.remedy and "elsewhere" in lock.read_text()
+    lock.write_text('{"pid": 1, "ho')
+    with only_run(lock.parent / "x"):
+        lock.unlink()  # too early, as the remedy says for a run that is gone
+        lock.write_text("another's")
+    assert lock.read_text() == "another's"

@@ -1,15 +1,9 @@
 import json
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from common.errors import ArenaError
-from common.files import only_run
 from factory.state import PARTS, StageState, archive, differences, last_checkpoint
 
 INPUTS = {"sft.yaml": {"learning_rate": 1.0e-4, "epochs": 2}, "data": {"train.jsonl": "sha256:aa"}}
@@ -145,79 +139,6 @@ def test_a_checkpoint_whose_file_ends_early_is_not_whole(name, kept):
     path = Path("saves/x/checkpoint-2") / name
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     assert last_checkpoint(Path("saves/x")) == Path("saves/x/checkpoint-1")
-
-
-def test_a_second_run_of_a_stage_is_refused_and_told_who_holds_it():
-    folder = Path("outputs/demo/sft")
-    with only_run(folder):
-        with (
-            pytest.raises(ArenaError, match=rf"process {os.getpid()} on {socket.gethostname()}, since 20"),
-            only_run(folder),
-        ):
-            pass
-        with only_run(Path("outputs/demo/rm")):  # another stage
-            pass
-    with only_run(folder):  # released
-        pass
-    assert not folder.exists()  # the lock lies beside it, so that an archived folder does not take it along
-
-
-def test_a_lock_is_gone_with_its_run_and_one_that_took_its_place_is_not_deleted():
-    folder, lock = Path("outputs/demo/sft"), Path("outputs/demo/.sft.lock")
-    with only_run(folder):
-        assert lock.exists()
-    assert list(Path("outputs/demo").iterdir()) == []
-    with only_run(folder):
-        lock.unlink()  # as the advice says for a run that does not live any more, too early
-        lock.write_text("another's")
-    assert lock.read_text() == "another's"
-
-
-def test_a_lock_that_is_deleted_again_and_again_lets_one_run_in_at_a_time():
-    code = """
-        from pathlib import Path
-        from common.files import only_run
-        for _ in range(150):
-            with only_run(Path("x/y"), wait=lambda who: None):
-                number = int(Path("number").read_text())
-                Path("number").write_text(str(number + 1))
-    """
-    root = str(Path(__file__).parents[2])
-    command, environment = [sys.executable, "-c", textwrap.dedent(code)], {**os.environ, "PYTHONPATH": root}
-    Path("number").write_text("0")
-    runs = [subprocess.Popen(command, env=environment) for _ in range(4)]
-    assert [run.wait() for run in runs] == [0] * 4
-    assert Path("number").read_text() == "600"
-
-
-def test_the_lock_of_a_killed_run_is_stale():
-    code = """
-        import os
-        from pathlib import Path
-        from common.files import only_run
-        with only_run(Path("outputs/demo/sft")):
-            os.kill(os.getpid(), 9)
-    """
-    root = str(Path(__file__).parents[2])
-    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "PYTHONPATH": root})
-    assert ended.returncode == -9
-    assert json.loads(Path("outputs/demo/.sft.lock").read_text())["pid"] != os.getpid()
-    with only_run(Path("outputs/demo/sft")):
-        assert json.loads(Path("outputs/demo/.sft.lock").read_text())["pid"] == os.getpid()
-
-
-def test_a_lock_of_another_host_is_not_taken_over():
-    made("outputs/demo/.sft.lock").write_text('{"pid": 1, "host": "elsewhere", "started_at": "2026-01-01"}')
-    with (
-        pytest.raises(ArenaError, match="process 1 on elsewhere, since 2026-01-01") as caught,
-        only_run(Path("outputs/demo/sft")),
-    ):
-        pass
-    assert "delete outputs/demo/.sft.lock" in caught.value.remedy
-    assert "elsewhere" in Path("outputs/demo/.sft.lock").read_text()
-    Path("outputs/demo/.sft.lock").write_text('{"pid": 1, "ho')  # torn
-    with only_run(Path("outputs/demo/sft")):
-        pass
 
 
 def test_what_is_put_aside_is_numbered_over_both_places_of_a_stage(tmp_path, monkeypatch):
