@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.synced
 
-EXTRAS := openvino ray gguf browser fuzz audit
+EXTRAS := ray gguf browser fuzz audit
 
 .PHONY: install demo test check lock audit tables fuzz kills trust $(EXTRAS:%=extra-%)
 
@@ -19,7 +19,7 @@ $(STAMP): requirements.lock
 	@VIRTUAL_ENV="$$PWD/$(VENV)" $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
 	@touch $@
 
-# What not everybody needs, each from its own lock beside it: make extra-openvino, extra-ray, extra-gguf, …
+# What not everybody needs, each from its own lock beside it: make extra-ray, extra-gguf, …
 $(EXTRAS:%=extra-%): extra-%: install
 	@VIRTUAL_ENV="$$PWD/$(VENV)" $(BIN)/uv pip install --quiet --require-hashes -r extras/$*.lock
 

@@ -312,7 +312,7 @@ def status(experiment: str | None, as_json: bool) -> None:
 
 
 # Those of scoring.engines.protocol; its import would cost --help its speed, a test compares them.
-ENGINES = ("torch", "openvino", "llama.cpp")
+ENGINES = ("torch", "llama.cpp")
 
 
 def engine_options(command):

@@ -19,9 +19,6 @@ RUNS = (
     ("torch", "bf16"),
     ("torch", "8bit"),
     ("torch", "4bit"),
-    ("openvino", "fp32"),
-    ("openvino", "bf16"),
-    ("openvino", "8bit"),
     ("llama.cpp", "f16"),
     ("llama.cpp", "bf16"),
     ("llama.cpp", "q8_0"),
@@ -33,12 +30,8 @@ def megabytes(judge, engine: str, precision: str) -> str:
     """Return the size of what the engine reads, in MiB."""
     from scoring.engines.gguf import gguf_path
 
-    folder = judge.folder.parent / "openvino" / ("8bit" if precision == "8bit" else "fp32")
-    paths = {
-        "torch": list(judge.folder.glob("*.safetensors")),
-        "openvino": list(folder.glob("model.*")),
-        "llama.cpp": [gguf_path(judge.folder, precision)],
-    }[engine]
+    gguf = [gguf_path(judge.folder, precision)]
+    paths = gguf if engine == "llama.cpp" else judge.folder.glob("*.safetensors")
     return f"{sum(path.stat().st_size for path in paths) / 2**20:,.2f}"
 
 

@@ -1,7 +1,6 @@
 """Engines: what computes a judge's label logits. Each is opened by name and answers in the same way.
 
 torch       this project's own passes over the merged model, or over the adapter on its quantised base
-openvino    the merged model compiled for this CPU (extra: openvino)
 llama.cpp   the judge exported to GGUF (extra: gguf)
 """
 
@@ -18,10 +17,10 @@ if TYPE_CHECKING:
     from scoring.engines.torch_engine import ScoreProgress
     from scoring.judge import Judge
 
-ENGINES = ("torch", "openvino", "llama.cpp")
+ENGINES = ("torch", "llama.cpp")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "8bit", "4bit", "adapter")
 # What an engine is made of, beyond this project's own requirements: (module, extra of the Makefile).
-_EXTRAS = {"openvino": ("openvino", "openvino"), "llama.cpp": ("llama_cpp", "gguf")}
+_EXTRAS = {"llama.cpp": ("llama_cpp", "gguf")}
 
 
 class Engine(Protocol):
@@ -53,10 +52,6 @@ def open_engine(judge: Judge, engine: str = "torch", precision: str = "auto", **
     Raises as `require_engine` does, and ArenaError where the model cannot be loaded.
     """
     require_engine(engine, precision)
-    if engine == "openvino":
-        from scoring.engines.openvino_engine import OpenVinoEngine
-
-        return OpenVinoEngine(judge, precision, **options)
     if engine == "llama.cpp":
         from scoring.engines.llama_cpp import LlamaCppEngine
 

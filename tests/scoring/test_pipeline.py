@@ -158,7 +158,7 @@ def test_options_that_exclude_each_other_are_wrong_use(judged):
     with pytest.raises(UsageError, match="Ray takes all of them at once"):
         scored(judged, time_limit=60.0, ray="local")
     with pytest.raises(UsageError, match="rewards, which only the engine torch computes"):
-        scorer_of(judged, "rm", "openvino")
+        scorer_of(judged, "rm", "llama.cpp")
     with pytest.raises(UsageError, match="cannot be scored in adapter") as caught:
         scorer_of(judged, "dpo_reward", "torch", "adapter")
     assert "auto, fp32, bf16, fp16" in caught.value.remedy

@@ -37,7 +37,7 @@ def test_an_unknown_name_is_wrong_use(judge, engine, precision, told):
     assert "choose one of: " in caught.value.remedy
 
 
-@pytest.mark.parametrize("engine, extra", [("openvino", "openvino"), ("llama.cpp", "gguf")])
+@pytest.mark.parametrize("engine, extra", [("llama.cpp", "gguf")])
 def test_an_engine_that_is_not_installed_names_its_extra(judge, monkeypatch, engine, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ArenaError, match="is not installed") as caught:

@@ -72,7 +72,7 @@ def test_each_visible_gpu_gets_a_process_by_the_name_that_the_user_gave(monkeypa
     assert visible_gpus() == ["GPU-aa", "3"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible_gpus() == ["0", "1"]
-    assert (default_workers("torch"), default_workers("openvino")) == (2, 1)
+    assert (default_workers("torch"), default_workers("llama.cpp")) == (2, 1)
     with pytest.raises(ArenaError, match="3 workers for 2 visible GPU") as caught:
         Workers(FakeSpec(engine="torch"), lambda _: None, 3)
     assert "at most 2" in caught.value.remedy
