@@ -681,6 +681,7 @@ def _audit_line(exp, audit: dict[str, Any]) -> str:
 
 def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> dict[str, Any] | None:
     """Train, merge and score one stage as far as asked; return its report, None before scoring."""
+    from common.experiment import read_yaml
     from common.stages import STEPS
     from data_prep.export import ensure_views
     from factory.recipe_checks import check_device, check_recipes
@@ -693,7 +694,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
     if STEPS[stage].data == "dpo_reward":
         check_recipes(exp, [stage])  # before the time that the pairs take
         require_own_settings(exp, stage)
-        check_device(exp, stage)
+        check_device(exp.recipe(stage), read_yaml(exp.recipe(stage)))
         with show.line(f"prepare {exp.name}") as line:
             ensure_views(exp, ("reward",), line.update)
     adapter = train(exp, stage, resume=resume, fresh=fresh, show=show)

@@ -1,5 +1,5 @@
-"""What this machine computes with, asked in a child process: no GPU memory stays taken, and a library that crashes is
-a finding, not our end.
+"""What this machine computes with, asked in a child process: no GPU memory stays occupied, and a library that crashes
+does not end ours.
 
 `python -m factory.devices [--products]` prints it as one line of JSON.
 """
@@ -7,12 +7,11 @@ a finding, not our end.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
 _TIMEOUT = 300  # seconds; importing torch from a cold disk can take a minute
@@ -60,26 +59,23 @@ class Devices:
     failure: str = ""
 
 
+@cache
 def devices(*, products: bool = False) -> Devices:
     """Ask a child process; `products` also tries bitsandbytes on every kind of device."""
     command = [sys.executable, "-m", "factory.devices", *(["--products"] if products else [])]
-    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False, errors="replace"
+            command, cwd=_ROOT, capture_output=True, text=True, timeout=_TIMEOUT, check=False, errors="replace"
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return Devices(failure=f"torch did not answer: {type(error).__name__}")
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["without a message"])[-1]
         return Devices(failure=f"importing torch ended with {done.returncode}: {last}")
-    return _from_dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def _from_dict(content: dict[str, Any]) -> Devices:
-    gpus = tuple(Gpu(**each) for each in content.pop("gpus"))
-    return Devices(**content | {"gpus": gpus, "products": tuple(Product(**each) for each in content["products"])})
+    content = json.loads(done.stdout.splitlines()[-1])
+    content["gpus"] = tuple(Gpu(**each) for each in content["gpus"])
+    content["products"] = tuple(Product(**each) for each in content["products"])
+    return Devices(**content)
 
 
 def look(*, products: bool) -> Devices:
@@ -120,16 +116,12 @@ def four_bit_product(device: str) -> Product:
         with torch.no_grad():
             result = layer.to(device)(rows.to(device)).float().cpu()
             kept = dequantize_4bit(*quantize_4bit(weight.to(device), quant_type="nf4")).float().cpu()
+        errors = [float((result - true).norm() / true.norm()) for true in (rows @ weight.T, rows @ kept.T)]
     except Exception as error:  # whatever a broken installation raises is the finding
-        said = str(error).strip().splitlines() or ["it said nothing"]
-        return Product(device, failure=f"{type(error).__name__}: {said[0]}")
-    return Product(device, _distance(result, rows @ weight.T), _distance(result, rows @ kept.T))
-
-
-def _distance(given: Any, true: Any) -> float:
-    return round(float((given - true).norm() / true.norm()), 4)
+        message = str(error).strip().splitlines() or ["without a message"]
+        return Product(device, failure=f"{type(error).__name__}: {message[0]}")
+    return Product(device, *(round(each, 4) for each in errors))
 
 
 if __name__ == "__main__":
-    found = asdict(look(products="--products" in sys.argv[1:]))
-    print(json.dumps(found))
+    print(json.dumps(asdict(look(products="--products" in sys.argv[1:]))))

@@ -19,7 +19,7 @@ from data_prep.export_reader import MANIFEST, SPLITS, require_intact
 from factory.distributed import Launch, plan_launch
 from factory.merge import DequantisedBase, MergeProgress, dequantised_base
 from factory.process import llamafactory, run_child
-from factory.recipe_checks import check_device, check_recipes, refuse_pickles, require_accounts
+from factory.recipe_checks import check_device, check_recipes
 from factory.state import (
     StageState,
     archive,
@@ -84,17 +84,15 @@ def train(
     show = show or Show()
     check_recipes(experiment, [stage_step])
     _require_start(experiment, stage_step)
-    check_device(experiment, stage_step)
     recipe_path = experiment.recipe(stage_step)
     recipe = read_yaml(recipe_path)
-    refuse_pickles(recipe)
+    check_device(recipe_path, recipe)
     adapter, folder = Path(recipe["output_dir"]), experiment.output_folder(stage_step)
     launch = plan_launch(experiment.distributed, recipe, recipe_path)
     if not launch.keeps_books:
         return _train_along(stage_step, recipe_path, adapter, folder, launch, resume, show)
     with only_run(folder):
         if fresh:
-            require_accounts(recipe, recipe_path)
             _put_aside(show, adapter, folder, places=(adapter, folder))
         state, inputs = StageState(folder), {**inputs_of(recipe_path, recipe), **launch.inputs}
         remedy = "--fresh archives the earlier run and trains anew"
@@ -105,8 +103,6 @@ def train(
             show.note(f"{stage_step}: training kept, finished {state.record('train').finished_at}")
             return adapter
         start = _start(state, inputs, recipe, adapter, folder, resume, show)
-        if not fresh:
-            require_accounts(recipe, recipe_path)
         state.begin("train", inputs)
         rows = _Rows(training_rows(recipe), recipe_path, lambda: _refuse_new_inputs(state, recipe_path, launch))
         with state.failures_of("train"):
@@ -140,7 +136,6 @@ def merge(
     with only_run(folder):
         state = StageState(folder)
         _require_adapter(Path(recipe["adapter_name_or_path"]), stage_step)
-        refuse_pickles(recipe)
         base = dequantised_base(experiment, stage_step)
         inputs = _merge_inputs(recipe_path, recipe, base)
         remedy = f"move {merged} away to merge again (--fresh would also train again)"

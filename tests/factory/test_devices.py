@@ -9,6 +9,13 @@ from factory import devices as module
 from factory.devices import Devices, Gpu, Product, devices, four_bit_product, look
 
 
+@pytest.fixture(autouse=True)
+def _ask_again():
+    devices.cache_clear()
+    yield
+    devices.cache_clear()
+
+
 @pytest.mark.slow
 def test_a_child_process_tells_what_torch_sees():
     import torch
@@ -68,6 +75,8 @@ def test_a_child_that_dies_or_hangs_is_a_finding(monkeypatch):
 
     def hang(*_, **__):
         raise subprocess.TimeoutExpired("x", 1)
+
+    devices.cache_clear()
 
     monkeypatch.setattr(module.subprocess, "run", hang)
     assert devices().failure == "torch did not answer: TimeoutExpired"

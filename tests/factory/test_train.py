@@ -124,29 +124,6 @@ def run(experiment, mode="", step="train", **options):
     return result, stream.getvalue()
 
 
-def test_a_tracker_without_an_account_is_told_before_anything_is_touched(experiment, monkeypatch):
-    asked = []
-
-    def refuse(recipe, recipe_path):
-        asked.append(recipe["report_to"])
-        raise ArenaError("wandb lets nobody in")
-
-    write_recipe(experiment, report_to="wandb")
-    monkeypatch.setattr(steps, "require_accounts", refuse)
-    for options in ({}, {"fresh": True}):
-        with pytest.raises(ArenaError, match="lets nobody in"):
-            run(experiment, **options)
-    assert calls() == [] and StageState(Path("outputs/demo/sft")).record("train") is None
-    monkeypatch.setattr(steps, "require_accounts", lambda recipe, recipe_path: None)
-    adapter, _ = run(experiment)
-    monkeypatch.setattr(steps, "require_accounts", refuse)
-    assert "training kept" in run(experiment)[1], "merging and scoring report to nobody"
-    with pytest.raises(ArenaError, match="lets nobody in"):
-        run(experiment, fresh=True)
-    assert adapter.is_dir() and not list(adapter.parent.glob("*.earlier-*"))
-    assert asked == ["wandb"] * 3
-
-
 def test_training_writes_adapter_state_and_log_and_shows_progress(experiment):
     adapter, shown = run(experiment)
     assert adapter == experiment.adapter_folder("sft")
