@@ -685,9 +685,10 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
     from common.stages import STEPS
     from data_prep.export import ensure_views
     from factory.recipe_checks import check_device, check_recipes
+    from factory.stage_context import StageContext
     from factory.state import require_own_settings
     from factory.train import merge, train
-    from scoring.checks.merge_check import gate
+    from scoring.checks.merge_check import check_merge
     from scoring.judge import seal
     from scoring.pipeline import score_stage
 
@@ -702,7 +703,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
         return None
     if stage != "dpo_reward" or until == "merge":  # an implicit reward needs the adapter on and off, not a merge
         merge(exp, stage, complete=lambda folder: seal(folder, exp, stage), show=show)
-        gate(exp, stage, show=show)
+        check_merge(StageContext(exp, stage), show=show)
     return None if until == "merge" else score_stage(exp, stage, show=show)
 
 

@@ -24,10 +24,11 @@ from data_prep.export_reader import (
 from data_prep.readers import VoteReader
 from data_prep.schemas import is_formula
 from data_prep.sources import votes_at
+from factory.stage_context import StageContext
 from factory.state import require_own_settings, require_own_votes, require_scored
 from factory.trainer_log import loss_curve
 from scoring.calibration import Calibration
-from scoring.checks.merge_check import gate
+from scoring.checks.merge_check import check_merge
 from scoring.checks.provenance import provenance
 from scoring.checks.run_checks import require_sound, run_checks, stopping
 from scoring.judge import MANIFEST
@@ -109,7 +110,7 @@ def score_stage(
     require_own_settings(experiment, stage)
     require_own_votes(experiment, stage)
     scorer.require_own_export()
-    compared = gate(experiment, stage, show=show)
+    compared = check_merge(StageContext(experiment, stage), show=show)
     again = f"python run.py score -e {experiment.name} --stage {stage} --fresh"
     inputs = {"model": scorer.inputs(), **_inputs(experiment, stage), **_asked(spec)}
     with only_run(folder):
@@ -388,10 +389,9 @@ def _trust(
     scoring: dict[str, Any],
     compared: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return what the report says of whether it may be trusted: the merge gate and the run's checks."""
+    """Return what the report says of whether it may be trusted: the merge check and the run checks."""
     checks = run_checks(
-        experiment,
-        stage,
+        StageContext(experiment, stage),
         scores=valid,
         test_ids=list(test.ids()),
         loss_curve=loss_curve(experiment.adapter_folder(stage) / "trainer_log.jsonl"),

@@ -1,4 +1,4 @@
-"""Run checks: what would make a result wrong without an error, looked at in every real run and told by name.
+"""Run checks: named checks, made in every real run, that catch failures which raise no error.
 
     [{"name": "rows trained", "passed": true, "detail": "10,800 exported, 10,800 trained", "stops": true, "remedy": ""}]
 
@@ -8,30 +8,29 @@ figures or the submission are wrong: the report is written, the submission is no
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from pyarrow.parquet import ParquetFile, read_table
 
 from common.errors import ArenaError
-from data_prep.export_reader import read_audit, read_manifest, readable
+from common.files import read_json
+from data_prep.export_reader import read_audit, readable
 from data_prep.export_writer import FIRST_PROMPT
 from data_prep.folds import prompt_group
 from data_prep.truncation import MARKER
+from factory.stage_context import StageContext
 from factory.state import training_rows
+from factory.train import trained_rows
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
 from scoring.judge import canary_limit
 from scoring.links import softmax
 from scoring.report.formatting import points
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from common.experiment import Experiment
 
 # Below this a difference of probabilities or rewards is no difference.
 NOTHING = 1e-6
@@ -59,8 +58,7 @@ class Check:
 
 
 def run_checks(
-    experiment: Experiment,
-    stage: str,
+    context: StageContext,
     *,
     scores: pd.DataFrame,
     test_ids: Sequence[str],
@@ -71,41 +69,31 @@ def run_checks(
     """Return every check of one scored stage, in a fixed order.
 
     `scores` are the validation fold's raw scores, `test_ids` the scored test rows in their order, `compared` the
-    record of the merge gate, `precision` what the scores were computed in.
+    record of the merge check, `precision` what the scores were computed in.
     """
-    from common.experiment import read_yaml
-    from factory.train import trained_rows
-
-    recipe, data = read_yaml(experiment.recipe(stage)), experiment.data_folder
-    told = trained_rows(experiment.output_folder(stage) / "train.log")
-    merged = experiment.merged_folder(stage)
+    recipe, data = context.recipe, context.experiment.data_folder
+    rewards_only = context.name == "dpo_reward"
     return [
-        rows_trained(training_rows(recipe), told),
-        labels_distinct(read_manifest(data)["frame"]["label_ids"]),
+        rows_trained(training_rows(recipe), trained_rows(context.folder / "train.log")),
+        labels_distinct(context.manifest["frame"]["label_ids"]),
         folds_apart(shared_prompts(data)),
         loss_finite(loss_curve),
         loss_not_rising(loss_curve),
         dpo_start(recipe, _first_rewards(Path(recipe["output_dir"]))),
-        adapter_applied(compared, _rewards(scores, recipe)),
-        merge_gate(compared, stage),
-        canaries(None if stage == "dpo_reward" else canary_limit(merged, precision)),
+        adapter_applied(compared, _implicit_rewards(scores, recipe)),
+        merge_compared(compared, context.name),
+        golden_prompts(None if rewards_only else canary_limit(context.merged, precision)),
         not_constant(scores),
-        submission_ids(_test_ids(data), test_ids, _rejected(data)),
+        submission_ids(data, test_ids),
     ]
 
 
 def require_sound(checks: Sequence[Mapping[str, Any]], where: Path) -> None:
     """Raise ArenaError that lists the failed checks that stop, each with its remedy; `checks` as in report.json."""
-    failed = stopping(checks)
-    if failed:
+    if failed := stopping(checks):
+        what = f"{len(failed)} check(s) failed, so these figures are wrong and no submission was written:"
         lines = [f"  - {check['name']}: {check['detail']}; {check['remedy']}" for check in failed]
-        raise ArenaError(
-            "\n".join(
-                [f"{len(failed)} check(s) failed, so these figures are wrong and no submission was written:", *lines]
-            ),
-            where=str(where),
-            remedy="see above, one remedy for each",
-        )
+        raise ArenaError("\n".join([what, *lines]), where=str(where), remedy="see above, one remedy for each")
 
 
 def stopping(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -113,14 +101,14 @@ def stopping(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [check for check in checks if check["passed"] is False and check["stops"]]
 
 
-def rows_trained(expected: int | None, told: int | None) -> Check:
-    """Compare the exported rows with those that LLaMA-Factory said it trained on: it drops rows with only a warning."""
+def rows_trained(expected: int | None, logged: int | None) -> Check:
+    """Compare the exported rows with those that LLaMA-Factory logged: it drops rows with only a warning."""
     name = "exported rows = trained rows"
-    if expected is None or told is None:
+    if expected is None or logged is None:
         reason = "the recipe leaves the number open" if expected is None else "there is no log of the training here"
         return Check(name, None, reason)
     remedy = "look for 'Dropped' in train.log; prepare again, then " + _AGAIN
-    return Check(name, expected == told, f"{expected:,} exported, {told:,} trained", remedy)
+    return Check(name, expected == logged, f"{expected:,} exported, {logged:,} trained", remedy)
 
 
 def labels_distinct(label_ids: Sequence[int]) -> Check:
@@ -131,10 +119,10 @@ def labels_distinct(label_ids: Sequence[int]) -> Check:
 
 
 def folds_apart(shared: Mapping[str, int]) -> Check:
-    """Require that no prompt is on both sides, whoever tells: what was trained on proves nothing."""
-    told = ", ".join(f"{count:,} by {witness}" for witness, count in shared.items())
+    """Require that no prompt is both trained on and validated on; `shared` as `shared_prompts` counts them."""
+    counts = ", ".join(f"{count:,} by {source}" for source, count in shared.items())
     remedy = "prepare again, then " + _AGAIN
-    return Check("train/validation prompt overlap = 0", not any(shared.values()), f"prompts in both: {told}", remedy)
+    return Check("train/validation prompt overlap = 0", not any(shared.values()), f"prompts in both: {counts}", remedy)
 
 
 def loss_finite(curve: Sequence[Mapping[str, Any]]) -> Check:
@@ -148,7 +136,7 @@ def loss_finite(curve: Sequence[Mapping[str, Any]]) -> Check:
 
 
 def loss_not_rising(curve: Sequence[Mapping[str, Any]]) -> Check:
-    """Compare the first and the last quarter of the training loss; it stops nothing, as the log loss itself is told."""
+    """Compare the first and the last quarter of the training loss; this only warns, as the log loss is reported."""
     losses = [row["loss"] for row in curve if row.get("loss") is not None and math.isfinite(row["loss"])]
     if len(losses) < 4:
         return Check("loss not rising", None, f"only {len(losses)} loss(es) were logged", stops=False)
@@ -168,14 +156,14 @@ def dpo_start(recipe: Mapping[str, Any], first: Mapping[str, Any] | None) -> Che
         return Check(name, None, f"{recipe['pref_loss']} has no reference")
     if first is None or first.get("step") != 1:
         return Check(name, None, "step 1 was not logged; logging_first_step: true in the recipe logs it")
-    rewards = [abs(float(first[f"rewards/{side}"])) for side in ("chosen", "rejected")]
-    detail = f"chosen {first['rewards/chosen']:.4f}, rejected {first['rewards/rejected']:.4f}"
+    rewards = [float(first[f"rewards/{side}"]) for side in ("chosen", "rejected")]
     remedy = "remove adapter_name_or_path and ref_model from the recipe; then " + _AGAIN
-    return Check(name, max(rewards) <= START_REWARD, detail, remedy)
+    detail = f"chosen {rewards[0]:.4f}, rejected {rewards[1]:.4f}"
+    return Check(name, max(map(abs, rewards)) <= START_REWARD, detail, remedy)
 
 
 def adapter_applied(compared: Mapping[str, Any] | None, rewards: np.ndarray | None) -> Check:
-    """Require that the adapter changes what the base says and that the merged model is nearer to it than the base is.
+    """Require that the adapter changes the base's answers, and that the merged model is nearer to it than the base is.
 
     `rewards` are implicit ones against the reference, which are 0 where the adapter does nothing.
     """
@@ -188,7 +176,7 @@ def adapter_applied(compared: Mapping[str, Any] | None, rewards: np.ndarray | No
         return Check(name, None, "the adapter was not compared with its base")
     moved, left = effect["mean_abs_diff"], effect["merged_mean_abs_diff"]
     if moved is None or left is None:
-        return Check(name, False, "an answer of the adapter or of the merged model is no number", remedy)
+        return Check(name, False, "an answer of the adapter or of the merged model is not a number", remedy)
     detail = (
         f"on {effect['rows']} battles the adapter moves the base's probabilities by {points(moved)} percentage points "
         f"on average, and the merged model is {points(left)} away from it"
@@ -196,23 +184,23 @@ def adapter_applied(compared: Mapping[str, Any] | None, rewards: np.ndarray | No
     return Check(name, moved > NOTHING and left < moved, detail, remedy)
 
 
-def merge_gate(compared: Mapping[str, Any] | None, stage: str) -> Check:
-    """Tell what the merge gate found; a failed gate has stopped the run before this."""
+def merge_compared(compared: Mapping[str, Any] | None, stage: str) -> Check:
+    """Repeat what the merge check found; where it failed, the run has stopped before this."""
     if compared is None:
         scored = "nothing merged is scored" if stage == "dpo_reward" else "adapter and merged model were not compared"
-        return Check("merge gate", None, scored)
+        return Check("merge check", None, scored)
     found = compared["merge_gate"]
     largest = "not a number" if found["max_abs_diff"] is None else points(found["max_abs_diff"])
     allowed = points(found["threshold"])
     detail = f"largest difference {largest} percentage points on {found['rows']} battles, allowed {allowed}"
-    return Check("merge gate", found["passed"], detail, "merge_onto: dequantised in experiment.yaml; then merge again")
+    return Check("merge check", found["passed"], detail, "merge_onto: dequantised in experiment.yaml; then merge again")
 
 
-def canaries(limit: float | None) -> Check:
-    """Tell how near the canaries' answers were to the sealed ones: a model that is further away is not opened."""
+def golden_prompts(limit: float | None) -> Check:
+    """Report how near the answers to the golden prompts are; a model that is further away is not opened."""
     if limit is None:
-        return Check("canaries", None, "no answers were sealed with this model")
-    return Check("canaries", True, f"every loaded model gave the sealed answers within {limit}")
+        return Check("golden prompts", None, "no answers to golden prompts were written with this model")
+    return Check("golden prompts", True, f"every loaded model answered the golden prompts within {limit}")
 
 
 def not_constant(scores: pd.DataFrame) -> Check:
@@ -221,104 +209,85 @@ def not_constant(scores: pd.DataFrame) -> Check:
     if len(scores) < 2:
         return Check(name, None, f"{len(scores)} battle(s)")
     if AB_COLUMNS[0] in scores:
-        values, unit = softmax(scores[list(AB_COLUMNS)].to_numpy(np.float64)), "percentage points"
+        spread = float(np.ptp(softmax(scores[list(AB_COLUMNS)].to_numpy(np.float64)), axis=0).max())
+        wide = f"{points(spread)} percentage points"
     else:
-        values, unit = np.diff(scores[list(REWARD_COLUMNS)].to_numpy(np.float64), axis=1), "of reward"
-    spread = float(np.ptp(values, axis=0).max())
-    wide = f"{spread:.2g}" if unit == "of reward" else points(spread)
+        spread = float(np.ptp(np.diff(scores[list(REWARD_COLUMNS)].to_numpy(np.float64), axis=1)))
+        wide = f"{spread:.2g} of reward"
     remedy = "the training collapsed: lower learning_rate, look at the loss curve; " + _AGAIN
-    return Check(name, spread > NOTHING, f"they spread over {wide} {unit} on {len(scores):,} battles", remedy)
+    return Check(name, spread > NOTHING, f"they spread over {wide} on {len(scores):,} battles", remedy)
 
 
-def submission_ids(expected: Sequence[str], found: Sequence[str], rejected: int) -> Check:
-    """Require that exactly the test's rows are answered, in their order; rows that prepare rejected are lacking."""
+def submission_ids(data: Path, found: Sequence[str]) -> Check:
+    """Require an answer for exactly the exported test rows, in their order; warn of rows that prepare rejected."""
     name = "submission ids = test ids"
+    with readable(data / "rows.parquet"):
+        expected = read_table(data / "rows.parquet", filters=[("split", "==", "test")])["id"].to_pylist()
+    rejected = read_audit(data)["sources"].get("test", {}).get("rows_rejected", 0)
     if not expected and not rejected:
         return Check(name, None, "there is no test set")
-    if list(expected) != list(found):
+    if expected != list(found):
         lost = len(set(expected) - set(found))
         detail = f"{len(expected):,} expected, {len(found):,} answered, {lost:,} of them missing, or in another order"
         return Check(name, False, detail, "score again with --fresh")
     if rejected:
-        remedy = "mend the rows that data/…/audit.json names, then prepare again"
-        return Check(
-            name, False, f"{rejected:,} test rows were rejected by prepare and lack an answer", remedy, stops=False
-        )
+        detail = f"{rejected:,} test rows were rejected by prepare and lack an answer"
+        remedy = f"mend the rows that {data / 'audit.json'} names, then prepare again"
+        return Check(name, False, detail, remedy, stops=False)
     return Check(name, True, f"{len(expected):,} rows in the test's order")
 
 
 def shared_prompts(data: Path) -> dict[str, int]:
-    """Return how many first prompts of an export are on both sides, by what tells of it.
+    """Return how many first prompts of an export are both in training and in validation, by where that is seen.
 
-    Witnesses that do not depend on each other: the groups that the folds were made of; the prompts, noted where the
-    table was read; and those that are fed, where nothing was left out of them.
+    The sources do not depend on each other: the groups that the folds were made of; the prompts, noted where the
+    table was read; and the texts that a model reads, where nothing was left out of them.
     """
-    from pyarrow.parquet import read_table
-
     with readable(data / "rows.parquet"):
         rows = read_table(data / "rows.parquet", columns=["split", "dropped", "group", FIRST_PROMPT]).to_pydict()
-    splits, found = rows["split"], {}
-    for name, witness in (("group", "the folds' groups"), (FIRST_PROMPT, "the votes")):
-        found[witness] = _on_both_sides(splits, rows[name])
-    with readable(data / "battles.parquet"):
-        fed = zip((row["prompts"][0] for row in _rows_of(data / "battles.parquet")), rows["dropped"], strict=True)
-        found["the judge's texts"] = _on_both_sides(splits, _whole_groups(fed))
-    if (data / "pairs.parquet").is_file():
-        with readable(data / "pairs.parquet"):
-            fed = ((row["prompt"], row["dropped"]) for row in _rows_of(data / "pairs.parquet"))
-            found["the pairs' texts"] = _on_both_sides(splits, _whole_groups(fed))
-    return found
+    battles, pairs = data / "battles.parquet", data / "pairs.parquet"
+    sources = {"the folds' groups": rows["group"], "the votes": rows[FIRST_PROMPT]}
+    with readable(battles):
+        prompts = zip((turns[0] for (turns,) in _rows_of(battles, ["prompts"])), rows["dropped"], strict=True)
+        sources["the judge's texts"] = list(_whole_groups(prompts))
+    if pairs.is_file():
+        with readable(pairs):
+            sources["the pairs' texts"] = list(_whole_groups(_rows_of(pairs, ["prompt", "dropped"])))
+    return {name: _in_both(rows["split"], prompts) for name, prompts in sources.items()}
 
 
-def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield what is needed of a table of fed texts to know the first prompt of each row."""
-    from pyarrow.parquet import ParquetFile
-
+def _rows_of(path: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield the values of these columns row by row, without holding a whole table of texts."""
     with ParquetFile(path) as file:
-        columns = [name for name in ("prompts", "prompt", "dropped") if name in file.schema_arrow.names]
         for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
-            yield from batch.to_pylist()
+            yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)
 
 
-def _whole_groups(fed: Iterable[tuple[str, int]]) -> Iterator[str | None]:
-    """Yield the group of each first prompt as it is fed, None where it is not fed or lost its middle."""
-    for prompt, dropped in fed:
+def _whole_groups(prompts: Iterable[tuple[str, int]]) -> Iterator[str | None]:
+    """Yield the group of each first prompt, None where turns were dropped or its middle was cut out."""
+    for prompt, dropped in prompts:
         yield None if dropped or MARKER in prompt else prompt_group(prompt)
 
 
-def _on_both_sides(splits: Sequence[str], prompts: Iterable[Any]) -> int:
-    """Return how many different prompts are trained on and validated on, too."""
-    sides: dict[str, set[Any]] = {"train": set(), "valid": set(), "test": set()}
-    for split, prompt in zip(splits, prompts, strict=True):
-        sides[split].add(prompt)
-    return len((sides["train"] & sides["valid"]) - {None})
+def _in_both(splits: Sequence[str], prompts: Sequence[Any]) -> int:
+    """Return how many different prompts are in training and in validation."""
+    train, valid = ({p for s, p in zip(splits, prompts, strict=True) if s == side} for side in ("train", "valid"))
+    return len((train & valid) - {None})
 
 
 def _first_rewards(adapter: Path) -> dict[str, Any] | None:
-    """Return the trainer's first entry that holds DPO's rewards."""
+    """Return the trainer's first log entry that holds DPO's rewards."""
     try:
-        history = json.loads((adapter / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        history = read_json(adapter / "trainer_state.json")["log_history"]
         return next((entry for entry in history if "rewards/chosen" in entry), None)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _rewards(scores: pd.DataFrame, recipe: Mapping[str, Any]) -> np.ndarray | None:
-    """Return implicit rewards, where these scores are such and measured against the reference."""
+def _implicit_rewards(scores: pd.DataFrame, recipe: Mapping[str, Any]) -> np.ndarray | None:
+    """Return the scores where they are rewards measured against a reference, else None."""
     if recipe.get("stage") != "dpo" or REWARD_COLUMNS[0] not in scores:
         return None
     if recipe.get("pref_loss", "sigmoid") != "sigmoid":
         return None
     return scores[list(REWARD_COLUMNS)].to_numpy(np.float64)
-
-
-def _test_ids(data: Path) -> list[str]:
-    from pyarrow.parquet import read_table
-
-    with readable(data / "rows.parquet"):
-        rows = read_table(data / "rows.parquet", columns=["split", "id"]).to_pydict()
-    return [name for name, split in zip(rows["id"], rows["split"], strict=True) if split == "test"]
-
-
-def _rejected(data: Path) -> int:
-    return read_audit(data)["sources"].get("test", {}).get("rows_rejected", 0)

@@ -56,7 +56,7 @@ def flags_of(report: Mapping[str, Any], calibration: FittedLink, train_prior: np
     if report["merge_gate"] and report["merge_gate"].get("passed") is False:
         flags.append(("red", "merge_gate", "The merged model does not say what the trained adapter says."))
     for check in report["checks"]:
-        if check["passed"] is False and check["name"] != "merge gate":
+        if check["passed"] is False and check["name"] != "merge check":
             level = "red" if check["stops"] else "amber"
             flags.append((level, "check", f"The check “{check['name']}” failed: {check['detail']}."))
     if (report["target_prior"] or {}).get("log_loss") is not None:

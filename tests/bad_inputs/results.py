@@ -346,15 +346,9 @@ def first_prompts() -> None:
 
 
 def test_ids() -> None:
-    from scoring.checks.run_checks import _test_ids
+    from scoring.checks.run_checks import submission_ids
 
-    _test_ids(Path(DATA))
-
-
-def rejected() -> None:
-    from scoring.checks.run_checks import _rejected
-
-    _rejected(Path(DATA))
+    submission_ids(Path(DATA), [])
 
 
 def half_store(place: Place) -> None:
@@ -377,9 +371,9 @@ OWN_READS = [
         ("battles_of_words", write(f"{DATA}/battles.parquet", "x"), first_prompts, ("battles.parquet: is damaged",)),
         ("fewer_battles", headless(f"{DATA}/battles.parquet"), first_prompts, ("battles.parquet: is damaged",)),
         ("no_test_ids", only(f"{DATA}/rows.parquet", "id"), test_ids, ("rows.parquet: is damaged",)),
-        ("no_audit", remove(f"{DATA}/audit.json"), rejected, ("audit.json: is damaged", AGAIN)),
-        ("audit_deep", write(f"{DATA}/audit.json", DEEP), rejected, ("audit.json: is damaged",)),
-        ("audit_a_list", write(f"{DATA}/audit.json", "[]"), rejected, ("audit.json: is no audit",)),
+        ("no_audit", remove(f"{DATA}/audit.json"), test_ids, ("audit.json: is damaged", AGAIN)),
+        ("audit_deep", write(f"{DATA}/audit.json", DEEP), test_ids, ("audit.json: is damaged",)),
+        ("audit_a_list", write(f"{DATA}/audit.json", "[]"), test_ids, ("audit.json: is no audit",)),
         ("truth_of_others", truth_of_others, ladder, ("data/exam/truth.csv", "have no true probabilities")),
         ("half_a_row_store", half_store, stored_ids, ("rows.parquet: is damaged", "score again")),
     ]
