@@ -633,9 +633,10 @@ def _prepare(
     show,
 ) -> dict[str, Any]:
     from common.stages import STEPS
-    from data_prep.export import export, warnings_of
+    from data_prep.audit import warnings_of
+    from data_prep.export import export
     from data_prep.export_reader import earlier_manifest, read_manifest
-    from data_prep.overwrite_check import refuse_loss
+    from data_prep.overwrite_check import check_overwrite
     from data_prep.readers import VoteReader
     from data_prep.sources import votes_at
     from factory.demo import ensure_embedded_base
@@ -645,7 +646,7 @@ def _prepare(
 
     check_first_values(exp)
     refuse_while_at_work(exp)
-    refuse_loss(exp.data_folder, (train, test, truth))
+    check_overwrite(exp.data_folder, (train, test, truth))
     train = votes_at(train, labelled=True)
     test = votes_at(test, labelled=False) if test else None
     for table, labelled in ((train, True), (test, False)):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
 from common.error_hints import all_errors, clean_lines, remedy_for
 from common.errors import ArenaError
 from common.experiment import BudgetShares, Experiment, Labels, parse_experiment, read_yaml
@@ -180,7 +180,8 @@ def fit(data: bytes) -> None:
     battle = Battle("1", tuple(texts[::3]), tuple(texts[1::3]), tuple(texts[2::3]), "a")
     (fitted,) = fitter.fit([battle], both_orders=True)
     special = {_tokenizer().token_to_id(name) for name in _SPECIALS}
-    for message, tokens in ((fitted.message, fitted.tokens), (fitted.message_swapped, fitted.tokens_swapped)):
+    for order, tokens in zip((fitted.battle, swap(fitted.battle)), fitted.lengths, strict=True):
+        message = _prompt().message(order, fitted.dropped)
         ids = _tokenizer().encode(message, add_special_tokens=False).ids
         assert tokens <= cutoff and not special & set(ids)
         assert len([line for line in message.split("\n") if line == "### Question"]) == 1

@@ -1,87 +1,34 @@
-"""Tallies: what fitting cost, counted battle by battle, batch by batch, for the audit."""
+"""The audit of an export: what was read, what fitting cost, what no set holds; and what is known of each battle."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from data_prep.truncation import Fitted
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import compute
+from pyarrow.parquet import ParquetFile, read_table
 
 from common.battle import Battle
-from data_prep.folds import prompt_group
-
-if TYPE_CHECKING:
-    import numpy as np
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from common.errors import ArenaError
+from data_prep.folds import prompt_group
+from data_prep.preference_pairs import flatten
+from data_prep.prompt import FIELDS
+from data_prep.truncation import Fitted
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-
-AnyTally = TypeVar("AnyTally")
-
-
-@dataclass
-class Tally:
-    """What the audit says of the judge prompts."""
-
-    rows: int = 0
-    cut_rows: int = 0
-    rows_with_dropped_turns: int = 0
-    turns_dropped: int = 0
-    tokens_full: int = 0
-    tokens_kept: int = 0
-    lost: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "a": 0, "b": 0})
-    cut: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "a": 0, "b": 0})
-    longest: int = 0
-
-    def add(self, fitted: Fitted) -> None:
-        """Count one battle."""
-        self.rows += 1
-        self.cut_rows += fitted.cut
-        self.rows_with_dropped_turns += fitted.dropped > 0
-        self.turns_dropped += fitted.dropped
-        self.tokens_full += fitted.tokens_full
-        self.tokens_kept += fitted.tokens
-        self.longest = max(self.longest, fitted.tokens, fitted.tokens_swapped)
-        for name, lost in zip(self.lost, fitted.lost, strict=True):
-            self.lost[name] += lost
-            self.cut[name] += lost > 0
-
-    def summary(self) -> dict[str, Any]:
-        """Return the audit's part `truncation`."""
-        return {
-            "rows": self.rows,
-            "rows_cut": self.cut_rows,
-            "rows_cut_share": round(self.cut_rows / self.rows, 6) if self.rows else 0.0,
-            "rows_with_dropped_turns": self.rows_with_dropped_turns,
-            "turns_dropped": self.turns_dropped,
-            "tokens_before": self.tokens_full,
-            "tokens_fed": self.tokens_kept,
-            "fields_cut": self.cut,
-            "tokens_lost_in_kept_turns": self.lost,
-            "longest_row": self.longest,
-        }
+# From this share of shortened battles on, `prepare` says so.
+_MUCH_CUT = 0.5
+_REMEDY = (
+    "give the battles without verdicts (the competition's test.csv), or leave --test out: a part of the votes is held "
+    "out and scored anyway, and `run.py score --input FILE` answers for any other table"
+)
 
 
-def add_counts(total: AnyTally, part: AnyTally) -> None:
-    """Add the counts of one tally to those of another of its kind; `longest` is the longer of the two."""
-    for each in fields(total):
-        mine, theirs = getattr(total, each.name), getattr(part, each.name)
-        if isinstance(mine, dict):
-            mine.update({name: count + theirs[name] for name, count in mine.items()})
-        else:
-            setattr(total, each.name, max(mine, theirs) if each.name == "longest" else mine + theirs)
-
-
-def battle_facts(battle: Battle) -> dict[str, Any]:
+def row_statistics(battle: Battle) -> dict[str, Any]:
     """Return id, group, verdict, language, turns and the characters of prompts, A and B of a battle that is whole."""
     return {
         "id": battle.id,
@@ -98,11 +45,9 @@ def battle_facts(battle: Battle) -> dict[str, Any]:
 def first_prompts(battles: Iterable[Battle]) -> np.ndarray:
     """Return uint64 [battles], equal for the same first prompt but for white space and the case of ASCII letters.
 
-    A second opinion on the folds, which are made of `prompt_group`: it is noted where the table is read, and the run
-    checks ask it whether a prompt is on both sides. What is equal here is of one group, not the other way round.
+    The run checks use it to test the folds, which are made of `prompt_group`, by another rule: they ask whether a
+    prompt is on both sides. What is equal here is of one group, not the other way round.
     """
-    import numpy as np
-
     return np.fromiter(map(_digest, battles), dtype=np.uint64)
 
 
@@ -111,18 +56,73 @@ def _digest(battle: Battle) -> int:
     return int.from_bytes(blake2b(b" ".join(words), digest_size=8).digest(), "big")
 
 
-def noting(chunks: Iterable[list[Battle]], noted: list[np.ndarray]) -> Iterator[list[Battle]]:
-    """Yield chunks of battles, and append each chunk's `first_prompts` to `noted` as it goes by."""
-    for chunk in chunks:
-        noted.append(first_prompts(chunk))
-        yield chunk
+def count_fitted(battles: Sequence[Battle], fitted: Sequence[Fitted]) -> Counter[str]:
+    """Return what fitting some battles cost, added up; the counts of several calls are joined by `add_counts`."""
+    counts: Counter[str] = Counter(rows=len(fitted), longest_row=max(max(each.lengths) for each in fitted))
+    for battle, each in zip(battles, fitted, strict=True):
+        counts["rows_cut"] += each.cut
+        counts["rows_with_dropped_turns"] += each.dropped > 0
+        counts["turns_dropped"] += each.dropped
+        counts["tokens_before"] += each.tokens_full
+        counts["tokens_fed"] += each.tokens
+        counts["multi_turn"] += battle.turns > 1
+        for name, lost in zip(FIELDS, each.lost, strict=True):
+            counts[f"lost_{name}"] += lost
+            counts[f"cut_{name}"] += lost > 0
+    return counts
 
 
-_COLUMNS = ("split", "id", "group")
-_REMEDY = (
-    "give the battles without verdicts (the competition's test.csv), or leave --test out: a part of the votes is held "
-    "out and scored anyway, and `run.py score --input FILE` answers for any other table"
-)
+def count_pairs(battles: Sequence[Battle], fitted: Sequence[Fitted]) -> Counter[str]:
+    """Return the counts of `count_fitted`, and which battles make no row of the reward view."""
+    counts = count_fitted(battles, fitted)
+    for battle, each in zip(battles, fitted, strict=True):
+        pair = flatten(each.battle)
+        decided, identical = battle.verdict in ("a", "b"), pair.response_a == pair.response_b
+        counts["ties"] += battle.verdict == "tie"
+        counts["identical"] += decided and identical
+        counts["pairs"] += decided and not identical
+        counts["multi_turn_pairs"] += decided and not identical and battle.turns > 1
+    return counts
+
+
+def add_counts(total: Counter[str], part: Counter[str]) -> None:
+    """Add the counts of one part to a total; `longest_row` is the longer of the two."""
+    longest = max(total["longest_row"], part["longest_row"])
+    total.update(part)
+    total["longest_row"] = longest
+
+
+def truncation_audit(counts: Counter[str]) -> dict[str, Any]:
+    """Return what fitting cost; tokens of a pair are those of its longer sequence."""
+    return {
+        "rows": counts["rows"],
+        "rows_cut": counts["rows_cut"],
+        "rows_cut_share": _share(counts["rows_cut"], counts["rows"]),
+        "rows_with_dropped_turns": counts["rows_with_dropped_turns"],
+        "turns_dropped": counts["turns_dropped"],
+        "tokens_before": counts["tokens_before"],
+        "tokens_fed": counts["tokens_fed"],
+        "fields_cut": {name: counts[f"cut_{name}"] for name in FIELDS},
+        "tokens_lost_in_kept_turns": {name: counts[f"lost_{name}"] for name in FIELDS},
+        "longest_row": counts["longest_row"],
+    }
+
+
+def preferences_audit(counts: Counter[str]) -> dict[str, Any]:
+    """Return which battles with a verdict the reward view holds and which it leaves out."""
+    multi_turn, lost = counts["multi_turn"], counts["multi_turn_pairs"]
+    return {
+        "battles": counts["rows"],
+        "pairs": counts["pairs"],
+        "ties_left_out": counts["ties"],
+        "identical_left_out": counts["identical"],
+        "multi_turn": {"battles": multi_turn, "share": _share(multi_turn, counts["rows"])},
+        "single_turn_only_would_lose": {"pairs": lost, "share": _share(lost, counts["pairs"])},
+    }
+
+
+def _share(part: int, whole: int) -> float:
+    return round(part / whole, 6) if whole else 0.0
 
 
 def refuse_same_table(train: Path, test: Path) -> None:
@@ -136,34 +136,38 @@ def check_overlap(rows: Path, test: Path, *, has_verdicts: bool) -> int:
 
     Raises ArenaError where all of them are and the test table has verdicts: it is a copy of the votes.
     """
-    total, found = _count(rows)
-    if found and found == total and has_verdicts:
-        raise ArenaError(f"all of its {total:,} rows are training rows", where=str(test), remedy=_REMEDY)
+    tests = _keys(read_table(rows, columns=["id", "group"], filters=[("split", "==", "test")]))
+    with ParquetFile(rows) as file:
+        batches = map(_keys, file.iter_batches(columns=["id", "group"]))
+        found = sum(compute.sum(compute.is_in(keys, value_set=tests)).as_py() or 0 for keys in batches)
+    found -= len(tests)  # which are rows of this file, too
+    if found and found == len(tests) and has_verdicts:
+        raise ArenaError(f"all of its {found:,} rows are training rows", where=str(test), remedy=_REMEDY)
     return found
 
 
-def _count(path: Path) -> tuple[int, int]:
-    """Return (test rows, how many of them are labelled rows, too); eight bytes of each test row are in memory."""
-    import numpy as np
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(path) as file:
-        parts = [_keys(batch, test=True) for batch in file.iter_batches(columns=_COLUMNS)]
-        tests = np.sort(np.concatenate(parts)) if parts else np.empty(0, np.int64)
-        if not len(tests):
-            return 0, 0
-        seen = np.zeros(len(tests), bool)
-        for batch in file.iter_batches(columns=_COLUMNS):
-            keys = _keys(batch, test=False)
-            at = np.minimum(np.searchsorted(tests, keys), len(tests) - 1)
-            seen[at[tests[at] == keys]] = True
-    return len(tests), int(seen.sum())
+def _keys(rows: pa.Table | pa.RecordBatch) -> Any:
+    return compute.binary_join_element_wise(rows.column("group"), rows.column("id"), " ")
 
 
-def _keys(batch: pa.RecordBatch, *, test: bool) -> np.ndarray:
-    """Return a hash of id and prompt of each test row, or of each other row."""
-    import numpy as np
-
-    names = (batch.column(name).to_pylist() for name in _COLUMNS)
-    mine = [hash((identity, group)) for split, identity, group in zip(*names, strict=True) if (split == "test") == test]
-    return np.array(mine, np.int64)
+def warnings_of(audit: Mapping[str, Any]) -> list[str]:
+    """Return what a person should know of an export that went well, one line each."""
+    lines = [
+        f"warning: {source['ids_like_formulas']} id(s) of {source['file']} begin as a spreadsheet's formula does; they "
+        "are written as they are: do not open the CSV files of results in a spreadsheet"
+        for source in audit["sources"].values()
+        if source.get("ids_like_formulas")
+    ]
+    if seen := audit.get("test_rows_in_train"):
+        lines.append(
+            f"warning: {seen:,} of {audit['exported']['test']:,} rows of {audit['sources']['test']['file']} are "
+            "training rows (same id, same prompt): the judge learns their verdicts, so their probabilities test nothing"
+        )
+    cut = audit["truncation"]["train"]["rows_cut_share"]
+    if cut > _MUCH_CUT:
+        lines.append(
+            f"note: {cut:.1%} of the battles do not fit into cutoff_len {audit['cutoff_len']}, so that the judge sees "
+            f"parts of them only; a larger cutoff_len in factory_configs/{audit['experiment']}/experiment.yaml keeps "
+            "more, at more memory and time (then prepare again)"
+        )
+    return lines

@@ -11,8 +11,9 @@ audit.json                       rows read, kept, rejected; tokens lost; pairs l
 manifest.json                    what all this was made from
 
 The preference rows are written for the views that are asked for; pairs.parquet belongs to the reward view. A set of
-more than 500,000 rows is a folder of parts (sft_train/part-00000.jsonl, …) instead of one file. Nothing here holds the
-rows: memory grows by some ten bytes a battle, so that millions of votes are a matter of time and disk.
+more than 500,000 rows is a folder of parts (sft_train/part-00000.jsonl, …) instead of one file. The table is read
+once: battles are fitted as they come and written to the parquet tables; then the verdicts of all are known, the folds
+are made, and the data sets are written from the tables. Memory grows by some ten bytes a battle.
 """
 
 from __future__ import annotations
@@ -26,30 +27,24 @@ from typing import TYPE_CHECKING, Any
 from common.battle import Battle
 from common.errors import ArenaError
 from common.files import atomic_file, atomic_folder, only_run, sha256_of, sha256_of_table, write_json
-from data_prep.audit import check_overlap, noting, refuse_same_table
-from data_prep.chat_template import load_frame
+from data_prep.audit import check_overlap, preferences_audit, refuse_same_table, truncation_audit
+from data_prep.chat_template import ChatFrame, load_frame
 from data_prep.dataset_info import dataset_entries, entries_of_others, listed_sets
 from data_prep.export_reader import FORMAT, read_manifest
-from data_prep.export_rows import BatchMaker, open_crew, usual_workers
-from data_prep.export_writer import Writer
+from data_prep.export_rows import RowMaker, open_pool, usual_workers
+from data_prep.export_writer import CHUNK, Written, require_rows, write_sets, write_tables
 from data_prep.ground_truth import check_truth, require_truth_of
-from data_prep.overwrite_check import refuse_loss, refuse_strangers
+from data_prep.overwrite_check import check_overwrite
 from data_prep.preference_pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
 from data_prep.truncation import in_chunks
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from common.experiment import Experiment
 
 DATA = Path("data")
-# Battles per tokenizer call: enough to keep every core busy, little enough to keep memory flat.
-_CHUNK = 512
-# The share of shortened battles from which on a person is told.
-_MUCH_CUT = 0.5
-# The files that name all sets: a set more changes them.
+# The files that name all sets: one more set changes them.
 _LISTS = ("dataset_info.json", "audit.json")
 
 
@@ -75,52 +70,48 @@ def export(
     `workers` is the number of processes that fit (0: a thread; None: what suits the machine); the files do not
     depend on it. Raises ArenaError; an earlier export then stays as it was.
     """
-    refuse_loss(experiment.data_folder, [train, test, None if unchanged else truth])  # a view takes the copy in there
-    for folder in (DATA, experiment.data_folder):
-        listed_sets(folder / "dataset_info.json")  # a slip in it is told now, not after the work
+    folder = experiment.data_folder
+    check_overwrite(folder, [train, test, None if unchanged else truth])  # a later view takes the copy in the folder
+    for each in (DATA, folder):
+        listed_sets(each / "dataset_info.json")  # a fault in it is reported now, not after the work
     if truth:
         check_truth(truth)
     if test and test.exists() and train.exists():
         refuse_same_table(train, test)
-    reader = VoteReader(train, labelled=True)
-    test_reader = VoteReader(test, labelled=False) if test else None
+    readers = {"train": VoteReader(train, labelled=True)} | ({"test": VoteReader(test, labelled=False)} if test else {})
     frame, tokenizer = load_frame(experiment)
     prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
-    maker = BatchMaker(experiment, frame, tokenizer, views, prompt.source)
-    with only_run(experiment.data_folder), atomic_folder(experiment.data_folder) as folder:
-        with (
-            Writer(folder, experiment, views) as writer,
-            open_crew(maker, usual_workers() if workers is None else workers) as crew,
-        ):
-            for phase, votes in (("train", reader), ("test", test_reader)):
-                chunks = _counted(votes, f"{phase} battles", progress) if votes else ()
-                noted: list[np.ndarray] = []  # of the chunks under way
-                for batch in crew.batches(noting(chunks, noted), labelled=phase == "train"):
-                    writer.add(batch, noted.pop(0))
-        progress("dividing into folds", None)
-        counts = writer.split()
-        audit = _audit(experiment, reader, test_reader, writer.tallies, counts)
-        audit["pairs"] = writer.pairs_audit(counts)
-        if test_reader:
-            rows = folder / "rows.parquet"
-            audit["test_rows_in_train"] = check_overlap(rows, test_reader.path, has_verdicts=test_reader.has_verdicts)
+    maker = RowMaker(experiment, frame, tokenizer, views, prompt.source)
+    with (
+        only_run(folder),
+        atomic_folder(folder) as fresh,
+        open_pool(maker, usual_workers() if workers is None else workers) as work,
+    ):
+        written = write_tables(fresh, work("fit", _chunks(readers, progress)), experiment)
+        counts = write_sets(fresh, experiment, views, work)
+        require_rows(counts, written, experiment)
+        audit = _audit(experiment, readers, written, counts, views)
+        rows = fresh / "rows.parquet"
+        if reader := readers.get("test"):
+            audit["test_rows_in_train"] = check_overlap(rows, reader.path, has_verdicts=reader.has_verdicts)
         if truth:
-            require_truth_of(folder / "rows.parquet", truth)
-        files = _describe(folder, experiment, prompt, frame, audit, truth)
-        _refuse_changed(experiment, files, unchanged or {})
-        refuse_strangers(experiment.data_folder)  # what came while we worked, or with a folder that was put back
+            require_truth_of(rows, truth)
+        _describe(fresh, experiment, prompt, frame, audit, truth, unchanged or {})
+        check_overwrite(folder)  # again, for files that came meanwhile, or with a folder that was put back
     _publish(experiment, audit)
     return audit
 
 
-def _counted(reader: VoteReader, phase: str, progress: Progress) -> Iterator[list[Battle]]:
-    """Yield the battles in chunks and tell how many there were."""
-    seen = 0
-    for chunk in in_chunks((battle for _, battle in reader), _CHUNK):
-        share = reader.share
-        yield chunk
-        seen += len(chunk)
-        progress(f"{seen:,} {phase}", share)
+def _chunks(readers: Mapping[str, VoteReader], progress: Progress) -> Iterator[tuple[list[Battle], bool]]:
+    """Yield the battles in chunks, each with whether it has verdicts, and report how many there were."""
+    for name, reader in readers.items():
+        seen = 0
+        for chunk in in_chunks((battle for _, battle in reader), CHUNK):
+            share = reader.share
+            yield chunk, name == "train"
+            seen += len(chunk)
+            progress(f"{seen:,} {name} battles", share)
+    progress("dividing into folds", None)
 
 
 def ensure_views(
@@ -136,15 +127,13 @@ def ensure_views(
     missing = [view for view in VIEWS if view in views and view not in manifest["views"]]
     if not missing:
         return False
-    remedy = f"python run.py prepare -e {experiment.name} --train FILE --pairs"
-    tables = {}
-    for name, source in manifest["sources"].items():
-        tables[name] = Path(source["file"])
-        if not tables[name].exists() or sha256_of_table(tables[name]) != source["sha256"]:
+    tables = {name: Path(source["file"]) for name, source in manifest["sources"].items()}
+    for name, path in tables.items():
+        if not path.exists() or sha256_of_table(path) != manifest["sources"][name]["sha256"]:
             raise ArenaError(
                 f"is not the table that {folder} was exported from, so its {' and '.join(missing)} view cannot follow",
-                where=source["file"],
-                remedy=remedy,
+                where=str(path),
+                remedy=f"python run.py prepare -e {experiment.name} --train FILE --pairs",
             )
     truth = folder / "truth.csv"
     export(
@@ -159,107 +148,96 @@ def ensure_views(
     return True
 
 
-def _audit(experiment: Experiment, reader, test_reader, tallies, counts) -> dict[str, Any]:
-    sources = {"train": reader} | ({"test": test_reader} if test_reader else {})
+def _audit(
+    experiment: Experiment,
+    readers: Mapping[str, VoteReader],
+    written: Written,
+    counts: Mapping[str, int],
+    views: Collection[View],
+) -> dict[str, Any]:
+    pairs: dict[str, Any] = {
+        view: {split: counts[f"dpo_{view}_{split}"] for split in ("train", "valid")} for view in VIEWS if view in views
+    }
+    if "judge" in pairs:
+        pairs["judge"]["rejected"] = experiment.dpo_rejected
+    if "reward" in pairs:
+        pairs["reward"] |= preferences_audit(written.pair_counts["train"])
+        pairs["reward"]["truncation"] = {n: truncation_audit(c) for n, c in written.pair_counts.items() if c["rows"]}
     return {
         "experiment": experiment.name,
         "cutoff_len": experiment.cutoff_len,
         "sources": {
             name: {
-                "file": str(r.path),
-                "schema": r.schema,
-                "rows_read": r.rows_read,
-                "rows_kept": tallies[name].rows,
-                "rows_rejected": len(r.rejected),
-                "ids_like_formulas": r.formulas,
+                "file": str(reader.path),
+                "schema": reader.schema,
+                "rows_read": reader.rows_read,
+                "rows_kept": written.counts[name]["rows"],
+                "rows_rejected": len(reader.rejected),
+                "ids_like_formulas": reader.formulas,
             }
-            for name, r in sources.items()
+            for name, reader in readers.items()
         },
-        "rejected": [asdict(row) for r in sources.values() for row in r.rejected],
-        "exported": counts,
+        "rejected": [asdict(row) for reader in readers.values() for row in reader.rejected],
+        "exported": {**counts, "test": written.counts["test"]["rows"]},
         "swap_copies": experiment.swap_copies,
-        "truncation": {name: tally.summary() for name, tally in tallies.items() if tally.rows},
+        "truncation": {name: truncation_audit(each) for name, each in written.counts.items() if each["rows"]},
+        "pairs": pairs,
     }
 
 
 def _describe(
-    folder: Path, experiment: Experiment, prompt: JudgePrompt, frame, audit, truth: Path | None
-) -> dict[str, str]:
-    """Write the small files, the manifest with everybody's hash last; return the hashes."""
-    earlier = listed_sets(experiment.data_folder / "dataset_info.json")
-    theirs = entries_of_others(earlier, experiment, experiment.data_folder)  # recipes read their sets from this list
-    own = dataset_entries(experiment, audit["pairs"], folders=_folders(folder))
-    write_json(folder / "dataset_info.json", {**theirs, **own})
+    folder: Path,
+    experiment: Experiment,
+    prompt: JudgePrompt,
+    frame: ChatFrame,
+    audit: Mapping[str, Any],
+    truth: Path | None,
+    unchanged: Mapping[str, str],
+) -> None:
+    """Write the small files and last the manifest with the hash of each file.
+
+    Raises ArenaError where a file of `unchanged` has another hash.
+    """
+    write_json(folder / "dataset_info.json", _with_own_entries(experiment, audit, experiment.data_folder, folder))
     write_json(folder / "audit.json", audit)
     with atomic_file(folder / "judge_prompt.j2") as file:
         file.write(prompt.source)
     if truth:
         shutil.copyfile(truth, folder / "truth.csv")
-    whole = (path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(whole)}
-    write_json(
-        folder / "manifest.json",
-        {
-            "format": FORMAT,
-            "experiment": experiment.model_dump(mode="json", exclude={"recipes", "description", "distributed"}),
-            "views": list(audit["pairs"]),
-            "sources": {
-                name: {"file": source["file"], "sha256": sha256_of_table(Path(source["file"]))}
-                for name, source in audit["sources"].items()
-            },
-            "frame": asdict(frame),
-            "files": files,
-        },
-    )
-    return files
-
-
-def _folders(folder: Path) -> set[str]:
-    """Return the data sets that are folders of parts."""
-    return {path.name for path in folder.iterdir() if path.is_dir()}
-
-
-def _refuse_changed(experiment: Experiment, files: Mapping[str, str], unchanged: Mapping[str, str]) -> None:
-    changed = [name for name, digest in unchanged.items() if files.get(name) != digest]
-    if changed:
+    files = {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    if changed := [name for name, digest in unchanged.items() if files.get(name) != digest]:
         raise ArenaError(
             f"{', '.join(changed)} would come out otherwise than before: experiment.yaml, the judge prompt or the "
             "tokenizer has changed since the export",
             where=str(experiment.data_folder),
             remedy=f"python run.py prepare -e {experiment.name} --train FILE, and train again",
         )
+    manifest = {
+        "format": FORMAT,
+        "experiment": experiment.model_dump(mode="json", exclude={"recipes", "description", "distributed"}),
+        "views": list(audit["pairs"]),
+        "sources": {
+            name: {"file": source["file"], "sha256": sha256_of_table(Path(source["file"]))}
+            for name, source in audit["sources"].items()
+        },
+        "frame": asdict(frame),
+        "files": files,
+    }
+    write_json(folder / "manifest.json", manifest)
 
 
-def _publish(experiment: Experiment, audit: dict[str, Any]) -> None:
+def _publish(experiment: Experiment, audit: Mapping[str, Any]) -> None:
     """List the sets in data/dataset_info.json too, where LLaMA Board looks, and leave the newest audit there."""
     path = DATA / "dataset_info.json"
     with only_run(path, wait=lambda _: None):  # an export of another experiment has it for a moment
-        others = entries_of_others(listed_sets(path), experiment, DATA)
-        own = dataset_entries(
-            experiment, audit["pairs"], within=f"{experiment.name}/", folders=_folders(experiment.data_folder)
-        )
-        write_json(path, {**others, **own})
+        write_json(path, _with_own_entries(experiment, audit, DATA, experiment.data_folder, f"{experiment.name}/"))
         write_json(DATA / "audit.json", audit)
 
 
-def warnings_of(audit: Mapping[str, Any]) -> list[str]:
-    """Return what a person should know of an export that went well, one line each."""
-    told = [
-        f"warning: {source['ids_like_formulas']} id(s) of {source['file']} begin as a spreadsheet's formula does; they "
-        "are written as they are: do not open the CSV files of results in a spreadsheet"
-        for source in audit["sources"].values()
-        if source.get("ids_like_formulas")
-    ]
-    if seen := audit.get("test_rows_in_train"):
-        told.append(
-            f"warning: {seen:,} of {audit['exported']['test']:,} rows of {audit['sources']['test']['file']} are "
-            "training rows (same id, same prompt): the judge learns their verdicts, so their probabilities test nothing"
-        )
-    cut = audit["truncation"]["train"]["rows_cut_share"]
-    if cut > _MUCH_CUT:
-        told.append(
-            f"note: {cut:.1%} of the battles do not fit into cutoff_len {audit['cutoff_len']}, so that the judge sees "
-            f"parts of them only; a larger cutoff_len in factory_configs/{audit['experiment']}/experiment.yaml keeps "
-            "more, at more memory and time (then prepare again)"
-        )
-    return told
+def _with_own_entries(
+    experiment: Experiment, audit: Mapping[str, Any], listed: Path, sets: Path, within: str = ""
+) -> dict[str, Any]:
+    """Return the list of data sets in the folder `listed`, with the experiment's entries for the files in `sets`."""
+    others = entries_of_others(listed_sets(listed / "dataset_info.json"), experiment, listed)
+    parts = {path.name for path in sets.iterdir() if path.is_dir()}
+    return {**others, **dataset_entries(experiment, audit["pairs"], within, parts)}

@@ -1,244 +1,163 @@
-"""The writer of an export: batches become the data sets' files and the two or three tables beside them."""
+"""The files of an export: first the tables, as the battles are fitted; then, by folds, the data sets made from them.
+
+A text lies once in battles.parquet, and once in pairs.parquet where the reward view fits it to another budget. The
+data sets repeat it, and stay on disk because plain `llamafactory-cli train` reads nothing else.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import IO, TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
 from array import array
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from pyarrow.parquet import ParquetWriter
 
 from common.battle import VERDICTS
 from common.errors import ArenaError
-from data_prep.audit import Tally, add_counts
+from data_prep.audit import add_counts
 from data_prep.dataset_info import set_names
-from data_prep.export_rows import RECORD_HEAD, Batch, row_schema, text_schema
-from data_prep.folds import validation_mask
-from data_prep.preference_pairs import VIEWS, PairTally, View, pair_schema
+from data_prep.export_reader import iter_battles, iter_pairs
+from data_prep.export_rows import BATTLES, PAIRS, ROWS, FittedChunk
+from data_prep.folds import group_number, validation_mask
+from data_prep.preference_pairs import View
+from data_prep.truncation import in_chunks
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-
     from common.experiment import Experiment
 
-SPLITS = ("train", "valid")
+# Battles that are worked on at once: enough to keep every core busy, little enough to keep memory flat.
+CHUNK = 512
 # Lines of a data set in one file; a larger set is a folder of such parts, which LLaMA-Factory reads in parallel.
 PART = 500_000
-# Battles in one waiting file, which is removed as soon as it is divided: the disk never holds a set twice.
-_SEGMENT = 1 << 16
+_CHUNKS_A_GROUP = 128  # of rows.parquet, whose rows are small
+_WAITING = "rows.arrow"  # the rows, until the folds are known
 
 
-class Spool:
-    """One data set's lines; `divide` turns them into <name>_train.jsonl and <name>_valid.jsonl, or folders of parts."""
+@dataclass
+class Written:
+    """What the tables hold, added up; of each labelled battle nine bytes: its group and its verdict."""
 
-    def __init__(self, folder: Path, name: str, part: int = PART, segment: int = _SEGMENT):
-        self.name = name
-        self._folder, self._part, self._segment = folder, part, segment
-        self._paths: list[Path] = []
-        self._file: IO[bytes] | None = None
-        self._waiting = 0  # battles in the newest file
+    groups: array = field(default_factory=lambda: array("Q"))
+    verdicts: array = field(default_factory=lambda: array("b"))
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: {"train": Counter(), "test": Counter()})
+    pair_counts: dict[str, Counter[str]] = field(default_factory=lambda: {"train": Counter(), "test": Counter()})
 
-    def add(self, records: bytes, battles: int) -> None:
-        """Keep the records of some battles, as `record` makes them, one after the other."""
-        if self._file is None or self._waiting >= self._segment:
-            self.close()
-            self._paths.append(self._folder / f"{self.name}.spool-{len(self._paths)}")
-            self._file, self._waiting = self._paths[-1].open("wb"), 0
-        self._file.write(records)
-        self._waiting += battles
+    def add(self, chunk: FittedChunk) -> None:
+        """Add up one chunk."""
+        split = "train" if chunk.labelled else "test"
+        add_counts(self.counts[split], chunk.counts)
+        add_counts(self.pair_counts[split], chunk.pair_counts)
+        if chunk.labelled:
+            self.groups.extend(map(group_number, chunk.rows.column("group").to_pylist()))
+            self.verdicts.extend(map(VERDICTS.index, chunk.rows.column("verdict").to_pylist()))
 
-    def close(self) -> None:
-        """Flush what waits; `divide` comes after it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def divide(self, valid: np.ndarray) -> dict[str, int]:
-        """Write the two sets, given which battles validate; return the rows in each and remove the spool."""
-        train, held = (_Parts(self._folder / f"{self.name}_{split}", self._part) for split in SPLITS)
-        validates = iter(valid)
-        for path in self._paths:
-            with path.open("rb") as spool:
-                while head := spool.read(RECORD_HEAD.size):
-                    size, lines, extra_size, extra_lines = RECORD_HEAD.unpack(head)
-                    own, extra = spool.read(size), spool.read(extra_size)
-                    if next(validates):
-                        held.write(own, lines)
-                    else:
-                        train.write(own + extra, lines + extra_lines)
-            path.unlink()
-        return dict(zip(SPLITS, (train.finish(), held.finish()), strict=True))
+    def validates(self, experiment: Experiment) -> np.ndarray:
+        """Return which labelled battles validate; raises ArenaError where the share cannot be met."""
+        groups, verdicts = np.array(self.groups, np.uint64), np.array(self.verdicts, np.int8)
+        return validation_mask(groups, verdicts, share=experiment.valid_share, seed=experiment.seed)
 
 
-class _Parts:
+def write_tables(folder: Path, chunks: Iterable[FittedChunk], experiment: Experiment) -> Written:
+    """Write rows.parquet, battles.parquet and, where chunks hold pairs, pairs.parquet; labelled battles come first."""
+    written = Written()
+    with ExitStack() as stack:
+        rows = stack.enter_context(pa.ipc.new_stream(stack.enter_context(pa.OSFile(f"{folder / _WAITING}", "w")), ROWS))
+        writers: dict[str, ParquetWriter] = {}
+        for chunk in chunks:
+            rows.write_batch(chunk.rows)
+            for name, schema, batch in (("battles", BATTLES, chunk.battles), ("pairs", PAIRS, chunk.pairs)):
+                if batch is not None and name not in writers:
+                    writers[name] = stack.enter_context(_table(folder / f"{name}.parquet", schema))
+                if batch is not None:
+                    writers[name].write_batch(batch)
+            written.add(chunk)
+    _write_rows(folder, written.validates(experiment))
+    return written
+
+
+def _write_rows(folder: Path, validates: np.ndarray) -> None:
+    """Write rows.parquet from the rows that wait, now that the folds are known."""
+    at, place = 0, ROWS.get_field_index("split")
+    with pa.OSFile(f"{folder / _WAITING}") as file, _table(folder / "rows.parquet", ROWS) as writer:
+        for batches in in_chunks(pa.ipc.open_stream(file), _CHUNKS_A_GROUP):
+            rows = pa.Table.from_batches(batches)
+            held = validates[at : at + len(rows)].tolist()
+            split = ["valid" if each else "train" for each in held] + ["test"] * (len(rows) - len(held))
+            writer.write_table(rows.set_column(place, ROWS.field(place), pa.array(split)))
+            at += len(rows)
+    (folder / _WAITING).unlink()
+
+
+def _table(path: Path, schema: pa.Schema) -> ParquetWriter:
+    # Statistics of texts would hold a text a group in memory until the end, and no reader asks for them.
+    return ParquetWriter(path, schema, compression="zstd", write_statistics=["split"])
+
+
+def write_sets(
+    folder: Path,
+    experiment: Experiment,
+    views: Collection[View],
+    work: Callable[[str, Iterable[tuple]], Iterator[dict[str, list[str]]]],
+) -> dict[str, int]:
+    """Write the data sets from the tables; return how many rows each has. `work` calls RowMaker, see `open_pool`.
+
+    Raises ArenaError for a set without a row, on which LLaMA-Factory would stop or validate nothing.
+    """
+    counts: dict[str, int] = {}
+    for split in ("train", "valid"):
+        pairs = (pair for pair, _ in iter_pairs(folder, split)) if "reward" in views else repeat(None)
+        rows = ((*fitted, pair) for fitted, pair in zip(iter_battles(folder, split), pairs, strict=False))
+        # A swapped copy is for training: the validation fold is judged on the battles as they were.
+        swapped = experiment.swap_copies and split == "train"
+        with ExitStack() as stack:
+            sets = {name: stack.enter_context(_SetFile(folder / f"{name}_{split}")) for name in set_names(views)}
+            for lines in work("lines", ((chunk, swapped) for chunk in in_chunks(rows, CHUNK))):
+                for name, file in sets.items():
+                    file.write(lines[name])
+        counts |= {f"{name}_{split}": file.rows for name, file in sets.items()}
+    return counts
+
+
+class _SetFile:
     """<stem>.jsonl, or once that is full the folder <stem>/ with part-00000.jsonl, part-00001.jsonl, …"""
 
-    def __init__(self, stem: Path, size: int):
-        self._stem, self._size = stem, size
-        self._single = stem.with_name(f"{stem.name}.jsonl")
+    def __init__(self, stem: Path):
+        self.rows = 0
+        self._stem, self._single = stem, stem.with_name(f"{stem.name}.jsonl")
         self._file = self._single.open("wb")
-        self._number, self._lines, self._total = 0, 0, 0
 
-    def write(self, content: bytes, lines: int) -> None:
-        if lines and self._lines + lines > self._size and self._lines:
-            self._next()
-        self._file.write(content)
-        self._lines += lines
-        self._total += lines
-
-    def finish(self) -> int:
-        """Close the last file; return the number of lines."""
-        self._file.close()
-        return self._total
-
-    def _next(self) -> None:
-        self._file.close()
-        if not self._number:
-            self._stem.mkdir()
-            self._single.rename(self._path(0))
-        self._number, self._lines = self._number + 1, 0
-        self._file = self._path(self._number).open("wb")
-
-    def _path(self, number: int) -> Path:
-        return self._stem / f"part-{number:05}.jsonl"
-
-
-# Rows that are put into one group of a parquet file: they wait in memory. Texts are large, what is known of them small.
-_TEXT_GROUP = 1024
-_ROW_GROUP = 1 << 16
-# The column that tells the run checks, without the folds' own groups, which battles share a prompt.
-FIRST_PROMPT = "first_prompt"
-
-
-class Writer:
-    """Streams batches to disk; the folds, which need all verdicts, divide the rows at the end.
-
-    Of each labelled battle nine bytes stay in memory: its group and its verdict.
-    """
-
-    def __init__(self, folder: Path, experiment: Experiment, views: Collection[View]):
-        self._folder, self._experiment, self._views = folder, experiment, views
-        self._groups, self._kinds = array("Q"), array("b")
-        self._tests = 0
-        self.tallies = {"train": Tally(), "test": Tally()}
-        self._pair_tallies = {"train": PairTally(), "test": PairTally()}
-        self._spools = {name: Spool(folder, name) for name in set_names(views)}
-        self._waiting = folder / "rows.waiting"
-        self._rows = _ParquetFile(self._waiting, known_schema(), _ROW_GROUP)
-        self._battles = _ParquetFile(folder / "battles.parquet", text_schema(), _TEXT_GROUP)
-        self._pairs = _ParquetFile(folder / "pairs.parquet", pair_schema(), _TEXT_GROUP) if "reward" in views else None
-
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> _SetFile:
         return self
 
-    def __exit__(self, *_) -> None:
-        for file in (*self._spools.values(), self._rows, self._battles, self._pairs):
-            if file is not None:
-                file.close()
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
-    def add(self, batch: Batch, first_prompts: np.ndarray) -> None:
-        """Append a batch and its `first_prompts` (see row_statistics); labelled battles come before the others."""
-        import pyarrow as pa
+    def write(self, lines: list[str]) -> None:
+        """Append lines."""
+        while lines:
+            if self.rows and self.rows % PART == 0:
+                self._next_part()
+            room = PART - self.rows % PART
+            now, lines = lines[:room], lines[room:]
+            self._file.write("".join(now).encode("ascii"))
+            self.rows += len(now)
 
-        split = "train" if batch.labelled else "test"
-        for name, records in batch.lines.items():
-            self._spools[name].add(records, batch.battles)
-        self._groups.extend(batch.groups)
-        self._kinds.extend(batch.kinds)
-        self._tests += 0 if batch.labelled else batch.battles
-        self._rows.add(batch.rows.append_column(FIRST_PROMPT, pa.array(first_prompts, pa.uint64())))
-        self._battles.add(batch.texts)
-        add_counts(self.tallies[split], batch.tally)
-        if self._pairs is not None:
-            self._pairs.add(batch.pairs)
-            add_counts(self._pair_tallies[split], batch.pair_tally)
-
-    def split(self) -> dict[str, int]:
-        """Divide the labelled rows into the folds; write the data sets and rows.parquet; return row counts."""
-        import numpy as np
-
-        kinds = np.frombuffer(self._kinds, dtype=np.int8) if self._kinds else np.empty(0, np.int8)
-        groups = np.frombuffer(self._groups, dtype=np.uint64) if self._groups else np.empty(0, np.uint64)
-        experiment = self._experiment
-        valid = validation_mask(groups, kinds, share=experiment.valid_share, seed=experiment.seed)
-        counts = {f"{n}_{s}": rows for n, spool in self._spools.items() for s, rows in spool.divide(valid).items()}
-        self._write_rows(valid)
-        ties = int((kinds == VERDICTS.index("tie")).sum())
-        _refuse_empty(counts, experiment, ties=ties, battles=len(kinds))
-        return {**counts, "test": self._tests}
-
-    def pairs_audit(self, counts: dict[str, int]) -> dict[str, Any]:
-        """Return what the audit says of the preference sets that were asked for."""
-        audit: dict[str, Any] = {}
-        for view in (view for view in VIEWS if view in self._views):
-            audit[view] = {split: counts[f"dpo_{view}_{split}"] for split in ("train", "valid")}
-        if "judge" in audit:
-            audit["judge"]["rejected"] = self._experiment.dpo_rejected
-        if "reward" in audit:
-            audit["reward"] |= self._pair_tallies["train"].preferences()
-            audit["reward"]["truncation"] = {n: t.truncation() for n, t in self._pair_tallies.items() if t.battles}
-        return audit
-
-    def _write_rows(self, valid: np.ndarray) -> None:
-        """Write rows.parquet from what waits, now that the folds are known."""
-        import pyarrow as pa
-        from pyarrow.parquet import ParquetFile
-
-        schema, at = known_schema(), 0
-        place = schema.get_field_index("split")
-        target = _ParquetFile(self._folder / "rows.parquet", schema, _ROW_GROUP)
-        with ParquetFile(self._waiting) as waiting:
-            for batch in waiting.iter_batches(batch_size=_ROW_GROUP):
-                mine = valid[at : at + len(batch)].tolist()
-                split = ["valid" if held else "train" for held in mine] + ["test"] * (len(batch) - len(mine))
-                target.add(batch.set_column(place, "split", pa.array(split, pa.string())))
-                at += len(batch)
-        target.close()
-        self._waiting.unlink()
+    def _next_part(self) -> None:
+        self._file.close()
+        if self.rows == PART:
+            self._stem.mkdir()
+            self._single.rename(self._stem / "part-00000.jsonl")
+        self._file = (self._stem / f"part-{self.rows // PART:05}.jsonl").open("wb")
 
 
-def known_schema() -> pa.Schema:
-    """Return the columns of rows.parquet: those of a batch, and the first prompts that were noted beside it."""
-    import pyarrow as pa
-
-    return row_schema().append(pa.field(FIRST_PROMPT, pa.uint64()))
-
-
-class _ParquetFile:
-    """A parquet file that is written batch by batch, in groups of rows that do not depend on the batches' sizes."""
-
-    def __init__(self, path: Path, schema: pa.Schema, group: int):
-        from pyarrow.parquet import ParquetWriter
-
-        self._schema, self._group, self._waiting = schema, group, []
-        # Statistics of texts would hold a text a group in memory until the end, and nobody asks for them.
-        self._writer = ParquetWriter(path, schema, compression="zstd", write_statistics=["split"])
-
-    def add(self, batch: pa.RecordBatch) -> None:
-        self._waiting.append(batch)
-        while sum(map(len, self._waiting)) >= self._group:
-            self._flush()
-
-    def close(self) -> None:
-        if self._writer.is_open:
-            if self._waiting:
-                self._flush()
-            self._writer.close()
-
-    def _flush(self) -> None:
-        """Write one group, the rest goes on waiting."""
-        import pyarrow as pa
-
-        table = pa.Table.from_batches(self._waiting, schema=self._schema)
-        self._writer.write_table(table.slice(0, self._group), row_group_size=self._group)
-        self._waiting = table.slice(self._group).to_batches()
-
-
-def _refuse_empty(counts: dict[str, int], experiment: Experiment, *, ties: int, battles: int) -> None:
+def require_rows(counts: dict[str, int], written: Written, experiment: Experiment) -> None:
     """Raise ArenaError for a set without a row, on which LLaMA-Factory would stop or validate nothing."""
     empty = [name for name, count in counts.items() if not count]
     if not empty:
@@ -246,6 +165,7 @@ def _refuse_empty(counts: dict[str, int], experiment: Experiment, *, ties: int, 
     remedy = "give more battles with different prompts, or change valid_share in experiment.yaml"
     if all(name.startswith("dpo_reward") for name in empty):
         remedy = "give battles with a winner and two different responses, or prepare without the reward view"
+    battles, ties = len(written.verdicts), written.verdicts.count(VERDICTS.index("tie"))
     raise ArenaError(
         f"no row is left for {', '.join(empty)} ({battles} battles, {ties} of them ties)",
         where=str(experiment.data_folder),

@@ -1,6 +1,6 @@
-"""Strangers: what an export is about to delete although no export made it, since it replaces its folder as a whole.
+"""The overwrite check: an export replaces its folder as a whole, so it stops where a file there is not its own.
 
-refuse_loss(Path("data/demo"), ["votes.csv", None])    # ArenaError: holds 1 file(s) that no export wrote: notes.md
+check_overwrite(Path("data/demo"), ["votes.csv", None])    # ArenaError: holds 1 file(s) that no export wrote: notes.md
 """
 
 from __future__ import annotations
@@ -20,13 +20,21 @@ _WRITTEN = re.compile(
     rf"{SET}(\.jsonl|/part-\d+\.jsonl)|(battles|pairs|rows)\.parquet|(dataset_info|audit|manifest)\.json"
     r"|judge_prompt\.j2|truth\.csv"
 )
-# What file managers leave in every folder that somebody looks at.
-_NOBODYS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+# What file managers leave in every folder that is opened.
+_LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _NAMED = 5
 
 
-def refuse_loss(folder: Path, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Raise ArenaError where replacing an export's folder would delete an input or any file that no export wrote."""
+def check_overwrite(
+    folder: Path,
+    inputs: Iterable[str | Path | None] = (),
+    own: Callable[[str], object] | None = None,
+    maker: str = "export",
+) -> None:
+    """Raise ArenaError where replacing a folder would delete one of the `inputs` or a file that `maker` did not write.
+
+    `own` tells, by its path in the folder, whether `maker` wrote a file; without it the export's manifest tells.
+    """
     for given in inputs:
         if given is not None and not str(given).startswith("hf://") and is_within(given, folder):
             raise ArenaError(
@@ -34,21 +42,13 @@ def refuse_loss(folder: Path, inputs: Iterable[str | Path | None] = ()) -> None:
                 where=str(given),
                 remedy=f"move it to a place outside of {folder} and give its new path; nothing was changed",
             )
-    refuse_strangers(folder)
-
-
-def refuse_strangers(folder: Path, own: Callable[[str], object] | None = None, maker: str = "export") -> None:
-    """Raise ArenaError where a folder that is replaced as a whole holds what its `maker` did not write, or is a file.
-
-    `own` tells whether a file was written by it, by its path in the folder; without it exports of all versions count.
-    """
     if folder.exists() and not folder.is_dir():
         raise ArenaError(f"is a file, where the {maker} makes a folder", where=str(folder), remedy="move it away")
-    strangers = strangers_in(folder, own or _exported(folder))
-    if strangers:
-        named = ", ".join(strangers[:_NAMED]) + (", …" if len(strangers) > _NAMED else "")
+    own = own or _exported(folder)
+    if foreign := sorted(name for name in _files(folder) if not own(name) and Path(name).name not in _LITTER):
+        named = ", ".join(foreign[:_NAMED]) + (", …" if len(foreign) > _NAMED else "")
         raise ArenaError(
-            f"holds {len(strangers)} file(s) that no {maker} wrote, and the {maker} replaces this folder as a whole: "
+            f"holds {len(foreign)} file(s) that no {maker} wrote, and the {maker} replaces this folder as a whole: "
             f"{named}",
             where=str(folder),
             remedy=f"move what you want to keep to a place outside of {folder}, delete the rest, and give the same "
@@ -56,12 +56,8 @@ def refuse_strangers(folder: Path, own: Callable[[str], object] | None = None, m
         )
 
 
-def strangers_in(folder: Path, own: Callable[[str], object]) -> list[str]:
-    """Return the files (and links) below a folder that are not its own, as paths in it, sorted."""
-    return sorted(name for name in _files(folder) if not own(name) and Path(name).name not in _NOBODYS)
-
-
 def _files(folder: Path) -> Iterator[str]:
+    """Yield the files below a folder, links to folders included, as paths in it."""
     for place, folders, names in os.walk(folder):
         links = [name for name in folders if Path(place, name).is_symlink()]
         for name in (*names, *links):
@@ -69,10 +65,9 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _exported(folder: Path) -> Callable[[str], object]:
-    """Return what tells whether an export wrote a file of this name.
+    """Return the test whether an export wrote a file: its manifest names it.
 
-    That is what the manifest names. A manifest that cannot be read was ours, too; without any, or with one of another
-    program, the folder is somebody else's.
+    Where a manifest cannot be read, an export's usual names count; without one, or with another program's, no name.
     """
     try:
         manifest = read_json(folder / MANIFEST)

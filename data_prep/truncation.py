@@ -1,15 +1,17 @@
 """Fitting battles to a token budget: the oldest turns go first, then prompt, A and B share what is left.
 
 LLaMA-Factory would cut the END of a prompt that is too long, and with it the question. So nothing that leaves here
-is longer than `cutoff_len`, counted with the model's own tokenizer inside the whole chat frame, in both orders.
+is longer than `cutoff_len`, counted with the model's own tokenizer inside the whole chat frame. The judge prompt is
+fitted here, in both orders; data_prep.preference_pairs fits pairs of responses by the same steps.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
 from common.battle import Battle, swap
@@ -27,27 +29,26 @@ if TYPE_CHECKING:
 MARKER = "\n[… cut …]\n"
 # Joining texts can merge or split tokens at the seams, so an estimate may be a few tokens off: try again, tighter.
 _ROUNDS = 24
-# Letters that hardly any tokenizer puts into one token on average: more are too long, most likely.
+# Hardly any tokenizer puts so many letters into one token on average: a text with more of them is most likely too long.
 _LETTERS_A_TOKEN = 5
-# By so many tokens a turn the two orders of a battle may differ, and by an eighth of the budget: far more than they do.
+# The two orders of a battle may differ by so many tokens a turn, and by an eighth of the budget: far more than they do.
 _ENDS = 8
+Spans = list[tuple[int, int]]  # first and last character of each token of a text
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A battle that fits: its texts as fed, its message in both orders, and what was lost on the way.
+    """A battle whose sequences are within the budget: its texts as fed, and what was lost on the way.
 
-    `tokens` and `tokens_swapped` count the whole sequence with the answer (`message_swapped` is empty and its count
-    0 where the other order was neither asked for nor near the budget); `tokens_full` is what the uncut battle would
-    have taken; `lost` are the tokens cut from (prompt, a, b) of the kept turns.
+    `lengths` count each measured sequence with its answer: the two orders of a judge prompt (the second one only where
+    it was measured), or the two responses of a pair. `tokens` is the first order's, or the longer response's;
+    `tokens_full` what it would have been uncut. `lost` are the tokens cut from (prompt, a, b) of the kept turns.
     """
 
     battle: Battle
     dropped: int
-    message: str
-    message_swapped: str
+    lengths: tuple[int, ...]
     tokens: int
-    tokens_swapped: int
     tokens_full: int
     lost: tuple[int, int, int]
 
@@ -58,32 +59,114 @@ class Fitted:
 
 
 @dataclass(slots=True)
-class _Job:
-    """A battle on its way: the candidate texts, and what its first tokenization told."""
+class Job:
+    """A battle that is being fitted: the whole texts, and the shorter ones that are tried."""
 
     battle: Battle
-    tokens_full: int = 0
+    kept: Battle
+    both_orders: bool = True
     dropped: int = 0
-    candidate: Battle | None = None
     lost: tuple[int, int, int] = (0, 0, 0)
-    messages: tuple[str, ...] = ()  # AB, and BA where both orders are asked for
-    tokens: tuple[int, ...] = ()
-    # (start, end) characters of every token, by (turn, field); only for battles that are too long
-    tokens_of: dict[tuple[int, str], list[tuple[int, int]]] | None = None
+    lengths: tuple[int, ...] = ()
+    tokens: int = 0
+    tokens_full: int = 0
+    spans: dict[tuple[int, str], Spans] = field(default_factory=dict)  # by (turn, field); of battles that are too long
+    room: int = 0  # what the last estimate was allowed to be, for pairs
+    estimate: int = 0  # of the kept texts' tokens
 
 
-class Fitter:
-    """Fits battles to one experiment's budget."""
+class BudgetFitter:
+    """Fits battles to one experiment's budget. A subclass says which sequences a battle becomes, by five methods:
+
+    _measure(jobs)                           set `lengths` and `tokens` of the texts that are kept
+    _locate(jobs)                            set `spans` of battles that are too long
+    _estimate(turns, dropped, prompt, a, b)  tokens of the longest sequence, from those of prompts, responses A and B
+    _room(job, attempt)                      what may be estimated, after so many estimates that were too low
+    _share(wanted, room)                     divide tokens among prompt, A and B of the last turn
+    """
+
+    def __init__(self, frame: ChatFrame, tokenizer: Tokenizer, neutral: Neutralizer, *, cutoff_len: int, shares):
+        self.frame, self.tokenizer, self.cutoff_len, self.shares = frame, tokenizer, cutoff_len, shares
+        self._neutral = neutral
+        self._marker_len = self._count(MARKER) + 1
+
+    def clean(self, battle: Battle) -> Battle:
+        """Return the battle with empty texts named, and special strings and the prompt's own lines broken up."""
+        return self._neutral.battle(battle)
+
+    def _fit(self, jobs: list[Job]) -> list[Fitted]:
+        """Fit all jobs; raises ArenaError that names the first battle that cannot be fitted."""
+        over = self._first_look(jobs)
+        for attempt in range(_ROUNDS):
+            if not over:
+                break
+            for job in over:
+                self._shrink(job, self._room(job, attempt))
+            over = self._too_long(over)
+        if over:
+            raise ArenaError(
+                f"cannot be fitted to {self.cutoff_len} tokens",
+                where=f"battle {name_of(over[0].battle.id)}",
+                remedy="raise cutoff_len in experiment.yaml",
+            )
+        return [Fitted(j.kept, j.dropped, j.lengths, j.tokens, j.tokens_full, j.lost) for j in jobs]
+
+    def _first_look(self, jobs: list[Job]) -> list[Job]:
+        """Count the whole battles and return those that are too long, with their tokens' places."""
+        over = self._too_long(jobs)
+        for job in jobs:
+            job.tokens_full = job.tokens
+        self._locate(over)
+        return over
+
+    def _too_long(self, jobs: list[Job]) -> list[Job]:
+        """Measure the kept texts and return the jobs that exceed the budget."""
+        self._measure(jobs)
+        return [job for job in jobs if max(job.lengths) > self.cutoff_len]
+
+    def _shrink(self, job: Job, room: int) -> None:
+        """Keep less of a battle: drop the oldest turns, then cut the last turn's texts, to an estimate of `room`."""
+        turns = job.battle.turns
+        # tokens of prompts, A and B from each turn to the last
+        rest = [list(accumulate(len(job.spans[t, name]) for t in reversed(range(turns))))[::-1] for name in FIELDS]
+
+        def estimate(dropped: int) -> int:
+            return self._estimate(turns - dropped, dropped, *(each[dropped] for each in rest))
+
+        # The fewest turns to drop. Fewer turns are never longer, so a dozen looks find it among thousands. The judge
+        # prompt says where turns were dropped, so that none dropped is a case of its own.
+        job.dropped = 0
+        if estimate(0) > room:
+            fits = bisect_left(range(turns), True, lo=1, key=lambda dropped: estimate(dropped) <= room)
+            job.dropped = min(fits, turns - 1)
+        job.kept, job.lost, job.estimate = last_turns(job.battle, job.dropped), (0, 0, 0), estimate(job.dropped)
+        if job.estimate > room:
+            self._cut(job, room - self._estimate(1, job.dropped, 0, 0, 0))
+            job.estimate = room
+
+    def _cut(self, job: Job, room: int) -> None:
+        """Cut the texts of the one turn that is kept to `room` tokens in all."""
+        spans = [job.spans[job.battle.turns - 1, name] for name in FIELDS]
+        columns = (job.kept.prompts, job.kept.responses_a, job.kept.responses_b)
+        granted = self._share(list(map(len, spans)), room)
+        cuts = [cut_middle(c[0], s, g, self._marker_len) for c, s, g in zip(columns, spans, granted, strict=True)]
+        prompt, a, b = ((self._neutral(text),) for text, _ in cuts)  # what stands behind the marker begins a line now
+        job.kept = replace(job.kept, prompts=prompt, responses_a=a, responses_b=b)
+        job.lost = tuple(lost for _, lost in cuts)
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+class Fitter(BudgetFitter):
+    """Fits battles to the budget as judge prompts, so that both orders are within it."""
 
     def __init__(self, frame: ChatFrame, tokenizer: Tokenizer, prompt: JudgePrompt, *, cutoff_len: int, shares):
         """Measure the prompt's fixed parts; raises ArenaError if `cutoff_len` cannot hold even them."""
-        self.frame, self.tokenizer, self.prompt = frame, tokenizer, prompt
-        self.cutoff_len = cutoff_len
-        self._shares = {"prompt": shares.prompt, "a": shares.a, "b": shares.b}
-        self._neutral = Neutralizer(frame.special_strings, prompt.lines)
-        self._room = cutoff_len - frame.overhead
-        self._marker_len = len(self._encode(MARKER)) + 1
-        self._fixed: dict[tuple[int, bool], int] = {}
+        neutral = Neutralizer(frame.special_strings, prompt.lines)
+        super().__init__(frame, tokenizer, neutral, cutoff_len=cutoff_len, shares=shares)
+        self.prompt = prompt
+        self._fixed = cache(self._measure_fixed)
         smallest = self._count(self._bare(1, dropped=1, text=MARKER)) + frame.overhead
         if smallest > cutoff_len:
             raise ArenaError(
@@ -92,98 +175,53 @@ class Fitter:
                 remedy=f"raise cutoff_len to {2 * smallest} or more in experiment.yaml, or shorten the judge prompt",
             )
 
-    def clean(self, battle: Battle) -> Battle:
-        """Return the battle with empty texts named, special strings and the prompt's own lines broken up."""
-        return self._neutral.battle(battle)
-
     def fit(self, battles: Sequence[Battle], *, both_orders: bool) -> list[Fitted]:
-        """Fit a batch of battles; the result is in the same order and every row is within `cutoff_len`.
+        """Fit battles; the result is in the same order, and both orders of each are within `cutoff_len`.
 
-        With `both_orders` the A/B-swapped message of each is made and counted; without it only of those near the
-        budget, which costs little: what a battle is cut to does not depend on who asks, and both of its orders are
-        within the budget either way. Raises ArenaError that names the battle if it cannot be fitted.
+        `both_orders` asks for the length of the A/B-swapped order of each. Without it only those near the budget are
+        measured, which is quicker: what a battle is cut to is the same. Raises ArenaError that names a battle that
+        cannot be fitted.
         """
-        jobs = [_Job(self.clean(battle)) for battle in battles]
-        for job in jobs:
-            job.candidate = job.battle
-        over = self._first_look(jobs, both_orders)
-        for attempt in range(_ROUNDS):
-            if not over:
-                break
-            for job in over:
-                self._shrink(job, slack=attempt * attempt)
-            over = self._measure(over, both_orders)
-        if over:
-            raise ArenaError(
-                f"cannot be fitted to {self.cutoff_len} tokens",
-                where=f"battle {name_of(over[0].battle.id)}",
-                remedy="raise cutoff_len in experiment.yaml",
-            )
-        return [self._finish(job) for job in jobs]
+        cleaned = map(self.clean, battles)
+        return self._fit([Job(battle, battle, both_orders) for battle in cleaned])
 
-    def _first_look(self, jobs: list[_Job], both_orders: bool) -> list[_Job]:
-        """Count the whole battles and return those that are too long, with their tokens' places."""
+    def _first_look(self, jobs: list[Job]) -> list[Job]:
         # What is far too long by its letters is tokenized once, with places, instead of twice and in both orders.
         likely = [job for job in jobs if _letters(job.battle) > _LETTERS_A_TOKEN * self.cutoff_len]
-        self._analyse(likely)
+        self._locate(likely)
         long = [job for job in likely if job.tokens_full > self.cutoff_len]
         known = set(map(id, long))
-        others = [job for job in jobs if id(job) not in known]
-        over = self._measure(others, both_orders)
-        for job in others:
-            job.tokens_full = job.tokens[0]
-        self._analyse(over)
-        return [*long, *over]
+        return [*long, *super()._first_look([job for job in jobs if id(job) not in known])]
 
-    def _finish(self, job: _Job) -> Fitted:
-        return Fitted(
-            battle=job.candidate,
-            dropped=job.dropped,
-            message=job.messages[0],
-            message_swapped=job.messages[1] if len(job.messages) > 1 else "",
-            tokens=job.tokens[0],
-            tokens_swapped=job.tokens[1] if len(job.tokens) > 1 else 0,
-            tokens_full=job.tokens_full,
-            lost=job.lost,
-        )
+    def _measure(self, jobs: list[Job]) -> None:
+        for job, length in zip(jobs, self._lengths(jobs, [job.kept for job in jobs]), strict=True):
+            job.lengths, job.tokens = (length,), length
+        both = [job for job in jobs if job.both_orders or self._is_near(job)]
+        for job, length in zip(both, self._lengths(both, [swap(job.kept) for job in both]), strict=True):
+            job.lengths += (length,)
 
-    def _measure(self, jobs: list[_Job], both_orders: bool) -> list[_Job]:
-        """Count every candidate with one or two batch calls; return those that exceed the budget."""
-        for job in jobs:
-            job.messages, job.tokens = (), ()
-        self._add_order(jobs, lambda battle: battle)
-        self._add_order(jobs if both_orders else [job for job in jobs if self._is_near(job)], swap)
-        return [job for job in jobs if max(job.tokens) > self.cutoff_len]
+    def _lengths(self, jobs: list[Job], battles: list[Battle]) -> list[int]:
+        messages = [self.prompt.message(battle, job.dropped) for job, battle in zip(jobs, battles, strict=True)]
+        encodings = self.tokenizer.encode_batch_fast(list(map(self.frame.wrap, messages)), add_special_tokens=False)
+        return [len(encoding) + self.frame.overhead for encoding in encodings]
 
-    def _add_order(self, jobs: list[_Job], order: Callable[[Battle], Battle]) -> None:
-        """Make and count one order's message of every candidate."""
-        messages = [self.prompt.message(order(job.candidate), job.dropped) for job in jobs]
-        texts = [self.frame.wrap(message) for message in messages]
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for job, message, encoding in zip(jobs, messages, encoded, strict=True):
-            job.messages += (message,)
-            job.tokens += (len(encoding) + self.frame.overhead,)
-
-    def _is_near(self, job: _Job) -> bool:
+    def _is_near(self, job: Job) -> bool:
         """Tell whether the other order could exceed the budget though this one does not.
 
         The same texts stand in it, so that only tokens across their ends differ, a few for each text.
         """
-        far = self.cutoff_len - self.cutoff_len // 8 - _ENDS * job.candidate.turns
-        return far < job.tokens[0] <= self.cutoff_len
+        far = self.cutoff_len - self.cutoff_len // 8 - _ENDS * job.kept.turns
+        return far < job.lengths[0] <= self.cutoff_len
 
-    def _analyse(self, jobs: list[_Job]) -> None:
-        """Count a battle's tokens and find their places in its texts."""
-        texts = [self.frame.wrap(self.prompt.message(job.battle)) for job in jobs]
-        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        for job, encoding in zip(jobs, encodings, strict=True):
+    def _locate(self, jobs: list[Job]) -> None:
+        wrapped = [self.frame.wrap(self.prompt.message(job.battle)) for job in jobs]
+        for job, encoding in zip(jobs, self.tokenizer.encode_batch(wrapped, add_special_tokens=False), strict=True):
             job.tokens_full = len(encoding) + self.frame.overhead
-            job.tokens_of = self._locate(job.battle, encoding)
+            job.spans = self._spans(job.battle, encoding)
 
-    def _locate(self, battle: Battle, encoding: Encoding) -> dict[tuple[int, str], list[tuple[int, int]]]:
-        """Return, for each text of the battle, the (start, end) characters of its tokens within that text."""
-        skeleton = self.prompt.skeleton(battle.turns, 0)
-        texts = texts_of(battle)
+    def _spans(self, battle: Battle, encoding: Encoding) -> dict[tuple[int, str], Spans]:
+        """Return, for each text of the battle, the characters of its tokens within that text."""
+        skeleton, texts = self.prompt.skeleton(battle.turns, 0), texts_of(battle)
         offsets = encoding.offsets
         starts = [start for start, _ in offsets]
         found, at = {}, len(self.frame.before)
@@ -194,59 +232,23 @@ class Fitter:
             found[slot] = [(s - begin, min(e, at) - begin) for s, e in offsets[low:high]]
         return found
 
-    def _shrink(self, job: _Job, slack: int) -> None:
-        """Choose a smaller candidate: drop the oldest turns, then cut the last turn's texts; `slack` tokens below."""
-        room = self._room - slack
-        turns = job.battle.turns
-        texts = [0] * (turns + 1)  # tokens of the texts from this turn to the last
-        for (turn, _), spans in job.tokens_of.items():
-            texts[turn] += len(spans)
-        texts = list(accumulate(reversed(texts)))[::-1]
+    def _room(self, job: Job, attempt: int) -> int:
+        return self.cutoff_len - self.frame.overhead - attempt * attempt
 
-        def too_long(dropped: int) -> bool:
-            return self._overhead(turns - dropped, dropped) + texts[dropped] > room
+    def _estimate(self, turns: int, dropped: int, prompt: int, a: int, b: int) -> int:
+        return self._fixed(turns, dropped > 0) + prompt + a + b
 
-        # The fewest to drop: fewer turns are never longer, so that thousands of them need a dozen looks. The template
-        # says where turns were dropped, so that none dropped is a case of its own.
-        job.dropped = 0
-        if too_long(0):
-            job.dropped = min(bisect_left(range(turns), True, lo=1, key=lambda d: not too_long(d)), turns - 1)
-        job.candidate = last_turns(job.battle, job.dropped)
-        job.lost = (0, 0, 0)
-        if too_long(job.dropped):
-            self._cut(job, turn=turns - 1, room=room - self._overhead(1, job.dropped))
+    def _measure_fixed(self, turns: int, dropped: bool) -> int:
+        """Return the wrapped prompt's tokens without the texts' own."""
+        return self._count(self._bare(turns, dropped, text="x")) - 3 * turns
 
-    def _cut(self, job: _Job, turn: int, room: int) -> None:
-        spans = {field: job.tokens_of[turn, field] for field in FIELDS}
-        granted = share_out({f: len(spans[f]) for f in FIELDS}, self._shares, room, floor=self._marker_len)
-        texts, lost = {}, []
-        for field, column in zip(
-            FIELDS, (job.battle.prompts, job.battle.responses_a, job.battle.responses_b), strict=True
-        ):
-            kept, gone = cut_middle(column[turn], spans[field], granted[field], self._marker_len)
-            texts[field] = self._neutral(kept)  # what stands behind the marker begins a line now
-            lost.append(gone)
-        job.lost = tuple(lost)
-        job.candidate = replace(
-            job.candidate, prompts=(texts["prompt"],), responses_a=(texts["a"],), responses_b=(texts["b"],)
-        )
-
-    def _overhead(self, turns: int, dropped: int) -> int:
-        """The wrapped prompt's tokens without any of the texts' own (measured once, with a letter for each text)."""
-        key = (turns, bool(dropped))
-        if key not in self._fixed:
-            self._fixed[key] = self._count(self._bare(turns, dropped, text="x")) - 3 * turns
-        return self._fixed[key]
+    def _share(self, wanted: list[int], room: int) -> list[int]:
+        shares = {"prompt": self.shares.prompt, "a": self.shares.a, "b": self.shares.b}
+        return list(share_out(dict(zip(FIELDS, wanted, strict=True)), shares, room, self._marker_len).values())
 
     def _bare(self, turns: int, dropped: int, text: str) -> str:
         column = (text,) * turns
         return self.frame.wrap(self.prompt.message(Battle("", column, column, column), dropped))
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def _count(self, text: str) -> int:
-        return len(self._encode(text))
 
 
 def _letters(battle: Battle) -> int:
@@ -270,10 +272,10 @@ def share_out(wanted: dict[str, int], shares: dict[str, float], room: int, floor
     return grants(low)
 
 
-def cut_middle(text: str, spans: list[tuple[int, int]], granted: int, marker_len: int) -> tuple[str, int]:
+def cut_middle(text: str, spans: Spans, granted: int, marker_len: int) -> tuple[str, int]:
     """Keep `granted` tokens of a text, marker included: head and tail stay, the middle becomes MARKER.
 
-    `spans` are the characters of each token. Returns the text and the number of its tokens that were lost.
+    Returns the text and the number of its tokens that were lost.
     """
     if len(spans) <= granted:
         return text, 0
@@ -286,21 +288,12 @@ def cut_middle(text: str, spans: list[tuple[int, int]], granted: int, marker_len
 
 def last_turns(battle: Battle, dropped: int) -> Battle:
     """Return the battle without its `dropped` oldest turns."""
-    return replace(
-        battle,
-        prompts=battle.prompts[dropped:],
-        responses_a=battle.responses_a[dropped:],
-        responses_b=battle.responses_b[dropped:],
-    )
+    columns = {name: getattr(battle, name)[dropped:] for name in ("prompts", "responses_a", "responses_b")}
+    return replace(battle, **columns)
 
 
-def in_chunks(items: Iterable, size: int) -> Iterable[list]:
+def in_chunks(items: Iterable, size: int) -> Iterator[list]:
     """Yield lists of up to `size` items."""
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
         yield chunk

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from common.errors import ArenaError
 from common.files import atomic_folder, read_json, write_json
 from data_prep.export_reader import earlier_manifest
-from data_prep.overwrite_check import refuse_loss, refuse_strangers
+from data_prep.overwrite_check import check_overwrite
 from data_prep.synthetic import ArenaFiles, write_arena
 from factory.state import outdated_files
 from factory.status import running_stages
@@ -42,7 +42,7 @@ def demo_arena(experiment: Experiment, seed: int, show: Show) -> ArenaFiles:
 
     Raises ArenaError, before anything is replaced, where anybody else's files would go with it or a run reads the base.
     """
-    refuse_loss(experiment.data_folder)
+    check_overwrite(experiment.data_folder)
     if _read(ARENA / "drawn.json") != _drawn(seed) or not Path(experiment.model).is_dir():
         if experiment.model != EMBEDDED_BASE:
             raise ArenaError(
@@ -93,7 +93,7 @@ def _draw(experiment: Experiment, seed: int, show: Show) -> None:
     drawn.json says last that both are there: a call that was interrupted between them draws both again.
     """
     drawn, own = _drawn(seed), _FILES if (ARENA / "drawn.json").is_file() else ()
-    refuse_strangers(ARENA, own.__contains__, "demo")
+    check_overwrite(ARENA, own=own.__contains__, maker="demo")
     with atomic_folder(ARENA) as folder:
         write_arena(folder, seed=seed, train_rows=TRAIN_ROWS, test_rows=TEST_ROWS)
         write_json(folder / "drawn.json", {**drawn, "base": "is being built"})

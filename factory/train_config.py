@@ -18,7 +18,7 @@ import numpy as np
 
 from common.errors import ArenaError
 from common.stages import STEPS
-from data_prep.export_reader import readable, require_pairs, to_export
+from data_prep.export_reader import how_to_export, readable, require_pairs
 
 if TYPE_CHECKING:
     from common.experiment import Experiment
@@ -182,7 +182,7 @@ def _read(path: Path, columns: list[str], experiment: Experiment) -> dict[str, n
         raise ArenaError(
             "there is no exported data, and its lengths are what a forecast is made of",
             where=str(path.parent),
-            remedy=to_export(path.parent),
+            remedy=how_to_export(path.parent),
         )
     with readable(path):
         table = read_table(path, columns=columns)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.preference_pairs import PairFitter, pair_sequences
+from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
 
 if TYPE_CHECKING:
     from scoring.rewards import Triple
@@ -251,7 +251,7 @@ def label_canaries(judge: Judge) -> list[list[int]]:
 def reward_canaries(judge: Judge) -> list[Triple]:
     """Return the canaries as pairs of responses behind the user's prompt."""
     fitter = PairFitter(judge.frame, judge.tokenizer, cutoff_len=judge.cutoff_len, shares=judge.shares)
-    return pair_sequences(judge.frame, judge.tokenizer, [fitted.pair for fitted in fitter.fit(BATTLES)])
+    return pair_sequences(judge.frame, judge.tokenizer, [flatten(fitted.battle) for fitted in fitter.fit(BATTLES)])
 
 
 def seal_canaries(judge: Judge, answers: np.ndarray, precision: str) -> None:

@@ -30,10 +30,10 @@ from common.console import name_of
 from common.errors import UsageError
 from common.files import sha256_of
 from common.stages import STEPS
-from data_prep.audit import battle_facts
+from data_prep.audit import row_statistics
 from data_prep.chat_template import ChatFrame, load_frame
 from data_prep.export_reader import read_manifest, readable, require_pairs
-from data_prep.preference_pairs import Pair, PairFitter, pair_sequences
+from data_prep.preference_pairs import Pair, PairFitter, flatten, pair_sequences
 from data_prep.readers import VoteReader
 from data_prep.truncation import in_chunks
 from factory.state import model_files, trained_recipe
@@ -149,7 +149,7 @@ def battles_to_score(path: Path) -> Iterator[Battle]:
 
 def describe(battle: Battle, *, tokens: int, cut: bool) -> Facts:
     """Return one row of `COLUMNS` for a battle as it was before it was fitted."""
-    return {**battle_facts(battle), "tokens": tokens, "cut": cut}
+    return {**row_statistics(battle), "tokens": tokens, "cut": cut}
 
 
 _CHUNK = 512
@@ -332,7 +332,7 @@ class _PairScorer:
         fitter = PairFitter(self._frame, self._tokenizer, cutoff_len=cutoff, shares=shares)
         for chunk in in_chunks(battles_to_score(path), _CHUNK):
             for battle, fitted in zip(chunk, fitter.fit(chunk), strict=True):
-                pair = fitted.pair
+                pair = flatten(fitted.battle)
                 fed = {name: getattr(pair, name) for name in ("id", "prompt", "response_a", "response_b")}
                 yield describe(battle, tokens=fitted.tokens, cut=fitted.cut), fed
 

@@ -24,7 +24,7 @@ import run
 from common import files
 from common.errors import ArenaError, in_words
 from common.files import only_run
-from data_prep import export_writer as writer
+from data_prep import export as export_module
 from factory import state as inputs
 from scoring import pipeline as stage
 from scoring.time_limit import Pace
@@ -156,7 +156,7 @@ def test_a_signal_ends_the_work_in_words_and_it_goes_on(place, monkeypatch, comm
     export, scored = exported(), results()
     mine = Path("mine.csv").read_bytes() if Path("mine.csv").exists() else None
     Path("mine.csv").unlink(missing_ok=True)
-    where = (writer.Writer, "split") if command is PREPARE_TEST else (stage, "_write_table")
+    where = (export_module, "write_sets") if command is PREPARE_TEST else (stage, "_write_table")
     with monkeypatch.context() as patch:
         patch.setattr(*where, Nth(getattr(*where), 1, lambda: signal.raise_signal(sign)))
         by = "interrupted" if sign is signal.SIGINT else f"interrupted by {sign.name}"
@@ -177,7 +177,7 @@ def test_memory_that_runs_out_is_told(place, monkeypatch):
         raise MemoryError
 
     before = exported()
-    monkeypatch.setattr(writer.Writer, "split", Nth(writer.Writer.split, 1, none_left))
+    monkeypatch.setattr(export_module, "write_sets", Nth(export_module.write_sets, 1, none_left))
     refused(*PREPARE_TEST, words=("memory ran out", "--workers"))
     assert exported() == before and not leftovers()
 

@@ -21,7 +21,6 @@ from pyarrow.parquet import ParquetFile, read_table
 from common.errors import ArenaError
 from common.files import read_json
 from data_prep.export_reader import read_audit, readable
-from data_prep.export_writer import FIRST_PROMPT
 from data_prep.folds import prompt_group
 from data_prep.truncation import MARKER
 from factory.stage_context import StageContext
@@ -244,9 +243,9 @@ def shared_prompts(data: Path) -> dict[str, int]:
     table was read; and the texts that a model reads, where nothing was left out of them.
     """
     with readable(data / "rows.parquet"):
-        rows = read_table(data / "rows.parquet", columns=["split", "dropped", "group", FIRST_PROMPT]).to_pydict()
+        rows = read_table(data / "rows.parquet", columns=["split", "dropped", "group", "first_prompt"]).to_pydict()
     battles, pairs = data / "battles.parquet", data / "pairs.parquet"
-    sources = {"the folds' groups": rows["group"], "the votes": rows[FIRST_PROMPT]}
+    sources = {"the folds' groups": rows["group"], "the votes": rows["first_prompt"]}
     with readable(battles):
         prompts = zip((turns[0] for (turns,) in _rows_of(battles, ["prompts"])), rows["dropped"], strict=True)
         sources["the judge's texts"] = list(_whole_groups(prompts))

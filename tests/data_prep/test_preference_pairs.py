@@ -2,11 +2,15 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from trained import trained_pairs
 
 from common.battle import VERDICTS, Battle
 from common.errors import ArenaError
@@ -15,16 +19,17 @@ from data_prep.chat_template import load_frame
 from data_prep.export import ensure_views, export
 from data_prep.export_reader import read_battles, read_pairs, read_rows
 from data_prep.preference_pairs import (
-    FittedPair,
     Pair,
-    PairTally,
     flatten,
+    join_turns,
     pair_sequences,
     reward_rows,
+    split_turns,
     unflatten,
     wrong_verdicts,
 )
 from data_prep.synthetic import write_arena
+from tests.votes import write_votes
 
 LABEL = dict(zip(VERDICTS, "ABC", strict=True))
 BOTH = ("judge", "reward")
@@ -161,18 +166,20 @@ def test_only_ties_have_no_reward_view(experiment, arena):
     assert not experiment.data_folder.exists()
 
 
-def test_ties_and_equal_responses_make_no_pair():
+def test_ties_and_equal_responses_make_no_pair(experiment, arena, workplace):
     pair = Pair("1", "p", "x", "y")
     (line,) = reward_rows(pair, "b")
     assert answers(json.loads(line)) == ("y", "x")
     assert reward_rows(pair, "tie") == reward_rows(Pair("1", "p", "x", "x"), "a") == []
-    tally = PairTally()
-    for verdict, p in (("tie", pair), ("a", pair), ("b", Pair("2", "p", "x", "x")), ("tie", Pair("3", "p", "x", "x"))):
-        tally.add(FittedPair(p, 0, 9, 8, 9, (0, 0, 0)), turns=2, verdict=verdict)
-    told = tally.preferences()
-    assert (told["pairs"], told["ties_left_out"], told["identical_left_out"]) == (1, 2, 1)
-    assert told["multi_turn"] == {"battles": 4, "share": 1.0}
-    assert told["single_turn_only_would_lose"] == {"pairs": 1, "share": 1.0}
+    others = [Battle(f"x{i}", (f"q{i}",), ("a",), ("b",), "ab"[i % 2]) for i in range(60)]
+    two = {"prompts": ("q", "and"), "responses_a": ("x", "x"), "verdict": "b"}
+    same, tie = Battle("same", responses_b=("x", "x"), **two), Battle("tie", responses_b=("y", "y"), **two)
+    battles = [same, replace(tie, verdict="tie"), replace(tie, id="decided"), *others]
+    audit = export(experiment, write_votes(workplace / "votes.csv", battles), views=["reward"])
+    reward = audit["pairs"]["reward"]
+    assert (reward["pairs"], reward["ties_left_out"], reward["identical_left_out"]) == (61, 1, 1)
+    assert reward["multi_turn"] == {"battles": 3, "share": round(3 / 63, 6)}
+    assert reward["single_turn_only_would_lose"] == {"pairs": 1, "share": round(1 / 61, 6)}
 
 
 def test_sequences_end_with_the_turns_end(small_frame, small_tokenizer):
@@ -183,43 +190,6 @@ def test_sequences_end_with_the_turns_end(small_frame, small_tokenizer):
     )
     assert small_tokenizer.decode(a, skip_special_tokens=False) == "x<|im_end|>\n"
     assert small_tokenizer.decode(b, skip_special_tokens=False) == "yy<|im_end|>\n"
-
-
-def trained_pairs(experiment, name: str) -> list[tuple[list[int], list[int], list[int]]]:
-    """Return (prompt, chosen, rejected) ids of each row exactly as LLaMA-Factory's pairwise training sees them."""
-    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-    from llamafactory.hparams import get_train_args
-    from llamafactory.model import load_tokenizer
-
-    recipe = {
-        "model_name_or_path": experiment.model,
-        "stage": "dpo",
-        "do_train": True,
-        "finetuning_type": "lora",
-        "template": experiment.template,
-        "dataset": f"exam_{name}_train",
-        "dataset_dir": str(experiment.data_folder),
-        "cutoff_len": experiment.cutoff_len,
-        "output_dir": "saves/unused",
-        "use_cpu": True,
-        "report_to": "none",
-        **({} if experiment.enable_thinking is None else {"enable_thinking": experiment.enable_thinking}),
-    }
-    model_args, data_args, training_args, _, _ = get_train_args(recipe)
-    module = load_tokenizer(model_args)
-    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-    # The DPO and the reward-model workflow both read their data as stage "rm".
-    rows = get_dataset(template, model_args, data_args, training_args, stage="rm", **module)["train_dataset"]
-    found = []
-    for row in rows:
-        prompt_len = row["chosen_labels"].count(-100)
-        assert prompt_len == row["rejected_labels"].count(-100)
-        for kind in ("chosen", "rejected"):
-            assert row[f"{kind}_labels"] == [-100] * prompt_len + row[f"{kind}_input_ids"][prompt_len:]
-            assert row[f"{kind}_input_ids"][:prompt_len] == row["chosen_input_ids"][:prompt_len]
-        ids = row["chosen_input_ids"], row["rejected_input_ids"]
-        found.append((ids[0][:prompt_len], ids[0][prompt_len:], ids[1][prompt_len:]))
-    return found
 
 
 @pytest.mark.slow
@@ -287,3 +257,44 @@ def test_the_frame_of_other_templates_is_found(experiment, arena, template, chan
     known = {(tuple(p), frozenset((tuple(a), tuple(b)))) for p, a, b in sequences}
     trained = trained_pairs(experiment, "dpo_reward")
     assert trained and all((tuple(p), frozenset((tuple(c), tuple(r)))) in known for p, c, r in trained)
+
+
+# --- several turns as one response ------------------------------------------------------------------------------
+
+PIECES = ["### User", "### Assistant", "\\### User", "\\\\### Assistant", "\n", "\n\n", "\\", "x", " ", "\t", "\r", "#"]
+TEXT = st.text(max_size=20) | st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
+
+
+@given(st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=4))
+def test_every_battle_can_be_read_back_and_headers_mark_the_turns_alone(turns):
+    prompts, a, b = zip(*turns, strict=True)
+    battle = Battle("7", prompts, a, b)
+    assert unflatten(flatten(battle)) == battle
+    lines = [line.rstrip(" \t\r") for line in join_turns(a, prompts[1:]).split("\n")]
+    headers = [line for line in lines if line in ("### User", "### Assistant")]
+    assert headers == ["### User", "### Assistant"] * (len(turns) - 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "flat"),
+    [
+        *((text, text) for text in ("", "plain", "a\nb\n", "## User", "### Users", "see ### User", "\\ ### User")),
+        ("### User", "\\### User"),
+        ("\\### User \t", "\\\\### User \t"),
+        ("a\n### Assistant\r\nb", "a\n\\### Assistant\r\nb"),
+    ],
+)
+def test_a_line_like_a_header_gets_a_backslash(text, flat):
+    assert join_turns([text], []) == flat
+    assert split_turns(flat) == ((text,), ())
+
+
+def test_the_form():
+    battle = Battle("7", ("one?", "two?"), ("1", "2"), ("I", "### User\nII"), "a", "English")
+    b = "I\n\n### User\ntwo?\n\n### Assistant\n\\### User\nII"
+    assert flatten(battle) == Pair("7", "one?", "1\n\n### User\ntwo?\n\n### Assistant\n2", b)
+
+
+def test_two_different_conversations_are_refused():
+    with pytest.raises(ArenaError, match=r"pair 9: the two responses do not hold the same user turns"):
+        unflatten(Pair("9", "p", join_turns("ab", "x"), join_turns("ab", "y")))

@@ -1,8 +1,6 @@
-"""Fitting: never over the budget, never without the question or an answer, the oldest turns first."""
+"""Fitting, as judge prompt and as pair: never over the budget, never without a text, the oldest turns first."""
 
-import csv
-import gzip
-import json
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -11,119 +9,127 @@ from hypothesis import strategies as st
 
 from common.battle import Battle, swap
 from common.errors import ArenaError
+from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
+from data_prep.readers import VoteReader
 from data_prep.sanitize import EMPTY
 from data_prep.truncation import MARKER, Fitter, cut_middle, share_out
 
 SHARES = SimpleNamespace(prompt=0.2, a=0.4, b=0.4)
 QUESTION = "Which assistant do people prefer? Reply with A for assistant A"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=300) | st.sampled_from(
-    ["<|im_end|>", "{{idx}}<image>", "\n\n\n", " " * 40, "word " * 400, "日本語" * 100, "A", "x" * 900]
+    ["<|im_end|>", "{{idx}}<image>", "### User", "\\### User", " " * 40, "word " * 400, "日本語" * 100, "A", "x" * 900]
 )
+TURNS = st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=4)
+BOTH = pytest.mark.parametrize("kind", ["prompt", "pair"])
 
 
 @pytest.fixture(scope="session")
-def make_fitter(small_frame, small_tokenizer, judge_prompt):
-    fitters = {}
+def make(small_frame, small_tokenizer, judge_prompt):
+    """Return a function: fit battles as prompts or as pairs to a budget, and return (fitter, fitted)."""
+    budget = {"shares": SHARES}
 
-    def make(cutoff: int) -> Fitter:
-        if cutoff not in fitters:
-            fitters[cutoff] = Fitter(small_frame, small_tokenizer, judge_prompt, cutoff_len=cutoff, shares=SHARES)
-        return fitters[cutoff]
+    def fit(kind, cutoff, *battles):
+        if kind == "pair":
+            fitter = PairFitter(small_frame, small_tokenizer, cutoff_len=cutoff, **budget)
+            return fitter, fitter.fit(battles)
+        fitter = Fitter(small_frame, small_tokenizer, judge_prompt, cutoff_len=cutoff, **budget)
+        return fitter, fitter.fit(battles, both_orders=True)
 
-    return make
+    return fit
 
 
-def battle_of(turns: list[tuple[str, str, str]]) -> Battle:
+def battle_of(*turns: tuple[str, str, str]) -> Battle:
     prompts, a, b = zip(*turns, strict=True)
     return Battle("7", prompts, a, b, "a")
 
 
-def exact_length(fitter: Fitter, message: str) -> int:
-    ids = fitter.tokenizer.encode(fitter.frame.wrap(message), add_special_tokens=False).ids
-    return len(fitter.frame.surround(ids)) + fitter.frame.answer_len
+def lengths(fitter, battle: Battle, dropped: int) -> tuple[int, ...]:
+    """Return how long the sequences are that training feeds."""
+    if isinstance(fitter, PairFitter):
+        ((prompt, a, b),) = pair_sequences(fitter.frame, fitter.tokenizer, [flatten(battle)])
+        return len(prompt) + len(a), len(prompt) + len(b)
+    wrapped = [fitter.frame.wrap(fitter.prompt.message(each, dropped)) for each in (battle, swap(battle))]
+    encodings = fitter.tokenizer.encode_batch(wrapped, add_special_tokens=False)
+    return tuple(len(fitter.frame.surround(e.ids)) + fitter.frame.answer_len for e in encodings)
 
 
-@settings(max_examples=150, deadline=None)
-@given(turns=st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=5), cutoff=st.integers(220, 900))
-def test_any_text_fits_any_budget(make_fitter, turns, cutoff):
-    fitter, battle = make_fitter(cutoff), battle_of(turns)
-    (fitted,) = fitter.fit([battle], both_orders=True)
-    for message, tokens in ((fitted.message, fitted.tokens), (fitted.message_swapped, fitted.tokens_swapped)):
-        assert tokens == exact_length(fitter, message) <= cutoff
-        assert message.rstrip().endswith("Verdict:")
-        assert QUESTION in message
+@BOTH
+@settings(max_examples=100, deadline=None)
+@given(turns=TURNS, cutoff=st.integers(220, 900))
+def test_any_text_fits_any_budget_and_a_and_b_are_treated_alike(make, kind, turns, cutoff):
+    battle = battle_of(*turns)
+    fitter, (fitted, crossed) = make(kind, cutoff, battle, swap(battle))
+    assert fitted.lengths == lengths(fitter, fitted.battle, fitted.dropped)
+    assert fitted.tokens <= max(fitted.lengths) <= cutoff
+    assert swap(crossed.battle) == fitted.battle
     assert fitted.battle.turns + fitted.dropped == battle.turns
-    for text in (fitted.battle.prompts[-1], fitted.battle.responses_a[-1], fitted.battle.responses_b[-1]):
-        assert text and text in fitted.message
+    kept = (*fitted.battle.prompts, *fitted.battle.responses_a, *fitted.battle.responses_b)
+    assert all(kept), "every text is present"
+    if kind == "prompt":
+        message = fitter.prompt.message(fitted.battle, fitted.dropped)
+        assert QUESTION in message and message.rstrip().endswith("Verdict:") and all(text in message for text in kept)
     clean = fitter.clean(battle)
     if not fitted.cut:
-        assert fitted.battle == clean
+        assert fitted.battle == clean and fitted.tokens == fitted.tokens_full
     elif not any(fitted.lost):
         assert fitted.battle.responses_a == clean.responses_a[fitted.dropped :]
     else:
         assert fitted.dropped == battle.turns - 1, "texts are cut only when the last turn alone is too long"
-        assert MARKER in fitted.message
+        assert any(MARKER in text for text in kept)
 
 
-@settings(max_examples=50, deadline=None)
-@given(turns=st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=3), cutoff=st.integers(220, 500))
-def test_fitting_treats_a_and_b_alike(make_fitter, turns, cutoff):
-    fitter, battle = make_fitter(cutoff), battle_of(turns)
-    straight, crossed = fitter.fit([battle, swap(battle)], both_orders=True)
-    assert swap(crossed.battle) == straight.battle
-    assert crossed.message == straight.message_swapped
-
-
-@settings(max_examples=150, deadline=None)
-@given(turns=st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=5), cutoff=st.integers(220, 900))
-def test_a_battle_is_cut_to_the_same_whoever_asks_and_both_orders_fit(make_fitter, turns, cutoff):
-    fitter, battle = make_fitter(cutoff), battle_of(turns)
-    (alone,), (both,) = (fitter.fit([battle], both_orders=asked) for asked in (False, True))
-    for name in ("battle", "dropped", "message", "tokens", "tokens_full", "lost"):
+@settings(max_examples=100, deadline=None)
+@given(turns=TURNS, cutoff=st.integers(220, 900))
+def test_a_battle_is_cut_to_the_same_with_and_without_its_other_order(make, turns, cutoff):
+    fitter, (both,) = make("prompt", cutoff, battle_of(*turns))
+    (alone,) = fitter.fit([battle_of(*turns)], both_orders=False)
+    for name in ("battle", "dropped", "tokens", "tokens_full", "lost"):
         assert getattr(alone, name) == getattr(both, name), name
-    assert alone.message_swapped in ("", both.message_swapped)
-    assert exact_length(fitter, fitter.prompt.message(swap(alone.battle), alone.dropped)) <= cutoff
+    assert max(lengths(fitter, alone.battle, alone.dropped)) <= cutoff
 
 
-def test_oldest_turns_go_first(make_fitter):
-    fitter = make_fitter(600)
+@pytest.mark.parametrize(("kind", "cutoff"), [("prompt", 600), ("pair", 400)])
+def test_oldest_turns_go_first(make, kind, cutoff):
     turns = [(f"question {i} " + "word " * 12, f"first {i} " + "w " * 9, f"second {i}") for i in range(6)]
-    (fitted,) = fitter.fit([battle_of(turns)], both_orders=False)
-    assert 0 < fitted.dropped < 6
-    assert fitted.lost == (0, 0, 0)
-    assert fitted.battle.prompts == tuple(t[0] for t in turns[fitted.dropped :])
-    assert "Earlier turns" in fitted.message
-    one_more = battle_of(turns[fitted.dropped - 1 :])
-    assert exact_length(fitter, fitter.prompt.message(one_more, 1)) > 600, "no turn was dropped without need"
+    fitter, (fitted,) = make(kind, cutoff, battle_of(*turns))
+    assert 0 < fitted.dropped < 6 and fitted.lost == (0, 0, 0)
+    assert fitted.battle.prompts == tuple(turn[0] for turn in turns[fitted.dropped :])
+    one_more = battle_of(*turns[fitted.dropped - 1 :])
+    assert max(lengths(fitter, one_more, 1)) > cutoff, "no turn was dropped without need"
 
 
-def test_a_cut_text_keeps_head_and_tail(make_fitter):
-    fitter = make_fitter(400)
+@pytest.mark.parametrize(("kind", "cutoff"), [("prompt", 400), ("pair", 300)])
+def test_the_longer_response_keeps_head_and_tail_and_the_others_stay(make, kind, cutoff):
     long = "start " + "middle " * 2000 + "finish"
-    (fitted,) = fitter.fit([battle_of([("short question", long, "short answer")])], both_orders=True)
-    text = fitted.battle.responses_a[0]
+    _, (fitted,) = make(kind, cutoff, battle_of(("short question", long, "short answer")))
+    (text,) = fitted.battle.responses_a
     assert text.startswith("start ") and text.endswith("finish") and MARKER in text
     assert fitted.battle.prompts == ("short question",) and fitted.battle.responses_b == ("short answer",)
     assert fitted.lost[0] == fitted.lost[2] == 0 < fitted.lost[1]
-    assert fitted.tokens > 0.95 * 400, "the budget is used"
-    assert fitted.tokens_full > 2000
+    assert 0.95 * cutoff < fitted.tokens <= cutoff < 2000 < fitted.tokens_full, "the budget is used"
 
 
-def test_empty_texts_stay_visible_and_special_strings_are_broken(make_fitter):
-    fitter = make_fitter(400)
-    (fitted,) = fitter.fit(
-        [battle_of([("hi <|im_end|>\n<|im_start|>system", "", "{{idx}} <image>")])], both_orders=True
+def test_prompt_and_response_share_as_the_experiment_says(make):
+    _, (fitted,) = make("pair", 600, battle_of(("word " * 2000, "word " * 2000, "word " * 2500)))
+    prompt, a, b = (
+        len(text[0]) for text in (fitted.battle.prompts, fitted.battle.responses_a, fitted.battle.responses_b)
     )
-    assert fitted.battle.responses_a == (EMPTY,)
-    ids = fitter.tokenizer.encode(fitter.frame.wrap(fitted.message), add_special_tokens=False).ids
-    specials = [fitter.tokenizer.token_to_id(s) for s in fitter.frame.special_strings]
-    assert sum(ids.count(i) for i in specials) == 3, "only the frame's own special tokens"
-    assert "{{idx}}" not in fitted.message and "<image>" not in fitted.message
+    assert abs(a - b) < 9 and 1.8 < a / prompt < 2.3, "0.2 : 0.4"
 
 
-def test_a_budget_below_the_prompt_is_refused(small_frame, small_tokenizer, judge_prompt):
-    with pytest.raises(ArenaError, match=r"the judge prompt alone takes \d+ of the 64 tokens.*\n.*raise cutoff_len"):
-        Fitter(small_frame, small_tokenizer, judge_prompt, cutoff_len=64, shares=SHARES)
+@BOTH
+def test_empty_texts_stay_visible_and_special_strings_are_broken(make, kind):
+    battle = battle_of(("hi <|im_end|>\n<|im_start|>system", "", "{{idx}} <image>"), ("", "x", "y"))
+    fitter, (fitted,) = make(kind, 500, battle)
+    assert fitted.battle.responses_a == (EMPTY, "x") and fitted.battle.prompts[1] == EMPTY
+    texts = "".join((*fitted.battle.prompts, *fitted.battle.responses_b))
+    assert not any(each in texts for each in ("{{idx}}", "<image>", *fitter.frame.special_strings))
+
+
+@pytest.mark.parametrize(("kind", "cutoff"), [("prompt", 64), ("pair", 40)])
+def test_a_budget_below_the_fixed_parts_is_refused(make, kind, cutoff):
+    with pytest.raises(ArenaError, match=rf"take(s)? \d+ of the {cutoff} tokens of cutoff_len\n.*raise cutoff_len"):
+        make(kind, cutoff)
 
 
 @given(
@@ -149,30 +155,19 @@ def test_cut_middle_keeps_whole_tokens():
     assert (len(head), len(tail), lost) == (8, 8, 84)
 
 
-def real_battles(folder, count: int):
-    csv.field_size_limit(2**31 - 1)
-    with gzip.open(folder / "arena" / "train_clean.csv.gz", "rt", encoding="utf-8") as file:
-        for i, row in enumerate(csv.DictReader(file)):
-            if i == count:
-                return
-            columns = [json.loads(row[c]) for c in ("prompt", "response_a", "response_b")]
-            yield Battle(row["id"], *(tuple((t or "").encode("utf-8", "replace").decode() for t in c) for c in columns))
-
-
+@BOTH
 @pytest.mark.parametrize("cutoff", [256, 1024])
-def test_real_rows_fit(make_fitter, real_data, cutoff):
-    fitter = make_fitter(cutoff)
-    battles = list(real_battles(real_data, 200))
-    results = fitter.fit(battles, both_orders=True)
-    assert max(max(f.tokens, f.tokens_swapped) for f in results) <= cutoff
+def test_real_rows_fit_and_use_their_budget(make, real_data, kind, cutoff):
+    reader = VoteReader(real_data / "arena" / "train_natural.csv", labelled=True)
+    _, results = make(kind, cutoff, *(battle for _, battle in islice(reader, 200)))
+    assert max(max(f.lengths) for f in results) <= cutoff
     assert sum(f.cut for f in results) > 50
     full = [f.tokens / cutoff for f in results if any(f.lost)]
-    assert sum(full) / len(full) > 0.95, "cut rows use their budget"
+    assert sum(full) / len(full) > 0.95
 
 
-def test_the_orders_of_real_battles_differ_by_less_than_is_looked_for(make_fitter, real_data):
-    differences = [
-        abs(fitted.tokens - fitted.tokens_swapped) / fitted.battle.turns
-        for fitted in make_fitter(100_000).fit(list(real_battles(real_data, 400)), both_orders=True)
-    ]
+def test_the_orders_of_real_battles_differ_by_less_than_is_looked_for(make, real_data):
+    reader = VoteReader(real_data / "arena" / "train_clean.csv.gz", labelled=True)
+    _, results = make("prompt", 100_000, *(battle for _, battle in islice(reader, 400)))
+    differences = [abs(fitted.lengths[0] - fitted.lengths[1]) / fitted.battle.turns for fitted in results]
     assert max(differences) <= 2, "against 8 a turn and an eighth of the budget"

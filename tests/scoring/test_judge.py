@@ -70,10 +70,10 @@ def test_sequences_are_the_frame_around_each_message(
     expected = fitter.fit(BATTLES, both_orders=True)
     sequences = judge.sequences([(one.battle, one.dropped) for one in expected], swapped=swapped)
     for one, ids in zip(expected, sequences, strict=True):
-        message = one.message_swapped if swapped else one.message
+        message = judge_prompt.message(swap(one.battle) if swapped else one.battle, one.dropped)
         alone = small_tokenizer.encode(small_frame.wrap(message), add_special_tokens=False).ids
         assert ids == small_frame.surround(alone)
-        assert len(ids) + small_frame.answer_len == (one.tokens_swapped if swapped else one.tokens) <= 300
+        assert len(ids) + small_frame.answer_len == one.lengths[swapped] <= 300
         assert small_tokenizer.decode(ids, skip_special_tokens=False) == (
             f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
         )

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from common.errors import ArenaError
 from common.files import only_run
 from common.progress import Show
-from data_prep.preference_pairs import PairFitter
+from data_prep.preference_pairs import PairFitter, flatten
 from factory.stage_context import StageContext
 from scoring.checks.merge_check import RECORD, check_merge, compared
 from scoring.judge import BATTLES, CANARIES, write_judge
@@ -60,7 +60,7 @@ def laid_out(workplace, make_experiment, tiny_model, small_tokenizer, small_fram
     data, battles = experiment.data_folder, BATTLES * 3
     data.mkdir(parents=True)
     fitter = PairFitter(small_frame, small_tokenizer, cutoff_len=400, shares=experiment.budget_shares)
-    pairs = [asdict(fitted.pair) | {"dropped": 0} for fitted in fitter.fit(battles)]
+    pairs = [asdict(flatten(fitted.battle)) | {"dropped": 0} for fitted in fitter.fit(battles)]
     rows = pd.DataFrame({"id": [battle.id for battle in battles], "split": "valid", "verdict": "a", "dropped": 0})
     rows.assign(language=None).to_parquet(data / "rows.parquet")
     pd.DataFrame([asdict(battle) for battle in battles]).to_parquet(data / "battles.parquet")

@@ -1,8 +1,10 @@
-"""Facts are those of the vote: whatever is cut from it, its prompt stays in one fold and its lengths stay whole."""
+"""The audit: statistics are those of the vote, whatever is cut from it; a test set of training rows is reported."""
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -13,13 +15,16 @@ from hypothesis import strategies as st
 from pyarrow.parquet import read_table
 
 from common.battle import VERDICTS, Battle, swap
+from common.errors import ArenaError
 from common.experiment import Labels
-from data_prep.audit import battle_facts, first_prompts
+from data_prep import export_rows
+from data_prep.audit import first_prompts, row_statistics, warnings_of
 from data_prep.chat_template import load_frame
 from data_prep.export import export
 from data_prep.folds import prompt_group
 from data_prep.prompt import JudgePrompt
 from data_prep.sanitize import EMPTY, Neutralizer
+from data_prep.synthetic import write_arena
 from data_prep.truncation import MARKER
 from scoring.checks.run_checks import shared_prompts
 from tests.votes import write_votes
@@ -63,7 +68,7 @@ def drawn_votes(seed: int) -> list[Battle]:
     return battles
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_prompt_of_the_votes_is_in_two_folds_whatever_was_cut(experiment, workplace, seed):
     battles = drawn_votes(seed)
     experiment = experiment.model_copy(update={"cutoff_len": 300, "valid_share": 0.3})
@@ -76,7 +81,7 @@ def test_no_prompt_of_the_votes_is_in_two_folds_whatever_was_cut(experiment, wor
     rows = read_table(experiment.data_folder / "rows.parquet").to_pylist()
     assert any(row["dropped"] for row in rows) and any(row["cut"] and not row["dropped"] for row in rows)
     for battle, row in zip(battles, rows, strict=True):
-        assert battle_facts(battle).items() <= row.items()
+        assert row_statistics(battle).items() <= row.items()
 
 
 def twins(count: int) -> list[Battle]:
@@ -90,28 +95,13 @@ def twins(count: int) -> list[Battle]:
     return battles
 
 
-def test_a_prompt_whose_turn_is_dropped_stays_in_its_fold_as_prompt_and_as_pair(experiment, workplace):
-    battles = twins(120)
-    export(experiment, write_votes(workplace / "votes.csv", battles), views=("judge", "reward"))
-    folder = experiment.data_folder
-    rows = {row["id"]: row for row in read_table(folder / "rows.parquet").to_pylist()}
-    assert sum(row["dropped"] for row in rows.values()) == 120
-    for name, ids in folds_of(folder).items():
-        both = {i[:-1] for i in ids["train"]} & {i[:-1] for i in ids["valid"]}
-        assert not both, name
-        assert ids["valid"] <= {i for i, row in rows.items() if row["split"] == "valid"}
-
-
 def test_the_run_check_sees_what_groups_of_shortened_battles_would_hide(experiment, workplace, monkeypatch):
-    from data_prep import export_rows as batch
-
-    battles = twins(120)
-
     def shortened(battle: Battle) -> dict:
-        return {**battle_facts(battle), "group": prompt_group(battle.prompts[-1])}
+        return {**row_statistics(battle), "group": prompt_group(battle.prompts[-1])}
 
-    monkeypatch.setattr(batch, "battle_facts", shortened)
-    export(experiment, write_votes(workplace / "votes.csv", battles), views=("judge", "reward"), workers=0)
+    votes = write_votes(workplace / "votes.csv", twins(120))
+    monkeypatch.setattr(export_rows, "row_statistics", shortened)
+    export(experiment, votes, views=("judge", "reward"), workers=0)
     found = shared_prompts(experiment.data_folder)
     assert found["the votes"] > 10 and not found["the folds' groups"]
 
@@ -143,15 +133,6 @@ def test_a_battle_is_cut_alike_with_and_without_its_verdict_in_either_order(expe
         assert {**read_table(its.data_folder / "battles.parquet").to_pylist()[-1], "id": "1"} == fitted
 
 
-def test_the_lengths_are_those_of_the_whole_texts(experiment, workplace):
-    battle = Battle("1", ("p" * 3000, ""), ("a" * 2000, "a"), ("b" * 4000, "<|im_end|>"), "a")
-    others = [Battle(f"x{i}", (f"q{i}",), ("a",), ("b",), VERDICTS[i % 3]) for i in range(60)]
-    export(experiment, write_votes(workplace / "votes.csv", [battle, *others]))
-    row = read_table(experiment.data_folder / "rows.parquet").to_pylist()[0]
-    assert (row["chars_prompt"], row["chars_a"], row["chars_b"], row["turns"]) == (3000, 2001, 4010, 2)
-    assert row["cut"] and row["group"] == prompt_group("p" * 3000)
-
-
 @given(st.text() | st.sampled_from(PROMPTS), st.text(alphabet="<|im_end>#A \n\u200b{idx}", max_size=40))
 def test_what_is_fed_of_a_whole_prompt_is_in_the_group_of_the_vote(text, more):
     prompt = JudgePrompt.load(Path("templates/judge_prompt.j2"), Labels())
@@ -169,3 +150,61 @@ def test_what_the_second_opinion_calls_the_same_prompt_is_one_group(one, other):
         if noted(one) == noted(text):
             assert prompt_group(one) == prompt_group(text)
     assert noted("Why  IS it?\n") == noted("why is it?") != noted("why is it")
+
+
+@pytest.fixture
+def arena(workplace):
+    return write_arena(workplace / "arena", seed=5, train_rows=60, test_rows=10)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[dict[str, str]], columns: list[str]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_the_train_table_is_no_test_set(experiment, arena, tmp_path):
+    (tmp_path / "link.csv").symlink_to(arena.train.resolve())
+    for test in (arena.train, tmp_path / "link.csv"):
+        with pytest.raises(ArenaError, match="is the train table, given as the test set") as caught:
+            export(experiment, arena.train, test)
+        assert caught.value.where == str(test) and "leave --test out" in caught.value.remedy
+    copy = Path(shutil.copy(arena.train, tmp_path / "copy.csv"))
+    with pytest.raises(ArenaError, match="all of its 60 rows are training rows"):
+        export(experiment, arena.train, copy)
+    assert not experiment.data_folder.exists()
+
+
+def test_training_rows_in_a_test_set_are_counted_and_kept(experiment, arena, tmp_path):
+    test, train = rows_of(arena.test), rows_of(arena.train)
+    same_id = [{**row, "id": other["id"]} for row, other in zip(test[:2], train, strict=False)]  # other prompts
+    bare = write(tmp_path / "bare.csv", train[:5], list(test[0]))
+    mixed = write(tmp_path / "mixed.csv", [*test[2:], *same_id, *train[10:13]], list(test[0]))
+    for table, found, rows in ((mixed, 3, 13), (bare, 5, 5), (arena.test, 0, 10)):
+        audit = export(experiment, arena.train, table)
+        assert (audit["test_rows_in_train"], audit["exported"]["test"]) == (found, rows)
+        expected = [f"warning: {found} of {rows} rows of {table} are training rows"] if found else []
+        assert [line.partition(" (")[0] for line in warnings_of(audit)] == expected
+    assert "test_rows_in_train" not in export(experiment, arena.train)
+
+
+def test_many_shortened_battles_are_reported_with_the_key(experiment, arena, tmp_path):
+    rows, found = rows_of(arena.train), {}
+    for long in (29, 31):  # of 60
+        turns = [["a longer answer " * 300] * len(json.loads(row["response_a"])) for row in rows[:long]]
+        changed = [{**row, "response_a": json.dumps(answer)} for row, answer in zip(rows, turns, strict=False)]
+        votes = write(tmp_path / "long.csv", [*changed, *rows[long:]], list(rows[0]))
+        audit = export(experiment, votes)
+        assert audit["truncation"]["train"]["rows_cut"] == long
+        assert audit["truncation"]["train"]["fields_cut"] == {"prompt": 0, "a": long, "b": 0}
+        found[long] = warnings_of(audit)
+    assert found[29] == []
+    (line,) = found[31]
+    assert "51.7% of the battles" in line and "factory_configs/exam/experiment.yaml" in line
