@@ -372,16 +372,17 @@ def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped
 
     The verdict, the probabilities in both orders, and what was fed, with its cut places marked.
     """
-    from scoring.show import exhibit, print_exhibit
+    from factory.stage_context import StageContext
+    from scoring.show import print_battle, show_battle
 
     exp, stage, _ = _start_stage(experiment, stage)
-    shown = exhibit(exp, stage, battle_id, split)
+    shown = show_battle(StageContext(exp, stage), battle_id, split)
     if as_json:
         click.echo(json.dumps(shown.to_json(), indent=2))
         return
     from rich.console import Console
 
-    print_exhibit(Console(), shown, swapped=swapped)
+    print_battle(Console(), shown, swapped=swapped)
 
 
 @cli.command()

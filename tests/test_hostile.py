@@ -199,13 +199,13 @@ def test_a_bar_cannot_steer_a_terminal():
 def test_a_battle_that_is_shown_cannot_steer_a_terminal():
     from rich.console import Console
 
-    from scoring.show import Exhibit, print_exhibit
+    from scoring.show import ShownBattle, print_battle
 
     names = {"id": ESCAPES, "experiment": "exam", "stage": "sft", "split": "train", "source": ESCAPES}
     counts = dict.fromkeys(("turns", "dropped", "tokens", "tokens_full", "cutoff_len"), 1)
     texts = {"verdict": "a", "language": ESCAPES, "cut": True, "cuts": [ESCAPES], "prompts": {"prompt": ESCAPES}}
     console = Console(file=io.StringIO(), width=100)
-    print_exhibit(console, Exhibit(**names, **counts, **texts, probabilities={}, rewards={}))
+    print_battle(console, ShownBattle(**names, **counts, **texts, probabilities={}, rewards={}))
     said = console.file.getvalue()
     assert said.count("␛[31mred") == 6 and not set(said) & set("\x1b\x07\x9b\r\x08\u202e")
 

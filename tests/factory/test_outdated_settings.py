@@ -10,10 +10,11 @@ from click.testing import CliRunner
 
 import run
 from common.experiment import load_experiment
+from factory.stage_context import StageContext
 from factory.state import StageState, changed_settings, earlier_scores, require_scored, trained_recipe
 from scoring.judge import MANIFEST, seal
 from scoring.scorer import scorer_of
-from scoring.show import exhibit
+from scoring.show import show_battle
 
 DATA, OUT = Path("data/exam"), Path("outputs/exam/sft")
 MERGED = OUT / "merged"
@@ -69,7 +70,7 @@ def test_a_judge_keeps_the_labels_and_the_budget_that_it_was_trained_with(place)
 @pytest.mark.parametrize("part", ["train", "merge", "score"])
 def test_a_report_of_an_earlier_judge_is_used_by_nobody(place, part):
     exam = load_experiment("exam")
-    shown = exhibit(exam, "sft", "9000")
+    shown = show_battle(StageContext(exam, "sft"), "9000")
     assert earlier_scores(exam, "sft") is None and "final" in shown.probabilities and shown.stale is None
     StageState(OUT).begin(part, {})
     assert f"({part} began)" in earlier_scores(exam, "sft")
@@ -77,7 +78,7 @@ def test_a_report_of_an_earlier_judge_is_used_by_nobody(place, part):
         told = call(arguments[0], "-e", "exam", *arguments[1:])
         assert told.exit_code == 1 and "its scoring did not end" in told.output, told.output
         assert "python run.py sft -e exam" in told.output and not Path("mine.csv").exists()
-    shown = exhibit(exam, "sft", "9000")
+    shown = show_battle(StageContext(exam, "sft"), "9000")
     assert shown.probabilities == {} and "its scoring did not end" in shown.stale
     told = call("show", "9000", "-e", "exam")
     assert told.exit_code == 0 and "probabilities: none; sft was begun anew" in told.output
