@@ -7,16 +7,18 @@ Heavy imports stay inside the commands, so that every --help answers at once.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from common.interpreter import require_packages
+from common.errors import require_packages
 
 require_packages()  # before click: another Python lacks it, or has one that fails with a traceback
 
 import click  # noqa: E402
 
+from common.console import make_output_safe  # noqa: E402
 from common.stages import TRAININGS  # noqa: E402
 from factory import DEFAULT_EXPERIMENT  # noqa: E402
 
@@ -30,7 +32,7 @@ class ErrorsWithRemedy(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from common.console import printable
-        from common.errors import ArenaError, in_words, stop_signals
+        from common.errors import ArenaError, stop_signals, user_error
 
         try:
             with stop_signals():
@@ -38,7 +40,7 @@ class ErrorsWithRemedy(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BaseException as raised:
-            error = raised if isinstance(raised, ArenaError) else in_words(raised, ctx.invoked_subcommand)
+            error = raised if isinstance(raised, ArenaError) else user_error(raised, ctx.invoked_subcommand)
             if error is None:
                 raise
             if (ctx.obj or {}).get("verbose"):
@@ -573,13 +575,15 @@ def watch(
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), help="The shell to print it for.")
 @verbose_option
 def completion(shell: str) -> None:
-    """Print a completion script for bash, zsh or fish.
+    """Print a script that lets bash, zsh or fish complete `run.py`.
 
-    It completes commands, options, experiments and stages: source <(run.py completion bash).
+    It puts run.py on the PATH: source <(python run.py completion bash), then run.py sft -e and the Tab key.
     """
-    from factory.completion import script
+    from click.shell_completion import get_completion_class
 
-    click.echo(script(shell), nl=False)
+    folder = shlex.quote(str(Path(__file__).resolve().parent))
+    click.echo(f"set -gx PATH {folder} $PATH" if shell == "fish" else f'export PATH={folder}:"$PATH"')
+    click.echo(get_completion_class(shell)(cli, {}, "run.py", "_RUN_PY_COMPLETE").source())
 
 
 @cli.command()
@@ -722,7 +726,7 @@ def _finish(exp, stage: str, report: dict[str, Any] | None, as_json: bool) -> No
             return
         for name, folder in made.items():
             click.echo(f"{name + ':':8} {folder}")
-        click.echo(f"next:    python run.py {STEPS[stage].asked_by} -e {exp.name}   (goes on from here to the report)")
+        click.echo(f"next:    python run.py {STEPS[stage].command} -e {exp.name}   (goes on from here to the report)")
     elif as_json:
         click.echo(json.dumps(report, indent=2))
     else:
@@ -734,4 +738,5 @@ def _finish(exp, stage: str, report: dict[str, Any] | None, as_json: bool) -> No
 
 
 if __name__ == "__main__":
+    make_output_safe()
     sys.exit(cli())

@@ -1,21 +1,30 @@
-"""The errors that a user may see: what is wrong, where, and what to do about it."""
+"""The errors that a user may see: what is wrong, where, and what to do about it.
+
+Standard library only, and readable for an old Python, because `require_packages` runs before anything else.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
 import re
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 
 from common.console import printable
 
+OLDEST_PYTHON = (3, 11)
+
 
 class ArenaError(Exception):
-    """A fault in the work, told in three parts: what, where (file, row, key) and the remedy."""
+    """A fault in the work or in a file: what is wrong, where (file, row, key), and the remedy."""
 
     exit_code = 1
 
@@ -35,48 +44,78 @@ class UsageError(ArenaError):
 
 
 class Interrupted(ArenaError):
-    """Somebody ended the work: nothing is wrong with it."""
-
-
-_FINISHED = "{same} goes on from what is finished"
-# What each command promises after an interruption; `same` is the command itself, see `same_command`.
-_AGAIN = {
-    "sft": f"{_FINISHED}; where a training had saved a checkpoint, with --resume",
-    "dpo": f"{_FINISHED}; where a training had saved a checkpoint, with --resume",
-    "rm": f"{_FINISHED}; where a training had begun, with --fresh",  # LLaMA-Factory cannot resume a reward model
-    "demo": f"{_FINISHED}; where a training had begun: python run.py sft -e demo --resume",
-    "score": "{same} goes on from what is scored",
-    "prepare": "{same} begins anew; until it has ended an earlier export stays as it was",
-}
-_ANEW = "give {same} again"
-_ROOM = "free disk space (old checkpoints under saves/, earlier runs named *.earlier-N)"
-_RIGHTS = "give yourself the right to write there (ls -ld, chown, chmod), or work in a copy of the project"
-_MEMORY = "close other programs, use fewer --workers, or a machine with more memory"
-_REFUSALS = {
-    errno.ENOSPC: ("the disk is full", _ROOM),
-    errno.EDQUOT: ("the disk quota is used up", _ROOM),
-    errno.EFBIG: ("the file would be larger than allowed", "raise the limit (ulimit -f)"),
-    errno.EROFS: ("the disk can only be read", _RIGHTS),
-    errno.EACCES: ("permission denied", _RIGHTS),
-    errno.EPERM: ("operation not permitted", _RIGHTS),
-    errno.EIO: ("the disk failed to read or write", "look at the disk (dmesg)"),
-    errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n 4096)"),
-    errno.ENFILE: ("too many files are open on this machine", "close other programs"),
-    errno.ENOMEM: ("memory ran out", _MEMORY),
-    errno.EAGAIN: ("no more processes or threads can be started", "raise the limit (ulimit -u)"),
-}
-# Libraries in C++ and Rust wrap the system's number in a text of their own.
-_NUMBER = re.compile(r"\b(?:os error|errno) (\d+)\b", re.IGNORECASE)
-_NO_MEMORY = re.compile(r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc", re.IGNORECASE)
+    """The user ended the work: nothing is wrong with it."""
 
 
 class Stopped(BaseException):
     """SIGTERM or SIGHUP reached us."""
 
 
+# What each command does after an interruption; `same` is the command itself, see `same_command`.
+_AFTERWARDS = {
+    "sft": "{same} goes on from what is finished; where a training had saved a checkpoint, with --resume",
+    "dpo": "{same} goes on from what is finished; where a training had saved a checkpoint, with --resume",
+    "rm": "{same} goes on from what is finished; where a training had begun, with --fresh",  # it cannot be resumed
+    "demo": "{same} goes on from what is finished; where a training had begun: python run.py sft -e demo --resume",
+    "score": "{same} goes on from what is scored",
+    "prepare": "{same} starts over; until it has ended an earlier export stays as it was",
+}
+_SPACE = "free disk space (old checkpoints under saves/, earlier runs named *.earlier-N)"
+_RIGHTS = "make it writable for yourself (ls -ld, chown, chmod), or work in a copy of the project"
+_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: "raise the limit (ulimit -f)",
+    errno.EROFS: _RIGHTS,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EIO: "check the disk (dmesg)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n 4096)",
+    errno.ENFILE: "close other programs",
+    errno.ENOMEM: "close other programs, use fewer --workers, or a machine with more memory",
+    errno.EAGAIN: "raise the limit of processes (ulimit -u)",
+}
+# Libraries in C++ and Rust wrap the operating system's error in a text of their own.
+_NUMBER = re.compile(r"\b(?:os error|errno) (\d+)\b", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc", re.IGNORECASE)
+
+
+def user_error(error: BaseException, command: str | None = None) -> ArenaError | None:
+    """Return what an error of the operating system means for a user of `command`, None for a fault in our code."""
+    again = _AFTERWARDS.get(command or "", "give {same} again").format(same=same_command())
+    if isinstance(error, (KeyboardInterrupt, Stopped)):
+        return ArenaError(f"interrupted{f' by {error}' if str(error) else ''}", remedy=again)
+    if isinstance(error, BrokenPipeError):  # the reader of our output has closed it
+        return None
+    where = str(error.filename) if isinstance(error, (OSError, SyntaxError)) and error.filename else None
+    number = _number(error)
+    if number in _REMEDIES:
+        return ArenaError(os.strerror(number).lower(), where=where, remedy=f"{_REMEDIES[number]}; {again}")
+    if isinstance(error, OSError) and where and error.strerror:
+        return ArenaError(error.strerror.lower(), where=where, remedy="check this path; -v shows what used it")
+    return None
+
+
+def _number(error: BaseException) -> int | None:
+    """Return the operating system's number of an error, also where a library wrapped it; None where it has none."""
+    if isinstance(error, MemoryError) or (isinstance(error, Exception) and _NO_MEMORY.search(str(error))):
+        return errno.ENOMEM
+    if isinstance(error, SyntaxError):  # Python's parser can report a lack of memory so; a package has no such fault
+        return errno.ENOMEM if "site-packages" in str(error.filename) else None
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = _NUMBER.search(str(error))
+    return int(found[1]) if found else None
+
+
+def same_command() -> str:
+    """Return how to name the command that was given: with --fresh again it would archive what it has finished."""
+    return "the same command without --fresh" if "--fresh" in sys.argv[1:] else "the same command"
+
+
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP raise, as Ctrl-C does (in the main thread; others cannot)."""
+    """Within the block SIGTERM and SIGHUP raise Stopped, as Ctrl-C raises (only the main thread can do that)."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number).name)
@@ -93,34 +132,15 @@ def stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def same_command() -> str:
-    """Name the command that was given, as it goes on: --fresh would put aside what it has finished meanwhile."""
-    return "the same command without --fresh" if "--fresh" in sys.argv[1:] else "the same command"
-
-
-def in_words(error: BaseException, command: str | None = None) -> ArenaError | None:
-    """Return what an error of the system means for a user of `command`, None where it is a fault in our code."""
-    again = _AGAIN.get(command or "", _ANEW).format(same=same_command())
-    if isinstance(error, KeyboardInterrupt | Stopped):
-        return ArenaError(f"interrupted{f' by {error}' if str(error) else ''}", remedy=again)
-    if isinstance(error, BrokenPipeError):  # whoever read our output has enough of it
-        return None
-    number = error.errno if isinstance(error, OSError) and error.errno else _number_in(str(error))
-    if isinstance(error, MemoryError) or (isinstance(error, Exception) and _NO_MEMORY.search(str(error))):
-        number = errno.ENOMEM
-    if isinstance(error, SyntaxError) and "site-packages" in str(error.filename):
-        # Python's parser can take a lack of memory for a fault in the text, seen with pandas in 450 MB.
-        what = "memory ran out while this package was compiled, or its file is damaged"
-        return ArenaError(what, where=error.filename, remedy=f"{_MEMORY}; if it comes again, `make install` anew")
-    where = str(error.filename) if isinstance(error, OSError) and error.filename else None
-    if number in _REFUSALS:
-        what, remedy = _REFUSALS[number]
-        return ArenaError(what, where=where, remedy=f"{remedy}; {again}")
-    if isinstance(error, OSError) and where and error.strerror:
-        return ArenaError(error.strerror.lower(), where=where, remedy="look at this path; -v shows who asked for it")
-    return None
-
-
-def _number_in(text: str) -> int | None:
-    found = _NUMBER.search(text)
-    return int(found[1]) if found else None
+def require_packages() -> None:
+    """End the process with one message and exit code 2 where this Python is too old or lacks our packages."""
+    missing = [name for name in ("click", "jinja2", "omegaconf", "psutil", "pydantic", "rich") if not find_spec(name)]
+    if sys.version_info < OLDEST_PYTHON:
+        what = f"arena-factory needs Python {'.'.join(map(str, OLDEST_PYTHON))} or newer, and {sys.executable} is older"
+    elif missing:
+        what = f"the packages of this project are not in this Python ({sys.executable}): no {', '.join(missing)}"
+    else:
+        return
+    root = shlex.quote(str(Path(__file__).resolve().parents[1]))
+    sys.stderr.write(f"Error: {what}\n  remedy: `make -C {root} install`, then `source {root}/.venv/bin/activate`\n")
+    sys.exit(2)

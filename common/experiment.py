@@ -10,6 +10,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from common.battle import VERDICTS
@@ -20,11 +23,6 @@ _PROJECT = Path(__file__).resolve().parents[1]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Far more than any experiment or recipe has, and far less than hurts.
 _LARGEST, _MOST_VALUES, _DEEPEST = 1 << 18, 10_000, 32
-_LONGEST_REASON = 500
-# What PyYAML's constructors raise for values such as `!!int ""`, `!!bool maybe`, `!!timestamp soon`.
-_CONSTRUCTORS_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-# `key:value`, which YAML reads as one word; an address (`http://…`) is none.
-_GLUED = re.compile(r"\s*(?:- )?([A-Za-z_]\w*):((?!//)\S.*)")
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 Engine = Literal["auto", "ddp", "zero2", "zero3", "fsdp", "ray"]
@@ -60,7 +58,7 @@ class BudgetShares(_Strict):
     b: Share = 0.4
 
     @model_validator(mode="after")
-    def _whole(self) -> BudgetShares:
+    def _sums_to_one(self) -> BudgetShares:
         if abs(self.prompt + self.a + self.b - 1) > 1e-6:
             raise ValueError("prompt + a + b must be 1")
         if self.a != self.b:
@@ -76,7 +74,7 @@ class Prior(_Strict):
     tie: Share
 
     @model_validator(mode="after")
-    def _whole(self) -> Prior:
+    def _sums_to_one(self) -> Prior:
         if abs(self.a + self.b + self.tie - 1) > 1e-6:
             raise ValueError("a + b + tie must be 1")
         return self
@@ -226,12 +224,11 @@ def load_experiment(name: str, root: Path = Path()) -> Experiment:
 
     Raises UsageError for an unknown or unsafe name, ArenaError that lists every fault of the file.
     """
-    configs = root / "factory_configs"
     check_name(name)
-    path = configs / name / "experiment.yaml"
     require_project(root)
+    path = root / "factory_configs" / name / "experiment.yaml"
     if not path.is_file():
-        known = sorted(p.parent.name for p in configs.glob("*/experiment.yaml"))
+        known = sorted(p.parent.name for p in path.parents[1].glob("*/experiment.yaml"))
         raise UsageError(
             f"there is no experiment {name!r} ({path} is missing)",
             remedy=f"choose one of: {', '.join(known) or 'none yet'}; or make it: python run.py new {name} --model ID",
@@ -241,28 +238,57 @@ def load_experiment(name: str, root: Path = Path()) -> Experiment:
 
 def parse_experiment(content: dict[str, Any], name: str, where: str) -> Experiment:
     """Check the content of an experiment.yaml; raises ArenaError that lists every fault together."""
+    if "name" in content:
+        raise ArenaError("name: there is no such key", where=where, remedy="remove it: the folder is the name")
     try:
-        return Experiment(name=name, **content)
+        return Experiment.model_validate({"name": name, **content})
     except ValidationError as error:
-        faults = [f"  - {'.'.join(map(str, e['loc'])) or '(file)'}: {_in_words(e)}" for e in error.errors()]
+        faults = [_fault_text(fault) for fault in error.errors()]
+    raise ArenaError(
+        "\n".join([f"{len(faults)} fault(s) in the experiment:", *faults]),
+        where=where,
+        remedy="mend these keys; the comments in factory_configs/demo/experiment.yaml explain each",
+    )
+
+
+def _fault_text(fault: Mapping[str, Any]) -> str:
+    """Return one of pydantic's faults as a line that names its key."""
+    text = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if fault["type"] == "missing":
+        text = "is missing"
+    elif fault["type"] == "extra_forbidden":
+        near = get_close_matches(str(fault["loc"][-1]), Experiment.model_fields, 1)
+        text = f"there is no such key{f'; did you mean {near[0]}?' if near else ''}"
+    elif fault["type"] != "value_error":
+        text = f"{text}, not {fault['input']!r}"
+    return f"  - {'.'.join(map(str, fault['loc'])) or '(file)'}: {text}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping exactly as LLaMA-Factory does: OmegaConf, `${…}` left as text; raises ArenaError."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_LARGEST + 1)
+        if fault := _size_fault(text):
+            raise ArenaError(fault, where=str(path), remedy="write the values out; a configuration is a page or two")
+        content = OmegaConf.to_container(OmegaConf.load(StringIO(text)))
+    except ArenaError:
+        raise
+    except Exception as error:  # PyYAML's constructors raise nearly anything for values such as `!!int ""`
         raise ArenaError(
-            "\n".join([f"{len(faults)} fault(s) in the experiment:", *faults]),
-            where=where,
-            remedy="mend these keys; the comments in factory_configs/demo/experiment.yaml explain each",
+            f"is not readable YAML: {_yaml_fault(error)}",
+            where=str(path),
+            remedy="write `key: value` lines, with a space after each colon and equal indents",
         ) from None
-    except TypeError as error:  # `name` given twice, or a key that is not a string
-        raise ArenaError(str(error), where=where, remedy="remove that key; the folder is the name") from None
+    if not isinstance(content, dict):
+        raise ArenaError("must be a YAML mapping", where=str(path), remedy="write `key: value` lines")
+    return {str(key): value for key, value in content.items()}
 
 
-def _refuse_bombs(text: str, path: Path) -> None:
-    """Raise ArenaError where a few lines would become millions of values (aliases of aliases), or nest too deeply."""
-    import yaml
-
-    def refused(what: str) -> ArenaError:
-        return ArenaError(what, where=str(path), remedy="write the values out; a configuration is a page or two")
-
+def _size_fault(text: str) -> str | None:
+    """Return why a text is refused before it is read: aliases of aliases can make millions of values of a few lines."""
     if len(text) > _LARGEST:
-        raise refused(f"is longer than {_LARGEST:,} characters")
+        return f"is longer than {_LARGEST:,} characters"
     sizes: dict[str, int] = {}
     total, open_nodes = 0, []  # of each open collection: its anchor, and the number of values before it
     for event in yaml.parse(text, yaml.SafeLoader):
@@ -276,58 +302,17 @@ def _refuse_bombs(text: str, path: Path) -> None:
             if isinstance(event, yaml.CollectionStartEvent):
                 open_nodes.append((event.anchor, total - 1))
         if total > _MOST_VALUES:
-            raise refused(f"holds more than {_MOST_VALUES:,} values, aliases written out")
+            return f"holds more than {_MOST_VALUES:,} values, aliases written out"
         if len(open_nodes) > _DEEPEST:
-            raise refused(f"nests more than {_DEEPEST} levels deep")
+            return f"nests more than {_DEEPEST} levels deep"
+    return None
 
 
-def _in_words(fault: Mapping[str, Any]) -> str:
-    """Say a fault in a user's words: pydantic calls keys "inputs"."""
-    if fault["type"] == "extra_forbidden":
-        near = get_close_matches(str(fault["loc"][-1]), Experiment.model_fields, 1) if len(fault["loc"]) == 1 else []
-        return f"there is no such key{f'; did you mean {near[0]}?' if near else ''}"
-    if fault["type"] == "missing":
-        return "is missing"
-    words = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return words if fault["type"] == "value_error" else f"{words}, not {fault['input']!r}"
-
-
-def _reason(error: Exception) -> str:
-    """Say what a parser says, without the name that it gives the text: "could not find expected ':' in line 45"."""
+def _yaml_fault(error: Exception) -> str:
+    """Return what the parser found and in which line."""
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
-    if not problem or mark is None:
-        return str(error)[:_LONGEST_REASON]
-    context = getattr(error, "context", None)
-    return f"{f'{context}, ' if context else ''}{problem} in line {mark.line + 1}"[:_LONGEST_REASON]
-
-
-def _mend(error: Exception, text: str) -> str:
-    """Name the line, at the fault or above it, that lacks the space after its colon, if there is one."""
-    mark = getattr(error, "problem_mark", None)
-    lines = text.splitlines()[: mark.line + 1] if mark else []
-    for number, line in reversed(list(enumerate(lines, 1))):
-        if glued := _GLUED.fullmatch(line):
-            key, value = glued.groups()
-            return f"a space after the colon is missing in line {number}: write {key}: {value[:80].rstrip()}"
-    return "mend the file"
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping exactly as LLaMA-Factory does: OmegaConf, `${…}` left as text; raises ArenaError."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    text = ""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(_LARGEST + 1)
-        _refuse_bombs(text, path)
-        content = OmegaConf.to_container(OmegaConf.load(StringIO(text)))
-    except (YAMLError, OmegaConfBaseException, OSError, *_CONSTRUCTORS_ERRORS) as error:
-        told = isinstance(error, (YAMLError, OmegaConfBaseException, OSError, ValueError))
-        reason = _reason(error) if told else "a value that does not fit its tag, or nests too deeply"
-        raise ArenaError(f"is not readable YAML: {reason}", where=str(path), remedy=_mend(error, text)) from None
-    if not isinstance(content, dict):
-        raise ArenaError("must be a YAML mapping (key: value lines)", where=str(path), remedy="mend the file")
-    return {str(key): value for key, value in content.items()}
+    if problem and mark:
+        return f"{problem} in line {mark.line + 1}"
+    if isinstance(error, (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeError)):
+        return str(error)[:500]
+    return "a value that does not fit its tag"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# The steps that may start from the merged SFT judge instead of the base model.
+# What a preference training starts from: the base model, or the merged SFT judge.
 Start = Literal["base", "sft"]
 
 
@@ -25,22 +25,9 @@ class Step:
         return self.merges or self.name
 
     @property
-    def asked_by(self) -> str:
+    def command(self) -> str:
         """The arguments of run.py that run it: sft, dpo --view judge, dpo --view reward, rm."""
         return self.trains.replace("dpo_", "dpo --view ")
-
-    @property
-    def command(self) -> str:
-        """The command of llamafactory-cli that runs it."""
-        return "export" if self.merges else "train"
-
-
-_TRAININGS = (
-    Step("sft", stage="sft", template="sft.yaml.j2", data="sft"),
-    Step("dpo_judge", stage="dpo", template="dpo.yaml.j2", data="dpo_judge"),
-    Step("dpo_reward", stage="dpo", template="dpo.yaml.j2", data="dpo_reward"),
-    Step("rm", stage="rm", template="rm.yaml.j2", data="dpo_reward"),  # a reward model learns from the same pairs
-)
 
 
 def merge_of(training: str) -> str:
@@ -48,8 +35,10 @@ def merge_of(training: str) -> str:
     return f"merge_{training}"
 
 
-_MERGES = tuple(
-    Step(merge_of(s.name), stage=s.stage, template="merge.yaml.j2", data=s.data, merges=s.name) for s in _TRAININGS
-)
-STEPS: dict[str, Step] = {step.name: step for pair in zip(_TRAININGS, _MERGES, strict=True) for step in pair}
-TRAININGS: tuple[str, ...] = tuple(step.name for step in _TRAININGS)
+# A reward model learns from the same pairs as DPO in the reward view.
+_TRAININGS = (("sft", "sft", "sft"), ("dpo_judge", "dpo", "dpo_judge"), ("dpo_reward", "dpo", "dpo_reward"))
+STEPS: dict[str, Step] = {}
+for _name, _stage, _data in (*_TRAININGS, ("rm", "rm", "dpo_reward")):
+    STEPS[_name] = Step(_name, _stage, f"{_stage}.yaml.j2", _data)
+    STEPS[merge_of(_name)] = Step(merge_of(_name), _stage, "merge.yaml.j2", _data, merges=_name)
+TRAININGS: tuple[str, ...] = tuple(name for name, step in STEPS.items() if not step.merges)

@@ -24,9 +24,18 @@ from common.errors import ArenaError
 from common.experiment import Engine
 from factory.launcher import ACCELERATE_CONFIG, RAY_CORES
 
-CONFIGS = Path("templates") / "distributed"
+_FOLDER = Path("templates") / "distributed"
+_CONFIGS = {"zero2": _FOLDER / "zero2.json", "zero3": _FOLDER / "zero3.json", "fsdp": _FOLDER / "fsdp.yaml"}
 _TRUE = ("true", "y", "1")  # as LLaMA-Factory reads switches
-_PLACE_OF_NODES = ("MASTER_ADDR", "MASTER_PORT")
+_LEAST = {
+    "NNODES": 1,
+    "NODE_RANK": 0,
+    "NPROC_PER_NODE": 1,
+    "MASTER_PORT": 1,
+    "MIN_NNODES": 1,
+    "MAX_NNODES": 1,
+    "MAX_RESTARTS": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,8 @@ class Launch:
     node: int = 0
 
     @property
-    def keeps_books(self) -> bool:
-        """Whether this node keeps state, log and results; the others only train along."""
+    def is_main_process(self) -> bool:
+        """Whether this node writes state, log and results; the others only take part in the training."""
         return self.node == 0
 
 
@@ -51,7 +60,7 @@ def plan_launch(
     """Return how a recipe is trained by `engine` in the environment `given`.
 
     Raises one ArenaError that lists all faults: missing packages, settings of a cluster that do not fit together,
-    what the engine does not do.
+    what the engine cannot do.
     """
     chosen = _chosen(engine, recipe, given)
     faults = [*_package_faults(chosen, recipe), *_recipe_faults(chosen, recipe)]
@@ -63,20 +72,18 @@ def plan_launch(
             where=f"{recipe_path}, distributed: {engine}",
             remedy="mend these settings; docs/distributed.md shows each way with its commands",
         )
-    inputs = {} if engine == "auto" else {"distributed": engine}
+    inputs: dict[str, Any] = {} if engine == "auto" else {"distributed": engine}
     if chosen == "auto":
         return Launch(inputs=inputs)
     if chosen == "ray":
         return Launch("ray", _ray_options(recipe, given), {"USE_RAY": "1"}, inputs)
-    environment = {"FORCE_TORCHRUN": "1", "USE_RAY": "0"}
-    options: tuple[str, ...] = ()
-    if chosen == "fsdp":
-        environment[ACCELERATE_CONFIG] = (CONFIGS / "fsdp.yaml").as_posix()
-        inputs["fsdp.yaml"] = (CONFIGS / "fsdp.yaml").read_text(encoding="utf-8")
-    elif chosen in ("zero2", "zero3"):
-        config = CONFIGS / f"{chosen}.json"
-        options = (f"deepspeed={config.as_posix()}",)
-        inputs[config.name] = json.loads(config.read_text(encoding="utf-8"))
+    environment, options = {"FORCE_TORCHRUN": "1", "USE_RAY": "0"}, ()
+    if config := _CONFIGS.get(chosen):
+        inputs[config.name] = config.read_text(encoding="utf-8")
+        if chosen == "fsdp":
+            environment[ACCELERATE_CONFIG] = config.as_posix()
+        else:
+            options = (f"deepspeed={config.as_posix()}",)
     return Launch(chosen, options, environment, inputs, node=int(given.get("NODE_RANK", "0")))
 
 
@@ -86,8 +93,8 @@ def _chosen(engine: Engine, recipe: Mapping[str, Any], given: Mapping[str, str])
         return engine
     if given.get("USE_RAY", "0").lower() in _TRUE:
         return "ray"
-    asked = given.get("FORCE_TORCHRUN", "0").lower() in _TRUE or given.get("NNODES", "1") != "1" or "RDZV_ID" in given
-    return "ddp" if asked or recipe.get("deepspeed") else "auto"
+    torchrun = given.get("FORCE_TORCHRUN", "0").lower() in _TRUE or recipe.get("deepspeed")
+    return "ddp" if torchrun or given.get("NNODES", "1") != "1" or "RDZV_ID" in given else "auto"
 
 
 def _package_faults(engine: Engine, recipe: Mapping[str, Any]) -> Iterator[str]:
@@ -95,33 +102,28 @@ def _package_faults(engine: Engine, recipe: Mapping[str, Any]) -> Iterator[str]:
         yield "deepspeed is not installed: pip install deepspeed (it needs CUDA's compiler; or use ddp or fsdp)"
     if engine == "ray" and find_spec("ray") is None:
         yield "ray is not installed: make extra-ray"
-    name = {"zero2": "zero2.json", "zero3": "zero3.json", "fsdp": "fsdp.yaml"}.get(engine)
-    if name and not (CONFIGS / name).is_file():
-        yield f"{CONFIGS / name} is missing: restore it from git"
+    if engine in _CONFIGS and not _CONFIGS[engine].is_file():
+        yield f"{_CONFIGS[engine]} is missing: restore it from git"
 
 
 def _recipe_faults(engine: Engine, recipe: Mapping[str, Any]) -> Iterator[str]:
-    bits, sharded = recipe.get("quantization_bit"), engine in ("zero3", "fsdp")
-    if sharded and bits not in (4, None):
+    bits = recipe.get("quantization_bit")
+    if engine in ("zero3", "fsdp") and bits not in (4, None):
         yield f"{engine} shards 4-bit or 16-bit weights, not {bits}-bit: write quantization_bit: 4 in experiment.yaml"
     for key in ("pissa_init", "pure_bf16", "use_unsloth"):
         if engine == "zero3" and recipe.get(key):
             yield f"zero3 does not go with {key}: remove it from the recipe"
-    if engine in ("fsdp", "ray") and recipe.get("deepspeed"):
-        yield f"{engine} excludes deepspeed: remove that key from the recipe, or write distributed: zero2"
-    if engine in ("zero2", "zero3") and recipe.get("deepspeed"):
-        yield f"{engine} brings its own DeepSpeed file: remove deepspeed from the recipe, or write distributed: auto"
+    if engine in ("zero2", "zero3", "fsdp", "ray") and recipe.get("deepspeed"):
+        yield f"{engine} excludes the recipe's own deepspeed: remove that key, or write distributed: auto"
     if engine == "fsdp" and recipe.get("fsdp"):
-        yield "fsdp brings its own settings (templates/distributed/fsdp.yaml): remove the key fsdp from the recipe"
+        yield f"fsdp brings its own settings ({_CONFIGS[engine]}): remove the key fsdp from the recipe"
 
 
 def _node_faults(given: Mapping[str, str]) -> Iterator[str]:
-    """Yield what torchrun would wait for, or start wrongly, without a word."""
-    lowest = {"NNODES": 1, "NODE_RANK": 0, "NPROC_PER_NODE": 1, "MIN_NNODES": 1, "MAX_NNODES": 1, "MAX_RESTARTS": 0}
-    lowest["MASTER_PORT"] = 1
-    bad = [name for name, least in lowest.items() if name in given and not _is_number(given[name], least)]
+    """Yield what torchrun would wait for, or start wrongly, without an error."""
+    bad = [name for name, least in _LEAST.items() if name in given and not _is_number(given[name], least)]
     for name in bad:
-        yield f"{name}={given[name]!r} is not a whole number of {lowest[name]} or more"
+        yield f"{name}={given[name]!r} is not a whole number of {_LEAST[name]} or more"
     if bad:
         return
     nodes, rank, elastic = int(given.get("NNODES", "1")), int(given.get("NODE_RANK", "0")), "RDZV_ID" in given
@@ -129,7 +131,8 @@ def _node_faults(given: Mapping[str, str]) -> Iterator[str]:
         yield f"NNODES={nodes} without NODE_RANK: number the nodes, NODE_RANK=0 on the first, 1 on the next, …"
     if rank >= nodes and not elastic:
         yield f"NODE_RANK={rank} is not below NNODES={nodes}: the nodes count from 0"
-    if (nodes > 1 or elastic) and (missing := [name for name in _PLACE_OF_NODES if name not in given]):
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in given]
+    if (nodes > 1 or elastic) and missing:
         yield (
             f"{' and '.join(missing)} missing: give every node the same address (of node 0) and the same free port, "
             "for example MASTER_ADDR=10.0.0.1 MASTER_PORT=29500"
@@ -138,8 +141,8 @@ def _node_faults(given: Mapping[str, str]) -> Iterator[str]:
         yield "MIN_NNODES and MAX_NNODES belong together: give both, or neither"
     elif "MIN_NNODES" in given and int(given["MIN_NNODES"]) > int(given["MAX_NNODES"]):
         yield f"MIN_NNODES={given['MIN_NNODES']} exceeds MAX_NNODES={given['MAX_NNODES']}"
-    if not elastic and (lost := [name for name in ("MIN_NNODES", "MAX_RESTARTS") if name in given]):
-        yield f"{' and '.join(lost)} without RDZV_ID: elastic training needs a name that all nodes share, RDZV_ID=myrun"
+    if not elastic and (useless := [name for name in ("MIN_NNODES", "MAX_RESTARTS") if name in given]):
+        yield f"{' and '.join(useless)} without RDZV_ID: elastic training needs one name for all nodes, RDZV_ID=myrun"
 
 
 def _is_number(text: str, least: int) -> bool:

@@ -1,8 +1,8 @@
 """LLaMA-Factory's command line as our child process runs it, with guards before the model loads.
 
 `python -m factory.launcher train recipe.yaml [key=value]` is `llamafactory-cli train recipe.yaml [key=value]`: same
-entry, same arguments, same environment variables. Where several processes train, torchrun (or accelerate) is called
-here: LLaMA-Factory puts its command line together as one string and splits it at blanks, of which a path may have some.
+entry, same arguments, same environment variables. Where several processes train, this module calls torchrun (or
+accelerate) itself: LLaMA-Factory puts its command line into one string and splits it at blanks, also those of a path.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import sys
 import threading
 from collections.abc import Mapping
 from functools import wraps
+from types import SimpleNamespace
 
-# Number of an inherited pipe whose other end only our parent holds: it ends when the parent ends, even by -9.
+# Number of an inherited pipe whose other end only our parent holds: it ends when the parent ends, even by SIGKILL.
 LIFELINE = "ARENA_FACTORY_LIFELINE"
 # Names accelerate's config file: then accelerate starts the workers instead of torchrun (FSDP).
 ACCELERATE_CONFIG = "ARENA_FACTORY_ACCELERATE"
@@ -27,7 +28,7 @@ _GRACE = 5.0  # seconds that descendants get to end by themselves
 def main(arguments: list[str]) -> int:
     """Run one LLaMA-Factory command and return the exit code; 2 for a command that does not exist."""
     follow_parent()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a worker of torchrun: this file runs in it, see `_run_workers`
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a worker of torchrun, see `_run_workers`
         guard_worker()
         from llamafactory.train.tuner import run_exp
 
@@ -40,17 +41,18 @@ def main(arguments: list[str]) -> int:
     from llamafactory.cli import main as llamafactory_cli
     from llamafactory.extras.misc import get_current_device, get_device_count, is_env_enabled, use_kt, use_ray
 
-    several = get_device_count() > 1 and not use_ray() and not use_kt()
-    if arguments[0] == "train" and (is_env_enabled("FORCE_TORCHRUN") or several):
-        _run_workers(arguments[1:], get_device_count())
-        return 0
     if arguments[0] == "train":
+        several = get_device_count() > 1 and not use_ray() and not use_kt()
+        if is_env_enabled("FORCE_TORCHRUN") or several:
+            _run_workers(arguments[1:], get_device_count())
+            return 0
         guard_worker()
         if use_ray():
-            _mend_ray(on_cpus=get_current_device().type == "cpu")
+            _make_ray_start(on_cpus=get_current_device().type == "cpu")
     elif get_current_device().type == "cpu":
-        _keep_nf4_weights_as_they_are()
-    _serve_this_machine_only()
+        _keep_nf4_weights()
+    for name in ("GRADIO_SERVER_NAME", "API_HOST"):  # LLaMA-Factory's servers would listen on every network
+        os.environ.setdefault(name, "127.0.0.1")
     sys.argv = ["llamafactory-cli", *arguments]
     llamafactory_cli()
     return 0
@@ -110,7 +112,7 @@ def _free_port() -> str:
 
 
 def follow_parent() -> None:
-    """End this process and its descendants as soon as the process that started it is gone, however it went.
+    """End this process and its descendants as soon as the process that started it is gone, even by SIGKILL.
 
     Without the environment variable LIFELINE (started by hand) nothing happens. A pipe rather than Linux'
     PR_SET_PDEATHSIG: it works on every POSIX system and reaches the workers of torchrun as well.
@@ -121,9 +123,9 @@ def follow_parent() -> None:
 
 
 def _end_with_parent(handle: int) -> None:
-    import psutil
+    import psutil  # late: run as a file, a module of this folder could hide one that psutil imports
 
-    while os.read(handle, 1):  # nobody writes: this returns when the last writer is gone
+    while os.read(handle, 1):  # nothing is written: this returns when the last writer is gone
         pass
     family = psutil.Process().children(recursive=True)
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -137,20 +139,21 @@ def _end_with_parent(handle: int) -> None:
 
 
 def guard_worker() -> None:
-    """Set right, in a process that is about to train, what would spoil the training without a word."""
-    _keep_nf4_weights_as_they_are()
-    _read_parts_in_the_order_of_their_names()
-    _read_checkpoints_of_numbered_cpus()
-    _end_where_no_step_is_left()
+    """Correct, in a process that is about to train, what would spoil the training without any error."""
+    import llamafactory.data.loader as loader
+    from torch.serialization import register_package
+
+    _keep_nf4_weights()
+    # LLaMA-Factory takes a folder's files as the disk lists them. Each process reads for itself and trains on its
+    # share of the rows: two nodes with another order would train on some rows twice and on others never.
+    loader.os = SimpleNamespace(**{**vars(os), "listdir": lambda path: sorted(os.listdir(path))})  # noqa: PTH208
+    # Where several processes train on CPUs their devices are called cpu:0, cpu:1, …; the trainer asks torch to read a
+    # checkpoint's optimizer to such a device, which torch does not know, so that no such run could be resumed.
+    register_package(9, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None)
+    _end_at_the_last_step()
 
 
-def _serve_this_machine_only() -> None:
-    # LLaMA-Factory's servers (webui, webchat, api) listen on every network unless they are told otherwise.
-    for name in ("GRADIO_SERVER_NAME", "API_HOST"):
-        os.environ.setdefault(name, "127.0.0.1")
-
-
-def _keep_nf4_weights_as_they_are() -> None:
+def _keep_nf4_weights() -> None:
     # On a CPU with avx512_bf16, bitsandbytes repacks nf4 weights for good in the first forward pass of an
     # evaluation; the training steps after it take a kernel without autograd and get wrong gradients silently.
     try:
@@ -160,31 +163,14 @@ def _keep_nf4_weights_as_they_are() -> None:
     modules.has_avx512bf16 = lambda: False
 
 
-def _read_parts_in_the_order_of_their_names() -> None:
-    # LLaMA-Factory takes a folder's files as the disk lists them. Each process reads for itself and trains on its
-    # share of the rows: two nodes with another order would train on some rows twice and on others never.
-    import llamafactory.data.loader as loader
-
-    if not isinstance(loader.os, _SortedListing):
-        loader.os = _SortedListing()
-
-
-def _read_checkpoints_of_numbered_cpus() -> None:
-    # Where several processes train on CPUs their devices are called cpu:0, cpu:1, …; the trainer asks torch to read a
-    # checkpoint's optimizer to such a place, which torch does not know, so that no such run could be resumed.
-    from torch.serialization import register_package
-
-    register_package(9, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None)
-
-
-def _end_where_no_step_is_left() -> None:
+def _end_at_the_last_step() -> None:
     # A run that was killed after its last checkpoint and before its end is resumed from there. Where that is not the
     # end of an epoch, too (max_steps, num_train_epochs: 1.5), the trainer of transformers 5 makes a step too many, on
     # every resume again, with a learning rate that rises behind its end.
     from transformers import Trainer
 
     run_epoch = getattr(Trainer, "_run_epoch", None)
-    if run_epoch is None or hasattr(run_epoch, "__wrapped__"):
+    if run_epoch is None:
         return
 
     @wraps(run_epoch)
@@ -197,8 +183,8 @@ def _end_where_no_step_is_left() -> None:
     Trainer._run_epoch = run_epoch_if_steps_are_left
 
 
-def _mend_ray(*, on_cpus: bool) -> None:
-    """Let LLaMA-Factory find Ray's first node without Ray's dashboard, and on CPUs claim what there is."""
+def _make_ray_start(*, on_cpus: bool) -> None:
+    """Let LLaMA-Factory find Ray's first node without Ray's dashboard, and on CPUs claim no more cores than exist."""
     import llamafactory.train.tuner as tuner
 
     def head() -> str:
@@ -215,18 +201,7 @@ def _mend_ray(*, on_cpus: bool) -> None:
         tuner.get_placement_group = lambda cores: claim(max(cores // RAY_CORES, 1))
 
 
-class _SortedListing:
-    """The module `os`, with a `listdir` in the order of the names."""
-
-    def __getattr__(self, name: str):
-        return getattr(os, name)
-
-    @staticmethod
-    def listdir(path: str) -> list[str]:
-        return sorted(os.listdir(path))  # noqa: PTH208
-
-
 if __name__ == "__main__":
-    if not __package__:  # run as a file by torchrun: our modules' names must not hide anybody else's
+    if not __package__:  # run as a file by torchrun: our modules' names must not hide other packages' modules
         sys.path.pop(0)
     sys.exit(main(sys.argv[1:]))

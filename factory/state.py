@@ -475,7 +475,7 @@ def require_own_votes(experiment: Experiment, stage: str, *, trained: bool = Tru
                 f"({_listed(changed)} changed since): its validation rows may have been trained on",
                 where=str(experiment.output_folder(each)),
                 remedy="prepare the earlier votes again; or train on the new ones: "
-                f"python run.py {STEPS[each].asked_by} -e {experiment.name} --fresh",
+                f"python run.py {STEPS[each].command} -e {experiment.name} --fresh",
             )
 
 
@@ -549,7 +549,7 @@ def require_scored(experiment: Experiment, stage: str, model: Mapping[str, Any] 
     where it is another one than was scored."""
     where, again = str(experiment.output_folder(stage)), f"python run.py {{}} -e {shlex.quote(experiment.name)}"
     if why := earlier_scores(experiment, stage):
-        remedy = f"go on to a new report: {again.format(STEPS[stage].asked_by)}"
+        remedy = f"go on to a new report: {again.format(STEPS[stage].command)}"
         raise ArenaError(f"{why}: its calibration and figures are of an earlier judge", where=where, remedy=remedy)
     record = StageState(experiment.output_folder(stage)).record("score")
     changes = differences(record.inputs.get("model", {}), model) if record and model is not None else []

@@ -105,7 +105,7 @@ def stage_named(experiment: Experiment, name: str) -> str:
         return begun[0]
     if not begun:
         calls = " or ".join(
-            f"python run.py {STEPS[stage].asked_by} -e {shlex.quote(experiment.name)}" for stage in views
+            f"python run.py {STEPS[stage].command} -e {shlex.quote(experiment.name)}" for stage in views
         )
         raise UsageError(f"neither {' nor '.join(views)} was trained", where=f"--stage {name}", remedy=calls)
     remedy = f"say which: {' or '.join(f'--stage {stage}' for stage in views)}"
@@ -187,7 +187,7 @@ def stage_view(experiment: Experiment, stage: str, prepared: bool = True) -> Sta
 def _as_left(experiment: Experiment, stage: str, prepared: bool) -> StageView:
     """Return how far a stage is and what goes on from there, where its export and its recipes are sound."""
     folder, adapter = experiment.output_folder(stage), experiment.adapter_folder(stage)
-    call = f"python run.py {STEPS[stage].asked_by} -e {shlex.quote(experiment.name)}"
+    call = f"python run.py {STEPS[stage].command} -e {shlex.quote(experiment.name)}"
     at_work = is_at_work(folder)
     try:
         state = StageState(folder)
@@ -223,7 +223,7 @@ def _left_in_the_middle(
     """Return the view of a stage whose last part began and did not end, or `failed`."""
     adapter, part, its = experiment.adapter_folder(stage), parts[-1], STEPS[stage]
     step, steps = _steps(adapter)
-    call = f"python run.py {its.asked_by} -e {shlex.quote(experiment.name)}"
+    call = f"python run.py {its.command} -e {shlex.quote(experiment.name)}"
     where = f" at step {step}/{steps}" if part == "train" and step else ""
     earlier = f"; {_DONE[parts[-2]]}" if part != "train" and len(parts) > 1 else ""
     flag = flag_to_go_on(adapter, its.stage) if part == "train" else ""
@@ -239,7 +239,7 @@ def _left_in_the_middle(
 
 def _made_from_others(experiment: Experiment, stage: str) -> tuple[str, str] | None:
     """Return why a stage is outdated and the command that makes it anew, None where it is up to date."""
-    name, anew = shlex.quote(experiment.name), f"python run.py {STEPS[stage].asked_by} -e "
+    name, anew = shlex.quote(experiment.name), f"python run.py {STEPS[stage].command} -e "
     export = f"from another export than {experiment.data_folder}"
     try:
         if outdated_files(experiment, stage, ("train",)):

@@ -89,7 +89,7 @@ def train(
     check_device(recipe_path, recipe)
     adapter, folder = Path(recipe["output_dir"]), experiment.output_folder(stage_step)
     launch = plan_launch(experiment.distributed, recipe, recipe_path)
-    if not launch.keeps_books:
+    if not launch.is_main_process:
         return _train_along(stage_step, recipe_path, adapter, folder, launch, resume, show)
     with only_run(folder):
         if fresh:
@@ -260,8 +260,8 @@ def _train_along(
         line.update("starting LLaMA-Factory")
         command = llamafactory("train", str(recipe_path), *options)
         what = f"training {stage_step} on node {launch.node}"
-        finished = run_child(command, log, what=what, on_line=_Reader(line, None, show), environment=launch.environment)
-    show.note(f"{stage_step}: node {launch.node} trained along in {duration(finished.seconds)}; node 0 goes on")
+        seconds = run_child(command, log, what=what, on_line=_Reader(line, None, show), environment=launch.environment)
+    show.note(f"{stage_step}: node {launch.node} trained along in {duration(seconds)}; node 0 goes on")
 
 
 def _run_training(
@@ -282,7 +282,7 @@ def _run_training(
         line.update("starting LLaMA-Factory")
         command = llamafactory("train", str(recipe_path), *options)
         what = f"training {stage_step}"
-        finished = run_child(
+        seconds = run_child(
             command,
             log,
             what=what,
@@ -294,7 +294,7 @@ def _run_training(
     _require(adapter, _ADAPTER_FILES, log, f"training {stage_step}")
     rows.require_seen(log)
     _require_finite(adapter, log)
-    return finished.seconds
+    return seconds
 
 
 def _way_on(adapter: Path, stage_step: str, name: str) -> str:
@@ -302,7 +302,7 @@ def _way_on(adapter: Path, stage_step: str, name: str) -> str:
     step, checkpoint = STEPS[stage_step], last_checkpoint(adapter)
     flag = flag_to_go_on(adapter, step.stage)
     if flag == "--resume":  # the whole call: `demo`, too, was a training, and has no --resume
-        return f"go on from {checkpoint.name}: python run.py {step.asked_by} -e {name} --resume"
+        return f"go on from {checkpoint.name}: python run.py {step.command} -e {name} --resume"
     if checkpoint:
         return "LLaMA-Factory 0.9.5 cannot resume a reward model: begin anew with --fresh"
     when = "no checkpoint was saved so far (save_strategy and save_steps in the recipe say when one is)"
@@ -323,7 +323,7 @@ def _run_merge(
         command = llamafactory("export", str(recipe_path), f"export_dir={temporary}")
         what, again = f"merging {stage_step}", f"start {same_command()} again; the training is kept"
         progress = MergeProgress(line, recipe, temporary)
-        finished = run_child(
+        seconds = run_child(
             command,
             log,
             what=what,
@@ -336,7 +336,7 @@ def _run_merge(
             raise _without("any weights (*.safetensors)", temporary, log, what)
         if complete:
             complete(temporary)
-    return finished.seconds
+    return seconds
 
 
 class _Reader:

@@ -241,7 +241,7 @@ def _require_own_rows(experiment: Experiment, stage: str, scored: pd.DataFrame, 
         raise ArenaError(
             f"{stage} was trained or scored on another export than {experiment.data_folder} holds now",
             where=str(experiment.output_folder(stage)),
-            remedy=f"prepare the earlier votes again; or python run.py {STEPS[stage].asked_by} -e {experiment.name} "
+            remedy=f"prepare the earlier votes again; or python run.py {STEPS[stage].command} -e {experiment.name} "
             "--fresh; a stage whose folder is moved out of outputs/ is left out",
         )
 

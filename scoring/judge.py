@@ -172,7 +172,7 @@ def require_judge(experiment: Experiment, stage: str) -> None:
     if (folder / MANIFEST).is_file():
         return
     view, name = stage_view(experiment, stage), shlex.quote(experiment.name)
-    call = f"python run.py {STEPS[stage].asked_by} -e {name}"
+    call = f"python run.py {STEPS[stage].command} -e {name}"
     if is_at_work(experiment.output_folder(stage)):
         now = f"{view.state} {view.detail}".rstrip()
         what = f"is not a judge yet: {stage} is at work ({now})"

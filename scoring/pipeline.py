@@ -212,7 +212,7 @@ def read_report(experiment: Experiment, stage: str, *, remedy: str | None = None
         raise ArenaError(
             "there is no readable report of this stage",
             where=str(path),
-            remedy=remedy or f"python run.py {STEPS[stage].asked_by} -e {experiment.name}"
+            remedy=remedy or f"python run.py {STEPS[stage].command} -e {experiment.name}"
             if stage in STEPS
             else "check --stage",
         ) from None

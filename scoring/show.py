@@ -257,7 +257,7 @@ def _facts(shown: ShownBattle) -> list[str]:
     if not shown.probabilities:
         why = "training rows are not scored"
         if shown.split != "train":
-            command = f"python run.py {STEPS[shown.stage].asked_by} -e {shown.experiment}"
+            command = f"python run.py {STEPS[shown.stage].command} -e {shown.experiment}"
             why = f"{shown.stale or 'this stage was not scored yet'} ({command})"
         lines.append(f"probabilities: none; {why}")
     return lines

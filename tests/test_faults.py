@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 import run
 from common import files
-from common.errors import ArenaError, in_words
+from common.errors import ArenaError, user_error
 from common.files import only_run
 from data_prep import export as export_module
 from factory import state as inputs
@@ -88,7 +88,7 @@ def failing(number: int):
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "can only be read")], ids=["full", "ro"]
+    ("number", "words"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "read-only file system")], ids=["full", "ro"]
 )
 @pytest.mark.parametrize("command", [PREPARE_TEST, ANEW], ids=["prepare", "score"])
 def test_whichever_write_fails_nothing_finished_is_lost(place, monkeypatch, command, number, words):
@@ -129,7 +129,7 @@ def test_a_disk_that_is_really_full(place, tmp_path):
                     pass
             except OSError as error:
                 assert error.errno == errno.ENOSPC
-        refused(*PREPARE_TEST, words=("the disk is full", "free disk space"))
+        refused(*PREPARE_TEST, words=("no space left", "free disk space"))
         assert exported() == before and not leftovers()
         (disk / "filler").unlink()
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
@@ -143,7 +143,7 @@ def test_a_file_that_may_not_grow_is_told(place):
     limited = f"ulimit -f 4; exec {sys.executable} {ROOT / 'run.py'} {' '.join(PREPARE_TEST)}"
     before = exported()
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "would be larger than allowed" in done.stderr and "remedy: " in done.stderr
+    assert done.returncode == 1 and "file too large" in done.stderr and "remedy: " in done.stderr
     assert "Traceback" not in done.stderr
     assert exported() == before and not leftovers()
 
@@ -160,7 +160,7 @@ def test_a_signal_ends_the_work_in_words_and_it_goes_on(place, monkeypatch, comm
     with monkeypatch.context() as patch:
         patch.setattr(*where, Nth(getattr(*where), 1, lambda: signal.raise_signal(sign)))
         by = "interrupted" if sign is signal.SIGINT else f"interrupted by {sign.name}"
-        begins = "begins anew" if command is PREPARE_TEST else "goes on from what is scored"
+        begins = "starts over" if command is PREPARE_TEST else "goes on from what is scored"
         refused(*command, words=(by, f"the same command {'without --fresh ' if command is ANEW else ''}{begins}"))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handler is put back"
     assert exported() == export and not leftovers() and not Path("mine.csv").exists()
@@ -178,7 +178,7 @@ def test_memory_that_runs_out_is_told(place, monkeypatch):
 
     before = exported()
     monkeypatch.setattr(export_module, "write_sets", Nth(export_module.write_sets, 1, none_left))
-    refused(*PREPARE_TEST, words=("memory ran out", "--workers"))
+    refused(*PREPARE_TEST, words=("cannot allocate memory", "--workers"))
     assert exported() == before and not leftovers()
 
 
@@ -190,7 +190,7 @@ def test_a_process_with_little_memory_loses_nothing(place, limit):
     limited = f"ulimit -v {limit}; exec {sys.executable} {ROOT / 'run.py'} {' '.join(PREPARE_TEST)}"
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
     if done.returncode == 1 and "Error: " in done.stderr:
-        assert "memory ran out" in done.stderr and "remedy: " in done.stderr and "Traceback" not in done.stderr
+        assert "cannot allocate memory" in done.stderr and "remedy: " in done.stderr and "Traceback" not in done.stderr
     assert exported() == before
     assert call(*PREPARE_TEST).exit_code == 0 and exported() == before and not leftovers()
 
@@ -198,36 +198,39 @@ def test_a_process_with_little_memory_loses_nothing(place, limit):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "x/y"), "x/y: the disk is full"),
-        (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left"), "the disk is full"),
-        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (OSError(errno.ENOSPC, "No space left on device", "x/y"), "x/y: no space left"),
+        (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left"), "no space left"),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "no space left"),
         (PermissionError(errno.EACCES, "Permission denied", "saves"), "saves: permission denied"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
-        (SyntaxError("expected ':'", ("/x/site-packages/pandas/f.py", 3, 1, "", 3, 1)), "memory ran out while this"),
-        (ImportError("libarrow.so: failed to map segment: cannot allocate memory"), "memory ran out"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "cannot allocate memory",
+        ),
+        (SyntaxError("expected ':'", ("/x/site-packages/pandas/f.py", 3, 1, "", 3, 1)), "cannot allocate memory"),
+        (ImportError("libarrow.so: failed to map segment: cannot allocate memory"), "cannot allocate memory"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "mine"), "mine: is a directory"),
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
         (KeyboardInterrupt(), "interrupted"),
     ],
 )
-def test_what_the_system_says_becomes_an_error_with_a_remedy(error, words):
-    told = in_words(error)
+def test_an_error_of_the_operating_system_has_a_remedy(error, words):
+    told = user_error(error)
     assert words in str(told) and told.remedy
 
 
 def test_a_fault_in_our_own_text_is_no_lack_of_memory():
-    assert in_words(SyntaxError("expected ':'", ("/x/arena-factory/scoring/pipeline.py", 3, 1, "", 3, 1))) is None
+    assert user_error(SyntaxError("expected ':'", ("/x/arena-factory/scoring/pipeline.py", 3, 1, "", 3, 1))) is None
 
 
 @pytest.mark.parametrize("command", [None, *run.cli.commands])
 def test_the_advice_after_an_interruption_fits_the_command(command):
-    told = in_words(KeyboardInterrupt(), command).remedy
+    told = user_error(KeyboardInterrupt(), command).remedy
     options = {
         option for parameter in getattr(run.cli.commands.get(command), "params", ()) for option in parameter.opts
     }
     called = told.split("python run.py")[0]  # a whole call has options of its own
     assert {word for word in called.split() if word.startswith("--")} <= options
-    assert told in str(in_words(OSError(errno.ENOSPC, "x"), command))
+    assert told in str(user_error(OSError(errno.ENOSPC, "x"), command))
 
 
 @pytest.mark.parametrize(
@@ -257,21 +260,14 @@ def test_no_advice_after_fresh_would_put_aside_what_was_finished_meanwhile(monke
     assert set(FRESH) == {"demo", "sft", "dpo", "rm", "score"}
     monkeypatch.setattr(sys, "argv", ["run.py", command, "--fresh"])
     for error in (KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device", "x")):
-        assert "the same command without --fresh goes on from what is " in in_words(error, command).remedy
+        assert "the same command without --fresh goes on from what is " in user_error(error, command).remedy
     paced = Pace(lambda _: None, 1000, 1.0)
     assert "the same command without --fresh then goes on" in paced._over("too slow").remedy
 
 
-def test_no_text_names_the_same_command_but_by_the_one_that_looks_at_fresh():
-    sources = [path for folder in ("data_prep", "factory", "scoring") for path in (ROOT / folder).glob("*.py")]
-    said = {path.name: path.read_text(encoding="utf-8").count("the same command") for path in sources}
-    # Its own two texts and what describes it; before anything was written both ways are the same.
-    assert {name: count for name, count in said.items() if count} == {"refusals.py": 2, "steps.py": 1}
-
-
 @pytest.mark.parametrize("error", [ValueError("a fault of ours"), BrokenPipeError(errno.EPIPE, "x"), KeyError("id")])
 def test_a_fault_of_ours_stays_a_traceback(error):
-    assert in_words(error) is None
+    assert user_error(error) is None
 
 
 def test_two_runs_at_once_are_told_who_is_at_work(place):

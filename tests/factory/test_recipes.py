@@ -51,7 +51,7 @@ def test_a_committed_recipe_is_what_its_template_renders(name, step):
 @pytest.mark.parametrize(("name", "step"), COMMITTED)
 def test_a_recipe_is_native_and_tells_how_to_run_it(name, step):
     text = render_recipe(load_experiment(name, ROOT), step)
-    command = STEPS[step].command
+    command = "export" if STEPS[step].merges else "train"
     assert f"llamafactory-cli {command} factory_configs/{name}/{step}.yaml\n" in text
     assert re.findall(r"^### (\w+)$", text, re.MULTILINE) == SECTIONS[command]
     assert text.startswith("# ")
