@@ -1,4 +1,4 @@
-"""Scoring one stage: raw scores, calibration, report, page, plots, probabilities and submission."""
+"""Scoring one stage: raw scores, calibration, report, page, probabilities and submission."""
 
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ from scoring.predictions import (
 )
 from scoring.report.build import build_report
 from scoring.report.page import shown_battles, write_page
-from scoring.report.plots import write_plots
 from scoring.runner import Job, open_job
 from scoring.score_store import remove_empty
 from scoring.scorer import Scorer, ScorerSpec, own_precision
@@ -374,11 +373,10 @@ def _write(
         for name in ("probabilities_test.csv", *(() if stopping(report["checks"]) else ("submission.csv",))):
             _write_table(folder / name, jobs["test"], calibration)
             names.append(name)
-    plots = write_plots(report, folder / "plots")
     write_page(report, folder / "report.html", shown_battles(experiment.data_folder, "valid", report, stage))
     write_json(folder / REPORT, report)
     names += [f"scores_{split}.parquet" for split in jobs]
-    return report, [*(folder / name for name in names), *plots, folder / "report.html", folder / REPORT]
+    return report, [*(folder / name for name in names), folder / "report.html", folder / REPORT]
 
 
 def _trust(

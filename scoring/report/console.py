@@ -1,78 +1,111 @@
-"""What a stage reached, on one screen: the ladder with the result in its place, and where to look next."""
+"""What the terminal shows of a result: the ladder with the result in its place, the findings, and what to do next."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.table import Table
+
 from common.battle import PROBABILITY_COLUMNS
 from common.console import printable
+from common.experiment import Experiment
 from common.stages import STEPS
-from factory import status as survey
-from scoring.report.formatting import final_flips, points
+from factory import status
+from scoring.report import figures
+from scoring.report.findings import findings, headline, main_figures, outcome
+from scoring.report.formatting import RUNG_NAMES, percent, points
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from common.experiment import Experiment
     from scoring.checks.verify import Verification
 
-_NAMES = {
-    "uniform": "uniform, 1/3 each",
-    "prior": "class prior",
-    "length": "length features",
-    "tfidf": "TF-IDF",
-    "bayes": "Bayes: the best possible",
-}
 _STYLES = {"red": "bold red", "amber": "yellow", "info": "dim"}
 
 
 def print_summary(console: Console, experiment: Experiment, stage: str, report: dict[str, Any]) -> None:
-    """Print the ladder of log losses, the flags, and the files that were made."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=f"{experiment.name} / {stage}: log loss on {report['rows']} held-out battles", min_width=56)
-    for heading, justify in (("", "left"), ("log loss", "right"), ("95% interval", "right")):
-        table.add_column(heading, justify=justify)
-    for name, loss, interval in ladder(stage, report):
-        own = name == _own(stage)
-        shown = "" if not interval else f"{interval[0]:.4f} – {interval[1]:.4f}"
-        table.add_row(name, f"{loss:.4f}", shown, style="bold" if own else None)
+    """Print the ladder of log losses, the findings, the flags, and the files that were made."""
+    table = _table(f"{experiment.name} / {stage}: log loss on {report['rows']} held-out battles", 56)
+    for mark in sorted(figures.report_ladder(report).marks, key=lambda mark: -mark.value):
+        table.add_row(*_cells(mark), style="bold" if mark.kind == "model" else None)
     console.print(table)
-    for line in findings(report):
-        console.print(line, highlight=False)
-    for flag in report.get("flags", []):
-        console.print(f"[{flag['level']}] {flag['text']}", style=_STYLES.get(flag["level"]), markup=False)
+    _print(console, headline(report))
+    for name, value, meaning in main_figures(report)[1:3]:
+        _print(console, f"{name}: {value} ({meaning})")
+    found, flagged = findings(report), [flag["text"] for flag in report["flags"]]
+    for section, name in {"position": "Position bias", "truncation": "Truncation", "checks": "Run checks"}.items():
+        if sentences := [sentence for sentence in found[section] if sentence not in flagged]:
+            _print(console, f"{name}: {' '.join(sentences)}")
+    for flag in report["flags"]:
+        _print(console, f"[{flag['level']}] {flag['text']}", _STYLES[flag["level"]])
     folder = experiment.output_folder(stage)
-    console.print(f"report:     {folder / 'report.html'}   (numbers: report.json)", highlight=False)
-    submission, why_none = folder / "submission.csv", "none: nothing to submit was exported; prepare with --test FILE"
-    console.print(f"submission: {submission if submission.exists() else why_none}", highlight=False)
+    _print(console, f"report:     {folder / 'report.html'}   (numbers: report.json)")
+    submission, why_none = folder / "submission.csv", "none: no test set was exported; prepare with --test FILE"
+    _print(console, f"submission: {submission if submission.exists() else why_none}")
     for command in next_commands(experiment, stage, report):
-        console.print(Text(f"next:       {command}"), soft_wrap=True)
+        # A command must stay one line that can be copied.
+        console.print(f"next:       {command}", highlight=False, markup=False, soft_wrap=True)
 
 
 def next_commands(experiment: Experiment, stage: str, report: dict[str, Any]) -> list[str]:
     """Return what to look at or to run after a report: the worst row, then what `status` says."""
-    name, commands = shlex.quote(experiment.name), []
+    commands = status.next_commands(status.experiment_view(experiment))
     if report.get("worst"):
-        worst = shlex.quote(str(report["worst"][0]["id"]))
-        commands.append(f"python run.py show {worst} -e {name} --stage {stage}   (its worst row)")
-    return [*commands, *survey.next_commands(survey.experiment_view(experiment))]
+        worst, name = shlex.quote(report["worst"][0]["id"]), shlex.quote(experiment.name)
+        commands.insert(0, f"python run.py show {worst} -e {name} --stage {stage}   (its worst row)")
+    return commands
+
+
+def print_comparison(console: Console, experiment: Experiment, result: dict[str, Any]) -> None:
+    """Print every stage beside the baselines, and which differences are more than chance."""
+    title = f"{experiment.name}: log loss on the same {result['rows']} held-out battles"
+    table = _table(title, 64, "accuracy", "ECE")
+    for row in sorted(result["table"], key=lambda row: row["log_loss"]):
+        mark = figures.Mark(row["name"], row["log_loss"], row["log_loss_ci95"])
+        table.add_row(*_cells(mark), percent(row["accuracy"]), percent(row["ece"]))
+    for mark in sorted(figures.ladder(result, []).marks, key=lambda mark: mark.value):
+        table.add_row(*_cells(mark), style="dim")
+    console.print(table)
+    for pair in result["differences"]:
+        ends = pair["ci95"]
+        between = f" [{ends[0]:+.4f}, {ends[1]:+.4f}]" if ends else ""
+        _print(console, f"{pair['first']} - {pair['second']}: {pair['difference']:+.4f}{between}: {outcome(pair)}")
+    _print(console, f"page: {experiment.output_folder('compare') / 'compare.html'}")
+    for stage, texts in result["flags"].items():
+        for text in texts:
+            _print(console, f"[red] {stage}: {text}", _STYLES["red"])
+    for line in _advice(experiment, result):
+        _print(console, line)
+
+
+def _advice(experiment: Experiment, result: dict[str, Any]) -> Iterable[str]:
+    """Yield what to do after a comparison: score with the best stage that has no red flag, if there is one."""
+    sound = [row for row in result["table"] if row["name"] in STEPS and not result["flags"].get(row["name"])]
+    if not sound:
+        yield "no stage is fit to score with: its report says why, docs/recipes.md what to change"
+        return
+    best = min(sound, key=lambda row: row["log_loss"])
+    better = [
+        f"{RUNG_NAMES[name]} ({loss:.4f})" for name, loss in result["baselines"].items() if loss <= best["log_loss"]
+    ]
+    if better:
+        yield f"as good as the best stage, {best['name']} ({best['log_loss']:.4f}), or better: {', '.join(better)}"
+    command = f"python run.py score -e {shlex.quote(experiment.name)} --stage {best['name']} --input FILE"
+    yield f"next: {command}   (the best single stage on any battles)"
 
 
 def input_lines(rows: int, output: Path) -> list[str]:
     """Return what `score --input` made, and what to do with it."""
-    columns = ", ".join(("id", *PROBABILITY_COLUMNS))
     return [
-        f"probabilities: {output}   ({rows:,} rows: {columns})",
+        f"probabilities: {output}   ({rows:,} rows: id, {', '.join(PROBABILITY_COLUMNS)})",
         "next:          hand it in where a submission.csv is asked for, or read it with any table program",
     ]
 
 
 def export_lines(experiment: Experiment, stage: str, manifest: dict[str, Any]) -> list[str]:
-    """Return what `export` made, how near it is to the merged judge, and how to ask it."""
+    """Return what `export` made, how near it is to the merged judge, and how to score with it."""
     name, kind, checked = shlex.quote(experiment.name), manifest["quantization"], manifest["checked"]
     apart = points(checked["largest_probability_difference"])
     return [
@@ -83,56 +116,6 @@ def export_lines(experiment: Experiment, stage: str, manifest: dict[str, Any]) -
     ]
 
 
-def print_comparison(console: Console, experiment: Experiment, result: dict[str, Any]) -> None:
-    """Print every stage beside the baselines, and which differences are more than chance."""
-    from rich.table import Table
-
-    table = Table(title=f"{experiment.name}: log loss on the same {result['rows']} held-out battles", min_width=64)
-    for heading in ("", "log loss", "95% interval", "accuracy", "ECE"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for row in sorted(result["table"], key=lambda row: row["log_loss"]):
-        ends = row["log_loss_ci95"]
-        shown = f"{ends[0]:.4f} – {ends[1]:.4f}" if ends else ""
-        table.add_row(row["name"], f"{row['log_loss']:.4f}", shown, f"{row['accuracy']:.1%}", f"{row['ece']:.1%}")
-    for name, loss in sorted(result["baselines"].items(), key=lambda item: item[1]):
-        table.add_row(_NAMES.get(name, name), f"{loss:.4f}", "", "", "", style="dim")
-    if result.get("bayes") is not None:
-        table.add_row(_NAMES["bayes"], f"{result['bayes']:.4f}", "", "", "", style="dim")
-    console.print(table)
-    for pair in result["differences"]:
-        ends = pair["ci95"]
-        said = f"{pair['better']} is better" if pair["better"] else "chance alone may explain it"
-        between = f" [{ends[0]:+.4f}, {ends[1]:+.4f}]" if ends else ""
-        line = f"{pair['first']} - {pair['second']}: {pair['difference']:+.4f}{between}: {said}"
-        console.print(line, highlight=False, markup=False)
-    console.print(f"page: {experiment.output_folder('compare') / 'compare.html'}", highlight=False)
-    for stage, texts in result["flags"].items():
-        for text in texts:
-            console.print(f"[red] {stage}: {text}", style=_STYLES["red"], markup=False)
-    for line in advice(experiment, result):
-        console.print(line, highlight=False, markup=False)
-
-
-def advice(experiment: Experiment, result: dict[str, Any]) -> list[str]:
-    """Return what to do after a comparison: the best stage that nothing red is said of, and what is ahead of it."""
-    sound = [row for row in result["table"] if row["name"] in STEPS and not result["flags"].get(row["name"])]
-    if not sound:
-        return ["no stage is fit to score with: its report says why, docs/recipes.md what to change"]
-    best = min(sound, key=lambda row: row["log_loss"])
-    ahead = [
-        f"{_NAMES.get(name, name)} ({loss:.4f})"
-        for name, loss in result["baselines"].items()
-        if loss <= best["log_loss"]
-    ]
-    command = f"python run.py score -e {shlex.quote(experiment.name)} --stage {best['name']} --input FILE"
-    lines = [f"next: {command}   (the best single stage on any battles)"]
-    if ahead:
-        lines.insert(
-            0, f"as good as the best stage, {best['name']} ({best['log_loss']:.4f}), or better: {', '.join(ahead)}"
-        )
-    return lines
-
-
 def print_verification(result: Verification) -> None:
     """Print one line a finding, what is not in order last, and the verdict."""
     order = ("ok", "warning", "changed", "missing", "failed")
@@ -140,47 +123,26 @@ def print_verification(result: Verification) -> None:
         detail = f"  ({finding.detail})" if finding.detail else ""
         print(printable(f"{finding.state:<8} {finding.what}{detail}"))
     counts = {state: sum(finding.state == state for finding in result.findings) for state in order}
-    told = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+    listed = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
     changed = counts["changed"] or counts["missing"]
     verdict = "NOT as it was made" if changed else "as it was made" if result.sound else "WRONG when it was made"
-    print(printable(f"{result.folder}: {verdict} ({told})"))
+    print(printable(f"{result.folder}: {verdict} ({listed})"))
 
 
-def ladder(stage: str, report: dict[str, Any]) -> list[tuple[str, float, list[float] | None]]:
-    """Return (name, log loss, interval) of every baseline, the model and Bayes, the worst first."""
-    intervals = report.get("baselines_ci95") or {}
-    rungs = [(_NAMES.get(k, k), v, intervals.get(k)) for k, v in report["baselines"].items()]
-    rungs.append((_own(stage), report["log_loss"], report.get("log_loss_ci95")))
-    if report.get("bayes") is not None:
-        rungs.append((_NAMES["bayes"], report["bayes"], intervals.get("bayes")))
-    return sorted(rungs, key=lambda rung: -rung[1])
+def _table(title: str, width: int, *more: str) -> Table:
+    table = Table(title=title, min_width=width)
+    table.add_column("")
+    for heading in ("log loss", "95% interval", *more):
+        table.add_column(heading, justify="right")
+    return table
 
 
-def findings(report: dict[str, Any]) -> list[str]:
-    """Return what else is worth a line: share learned, accuracy, position bias, rows that were cut."""
-    lines = [f"accuracy {report['accuracy']:.1%}, expected calibration error {report['ece']:.1%}"]
-    if report.get("learned_share") is not None:
-        lines.insert(
-            0, f"learned {report['learned_share']:.0%} of what could be learned: (prior - model) / (prior - Bayes)"
-        )
-    if bias := report.get("position_bias"):
-        gain = bias["tta_gain"]
-        way = "lowers" if gain > 0 else "raises"
-        final = final_flips(bias, averaged=bool(report["calibration"]["swap_tta"]), decimals=1)
-        lines.append(
-            f"position bias: P(A) moves by {100 * bias['mean_abs_diff']:.1f} percentage points on average when A and B "
-            f"change places; {bias['flip_rate']:.1%} of its first choices flip{final}; averaging both orders {way} the "
-            f"log loss by {abs(gain):.4f}"
-        )
-    judged = (report.get("truncation") or {}).get("judged") or {}
-    if judged.get("rows_cut"):
-        lines.append(f"{judged['rows_cut_share']:.1%} of these battles were shortened to fit cutoff_len")
-    if checks := report.get("checks"):
-        states = [check["passed"] for check in checks]
-        without = f", {states.count(None)} not applicable" if None in states else ""
-        lines.append(f"run checks: {states.count(True)} passed, {states.count(False)} failed{without}")
-    return lines
+def _cells(mark: figures.Mark) -> tuple[str, str, str]:
+    """Return one row of the ladder: name, log loss, interval."""
+    shown = f"{mark.ends[0]:.4f} – {mark.ends[1]:.4f}" if mark.ends else ""
+    return mark.name, f"{mark.value:.4f}", shown
 
 
-def _own(stage: str) -> str:
-    return f"this judge ({stage})"
+def _print(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line as it is: what looks like markup in an id or a flag is text."""
+    console.print(line, style=style, highlight=False, markup=False)
