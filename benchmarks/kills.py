@@ -36,7 +36,6 @@ _IMPORTS = (
     "run",
     "pandas",
     "pyarrow.parquet",
-    "matplotlib.pyplot",
     "sklearn.feature_extraction.text",
     "scoring.pipeline",
 )
@@ -53,7 +52,7 @@ def works(score: tuple[str, ...], states: dict[str, str]) -> list[Work]:
     scored = (*judged, *_SCORES)
     given = ("score", "-e", "demo", "--input", "arena/test.csv", "--output", "mine.csv")
     shards = ((f"{OUT}/scoring/*/*.scores", 6), (f"{OUT}/scoring/*/rows.*", 4))
-    written = tuple((f"{OUT}/{name}", 1) for name in ("scores_*.parquet", "probabilities_*.csv", "plots/*.png"))
+    written = tuple((f"{OUT}/{name}", 1) for name in ("scores_*.parquet", "probabilities_*.csv", "report.html"))
     training = ("sft", "-e", "demo", "--until", "train", "--resume")
     saving = ((f"{ADAPTER}/checkpoint-*", 2), (f"{ADAPTER}/checkpoint-*/*.pt", 2), (f"{ADAPTER}/*.safetensors", 1))
     merging = (("saves/arena-tiny/dequantised/.*.tmp", 1), (f"{OUT}/.merged.*.tmp/*", 3), (f"{OUT}/merged", 1))

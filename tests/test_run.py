@@ -166,7 +166,6 @@ def test_the_chain_leaves_a_report_and_a_submission(chain):
     assert (output / "submission.csv").read_bytes() == (output / "probabilities_test.csv").read_bytes()
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page and f"{report['log_loss']:.3f}" in page
-    assert {p.name for p in (output / "plots").iterdir()} >= {"loss_curve.png", "reliability.png", "confusion.png"}
     assert str(chain.parent) not in page + json.dumps(report), "no path of this machine in a report"
 
 
@@ -177,7 +176,7 @@ def test_finished_steps_are_kept(chain):
     again = run_py(chain, "sft", "-e", "demo")
     assert again.returncode == 0 and again.stderr.count("kept") == 3
     assert report.stat().st_mtime_ns == before
-    assert "this judge (sft)" in again.stdout and "class prior" in again.stdout
+    assert "This judge (sft)" in again.stdout and "class prior" in again.stdout
 
 
 @pytest.mark.slow

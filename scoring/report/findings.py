@@ -228,7 +228,7 @@ def _training(report: Mapping[str, Any]) -> Iterator[str]:
 def _truncation(report: Mapping[str, Any]) -> Iterator[str]:
     judged = report["truncation"].get("judged")
     if judged:
-        yield _cut(judged) if judged["rows_cut"] else "None of the judged battles was shortened."
+        yield _cut(judged) if judged["rows_cut"] else "No judged battle was shortened."
 
 
 def _cut(judged: Mapping[str, Any]) -> str:

@@ -1,20 +1,18 @@
 """The report page in a real browser: 400 pixels wide, light, dark and in print, with links that lead to the texts."""
 
-import json
-from pathlib import Path
-
 import pytest
+from scored_arena import arena, built
 
 from scoring.report.page import write_page
 
-ASSETS = Path(__file__).resolve().parents[1] / "scoring" / "assets"
 LONG = "https://example.org/" + "a-very-long-address-without-a-blank/" * 12
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> str:
     """The address of a report with texts for its listed rows."""
-    value = json.loads((ASSETS / "report.json").read_text())
+    scores, texts, truth = arena(1_000, 3, both_orders=True)
+    value = built(scores, texts, truth)[0]
     ids = dict.fromkeys(row["id"] for row in (*value["worst"], *value["most_biased"]))
     turn = {"prompt": f"Look at {LONG}", "response_a": "word " * 400, "response_b": "<b>no</b>\n\n    x = 1"}
     battles = [{"id": id, "verdict": "a", "dropped": 1, "turns": [turn, turn]} for id in ids]

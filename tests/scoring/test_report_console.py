@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from scored_arena import arena, built
 
-from scoring.report.console import print_comparison
+from scoring.report.console import print_comparison, print_summary
 
 
 @pytest.fixture
@@ -17,8 +18,9 @@ def result() -> dict:
         "rows": 300,
         "table": [{"name": name, "log_loss": loss, **row} for name, loss in losses.items()],
         "baselines": {"prior": 0.9438, "tfidf": 0.94},
+        "baselines_ci95": {},
         "bayes": None,
-        "differences": [],
+        "differences": [{"first": "sft", "second": "rm", "difference": -0.02, "ci95": [-0.03, -0.01], "better": "sft"}],
         "flags": {"sft": [], "rm": []},
     }
 
@@ -31,18 +33,36 @@ def printed(result: dict, tmp_path) -> str:
 
 
 def test_the_best_single_stage_is_the_one_to_score_with(result, tmp_path):
-    said = printed(result, tmp_path)
-    assert "next: python run.py score -e exam --stage sft --input FILE" in said
-    assert "[red]" not in said and "or better" not in said
+    text = printed(result, tmp_path)
+    assert "next: python run.py score -e exam --stage sft --input FILE" in text and "sft is better" in text
+    assert "[red]" not in text and "or better" not in text
 
 
 def test_a_flagged_stage_is_flagged_again_and_not_advised(result, tmp_path):
-    result["flags"]["sft"] = ["Log loss 0.9300 is below the class prior's 0.9438, but nothing is shown."]
-    said = printed(result, tmp_path)
-    assert "[red] sft: Log loss 0.9300 is below the class prior's 0.9438" in said
-    assert "--stage rm --input" in said, "the next best one, of which nothing red is said"
-    assert "as good as the best stage, rm (0.9500), or better: class prior (0.9438), TF-IDF (0.9400)" in said
+    result["flags"]["sft"] = ["Log loss 0.9300 is below [b]the class prior's 0.9438[/b], but nothing is shown."]
+    text = printed(result, tmp_path)
+    assert "[red] sft: Log loss 0.9300 is below [b]the class prior's 0.9438[/b]" in text
+    assert "--stage rm --input" in text, "the next best one without a red flag"
+    assert "rm (0.9500), or better: Class prior (0.9438), TF-IDF (0.9400)" in text
     result["flags"]["rm"] = ["Log loss 0.9500 does not beat the class prior."]
-    said = printed(result, tmp_path)
-    assert "--input FILE" not in said
-    assert "no stage is fit to score with" in said
+    text = printed(result, tmp_path)
+    assert "--input FILE" not in text and "no stage is fit to score with" in text
+
+
+def test_the_summary_shows_the_ladder_the_findings_and_every_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr("factory.status.experiment_view", lambda experiment: None)
+    monkeypatch.setattr("factory.status.next_commands", lambda view: ["python run.py compare -e exam"])
+    scores, texts, truth = arena(400, 3, both_orders=True)
+    report = built(scores, texts, truth)[0]
+    out = io.StringIO()
+    experiment = SimpleNamespace(name="exam", output_folder=lambda stage: tmp_path / stage)
+    print_summary(Console(file=out, width=300), experiment, "sft", report)
+    text = out.getvalue()
+    losses = [float(line.split("│")[2]) for line in text.splitlines() if line.count("│") == 4]
+    assert len(losses) == 6 and losses == sorted(losses, reverse=True), "the worst first"
+    assert all(f"[{flag['level']}] {flag['text']}" in text for flag in report["flags"])
+    assert "Run checks: 1 passed, 0 failed, 1 not applicable." in text and "report.html" in text
+    assert f"next:       python run.py show {report['worst'][0]['id']} -e exam --stage sft" in text
+    assert "next:       python run.py compare -e exam" in text
+    flips = next(flag["text"] for flag in report["flags"] if flag["code"] == "position_bias")
+    assert text.count(flips) == 1, "a sentence is printed once"
