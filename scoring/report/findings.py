@@ -53,9 +53,7 @@ def _failures(report: Mapping[str, Any], fitted: FittedLink) -> Iterator[tuple[s
         yield "red", "target_prior_not_beaten", f"Under the declared target prior {reached}."
 
 
-def _cautions(
-    report: Mapping[str, Any], fitted: FittedLink, train_prior: np.ndarray
-) -> Iterator[tuple[str, str, str]]:
+def _cautions(report: Mapping[str, Any], fitted: FittedLink, train_prior: np.ndarray) -> Iterator[tuple[str, str, str]]:
     """Yield what limits a result, and how its probabilities were calibrated."""
     loss, bias, cut = report["log_loss"], report["position_bias"], report["truncation"].get("judged")
     better = {name: report["baselines"][name] for name in ("length", "tfidf") if report["baselines"][name] < loss}
