@@ -13,14 +13,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.battle import VERDICTS
+from pydantic import TypeAdapter
+from tokenizers import Tokenizer
+
+from common.error_hints import remedy_for
 from common.errors import ArenaError
 from common.files import atomic_file, read_json
 from data_prep.hub import asked_once
+from data_prep.template_choice import own_template
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from common.experiment import Experiment
 
 CACHE = Path("data") / ".frames"
@@ -86,8 +88,6 @@ class ChatFrame:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> ChatFrame:
         """Rebuild a frame from `dataclasses.asdict` of it, as JSON keeps it; raises ValueError if it is no frame."""
-        from pydantic import TypeAdapter
-
         return TypeAdapter(cls).validate_python(content)
 
 
@@ -95,26 +95,50 @@ def load_frame(experiment: Experiment) -> tuple[ChatFrame, Tokenizer]:
     """Return the experiment's frame and the very tokenizer that LLaMA-Factory uses, from a cache where it is there.
 
     The first call for a model imports LLaMA-Factory (about 20 s); later ones read a small file.
-    Raises ArenaError when the model's tokenizer cannot be had, lacks a token of the template, or a label is not one
+    Raises ArenaError when the model's tokenizer cannot be loaded, lacks a token of the template, or a label is not one
     token in its place.
     """
-    from tokenizers import Tokenizer
-
-    path = CACHE / f"{_cache_key(experiment)}.json"
+    path = cache_path(experiment)
     if path.is_file():
         try:
             content = read_json(path)
             return ChatFrame.from_dict(content["frame"]), Tokenizer.from_str(content["tokenizer"])
         except Exception:  # tokenizers has no narrower class
-            path.unlink(missing_ok=True)  # a damaged cache entry is made anew
-    frame, tokenizer_json = probe_frame(experiment)
-    with atomic_file(path) as file:
-        json.dump({"frame": asdict(frame), "tokenizer": tokenizer_json}, file)
-    return frame, Tokenizer.from_str(tokenizer_json)
+            path.unlink(missing_ok=True)  # a damaged entry is made again
+    frame, tokenizer = probe_frame(experiment)
+    write_cache(experiment, frame, tokenizer)
+    return frame, Tokenizer.from_str(tokenizer)
+
+
+def write_cache(experiment: Experiment, frame: ChatFrame, tokenizer: str) -> None:
+    """Keep a frame and the tokenizer's JSON for `load_frame`."""
+    with atomic_file(cache_path(experiment)) as file:
+        json.dump({"frame": asdict(frame), "tokenizer": tokenizer}, file)
+
+
+def cache_path(experiment: Experiment) -> Path:
+    """Return the file that keeps the frame, named by all that it depends on."""
+    asked = (
+        _FORMAT,
+        experiment.model,
+        experiment.revision,
+        experiment.template,
+        experiment.enable_thinking,
+        experiment.labels.in_order(),
+        metadata.version("llamafactory"),
+        metadata.version("transformers"),
+    )
+    digest, folder = hashlib.sha256(json.dumps(asked).encode()), Path(experiment.model)
+    if folder.is_dir():
+        for path in sorted([*folder.glob("*token*"), *folder.glob("*.model"), *folder.glob("vocab*")]):
+            digest.update(path.name.encode() + path.read_bytes())
+    return CACHE / f"{digest.hexdigest()[:32]}.json"
 
 
 def probe_frame(experiment: Experiment) -> tuple[ChatFrame, str]:
     """Ask LLaMA-Factory for its template ids and return the frame with the tokenizer as JSON; heavy imports."""
+    from llamafactory.data.template import ReasoningTemplate
+
     tokenizer, template, known = _llamafactory_template(experiment)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -124,25 +148,22 @@ def probe_frame(experiment: Experiment) -> tuple[ChatFrame, str]:
             remedy="choose a model that ships tokenizer.json, or convert it with transformers once",
         )
     recorder = _Recorder(tokenizer)
-    prompt_ids, answer_ids = _encode_oneturn(recorder, template, _MARK, _ANSWER_MARK)
+    prompt_ids, answer_ids = _encode(recorder, template, _MARK, _ANSWER_MARK)
     _require_tokens(experiment, template, tokenizer, known, [*prompt_ids, *answer_ids])
-    prefix_ids, before, after, suffix_ids = recorder.around(_MARK, prompt_ids)
-    answer_prefix_ids, answer_before, answer_after, answer_suffix_ids = recorder.around(_ANSWER_MARK, answer_ids)
-    label_ids, answer_len = _labels(tokenizer, template, experiment)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    strip = ""
+    if isinstance(template, ReasoningTemplate):
+        # It looks for its thought words in every answer, and cuts them out. Where thinking is off, it also removes the
+        # line ends behind a thought that may stand before the answer, even where there was none.
+        special |= {word.strip() for word in template.thought_words}
+        strip = "\n" if template.enable_thinking is False else ""
     frame = ChatFrame(
-        template=experiment.template,
-        prefix_ids=prefix_ids,
-        before=before,
-        after=after,
-        suffix_ids=suffix_ids,
-        label_ids=label_ids,
-        answer_len=answer_len,
-        answer_prefix_ids=answer_prefix_ids,
-        answer_before=answer_before,
-        answer_after=answer_after,
-        answer_suffix_ids=answer_suffix_ids,
-        special_strings=_special_strings(tokenizer, template),
-        answer_lstrip=_answer_lstrip(template),
+        experiment.template,
+        *recorder.around(_MARK, prompt_ids),
+        *_labels(tokenizer, template, experiment),
+        *recorder.around(_ANSWER_MARK, answer_ids),
+        special_strings=tuple(sorted(special)),
+        answer_lstrip=strip,
     )
     _verify(frame, tokenizer, template, experiment)
     return frame, backend.to_str()
@@ -167,15 +188,13 @@ def _llamafactory_template(experiment: Experiment):
         data_args = DataArguments(template=experiment.template, **thinking)
         return tokenizer, get_template_and_fix_tokenizer(tokenizer, data_args), known
     except (OSError, ValueError) as error:
-        from common.error_hints import remedy_for
-
-        causes = [error]
+        causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)
-        told = error.__cause__ or error
-        reason = str(told).strip().splitlines()
+        first = error.__cause__ or error
+        reason = str(first).strip().splitlines()
         raise ArenaError(
-            f"tokenizer or chat template {experiment.template!r} cannot be loaded: {reason[0] if reason else told!r}",
+            f"tokenizer or chat template {experiment.template!r} cannot be loaded: {reason[0] if reason else first!r}",
             where=experiment.model,
             remedy=remedy_for("\n".join(f"{type(each).__name__}: {each}" for each in causes))
             or "check the keys model and template in experiment.yaml; a gated model needs its licence accepted "
@@ -183,7 +202,7 @@ def _llamafactory_template(experiment: Experiment):
         ) from None
 
 
-def _encode_oneturn(tokenizer, template, message: str, answer: str) -> tuple[list[int], list[int]]:
+def _encode(tokenizer, template, message: str, answer: str) -> tuple[list[int], list[int]]:
     """Return the ids of prompt and answer as LLaMA-Factory's processors feed them."""
     turn = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
     prompt_ids, answer_ids = template.encode_oneturn(tokenizer, turn)
@@ -191,14 +210,15 @@ def _encode_oneturn(tokenizer, template, message: str, answer: str) -> tuple[lis
 
 
 def _require_tokens(experiment: Experiment, template, tokenizer, known: set[str], ids: list[int | None]) -> None:
-    """Raise ArenaError where a frame holds tokens that the model was never taught: LLaMA-Factory adds them with a
-    remark in its log, and the training dies of their ids, or teaches rows of the embedding that nobody ever trained."""
+    """Raise ArenaError where a frame holds tokens that the model was never taught.
+
+    LLaMA-Factory adds them with a line in its log, and the training dies of their ids, or trains on rows of the
+    embedding that hold random numbers.
+    """
     parts = (template.format_prefix, template.format_user, template.format_assistant)
     named = [slot["token"] for part in parts for slot in part.slots if isinstance(slot, dict)]
     fed = [tokenizer.convert_ids_to_tokens(each) for each in ids if each is not None]
     if lacking := [token for token in dict.fromkeys([*named, *fed]) if token not in known]:
-        from data_prep.template_choice import own_template
-
         raise ArenaError(
             f"the tokenizer of {experiment.model} lacks {', '.join(lacking)}, which template {experiment.template!r} "
             "writes around every prompt and answer",
@@ -207,33 +227,18 @@ def _require_tokens(experiment: Experiment, template, tokenizer, known: set[str]
         )
 
 
-def _special_strings(tokenizer, template) -> tuple[str, ...]:
-    from llamafactory.data.template import ReasoningTemplate
-
-    strings = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if isinstance(template, ReasoningTemplate):  # it looks for its thought words in every answer, and cuts them out
-        strings |= {word.strip() for word in template.thought_words}
-    return tuple(sorted(strings))
-
-
-def _answer_lstrip(template) -> str:
-    """Return what is cut off an answer: where thinking is off, a reasoning template removes a thought that may stand
-    before the answer, and the line ends behind it, also where there was none."""
-    from llamafactory.data.template import ReasoningTemplate
-
-    return "\n" if isinstance(template, ReasoningTemplate) and template.enable_thinking is False else ""
-
-
-def _labels(tokenizer, template, experiment: Experiment) -> tuple[tuple[int, int, int], int]:
-    answers = [_encode_oneturn(tokenizer, template, _MARK, x)[1] for x in experiment.labels.in_order()]
+def _labels(tokenizer, template, experiment: Experiment) -> tuple[tuple[int, ...], int]:
+    """Return the labels' ids and the number of ids of an answer that is a label."""
+    labels = experiment.labels.in_order()
+    answers = [_encode(tokenizer, template, _MARK, label)[1] for label in labels]
     first = tuple(answer[0] for answer in answers)
     rest = {tuple(answer[1:]) for answer in answers}
     texts = [tokenizer.decode([i]).strip() for i in first]
-    if len(set(first)) != len(VERDICTS) or len(rest) != 1 or texts != [x.strip() for x in experiment.labels.in_order()]:
+    if len(set(first)) != len(labels) or len(rest) != 1 or texts != [label.strip() for label in labels]:
         thought = " (this is a reasoning template: use its _nothink twin)" if "<think>" in texts[0] else ""
         raise ArenaError(
-            f"the labels {experiment.labels.in_order()} are not three distinct single tokens after template "
-            f"{experiment.template!r}: their first tokens are {texts}{thought}",
+            f"the labels {labels} are not three distinct single tokens after template {experiment.template!r}: their "
+            f"first tokens are {texts}{thought}",
             where=f"{experiment.folder}/experiment.yaml: labels, template",
             remedy="choose labels that the tokenizer knows as one token each, such as A, B, C, and a template "
             "that answers at once",
@@ -242,16 +247,18 @@ def _labels(tokenizer, template, experiment: Experiment) -> tuple[tuple[int, int
 
 
 def _verify(frame: ChatFrame, tokenizer, template, experiment: Experiment) -> None:
+    """Raise ArenaError unless the frame gives LLaMA-Factory's own ids for each text of _PROBES."""
+
     def ids(text: str) -> list[int]:
         return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     for probe in _PROBES:
-        prompt_ids, answer_ids = _encode_oneturn(tokenizer, template, probe, probe)
-        own = {
-            "message": frame.surround(ids(frame.wrap(probe))) == prompt_ids,
-            "answer": frame.answer(ids(frame.wrap_answer(probe))) == answer_ids,
+        message, answer = _encode(tokenizer, template, probe, probe)
+        pairs = {
+            "message": (frame.surround(ids(frame.wrap(probe))), message),
+            "answer": (frame.answer(ids(frame.wrap_answer(probe))), answer),
         }
-        for kind in (kind for kind, same in own.items() if not same):
+        for kind in (kind for kind, (ours, theirs) in pairs.items() if ours != theirs):
             raise ArenaError(
                 f"template {experiment.template!r} does not keep a fixed frame around the {kind} {probe!r}",
                 where=experiment.model,
@@ -259,44 +266,24 @@ def _verify(frame: ChatFrame, tokenizer, template, experiment: Experiment) -> No
             )
 
 
-def _cache_key(experiment: Experiment) -> str:
-    digest = hashlib.sha256()
-    asked = (
-        _FORMAT,
-        experiment.model,
-        experiment.revision,
-        experiment.template,
-        experiment.enable_thinking,
-        experiment.labels.in_order(),
-        metadata.version("llamafactory"),
-        metadata.version("transformers"),
-    )
-    digest.update(json.dumps(asked).encode())
-    folder = Path(experiment.model)
-    if folder.is_dir():
-        for path in sorted([*folder.glob("*token*"), *folder.glob("*.model"), *folder.glob("vocab*")]):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:32]
-
-
 class _Recorder:
-    """A tokenizer that notes what it is asked to encode."""
+    """A tokenizer that notes what LLaMA-Factory's template encodes with it."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
-        self.calls: list[tuple[str, list[int]]] = []
+        self._calls: list[tuple[str, list[int]]] = []
 
     def __getattr__(self, name: str):
         return getattr(self._tokenizer, name)
 
     def encode(self, text: str, **options) -> list[int]:
         ids = self._tokenizer.encode(text, **options)
-        self.calls.append((text, ids))
+        self._calls.append((text, ids))
         return ids
 
     def around(self, mark: str, whole: list[int]) -> tuple[tuple[int, ...], str, str, tuple[int, ...]]:
         """Return what surrounds a marked text: ids before its piece, string before, string after, ids behind."""
-        text, ids = next(call for call in self.calls if mark in call[0])
+        text, ids = next(call for call in self._calls if mark in call[0])
         before, after = text.split(mark)
         start = next(i for i in range(len(whole) - len(ids) + 1) if whole[i : i + len(ids)] == ids)
         return tuple(whole[:start]), before, after, tuple(whole[start + len(ids) :])

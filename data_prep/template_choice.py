@@ -8,8 +8,14 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
 
 from common.errors import ArenaError, UsageError
 from common.files import read_json
@@ -20,6 +26,7 @@ from data_prep.hub import cached_file
 BASE_TEMPLATE = "default"
 # What a model's own chat template may raise beside Jinja's errors: it was written for another program.
 _TEMPLATES_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError)
+_HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 _MARK = "arenafactorymessage"
 _EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
@@ -41,21 +48,30 @@ def choose_template(model: str, asked: str | None = None) -> Choice:
     """Return the chat template of a hub id or a local folder; `asked` overrides what is known.
 
     Raises UsageError for a name that is neither, an unknown template, one whose tokens the model's tokenizer lacks
-    (where that is on this disk), or where nothing tells the template; the nearest ones are named.
+    (where that is on this disk), or where nothing says which template it is; the nearest ones are named.
     """
-    folder = Path(model).expanduser()
-    local = bool(model) and folder.is_dir()
-    if not local:
-        _require_id(model)
-    else:
-        _require_plain_weights(folder)
+    folder = Path(model).expanduser() if model and Path(model).expanduser().is_dir() else None
+    if folder is None and (model.startswith((".", "-")) or not re.fullmatch(_HUB_ID, model, re.ASCII)):
+        raise UsageError(
+            f"{model!r} is neither a folder nor a hub id",
+            remedy="write a hub id such as Qwen/Qwen3-4B-Instruct-2507, or the path of a folder that holds config.json",
+        )
+    if folder and _config(folder).get("quantization_config"):
+        raise UsageError(
+            "holds quantized weights, into which no adapter can be merged",
+            where=str(folder / "config.json"),
+            remedy="take the model's 16-bit weights; quantization_bit of experiment.yaml quantizes them while training",
+        )
     if asked is not None:
         if asked not in templates():
-            raise UsageError(f"LLaMA-Factory has no chat template {asked!r}", remedy=_near_templates(asked))
-        _require_tokens(model, folder if local else None, asked)
+            remedy = f"choose one of LLaMA-Factory's, perhaps: {_closest(asked)}"
+            raise UsageError(f"LLaMA-Factory has no chat template {asked!r}", remedy=remedy)
+        _require_tokens(model, folder, asked)
         return Choice(asked, "given by --template")
-    if local:
-        return _of_folder(folder)
+    return _of_folder(folder) if folder else _of_hub_id(model)
+
+
+def _of_hub_id(model: str) -> Choice:
     known = known_models().get(model.lower())
     if known is None:
         raise UsageError(
@@ -67,10 +83,10 @@ def choose_template(model: str, asked: str | None = None) -> Choice:
             f"{model} reads images too: its chat template looks for their placeholders in every text",
             remedy="choose a text-only model, or name a text-only template with --template",
         )
-    named = f"LLaMA-Factory's own for {known.name}"
+    reason = f"LLaMA-Factory's own for {known.name}"
     if known.template is None:
-        return Choice(BASE_TEMPLATE, f"{named}, which is no chat model")
-    return Choice(known.template, named)
+        return Choice(BASE_TEMPLATE, f"{reason}, which is no chat model")
+    return Choice(known.template, reason)
 
 
 def own_template(model: str) -> str:
@@ -86,8 +102,6 @@ def _require_tokens(model: str, folder: Path | None, template: str) -> None:
     path = folder / "tokenizer.json" if folder else cached_file(model, "tokenizer.json")
     if path is None or not path.is_file():
         return
-    from tokenizers import Tokenizer
-
     try:
         known = Tokenizer.from_file(str(path)).get_vocab()
     except Exception:  # the library has no narrower class; `prepare` tells what is wrong with it
@@ -101,37 +115,21 @@ def _require_tokens(model: str, folder: Path | None, template: str) -> None:
         )
 
 
-def _require_id(model: str) -> None:
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII) and not model.startswith((".", "-")):
-        return
-    raise UsageError(
-        f"{model!r} is neither a folder nor a hub id",
-        remedy="write a hub id such as Qwen/Qwen3-4B-Instruct-2507, or the path of a folder that holds config.json",
-    )
-
-
-def _require_plain_weights(folder: Path) -> None:
-    if _config(folder).get("quantization_config"):
-        raise UsageError(
-            "holds quantized weights, into which no adapter can be merged",
-            where=str(folder / "config.json"),
-            remedy="take the model's 16-bit weights; quantization_bit of experiment.yaml quantizes them while training",
-        )
-
-
 def _of_folder(folder: Path) -> Choice:
     """Compare what the folder's own chat template writes with what each of LLaMA-Factory's writes."""
     kind = str(_config(folder).get("model_type", ""))
-    shown = _render_own(folder)
-    if shown is None:
-        near = ", ".join(_starting(kind, sorted(_text_templates()))) or _closest(kind)
+    of_text = {name: its for name, its in templates().items() if its.user is not None}
+    written = _render_own(folder)
+    if written is None:
+        near = ", ".join(_starting(kind, sorted(of_text))) or _closest(kind)
         raise UsageError(
             f"{folder} brings no chat template that could tell which of LLaMA-Factory's it needs",
             remedy=f"name one with --template; for {kind or 'this kind of model'} perhaps: {near}",
         )
-    whole = [name for name, its in _text_templates().items() if _fits(its, shown, whole=True)]
-    ends = [name for name, its in _text_templates().items() if _fits(its, shown, whole=False)]
-    found = whole or ends  # a system message in front, such as today's date, is no part of LLaMA-Factory's template
+    messages = {name: _message(its) for name, its in of_text.items()}
+    whole = [name for name, text in messages.items() if written == of_text[name].system + text]
+    # a system message in front, such as today's date, is no part of LLaMA-Factory's template
+    found = whole or [name for name, text in messages.items() if written.endswith(text)]
     found = [kind] if kind in found else _starting(kind, found) or found
     if len(found) == 1:
         return Choice(found[0], f"it writes what the chat template in {folder} writes")
@@ -142,28 +140,39 @@ def _of_folder(folder: Path) -> Choice:
     )
 
 
+def _message(its: ChatTemplate) -> str:
+    """Return what a template writes around one message."""
+    return str(its.user).replace("{{content}}", _MARK) + (_EMPTY_THOUGHT if its.thinks else "")
+
+
 def _starting(kind: str, names: list[str]) -> list[str]:
     """Return the templates whose names begin as the kind of model is called."""
     return [name for name in names if kind and name.startswith(kind)]
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
     try:
-        content = read_json(folder / "config.json")
+        content = read_json(path)
     except FileNotFoundError:
-        raise UsageError(
-            "holds no config.json, so that it is no model", where=str(folder), remedy="give the model's own folder"
-        ) from None
+        what = "holds no config.json, so that it is no model"
+        raise UsageError(what, where=str(folder), remedy="give the model's own folder") from None
     except (OSError, ValueError) as error:
-        raise ArenaError(
-            f"is not readable JSON: {error}", where=str(folder / "config.json"), remedy="fetch the model again"
-        ) from None
+        what = f"is not readable JSON: {error}"
+        raise ArenaError(what, where=str(path), remedy="fetch the model again") from None
     return content if isinstance(content, dict) else {}
 
 
 def _render_own(folder: Path) -> str | None:
-    """Return what the folder's chat template writes around one message, without the token that begins a text."""
-    settings = _tokenizer_settings(folder)
+    """Return what the folder's chat template writes around one message, without the token that begins a text.
+
+    None where there is no template or it fails. It comes from a stranger, so it runs in transformers' kind of sandbox.
+    """
+    try:
+        settings = read_json(folder / "tokenizer_config.json")
+    except (OSError, ValueError):
+        settings = {}
+    settings = settings if isinstance(settings, dict) else {}
     source = settings.get("chat_template")
     if isinstance(source, list):  # several by name
         source = next((each.get("template") for each in source if each.get("name") == "default"), None)
@@ -171,48 +180,23 @@ def _render_own(folder: Path) -> str | None:
         source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if not isinstance(source, str):
         return None
-    begin, end = (_token(settings.get(key)) for key in ("bos_token", "eos_token"))
-    from datetime import datetime
 
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    def token(value: Any) -> str:
+        return str(value.get("content", "")) if isinstance(value, dict) else value or ""
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = _refuse
+    environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    begin, end = token(settings.get("bos_token")), token(settings.get("eos_token"))
     names = {"bos_token": begin, "eos_token": end, "add_generation_prompt": True, "enable_thinking": False}
     try:
         text = environment.from_string(source).render(messages=[{"role": "user", "content": _MARK}], **names)
     except (TemplateError, *_TEMPLATES_ERRORS):
         return None
     return text.removeprefix(begin)
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(message)
-
-
-def _tokenizer_settings(folder: Path) -> dict[str, Any]:
-    try:
-        content = read_json(folder / "tokenizer_config.json")
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _token(value: Any) -> str:
-    return str(value.get("content", "")) if isinstance(value, dict) else value or ""
-
-
-def _text_templates() -> dict[str, ChatTemplate]:
-    return {name: its for name, its in templates().items() if its.user is not None}
-
-
-def _fits(its: ChatTemplate, shown: str, *, whole: bool) -> bool:
-    """Tell whether `shown` is what the template writes around one message, or at least ends in it."""
-    text = str(its.user).replace("{{content}}", _MARK) + (_EMPTY_THOUGHT if its.thinks else "")
-    return shown == its.system + text if whole else shown.endswith(text)
 
 
 def _near_models(model: str) -> str:
@@ -223,10 +207,6 @@ def _near_models(model: str) -> str:
     near = difflib.get_close_matches(model.rsplit("/", 1)[-1].lower(), short, n=3, cutoff=0.6)
     named = "; ".join(f"{short[each].id} has {short[each].template}" for each in near)
     return f"name its chat template with --template{f' ({named})' if named else ''}"
-
-
-def _near_templates(asked: str) -> str:
-    return f"choose one of LLaMA-Factory's, perhaps: {_closest(asked)}"
 
 
 def _closest(word: str) -> str:

@@ -35,6 +35,7 @@ from data_prep.preference_pairs import PairFitter, flatten
 from data_prep.prompt import JudgePrompt
 from data_prep.sanitize import Neutralizer
 from data_prep.sources import votes_at
+from data_prep.template_choice import choose_template
 from data_prep.truncation import Fitter
 from factory.process import run_child
 from factory.recipe_checks import weight_faults
@@ -337,14 +338,13 @@ REACHING_OUT = "{{ cycler.__init__.__globals__.os.system('touch pwned') }}"
 
 
 def test_a_models_chat_template_cannot_reach_out(tmp_path, monkeypatch):
-    from data_prep.template_choice import _render_own
-
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    assert _render_own(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(REACHING_OUT)
-    told = _render_own(tmp_path)
-    assert not (tmp_path / "pwned").exists() and told is None
+    (tmp_path / "config.json").write_text("{}")
+    for source, words in (("{{ messages[0].content }}", "chat template in"), (REACHING_OUT, "brings no chat template")):
+        (tmp_path / "chat_template.jinja").write_text(source)
+        with pytest.raises(ArenaError, match=words):
+            choose_template(str(tmp_path))
+        assert not (tmp_path / "pwned").exists()
 
 
 def test_a_recipe_template_cannot_reach_out(workplace, make_experiment):

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def build(folder: Path, frame, tokenizer, write_votes: Callable[[Place], object]
 
     import run
     from common.experiment import load_experiment
-    from data_prep.chat_template import CACHE, _cache_key
+    from data_prep.chat_template import write_cache
     from scoring.judge import seal
 
     (folder / "templates").symlink_to(ROOT / "templates")
@@ -102,9 +101,7 @@ def build(folder: Path, frame, tokenizer, write_votes: Callable[[Place], object]
     Path("factory_configs/exam/experiment.yaml").write_text(EXPERIMENT, encoding="utf-8")
     _model(Path("models/tiny"), tokenizer)
     experiment = load_experiment("exam")
-    CACHE.mkdir(parents=True)
-    cached = {"frame": asdict(frame), "tokenizer": tokenizer.to_str()}
-    (CACHE / f"{_cache_key(experiment)}.json").write_text(json.dumps(cached))
+    write_cache(experiment, frame, tokenizer.to_str())
     write_votes(Place())
     _call(CliRunner(), run.cli, "prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs")
     merged = experiment.merged_folder("sft")

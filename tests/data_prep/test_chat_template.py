@@ -1,11 +1,13 @@
 """Frames of each preset's chat template, over small tokenizers that know the template's special tokens."""
 
 import pytest
+from tokenizers import Tokenizer
 
 from common.errors import ArenaError
-from data_prep import chat_template as chat_frame
+from common.experiment import parse_experiment
 from data_prep import hub
-from data_prep.chat_template import ChatFrame, load_frame
+from data_prep.chat_template import ChatFrame, load_frame, probe_frame
+from data_prep.template_choice import choose_template
 from factory.presets import PRESETS
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -48,10 +50,10 @@ TEXTS = (
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory, train_tokenizer):
     """{template: (frame, the tokenizer as scoring has it, LLaMA-Factory's tokenizer and template)}"""
-    from tokenizers import Tokenizer
+    from llamafactory.data.template import get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments, ModelArguments
+    from llamafactory.model import load_tokenizer
     from transformers import PreTrainedTokenizerFast
-
-    from common.experiment import parse_experiment
 
     made = {}
     for template, (specials, ends) in FAMILIES.items():
@@ -60,14 +62,14 @@ def frames(tmp_path_factory, train_tokenizer):
         keys = {"model": str(folder), "template": template, "cutoff_len": 512}
         thinking = {"enable_thinking": False} if template == "qwen3" else {}
         experiment = parse_experiment(keys | thinking, "exam", where="experiment.yaml")
-        frame, kept = chat_frame.probe_frame(experiment)
-        made[template] = (frame, Tokenizer.from_str(kept), *chat_frame._llamafactory_template(experiment)[:2])
+        frame, kept = probe_frame(experiment)
+        theirs = load_tokenizer(ModelArguments(model_name_or_path=str(folder)))["tokenizer"]
+        their_template = get_template_and_fix_tokenizer(theirs, DataArguments(template=template, **thinking))
+        made[template] = (frame, Tokenizer.from_str(kept), theirs, their_template)
     return made
 
 
 def test_every_presets_template_is_tried():
-    from data_prep.template_choice import choose_template
-
     assert {choose_template(preset.model).template for preset in PRESETS} == set(FAMILIES)
 
 
@@ -122,7 +124,7 @@ def test_a_template_whose_tokens_the_model_lacks_is_refused(frames, make_experim
     frames["qwen3_nothink"][2].save_pretrained(tmp_path)
     lacking = {"llama3": "lacks <|eot_id|>, which", "gemma2": "lacks <end_of_turn>, which"}[template]
     with pytest.raises(ArenaError) as caught:
-        chat_frame.probe_frame(make_experiment(model=str(tmp_path), template=template))
+        probe_frame(make_experiment(model=str(tmp_path), template=template))
     assert lacking in caught.value.what and caught.value.where == "factory_configs/exam/experiment.yaml: template"
     assert caught.value.remedy.startswith("write the model's own template there")
 
@@ -134,14 +136,14 @@ def test_a_stop_word_that_no_row_holds_may_be_lacking(make_experiment, tmp_path,
     specials, ends = FAMILIES["llama3"]  # Llama 3.0 has no <|eom_id|>, which LLaMA-Factory's template stops at
     known = train_tokenizer([token for token in specials if token != "<|eom_id|>"])
     PreTrainedTokenizerFast(tokenizer_object=known, **ends).save_pretrained(tmp_path)
-    assert chat_frame.probe_frame(make_experiment(model=str(tmp_path), template="llama3"))[0].template == "llama3"
+    assert probe_frame(make_experiment(model=str(tmp_path), template="llama3"))[0].template == "llama3"
 
 
 @pytest.mark.slow
 def test_thinking_that_is_left_on_is_refused(frames, make_experiment, tmp_path):
     frames["qwen3"][2].save_pretrained(tmp_path)
     with pytest.raises(ArenaError, match="not three distinct single tokens") as caught:
-        chat_frame.probe_frame(make_experiment(model=str(tmp_path), template="qwen3"))
+        probe_frame(make_experiment(model=str(tmp_path), template="qwen3"))
     assert "_nothink twin" in str(caught.value)
 
 
