@@ -11,159 +11,123 @@ _LESS_MEMORY = (
 _INSTALL = "install the locked set of libraries (`make install`)"
 
 # Pattern of an error's text and the remedy. The first that fits is shown, so the particular come before the general.
-REMEDIES: tuple[tuple[str, str], ...] = (
-    (r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED", _LESS_MEMORY),
-    (
-        r"can't allocate memory|Cannot allocate memory|Unable to allocate|\bMemoryError\b",
-        f"the machine's memory is full: close other programs, or {_LESS_MEMORY}",
+REMEDIES = {
+    r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED": _LESS_MEMORY,
+    r"can't allocate memory|Cannot allocate memory|Unable to allocate|\bMemoryError\b": (
+        f"the machine's memory is full: close other programs, or {_LESS_MEMORY}"
     ),
-    (
-        r"signal 9\b|SIGKILL|exitcode\s*: -9|exit code 137|RayActorError|ActorDiedError|ActorUnavailableError"
-        r"|WorkerCrashedError|The actor died",
-        f"killed, probably out of memory (see `dmesg`): close other programs, or {_LESS_MEMORY}; --resume goes on from "
-        "the last checkpoint",
+    r"signal 9\b|SIGKILL|exitcode\s*: -9|exit code 137|(RayActor|ActorDied|ActorUnavailable|WorkerCrashed)Error": (
+        f"killed, probably out of memory (see `dmesg`): {_LESS_MEMORY}; --resume goes on from the last checkpoint"
     ),
-    (
-        r"No space left on device|Disk quota exceeded|errno 28\b|errno 122\b",
-        "free disk space (old checkpoints under saves/, earlier runs named *.earlier-N), then --resume",
+    r"No space left on device|Disk quota exceeded|errno 28\b|errno 122\b": (
+        "free disk space (old checkpoints under saves/, earlier runs named *.earlier-N), then --resume"
     ),
-    (
-        r"wandb\.|swanlab",
+    r"wandb\.|swanlab": (
         "the recipe's tracker ended the run: check its account and the network, or keep it offline "
-        "(WANDB_MODE=offline, swanlab_mode: local), or report_to: none; --resume goes on from a checkpoint",
+        "(WANDB_MODE=offline, swanlab_mode: local), or report_to: none; --resume goes on from a checkpoint"
     ),
-    (
-        r"gated repo|GatedRepo|401 Client Error|403 Client Error|Invalid user token|Invalid username or password",
-        "accept the model's licence on its hub page, then `hf auth login` (or set HF_TOKEN); or choose a model "
-        "that is not gated",
+    r"gated repo|GatedRepo|401 Client Error|403 Client Error|Invalid user token|Invalid username or password": (
+        "accept the model's licence on its hub page, then `hf auth login` (or set HF_TOKEN); or choose another model"
     ),
-    (
-        r"outgoing traffic has been disabled|HF_HUB_OFFLINE|offline mode is enabled|OfflineModeIsEnabled",
+    r"outgoing traffic has been disabled|HF_HUB_OFFLINE|offline mode is enabled|OfflineModeIsEnabled": (
         "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids the download and the model is not in the cache: unset it, or "
-        "set `model` in experiment.yaml to a local folder",
+        "set `model` in experiment.yaml to a local folder"
     ),
-    (
-        r"couldn't connect to|MaxRetryError|ConnectionError|ConnectError|ReadTimeout|Name or service not known"
-        r"|Temporary failure in name resolution|LocalEntryNotFound|Network is unreachable",
+    r"couldn't connect to|MaxRetryError|ConnectionError|ConnectError|ReadTimeout|Name or service not known"
+    r"|Temporary failure in name resolution|LocalEntryNotFound|Network is unreachable": (
         "the hub cannot be reached: check the network or HF_ENDPOINT, or download the model elsewhere and set "
-        "`model` in experiment.yaml to its folder",
+        "`model` in experiment.yaml to its folder"
     ),
-    (
-        r"is not a local folder and is not a valid model identifier|RepositoryNotFound|404 Client Error"
-        r"|RevisionNotFound|Repo id must",
-        "there is no such model: check the spelling of `model` and `revision` in experiment.yaml",
+    r"is not a valid model identifier|RepositoryNotFound|404 Client Error|RevisionNotFound|Repo id must": (
+        "there is no such model: check the spelling of `model` and `revision` in experiment.yaml"
     ),
-    (
-        r"Error while deserializing header|incomplete metadata|InvalidHeaderDeserialization|header too large",
+    r"Error while deserializing header|incomplete metadata|InvalidHeaderDeserialization|header too large": (
         "a weights file is damaged, often by a broken download: delete it (of a hub model its folder in "
-        "~/.cache/huggingface/hub) and download it again",
+        "~/.cache/huggingface/hub) and download it again"
     ),
-    (
-        r"compiled with different CUDA versions|torchvision::nms does not exist|libtorch.*undefined symbol",
-        f"torch, torchvision and torchaudio come from different builds: {_INSTALL}",
+    r"compiled with different CUDA versions|torchvision::nms does not exist|libtorch.*undefined symbol": (
+        f"torch, torchvision and torchaudio come from different builds: {_INSTALL}"
     ),
-    (
-        r"bitsandbytes.*(not compiled with|without) (CUDA|GPU)|CUDA Setup failed|libbitsandbytes|libcudart"
-        r"|None of the available devices.*are supported by the bitsandbytes",
+    r"bitsandbytes.*(not compiled with|without) (CUDA|GPU)|CUDA Setup failed|libbitsandbytes|libcudart"
+    r"|None of the available devices.*are supported by the bitsandbytes": (
         f"bitsandbytes does not fit this machine's CUDA: run `python -m bitsandbytes`, {_INSTALL}, or remove "
-        "quantization_bit from the recipe",
+        "quantization_bit from the recipe"
     ),
-    (
-        r"requires bitsandbytes|No module named 'bitsandbytes'|No package metadata was found for bitsandbytes",
-        f"bitsandbytes is missing: {_INSTALL}",
+    r"requires bitsandbytes|No module named 'bitsandbytes'|No package metadata was found for bitsandbytes": (
+        f"bitsandbytes is missing: {_INSTALL}"
     ),
-    (
-        r"driver version is insufficient|driver on your system is too old|no kernel image is available",
+    r"driver version is insufficient|driver on your system is too old|no kernel image is available": (
         "this torch build does not fit the GPU or its driver: update the driver, or run without the GPU "
-        "(CUDA_VISIBLE_DEVICES=)",
+        "(CUDA_VISIBLE_DEVICES=)"
     ),
-    (
-        r"support bf16|bf16/gpu|bf16 is not supported|pure_bf16",
+    r"support bf16|bf16/gpu|bf16 is not supported|pure_bf16": (
         "this device has no bf16: set `bf16: false` (and `fp16: true` on a GPU) in the recipe; on a CPU bf16 "
-        "needs `use_cpu: true` and no visible GPU",
+        "needs `use_cpu: true` and no visible GPU"
     ),
-    (
-        r"Template .+ does not exist",
-        "set `template` in experiment.yaml to one of LLaMA-Factory's names (llama3, qwen3_nothink, gemma2, …)",
+    r"Template .+ does not exist": (
+        "set `template` in experiment.yaml to one of LLaMA-Factory's names (llama3, qwen3_nothink, gemma2, …)"
     ),
-    (
-        r"not used by the HfArgumentParser|unknown_args|unexpected keyword argument",
-        "LLaMA-Factory 0.9.5 does not know a key of the recipe: correct its spelling or remove it",
+    r"not used by the HfArgumentParser|unknown_args|unexpected keyword argument": (
+        "LLaMA-Factory 0.9.5 does not know a key of the recipe: correct its spelling or remove it"
     ),
-    (
-        r"is not a valid \w+, please select one of|Invalid literal|Unknown (finetuning type|task|optim)"
-        r"|Unknown attention type|invalid choice",
-        "a value in the recipe is not one of the choices: use one that the message or the recipe's comment names",
+    r"is not a valid \w+, please select one of|Invalid literal|Unknown (finetuning type|task|optim)"
+    r"|Unknown attention type|invalid choice": (
+        "a value in the recipe is not one of the choices: use one that the message or the recipe's comment names"
     ),
-    (
-        r"Cannot find (valid|sufficient) samples",
-        "no exported row fits this stage: run `run.py prepare` again and read data/<exp>/audit.json",
+    r"Cannot find (valid|sufficient) samples": (
+        "no exported row fits this stage: run `run.py prepare` again and read data/<exp>/audit.json"
     ),
-    (
-        r"Undefined dataset|File .+ not found|Cannot open .*dataset_info\.json|DatasetGenerationError",
+    r"Undefined dataset|File .+ not found|Cannot open .*dataset_info\.json|DatasetGenerationError": (
         "the recipe's dataset is not in dataset_dir, or damaged: run `run.py prepare` again, and let `dataset` "
-        "and `dataset_dir` name what it wrote",
+        "and `dataset_dir` name what it wrote"
     ),
-    (
-        r"dataset is not applicable in the current training stage",
-        "this stage reads another form of data (rm and dpo: pairs with `ranking: true`; sft: without): run "
-        "`run.py prepare` for it",
+    r"dataset is not applicable in the current training stage": (
+        "this stage reads another form of data (rm and dpo: pairs with `ranking: true`): run `run.py prepare` for it"
     ),
-    (
-        r"Output directory already exists",
-        "output_dir holds an earlier run: --resume goes on with it, --fresh archives it and starts over",
+    r"Output directory already exists": (
+        "output_dir holds an earlier run: --resume goes on with it, --fresh archives it and starts over"
     ),
-    (
-        r"Cannot merge adapters to a quantized model",
-        "remove quantization_bit from the merge recipe: adapters are merged into the 16-bit base model",
+    r"Cannot merge adapters to a quantized model": (
+        "remove quantization_bit from the merge recipe: adapters are merged into the 16-bit base model"
     ),
-    (
-        r"Can't find 'adapter_config\.json'|adapter_model\.safetensors.*(not|No such)",
+    r"Can't find 'adapter_config\.json'|adapter_model\.safetensors.*(not|No such)": (
         "the adapter to merge is missing: train the stage first, and let adapter_name_or_path of the merge "
-        "recipe equal output_dir of the training recipe",
+        "recipe equal output_dir of the training recipe"
     ),
-    (
-        r"Target modules .+ not found in the base model|No modules were targeted",
-        "`lora_target` does not fit this model: use `lora_target: all`",
+    r"Target modules .+ not found in the base model|No modules were targeted": (
+        "`lora_target` does not fit this model: use `lora_target: all`"
     ),
-    (
-        r"size mismatch for",
-        "adapter and base model do not belong together: train again with --fresh, or set the base model back",
+    r"size mismatch for": (
+        "adapter and base model do not belong together: train again with --fresh, or set the base model back"
     ),
-    (
-        r"does not recognize this architecture|model type .+ but Transformers does not",
-        "this model is newer than the locked transformers: choose another model",
+    r"does not recognize this architecture|model type .+ but Transformers does not": (
+        "this model is newer than the locked transformers: choose another model"
     ),
-    (
-        r"trust_remote_code",
+    r"trust_remote_code": (
         "the model brings its own code: read it, then set `trust_remote_code: true` in experiment.yaml, or "
-        "choose a model that needs none",
+        "choose a model that needs none"
     ),
-    (r"FORCE_TORCHRUN=1", "set FORCE_TORCHRUN=1 in the environment: DeepSpeed runs under torchrun only"),
-    (
-        r"No such file or directory: 'torchrun'",
-        "torchrun must be on the PATH for several GPUs: activate the environment (`source .venv/bin/activate`)",
+    r"FORCE_TORCHRUN=1": "set FORCE_TORCHRUN=1 in the environment: DeepSpeed runs under torchrun only",
+    r"No such file or directory: 'torchrun'": (
+        "torchrun must be on the PATH for several GPUs: activate the environment (`source .venv/bin/activate`)"
     ),
-    (r"EADDRINUSE|address already in use", "another run uses the port: wait for it, or set MASTER_PORT to a free one"),
-    (
-        r"Bus error|insufficient shared memory|/dev/shm",
+    r"EADDRINUSE|address already in use": "another run uses the port: wait for it, or set MASTER_PORT to a free one",
+    r"Bus error|insufficient shared memory|/dev/shm": (
         "the container's shared memory is too small: start it with a larger one (docker run --shm-size=8g), or "
-        "set `dataloader_num_workers: 0`",
+        "set `dataloader_num_workers: 0`"
     ),
-    (r"Too many open files", "raise the limit of open files (`ulimit -n 65536`)"),
-    (
-        r"loss .*(NaN|infinite|not finite)|(NaN|inf)\b.*\bloss|weights .*not finite",
+    r"Too many open files": "raise the limit of open files (`ulimit -n 65536`)",
+    r"loss .*(NaN|infinite|not finite)|(NaN|inf)\b.*\bloss|weights .*not finite": (
         "the training diverged: lower learning_rate (by 3 to 10 times), prefer bf16 to fp16, set max_grad_norm: 1.0 "
-        "and some warmup_ratio, then --fresh",
+        "and some warmup_ratio, then --fresh"
     ),
-    (r"NCCL", "the GPUs cannot talk to each other: see `NCCL_DEBUG=INFO`, or use one GPU"),
-    (
-        r"signal 11\b|Segmentation fault|SIGSEGV|signal 4\b|SIGILL|Illegal instruction",
-        f"a library crashed: {_INSTALL}; `run.py doctor` says what fits this CPU and CUDA",
+    r"NCCL": "the GPUs cannot talk to each other: see `NCCL_DEBUG=INFO`, or use one GPU",
+    r"signal 11\b|Segmentation fault|SIGSEGV|signal 4\b|SIGILL|Illegal instruction": (
+        f"a library crashed: {_INSTALL}; `run.py doctor` says what fits this CPU and CUDA"
     ),
-    (r"No module named|cannot import name", _INSTALL),
-    (r"Permission ?denied", "make the named file or folder writable, or run from a folder of your own"),
-)
+    r"No module named|cannot import name": _INSTALL,
+    r"Permission ?denied": "make the named file or folder writable, or run from a folder of your own",
+}
 
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _RANK = re.compile(r"^\s*\[(?:rank|default)?\d+\]:[ ]?")
@@ -193,7 +157,7 @@ _MESSAGE_LINES = 12
 
 def remedy_for(text: str) -> str | None:
     """Return the remedy of the first pattern of REMEDIES that fits `text`, None where none fits."""
-    return next((remedy for pattern, remedy in REMEDIES if re.search(pattern, text, re.IGNORECASE)), None)
+    return next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE)), None)
 
 
 def all_errors(log: str) -> list[str]:

@@ -126,13 +126,9 @@ class Experiment(_Strict):
     recipes: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="after")
-    def _known_steps(self) -> Experiment:
+    def _fits_together(self) -> Experiment:
         if unknown := sorted(self.recipes.keys() - STEPS.keys()):
             raise ValueError(f"recipes: no such step: {', '.join(unknown)} (choices: {', '.join(STEPS)})")
-        return self
-
-    @model_validator(mode="after")
-    def _own_code(self) -> Experiment:
         if self.trust_remote_code and self.quantization_bit and self.merge_onto == "dequantised":
             raise ValueError(
                 "merge_onto: dequantised makes a copy of the base without the code that comes with the model; "
@@ -152,7 +148,7 @@ class Experiment(_Strict):
 
     @property
     def folder(self) -> Path:
-        """factory_configs/<name>: this file and the recipes."""
+        """factory_configs/<name>: experiment.yaml and the recipes."""
         return Path("factory_configs") / self.name
 
     @property
@@ -203,10 +199,7 @@ class Experiment(_Strict):
 def check_name(name: str) -> None:
     """Raise UsageError unless `name` may be a folder of factory_configs and a part of file names."""
     if not _NAME.fullmatch(name) or ".." in name:
-        raise UsageError(
-            f"{name!r} is not an experiment's name",
-            remedy="use letters, digits, '.', '_' and '-', at most 64",
-        )
+        raise UsageError(f"{name!r} is not an experiment's name", remedy="use at most 64 letters, digits and . _ -")
 
 
 def require_project(root: Path = Path()) -> None:
@@ -269,17 +262,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(_LARGEST + 1)
-        if fault := _size_fault(text):
-            raise ArenaError(fault, where=str(path), remedy="write the values out; a configuration is a page or two")
-        content = OmegaConf.to_container(OmegaConf.load(StringIO(text)))
-    except ArenaError:
-        raise
+        too_large = _size_fault(text)
+        content = {} if too_large else OmegaConf.to_container(OmegaConf.load(StringIO(text)))
     except Exception as error:  # PyYAML's constructors raise nearly anything for values such as `!!int ""`
         raise ArenaError(
             f"is not readable YAML: {_yaml_fault(error)}",
             where=str(path),
             remedy="write `key: value` lines, with a space after each colon and equal indents",
         ) from None
+    if too_large:
+        raise ArenaError(too_large, where=str(path), remedy="write the values out; a configuration is a page or two")
     if not isinstance(content, dict):
         raise ArenaError("must be a YAML mapping", where=str(path), remedy="write `key: value` lines")
     return {str(key): value for key, value in content.items()}

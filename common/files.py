@@ -1,7 +1,7 @@
-"""Files that are either whole or absent: everything is written beside its place and renamed into it.
+"""Files that are either complete or absent, hashes, and the lock of a run.
 
-What is being written is called .<name>.<host>-<process>.<random>.tmp, so that the next writer of the same name knows
-what a killed one left behind, and removes it.
+Everything is written beside its place, as .<name>.<host>-<process>.<random>.tmp, and renamed into it; the next writer
+of the same name removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from filelock import FileLock, Timeout
 
 from common.errors import ArenaError
 
-# Of smaller files the time of change is too coarse to tell two contents apart, and they are read at once.
-_WORTH_REMEMBERING = 16 * 2**20  # bytes
+_LARGE = 16 * 2**20  # bytes; hashes of larger files are remembered
 
 
 @contextmanager
@@ -54,9 +53,9 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a new empty folder beside `path`; it takes the place of `path` when the block ends without an error.
 
-    An earlier `path` survives a failed block untouched; where it is a link, the link is replaced and what it leads to
-    stays as it was. Between the two renames a crash leaves the earlier folder as `.<name>.old`, which the next call
-    puts back. Without `replace` an earlier `path` raises FileExistsError and stays.
+    An earlier `path` survives a failed block; where it is a link, only the link is replaced. A crash between the two
+    renames leaves the earlier folder as `.<name>.old`, which the next call puts back. Without `replace` an earlier
+    `path` raises FileExistsError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.with_name(f".{path.name}.old")
@@ -81,14 +80,14 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all; NaN and infinity are refused (ValueError)."""
+    """Write `value` as indented JSON, atomically; raises ValueError for NaN and infinity."""
     with atomic_file(path) as file:
         json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; raises OSError, or ValueError for whatever is wrong with its text."""
+    """Return the content of a JSON file; raises OSError, or ValueError for any fault in its text."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
@@ -98,18 +97,13 @@ def read_json(path: Path) -> Any:
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as hexadecimal digits."""
     status = path.stat()
-    if status.st_size < _WORTH_REMEMBERING:
-        return _digest(path)
-    return _remembered(path.resolve(), status.st_size, status.st_mtime_ns)
+    key = (path.resolve(), status.st_size, status.st_mtime_ns)
+    # A small file may change twice within the clock's resolution, and is read at once.
+    return _digest(*key) if status.st_size >= _LARGE else _digest.__wrapped__(*key)
 
 
 @lru_cache(maxsize=64)
-def _remembered(path: Path, size: int, changed_at: int) -> str:
-    """Return the digest of a large file, which several parts of one run ask for; size and time tell another content."""
-    return _digest(path)
-
-
-def _digest(path: Path) -> str:
+def _digest(path: Path, size: int, changed_at: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -129,19 +123,16 @@ def _prefix(path: Path) -> str:
         process = left.name.removeprefix(f".{path.name}.{host}-").split(".")[0]
         if not process.isdecimal() or psutil.pid_exists(int(process)):
             continue
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        _discard(left)
     return f".{path.name}.{host}-{os.getpid()}."
 
 
-def _discard(folder: Path) -> None:
-    """Remove a folder and all that is in it; of a link the link alone, whatever it leads to."""
-    if folder.is_symlink():
-        folder.unlink()
+def _discard(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -213,7 +204,7 @@ def _owner(path: Path) -> dict[str, Any]:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Raise ArenaError where a link below outputs/ leads out of it: what lies there is not ours to replace."""
+    """Raise ArenaError where a link below outputs/ leads out of it: a run must not replace what lies there."""
     root = Path(folder.parts[0])
     below = [root.joinpath(*folder.parts[1:end]) for end in range(2, len(folder.parts) + 1)]
     for link in (path for path in below if path.is_symlink()):

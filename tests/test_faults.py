@@ -21,7 +21,6 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from common import files
 from common.errors import ArenaError, user_error
 from common.files import only_run
 from data_prep import export as export_module
@@ -301,25 +300,6 @@ def test_a_model_that_cannot_be_loaded_puts_no_result_aside(place, monkeypatch):
     assert place.snapshot() == before
     done = call(*SCORE, "--fresh")
     assert done.exit_code == 0 and "the earlier report is now outputs/exam/sft/report.json.earlier-1" in done.output
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_a_killed_writer_left_is_removed_by_the_next_one_and_a_living_ones_is_not(tmp_path, kind):
-    opened = "atomic_file" if kind == "file" else "atomic_folder"
-    code = f"import os; from pathlib import Path; from common.files import {opened}\n"
-    code += f"with {opened}(Path({str(tmp_path / 'x')!r})): os.kill(os.getpid(), 9)"
-    killed = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)})
-    assert killed.returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    write = getattr(files, opened)
-    with write(tmp_path / "x"):
-        assert not left.exists()
-        (mine,) = tmp_path.iterdir()
-        with write(tmp_path / "x"):
-            assert mine.exists()
-        if kind == "folder":
-            shutil.rmtree(tmp_path / "x")
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_project_that_moved_keeps_what_is_finished(place, tmp_path, monkeypatch):

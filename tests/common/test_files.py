@@ -32,74 +32,63 @@ def test_a_file_appears_only_when_the_block_ends(tmp_path):
     assert names(target.parent) == ["a.txt"]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt], ids=("fault", "interrupt"))
-def test_a_failed_block_leaves_the_earlier_file_and_nothing_else(tmp_path, error):
-    target = tmp_path / "a.bin"
-    target.write_bytes(b"earlier")
-    with pytest.raises(error), atomic_file(target, "wb") as file:
-        file.write(b"half")
-        raise error
-    assert target.read_bytes() == b"earlier"
-    assert names(tmp_path) == ["a.bin"]
+def test_a_folder_replaces_the_earlier_one_completely(tmp_path):
+    for name in ("one", "two"):
+        with atomic_folder(tmp_path / "set") as folder:
+            (folder / name).write_text(name)
+    assert names(tmp_path / "set") == ["two"] and names(tmp_path) == ["set"]
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "set", replace=False):
+        pass
+    assert names(tmp_path / "set") == ["two"]
 
 
-def test_a_killed_process_leaves_the_earlier_file_and_folder(tmp_path):
-    (tmp_path / "a.txt").write_text("earlier")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "rows.jsonl").write_text("earlier")
-    script = """
-import os, signal, sys
-from pathlib import Path
-from common.files import atomic_file, atomic_folder
-place = Path(sys.argv[1])
-with atomic_folder(place / "set") as folder, atomic_file(place / "a.txt") as file:
-    (folder / "rows.jsonl").write_text("half")
-    file.write("half")
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    child = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT)
+@pytest.mark.parametrize("interrupt", [OSError, KeyboardInterrupt], ids=("fault", "interrupt"))
+def test_a_failed_block_leaves_the_earlier_file_and_folder_and_nothing_else(tmp_path, interrupt):
+    (tmp_path / "a.bin").write_bytes(b"earlier")
+    with atomic_folder(tmp_path / "set") as folder:
+        (folder / "one").write_text("one")
+    with (
+        pytest.raises(interrupt),
+        atomic_folder(tmp_path / "set") as folder,
+        atomic_file(tmp_path / "a.bin", "wb") as f,
+    ):
+        (folder / "two").write_text("half")
+        f.write(b"half")
+        raise interrupt
+    assert (tmp_path / "a.bin").read_bytes() == b"earlier"
+    assert names(tmp_path) == ["a.bin", "set"] and names(tmp_path / "set") == ["one"]
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
+def test_what_a_killed_writer_left_is_removed_by_the_next_one_and_a_living_ones_is_not(tmp_path, write):
+    code = f"import os; from pathlib import Path; from common.files import {write.__name__}\n"
+    code += f"with {write.__name__}(Path({str(tmp_path / 'x')!r})): os.kill(os.getpid(), 9)"
+    child = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)})
     assert child.returncode == -signal.SIGKILL
-    assert (tmp_path / "a.txt").read_text() == "earlier"
-    assert (tmp_path / "set" / "rows.jsonl").read_text() == "earlier"
+    (left,) = tmp_path.iterdir()
+    with write(tmp_path / "x"):
+        assert not left.exists()
+        (mine,) = tmp_path.iterdir()
+        with write(tmp_path / "x"):
+            assert mine.exists()
+        if write is atomic_folder:
+            (tmp_path / "x").rmdir()
+    assert names(tmp_path) == ["x"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_rights_are_those_of_an_ordinary_new_file(tmp_path, mask):
     before = os.umask(mask)
     try:
-        with atomic_file(tmp_path / "a") as file:
+        with atomic_file(tmp_path / "a") as file, atomic_folder(tmp_path / "b"):
             file.write("x")
-        with atomic_folder(tmp_path / "b"):
-            pass
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
     assert (tmp_path / "b").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
-def test_a_folder_replaces_the_earlier_one_wholly(tmp_path):
-    target = tmp_path / "set"
-    for name in ("one", "two"):
-        with atomic_folder(target) as folder:
-            (folder / name).write_text(name)
-    assert names(target) == ["two"]
-    assert names(tmp_path) == ["set"]
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt], ids=("fault", "interrupt"))
-def test_a_failed_block_leaves_the_earlier_folder_and_nothing_else(tmp_path, error):
-    target = tmp_path / "set"
-    with atomic_folder(target) as folder:
-        (folder / "one").write_text("one")
-    with pytest.raises(error), atomic_folder(target) as folder:
-        (folder / "two").write_text("half")
-        raise error
-    assert names(tmp_path) == ["set"]
-    assert names(target) == ["one"]
-
-
-def test_an_error_between_the_two_renames_puts_the_earlier_folder_back(tmp_path, monkeypatch):
+def test_a_fault_or_a_crash_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
     target = tmp_path / "set"
     target.mkdir()
     (target / "one").write_text("one")
@@ -110,18 +99,14 @@ def test_an_error_between_the_two_renames_puts_the_earlier_folder_back(tmp_path,
             raise OSError("disk is gone")
         return rename(self, to)
 
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="disk is gone"), atomic_folder(target):
-        pass
-    assert names(tmp_path) == ["set"]
-    assert names(target) == ["one"]
-
-
-def test_a_crash_between_the_two_renames_is_mended_by_the_next_call(tmp_path):
-    (tmp_path / ".set.old").mkdir()
-    (tmp_path / ".set.old" / "one").write_text("one")
-    with pytest.raises(ValueError), atomic_folder(tmp_path / "set"):
-        assert names(tmp_path / "set") == ["one"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", failing)
+        with pytest.raises(OSError, match="disk is gone"), atomic_folder(target):
+            pass
+    assert names(tmp_path) == ["set"] and names(target) == ["one"]
+    target.rename(tmp_path / ".set.old")  # as a crash leaves it
+    with pytest.raises(ValueError), atomic_folder(target):
+        assert names(target) == ["one"]
         raise ValueError
     assert names(tmp_path) == ["set"]
 

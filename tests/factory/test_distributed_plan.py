@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from common.errors import ArenaError
 from factory import distributed as launch_module
-from factory.distributed import plan_launch
+from factory.distributed import Launch, plan_launch
 from factory.launcher import ACCELERATE_CONFIG, accelerate_options, torchrun_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,11 +36,6 @@ def faults_of(engine, recipe=RECIPE, **given) -> str:
     return caught.value.what
 
 
-def test_one_process_needs_nothing():
-    plain = plan("auto")
-    assert (plain.options, plain.environment, plain.inputs, plain.is_main_process) == ((), {}, {}, True)
-
-
 @pytest.mark.parametrize(
     ("given", "engine"),
     [
@@ -52,6 +47,7 @@ def test_one_process_needs_nothing():
     ],
 )
 def test_auto_follows_the_environment(given, engine):
+    assert plan("auto") == Launch(), "one process needs nothing"
     assert plan("auto", **given).engine == engine
     assert plan("auto", {**RECIPE, "deepspeed": "mine.json"}).engine == "ddp", "DeepSpeed needs torchrun"
 
@@ -133,12 +129,9 @@ def test_all_faults_come_together_and_missing_packages_have_a_remedy(monkeypatch
     assert "templates/distributed/fsdp.yaml is missing" in faults_of("fsdp")
 
 
-def test_only_the_first_node_is_the_main_process():
+def test_torchruns_and_accelerates_options():
     assert plan("ddp", NNODES="2", NODE_RANK="0", **PLACE).is_main_process
     assert not plan("ddp", NNODES="2", NODE_RANK="1", **PLACE).is_main_process
-
-
-def test_torchruns_and_accelerates_options():
     plain = torchrun_options({"NPROC_PER_NODE": "2", "MASTER_PORT": "1234"}, devices=0)
     assert " ".join(plain) == "--nnodes 1 --node_rank 0 --nproc_per_node 2 --master_addr 127.0.0.1 --master_port 1234"
     assert torchrun_options({}, devices=4)[5] == "4"

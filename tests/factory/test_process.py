@@ -10,7 +10,6 @@ import psutil
 import pytest
 
 from common.errors import ArenaError
-from factory import process as child
 from factory.process import child_environment, llamafactory, run_child
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +26,13 @@ IGNORING = """
 """
 
 
-def script(text, *arguments):
-    return [sys.executable, "-c", textwrap.dedent(text), *arguments]
+def script(text):
+    return [sys.executable, "-c", textwrap.dedent(text)]
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "run.log"
 
 
 def wait_for(condition, seconds=10.0):
@@ -54,8 +58,9 @@ def alive(pids):
     return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
-def test_the_whole_output_is_kept_and_lines_are_reported_as_they_come(tmp_path):
-    log, lines, looks = tmp_path / "run.log", [], []
+def test_the_whole_output_is_kept_and_lines_are_reported_as_they_come(log):
+    lines, looks = [], []
+    run_child(script("print('earlier')"), log, what="a test")
     seconds = run_child(
         script(
             """
@@ -71,52 +76,36 @@ def test_the_whole_output_is_kept_and_lines_are_reported_as_they_come(tmp_path):
         on_look=lambda: looks.append(len(lines)),
     )
     assert lines[:3] == ["out", "err", " 5%| "]
-    assert lines[-1] == "no newline at the end" and looks[-1] == len(lines)
-    assert "y" * 300_000 in log.read_text(errors="replace")
-    assert log.read_text(errors="replace").startswith("### ")
-    assert seconds > 0
+    assert lines[-1] == "no newline at the end" and looks[-1] == len(lines) and seconds > 0
+    kept = log.read_text(errors="replace")
+    assert kept.startswith("### ") and "earlier" in kept and "y" * 300_000 in kept
 
 
-def test_a_second_run_appends_and_reads_only_its_own_part(tmp_path):
-    log, lines = tmp_path / "run.log", []
-    run_child(script("print('first')"), log, what="a test")
-    run_child(script("print('second')"), log, what="a test", on_line=lines.append)
-    assert lines == ["second"] and "first" in log.read_text()
-
-
-def test_a_failure_tells_the_childs_error_its_log_and_a_remedy(tmp_path):
-    log = tmp_path / "run.log"
+@pytest.mark.parametrize(
+    ("code", "what", "remedy"),
+    [
+        ("print('chatter')\nraise ValueError('Template x does not exist.')", "x does not exist", "set `template`"),
+        ("import sys; print('boom'); sys.exit(3)", "exit code 3\n  boom", "run.log"),
+        ("import os; print('x'); os.kill(os.getpid(), 9)", "killed by signal 9 (SIGKILL)", "out of memory"),
+        ("input('run custom code? [y/N]')", "EOFError", "run.log"),
+    ],
+    ids=("known", "unknown", "killed", "no input"),
+)
+def test_a_failure_has_the_childs_error_its_log_and_a_remedy(log, code, what, remedy):
     with pytest.raises(ArenaError) as caught:
-        run_child(script("print('chatter')\nraise ValueError('Template x does not exist.')"), log, what="training sft")
-    text = str(caught.value)
-    assert text.startswith(f"{log}: training sft ended with exit code 1\n  ValueError: Template x does not exist.")
-    assert "remedy: set `template`" in text
-    assert "Traceback" not in text
+        run_child(script(code), log, what="a test")
+    assert what in caught.value.what and remedy in caught.value.remedy and caught.value.where == str(log)
+    assert "Traceback" not in str(caught.value)
 
 
-def test_an_unknown_error_points_to_the_log(tmp_path):
-    with pytest.raises(ArenaError, match="boom") as caught:
-        run_child(script("import sys; print('boom'); sys.exit(3)"), tmp_path / "run.log", what="a test")
-    assert "exit code 3" in caught.value.what
-    assert "run.log" in caught.value.remedy
-
-
-def test_a_child_that_was_killed_is_taken_for_out_of_memory(tmp_path):
-    kill = "import os; print('ValueError: old'); os.kill(os.getpid(), 9)"
-    with pytest.raises(ArenaError, match=r"killed by signal 9 \(SIGKILL\)") as caught:
-        run_child([sys.executable, "-uc", kill], tmp_path / "run.log", what="a test")
-    assert "out of memory" in caught.value.remedy
-    assert "old" not in caught.value.what
-
-
-def test_a_command_that_does_not_exist_is_an_error_of_ours(tmp_path):
+def test_a_command_that_does_not_exist_is_an_error(tmp_path, log):
     with pytest.raises(ArenaError, match="could not start"):
-        run_child([str(tmp_path / "nothing")], tmp_path / "run.log", what="a test")
+        run_child([str(tmp_path / "nothing")], log, what="a test")
+    with pytest.raises(ArenaError, match=r"exit code 2\s*Unknown command: trian"):
+        run_child(llamafactory("trian", "x.yaml"), log, what="a test")
 
 
-def test_an_error_of_a_watcher_ends_the_child_and_its_descendants(tmp_path):
-    log = tmp_path / "run.log"
-
+def test_an_error_of_a_callback_ends_the_child_and_its_descendants(log):
     def refuse(line):
         if line.startswith("pids"):
             raise ArenaError("rows differ")
@@ -126,39 +115,14 @@ def test_an_error_of_a_watcher_ends_the_child_and_its_descendants(tmp_path):
     assert alive(pids_in(log)) == []
 
 
-def test_what_a_child_leaves_behind_is_ended(tmp_path):
-    log = tmp_path / "run.log"
-    run_child(
-        script(
-            """
-            import subprocess, sys
-            other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-            print("pids", other.pid)
-            """
-        ),
-        log,
-        what="a test",
-    )
+def test_what_a_child_leaves_behind_is_ended(log):
+    code = """
+        import subprocess, sys
+        other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        print("pids", other.pid)
+    """
+    run_child(script(code), log, what="a test")
     wait_for(lambda: alive(pids_in(log)) == [])
-
-
-def test_descendants_that_end_by_themselves_are_no_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(child, "_CENSUS", 0.0)
-    log = tmp_path / "run.log"
-    run_child(
-        script(
-            """
-            import subprocess, sys, time
-            other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.6)"], start_new_session=True)
-            print("pids", other.pid, flush=True)
-            time.sleep(0.5)
-            other.wait()
-            """
-        ),
-        log,
-        what="a test",
-    )
-    assert alive(pids_in(log)) == []
 
 
 def outer(log, grace):
@@ -178,35 +142,27 @@ def outer(log, grace):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupt_of_ours_ends_the_childs_whole_group(tmp_path, number):
-    log = tmp_path / "run.log"
+def test_a_signal_to_us_ends_the_childs_whole_group(log, number):
     process = outer(log, grace=0.3)
     pids = pids_in(log)
     assert len(alive(pids)) == 2
     process.send_signal(number)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 1
+    assert process.returncode == 1 and alive(pids) == []
     assert errors.splitlines() == [f"{log}: training sft was interrupted", "  remedy: go on with --resume"]
-    assert alive(pids) == []
 
 
-def test_a_second_interrupt_does_not_wait(tmp_path):
-    log = tmp_path / "run.log"
+def test_a_second_interrupt_does_not_wait(log):
     process = outer(log, grace=60)
     pids = pids_in(log)
-    started = time.monotonic()
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - started < 15
-    assert "was interrupted" in errors
-    assert "Traceback" not in errors
-    assert alive(pids) == []
+    _, errors = process.communicate(timeout=15)
+    assert "was interrupted" in errors and "Traceback" not in errors and alive(pids) == []
 
 
-def test_the_child_ends_when_we_are_killed(tmp_path):
-    log = tmp_path / "run.log"
+def test_the_child_ends_when_we_are_killed(log):
     process = outer(log, grace=60)
     pids = pids_in(log)
     process.kill()
@@ -215,27 +171,14 @@ def test_the_child_ends_when_we_are_killed(tmp_path):
 
 
 def test_the_childs_environment(monkeypatch):
-    for name in ("USE_V1", "USE_MCA", "ALLOW_EXTRA_ARGS", "LLAMABOARD_ENABLED", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.setenv(name, "1")
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "DISABLE_VERSION_CHECK", "FORCE_TORCHRUN", "GRADIO_SERVER_NAME"):
-        monkeypatch.setenv(name, "kept")
+    removed = {"USE_V1", "USE_MCA", "ALLOW_EXTRA_ARGS", "LLAMABOARD_ENABLED", "TORCHELASTIC_RUN_ID"}
+    kept = {"HF_HUB_OFFLINE", "HF_TOKEN", "DISABLE_VERSION_CHECK", "FORCE_TORCHRUN", "GRADIO_SERVER_NAME"}
+    for name in removed | kept:
+        monkeypatch.setenv(name, "as given")
     monkeypatch.setenv("PYTHONPATH", "mine")
     environment = child_environment()
-    assert not {"USE_V1", "USE_MCA", "ALLOW_EXTRA_ARGS", "LLAMABOARD_ENABLED", "TORCHELASTIC_RUN_ID"} & set(environment)
-    kept = ("HF_HUB_OFFLINE", "HF_TOKEN", "DISABLE_VERSION_CHECK", "FORCE_TORCHRUN", "GRADIO_SERVER_NAME")
-    assert {environment[name] for name in kept} == {"kept"}
+    assert not removed & set(environment) and {environment[name] for name in kept} == {"as given"}
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "mine"]
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert environment["PYTHONUNBUFFERED"] == "1"
-    assert os.environ["USE_V1"] == "1"  # ours is untouched
-
-
-def test_no_input_can_be_asked_for(tmp_path):
-    with pytest.raises(ArenaError, match="EOFError"):
-        run_child(script("input('run custom code? [y/N]')"), tmp_path / "run.log", what="a test")
-
-
-def test_an_unknown_command_is_an_error(tmp_path):
-    with pytest.raises(ArenaError, match="Unknown command: trian") as caught:
-        run_child(llamafactory("trian", "x.yaml"), tmp_path / "run.log", what="a test")
-    assert "exit code 2" in caught.value.what
+    assert os.environ["USE_V1"] == "as given"  # ours is untouched
