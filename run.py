@@ -471,11 +471,9 @@ def board(host: str, port: int | None, no_open: bool) -> None:
     It is LLaMA Board, with our data sets and every trained adapter in it.
     """
     from common.progress import Show
-    from factory.board import free_port, lay_out, serve_board
+    from factory.board import serve_board
 
-    show = Show()
-    free_port(host, port)  # an address that is none is told before anything is laid out
-    serve_board(lay_out(), host, port, open_browser=not no_open, show=show)
+    serve_board(host, port, open_browser=not no_open, show=Show())
 
 
 @cli.command()
@@ -548,8 +546,9 @@ def watch(
 
     A run of the command line, in the browser or in the terminal.
     """
-    from factory.board import serve_tensorboard
-    from scoring.watch import Watcher, follow, in_words, serve_watch_page, stage_to_watch
+    from factory.serve_page import serve_tensorboard
+    from scoring.run_status import in_words
+    from scoring.watch import Watcher, follow, serve_watch_page, stage_to_watch
 
     exp, stage, show = _start_stage(experiment, stage)
     if tensorboard:
@@ -562,12 +561,12 @@ def watch(
         serve_watch_page(exp, stage, score, host, port, open_browser=not no_open, show=show)
         return
     watcher = Watcher(exp, stage, score)
-    seen = watcher.finish().look() if once or as_json else follow(watcher.start(), show)
+    status = watcher.finish().status() if once or as_json else follow(watcher.start(), show)
     if not as_json:
-        click.echo("\n".join(in_words(seen)))
+        click.echo("\n".join(in_words(status)))
         return
-    click.echo(json.dumps(seen.to_json(), indent=2))
-    for fault in seen.faults:
+    click.echo(json.dumps(status.to_json(), indent=2))
+    for fault in status.faults:
         show.note(fault)
 
 

@@ -134,11 +134,11 @@ def matrix_rate(gpu: bool) -> float:
 
 def share(shape: str, result: dict[str, Any], rate: float, pairs: bool, model: Path) -> str:
     """Return the share of the matrix rate: 6 operations a weight and token, 8 with DPO's reference."""
-    from factory.model_size import shape_of
+    from factory.model_size import size_of
 
     if not result["tokens_per_second"]:
         return "-"
-    sizes = shape_of(str(model))
+    sizes = size_of(str(model))
     operations = (8 if pairs else 6) * (sizes.linear + sizes.embedding)
     return f"{result['tokens_per_second'] * operations / rate:.2f}"
 

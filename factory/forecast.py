@@ -5,52 +5,23 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.errors import UsageError
+from common.experiment import Experiment
 from common.stages import STEPS, TRAININGS
-from factory.gpu import CARDS, GIB, TOKEN_BUDGET, Card
-from factory.memory import Memory, scoring_memory, training_memory
-from factory.model_size import ModelShape, shape_of
+from factory.gpu import CARD_START, CARDS, CPU_START, TOKEN_BUDGET, Device, this_cpu
+from factory.memory import scoring_memory, training_memory
+from factory.model_size import ModelSize, size_of
 from factory.recipe_checks import check_recipes
-from factory.runtime import (
-    CARD_START,
-    CPU_LAYER_CALL,
-    CPU_SHARE,
-    CPU_START,
-    SCORING_SHARE,
-    TRAINING_SHARE,
-    Speed,
-    Work,
-    scoring_work,
-    training_work,
-)
-from factory.train_config import Setup, Workload, setup_of, workload_of
-
-if TYPE_CHECKING:
-    from common.experiment import Experiment
+from factory.runtime import scoring_work, training_work
+from factory.stage_context import StageContext
+from factory.train_config import TokenLengths, TrainConfig, exported_lengths
 
 # This machine's CPU, beside the cards' names.
 CPU = "cpu"
 # Weights up to which training on a CPU is a matter of hours; its row costs a second of measuring.
 _SMALL = 5e8
-_TERA = 1e12
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One stage of one experiment, as a forecast sees it."""
-
-    experiment: Experiment
-    stage: str
-    shape: ModelShape
-    setup: Setup
-    workload: Workload
-
-    @property
-    def implicit(self) -> bool:
-        """Whether scoring reads each response with and without the adapter."""
-        return self.stage == "dpo_reward" and self.setup.reference
 
 
 def forecast(experiment: Experiment, stages: Iterable[str], devices: Iterable[str]) -> dict[str, Any]:
@@ -63,133 +34,121 @@ def forecast(experiment: Experiment, stages: Iterable[str], devices: Iterable[st
     stages, devices = list(stages), list(devices)
     if unknown := [name for name in devices if name not in (*CARDS, CPU)]:
         raise UsageError(f"there is no card {', '.join(unknown)}", remedy=f"choose from: {', '.join((*CARDS, CPU))}")
-    shape = shape_of(experiment.model, experiment.revision)
-    devices = devices or [*CARDS, *([CPU] if shape.parameters <= _SMALL else [])]
-    found, left_out = {}, {} if stages else _left_out(experiment)
+    size = size_of(experiment.model, experiment.revision)
+    devices = devices or [*CARDS, *([CPU] if size.parameters <= _SMALL else [])]
+    left_out = {} if stages else _left_out(experiment)
     stages = stages or [name for name in TRAININGS if name not in left_out]
-    check_recipes(experiment, stages, installed=False)  # of another machine, maybe
-    for stage in stages:
-        setup = setup_of(experiment, stage)
-        workload = workload_of(experiment, stage).first(setup.max_samples)
-        job = _Job(experiment, stage, shape, setup, workload)
-        found[stage] = _stage(job, devices)
-    told = {"experiment": experiment.name, "model": experiment.model, "parameters": shape.parameters}
-    return {**told, "stages": found, "left_out": left_out}
+    check_recipes(experiment, stages, installed=False)  # the forecast may be for another machine
+    return {
+        "experiment": experiment.name,
+        "model": experiment.model,
+        "parameters": size.parameters,
+        "stages": {name: _forecast_stage(StageContext(experiment, name), size, devices) for name in stages},
+        "left_out": left_out,
+    }
+
+
+def _left_out(experiment: Experiment) -> dict[str, str]:
+    """Return the trainings that lack a recipe or rows, each with the command that makes them."""
+    prepare = f"python run.py prepare -e {shlex.quote(experiment.name)} --train FILE"
+    pairs = (experiment.data_folder / "pairs.parquet").is_file()
+    found = {}
+    for stage in TRAININGS:
+        if not experiment.recipe(stage).is_file():
+            found[stage] = f"{experiment.recipe(stage)} is not rendered yet: {prepare}"
+        elif STEPS[stage].data == "dpo_reward" and not pairs:
+            found[stage] = f"the pairs that it trains on are not exported yet: {prepare} --pairs"
+    return found
+
+
+def _forecast_stage(context: StageContext, size: ModelSize, devices: list[str]) -> dict[str, Any]:
+    config = TrainConfig.of(context.recipe)
+    lengths = exported_lengths(context, config["max_samples"])
+    # The implicit reward reads each response with and without the adapter.
+    implicit = context.name == "dpo_reward" and config.has_reference
+    job = _Job(size, config, lengths, implicit)
+    return {
+        "rows": len(lengths.train),
+        "longest": lengths.longest,
+        "mean_tokens": float(lengths.train.mean()),
+        "steps": training_work(size, config, lengths).steps,
+        "scored_sequences": len(lengths.scored),
+        "devices": {name: job.on(name) for name in devices},
+    }
 
 
 @dataclass(frozen=True)
-class _Device:
-    """What a forecast knows of a device: GiB to fill, and speeds."""
+class _Job:
+    """One stage's training and scoring, to be put on devices."""
 
-    kind: str  # cuda or cpu
-    memory: float
-    training: Speed
-    scoring: Speed
+    size: ModelSize
+    config: TrainConfig
+    lengths: TokenLengths
+    implicit: bool
 
+    def on(self, name: str) -> dict[str, Any]:
+        """Return memory, hours and advice on one device."""
+        nf4 = self.config["quantization_bit"] == 4
+        device = CARDS[name] if name in CARDS else this_cpu(self.size.hidden, self.size.feed_forward, nf4=nf4)
+        parts = training_memory(self.size, self.config, self.lengths.longest, device.kind)
+        memory, scoring = sum(parts.values()), self._scoring_memory(device)
+        training_seconds = training_work(self.size, self.config, self.lengths).seconds(device, device.training_rate)
+        score = scoring_work(self.size, self.lengths, reference=self.implicit)
+        return {
+            "memory": memory,
+            "memory_parts": parts,
+            "fits": memory <= device.memory,
+            "training_hours": training_seconds / 3600,
+            "scoring_memory": scoring,
+            "scoring_fits": scoring <= device.memory,
+            "scoring_hours": score.seconds(device, device.scoring_rate) / 3600,
+            "advice": list(self._advice(device, memory, scoring)) if name in CARDS else [],
+        }
 
-def _stage(job: _Job, devices: list[str]) -> dict[str, Any]:
-    train = training_work(job.shape, job.setup, job.workload)
-    score = scoring_work(job.shape, job.workload, reference=job.implicit)
-    return {
-        "rows": len(job.workload.train),
-        "longest": job.workload.longest,
-        "mean_tokens": float(job.workload.train.mean()),
-        "steps": train.steps,
-        "scored_sequences": len(job.workload.scored),
-        "devices": {name: _on(job, name, train, score) for name in devices},
-    }
+    def _scoring_memory(self, device: Device, bits: int | None = None) -> float:
+        if self.implicit and device.kind == "cuda":
+            bits = self.config["quantization_bit"]  # the adapter is scored on the base that it was trained on
+        budget, longest = TOKEN_BUDGET[device.kind], int(self.lengths.scored.max())
+        return sum(scoring_memory(self.size, bits=bits, budget=budget, longest=longest, device=device.kind).values())
 
+    def _advice(self, card: Device, memory: float, scoring: float) -> Iterator[str]:
+        """Yield what makes the stage run on a card; changes for memory each on top of those before it."""
+        if not card.bf16 and self.config.compute_bytes == 2:
+            yield "it has no bf16: write bf16: false and fp16: true in the recipe"
+        if memory > card.memory:
+            for change, config, longest in self._smaller():
+                memory = sum(training_memory(self.size, config, longest).values())
+                yield f"{change}: {memory:.1f} GiB"
+                if memory <= card.memory:
+                    break
+            else:
+                yield "it still does not fit: choose a smaller model or a larger card"
+        if scoring > card.memory:
+            for bits in (8, 4):
+                if (scoring := self._scoring_memory(card, bits)) <= card.memory:
+                    yield f"scoring in 16 bits does not fit: precision: {bits}bit takes {scoring:.1f} GiB"
+                    return
+            yield "scoring does not fit in any precision: choose a smaller model or a larger card"
 
-def _on(job: _Job, name: str, train: Work, score: Work) -> dict[str, Any]:
-    card = CARDS.get(name)
-    device = _this_cpu(job) if card is None else _of_card(card)
-    memory = training_memory(job.shape, job.setup, job.workload.longest, device.kind)
-    scoring = _scoring(job, None, device)
-    fits = memory.total <= device.memory
-    advice = [] if card is None else [*_format_advice(job, card), *([] if fits else _advice(job, card))]
-    return {
-        "memory": memory.total,
-        "memory_parts": dict(memory.parts),
-        "fits": fits,
-        "training_hours": device.training.seconds(train) / 3600,
-        "scoring_memory": scoring.total,
-        "scoring_fits": scoring.total <= device.memory,
-        "scoring_hours": device.scoring.seconds(score) / 3600,
-        "advice": [*advice, *([] if card is None else _scoring_advice(job, device))],
-    }
-
-
-def _of_card(card: Card) -> _Device:
-    rate = card.rate * _TERA
-    return _Device("cuda", card.memory, Speed(rate * TRAINING_SHARE), Speed(rate * SCORING_SHARE))
-
-
-def _this_cpu(job: _Job) -> _Device:
-    import psutil
-
-    from factory.gpu import probe_cpu
-
-    probe = probe_cpu(job.shape, nf4=job.setup.bits == 4)
-    speed = Speed(probe.rate * CPU_SHARE, probe.dequantise or float("inf"), CPU_LAYER_CALL, CPU_START)
-    return _Device("cpu", psutil.virtual_memory().total / GIB, speed, speed)
-
-
-def _scoring(job: _Job, bits: int | None, device: _Device) -> Memory:
-    if job.implicit and device.kind == "cuda":
-        bits = job.setup.bits  # the adapter is scored on the base that it was trained on
-    longest = int(job.workload.scored.max())
-    return scoring_memory(job.shape, bits=bits, budget=TOKEN_BUDGET[device.kind], longest=longest, device=device.kind)
-
-
-def _advice(job: _Job, card: Card) -> list[str]:
-    """Return the changes that make training fit, each on top of those before it, as far as any do."""
-    lines: list[str] = []
-    for said, setup, longest in _smaller(job):
-        total = training_memory(job.shape, setup, longest).total
-        lines.append(f"{said}: {total:.1f} GiB")
-        if total <= card.memory:
-            return lines
-    return [*lines, "it still does not fit: choose a smaller model or a larger card"]
-
-
-def _smaller(job: _Job) -> Iterator[tuple[str, Setup, int]]:
-    """Yield what to change, and set-up and longest row after it, the cheapest change first."""
-    setup, longest = job.setup, job.workload.longest
-    if not setup.checkpointing:
-        setup = setup.changed(checkpointing=True)
-        yield "disable_gradient_checkpointing: false (a third more hours)", setup, longest
-    if setup.batch > 1:
-        accumulation = setup.accumulation * setup.batch
-        setup = setup.changed(batch=1, accumulation=accumulation)
-        yield f"per_device_train_batch_size: 1, gradient_accumulation_steps: {accumulation}", setup, longest
-    if setup.stage == "sft" and not setup.liger:
-        setup = setup.changed(liger=True)
-        yield "enable_liger_kernel: true (pip install liger-kernel)", setup, longest
-    if setup.bits != 4:
-        setup = setup.changed(bits=4)
-        yield "quantization_bit: 4 in experiment.yaml", setup, longest
-    if setup.optimizer_bytes > 2:
-        setup = setup.changed(optimizer_bytes=2)
-        yield "optim: paged_adamw_8bit", setup, longest
-    while longest > 512:
-        longest //= 2
-        yield f"cutoff_len: {longest} in experiment.yaml, then prepare again", setup, longest
-
-
-def _format_advice(job: _Job, card: Card) -> list[str]:
-    if card.bf16 or job.setup.compute_bytes == 4:
-        return []
-    return ["it has no bf16: write bf16: false and fp16: true in the recipe"]
-
-
-def _scoring_advice(job: _Job, device: _Device) -> list[str]:
-    if _scoring(job, None, device).total <= device.memory:
-        return []
-    for bits in (8, 4):
-        total = _scoring(job, bits, device).total
-        if total <= device.memory:
-            return [f"scoring in 16 bits does not fit: precision: {bits}bit takes {total:.1f} GiB"]
-    return ["scoring does not fit in any precision: choose a smaller model or a larger card"]
+    def _smaller(self) -> Iterator[tuple[str, TrainConfig, int]]:
+        """Yield what to change, with config and longest row after it, the cheapest change first."""
+        config, longest = self.config, self.lengths.longest
+        batch, accumulation = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
+        one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": batch * accumulation}
+        changes = (
+            (not config.checkpoints, {"disable_gradient_checkpointing": False}, " (a third more hours)"),
+            (batch > 1, one_row, ""),
+            (config["stage"] == "sft", {"enable_liger_kernel": True}, " (pip install liger-kernel)"),
+            (True, {"quantization_bit": 4}, " in experiment.yaml"),
+            (config.optimizer_bytes > 2, {"optim": "paged_adamw_8bit"}, ""),
+        )
+        for useful, change, note in changes:
+            if useful and not change.items() <= config.items():
+                config = TrainConfig(config | change)
+                yield ", ".join(f"{key}: {str(value).lower()}" for key, value in change.items()) + note, config, longest
+        while longest > 512:
+            longest //= 2
+            yield f"cutoff_len: {longest} in experiment.yaml, then prepare again", config, longest
 
 
 def print_forecast(console, found: dict[str, Any]) -> None:
@@ -207,62 +166,41 @@ def print_forecast(console, found: dict[str, Any]) -> None:
         table = Table()
         for heading in ("device", "train GiB", "train time", "score GiB", "score time"):
             table.add_column(heading, justify="left" if heading == "device" else "right")
-        for name, cells in _rows(one["devices"]):
-            table.add_row(name, *cells)
+        alike: dict[tuple[str, ...], list[str]] = {}  # all cards have one figure for a tiny model: they share a row
+        for name, device in one["devices"].items():
+            alike.setdefault(_cells(device), []).append(name)
+        for cells, names in alike.items():
+            table.add_row(", ".join(names), *cells)
         console.print(table)
         for name, device in one["devices"].items():
             for line in device["advice"]:
                 console.print(f"  {name}: {line}", highlight=False)
     for stage, why in found["left_out"].items():
         console.print(f"left out: {stage}: {why}", highlight=False, markup=False, soft_wrap=True)
-    for line in _footnotes(found):
-        console.print(line, highlight=False, soft_wrap=True)
+    measured = any(CPU in one["devices"] for one in found["stages"].values())
+    cpu = "this machine's cpu: its speed was measured now" if measured else "this machine's CPU: --card cpu"
+    console.print(
+        f"By formula (docs/forecast.md). Cards: assumed shares of their data sheet's rate, not run; {cpu}.\n"
+        f"Each time includes the start, up to the first step: {CARD_START:.0f} s assumed on a card"
+        f"{f', {CPU_START:.0f} s on the cpu' if measured else ''}.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
-def _footnotes(found: dict[str, Any]) -> list[str]:
-    """Return how the figures were come by, and what of the times is the start."""
-    devices = {name for one in found["stages"].values() for name in one["devices"]}
-    cpu = "this machine's cpu: its speed was measured now" if CPU in devices else "this machine's CPU: --card cpu"
-    lines = [f"By formula (docs/forecast.md). Cards: assumed shares of their data sheet's rate, not run; {cpu}."]
-    starts = [f"{CARD_START:.0f} s assumed on a card"] if devices - {CPU} else []
-    starts += [f"{CPU_START:.0f} s on the cpu"] if CPU in devices else []
-    return [*lines, f"Each time holds its start, up to the first step: {', '.join(starts)}."]
-
-
-def _rows(devices: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """Return one row for each device; cards of one figure, as a tiny model has them, share a row."""
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for name, device in devices.items():
-        alike.setdefault(tuple(_cells(device)), []).append(name)
-    return [(", ".join(names), list(cells)) for cells, names in alike.items()]
-
-
-def _cells(device: dict[str, Any]) -> list[str]:
+def _cells(device: dict[str, Any]) -> tuple[str, ...]:
     train, score = ("" if device[key] else " (too much)" for key in ("fits", "scoring_fits"))
-    return [
+    return (
         f"{device['memory']:.1f}{train}",
         _time(device["training_hours"]),
         f"{device['scoring_memory']:.1f}{score}",
         _time(device["scoring_hours"]),
-    ]
+    )
 
 
 def _time(hours: float) -> str:
-    """Return hours in the unit that a person would say them in: 36 s, 12 min, 3.4 h."""
+    """Return hours in the unit that a person would use: 36 s, 12 min, 3.4 h."""
     seconds = hours * 3600
     if seconds < 99.5:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 59.5 * 60 else f"{hours:.1f} h"
-
-
-def _left_out(experiment: Experiment) -> dict[str, str]:
-    """Return the trainings whose recipe or rows are not there, each with the command that makes them."""
-    prepare = f"python run.py prepare -e {shlex.quote(experiment.name)} --train FILE"
-    pairs = (experiment.data_folder / "pairs.parquet").is_file()
-    found = {}
-    for stage in TRAININGS:
-        if not experiment.recipe(stage).is_file():
-            found[stage] = f"{experiment.recipe(stage)} is not rendered yet: {prepare}"
-        elif STEPS[stage].data == "dpo_reward" and not pairs:
-            found[stage] = f"the pairs that it trains on are not exported yet: {prepare} --pairs"
-    return found

@@ -1,7 +1,4 @@
-"""The shape of a model: the sizes in its config.json, and the numbers of parameters that follow from them.
-
-shape_of("models/arena-tiny").linear        # weights of the linear layers, which quantisation makes small
-"""
+"""The sizes in a model's config.json, and the numbers of weights that follow from them."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from common.errors import ArenaError
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """A decoder with gated feed-forward layers and grouped-query attention; sizes are numbers of weights."""
+class ModelSize:
+    """A decoder with gated feed-forward layers and grouped-query attention; properties are numbers of weights."""
 
     hidden: int
     layers: int
@@ -45,17 +42,17 @@ class ModelShape:
 
     @property
     def linear(self) -> int:
-        """Weights of the linear layers, the head left out: those that quantisation makes small."""
+        """Linear layers without the head: those that quantisation shrinks."""
         return self.layers * sum(i * o for i, o in self.linear_shapes())
 
     @property
     def embedding(self) -> int:
-        """Weights of the embedding."""
+        """The embedding."""
         return self.vocabulary * self.hidden
 
     @property
     def head(self) -> int:
-        """Weights that the head has of its own: none if it is the embedding."""
+        """The head, 0 if it is the embedding."""
         return 0 if self.tied else self.embedding
 
     @property
@@ -68,38 +65,37 @@ class ModelShape:
         return self.layers * rank * sum(i + o for i, o in self.linear_shapes())
 
 
-# config.json of models that people use, from their cards: a forecast needs no download.
+# From the config.json of models that people use: a forecast for these needs no network.
 _KNOWN = {
-    "meta-llama/Meta-Llama-3-8B-Instruct": ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
-    "meta-llama/Llama-3.1-8B-Instruct": ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
-    "meta-llama/Meta-Llama-3.1-8B-Instruct": ModelShape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
-    "google/gemma-2-9b-it": ModelShape(3584, 42, 16, 8, 256, 14336, 256000, tied=True, soft_capped=True),
-    "Qwen/Qwen2.5-1.5B-Instruct": ModelShape(1536, 28, 12, 2, 128, 8960, 151936, tied=True),
-    "Qwen/Qwen2.5-7B-Instruct": ModelShape(3584, 28, 28, 4, 128, 18944, 152064, tied=False),
-    "Qwen/Qwen3-0.6B": ModelShape(1024, 28, 16, 8, 128, 3072, 151936, tied=True, normed=True),
-    "Qwen/Qwen3-1.7B": ModelShape(2048, 28, 16, 8, 128, 6144, 151936, tied=True, normed=True),
-    "Qwen/Qwen3-4B-Instruct-2507": ModelShape(2560, 36, 32, 8, 128, 9728, 151936, tied=True, normed=True),
-    "Qwen/Qwen3-8B": ModelShape(4096, 36, 32, 8, 128, 12288, 151936, tied=False, normed=True),
-    "microsoft/Phi-4-mini-instruct": ModelShape(3072, 32, 24, 8, 128, 8192, 200064, tied=True),
+    "meta-llama/Meta-Llama-3-8B-Instruct": ModelSize(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
+    "meta-llama/Llama-3.1-8B-Instruct": ModelSize(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
+    "meta-llama/Meta-Llama-3.1-8B-Instruct": ModelSize(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
+    "google/gemma-2-9b-it": ModelSize(3584, 42, 16, 8, 256, 14336, 256000, tied=True, soft_capped=True),
+    "Qwen/Qwen2.5-1.5B-Instruct": ModelSize(1536, 28, 12, 2, 128, 8960, 151936, tied=True),
+    "Qwen/Qwen2.5-7B-Instruct": ModelSize(3584, 28, 28, 4, 128, 18944, 152064, tied=False),
+    "Qwen/Qwen3-0.6B": ModelSize(1024, 28, 16, 8, 128, 3072, 151936, tied=True, normed=True),
+    "Qwen/Qwen3-1.7B": ModelSize(2048, 28, 16, 8, 128, 6144, 151936, tied=True, normed=True),
+    "Qwen/Qwen3-4B-Instruct-2507": ModelSize(2560, 36, 32, 8, 128, 9728, 151936, tied=True, normed=True),
+    "Qwen/Qwen3-8B": ModelSize(4096, 36, 32, 8, 128, 12288, 151936, tied=False, normed=True),
+    "microsoft/Phi-4-mini-instruct": ModelSize(3072, 32, 24, 8, 128, 8192, 200064, tied=True),
 }
 
 
-def shape_of(model: str, revision: str = "main") -> ModelShape:
-    """Return the shape of a model folder or of a hub id; raises ArenaError where it cannot be told.
+def size_of(model: str, revision: str = "main") -> ModelSize:
+    """Return the sizes of a model folder or hub id; raises ArenaError where they are not to be had.
 
-    Known ids need no network; of any other the hub's config.json is read (or taken from the cache when offline).
+    For a hub id that is not known here the hub's config.json is read (from the cache when offline).
     """
-    known = _KNOWN.get(model)
-    if known and not Path(model).is_dir():
-        return known
+    if not Path(model).is_dir() and model in _KNOWN:
+        return _KNOWN[model]
     path = Path(model) / "config.json" if Path(model).is_dir() else _from_hub(model, revision)
     try:
         return _parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArenaError(
-            f"does not tell the model's sizes ({error!r})",
+            f"does not hold the model's sizes ({error!r})",
             where=str(path),
-            remedy="forecast knows decoders with hidden_size, num_hidden_layers, intermediate_size and vocab_size",
+            remedy="forecast needs a decoder with hidden_size, num_hidden_layers, intermediate_size and vocab_size",
         ) from None
 
 
@@ -110,16 +106,17 @@ def _from_hub(model: str, revision: str) -> Path:
         return Path(hf_hub_download(model, "config.json", revision=revision))
     except Exception as error:  # gated, offline, unknown: the library has a class for each
         raise ArenaError(
-            f"its config.json cannot be had: {str(error).splitlines()[0]}",
+            f"cannot download its config.json: {str(error).splitlines()[0]}",
             where=model,
             remedy="go online, accept the model's licence on its page, or give a folder as `model`",
         ) from None
 
 
-def _parse(config: dict[str, Any]) -> ModelShape:
+def _parse(config: dict[str, Any]) -> ModelSize:
+    """Read the keys by hand: AutoConfig takes seconds to import, and refuses model types newer than itself."""
     config = config.get("text_config", config)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    return ModelShape(
+    return ModelSize(
         hidden=hidden,
         layers=config["num_hidden_layers"],
         heads=heads,

@@ -1,4 +1,4 @@
-"""Hours: how long a training or a scoring takes, from its floating-point operations and a device's measured rate.
+"""Hours: how long a training or a scoring takes, from its floating-point operations and a device's rate.
 
 A token of a forward pass costs 2 operations a weight and 2 * layers * attention width * (tokens before it, on
 average half the sequence) * 2 for the attention. Backward through frozen weights costs one forward pass more,
@@ -11,92 +11,62 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from factory.gpu import TOKEN_BUDGET
-from factory.model_size import ModelShape
-from factory.train_config import Setup, Workload
-
-# Shares of the matrix rate that training and scoring reach on a GPU, derived from two public runs of this
-# competition; docs/forecast.md has the derivation. Not measured by this project.
-TRAINING_SHARE, SCORING_SHARE = 0.30, 0.21
-
-# Seconds from the command to the first step with a large model on a GPU: assumed, not measured. It is most of what a
-# forecast says of a tiny model, which a CPU that starts in less then seems to be faster with.
-CARD_START = 60.0
-
-# What a CPU adds to its products, measured on two cores with benchmarks/forecast_check.py.
-CPU_SHARE = 0.55  # of the probe's rate, in a whole training step
-CPU_LAYER_CALL = 0.9e-3  # seconds that calling one layer costs, however small it is
-CPU_START = 12.0  # seconds from the command to the first step
-
-
-@dataclass(frozen=True)
-class Speed:
-    """A device's speed: operations a second, nf4 weights made whole a second, seconds a layer's call and the start."""
-
-    rate: float
-    dequantise: float = float("inf")
-    layer_call: float = 0.0
-    start: float = CARD_START
-
-    def seconds(self, work: Work) -> float:
-        """Return the seconds that `work` takes, from the command to the end."""
-        once = work.operations / self.rate + work.dequantised / self.dequantise
-        return self.start + once + work.layer_calls * self.layer_call
+from factory.gpu import TOKEN_BUDGET, Device
+from factory.model_size import ModelSize
+from factory.train_config import TokenLengths, TrainConfig, padded_tokens
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, quantised weights made whole, layer calls and optimizer steps of one run."""
+    """Floating-point operations, weights dequantised, layer calls and optimizer steps of one run."""
 
     operations: float
     dequantised: float
     layer_calls: float
     steps: int
 
+    def seconds(self, device: Device, rate: float) -> float:
+        """Return the seconds from the command to the end, at a rate of operations a second."""
+        computing = self.operations / rate + self.dequantised / device.dequantise
+        return device.start + computing + self.layer_calls * device.layer_call
 
-def training_work(shape: ModelShape, setup: Setup, workload: Workload) -> Work:
+
+def training_work(size: ModelSize, config: TrainConfig, lengths: TokenLengths) -> Work:
     """Return the work of a whole training run, evaluations included."""
-    rows = len(workload.train)
-    steps_an_epoch = max(1, -(-rows // (setup.batch * setup.accumulation)))
-    steps = setup.max_steps if setup.max_steps > 0 else round(steps_an_epoch * setup.epochs)
+    rows, batch, valid_batch = (
+        len(lengths.train),
+        config["per_device_train_batch_size"],
+        config["per_device_eval_batch_size"],
+    )
+    steps_an_epoch = max(1, -(-rows // (batch * config["gradient_accumulation_steps"])))
+    steps = int(config["max_steps"])
+    if steps <= 0:
+        steps = round(steps_an_epoch * float(config["num_train_epochs"]))
     epochs = steps / steps_an_epoch
-    tokens = workload.padded_tokens(workload.train, setup.batch, grouped=setup.grouped) * epochs
-    valid = workload.padded_tokens(workload.valid, setup.eval_batch, grouped=False) * setup.evaluations
-    passes = 2 + setup.checkpointing + setup.reference
-    mean = _mean_of_squares(workload.train)
-    batches = epochs * -(-rows // setup.batch)
-    evaluated = setup.evaluations * -(-len(workload.valid) // setup.eval_batch)
-    head = _head(shape)
-    operations = tokens * (passes * (_token(shape, mean) + head) + _lora(shape, setup))
-    operations += valid * (1 + setup.reference) * (_token(shape, mean) + head)
+    grouped = config["train_sampling_strategy"] == "group_by_length"
+    tokens = padded_tokens(lengths.train, batch, grouped=grouped) * epochs
+    valid = padded_tokens(lengths.valid, valid_batch, grouped=False) * config.evaluations
+    passes = 2 + config.checkpoints + config.has_reference
+    batches = epochs * -(-rows // batch)
+    evaluated = config.evaluations * -(-len(lengths.valid) // valid_batch)
+    # Training sends every position through the head.
+    token = _token(size, lengths.train) + 2.0 * size.embedding
+    operations = tokens * (passes * token + 6.0 * size.lora(config["lora_rank"]))
+    operations += valid * (1 + config.has_reference) * token
     # Each pass calls each layer once a batch, whatever the number of sequences in it.
-    calls = batches * passes + evaluated * (1 + setup.reference)
-    whole = calls * shape.linear if setup.bits else 0.0
-    return Work(operations, whole, calls * shape.layers, steps)
+    calls = batches * passes + evaluated * (1 + config.has_reference)
+    return Work(operations, calls * size.linear if config["quantization_bit"] else 0.0, calls * size.layers, steps)
 
 
-def scoring_work(shape: ModelShape, workload: Workload, *, reference: bool) -> Work:
+def scoring_work(size: ModelSize, lengths: TokenLengths, *, reference: bool) -> Work:
     """Return the work of scoring; batches are in length order, so that next to nothing is padding."""
-    tokens = float(workload.scored.sum()) * (1 + reference)
-    operations = tokens * _token(shape, _mean_of_squares(workload.scored))
+    tokens = float(lengths.scored.sum()) * (1 + reference)
     batches = max(1.0, tokens / TOKEN_BUDGET["cpu"])  # a GPU's calls cost nothing beside their products
-    return Work(operations, 0.0, batches * shape.layers, 0)
+    return Work(tokens * _token(size, lengths.scored), 0.0, batches * size.layers, 0)
 
 
-def _token(shape: ModelShape, mean_context: float) -> float:
-    return 2.0 * shape.linear + 4.0 * shape.layers * shape.attention_width * mean_context / 2
-
-
-def _lora(shape: ModelShape, setup: Setup) -> float:
-    return 6.0 * shape.lora(setup.rank)
-
-
-def _head(shape: ModelShape) -> float:
-    """Operations of the head for one token of one pass: training sends every position through it."""
-    return 2.0 * shape.embedding
-
-
-def _mean_of_squares(lengths: np.ndarray) -> float:
-    """Return the length of the sequence that a token stands in, on average over tokens."""
+def _token(size: ModelSize, lengths: np.ndarray) -> float:
+    """Return the operations of one token in the layers, in a sequence of the length that tokens have on average."""
     flat = lengths.ravel().astype(np.float64)
-    return float((flat**2).sum() / flat.sum())
+    context = float((flat**2).sum() / flat.sum())
+    return 2.0 * size.linear + 4.0 * size.layers * size.attention_width * context / 2

@@ -539,29 +539,22 @@ def test_servers_listen_to_this_machine_only(monkeypatch):
 
 def test_every_page_of_ours_is_served_to_this_machine_only(monkeypatch):
     """What run.py asks for, and what the two pages of our own do where nobody asks."""
-    import llamafactory.extras.misc as misc
-
-    from factory import board_page as webui
-    from factory.board import exposure
+    from factory import board_page, serve_page
+    from factory.serve_page import exposure
     from scoring import watch_page
 
     hosts = [each for command in run.cli.commands.values() for each in command.params if each.name == "host"]
     assert hosts and {each.default for each in hosts} == {"127.0.0.1"}
     assert exposure("127.0.0.1") is None and "everybody who reaches this machine" in str(exposure("0.0.0.0"))
-    asked = []
-    page = SimpleNamespace(queue=lambda: SimpleNamespace(launch=lambda **options: asked.append(options)))
-    monkeypatch.setattr(misc, "fix_proxy", lambda: None)
-    for module in (webui, watch_page):
-        monkeypatch.setattr(module, "follow_parent", lambda: None)
-        monkeypatch.setattr(module, "build", lambda *_: page)
+    launched = []
+    page = SimpleNamespace(queue=lambda: SimpleNamespace(launch=lambda **options: launched.append(options)))
+    monkeypatch.setattr(serve_page, "follow_parent", lambda: None)
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    monkeypatch.setattr(
-        watch_page, "load_experiment", lambda name: SimpleNamespace(output_folder=Path, adapter_folder=Path)
-    )
-    monkeypatch.setattr(watch_page, "Watcher", lambda *_: SimpleNamespace(start=lambda: None))
-    webui.main(["--port", "1"])
-    watch_page.main(["--port", "1", "--experiment", "x", "--stage", "sft"])
-    assert [(each["server_name"], each["share"]) for each in asked] == [("127.0.0.1", False)] * 2
+    for module in (board_page, watch_page):
+        monkeypatch.setattr(module, "build", lambda **_: page)
+    board_page.main(["--port", "1"])
+    watch_page.main(["--port", "1", "--experiment", "x", "--stage", "sft", "--score", "0"])
+    assert [(each["server_name"], each["share"]) for each in launched] == [("127.0.0.1", False)] * 2
 
 
 def test_no_code_of_ours_binds_to_every_network():

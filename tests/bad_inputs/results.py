@@ -244,9 +244,9 @@ def truth_of_others(place: Place) -> None:
 
 def ladder() -> None:
     from common.experiment import load_experiment
-    from scoring.watch import Ladder
+    from scoring.watch import baseline_losses
 
-    Ladder(load_experiment("exam"))
+    baseline_losses(load_experiment("exam"))
 
 
 COMPARES = [

@@ -1,15 +1,24 @@
-"""The mended parts of LLaMA Board that need no browser: its job's output, foreign adapters, other runs' folders."""
+"""LLaMA Board's real page, built as `run.py board` builds it but not served: what it starts, shows and trusts."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-import factory.board_page as webui
-from factory.board_page import Job, _own_checkpoints
+import factory.board_page
+from common.experiment import load_experiment
+from common.stages import TRAININGS
+from factory.board import board_models, configuration
+from factory.board_page import Job, build
+from factory.process import child_environment
+from factory.recipes import render_recipe
+from factory.stage_context import StageContext
 
+ROOT = Path(__file__).resolve().parents[2]
 CHATTY = """#!/bin/sh
 head -c 500000 /dev/zero | tr '\\0' 'x' >&2
 echo ' the last word' >&2
@@ -17,24 +26,129 @@ exit 3
 """
 
 
-@pytest.fixture
-def chatty(tmp_path) -> Path:
-    """A program that says more than a pipe holds."""
-    path = tmp_path / "chatty"
-    path.write_text(CHATTY)
-    path.chmod(0o755)
-    return path
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The page with the committed experiments, in whose folder the tests then are."""
+    folder = tmp_path_factory.mktemp("page")
+    for name in ("factory_configs", "templates"):
+        (folder / name).symlink_to(ROOT / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield build()
 
 
-def test_a_job_ends_although_nobody_reads_what_it_says(chatty, tmp_path, monkeypatch):
-    native = subprocess.Popen([str(chatty)], stderr=subprocess.PIPE)  # as LLaMA-Factory 0.9.5 starts it
-    try:
-        with pytest.raises(subprocess.TimeoutExpired):
-            native.wait(2)
-    finally:
-        native.kill()
-        native.communicate()
-    monkeypatch.setattr(webui.sys, "executable", str(chatty))
+def function_named(page, name):
+    return next(each for each in page.fns.values() if each.name == name)
+
+
+@pytest.fixture(scope="module")
+def runner(page):
+    """LLaMA-Factory's own runner behind the page: it makes arguments of what the elements hold."""
+    return function_named(page, "load_args").fn.__self__
+
+
+def pressed(page, runner, button: str, values: dict) -> dict:
+    """Return what a button's function gets: every element's own value, replaced by those given by id."""
+    chosen = {runner.manager.get_elem_by_id(key): value for key, value in values.items()}
+    inputs = function_named(page, button).inputs
+    assert chosen.keys() <= set(inputs)
+    return {element: chosen.get(element, element.value) for element in inputs}
+
+
+@pytest.mark.parametrize("stage", TRAININGS)
+@pytest.mark.parametrize("name", ["demo", "qwen3-4b"])
+def test_loading_and_starting_a_configuration_is_running_the_recipe(page, runner, name, stage):
+    experiment = load_experiment(name)
+    model = board_models([experiment])[name, stage]
+    values, left_out = configuration(StageContext(experiment, stage), model)
+    assert left_out == []
+    loaded = {runner.manager.get_elem_by_id(key) for key in values}
+    assert loaded <= set(function_named(page, "load_args").outputs), "elements that Load may set"
+    data = {
+        element: element.preprocess(value) if element in loaded else value  # as the browser sends it back
+        for element, value in pressed(page, runner, "run_train", values).items()
+    }
+    data[runner.manager.get_elem_by_id("top.model_path")] = model.path  # what the page looks up for the model's name
+    data[runner.manager.get_elem_by_id("train.output_dir")] = "trial"
+    started = json.loads(json.dumps({k: v for k, v in runner._parse_train_args(data).items() if v is not None}))
+    rendered = OmegaConf.to_container(OmegaConf.create(render_recipe(experiment, stage)))
+    recipe = {key: value for key, value in rendered.items() if value is not None}
+    for key, value in (recipe | {"output_dir": f"{model.folder}/trial", "dataset_dir": "data"}).items():
+        if isinstance(value, float):
+            assert math.isclose(started[key], value), key
+        else:
+            assert started.get(key, False) == value, key
+    own = {"max_samples", "ddp_timeout", "include_num_input_tokens_seen", "double_quantization", "flash_attn"}
+    additions = {k: v for k, v in started.items() if k not in recipe and v not in (False, "", 0) and k not in own}
+    unchanged = {"enable_thinking": True, "max_grad_norm": 1.0, "pref_loss": "sigmoid", "template": recipe["template"]}
+    assert additions.items() <= unchanged.items(), additions
+
+
+def test_the_page_lists_our_models_first_with_path_and_template(page, runner):
+    from llamafactory.webui.common import get_model_path, get_template
+
+    names = [value for _, value in runner.manager.get_elem_by_id("top.model_name").choices]
+    assert names[:2] == ["arena-tiny", "demo_sft_merged"] and "Custom" in names
+    assert (get_model_path("arena-tiny"), get_template("arena-tiny")) == ("models/arena-tiny", "qwen3_nothink")
+    assert get_model_path("Qwen3-4B-Instruct-2507") == "Qwen/Qwen3-4B-Instruct-2507"
+
+
+def test_no_tab_trusts_code_of_a_model(page, runner):
+    for name in ("train.extra_args", "infer.extra_args", "export.extra_args"):
+        assert json.loads(runner.manager.get_elem_by_id(name).value)["trust_remote_code"] is False
+    model = {"top.model_name": "arena-tiny", "top.model_path": "models/arena-tiny"}
+    names = {**model, "train.dataset": ["x"], "train.output_dir": "trial"}
+    assert runner._parse_train_args(pressed(page, runner, "run_train", names))["trust_remote_code"] is False
+    names = {**model, "eval.dataset": ["demo_sft_valid"], "eval.output_dir": "trial"}
+    assert runner._parse_eval_args(pressed(page, runner, "run_eval", names))["trust_remote_code"] is False
+
+
+def test_a_key_that_is_typed_in_reaches_the_job_and_no_file(page, runner, monkeypatch):
+    monkeypatch.setenv("SWANLAB_API_KEY", "of-the-shell")
+    names = {"train.use_swanlab": True, "train.swanlab_api_key": "typed-in-0123456789", "train.dataset": ["x"]}
+    names |= dict.fromkeys(("top.model_name", "top.model_path", "train.output_dir"), "trial")
+    data = pressed(page, runner, "run_train", names)
+    started, saved = runner._parse_train_args(data), runner._build_config_dict(data)
+    assert started["use_swanlab"] and saved["train.use_swanlab"]
+    assert "typed-in" not in str(started) and "typed-in" not in str(saved)
+    assert child_environment()["SWANLAB_API_KEY"] == "typed-in-0123456789"
+
+
+def test_a_run_that_began_after_the_page_is_shown_with_settings_log_and_chart(page, runner):
+    experiment, check = load_experiment("demo"), function_named(page, "check_output_dir")
+    adapter, log = experiment.adapter_folder("sft"), experiment.output_folder("sft") / "train.log"
+    adapter.mkdir(parents=True)  # as a training of the command line leaves it: without settings of the page's
+    log.parent.mkdir(parents=True)
+    log.write_text("***** Running training *****\n")
+    line = {"current_steps": 3, "total_steps": 6, "loss": 1.0, "percentage": 50}
+    (adapter / "trainer_log.jsonl").write_text(json.dumps(line | {"elapsed_time": "1", "remaining_time": "1"}) + "\n")
+    shown = check.fn("en", "arena-tiny", "lora", adapter.name)
+    assert shown.keys() <= set(check.outputs)
+    by_id = {name: shown[runner.manager.get_elem_by_id(f"train.{name}")] for name in ("output_box", "cutoff_len")}
+    assert "***** Running training *****" in by_id["output_box"] and by_id["cutoff_len"] == experiment.cutoff_len
+    assert shown[runner.manager.get_elem_by_id("train.progress_bar")].constructor_args["value"] == 50
+    assert shown[runner.manager.get_elem_by_id("train.loss_viewer")].constructor_args["value"] is not None
+
+
+def test_an_adapter_is_offered_on_the_base_that_it_was_trained_on_only(page):
+    experiment, list_checkpoints = load_experiment("demo"), function_named(page, "list_checkpoints").fn
+    for name in (experiment.adapter_folder("sft").name, experiment.adapter_folder("dpo_judge").name, "of_the_page"):
+        folder = Path("saves/arena-tiny/lora", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter_model.safetensors").touch()
+    merged = Path("saves/demo_sft_merged/lora")
+    merged.mkdir(parents=True)
+    (merged / "demo_dpo_judge").symlink_to(Path("saves/arena-tiny/lora/demo_dpo_judge").resolve())
+    offered = {name: list_checkpoints(name, "lora").constructor_args for name in ("arena-tiny", "demo_sft_merged")}
+    assert offered["arena-tiny"]["choices"] == ["demo_sft", "of_the_page"] and offered["arena-tiny"]["multiselect"]
+    assert offered["demo_sft_merged"]["choices"] == ["demo_dpo_judge"]
+
+
+def test_a_job_ends_although_nobody_reads_what_it_prints(tmp_path, monkeypatch):
+    chatty = tmp_path / "chatty"
+    chatty.write_text(CHATTY)
+    chatty.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(chatty))
     job = Job(["llamafactory-cli", "train", "x.yaml"], env={"LLAMABOARD_WORKDIR": str(tmp_path)}, stderr=-1, text=True)
     assert job.wait(20) == 3
     out, said = job.communicate(timeout=1)
@@ -44,99 +158,14 @@ def test_a_job_ends_although_nobody_reads_what_it_says(chatty, tmp_path, monkeyp
 
 def test_a_job_is_our_launcher_in_boards_mode_and_nothing_else_of_the_shell(tmp_path, monkeypatch):
     seen = {}
-
-    def start(self, command, **options):
-        seen.update(command=command, **options)
-
-    monkeypatch.setattr(subprocess.Popen, "__init__", start)
+    monkeypatch.setattr(
+        subprocess.Popen, "__init__", lambda self, command, **more: seen.update(command=command, **more)
+    )
     monkeypatch.setenv("USE_V1", "1")
     board = {"LLAMABOARD_ENABLED": "1", "LLAMABOARD_WORKDIR": str(tmp_path), "FORCE_TORCHRUN": "1", "USE_V1": "1"}
     job = Job(["llamafactory-cli", "train", "args.yaml"], env=board, stderr=subprocess.PIPE, text=True)
     job.returncode = 0
     assert seen["command"] == [sys.executable, "-m", "factory.launcher", "train", "args.yaml"]
     assert seen["env"]["LLAMABOARD_ENABLED"] == "1" and seen["env"]["FORCE_TORCHRUN"] == "1"
-    assert "USE_V1" not in seen["env"] and str(Path(webui.__file__).parents[1]) in seen["env"]["PYTHONPATH"]
-
-
-@pytest.fixture
-def listed(tmp_path, monkeypatch):
-    """What the page's list of checkpoints sends where a model has three, of another base and of its hub id, too."""
-    from llamafactory.extras.constants import SUPPORTED_MODELS
-    from llamafactory.webui.control import list_checkpoints
-
-    monkeypatch.chdir(tmp_path)
-    for name, base in (("own", "models/tiny"), ("foreign", "outputs/merged"), ("hub", "somebody/tiny")):
-        folder = tmp_path / "saves" / "tiny" / "lora" / name
-        folder.mkdir(parents=True)
-        (folder / "adapter_model.safetensors").touch()
-        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    for base in ("models/tiny", "outputs/merged"):
-        (tmp_path / base).mkdir(parents=True)
-    monkeypatch.setitem(SUPPORTED_MODELS, "tiny", {webui_default(): "models/tiny"})
-    own = _own_checkpoints(list_checkpoints)
-    return lambda kind, chosen: own("tiny", kind, chosen).constructor_args  # what is sent to the browser
-
-
-def test_adapters_of_another_base_are_not_offered(listed):
-    assert listed("lora", [])["choices"] == ["hub", "own"]
-
-
-HELD = Path("cache/models--Qwen--Qwen3-4B/snapshots/0123abc")
-
-
-@pytest.mark.parametrize(
-    ("named", "base", "fits"),
-    [
-        ("models/tiny", "models/tiny", True),
-        ("models/../models/tiny", "models/tiny", True),
-        ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B", True),
-        ("Qwen/Qwen3-4B", "models/Qwen3-4B", True),  # the hub's model and a copy of it
-        ("models/Qwen3-4B", "Qwen/Qwen3-4B", True),
-        ("Qwen/Qwen3-4B", str(HELD), True),
-        ("outputs/exam/sft/merged", "models/tiny", False),  # the merged judge is gone
-        ("outputs/exam/sft/merged", "outputs/other/sft/merged", False),
-        ("outputs/exam/sft/merged", "Qwen/Qwen3-4B", False),
-        ("models/tiny", "models/Qwen3-4B", False),
-        ("meta/Llama-3", "Qwen/Qwen3-4B", False),  # any hub base
-        ("somebody/Qwen3-4B", "Qwen/Qwen3-4B", False),
-        ("meta/Llama-3", "models/tiny", False),
-        ("models/tiny", "", True),  # no model is chosen
-        (None, "models/tiny", True),
-    ],
-)
-def test_an_adapter_fits_the_base_that_it_was_trained_on(tmp_path, monkeypatch, named, base, fits):
-    monkeypatch.chdir(tmp_path)
-    for folder in ("models/tiny", "models/Qwen3-4B", "outputs/other/sft/merged", HELD):
-        Path(folder).mkdir(parents=True)
-    Path("adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
-    assert webui._fits(tmp_path, base) is fits
-
-
-@pytest.mark.parametrize("content", ["[]", "3", "{", "[" * 100_000])
-def test_a_damaged_adapter_is_left_for_the_page_to_complain_about(tmp_path, content):
-    (tmp_path / "adapter_config.json").write_text(content)
-    assert webui._fits(tmp_path, "models/tiny")
-
-
-@pytest.mark.parametrize(
-    ("kind", "chosen"), [("lora", []), ("lora", ["own"]), ("lora", ["hub", "own"]), ("full", None)]
-)
-def test_a_choice_that_the_list_still_holds_is_left_alone(listed, kind, chosen):
-    assert "value" not in listed(kind=kind, chosen=chosen)
-
-
-@pytest.mark.parametrize(
-    ("kind", "chosen", "emptied"),
-    [
-        *(("lora", chosen, []) for chosen in (["foreign"], ["own", "gone"], "own", None)),
-        *(("full", chosen, None) for chosen in (["own"], [], "gone")),
-    ],
-)
-def test_a_choice_that_the_list_lost_or_that_is_of_another_kind_is_emptied(listed, kind, chosen, emptied):
-    assert listed(kind=kind, chosen=chosen)["value"] == emptied
-
-
-def webui_default():
-    from llamafactory.extras.constants import DownloadSource
-
-    return DownloadSource.DEFAULT
+    root = str(Path(factory.board_page.__file__).parents[1])
+    assert "USE_V1" not in seen["env"] and root in seen["env"]["PYTHONPATH"]

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import run
 from common.progress import Show
-from factory import board, doctor
+from factory import doctor, serve_page
 from factory.devices import Devices, Gpu, Product
 from factory.doctor import Finding, as_lines, as_report, examine
 
@@ -188,7 +188,7 @@ def test_a_taken_port_is_told(machine, monkeypatch):
 
 
 def test_a_taken_port_of_ours_needs_nothing_that_run_py_ignores():
-    _, remedy = doctor._PORTS[board.FIRST_PORT]
+    _, remedy = doctor._PORTS[serve_page.FIRST_PORT]
     assert "next free one" in remedy and "--port" in remedy and "GRADIO_SERVER_PORT" not in str(doctor._PORTS)
 
 

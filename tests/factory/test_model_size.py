@@ -3,7 +3,7 @@ import json
 import pytest
 
 from common.errors import ArenaError
-from factory.model_size import ModelShape, shape_of
+from factory.model_size import ModelSize, size_of
 
 # Billions of parameters, from the models' own cards.
 CARDS = {
@@ -19,11 +19,11 @@ CARDS = {
 
 @pytest.mark.parametrize(("model", "billions"), CARDS.items())
 def test_a_known_model_has_the_parameters_of_its_card(model, billions):
-    assert shape_of(model).parameters / 1e9 == pytest.approx(billions, rel=5e-3)
+    assert size_of(model).parameters / 1e9 == pytest.approx(billions, rel=5e-3)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_folders_shape_counts_what_the_real_model_holds(tmp_path, tied):
+def test_a_folders_size_counts_what_the_real_model_holds(tmp_path, tied):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -37,13 +37,13 @@ def test_a_folders_shape_counts_what_the_real_model_holds(tmp_path, tied):
         tie_word_embeddings=tied,
     )
     config.save_pretrained(tmp_path)
-    shape = shape_of(str(tmp_path))
+    size = size_of(str(tmp_path))
     model = Qwen3ForCausalLM(config)
     norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    assert shape.parameters == model.num_parameters() - norms
+    assert size.parameters == model.num_parameters() - norms
     linear = [m for n, m in model.named_modules() if type(m).__name__ == "Linear" and n != "lm_head"]
-    assert shape.linear == sum(m.weight.numel() for m in linear)
-    assert shape.lora(8) == sum(8 * (m.in_features + m.out_features) for m in linear)
+    assert size.linear == sum(m.weight.numel() for m in linear)
+    assert size.lora(8) == sum(8 * (m.in_features + m.out_features) for m in linear)
 
 
 def test_a_vision_models_text_part_is_read(tmp_path):
@@ -55,19 +55,19 @@ def test_a_vision_models_text_part_is_read(tmp_path):
         "vocab_size": 10,
     }
     (tmp_path / "config.json").write_text(json.dumps({"text_config": inner}))
-    assert shape_of(str(tmp_path)) == ModelShape(8, 1, 2, 2, 4, 16, 10, tied=False)
+    assert size_of(str(tmp_path)) == ModelSize(8, 1, 2, 2, 4, 16, 10, tied=False)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "not JSON", '{"hidden_size": 8}'])
-def test_a_config_that_tells_no_sizes_is_refused(tmp_path, content):
+def test_a_config_without_sizes_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ArenaError, match=r"config\.json"):
-        shape_of(str(tmp_path))
+        size_of(str(tmp_path))
 
 
 def test_an_unknown_hub_id_without_network_is_refused_with_a_remedy(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ArenaError) as caught:
-        shape_of("nobody/nothing-7B")
+        size_of("nobody/nothing-7B")
     assert "nobody/nothing-7B" in str(caught.value) and "give a folder" in caught.value.remedy

@@ -8,12 +8,13 @@ from common.experiment import load_experiment, read_yaml
 from common.llamafactory_schema import known_models
 from common.stages import STEPS, TRAININGS
 from factory.memory import training_memory
-from factory.model_size import shape_of
+from factory.model_size import size_of
 from factory.new_experiment import render_experiment
 from factory.presets import PRESETS, write_preset
 from factory.recipe_checks import check_recipes
 from factory.recipes import render_recipe
-from factory.train_config import setup_of
+from factory.stage_context import StageContext
+from factory.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 NAMES = [preset.name for preset in PRESETS]
@@ -87,7 +88,8 @@ def test_a_preset_fits_its_card_by_the_forecasts_formula(preset, monkeypatch):
     card = int(re.search(r"one (\d+) GB GPU", its.description)[1]) * 0.98  # GiB: what 24 GB and 48 GB cards offer
 
     def takes(training, longest):
-        return training_memory(shape_of(its.model), setup_of(its, training), longest).total
+        config = TrainConfig.of(StageContext(its, training).recipe)
+        return sum(training_memory(size_of(its.model), config, longest).values())
 
     only_sft = "SFT on one" in its.description
     for training in TRAININGS[:1] if only_sft else TRAININGS:

@@ -1,3 +1,6 @@
+"""Watching a run: its status from its files, baselines and scored checkpoints beside it, in terminal and page."""
+
+import io
 import json
 import math
 import shutil
@@ -5,24 +8,29 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import run
-import scoring.watch as watching
-from common.errors import UsageError
+from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment
 from common.files import only_run
 from common.progress import Show
 from data_prep.export import export
 from data_prep.synthetic import write_arena
 from factory.recipes import write_recipe
+from factory.stage_context import StageContext
 from factory.state import StageState
-from scoring.watch import CheckpointScorer, Ladder, Watcher, answer_tokens, follow, in_words, look, stage_to_watch
+from factory.status import OUTDATED, next_commands, survey
+from scoring import watch as watching
+from scoring.run_status import evaluation_times, how_to_evaluate, in_words, run_status
+from scoring.watch import CheckpointScorer, Watcher, baseline_losses, follow, stage_to_watch
+from scoring.watch_page import ladder_plot
 
-ROOT = watching.Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -60,39 +68,71 @@ def log(experiment, stage, *points):
     (folder / "trainer_log.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
 
+def status_of(experiment, stage="sft"):
+    return run_status(StageContext(experiment, stage))
+
+
+def finished(experiment, stage, *parts):
+    """Write the state of a stage whose parts are done."""
+    state = StageState(experiment.output_folder(stage))
+    for part in parts:
+        state.begin(part, {})
+        state.finish(part, [], 1.0)
+
+
+@pytest.fixture
+def scored(exam):
+    """A function that makes a stage look scored, by a report; the place is as it was afterwards."""
+    made = []
+
+    def make(stage, **report):
+        finished(exam, stage, "train", "merge", "score")
+        made.append(exam.output_folder(stage))
+        (made[-1] / "report.json").write_text(json.dumps(report))
+
+    yield make
+    for folder in made:
+        shutil.rmtree(folder)
+
+
 def test_an_evaluation_loss_becomes_an_upper_bound_of_the_log_loss(exam):
     log(exam, "sft", (2, {"loss": 0.5, "lr": 1e-3}), (4, {"loss": 0.4}), (4, {"eval_loss": 0.3}))
-    seen = look(exam, "sft")
-    (evaluation,) = seen.evaluations
-    assert (evaluation.step, evaluation.eval_loss) == (4, 0.3)
-    tokens = json.loads((exam.data_folder / "manifest.json").read_text())["frame"]["answer_len"]
-    assert tokens == 3 and evaluation.log_loss == pytest.approx(0.9)
-    text = "\n".join(in_words(seen))
-    assert "step 4: evaluation loss 0.3000, so a log loss of at most 0.9000" in text
+    status = status_of(exam)
+    assert status.evaluations == [{"step": 4, "eval_loss": 0.3, "log_loss": pytest.approx(0.9)}], "3 tokens an answer"
+    text = "\n".join(in_words(status))
+    assert "evaluation loss 0.3000, so a log loss of at most 0.9000" in text
     assert "step 4/10  loss 0.4000" in text, "an evaluation's line keeps the last loss in sight"
+    keys = (
+        "experiment stage state detail next point seconds_left curve evaluations why_no_log_loss evaluates start_step"
+    )
+    keys += " measured ladder how_to_evaluate faults reached"
+    assert list(status.to_json()) == keys.split(), "what programs read"
 
 
 @pytest.mark.parametrize(
     ("recipe", "when"),
     [
-        ("eval_strategy: steps\neval_steps: 20", "every 20 steps"),
-        ("eval_strategy: steps\neval_steps: 0.1", "every 10% of the steps"),
-        ("eval_strategy: steps\nlogging_steps: 5", "every 5 steps"),
-        ("eval_strategy: epoch", "after each epoch"),
-        ("eval_steps: 20", None),
-        ("eval_strategy: 'no'", None),
-        ("eval_strategy: steps\neval_steps: often", "at 'often', which is no number of steps"),
-        ("eval_strategy: steps\neval_steps: [1]", "at [1], which is no number of steps"),
-        ("eval_strategy: [steps]", None),
+        ({"eval_strategy": "steps", "eval_steps": 20}, "every 20 steps"),
+        ({"eval_strategy": "steps", "eval_steps": 0.1}, "every 10% of the steps"),
+        ({"eval_strategy": "steps", "logging_steps": 5}, "every 5 steps"),
+        ({"eval_strategy": "epoch"}, "after each epoch"),
+        ({"eval_steps": 20}, None),
+        ({"eval_strategy": "no"}, None),
+        ({"eval_strategy": "steps", "eval_steps": "often"}, "at 'often', which is no number of steps"),
+        ({"eval_strategy": ["steps"]}, None),
     ],
 )
-def test_it_is_told_when_the_recipe_evaluates(exam, tmp_path, recipe, when):
-    path = tmp_path / "sft.yaml"
-    path.write_text(recipe)
-    assert watching.evaluation_times(path) == when
+def test_a_status_says_when_the_recipe_evaluates(exam, recipe, when):
+    assert evaluation_times(recipe) == when
     log(exam, "sft", (2, {"loss": 0.5}))
-    told = "\n".join(in_words(replace(look(exam, "sft"), evaluates=when)))
-    assert (f"the recipe evaluates {when}" if when else "set eval_strategy: steps in the recipe") in told
+    text = "\n".join(in_words(replace(status_of(exam), evaluates=when)))
+    assert (f"the recipe evaluates {when}" if when else "set eval_strategy: steps in the recipe") in text
+
+
+def test_an_evaluation_that_may_corrupt_the_training_is_not_advised():
+    assert how_to_evaluate({"quantization_bit": 8}).startswith("set eval_strategy: steps")
+    advice = how_to_evaluate({"quantization_bit": 4})
+    assert advice.startswith("score checkpoints with --score 200") and "corrupts the 4-bit training" in advice
 
 
 def test_the_bound_holds_for_any_judge():
@@ -113,49 +153,52 @@ def test_the_bound_holds_for_any_judge():
     ("key", "value"),
     [("label_smoothing_factor", 0.1), ("train_on_prompt", True), ("max_samples", 10), ("eval_dataset", "other")],
 )
-def test_where_the_bound_does_not_hold_none_is_told(exam, key, value, monkeypatch):
-    recipe = watching.read_yaml(exam.recipe("sft"))
-    monkeypatch.setattr(watching, "read_yaml", lambda _: {**recipe, key: value})
-    tokens, why = answer_tokens(exam, "sft")
-    assert tokens is None and (key in why or "does not evaluate on the validation fold" in why)
-    assert "a coin has 0.6931" in answer_tokens(exam, "rm")[1]
+def test_where_the_bound_does_not_hold_there_is_none(exam, key, value):
+    log(exam, "sft", (4, {"eval_loss": 0.3}))
+    path = exam.recipe("sft")
+    sound = path.read_text()
+    path.write_text("\n".join([*(s for s in sound.splitlines() if s.split(":")[0] != key), f"{key}: {value}"]))
+    status = status_of(exam)
+    path.write_text(sound)
+    assert status.evaluations[0]["log_loss"] is None
+    assert key in status.why_no_log_loss or "validation fold" in status.why_no_log_loss
+    assert "a coin has 0.6931" in status_of(exam, "rm").why_no_log_loss
 
 
-def test_the_ladder_is_that_of_the_report_and_can_be_read_off_for_some_rows(exam):
-    ladder = Ladder(exam)
-    whole = ladder.at()
-    assert list(whole) == ["uniform", "prior", "length", "tfidf", "bayes"]
-    assert whole["uniform"] == pytest.approx(math.log(3)) and whole["bayes"] < whole["prior"]
-    halves = [ladder.at(ladder.ids[::2]), ladder.at(ladder.ids[1::2])]
-    sizes = len(ladder.ids[::2]), len(ladder.ids[1::2])
-    for name, loss in whole.items():
-        joined = sum(size * half[name] for size, half in zip(sizes, halves, strict=True)) / sum(sizes)
-        assert joined == pytest.approx(loss)
+def test_the_baselines_are_those_of_the_report_and_can_be_read_off_for_some_rows(exam):
+    losses = baseline_losses(exam)
+    means = losses.mean()
+    assert list(losses.columns) == ["uniform", "prior", "length", "tfidf", "bayes"] and losses.index.is_unique
+    assert means["uniform"] == pytest.approx(math.log(3)) and means["bayes"] < means["prior"]
 
 
-def test_a_checkpoint_is_asked_once_and_answers_as_the_model_does(exam, monkeypatch):
+def save_checkpoint(experiment, name) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    folder = experiment.adapter_folder("sft") / name
     model = AutoModelForCausalLM.from_pretrained("models/arena-tiny")
-    folder = exam.adapter_folder("sft") / "checkpoint-7"
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
     (folder / "trainer_state.json").write_text("{}")
-    ladder, scorer = Ladder(exam), CheckpointScorer(exam, "sft", 20)
-    assert len(scorer.ids) == 20 and scorer.ids == CheckpointScorer(exam, "sft", 20).ids
-    found = scorer.newest(ladder)
-    assert (found.step, found.rows) == (7, 20) and found.ladder == ladder.at(scorer.ids)
+    return folder
+
+
+def test_a_checkpoint_is_scored_once_on_the_same_rows(exam):
+    folder = save_checkpoint(exam, "checkpoint-7")
+    watcher = Watcher(exam, "sft", 20).finish().finish()
+    shutil.rmtree(folder)
+    (measured,) = watcher.status().measured
+    ids = CheckpointScorer(StageContext(exam, "sft"), 20).ids
+    assert (measured["step"], measured["rows"], len(ids)) == (7, 20, 20)
+    assert measured["ladder"]["tfidf"] == pytest.approx(baseline_losses(exam)["tfidf"].loc[ids].mean())
     # an untrained adapter is the random base: near a third for each label
-    assert found.log_loss == pytest.approx(math.log(3), abs=0.15)
-    assert scorer.newest(ladder) is None
-    with pytest.raises(UsageError, match="rewards and no labels"):
-        CheckpointScorer(exam, "rm", 20)
+    assert measured["log_loss"] == pytest.approx(math.log(3), abs=0.15)
 
 
 def test_the_stage_that_runs_is_watched(exam):
     with pytest.raises(UsageError, match="no stage of this experiment runs now") as caught:
         stage_to_watch(exam, None)
-    assert "start one in another terminal: python run.py sft -e exam" in caught.value.remedy
+    assert "python run.py sft -e exam" in caught.value.remedy and "python run.py status" in caught.value.remedy
     assert stage_to_watch(exam, "rm") == "rm"
     with only_run(exam.output_folder("sft")):
         assert stage_to_watch(exam, None) == "sft"
@@ -163,192 +206,71 @@ def test_the_stage_that_runs_is_watched(exam):
             stage_to_watch(exam, None)
 
 
-def test_the_terminal_tells_each_evaluation_once_beside_the_ladder(exam, capsys):
-    state = StageState(exam.output_folder("sft"))
-    points = (2, {"loss": 0.5}), (2, {"eval_loss": 0.35}), (5, {"loss": 0.4}), (5, {"eval_loss": 0.3})
-    log(exam, "sft", *points, (10, {"loss": 0.35}))
-    looks = []
-
-    class Acted(Watcher):
-        def look(self):
-            seen = replace(look(exam, "sft"), ladder={"uniform": 1.0986, "prior": 1.0956})
-            looks.append(seen)
-            # the third look falls between two steps of the run, where nobody holds its lock
-            return replace(seen, state="training") if len(looks) in (1, 2, 4, 5) else seen
-
-    state.begin("train", {})
-    adapter = exam.adapter_folder("sft") / "adapter_config.json"
-    adapter.touch()
-    state.finish("train", [adapter], 1.0)
-    seen = follow(Acted(exam, "sft"), Show(attended=False), pause=0.01)
-    said = capsys.readouterr().err
-    assert seen.state == "trained" and len(looks) == 8
-    assert said.count("step 2: evaluation loss 0.3500, so a log loss of at most 1.0500") == 1
-    assert said.count("step 5: evaluation loss 0.3000") == 1 and "class prior 1.0956" in said
-    assert "exam sft: training" in said
-    assert said.count("step 10/10") == 1, "the last step is told once, however often it is looked at"
-    assert in_words(seen)[-1] == "next: python run.py sft -e exam"
-
-
-def test_the_time_left_of_a_resumed_run_is_that_of_its_own_steps(exam):
-    path = exam.adapter_folder("sft") / "trainer_log.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    first = [
-        {"current_steps": n, "total_steps": 675, "loss": 1.0, "elapsed_time": f"0:0{n // 60}:{n % 60:02}"}
-        for n in (395, 400)
-    ]
-    on = [{"current_steps": n, "total_steps": 675, "loss": 1.0, "elapsed_time": f"0:00:{n - 400}"} for n in (410, 420)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in first + on))
-    StageState(exam.output_folder("sft")).begin("train", {})
-    with only_run(exam.output_folder("sft")):
-        seen = look(exam, "sft")
-    assert seen.start_step == 400 and seen.seconds_left == 255
-
-
-def test_a_fault_of_the_ladder_is_told_and_does_not_end_the_watch(exam, monkeypatch, capsys):
-    def broken(_):
-        raise watching.ArenaError("is damaged", where="rows.parquet")
-
-    monkeypatch.setattr(watching, "Ladder", broken)
-    watcher = Watcher(exam, "sft").finish()
-    assert watcher.faults == ["rows.parquet: is damaged"] and watcher.look().ladder is None
-    assert "rows.parquet: is damaged" in in_words(watcher.look())
-    follow(watcher, Show(attended=False), pause=0.01)
-    assert "rows.parquet: is damaged" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("state", ["trained", watching.OUTDATED])
-def test_a_program_reads_what_failed_and_a_person_beside_it(exam, monkeypatch, state):
-    def broken(_):
-        raise watching.ArenaError("is damaged", where="truth.csv", remedy="prepare again")
-
-    real = watching.look
-    monkeypatch.setattr(watching, "look", lambda *about: replace(real(*about), state=state))
-    monkeypatch.setattr(watching, "Ladder", broken)
-    told = CliRunner().invoke(run.cli, ["watch", "-e", "exam", "--stage", "sft", "--json"])
-    assert told.exit_code == 0, "how far the run is was told"
-    seen, fault = json.loads(told.stdout), "truth.csv: is damaged\n  remedy: prepare again"
-    assert (seen["faults"], seen["ladder"]) == ([fault], None)
-    assert fault in told.stderr
-
-
 @pytest.mark.parametrize("how", ["--json", "--once", "--terminal", "--no-open"])
 @pytest.mark.parametrize("given", [True, False])
-def test_a_stage_without_labels_is_not_asked_for_them(exam, monkeypatch, how, given):
-    for name in ("serve_page", "follow"):
-        monkeypatch.setattr(watching, name, lambda *_, **__: pytest.fail("nothing is shown"))
+def test_a_stage_without_labels_is_not_scored(exam, how, given):
     command = ["watch", "-e", "exam", *(["--stage", "rm"] if given else []), "--score", "20", how]
     with only_run(exam.output_folder("rm")):
-        told = CliRunner().invoke(run.cli, command)
-    assert told.exit_code == 2 and told.stdout == ""
-    assert "rm has rewards and no labels" in told.stderr and "leave --score out" in told.stderr
+        done = CliRunner().invoke(run.cli, command)
+    assert done.exit_code == 2 and done.stdout == ""
+    assert "rm has rewards and no labels" in done.stderr and "leave --score out" in done.stderr
 
 
-def test_the_chart_puts_a_measured_point_beside_the_baselines_on_its_own_rows(exam):
-    from scoring.watch import Measured
-    from scoring.watch_page import ladder_plot
+class Scripted(Watcher):
+    """A run whose states are given, each for one look; an exception is raised, and the last one stays."""
 
-    log(exam, "sft", (4, {"eval_loss": 0.3}))
-    whole = replace(look(exam, "sft"), ladder={"uniform": 1.0986, "prior": 1.05})
-    axes = ladder_plot(whole).axes[0]
-    assert {text.get_text() for text in axes.texts} == {"uniform, 1/3 each 1.0986", "class prior 1.0500"}
-    assert axes.get_xlabel() == "step (baselines on all validation battles)"
-    sample = replace(whole, measured=[Measured(4, 1.0, 30, {"prior": 1.02})])
-    axes = ladder_plot(sample).axes[0]
-    assert [text.get_text() for text in axes.texts] == ["class prior 1.0200"]
-    assert axes.get_xlabel() == "step (baselines on these 30 validation battles)"
-    bound, measured = (line for line in axes.lines if len(line.get_xdata()) == 1)
-    assert list(bound.get_ydata()) == [pytest.approx(0.9)] and list(measured.get_ydata()) == [1.0]
-
-
-def test_an_evaluation_that_may_corrupt_the_training_is_not_advised(exam, tmp_path, monkeypatch):
-    recipe = tmp_path / "sft.yaml"
-    recipe.write_text("quantization_bit: 4\n")
-    advice = watching.how_to_evaluate(recipe)
-    assert advice.startswith("ask checkpoints with --score 200; on a GPU") and "corrupts the 4-bit training" in advice
-    recipe.write_text("quantization_bit: 8\n")
-    assert watching.how_to_evaluate(recipe).startswith("set eval_strategy: steps")
-    recipe.write_text("quantization_bit: 4\n")
-    monkeypatch.setattr(type(exam), "recipe", lambda self, step: recipe)
-    log(exam, "sft", (2, {"loss": 0.5}))
-    seen = replace(look(exam, "sft"), why_no_log_loss=None)
-    assert f"no evaluation on the way: {advice}" in in_words(seen)
-
-
-def test_after_a_scored_stage_watch_names_the_same_command_as_status(exam):
-    from factory.status import next_commands, survey
-
-    folder = exam.output_folder("rm")
-    folder.mkdir(parents=True, exist_ok=True)
-    state = StageState(folder)
-    for part in ("train", "merge", "score"):
-        state.begin(part, {})
-        state.finish(part, [], 1.0)
-    content = {"log_loss": 1.0061, "baselines": {"prior": 1.09}}
-    (folder / "report.json").write_text(json.dumps(content))
-    seen = look(exam, "rm")
-    assert seen.state == "scored" and seen.next == next_commands(survey(["exam"])[0])[0]
-    assert not seen.next.startswith("python run.py compare"), "one stage alone is not compared"
-    assert "log loss 1.0061: better than the class prior" in in_words(seen)
-    shutil.rmtree(folder)  # others find the place as it was
-
-
-def test_whatever_ends_the_scoring_thread_is_told(exam, monkeypatch):
-    """torch.OutOfMemoryError is neither an ArenaError nor an OSError; the thread's own traceback nobody sees."""
-
-    class OutOfMemoryError(RuntimeError):
-        pass
-
-    class Full:
-        rungs = 0
-
-        def __init__(self, *_):
-            pass
-
-        def newest(self, _):
-            Full.rungs += 1
-            if Full.rungs > 1:
-                raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nlong advice")
-
-    monkeypatch.setattr(watching, "Ladder", lambda _: object())
-    monkeypatch.setattr(watching, "CheckpointScorer", Full)
-    monkeypatch.setattr(watching.time, "sleep", lambda _: None)
-    watcher = Watcher(exam, "sft", 20)
-    watcher._work()
-    told = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
-    assert watcher.faults == [f"no more checkpoints are scored: {told}"] and Full.rungs == 2
-    first = Watcher(exam, "sft", 20)
-    first._work()  # and where it is the first checkpoint
-    assert first.faults == [told]
-
-
-class _Scripted(Watcher):
-    """A run that is at work for some looks at the same point, and then does what `end` says."""
-
-    def __init__(self, experiment, looks, end=None, each=lambda: None):
+    def __init__(self, experiment, *states, each=lambda: None):
         super().__init__(experiment, "sft")
-        self._left, self._end, self._each = looks, end, each
+        self._states, self._each, self.looks = list(states), each, 0
 
-    def look(self):
+    def status(self):
         self._each()
-        self._left -= 1
-        seen = replace(look(self._experiment, "sft"), ladder={"prior": 1.0956})
-        if self._left >= 0:
-            return replace(seen, state="training")
-        if self._end:
-            raise self._end
-        return replace(seen, state="trained")
+        self.looks += 1
+        state = self._states.pop(0) if len(self._states) > 1 else self._states[0]
+        if isinstance(state, BaseException):
+            raise state
+        return replace(status_of(self._experiment), state=state, ladder={"uniform": 1.0986, "prior": 1.0956})
+
+
+def test_the_terminal_prints_each_evaluation_once_beside_the_baselines(exam, capsys):
+    points = (2, {"loss": 0.5}), (2, {"eval_loss": 0.35}), (5, {"loss": 0.4}), (5, {"eval_loss": 0.3})
+    log(exam, "sft", *points, (10, {"loss": 0.35}))
+    # the third look falls between two steps of the run, where no process holds its lock
+    watcher = Scripted(exam, "training", "training", "trained", "training", "training", "trained")
+    status = follow(watcher, Show(attended=False), pause=0.01)
+    printed = capsys.readouterr().err
+    assert status.state == "trained" and watcher.looks == 8
+    assert printed.count("step 2: evaluation loss 0.3500, so a log loss of at most 1.0500") == 1
+    assert printed.count("step 5: evaluation loss 0.3000") == 1 and "class prior 1.0956" in printed
+    assert "exam sft: training" in printed and printed.count("exam sft: step 10/10") == 1
+
+
+def test_the_progress_stays_in_sight_while_no_new_step_comes(exam, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    log(exam, "sft", (4, {"loss": 0.4}))
+    stream, frames = io.StringIO(), []
+    show = Show(stream, attended=True)
+
+    def each():
+        frames.append(stream.getvalue())
+        stream.seek(0)
+        stream.truncate()
+
+    follow(Scripted(exam, *["training"] * 4, "trained", each=each), show, pause=0.6)
+    assert len(frames) >= 4
+    assert all("exam sft: training" in frame and "4/10  loss 0.4000" in frame for frame in frames[2:4])
 
 
 def test_ctrl_c_ends_the_watching_alone(exam, capsys):
     log(exam, "sft", (4, {"loss": 0.4}))
-    seen = follow(_Scripted(exam, 2, KeyboardInterrupt()), Show(attended=False), pause=0.01)
-    assert seen.at_work and in_words(seen)[1].startswith("step 4/10")
+    watcher = Scripted(exam, "training", "training", KeyboardInterrupt())
+    status = follow(watcher, Show(attended=False), pause=0.01)
+    assert status.at_work and in_words(status)[1].startswith("step 4/10")
     assert capsys.readouterr().err.splitlines()[-1] == "watching ended; the training goes on"
 
 
 def test_ctrl_c_in_a_terminal_is_no_failure(exam):
-    """As a user does it: the command is asked to stop while a run is at work, and says so with exit code 0."""
+    """As a user does it: the command is interrupted while a run is at work, and ends with exit code 0."""
     log(exam, "sft", (4, {"loss": 0.4}))
     StageState(exam.output_folder("sft")).begin("train", {})
     call = [sys.executable, str(ROOT / "run.py"), "watch", "-e", "exam", "--terminal"]
@@ -357,50 +279,102 @@ def test_ctrl_c_in_a_terminal_is_no_failure(exam):
         try:
             first = process.stderr.readline()
             process.send_signal(signal.SIGINT)
-            said, more = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert first == "exam sft: training\n" and process.returncode == 0, more
-    assert "watching ended; the training goes on" in more and "Error" not in more
-    assert "exam sft: training step 4/10" in said
+    assert first == "exam sft: training\n" and process.returncode == 0, err
+    assert "watching ended; the training goes on" in err and "Error" not in err
+    assert "exam sft: training step 4/10" in out
 
 
-@pytest.mark.parametrize("look_at", [lambda watcher: watcher.finish().look(), lambda w: follow(w, Show(), pause=0)])
-def test_a_scored_stage_is_told_with_what_it_reached(exam, monkeypatch, capsys, look_at):
-    """The log loss that `status` has, beside the baselines of the same report: nothing is fitted for it."""
-    monkeypatch.setattr(watching, "Ladder", None)
-    folder = exam.output_folder("sft")
-    state = StageState(folder)
-    for part in ("train", "merge", "score"):
-        state.begin(part, {})
-        state.finish(part, [], 1.0)
-    log(exam, "sft", (10, {"loss": 0.35}))
-    baselines = {"uniform": 1.0986, "prior": 1.0956, "length": 1.0994, "tfidf": 0.8535}
-    report = {"log_loss": 1.1061, "rows": 60, "baselines": baselines, "bayes": 0.8187, "beats_prior": False}
-    (folder / "report.json").write_text(json.dumps(report))
-    watcher = Watcher(exam, "sft")
-    said = in_words(look_at(watcher))
-    assert watcher.faults == []
-    assert "log loss 1.1061 on 60 held-out battles: not better than the class prior" in said
-    (beaten,) = (line for line in said if line.startswith("to beat:"))
-    assert "class prior 1.0956" in beaten and "Bayes: the best possible 0.8187" in beaten
-    assert not any("evaluation" in line or "no log loss" in line for line in said)
-    assert json.loads(json.dumps(watcher.look().to_json()))["reached"]["log_loss"] == 1.1061
+def test_the_time_left_of_a_resumed_run_is_that_of_its_own_steps(exam):
+    path = exam.adapter_folder("sft") / "trainer_log.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    times = {395: "0:06:35", 400: "0:06:40", 410: "0:00:10", 420: "0:00:20"}
+    lines = [{"current_steps": n, "total_steps": 675, "loss": 1.0, "elapsed_time": t} for n, t in times.items()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    StageState(exam.output_folder("sft")).begin("train", {})
+    with only_run(exam.output_folder("sft")):
+        status = status_of(exam)
+    assert status.start_step == 400 and status.seconds_left == 255
+
+
+@pytest.fixture
+def damaged(exam):
+    """The experiment with a damaged truth.csv, which the baselines read."""
+    path = exam.data_folder / "truth.csv"
+    sound = path.read_bytes()
+    path.write_text("id\n")
+    yield exam
+    path.write_bytes(sound)
+
+
+@pytest.mark.parametrize("how", ["--json", "--once"])
+def test_a_fault_of_the_baselines_is_printed_and_does_not_end_the_watch(damaged, how):
+    log(damaged, "sft", (4, {"loss": 0.4}))
+    done = CliRunner().invoke(run.cli, ["watch", "-e", "exam", "--stage", "sft", how])
+    assert done.exit_code == 0 and "truth.csv" in done.output, done.output
+    if how == "--json":
+        status = json.loads(done.stdout)
+        assert len(status["faults"]) == 1 and status["ladder"] is None and "truth.csv" in done.stderr
+
+
+def test_beside_an_outdated_run_there_are_no_baselines(exam, monkeypatch):
+    real = watching.run_status
+    monkeypatch.setattr(watching, "run_status", lambda context: replace(real(context), state=OUTDATED))
+    status = Watcher(exam, "sft", 20).finish().status()
+    assert (status.ladder, status.measured, status.faults) == (None, [], [])
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA out of memory.\nlong advice"), ArenaError("is damaged", where="x")]
+)
+def test_whatever_ends_the_scoring_is_reported(exam, monkeypatch, error):
+    """torch.OutOfMemoryError is no ArenaError; a traceback in a thread reaches no user."""
+    folder = exam.adapter_folder("sft") / "checkpoint-7"
+    folder.mkdir(parents=True)
+    for name in ("trainer_state.json", "adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).write_text("{}")
+    monkeypatch.setattr(CheckpointScorer, "log_loss", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(watching, "last_checkpoint", lambda _: folder)
+    (fault,) = Watcher(exam, "sft", 20).finish().status().faults
     shutil.rmtree(folder)
+    assert str(error).splitlines()[0] in fault and "long advice" not in fault
 
 
-def test_where_nothing_runs_the_experiment_that_is_at_work_is_named(exam, place):
-    """`watch` without -e means the default, while the demo trains."""
-    configs = place / "factory_configs"
-    for name, text in (("other", (configs / "exam" / "experiment.yaml").read_text()), ("broken", "model: [")):
-        (configs / name).mkdir()
-        (configs / name / "experiment.yaml").write_text(text)
-    other = load_experiment("other")
-    with pytest.raises(UsageError) as caught:
-        stage_to_watch(exam, None)
-    assert "at work" not in caught.value.remedy
-    with only_run(other.output_folder("sft")), pytest.raises(UsageError) as caught:
-        stage_to_watch(exam, None)
-    assert caught.value.remedy.startswith("other is at work: python run.py watch -e other; or start one")
-    for name in ("other", "broken"):
-        shutil.rmtree(configs / name)
+def test_the_chart_compares_a_measured_point_with_the_baselines_on_its_own_rows(exam):
+    log(exam, "sft", (4, {"eval_loss": 0.3}))
+    whole = replace(status_of(exam), ladder={"uniform": 1.0986, "prior": 1.05})
+    axes = ladder_plot(whole).axes[0]
+    assert {text.get_text() for text in axes.texts} == {"uniform, 1/3 each 1.0986", "class prior 1.0500"}
+    assert "all validation battles" in axes.get_xlabel()
+    measured = {"step": 4, "log_loss": 1.0, "rows": 30, "ladder": {"prior": 1.02}}
+    axes = ladder_plot(replace(whole, measured=[measured])).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["class prior 1.0200"]
+    assert "these 30 validation battles" in axes.get_xlabel()
+    bound, point = (line for line in axes.lines if len(line.get_xdata()) == 1)
+    assert list(bound.get_ydata()) == [pytest.approx(0.9)] and list(point.get_ydata()) == [1.0]
+
+
+def test_after_a_scored_stage_watch_names_the_same_command_as_status(exam, scored):
+    scored("rm", log_loss=1.0061, baselines={"prior": 1.09})
+    status = status_of(exam, "rm")
+    assert status.state == "scored" and status.next == next_commands(survey(["exam"])[0])[0]
+    assert not status.next.startswith("python run.py compare"), "one stage alone is not compared"
+    assert "log loss 1.0061: better than the class prior" in in_words(status)
+
+
+@pytest.mark.parametrize("see", [lambda watcher: watcher.finish().status(), lambda w: follow(w, Show(), pause=0)])
+def test_a_scored_stage_is_shown_with_what_it_reached(exam, scored, monkeypatch, see):
+    """The log loss that `status` has, beside the baselines of the same report: nothing is fitted for it."""
+    monkeypatch.setattr(watching, "baseline_losses", None)
+    baselines = {"uniform": 1.0986, "prior": 1.0956, "length": 1.0994, "tfidf": 0.8535}
+    scored("sft", log_loss=1.1061, rows=60, baselines=baselines, bayes=0.8187, beats_prior=False)
+    log(exam, "sft", (10, {"loss": 0.35}))
+    status = see(Watcher(exam, "sft"))
+    lines = in_words(status)
+    assert status.faults == [] and status.reached["log_loss"] == 1.1061
+    assert "log loss 1.1061 on 60 held-out battles: not better than the class prior" in lines
+    (to_beat,) = (line for line in lines if line.startswith("to beat:"))
+    assert "class prior 1.0956" in to_beat and "Bayes: the best possible 0.8187" in to_beat
+    assert not any("evaluation" in line or "no log loss" in line for line in lines)

@@ -1,0 +1,220 @@
+"""The status of a run: what its own files hold while it trains.
+
+An SFT run's evaluation loss is not the competition's log loss. It is the mean over the answer's tokens (the label and
+what closes the turn) of −log p over the whole vocabulary. A row's label costs at most the sum over its tokens, and
+−log p of the label among the three labels is at most that among all tokens, so
+
+    log loss  <=  evaluation loss x tokens of an answer
+
+on the same rows in the same order (A first), without calibration. The bound is nearly reached once the judge has
+learned the form of an answer. scoring.watch.CheckpointScorer measures instead: it asks
+the checkpoint itself for its labels.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from common.console import duration
+from common.errors import ArenaError
+from common.files import read_json
+from data_prep.chat_template import ChatFrame
+from factory.stage_context import StageContext
+from factory.state import names
+from factory.status import StageView, experiment_view, next_commands, stage_view
+from factory.trainer_log import LogPoint, TrainerLog, describe, loss_curve, resumed_at, seconds_left
+
+BASELINE_NAMES = {
+    "uniform": "uniform, 1/3 each",
+    "prior": "class prior",
+    "length": "length features",
+    "tfidf": "TF-IDF",
+    "bayes": "Bayes: the best possible",
+}
+_UNIFORM = 1.0986  # log 3: a third for each class
+_COIN = 0.6931  # −log 1/2: what a pair of responses costs a judge that throws a coin
+# With any of these the evaluation loss is another quantity, and the bound does not hold.
+_OTHER_LOSS = (
+    *("label_smoothing_factor", "train_on_prompt", "packing", "neat_packing", "use_dft_loss", "use_asft_loss"),
+    *("use_eaft_loss", "max_samples", "val_size"),
+)
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run at one moment, as `watch --json` prints it."""
+
+    experiment: str
+    stage: str
+    state: str
+    detail: str
+    next: str  # the command that comes next
+    point: LogPoint | None  # the newest line of the trainer's log
+    seconds_left: float | None
+    curve: list[dict[str, float | None]]  # step, loss, lr, eval_loss
+    evaluations: list[dict[str, Any]]  # step, eval_loss, log_loss: its upper bound, None without one
+    why_no_log_loss: str | None
+    evaluates: str | None = None  # when the recipe evaluates, None where it does not
+    start_step: int = 0  # the step from which a resumed run goes on
+    measured: list[dict[str, Any]] = field(default_factory=list)  # checkpoints: step, log_loss, rows, ladder on these
+    ladder: dict[str, float] | None = None  # the log loss of each baseline
+    how_to_evaluate: str = ""
+    faults: list[str] = field(default_factory=list)  # why the ladder or a checkpoint's score is missing
+    reached: dict[str, Any] | None = None  # a scored stage's report: log_loss, rows, beats_prior, ladder
+
+    @property
+    def at_work(self) -> bool:
+        """Whether a run on this machine is training, merging or scoring."""
+        return self.state in ("training", "merging", "scoring")
+
+    @property
+    def last_loss(self) -> LogPoint | None:
+        """The newest point; that of an evaluation gets the loss that was logged last."""
+        losses = [row for row in self.curve if row["loss"] is not None]
+        if self.point is None or self.point.loss is not None or not losses:
+            return self.point
+        return replace(self.point, loss=losses[-1]["loss"], lr=losses[-1]["lr"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def run_status(context: StageContext) -> RunStatus:
+    """Return what a run's files say now; nothing is loaded and nothing locked."""
+    view = stage_view(context.experiment, context.name)
+    recipe = context.recipe if context.recipe_path.is_file() else {}
+    path = context.adapter / "trainer_log.jsonl"
+    points, curve = TrainerLog(path).read_new(), loss_curve(path)
+    tokens, why = answer_tokens(context)
+    point, start = points[-1] if points else None, resumed_at(points)
+    # What follows a scored stage depends on the whole experiment.
+    following = next_commands(experiment_view(context.experiment))[:1] if view.state == "scored" else [view.next]
+    reached = _reached(context, view)
+    return RunStatus(
+        experiment=context.experiment.name,
+        stage=context.name,
+        state=view.state,
+        detail=view.detail,
+        next="".join(following),
+        point=point,
+        seconds_left=seconds_left(point, start) if point and view.state == "training" else None,
+        curve=curve,
+        evaluations=[
+            {"step": int(row["step"]), "eval_loss": loss, "log_loss": loss * tokens if tokens else None}
+            for row in curve
+            if (loss := row["eval_loss"]) is not None
+        ],
+        why_no_log_loss=why,
+        evaluates=evaluation_times(recipe),
+        start_step=start,
+        ladder=reached["ladder"] if reached else None,
+        how_to_evaluate=how_to_evaluate(recipe),
+        reached=reached,
+    )
+
+
+def _reached(context: StageContext, view: StageView) -> dict[str, Any] | None:
+    """Return what the report of a scored stage says, None where the stage is not scored."""
+    if view.log_loss is None or view.prior is None:
+        return None
+    known, rows = {"prior": view.prior}, None
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # it was removed in this moment
+        report = read_json(context.folder / "report.json")
+        known, rows = {**report["baselines"], "bayes": report.get("bayes")}, report.get("rows")
+    ladder = {name: float(known[name]) for name in BASELINE_NAMES if isinstance(known.get(name), int | float)}
+    rows = rows if isinstance(rows, int) else None
+    return {"log_loss": view.log_loss, "rows": rows, "beats_prior": bool(view.beats_prior), "ladder": ladder}
+
+
+def evaluation_times(recipe: dict[str, Any]) -> str | None:
+    """Return in words when a recipe evaluates during training, None where it does not."""
+    every = recipe.get("eval_steps") or recipe.get("logging_steps", 500)  # as transformers chooses
+    if not isinstance(every, int | float):  # the recipe of a run that is only watched was never checked
+        steps = f"at {every!r}, which is no number of steps"
+    else:
+        steps = f"every {every} steps" if every >= 1 else f"every {every:.0%} of the steps"
+    return {"steps": steps, "epoch": "after each epoch"}.get(str(recipe.get("eval_strategy", "no")))
+
+
+def how_to_evaluate(recipe: dict[str, Any]) -> str:
+    """Return how to see a log loss during training, where a recipe does not evaluate."""
+    if recipe.get("quantization_bit") == 4:
+        return (
+            "score checkpoints with --score 200; on a GPU eval_strategy: steps in the recipe works, too (on some "
+            "CPUs an evaluation corrupts the 4-bit training that goes on after it)"
+        )
+    return "set eval_strategy: steps in the recipe, or score checkpoints with --score 200"
+
+
+def answer_tokens(context: StageContext) -> tuple[int | None, str | None]:
+    """Return the tokens of an answer where the bound holds, else None and why it does not."""
+    stage, path = context.name, context.recipe_path
+    if stage != "sft":
+        return None, f"the loss of {stage} is that of pairs (a coin has {_COIN}); its log loss is measured by scoring"
+    if not path.is_file():
+        return None, f"{path} does not exist"
+    if changed := [key for key in _OTHER_LOSS if context.recipe.get(key)]:
+        return None, f"with {', '.join(changed)} the evaluation loss says nothing about the log loss"
+    if names(context.recipe.get("eval_dataset")) != [f"{context.experiment.name}_sft_valid"]:
+        return None, f"{path} does not evaluate on the validation fold"
+    try:
+        return ChatFrame.from_dict(context.manifest["frame"]).answer_len, None
+    except ArenaError as error:
+        return None, str(error).splitlines()[0]
+
+
+def events(status: RunStatus, ladder: dict[str, float] | None) -> list[tuple[str, str]]:
+    """Return each evaluation and each scored checkpoint as (name, sentence), in order of steps.
+
+    An evaluation is compared with `ladder`, a checkpoint with the baselines on its own rows.
+    """
+    found: list[tuple[int, str, str]] = []
+    for each in status.evaluations:
+        what, bound = f"step {each['step']}", each["log_loss"]
+        text = f"{what}: evaluation loss {each['eval_loss']:.4f}"
+        if bound is not None:
+            nothing = ", which says nothing yet" if bound > _UNIFORM else ""
+            text += f", so a log loss of at most {bound:.4f}{nothing}{_compared(ladder)}"
+        found.append((each["step"], what, text))
+    for each in status.measured:
+        what = f"checkpoint {each['step']}"
+        text = f"{what}: log loss {each['log_loss']:.4f} on {each['rows']} validation battles"
+        found.append((each["step"], what, text + _compared(each["ladder"])))
+    return [(what, text) for _, what, text in sorted(found, key=lambda event: event[0])]
+
+
+def _compared(ladder: dict[str, float] | None) -> str:
+    return f" ({_listed(ladder)})" if ladder else ""
+
+
+def _listed(ladder: dict[str, float]) -> str:
+    return ", ".join(f"{BASELINE_NAMES[name]} {loss:.4f}" for name, loss in ladder.items())
+
+
+def in_words(status: RunStatus) -> list[str]:
+    """Return a run as lines: how far it is, its losses, the baselines, and the command that comes next."""
+    lines = [f"{status.experiment} {status.stage}: {status.state} {status.detail}".rstrip()]
+    if status.point:
+        left = f"  {duration(status.seconds_left)} left" if status.seconds_left is not None else ""
+        losses = describe(status.last_loss)
+        lines.append(f"step {status.point.step}/{status.point.total}  {losses}{left}")
+    lines += [text for _, text in events(status, None)]
+    if reached := status.reached:
+        rows = "" if reached["rows"] is None else f" on {reached['rows']} held-out battles"
+        than = "better" if reached["beats_prior"] else "not better"
+        lines.append(f"log loss {reached['log_loss']:.4f}{rows}: {than} than the class prior")
+    elif status.why_no_log_loss:
+        lines.append(f"no log loss yet: {status.why_no_log_loss}")
+    elif status.evaluates and not (status.evaluations or status.measured):
+        lines.append(f"no evaluation yet: the recipe evaluates {status.evaluates}")
+    elif not (status.evaluations or status.measured):
+        lines.append(f"no evaluation {'yet' if status.at_work else 'during training'}: {status.how_to_evaluate}")
+    if status.ladder:
+        lines.append(f"to beat: {_listed(status.ladder)}")
+    lines += status.faults
+    if status.next and not status.at_work:
+        lines.append(f"next: {status.next}")
+    return lines

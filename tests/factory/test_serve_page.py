@@ -1,0 +1,65 @@
+"""Pages for the browser: addresses that they are served at, and what happens where they cannot."""
+
+import socket
+
+import pytest
+
+from common.errors import ArenaError, UsageError
+from common.files import only_run
+from common.progress import Show
+from factory import serve_page as module
+from factory.serve_page import exposure, free_port, serve_page, serve_tensorboard
+
+
+def test_a_port_is_free_or_refused():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"port {port} of 127.0.0.1") as caught:
+            free_port("127.0.0.1", port)
+        assert "--port" in caught.value.remedy
+    assert free_port("127.0.0.1", port) == port
+    assert free_port("127.0.0.1") >= 7860
+
+
+def test_the_loopback_is_no_exposure():
+    assert exposure("127.0.0.1") is None and exposure("localhost") is None
+    assert "prefer 127.0.0.1" in exposure("0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    ("host", "remedy"),
+    [
+        ("no.such.host.invalid", "--host 127.0.0.1"),
+        ("a..b", "--host 127.0.0.1"),
+        ("a" * 70, "--host 127.0.0.1"),
+        ("\udcff", "--host 127.0.0.1"),  # a byte of the command line that is no text
+        ("127.0.0.1:80", "--host 127.0.0.1 --port 80"),
+        ("localhost:8080", "--host localhost --port 8080"),
+        (":80", "--host 127.0.0.1"),
+        ("http://localhost", "--host 127.0.0.1"),
+        ("::1", "--host 127.0.0.1"),
+        ("fe80::1", "--host 127.0.0.1"),
+        ("[::1]", "--host 127.0.0.1"),
+    ],
+)
+def test_an_invalid_host_is_refused_with_what_to_give_instead(host, remedy):
+    with pytest.raises(UsageError, match="no address of this machine") as caught:
+        free_port(host)
+    assert (caught.value.where, caught.value.remedy) == ("--host", remedy)
+
+
+def test_a_page_that_cannot_start_says_why(tmp_path):
+    with pytest.raises(ArenaError, match="thing ended with exit code"):
+        serve_page("no_such_module", [], "thing", tmp_path / "x", "127.0.0.1", None, open_browser=False, show=Show())
+
+
+def test_tensorboard_needs_a_run(workplace, make_experiment, monkeypatch):
+    experiment, served = make_experiment(), []
+    with pytest.raises(ArenaError, match="TensorBoard"):
+        serve_tensorboard(experiment, "127.0.0.1", None, open_browser=False, show=Show())
+    monkeypatch.setattr(module, "serve_page", lambda name, *_, **__: served.append(name))
+    with only_run(experiment.output_folder("sft")):  # its events come with its first step
+        serve_tensorboard(experiment, "127.0.0.1", None, open_browser=False, show=Show())
+    assert served == ["tensorboard.main"]
