@@ -1,7 +1,7 @@
 """A real Chromium on real pages: one tiny training, LLaMA Board and the watch page, each started as a user does.
 
 Chromium is Debian's (apt-get install chromium); Playwright for Python drives it (make extra-browser).
-ARENA_SCREENSHOTS=FOLDER keeps pictures of what was seen; ARENA_SLOW_PAGES=4 slows the pages.
+ARENA_SCREENSHOTS=FOLDER keeps pictures of what was seen.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ FLAGS = (
 PATIENCE = 150_000  # milliseconds; a page on a busy machine
 # Gradio itself asks these for a script and for fonts; without the internet it does without.
 ELSEWHERE = ("cdnjs.cloudflare.com", "fonts.googleapis.com", "fonts.gstatic.com")
-# How many times slower a page works than this machine can, each answer 50 ms later: a test that holds only where one
-# part of a page is drawn before another fails here before it fails elsewhere.
-SLOWNESS = float(os.environ.get("ARENA_SLOW_PAGES", "1"))
 RECIPE = {
     "per_device_train_batch_size": 8,
     "max_steps": 40,
@@ -60,23 +57,13 @@ class Tab:
     def __init__(self, browser, width: int = 1400, height: int = 1800):
         self.page = browser.new_page(viewport={"width": width, "height": height})
         self.page.set_default_timeout(PATIENCE)
-        if SLOWNESS > 1:
-            session = self.page.context.new_cdp_session(self.page)
-            session.send("Emulation.setCPUThrottlingRate", {"rate": SLOWNESS})
-            answers = {"offline": False, "latency": 50 * SLOWNESS, "downloadThroughput": -1, "uploadThroughput": -1}
-            session.send("Network.emulateNetworkConditions", answers)
-        self._errors: list[str] = []
-        self.page.on("console", self._said)
-        self.page.on("pageerror", lambda error: self._errors.append(str(error)))
+        self.errors: list[str] = []  # of the console, apart from what Gradio could not fetch from the internet
+        self.page.on("console", self._note)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
 
-    def _said(self, message) -> None:
+    def _note(self, message) -> None:
         if message.type == "error" and not any(host in message.text + message.location["url"] for host in ELSEWHERE):
-            self._errors.append(f"{message.text} ({message.location['url']})")
-
-    @property
-    def errors(self) -> list[str]:
-        """What the console called errors, apart from what Gradio could not fetch from the internet."""
-        return self._errors
+            self.errors.append(f"{message.text} ({message.location['url']})")
 
     def picture(self, name: str) -> None:
         """Keep a picture where one is wanted."""
