@@ -25,14 +25,8 @@ from factory.stage_context import StageContext
 from factory.state import names
 from factory.status import StageView, experiment_view, next_commands, stage_view
 from factory.trainer_log import LogPoint, TrainerLog, describe, loss_curve, resumed_at, seconds_left
+from scoring.report.formatting import BASELINE_NAMES
 
-BASELINE_NAMES = {
-    "uniform": "uniform, 1/3 each",
-    "prior": "class prior",
-    "length": "length features",
-    "tfidf": "TF-IDF",
-    "bayes": "Bayes: the best possible",
-}
 _UNIFORM = 1.0986  # log 3: a third for each class
 _COIN = 0.6931  # −log 1/2: what a pair of responses costs a judge that throws a coin
 # With any of these the evaluation loss is another quantity, and the bound does not hold.

@@ -108,9 +108,8 @@ class _Judged:
     orders: tuple[np.ndarray, np.ndarray] | None
     bootstrap: metrics.GroupBootstrap
 
-    @property
-    def ids(self) -> list[str]:
-        return self.table["id"].astype(str).tolist()
+    def named(self, row: int) -> dict[str, str]:
+        return {"id": str(self.table["id"].iloc[row]), "verdict": self.table["verdict"].iloc[row]}
 
     def losses(self, probabilities: np.ndarray) -> np.ndarray:
         return metrics.row_losses(probabilities, self.truth)
@@ -248,15 +247,10 @@ def _final_flip_rate(table: pd.DataFrame, fitted: FittedLink) -> float:
 
 def _worst(judged: _Judged) -> list[dict]:
     """Return the rows that cost most, highest loss first."""
-    losses, ids, verdicts = judged.losses(judged.model), judged.ids, judged.table["verdict"].tolist()
+    losses = judged.losses(judged.model)
+    rows = np.argsort(-losses, kind="stable")[:LISTED]
     return [
-        {
-            "id": ids[row],
-            "verdict": verdicts[row],
-            "probabilities": _by_class(judged.model[row]),
-            "log_loss": losses[row],
-        }
-        for row in np.argsort(-losses, kind="stable")[:LISTED]
+        {**judged.named(row), "probabilities": _by_class(judged.model[row]), "log_loss": losses[row]} for row in rows
     ]
 
 
@@ -265,11 +259,9 @@ def _most_biased(judged: _Judged) -> list[dict]:
     if judged.orders is None:
         return []
     ab, ba = judged.orders
-    moved, ids = np.abs(ab[:, 0] - ba[:, 0]), judged.ids
-    return [
-        {"id": ids[row], "change": moved[row], "a_first": ab[row], "b_first": ba[row]}
-        for row in np.argsort(-moved, kind="stable")[:LISTED]
-    ]
+    moved = np.abs(ab[:, 0] - ba[:, 0])
+    rows = np.argsort(-moved, kind="stable")[:LISTED]
+    return [{**judged.named(row), "change": moved[row], "a_first": ab[row], "b_first": ba[row]} for row in rows]
 
 
 def _truncation(judged: _Judged, audit: Mapping[str, Any]) -> dict[str, Any]:

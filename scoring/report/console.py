@@ -1,4 +1,4 @@
-"""What the terminal shows of a result: the ladder with the result in its place, the findings, and what to do next."""
+"""What the terminal shows of a result: the result among its baselines, the findings, and what to do next."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common.stages import STEPS
 from factory import status
 from scoring.report import figures
 from scoring.report.findings import findings, headline, main_figures, outcome
-from scoring.report.formatting import RUNG_NAMES, percent, points
+from scoring.report.formatting import BASELINE_NAMES, percent, points
 
 if TYPE_CHECKING:
     from scoring.checks.verify import Verification
@@ -26,9 +26,9 @@ _STYLES = {"red": "bold red", "amber": "yellow", "info": "dim"}
 
 
 def print_summary(console: Console, experiment: Experiment, stage: str, report: dict[str, Any]) -> None:
-    """Print the ladder of log losses, the findings, the flags, and the files that were made."""
+    """Print the log losses, worst first, the findings, the flags, and the files that were made."""
     table = _table(f"{experiment.name} / {stage}: log loss on {report['rows']} held-out battles", 56)
-    for mark in sorted(figures.report_ladder(report).marks, key=lambda mark: -mark.value):
+    for mark in sorted(figures.report_chart(report).marks, key=lambda mark: -mark.value):
         table.add_row(*_cells(mark), style="bold" if mark.kind == "model" else None)
     console.print(table)
     _print(console, headline(report))
@@ -65,7 +65,7 @@ def print_comparison(console: Console, experiment: Experiment, result: dict[str,
     for row in sorted(result["table"], key=lambda row: row["log_loss"]):
         mark = figures.Mark(row["name"], row["log_loss"], row["log_loss_ci95"])
         table.add_row(*_cells(mark), percent(row["accuracy"]), percent(row["ece"]))
-    for mark in sorted(figures.ladder(result, []).marks, key=lambda mark: mark.value):
+    for mark in sorted(figures.log_loss_chart(result, []).marks, key=lambda mark: mark.value):
         table.add_row(*_cells(mark), style="dim")
     console.print(table)
     for pair in result["differences"]:
@@ -88,7 +88,7 @@ def _advice(experiment: Experiment, result: dict[str, Any]) -> Iterable[str]:
         return
     best = min(sound, key=lambda row: row["log_loss"])
     better = [
-        f"{RUNG_NAMES[name]} ({loss:.4f})" for name, loss in result["baselines"].items() if loss <= best["log_loss"]
+        f"{BASELINE_NAMES[name]} ({loss:.4f})" for name, loss in result["baselines"].items() if loss <= best["log_loss"]
     ]
     if better:
         yield f"as good as the best stage, {best['name']} ({best['log_loss']:.4f}), or better: {', '.join(better)}"
@@ -138,7 +138,7 @@ def _table(title: str, width: int, *more: str) -> Table:
 
 
 def _cells(mark: figures.Mark) -> tuple[str, str, str]:
-    """Return one row of the ladder: name, log loss, interval."""
+    """Return one row of the table: name, log loss, interval."""
     shown = f"{mark.ends[0]:.4f} – {mark.ends[1]:.4f}" if mark.ends else ""
     return mark.name, f"{mark.value:.4f}", shown
 

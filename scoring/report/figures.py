@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from scoring.report.formatting import RUNGS
+from scoring.report.formatting import BASELINES
 
 # More points than this are averaged in groups: a screen shows no more, and the page stays small.
 CURVE_POINTS = 400
@@ -74,7 +74,7 @@ def axis_of(values: Sequence[float], *, most_ticks: int = 6, padding: float = 0.
     return Axis(low, high, ticks, digits=max(0, -math.floor(math.log10(step) + 1e-9)))
 
 
-def ladder(compared: Mapping[str, Any], models: Sequence[Mark]) -> Intervals:
+def log_loss_chart(compared: Mapping[str, Any], models: Sequence[Mark]) -> Intervals:
     """Return the baselines, the models and Bayes where it is known, with the class prior as the line.
 
     `compared`: a report or a comparison, with its `baselines`, `baselines_ci95` and `bayes`.
@@ -82,18 +82,20 @@ def ladder(compared: Mapping[str, Any], models: Sequence[Mark]) -> Intervals:
     # Uniform always loses log 3: what resampling leaves there is rounding noise.
     ends = {**compared["baselines_ci95"], "uniform": None}
     marks = [
-        Mark(RUNGS[key][0], loss, ends.get(key), RUNGS[key][1], "baseline")
+        Mark(BASELINES[key][0], loss, ends.get(key), BASELINES[key][1], "baseline")
         for key, loss in compared["baselines"].items()
     ]
     marks += models
     if compared["bayes"] is not None:
-        marks.append(Mark(RUNGS["bayes"][0], compared["bayes"], ends.get("bayes"), RUNGS["bayes"][1], "bayes"))
+        marks.append(Mark(BASELINES["bayes"][0], compared["bayes"], ends.get("bayes"), BASELINES["bayes"][1], "bayes"))
     return Intervals(marks, compared["baselines"].get("prior"))
 
 
-def report_ladder(report: Mapping[str, Any]) -> Intervals:
-    """Return the ladder of one stage's report."""
-    return ladder(report, [Mark(f"This judge ({report['stage']})", report["log_loss"], report["log_loss_ci95"])])
+def report_chart(report: Mapping[str, Any]) -> Intervals:
+    """Return the chart of one stage's report."""
+    return log_loss_chart(
+        report, [Mark(f"This judge ({report['stage']})", report["log_loss"], report["log_loss_ci95"])]
+    )
 
 
 def curve(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

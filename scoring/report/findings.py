@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from scoring.calibration import FittedLink
-from scoring.report.formatting import CLASS_NAMES, RUNG_NAMES, count, interval, number, percent, points
+from scoring.report.formatting import CLASS_NAMES, BASELINE_NAMES, count, interval, number, percent, points
 
 # Beyond these a figure is worth a warning.
 FEW_ROWS, FLIP_RATE, CUT_SHARE, ECE, PRIOR_SHIFT = 200, 0.15, 0.1, 0.03, 0.1
@@ -35,11 +35,12 @@ def _failures(report: Mapping[str, Any], fitted: FittedLink) -> Iterator[tuple[s
         elif loss >= report["baselines"]["uniform"]:
             text = f"Log loss {loss:.4f} is worse than 1/3 for each class (1.0986): the prior is wrong for these rows."
         else:
-            chance = (
-                "there is one prompt only" if gain is None else f"the 95% interval of the gain ({interval(gain, 4)})"
+            why = (
+                "there is one prompt only"
+                if gain is None
+                else f"the 95% interval of the gain ({interval(gain, 4)}) holds 0"
             )
-            text = f"Log loss {loss:.4f} is below the class prior's {prior:.4f}, but {chance}"
-            text += ": nothing is shown." if gain is None else " holds 0: nothing is shown."
+            text = f"Log loss {loss:.4f} is below the class prior's {prior:.4f}, but {why}: nothing is shown."
         yield "red", "not_better_than_prior", text
     if fitted.kind == "rewards" and not fitted.kept:
         yield "red", "no_link", _sentence(fitted.reason)
@@ -58,7 +59,7 @@ def _cautions(report: Mapping[str, Any], fitted: FittedLink, train_prior: np.nda
     loss, bias, cut = report["log_loss"], report["position_bias"], report["truncation"].get("judged")
     better = {name: report["baselines"][name] for name in ("length", "tfidf") if report["baselines"][name] < loss}
     if better:
-        named = ", ".join(f"{RUNG_NAMES[name]} ({value:.3f})" for name, value in better.items())
+        named = ", ".join(f"{BASELINE_NAMES[name]} ({value:.3f})" for name, value in better.items())
         yield "amber", "baseline_ahead", f"A simple baseline is better ({loss:.3f} here): {named}."
     if fitted.link is not None and fitted.link.learned is False:
         text = "The link hardly uses the model's scores (within two standard errors of 0)."

@@ -12,15 +12,15 @@ from typing import Any
 # Shown where a value was not measured.
 MISSING = "–"
 CLASS_NAMES = {"a": "A wins", "b": "B wins", "tie": "Tie"}
-# Name and meaning of each rung of the ladder, from the one that knows nothing to the one that nothing can beat.
-RUNGS = {
+# Name and meaning of each baseline, from the one that knows nothing to the one that nothing can beat.
+BASELINES = {
     "uniform": ("Uniform, 1/3 each", "reads no text, knows no shares"),
     "prior": ("Class prior", "always the shares of the classes; reads no text"),
     "length": ("Length features", "logistic regression on the lengths of the texts"),
     "tfidf": ("TF-IDF", "logistic regression on words and phrases"),
     "bayes": ("Bayes: the best possible", "knows the true probabilities"),
 }
-RUNG_NAMES = {key: name for key, (name, _) in RUNGS.items()}
+BASELINE_NAMES = {key: name for key, (name, _) in BASELINES.items()}
 _KEY_NAMES = {"sha256": "SHA-256", "gpus": "GPUs", "cpu": "CPU", "memory_gib": "memory (GiB)"}
 
 

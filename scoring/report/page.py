@@ -6,7 +6,7 @@ write_page(report, Path("report.html"), shown_battles(Path("data/demo"), "valid"
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from common.battle import VERDICTS
 from common.console import visible
 from common.files import atomic_file
 from common.stages import STEPS
-from data_prep.export_reader import iter_battles, iter_pairs, read_rows
+from data_prep.export_reader import iter_battles, iter_pairs
 from scoring.report import figures, formatting
 from scoring.report.findings import findings, headline, main_figures, outcome
 from scoring.report.formatting import CLASS_NAMES, MISSING, humanised, number, percent, plain
@@ -39,7 +39,7 @@ def write_page(report: Mapping[str, Any], path: Path, battles: Sequence[Mapping[
         "headline": headline(report),
         "findings": findings(report),
         "main_figures": main_figures(report),
-        "ladder": figures.report_ladder(report),
+        "log_losses": figures.report_chart(report),
         "confusion": cells,
         "classes": _classes(report, cells),
         "reliability": [
@@ -88,7 +88,7 @@ def write_compare_page(comparison: Mapping[str, Any], path: Path) -> None:
             for pair in comparison["differences"]
             if best["name"] in (pair["first"], pair["second"]) and not pair["better"]
         ],
-        "ladder": figures.ladder(comparison, models),
+        "log_losses": figures.log_loss_chart(comparison, models),
         "differences": figures.Intervals(differences, 0.0),
         "weights": sorted(comparison["blend"]["weights"].items(), key=lambda item: -item[1]),
     }
@@ -122,38 +122,25 @@ def environment() -> jinja2.Environment:
 def shown_battles(data: Path, split: str, report: Mapping[str, Any], stage: str) -> list[dict[str, Any]]:
     """Return one record for each battle that a report lists, in the order of its lists, each battle once.
 
-    A record holds id, verdict, dropped (the number of oldest turns that were not fed) and turns, a list of dicts
-    prompt, response_a, response_b: the texts as they were fitted to what this stage is fed, long ones shortened. A
-    pair is one turn, its answers hold the later ones.
+    A record holds id, dropped (the number of oldest turns that were not fed) and turns, a list of dicts prompt,
+    response_a, response_b: the texts as they were fitted to what this stage is fed, long ones shortened. A pair is
+    one turn, its answers hold the later ones.
     """
-    listed = list(dict.fromkeys(row["id"] for row in (*report["worst"], *report["most_biased"])))
+    listed = dict.fromkeys(row["id"] for row in (*report["worst"], *report["most_biased"]))
     pairs = STEPS[stage].data == "dpo_reward"
-    fed = _fed_pairs(data, split) if pairs else _fed_battles(data, split)
-    found = {
-        id_: {
-            "id": id_,
-            "verdict": verdict,
-            "dropped": dropped,
-            "turns": [
-                dict(zip(("prompt", "response_a", "response_b"), map(_shortened, turn), strict=True)) for turn in turns
-            ],
-        }
-        for id_, verdict, dropped, turns in fed
-        if id_ in listed
-    }
+    found = {}
+    for fed, dropped in iter_pairs(data, split) if pairs else iter_battles(data, split):
+        if fed.id in listed:
+            one_turn = [(fed.prompt, fed.response_a, fed.response_b)] if pairs else None
+            turns = one_turn or zip(fed.prompts, fed.responses_a, fed.responses_b, strict=True)
+            texts = [[_shortened(text) for text in turn] for turn in turns]
+            names = ("prompt", "response_a", "response_b")
+            found[fed.id] = {
+                "id": fed.id,
+                "dropped": dropped,
+                "turns": [dict(zip(names, turn, strict=True)) for turn in texts],
+            }
     return [found[id_] for id_ in listed if id_ in found]
-
-
-def _fed_battles(data: Path, split: str) -> Iterator[tuple]:
-    """Yield (id, verdict, dropped turns, [(prompt, A, B) of each turn])."""
-    for battle, dropped in iter_battles(data, split):
-        turns = zip(battle.prompts, battle.responses_a, battle.responses_b, strict=True)
-        yield battle.id, battle.verdict, dropped, turns
-
-
-def _fed_pairs(data: Path, split: str) -> Iterator[tuple]:
-    for verdict, (pair, dropped) in zip(read_rows(data, split)["verdict"], iter_pairs(data, split), strict=True):
-        yield pair.id, verdict, dropped, [(pair.prompt, pair.response_a, pair.response_b)]
 
 
 def _shortened(text: str) -> str:

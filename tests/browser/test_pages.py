@@ -36,7 +36,7 @@ def test_a_run_is_watched_while_it_runs(tab, servers, training):
     tab.page.get_by_text(re.compile(r"Running \d+/40")).wait_for()
     later = tab.until(step, lambda n: n > first)
     tab.until(lambda: drawn(tab, "losses"), lambda now: now and now != before)
-    text = tab.until(words.inner_text, lambda text: "so a log loss of at most" in text and "class prior" in text)
+    text = tab.until(words.inner_text, lambda text: "so a log loss of at most" in text and "Class prior" in text)
     assert later > first and re.search(r"loss \d\.\d{4}", text)
     assert drawn(tab, "ladder")
     tab.until(words.inner_text, lambda text: "demo sft: trained" in text and "checkpoint 40: log loss" in text)

@@ -32,7 +32,7 @@ def test_it_is_read_at_any_width_in_light_and_dark(tab, report, width, scheme):
     page.goto(report)
     assert "beats the class prior" in page.locator("h1").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing hangs over the edge"
-    for drawing in ("#ladder svg.lane circle", "#reliability svg circle.bin", "#training svg polyline"):
+    for drawing in ("#baselines svg.lane circle", "#reliability svg circle.bin", "#training svg polyline"):
         box = page.locator(drawing).first.bounding_box()
         assert box["width"] > 3 and box["height"] > 3, f"{drawing} is drawn"
     back, ink = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
@@ -70,6 +70,6 @@ def test_it_prints(tab, report):
     tab.page.goto(report)
     tab.page.emulate_media(media="print")
     assert not tab.page.locator("nav").is_visible() and not tab.page.locator("#battles").is_visible()
-    assert tab.page.locator("#ladder h2").is_visible()
+    assert tab.page.locator("#baselines h2").is_visible()
     pages = tab.page.pdf(format="A4").count(b"/Type /Page\n")
     assert 2 <= pages <= 14

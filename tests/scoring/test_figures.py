@@ -27,13 +27,13 @@ def test_dots_intervals_and_the_line_share_one_axis():
     assert axis.at(1.5) == pytest.approx((axis.at(1.0) + axis.at(2.0)) / 2, abs=0.01)
 
 
-def test_the_ladder_has_every_baseline_the_model_and_bayes():
+def test_the_chart_has_every_baseline_the_model_and_bayes():
     report = {"stage": "sft", "log_loss": 0.9, "log_loss_ci95": None, "bayes": 0.8}
     report |= {"baselines": {"uniform": 1.0986, "prior": 1.09}, "baselines_ci95": {"uniform": [1.0986, 1.09861]}}
-    ladder = figures.report_ladder(report)
-    assert [mark.value for mark in ladder.marks] == [1.0986, 1.09, 0.9, 0.8] and ladder.reference == 1.09
-    assert ladder.marks[0].ends is None, "a constant has no interval"
-    assert len(figures.report_ladder(report | {"bayes": None}).marks) == 3
+    chart = figures.report_chart(report)
+    assert [mark.value for mark in chart.marks] == [1.0986, 1.09, 0.9, 0.8] and chart.reference == 1.09
+    assert chart.marks[0].ends is None, "a constant has no interval"
+    assert len(figures.report_chart(report | {"bayes": None}).marks) == 3
 
 
 def test_the_curve_is_drawn_in_step_order_and_thinned():

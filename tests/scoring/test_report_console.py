@@ -49,7 +49,7 @@ def test_a_flagged_stage_is_flagged_again_and_not_advised(result, tmp_path):
     assert "--input FILE" not in text and "no stage is fit to score with" in text
 
 
-def test_the_summary_shows_the_ladder_the_findings_and_every_flag(tmp_path, monkeypatch):
+def test_the_summary_shows_the_baselines_the_findings_and_every_flag(tmp_path, monkeypatch):
     monkeypatch.setattr("factory.status.experiment_view", lambda experiment: None)
     monkeypatch.setattr("factory.status.next_commands", lambda view: ["python run.py compare -e exam"])
     scores, texts, truth = arena(400, 3, both_orders=True)

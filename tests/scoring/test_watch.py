@@ -239,7 +239,7 @@ def test_the_terminal_prints_each_evaluation_once_beside_the_baselines(exam, cap
     printed = capsys.readouterr().err
     assert status.state == "trained" and watcher.looks == 8
     assert printed.count("step 2: evaluation loss 0.3500, so a log loss of at most 1.0500") == 1
-    assert printed.count("step 5: evaluation loss 0.3000") == 1 and "class prior 1.0956" in printed
+    assert printed.count("step 5: evaluation loss 0.3000") == 1 and "Class prior 1.0956" in printed
     assert "exam sft: training" in printed and printed.count("step 10/10") == 1
 
 
@@ -328,11 +328,11 @@ def test_the_chart_compares_a_measured_point_with_the_baselines_on_its_own_rows(
     log(exam, "sft", (4, {"eval_loss": 0.3}))
     whole = replace(status_of(exam), ladder={"uniform": 1.0986, "prior": 1.05})
     axes = ladder_plot(whole).axes[0]
-    assert {text.get_text() for text in axes.texts} == {"uniform, 1/3 each 1.0986", "class prior 1.0500"}
+    assert {text.get_text() for text in axes.texts} == {"Uniform, 1/3 each 1.0986", "Class prior 1.0500"}
     assert "all validation battles" in axes.get_xlabel()
     measured = {"step": 4, "log_loss": 1.0, "rows": 30, "ladder": {"prior": 1.02}}
     axes = ladder_plot(replace(whole, measured=[measured])).axes[0]
-    assert [text.get_text() for text in axes.texts] == ["class prior 1.0200"]
+    assert [text.get_text() for text in axes.texts] == ["Class prior 1.0200"]
     assert "these 30 validation battles" in axes.get_xlabel()
     bound, point = (line for line in axes.lines if len(line.get_xdata()) == 1)
     assert list(bound.get_ydata()) == [pytest.approx(0.9)] and list(point.get_ydata()) == [1.0]
@@ -358,5 +358,5 @@ def test_a_scored_stage_is_shown_with_what_it_reached(exam, scored, monkeypatch,
     assert status.faults == [] and status.reached["log_loss"] == 1.1061
     assert "log loss 1.1061 on 60 held-out battles: not better than the class prior" in lines
     (to_beat,) = (line for line in lines if line.startswith("to beat:"))
-    assert "class prior 1.0956" in to_beat and "Bayes: the best possible 0.8187" in to_beat
+    assert "Class prior 1.0956" in to_beat and "Bayes: the best possible 0.8187" in to_beat
     assert not any("evaluation" in line or "no log loss" in line for line in lines)
