@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from scoring.calibration import FittedLink
-from scoring.report.formatting import CLASS_NAMES, BASELINE_NAMES, count, interval, number, percent, points
+from scoring.report.formatting import BASELINE_NAMES, CLASS_NAMES, count, interval, number, percent, points
 
 # Beyond these a figure is worth a warning.
 FEW_ROWS, FLIP_RATE, CUT_SHARE, ECE, PRIOR_SHIFT = 200, 0.15, 0.1, 0.03, 0.1
