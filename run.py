@@ -506,11 +506,12 @@ def export(
 
     And prove that it is still the same judge.
     """
+    from factory.stage_context import StageContext
     from scoring.engines.gguf import export_gguf
     from scoring.report.console import export_lines
 
     exp, stage, show = _start_stage(experiment, stage)
-    manifest = export_gguf(exp, stage, quantization, output=output, converter=converter, show=show)
+    manifest = export_gguf(StageContext(exp, stage), quantization, output=output, converter=converter, show=show)
     click.echo(json.dumps(manifest, indent=2) if as_json else "\n".join(export_lines(exp, stage, manifest)))
 
 
@@ -694,7 +695,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
     from factory.state import require_own_settings
     from factory.train import merge, train
     from scoring.checks.merge_check import check_merge
-    from scoring.judge import seal
+    from scoring.judge import write_judge_manifest
     from scoring.pipeline import score_stage
 
     if STEPS[stage].data == "dpo_reward":
@@ -707,7 +708,7 @@ def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> d
     if adapter is None or until == "train":  # None: a node that only trains along
         return None
     if stage != "dpo_reward" or until == "merge":  # an implicit reward needs the adapter on and off, not a merge
-        merge(exp, stage, complete=lambda folder: seal(folder, exp, stage), show=show)
+        merge(exp, stage, complete=lambda folder: write_judge_manifest(folder, StageContext(exp, stage)), show=show)
         check_merge(StageContext(exp, stage), show=show)
     return None if until == "merge" else score_stage(exp, stage, show=show)
 

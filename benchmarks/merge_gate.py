@@ -105,10 +105,11 @@ def _measure(experiment: str, name: str, count: int) -> list[list[str]]:
     from data_prep.chat_template import load_frame
     from data_prep.export_reader import read_battles, read_manifest
     from data_prep.prompt import JudgePrompt
+    from factory.stage_context import StageContext
     from scoring.checks.merge_check import compared
     from scoring.engines.torch_engine import score_labels
     from scoring.links import softmax
-    from scoring.scorer import trained_adapter
+    from scoring.model_loading import trained_adapter
 
     its = load_experiment(experiment)
     frame, tokenizer = load_frame(its)
@@ -121,7 +122,7 @@ def _measure(experiment: str, name: str, count: int) -> list[list[str]]:
     def ask(model: Any):
         return softmax(score_labels(model, sequences, frame.label_ids))
 
-    trained = ask(trained_adapter(its, "sft").load("cpu"))
+    trained = ask(trained_adapter(StageContext(its, "sft")).load("cpu"))
     verdicts, rows = [battle.verdict for battle, _ in battles], []
     for title, onto in BASES.items():
         model = merged(its.model_copy(update={"merge_onto": onto}))

@@ -28,7 +28,7 @@ RUNS = (
 
 def megabytes(judge, engine: str, precision: str) -> str:
     """Return the size of what the engine reads, in MiB."""
-    from scoring.engines.gguf import gguf_path
+    from scoring.engines.llama_cpp import gguf_path
 
     gguf = [gguf_path(judge.folder, precision)]
     paths = gguf if engine == "llama.cpp" else judge.folder.glob("*.safetensors")
@@ -42,7 +42,9 @@ def measure(experiment: str, stage: str) -> list[list[str]]:
     from common.experiment import load_experiment
     from common.progress import Show
     from data_prep.export_reader import read_battles, read_rows
-    from scoring.engines.gguf import export_gguf, gguf_path
+    from factory.stage_context import StageContext
+    from scoring.engines.gguf import export_gguf
+    from scoring.engines.llama_cpp import gguf_path
     from scoring.engines.protocol import open_engine
     from scoring.judge import load_judge
     from scoring.links import softmax
@@ -56,7 +58,7 @@ def measure(experiment: str, stage: str) -> list[list[str]]:
     rows, exact = [], None
     for engine, precision in RUNS:
         if engine == "llama.cpp" and not gguf_path(judge.folder, precision).is_file():
-            export_gguf(exp, stage, precision, show=Show())
+            export_gguf(StageContext(exp, stage), precision, show=Show())
         # Speed is another script's matter: one thread suffices, and does not wait for another on a busy machine.
         options = {"threads": 1} if engine == "llama.cpp" else {}
         opened = open_engine(judge, engine, precision, **options)

@@ -118,11 +118,11 @@ def open_way(folder: Path, way: Way, labels: Sequence[int]) -> Score:
         return usual_loop(folder, way.precision, labels)
     if way.options:  # several ways share one model
         from scoring.engines.torch_engine import score_labels
-        from scoring.packed_model import Reader
+        from scoring.packed_model import PackedModel
 
         options = dict(way.options)
-        reader = Reader(one_model(folder, way.precision), mode=options["mode"])
-        return lambda rows: score_labels(reader, rows, labels, token_budget=options["token_budget"])
+        packed = PackedModel(one_model(folder, way.precision), mode=options["mode"])
+        return lambda rows: score_labels(packed, rows, labels, token_budget=options["token_budget"])
     from scoring.engines.protocol import open_engine
 
     judge = SimpleNamespace(folder=folder / "merged", frame=SimpleNamespace(label_ids=tuple(labels)))
@@ -132,7 +132,7 @@ def open_way(folder: Path, way: Way, labels: Sequence[int]) -> Score:
 
 @cache
 def one_model(folder: Path, precision: str) -> Any:
-    from scoring.engines.torch_engine import device_name, load_model
+    from scoring.model_loading import device_name, load_model
 
     return load_model(folder / "merged", device_name(), precision=precision)
 

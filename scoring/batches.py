@@ -1,74 +1,23 @@
-"""Batches: groups of pieces read together by a token budget, the longest first, in whatever memory there is."""
+"""Batches: groups of pieces read together within a token budget, the longest first, halved where memory runs out."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
-from queue import Empty, Full, Queue
-from threading import Event, Thread
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from common.errors import ArenaError
 from factory.gpu import TOKEN_BUDGET
-from scoring.packed_model import Pack, Piece, Reader, pack
+from scoring.packed_model import Pack, PackedModel, Piece, pack
 
 if TYPE_CHECKING:
     import torch
 
 _Item = TypeVar("_Item")
-_SECONDS = 0.1
-
-
-def ahead(items: Iterable[_Item], depth: int = 1) -> Generator[_Item, None, None]:
-    """Yield the items in their order, up to `depth` of them made before they are asked for.
-
-    What `items` raises is raised here, in its place. When the iterator is closed, nothing more is made.
-    """
-    ready: Queue = Queue(maxsize=depth)
-    stopped = Event()
-
-    def put(kind: str, value: object) -> None:
-        while not stopped.is_set():
-            try:
-                ready.put((kind, value), timeout=_SECONDS)
-                return
-            except Full:
-                continue
-
-    def make() -> None:
-        try:
-            for item in items:
-                put("item", item)
-                if stopped.is_set():
-                    return
-            put("end", None)
-        except BaseException as error:  # whatever it is, it belongs to the one who asks
-            put("error", error)
-
-    thread = Thread(target=make, name="ahead", daemon=True)
-    thread.start()
-    try:
-        while True:
-            try:
-                kind, value = ready.get(timeout=_SECONDS)
-            except Empty:
-                continue
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stopped.set()
-        thread.join()
-
-
-# What the allocators say that raise no error of their own kind.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
-
-Group = Sequence[Piece]
+Group = Sequence[Piece]  # pieces that share a batch, such as a prompt and its answers
 
 
 class DoesNotFit(ArenaError):
@@ -83,48 +32,33 @@ class DoesNotFit(ArenaError):
         self.index = index
 
 
-@dataclass
-class ScoreProgress:
-    """How far scoring is: groups done and all (a prompt, or a prompt with its answers), tokens done and all."""
-
-    rows: int
-    total_rows: int
-    tokens: int
-    total_tokens: int
-
-
-def tell(text: str) -> None:
-    """Say something where nobody else was asked to: as a warning."""
-    warnings.warn(text, stacklevel=3)
-
-
 def run_batches(
-    reader: Reader,
+    model: PackedModel,
     groups: Sequence[Group],
     work: Callable[[list[int], Pack], None],
     *,
     token_budget: int | None = None,
-    progress: Callable[[ScoreProgress], None] = lambda _: None,
+    progress: Callable[[float], None] = lambda _: None,
     name: Callable[[int], str] = "prompt {}".format,
-    note: Callable[[str], None] = tell,
+    note: Callable[[str], None] = warnings.warn,
 ) -> None:
     """Call `work(indices, pack)` on every group once, in batches; `pack` has the groups' pieces behind one another.
 
-    The next pack is made, and copied to the GPU, while the present one is worked on. `work` may be called again for
-    the same indices: out of memory halves the token budget, says so by `note` and goes on; with one group a batch it
-    is a DoesNotFit, which calls the group by `name(index)`.
+    `progress` gets the share of the tokens that is done. `work` may be called again for the same indices: out of
+    memory halves the token budget, reports it by `note` and continues; with one group a batch it raises DoesNotFit,
+    which calls the group by `name(index)`.
     """
     import torch
 
-    budget = token_budget or TOKEN_BUDGET[reader.device.type]
+    budget = token_budget or TOKEN_BUDGET[model.device.type]
     sizes = [sum(len(piece.ids) for piece in group) for group in groups]
-    # Longest first: a batch that does not fit in memory shows at once, not after an hour.
+    # Longest first: a batch that does not fit in memory fails at once, not after an hour.
     order = sorted(range(len(groups)), key=lambda i: -sizes[i])
     done = tokens = 0
     while done < len(order):
-        failed = None
-        with closing(_ready(reader, groups, order[done:], budget)) as batches:
-            for batch, ready in batches:
+        failed: list[int] = []
+        with closing(_packs(model, groups, order[done:], budget)) as packs:
+            for batch, ready in packs:
                 try:
                     with torch.inference_mode():
                         work(batch, ready)
@@ -135,40 +69,47 @@ def run_batches(
                     break
                 done += len(batch)
                 tokens += sum(sizes[i] for i in batch)
-                progress(ScoreProgress(done, len(order), tokens, sum(sizes)))
-        if failed is not None:
-            # Only here, where the exception and with it the failed pass's frames are gone, can memory be given back.
+                progress(tokens / sum(sizes))
+        if failed:
+            # Only here, where the exception and with it the failed pass's frames are gone, can memory be freed.
             torch.cuda.empty_cache()
-            budget = _smaller(budget, failed, [sizes[i] for i in failed], name)
-            note(f"out of memory: going on with {budget:,} tokens a batch")
+            if len(failed) == 1:
+                raise DoesNotFit(failed[0], sizes[failed[0]], name(failed[0]))
+            budget = max(1, min(budget, sum(sizes[i] for i in failed)) // 2)
+            note(f"out of memory: continuing with {budget:,} tokens a batch")
 
 
-def _ready(
-    reader: Reader, groups: Sequence[Group], order: list[int], budget: int
+def prefetch(items: Iterable[_Item]) -> Generator[_Item, None, None]:
+    """Yield the items in their order; a thread makes the next one while the caller works on the present one."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, iterator, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, iterator, end)
+            yield item
+
+
+def _packs(
+    model: PackedModel, groups: Sequence[Group], order: list[int], budget: int
 ) -> Generator[tuple[list[int], Pack], None, None]:
-    device = reader.device
-
-    def made() -> Generator[tuple[list[int], Pack], None, None]:
-        for batch in _plan(reader, groups, order, budget):
-            yield batch, pack(_joined([groups[i] for i in batch])).to(device)
-
-    return ahead(made()) if _overlaps(device) else made()
-
-
-def _overlaps(device: torch.device) -> bool:
-    """On a CPU a pack is made in no time and its copy is none; a thread would only take a core from the model."""
-    return device.type != "cpu"
+    device: torch.device = model.device
+    packs = (
+        (batch, pack(_joined([groups[i] for i in batch])).to(device)) for batch in _plan(model, groups, order, budget)
+    )
+    # On a CPU a pack takes no time and is not copied; a thread would only take a core from the model.
+    return packs if device.type == "cpu" else prefetch(packs)
 
 
-def _plan(reader: Reader, groups: Sequence[Group], order: list[int], budget: int) -> Iterator[list[int]]:
+def _plan(model: PackedModel, groups: Sequence[Group], order: list[int], budget: int) -> Iterator[list[int]]:
     """Yield batches of neighbours in `order`, each within the budget or of one group."""
     batch: list[int] = []
     rows = longest = tokens = 0
     for index in order:
-        lengths = _row_lengths(groups[index])
-        size = sum(len(piece.ids) for piece in groups[index])
+        group = groups[index]
+        size = sum(len(piece.ids) for piece in group)
+        lengths = [len(p.ids) + (0 if p.prefix is None else len(group[p.prefix].ids)) for p in group if p.wanted]
         rows, longest, tokens = rows + len(lengths), max(longest, *lengths), tokens + size
-        if batch and (rows * longest if reader.pads else tokens) > budget:
+        if batch and (rows * longest if model.pads else tokens) > budget:
             yield batch
             batch, rows, longest, tokens = [], len(lengths), max(lengths), size
         batch.append(index)
@@ -176,13 +117,8 @@ def _plan(reader: Reader, groups: Sequence[Group], order: list[int], budget: int
         yield batch
 
 
-def _row_lengths(group: Group) -> list[int]:
-    """Return the tokens of each wanted piece with its prefix."""
-    return [len(p.ids) + (0 if p.prefix is None else len(group[p.prefix].ids)) for p in group if p.wanted]
-
-
 def _joined(groups: Sequence[Group]) -> list[Piece]:
-    """Return the pieces of all groups behind one another, prefixes counted anew."""
+    """Return the pieces of all groups one behind the other, with their prefixes' new places."""
     pieces: list[Piece] = []
     for group in groups:
         first = len(pieces)
@@ -190,13 +126,10 @@ def _joined(groups: Sequence[Group]) -> list[Piece]:
     return pieces
 
 
-def _smaller(budget: int, batch: list[int], sizes: list[int], name: Callable[[int], str]) -> int:
-    if len(batch) == 1:
-        raise DoesNotFit(batch[0], sizes[0], name(batch[0]))
-    return max(1, min(budget, sum(sizes)) // 2)
-
-
 def _is_out_of_memory(error: RuntimeError) -> bool:
     import torch
+    from accelerate.utils.memory import should_reduce_batch_size
 
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
+    if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+        return True
+    return "CUBLAS_STATUS_ALLOC_FAILED" in str(error)

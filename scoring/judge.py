@@ -1,40 +1,61 @@
-"""A judge: a merged model folder that says itself how it is to be asked (judge.json)."""
+"""A judge: a merged model's folder whose judge.json says how the model is asked.
+
+The golden prompts, fixed battles, guard it: their answers are written into the folder (canaries.json) when the model
+is merged, and compared each time it is loaded.
+"""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from common.battle import VERDICTS, Battle, swap
 from common.errors import ArenaError
 from common.experiment import BudgetShares, Experiment, Labels
 from common.files import read_json, sha256_of, write_json
-from common.stages import STEPS
 from data_prep.chat_template import ChatFrame, load_frame
-from data_prep.export_reader import read_manifest, readable
+from data_prep.export_reader import readable
+from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import Fitted, Fitter
+from factory.status import FAILED, INTERRUPTED, experiment_view, is_at_work, stage_view
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-import json
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
-
-if TYPE_CHECKING:
+    from factory.stage_context import StageContext
     from scoring.rewards import Triple
+
 MANIFEST = "judge.json"
 FORMAT = 1
+_REMEDY = "merge the adapter again"
 _LONGEST_REASON = 300
 # Encoded once when the judge is made and compared whenever it is loaded: another tokenizer would answer nonsense.
-_CANARIES = ("Verdict:", "naïve 日本語 😀\n\n  code();", "### Assistant A\n")
+_ENCODED = ("Verdict:", "naïve 日本語 😀\n\n  code();", "### Assistant A\n")
+# What judge.json must hold; another type would fail only later, in the middle of scoring.
+_TYPES = {"cutoff_len": int, "swap_tta": bool, "judge_prompt": str, "canaries": dict, "source": dict, "labels": dict}
+
+GOLDEN_ANSWERS = "canaries.json"
+# Short enough for any budget, unlike each other, and frozen: a change makes the answers in every judge's folder stale.
+GOLDEN_PROMPTS = (
+    Battle("sum", ("What is 2 + 2?",), ("4",), ("5",)),
+    Battle("code", ("Reverse a list in Python.",), ("items[::-1]",), ("def reverse(x): pass",)),
+    Battle("polite", ("Thank you!",), ("You are welcome! Anything else?",), ("ok",)),
+    Battle("german", ("Wie heißt die Hauptstadt von Österreich?",), ("Wien",), ("Graz natürlich.",)),
+    Battle("japanese", ("日本の首都は？",), ("東京です。",), ("わかりません。",)),
+    Battle("long", ("List three colours.",), ("Red, green and blue. " * 6,), ("Red",)),
+    Battle("same", ("Say hi.",), ("hi",), ("hi",)),
+    Battle("emoji", ("Describe a cat.",), ("🐈 A small carnivore.",), ("It barks.",)),
+)
+# How far a probability may move from its golden answer, by the coarser of the two precisions. Measured on trained tiny
+# judges: fp32 on other kernels 1e-5, 16 bits 2e-2, 8 bits 8e-2, 4 bits 6e-2; the limits leave room for larger models.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05, "f16": 0.05, "8bit": 0.15, "q8_0": 0.15}
+COARSEST = 0.25
 
 
 @dataclass(frozen=True)
@@ -65,11 +86,21 @@ class Judge:
         """Fit battles that were not exported before, both orders within the budget."""
         return self.fitter().fit(battles, both_orders=True)
 
+    def golden_sequences(self) -> list[list[int]]:
+        """Return the golden prompts as judge prompts, fitted as any battle is."""
+        return self.sequences([(fitted.battle, fitted.dropped) for fitted in self.fit(GOLDEN_PROMPTS)])
+
+    def golden_triples(self) -> list[Triple]:
+        """Return the golden prompts as pairs of responses behind the user's prompt, for a reward model."""
+        fitter = PairFitter(self.frame, self.tokenizer, cutoff_len=self.cutoff_len, shares=self.shares)
+        pairs = [flatten(fitted.battle) for fitted in fitter.fit(GOLDEN_PROMPTS)]
+        return pair_sequences(self.frame, self.tokenizer, pairs)
+
 
 def write_judge(folder: Path, experiment: Experiment, frame: ChatFrame, prompt_source: str, source: dict) -> None:
     """Write judge.json into a merged model's folder; `source` says which stage, recipe and data made it.
 
-    Raises ArenaError if the folder's own tokenizer does not give the ids that training used.
+    Raises ArenaError if the folder has no readable tokenizer.
     """
     tokenizer = _tokenizer(folder)
     write_json(
@@ -83,57 +114,52 @@ def write_judge(folder: Path, experiment: Experiment, frame: ChatFrame, prompt_s
             "cutoff_len": experiment.cutoff_len,
             "budget_shares": experiment.budget_shares.model_dump(),
             "swap_tta": experiment.swap_tta,
-            "canaries": {text: _ids(tokenizer, text) for text in _CANARIES},
+            "canaries": {text: _ids(tokenizer, text) for text in _ENCODED},
             "source": source,
         },
     )
 
 
-def seal(folder: Path, experiment: Experiment, stage: str) -> None:
-    """Make a freshly merged folder a judge: the frame and the prompt are those that its training rows were made with.
+def write_judge_manifest(folder: Path, context: StageContext) -> None:
+    """Make a freshly merged folder a judge that reads what its training rows were made with: frame, prompt, budget.
 
-    Raises ArenaError if the export's judge prompt is gone or the folder's tokenizer is another.
+    Raises ArenaError if the export's judge prompt is missing or the folder's tokenizer is not the export's.
     """
-    data = experiment.data_folder
-    manifest = read_manifest(data)
-    frame = ChatFrame.from_dict(manifest["frame"])
-    made = _as_exported(experiment, manifest["experiment"])
+    experiment, manifest = context.experiment, context.manifest
     source = {
         "experiment": experiment.name,
-        "stage": stage,
+        "stage": context.name,
         "model": experiment.model,
         "data": manifest["files"],
-        "recipe": sha256_of(experiment.recipe(stage)),
+        "recipe": sha256_of(context.recipe_path),
     }
     _, trained = load_frame(experiment)
     own = _tokenizer(folder)
-    if any(_ids(own, text) != _ids(trained, text) for text in _CANARIES):
+    if any(_ids(own, text) != _ids(trained, text) for text in _ENCODED):
         raise ArenaError(
             "the merged folder's tokenizer is not the one that the training rows were made with",
             where=str(folder),
             remedy="check that the merge recipe and experiment.yaml name the same model",
         )
-    write_judge(folder, made, frame, (data / "judge_prompt.j2").read_text(encoding="utf-8"), source)
-
-
-def _as_exported(experiment: Experiment, exported: dict[str, Any]) -> Experiment:
-    """Return the experiment with the labels and the budget of the export: what the judge has learned to read."""
     with readable(experiment.data_folder / "manifest.json"):
-        learned = {key: exported[key] for key in ("labels", "cutoff_len", "budget_shares")}
-        return Experiment.model_validate({**experiment.model_dump(mode="json"), **learned})
+        learned = {key: manifest["experiment"][key] for key in ("labels", "cutoff_len", "budget_shares")}
+        exported = Experiment.model_validate({**experiment.model_dump(mode="json"), **learned})
+    prompt = (experiment.data_folder / "judge_prompt.j2").read_text(encoding="utf-8")
+    write_judge(folder, exported, ChatFrame.from_dict(manifest["frame"]), prompt, source)
 
 
 def load_judge(folder: Path) -> Judge:
-    """Read a merged folder's judge.json and tokenizer; raises ArenaError if it is no judge or does not fit itself."""
+    """Return the judge in a merged folder; raises ArenaError if it is none, is damaged or has another tokenizer."""
     path = folder / MANIFEST
     try:
         content = read_json(path)
         if content["format"] != FORMAT or content["classes"] != list(VERDICTS):
-            raise ArenaError("was made by another version", where=str(path), remedy="merge the adapter again")
-        _check_types(content)
-        tokenizer = _tokenizer(folder)
-        frame = ChatFrame.from_dict(content["frame"])
-        _check_ids(frame, tokenizer.get_vocab_size())
+            raise ArenaError("was made by another version", where=str(path), remedy=_REMEDY)
+        for key, kind in _TYPES.items():
+            if type(content[key]) is not kind:
+                raise ValueError(f"{key} is not of type {kind.__name__}")
+        tokenizer, frame = _tokenizer(folder), ChatFrame.from_dict(content["frame"])
+        _require_known_ids(frame, tokenizer.get_vocab_size())
         changed = [text for text, ids in content["canaries"].items() if _ids(tokenizer, text) != ids]
         if changed:
             raise ArenaError(
@@ -161,23 +187,20 @@ def load_judge(folder: Path) -> Judge:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0][:_LONGEST_REASON]
-        raise ArenaError(f"is damaged: {reason}", where=str(path), remedy="merge the adapter again") from None
+        raise ArenaError(f"is damaged: {reason}", where=str(path), remedy=_REMEDY) from None
 
 
-def require_judge(experiment: Experiment, stage: str) -> None:
-    """Raise ArenaError where a stage's judge is not made yet: what it lacks, or that a run makes it now."""
-    from factory.status import FAILED, INTERRUPTED, experiment_view, is_at_work, stage_view
-
-    folder = experiment.merged_folder(stage)
-    if (folder / MANIFEST).is_file():
+def require_judge(context: StageContext) -> None:
+    """Raise ArenaError where a stage's judge does not exist yet, with how far the stage is and the next command."""
+    if (context.merged / MANIFEST).is_file():
         return
+    experiment, stage = context.experiment, context.name
     view, name = stage_view(experiment, stage), shlex.quote(experiment.name)
-    call = f"python run.py {STEPS[stage].command} -e {name}"
-    if is_at_work(experiment.output_folder(stage)):
-        now = f"{view.state} {view.detail}".rstrip()
-        what = f"is not a judge yet: {stage} is at work ({now})"
+    call = f"python run.py {context.step.command} -e {name}"
+    if is_at_work(context.folder):
+        what = f"is not a judge yet: {stage} is at work ({f'{view.state} {view.detail}'.rstrip()})"
         remedy = f"wait for it, it scores at its end: python run.py watch -e {name} --stage {stage}"
-    elif folder.is_dir():
+    elif context.merged.is_dir():
         what = f"is not a judge: {MANIFEST} is missing"
         remedy = f"move the folder away and merge again: {call} --until merge"
     else:
@@ -185,18 +208,65 @@ def require_judge(experiment: Experiment, stage: str) -> None:
         what = f"is not a judge yet: {stage} is {'not trained' if view.state == 'new' else left}"
         whole = experiment_view(experiment)
         remedy = f"{whole.next}; then {call}" if whole.next else f"train, merge and score: {view.next}"
-    raise ArenaError(what, where=str(folder), remedy=remedy)
+    raise ArenaError(what, where=str(context.merged), remedy=remedy)
 
 
-def _check_types(content: dict[str, Any]) -> None:
-    """Raise ValueError where a value would fail only later, in the middle of scoring."""
-    kinds = {"cutoff_len": int, "swap_tta": bool, "judge_prompt": str, "canaries": dict, "source": dict, "labels": dict}
-    for key, kind in kinds.items():
-        if type(content[key]) is not kind:
-            raise ValueError(f"{key} is not of type {kind.__name__}")
+def write_golden_answers(judge: Judge, answers: np.ndarray, precision: str) -> None:
+    """Write the judge's answers to the golden prompts, [n, classes], into its folder; raises ArenaError for NaN."""
+    if not np.isfinite(answers).all():
+        raise ArenaError(
+            "the merged model gives no finite answer to the golden prompts",
+            where=str(judge.folder),
+            remedy="the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve",
+        )
+    content = {battle.id: row.tolist() for battle, row in zip(GOLDEN_PROMPTS, answers, strict=True)}
+    write_json(judge.folder / GOLDEN_ANSWERS, {"format": FORMAT, "precision": precision, "answers": content})
 
 
-def _check_ids(frame: ChatFrame, vocabulary: int) -> None:
+def golden_tolerance(folder: Path, precision: str) -> float | None:
+    """Return how far answers in a precision may lie from a judge's golden answers; None where it has none.
+
+    Raises ArenaError if their file is damaged.
+    """
+    golden = _golden_answers(folder)
+    if golden is None:
+        return None
+    return max(TOLERANCE.get(name, COARSEST) for name in (golden["precision"], precision))
+
+
+def require_golden_answers(folder: Path, precision: str, answer: Callable[[], np.ndarray]) -> None:
+    """Raise ArenaError unless `answer()`, a loaded model's answers [n, classes], are near the golden answers."""
+    golden, tolerance = _golden_answers(folder), golden_tolerance(folder, precision)
+    if golden is None or tolerance is None:
+        return
+    expected = np.array([golden["answers"][battle.id] for battle in GOLDEN_PROMPTS], dtype=np.float64)
+    distance = float(np.abs(expected - answer()).max())
+    if not distance <= tolerance:  # also where it is NaN
+        raise ArenaError(
+            f"this model does not answer as it did when it was merged: the golden prompts' probabilities "
+            f"moved by up to {distance:.2g} ({golden['precision']} then, {precision} now), allowed {tolerance}",
+            where=str(folder / GOLDEN_ANSWERS),
+            remedy="the weights, the engine or its kernels are others: copy the folder again, or merge again; "
+            "--precision fp32 shows whether it is the precision",
+        )
+
+
+def _golden_answers(folder: Path) -> dict[str, Any] | None:
+    path = folder / GOLDEN_ANSWERS
+    if not path.is_file():
+        return None
+    try:
+        content = read_json(path)
+        classes = {len(content["answers"][battle.id]) for battle in GOLDEN_PROMPTS}
+        if content["format"] != FORMAT or len(classes) != 1 or not isinstance(content["precision"], str):
+            raise ValueError("not what this version writes")
+        return content
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "move the folder away and merge again"
+        raise ArenaError(f"is damaged: {error}", where=str(path), remedy=remedy) from None
+
+
+def _require_known_ids(frame: ChatFrame, vocabulary: int) -> None:
     """Raise ValueError where the frame holds a token id that the tokenizer does not know."""
     groups = (frame.prefix_ids, frame.suffix_ids, frame.label_ids, frame.answer_prefix_ids, frame.answer_suffix_ids)
     unknown = [token for ids in groups for token in ids if not 0 <= token < vocabulary]
@@ -209,11 +279,11 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ArenaError("tokenizer.json is missing", where=str(folder), remedy="merge the adapter again")
+        raise ArenaError("tokenizer.json is missing", where=str(folder), remedy=_REMEDY)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library has no narrower class
-        raise ArenaError(f"is damaged: {error}", where=str(path), remedy="merge the adapter again") from None
+        raise ArenaError(f"is damaged: {error}", where=str(path), remedy=_REMEDY) from None
     # A saved tokenizer may carry the trainer's batch settings; a prompt is never padded or cut here.
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -222,88 +292,3 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-CANARIES = "canaries.json"
-FORMAT_golden_prompts = 1
-# Short enough for any budget, unlike each other, and frozen: a change makes every sealed judge's answers stale.
-BATTLES = (
-    Battle("sum", ("What is 2 + 2?",), ("4",), ("5",)),
-    Battle("code", ("Reverse a list in Python.",), ("items[::-1]",), ("def reverse(x): pass",)),
-    Battle("polite", ("Thank you!",), ("You are welcome! Anything else?",), ("ok",)),
-    Battle("german", ("Wie heißt die Hauptstadt von Österreich?",), ("Wien",), ("Graz natürlich.",)),
-    Battle("japanese", ("日本の首都は？",), ("東京です。",), ("わかりません。",)),
-    Battle("long", ("List three colours.",), ("Red, green and blue. " * 6,), ("Red",)),
-    Battle("same", ("Say hi.",), ("hi",), ("hi",)),
-    Battle("emoji", ("Describe a cat.",), ("🐈 A small carnivore.",), ("It barks.",)),
-)
-# How far a probability may move from its sealed value, by the coarser of the two precisions. Measured on trained tiny
-# judges: fp32 on other kernels 1e-5, 16 bits 2e-2, 8 bits 8e-2, 4 bits 6e-2; the limits leave room for larger models.
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05, "f16": 0.05, "8bit": 0.15, "q8_0": 0.15}
-COARSEST = 0.25
-
-
-def label_canaries(judge: Judge) -> list[list[int]]:
-    """Return the canaries as label prompts, fitted as any battle is."""
-    return judge.sequences([(fitted.battle, fitted.dropped) for fitted in judge.fit(BATTLES)])
-
-
-def reward_canaries(judge: Judge) -> list[Triple]:
-    """Return the canaries as pairs of responses behind the user's prompt."""
-    fitter = PairFitter(judge.frame, judge.tokenizer, cutoff_len=judge.cutoff_len, shares=judge.shares)
-    return pair_sequences(judge.frame, judge.tokenizer, [flatten(fitted.battle) for fitted in fitter.fit(BATTLES)])
-
-
-def seal_canaries(judge: Judge, answers: np.ndarray, precision: str) -> None:
-    """Write the judge's answers to the canaries, [n, classes], into its folder; raises ArenaError if one is NaN."""
-    if not np.isfinite(answers).all():
-        raise ArenaError(
-            "the merged model gives no finite answer to the canaries",
-            where=str(judge.folder),
-            remedy="the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve",
-        )
-    content = {battle.id: row.tolist() for battle, row in zip(BATTLES, answers, strict=True)}
-    write_json(judge.folder / CANARIES, {"format": FORMAT_golden_prompts, "precision": precision, "answers": content})
-
-
-def canary_limit(folder: Path, precision: str) -> float | None:
-    """Return how far answers in this precision may lie from those sealed in a judge's folder; None without any.
-
-    Raises ArenaError if the sealed file is damaged.
-    """
-    sealed = _sealed(folder)
-    if sealed is None:
-        return None
-    return max(TOLERANCE.get(name, COARSEST) for name in (sealed["precision"], precision))
-
-
-def require_canaries(folder: Path, precision: str, answer: Callable[[], np.ndarray]) -> None:
-    """Raise ArenaError unless a loaded model answers the canaries, [n, classes], as it did when it was sealed."""
-    sealed, limit = _sealed(folder), canary_limit(folder, precision)
-    if sealed is None or limit is None:
-        return
-    expected = np.array([sealed["answers"][battle.id] for battle in BATTLES], dtype=np.float64)
-    distance = float(np.abs(expected - answer()).max())
-    if not distance <= limit:  # NaN is not within anything
-        raise ArenaError(
-            f"this model does not answer as it did when it was merged: the canary battles' probabilities "
-            f"moved by up to {distance:.2g} ({sealed['precision']} then, {precision} now), allowed {limit}",
-            where=str(folder / CANARIES),
-            remedy="the weights, the engine or its kernels are others: copy the folder again, or merge again; "
-            "--precision fp32 shows whether it is the precision",
-        )
-
-
-def _sealed(folder: Path) -> dict[str, Any] | None:
-    path = folder / CANARIES
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        shapes = {len(content["answers"][battle.id]) for battle in BATTLES}
-        if content["format"] != FORMAT_golden_prompts or len(shapes) != 1 or not isinstance(content["precision"], str):
-            raise ValueError("not what this version writes")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = "move the folder away and merge again"
-        raise ArenaError(f"is damaged: {error}", where=str(path), remedy=remedy) from None
-    return content

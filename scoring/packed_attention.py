@@ -1,10 +1,10 @@
-"""Attention over packed pieces: no piece sees another's tokens, except those of its own prefix.
+"""Attention over texts packed into one row: a text sees its own earlier tokens and those of its prefix, no others.
 
-A pack is one row of tokens, [1, total]: pieces behind one another, without padding. A piece may name an earlier one
-as its prefix, as an answer does its prompt; then it attends to the whole prefix and, causally, to itself.
+A pack is one row of tokens, [1, total], without padding. A piece may name an earlier piece as its prefix, as an answer
+names its prompt; it then attends to the whole prefix and, causally, to itself.
 
-Registered in transformers under `NAME`, so that a model's own code calls it with its own scaling, sliding window and
-soft-cap.
+`register` makes this attention known to transformers under `NAME`, so that a model's own code calls it with its own
+scaling, sliding window and soft-cap.
 """
 
 from __future__ import annotations
@@ -16,31 +16,29 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "arena_packed"
-# Queries that meet their keys at a time where a mask is needed: bounds the mask and the scores.
+# Queries that meet their keys at a time where a mask is needed: bounds the memory of mask and scores.
 _BLOCK = 256
-# What a model may hand to its attention and this one does not compute.
-_UNKNOWN = ("s_aux", "sinks", "position_bias")
+# Arguments that some models give to their attention and that this one does not support.
+_UNSUPPORTED = ("s_aux", "sinks", "position_bias")
 
 
 class UnknownAttention(Exception):
-    """The model's attention needs something that packed attention does not do."""
+    """The model's attention needs something that packed attention does not support."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """One piece's queries and keys: queries [first, stop) of the query row; keys `prefix` and then `own`.
+    """One piece: its places in the row of queries, and in the row of keys (its prefix, if any, then its own).
 
     The queries are the last ones of the keys' positions.
     """
 
-    first: int
-    stop: int
-    own: tuple[int, int]
-    prefix: tuple[int, int] = (0, 0)
+    queries: slice
+    keys: tuple[slice, ...]
 
 
 def register() -> None:
-    """Make packed attention known to transformers; no mask is made for it."""
+    """Register packed attention with transformers, which makes no mask for it."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
@@ -59,11 +57,13 @@ def packed_attention(
     spans: tuple[Span, ...] | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return attention's output [1, queries, heads, head size] of a packed row; keys are [1, key heads, total, size].
+    """Return attention's output [1, queries, heads, head size] of a pack; keys are [1, key heads, total, head size].
 
-    Raises UnknownAttention if the model asks for what this one does not compute.
+    Raises UnknownAttention if the model passes an argument that changes attention in an unsupported way.
     """
-    if spans is None or attention_mask is not None or any(others.get(x) is not None for x in _UNKNOWN):
+    import torch
+
+    if spans is None or attention_mask is not None or any(others.get(name) is not None for name in _UNSUPPORTED):
         raise UnknownAttention(type(module).__name__)
     if not getattr(module, "is_causal", True):
         raise UnknownAttention(f"{type(module).__name__} is not causal")
@@ -71,23 +71,17 @@ def packed_attention(
     repeats = query.shape[1] // key.shape[1]
     if query.is_cuda and query.dtype.itemsize == 2 and softcap is None:
         return _varlen(query, key, value, spans, repeats, scaling, sliding_window), None
+
+    def of(span: Span, x: torch.Tensor) -> torch.Tensor:
+        found = x[:, :, span.keys[0]] if len(span.keys) == 1 else torch.cat([x[:, :, part] for part in span.keys], 2)
+        return found.repeat_interleave(repeats, 1) if repeats > 1 else found
+
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     for span in spans:
-        q = query[:, :, span.first : span.stop]
-        k, v = (_keys(x, span).repeat_interleave(repeats, 1) if repeats > 1 else _keys(x, span) for x in (key, value))
-        output[:, span.first : span.stop] = attend(q, k, v, scaling, sliding_window, softcap).transpose(1, 2)
+        keys, values = of(span, key), of(span, value)
+        found = attend(query[:, :, span.queries], keys, values, scaling, sliding_window, softcap)
+        output[:, span.queries] = found.transpose(1, 2)
     return output, None
-
-
-def _keys(x: torch.Tensor, span: Span) -> torch.Tensor:
-    own = x[:, :, slice(*span.own)]
-    return own if span.prefix[0] == span.prefix[1] else _joined(x[:, :, slice(*span.prefix)], own)
-
-
-def _joined(*parts: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return torch.cat(parts, 2)
 
 
 def attend(
@@ -113,49 +107,41 @@ def attend(
         seen = (ahead <= 0) & (ahead > -window) if stop - first > 1 else None
         if softcap is None:
             parts.append(scaled_dot_product_attention(part, keys, values, attn_mask=seen, scale=scaling))
-        else:
-            parts.append(_capped(part, keys, values, scaling, softcap, seen))
+            continue
+        scores = torch.tanh(part @ keys.transpose(2, 3) * (scaling / softcap)) * softcap
+        if seen is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
+        parts.append(scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _capped(q, k, v, scaling: float, softcap: float, seen: torch.Tensor | None) -> torch.Tensor:
-    import torch
-
-    scores = torch.tanh(q @ k.transpose(2, 3) * (scaling / softcap)) * softcap
-    if seen is not None:
-        scores = scores.masked_fill(~seen, float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-
-
 def _varlen(query, key, value, spans, repeats: int, scaling: float, window: int | None) -> torch.Tensor:
-    """Flash attention over all pieces at once; its causal masks are aligned to the end, as pieces' queries are."""
+    """Return flash attention over all pieces at once; it aligns causal masks to the end, where the queries are."""
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
-    places = [torch.cat([torch.arange(*span.prefix), torch.arange(*span.own)]) for span in spans]
+    places = [torch.cat([torch.arange(part.start, part.stop) for part in span.keys]) for span in spans]
     order = torch.cat(places).to(key.device)
-    whole = len(order) == key.shape[2] and all(span.prefix[0] == span.prefix[1] for span in spans)
+    whole = len(order) == key.shape[2] and all(len(span.keys) == 1 for span in spans)
 
     def rows(x: torch.Tensor) -> torch.Tensor:
         x = x[0].transpose(0, 1)
         return (x if whole else x[order]).repeat_interleave(repeats, 1).contiguous()
 
-    counts, lengths = [span.stop - span.first for span in spans], [len(place) for place in places]
+    def starts(lengths: list[int]) -> torch.Tensor:
+        return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device)
+
+    counts = [span.queries.stop - span.queries.start for span in spans]
+    lengths = [len(place) for place in places]
     output = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
         rows(key),
         rows(value),
-        _cumulative(counts, query.device),
-        _cumulative(lengths, query.device),
+        starts(counts),
+        starts(lengths),
         max(counts),
         max(lengths),
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
     )
     return output.unsqueeze(0)
-
-
-def _cumulative(lengths: list[int], device: torch.device) -> torch.Tensor:
-    import torch
-
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)

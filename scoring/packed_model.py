@@ -1,29 +1,30 @@
-"""A reader: hidden states of a causal model where they are wanted, and nowhere else.
+"""A packed model: a causal language model that computes final hidden states only where they are wanted.
 
-It packs pieces of text into one row without padding (scoring.packed_attention) and, in the last layer, computes
-beyond keys and values only what is wanted. Whether a model's family allows that is tried when the reader is made,
-against the model's own plain pass; where it does not, rows are
-padded on the right, which in a causal model changes nothing.
+It packs pieces of text into one row without padding (scoring.packed_attention). Of the last layer it computes keys and
+values for all tokens, everything else for the wanted tokens only. Whether a model's family allows that is tried when
+the packed model is made, against the model's own plain pass. Where it does not, rows are padded on the right, which
+changes nothing in a causal model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from common.errors import ArenaError
-from scoring import packed_attention as attention
-from scoring.packed_attention import Span, UnknownAttention
+from scoring.packed_attention import NAME, Span, UnknownAttention, register
 
 if TYPE_CHECKING:
     import torch
 
-MODES = ("trimmed", "packed", "padded")
+MODES = ("trimmed", "packed", "padded")  # fastest first
 # The largest difference of hidden states, in their standard deviations, that packing may make on the probe.
 _TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2e-1, "int8": 2e-1}
-_PROBE = ((23, 1), (9, 2), (40, 1))  # pieces (tokens, wanted); the second and third have the first as their prefix
+_PROBE = ((23, 1), (9, 2), (40, 1))  # pieces (tokens, wanted); the first is the prefix of the other two
+_FAILURES = (UnknownAttention, AttributeError, TypeError, KeyError, RuntimeError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -49,56 +50,67 @@ class Pack:
     places: torch.Tensor
 
     def to(self, device: torch.device) -> Pack:
-        """Return it on a device; the copy is made while earlier work there goes on."""
+        """Return the pack on a device; to a GPU it is copied while earlier work there goes on."""
         if device.type == "cpu":
             return self
-        ids, positions, places = (
-            x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-            for x in (self.ids, self.positions, self.places)
-        )
+        tensors = (self.ids, self.positions, self.places)
+        if device.type == "cuda":
+            tensors = [x.pin_memory() for x in tensors]
+        ids, positions, places = (x.to(device, non_blocking=device.type == "cuda") for x in tensors)
         return Pack(ids, positions, self.spans, self.wanted_spans, places)
 
 
 def pack(pieces: Sequence[Piece]) -> Pack:
-    """Put pieces behind one another."""
+    """Return the pieces as one row, one behind the other."""
     import torch
 
-    starts, positions, spans, wanted_spans, places = [], [], [], [], []
+    own, positions, spans, wanted_spans, places = [], [], [], [], []
     total = wanted = 0
     for piece in pieces:
         stop = total + len(piece.ids)
-        prefix = (0, 0)
-        if piece.prefix is not None:
-            prefix = (starts[piece.prefix], starts[piece.prefix] + len(pieces[piece.prefix].ids))
-        before = prefix[1] - prefix[0]
+        own.append(slice(total, stop))
+        keys = (own[-1],) if piece.prefix is None else (own[piece.prefix], own[-1])
+        before = 0 if piece.prefix is None else len(pieces[piece.prefix].ids)
         positions.append(torch.arange(before, before + len(piece.ids)))
-        spans.append(Span(total, stop, (total, stop), prefix))
+        spans.append(Span(own[-1], keys))
         if piece.wanted:
-            wanted_spans.append(Span(wanted, wanted + piece.wanted, (total, stop), prefix))
+            wanted_spans.append(Span(slice(wanted, wanted + piece.wanted), keys))
             places.append(torch.arange(stop - piece.wanted, stop))
-        starts.append(total)
         total, wanted = stop, wanted + piece.wanted
     ids = torch.tensor([token for piece in pieces for token in piece.ids])
     return Pack(ids[None], torch.cat(positions)[None], tuple(spans), tuple(wanted_spans), torch.cat(places))
 
 
-class Reader:
-    """A model that is asked for hidden states; see the module's words."""
+class PackedModel:
+    """A causal model, possibly in PEFT's wrapper, that reads packs of pieces; the module's docstring says how."""
 
     def __init__(self, model: Any, *, mode: str | None = None):
-        """Find the fastest of `MODES` that gives the model's own hidden states, unless `mode` names one."""
+        """Choose the fastest of `MODES` that gives the model's own hidden states, unless `mode` names one.
+
+        Raises ArenaError for a model whose body and head cannot be told apart.
+        """
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        self.model, self.causal, self.body = model, causal_of(model), body_of(model)
+        self.model = model
+        self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.body = self.causal.base_model  # token ids in, final hidden states out
+        if self.body is self.causal:
+            raise ArenaError(
+                f"{type(self.causal).__name__} does not separate its body from its head",
+                where="model",
+                remedy="choose a base model of a common decoder family (Llama, Qwen, Gemma, Mistral, Phi)",
+            )
         self._config = self.causal.config.get_text_config()
         self._output: Any = BaseModelOutputWithPast
         self._by_length = _rotates_by_length(self._config)
-        attention.register()
-        self.mode = mode or ("padded" if self._by_length or _is_chunked(self._config) else self._fastest())
+        register()
+        # Layers that attend neither to everything nor to a window may pass a short probe and fail on long rows.
+        kinds = set(getattr(self._config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        self.mode = mode or ("padded" if self._by_length or kinds else self._fastest())
 
     @classmethod
-    def of(cls, model: Any) -> Reader:
-        """Return the reader of a model; one that is a reader already is returned as it is."""
+    def of(cls, model: Any) -> PackedModel:
+        """Return the packed model of a causal model; one that is packed already is returned as it is."""
         return model if isinstance(model, cls) else cls(model)
 
     @property
@@ -115,25 +127,21 @@ class Reader:
         """Return the wanted hidden states behind the last norm, [wanted in all, hidden], in the pieces' order."""
         if self.pads:
             return self._padded(pack)
-        with self._attention(attention.NAME), self._trimmed(pack) if self.mode == "trimmed" else _as_it_is():
+        trims = self.mode == "trimmed"
+        with self._attention(NAME), self._trimmed(pack) if trims else nullcontext():
             hidden = self._hidden(input_ids=pack.ids, position_ids=pack.positions, spans=pack.spans)[0]
-        return hidden if self.mode == "trimmed" else hidden[pack.places]
-
-    def _hidden(self, **inputs: Any) -> torch.Tensor:
-        output = self.body(use_cache=False, **inputs)
-        self._output = type(output)
-        return output.last_hidden_state
+        return hidden if trims else hidden[pack.places]
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the logits [n, vocabulary] of hidden states [n, hidden]: the model's own forward, its body left out.
+        """Return the logits [n, vocabulary] of hidden states [n, hidden]: the model's own forward without its body.
 
-        So whatever a model does behind its head (Gemma's soft-cap, a scale) is done by its own code.
+        So the model's own code does whatever it does behind its head (Gemma's soft-cap, a scale).
         """
         import torch
 
-        # of the body's own kind, for a model of experts looks for more than hidden states in it
+        # of the body's own output type: a model of experts reads more than the hidden states from it
         ready = self._output(last_hidden_state=states.unsqueeze(0))
-        with _replaced(self.body, "forward", lambda *_, **__: ready):
+        with patch.object(self.body, "forward", lambda *_, **__: ready):
             ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
             return self.causal(input_ids=ids, use_cache=False).logits[0]
 
@@ -149,8 +157,13 @@ class Reader:
             return self.logits(states)[:, label_ids].float()
         rows = head.weight[label_ids].float()
         bias = None if head.bias is None else head.bias[label_ids].float()
-        with _replaced(head, "forward", lambda x: torch.nn.functional.linear(x, rows, bias)):
+        with patch.object(head, "forward", lambda x: torch.nn.functional.linear(x, rows, bias)):
             return self.logits(states.float())
+
+    def _hidden(self, **inputs: Any) -> torch.Tensor:
+        output = self.body(use_cache=False, **inputs)
+        self._output = type(output)
+        return output.last_hidden_state
 
     @contextmanager
     def _attention(self, name: str) -> Iterator[None]:
@@ -161,22 +174,16 @@ class Reader:
         finally:
             self._config._attn_implementation = kept
 
-    def _own_attention(self) -> Any:
-        """The model's own, and the eager one for soft-capped scores: others leave the cap out without a word."""
-        capped = getattr(self._config, "attn_logit_softcapping", None) is not None
-        return self._attention("eager" if capped else self._config._attn_implementation)
-
     @contextmanager
     def _trimmed(self, pack: Pack) -> Iterator[None]:
-        """Let the last layer make keys and values of all tokens, and everything else of the wanted ones only."""
+        """Let the last layer compute keys and values of all tokens, and everything else of the wanted ones only."""
         layer = self.body.layers[-1]
         whole = layer.forward
 
         def trimmed(hidden: torch.Tensor, *args: Any, **options: Any) -> Any:
             if args:
-                raise UnknownAttention(f"{type(layer).__name__} is not called by names")
-            found = _KeysAndValues()
-            options |= {"past_key_values": found}
+                raise UnknownAttention(f"{type(layer).__name__} is called with positional arguments")
+            options |= {"past_key_values": _KeysAndValues()}
             with suppress(_Found):
                 layer.self_attn(hidden_states=layer.input_layernorm(hidden), **options)
             cos, sin = options["position_embeddings"]
@@ -187,30 +194,29 @@ class Reader:
             }
             return whole(hidden[:, pack.places], **options)
 
-        with _replaced(layer, "forward", trimmed):
+        with patch.object(layer, "forward", trimmed):
             yield
 
     def _padded(self, pack: Pack) -> torch.Tensor:
-        """Read each wanted piece with its prefix as a row of its own."""
+        """Read each wanted piece with its prefix as a row of its own, with the model's own attention."""
         import torch
 
-        rows = [
-            torch.cat([pack.ids[0, slice(*span.prefix)], pack.ids[0, slice(*span.own)]]) for span in pack.wanted_spans
-        ]
-        with self._own_attention():
+        rows = [torch.cat([pack.ids[0, part] for part in span.keys]) for span in pack.wanted_spans]
+        # Of the attention implementations only the eager one applies a soft-cap of the scores; others drop it silently.
+        capped = getattr(self._config, "attn_logit_softcapping", None) is not None
+        with self._attention("eager" if capped else self._config._attn_implementation):
             if self._by_length:
                 hidden = [self._hidden(input_ids=row[None])[0] for row in rows]
             else:
-                ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-                hidden = self._hidden(input_ids=ids)
-        wanted = [span.stop - span.first for span in pack.wanted_spans]
+                hidden = self._hidden(input_ids=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        wanted = [span.queries.stop - span.queries.start for span in pack.wanted_spans]
         return torch.cat([h[len(r) - n : len(r)] for h, r, n in zip(hidden, rows, wanted, strict=True)])
 
     def _fastest(self) -> str:
         import torch
 
-        vocabulary = self._config.vocab_size
-        tokens = torch.arange(sum(n for n, _ in _PROBE)).mul(7919).remainder(vocabulary).split([n for n, _ in _PROBE])
+        lengths = [n for n, _ in _PROBE]
+        tokens = torch.arange(sum(lengths)).mul(7919).remainder(self._config.vocab_size).split(lengths)
         pieces = [
             Piece(ids.tolist(), wanted, None if i == 0 else 0)
             for i, (ids, (_, wanted)) in enumerate(zip(tokens, _PROBE, strict=True))
@@ -222,21 +228,18 @@ class Reader:
             kind = "int8" if getattr(self.causal, "is_loaded_in_8bit", False) else str(expected.dtype)
             limit = _TOLERANCE[kind.removeprefix("torch.")] * float(expected.float().std())
             for self.mode in MODES[:-1]:
-                try:
-                    found = self.states(probe)
-                except (UnknownAttention, AttributeError, TypeError, KeyError, RuntimeError, NotImplementedError):
-                    continue
-                if float((found - expected).abs().max()) <= limit:
-                    return self.mode
+                with suppress(*_FAILURES):
+                    if float((self.states(probe) - expected).abs().max()) <= limit:
+                        return self.mode
         return MODES[-1]
 
 
 class _Found(Exception):
-    """The keys and values are known: the attention itself is not needed."""
+    """The keys and values are known: the attention itself need not be computed."""
 
 
 class _KeysAndValues:
-    """Stands in for a layer's cache: keeps what it is first given, and gives that back from then on."""
+    """Stands in for a layer's cache: keeps what it is first given, and returns that from then on."""
 
     def __init__(self) -> None:
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -246,24 +249,6 @@ class _KeysAndValues:
             return self._kept
         self._kept = key, value
         raise _Found
-
-
-@contextmanager
-def _replaced(module: Any, name: str, stand_in: Any) -> Iterator[None]:
-    """Put another method in a module's place; a quantised or dispatched module may carry its own already."""
-    kept = module.__dict__.get(name)
-    setattr(module, name, stand_in)
-    try:
-        yield
-    finally:
-        delattr(module, name)
-        if kept is not None:
-            setattr(module, name, kept)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 def _active(head: Any) -> Any:
@@ -277,29 +262,7 @@ def _active(head: Any) -> Any:
 
 
 def _rotates_by_length(config: Any) -> bool:
-    """Whether positions are turned by angles that depend on the longest row of a batch: then none may share one."""
+    """Return whether the rotary angles depend on the longest row of a batch, so that rows may not share one."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
-
-
-def _is_chunked(config: Any) -> bool:
-    """Whether some layers attend in another way than to everything or to a window, which a short probe cannot show."""
-    return bool(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
-
-
-def causal_of(model: Any) -> Any:
-    """Return the model itself, taken out of PEFT's wrapper where it is in one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def body_of(model: Any) -> Any:
-    """Return the model without its head: token ids in, final hidden states out."""
-    causal = causal_of(model)
-    if causal.base_model is causal:
-        raise ArenaError(
-            f"{type(causal).__name__} does not tell its body from its head",
-            where="model",
-            remedy="choose a base model of a common decoder family (Llama, Qwen, Gemma, Mistral, Phi)",
-        )
-    return causal.base_model

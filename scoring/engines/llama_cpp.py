@@ -1,27 +1,37 @@
 """The llama.cpp engine: a judge's GGUF file, one prompt at a time, on whatever llama.cpp was compiled for.
 
-It is fed token ids, never text, so its own tokenizer plays no part in a score.
+outputs/<experiment>/<stage>/judge-q8_0.gguf        the weights, with the source's digest in the metadata
+outputs/<experiment>/<stage>/judge-q8_0.gguf.json   the source's files, the file's own SHA-256, what was checked
+
+scoring.engines.gguf writes both. The engine reads token ids, never text, so llama.cpp's tokenizer plays no part in a
+score.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
+from unittest.mock import patch
 
 import numpy as np
 
-from common.errors import ArenaError
-from scoring.engines.gguf import check_gguf, export_command, find_gguf
+from common.errors import ArenaError, UsageError
+from common.files import read_json, sha256_of
 from scoring.engines.gguf_converter import SOURCE_KEY
-from scoring.engines.torch_engine import ScoreProgress
 
 if TYPE_CHECKING:
     from scoring.judge import Judge
+
+# llama.cpp's own names, most exact first.
+QUANTIZATIONS = ("f16", "bf16", "q8_0", "q4_k_m")
+FORMAT = 1
+# The files that a judge's answers depend on; the weights are *.safetensors.
+_SMALL_FILES = ("judge.json", "config.json", "tokenizer.json")
 
 
 class LlamaCppEngine:
@@ -29,16 +39,14 @@ class LlamaCppEngine:
 
     name = "llama.cpp"
 
-    def __init__(self, judge: Judge, precision: str = "auto", *, gguf: Path | None = None, threads: int | None = None):
-        """Check that the file was made of this judge and load it; `gguf` names a file of one's own."""
-        path = gguf or find_gguf(judge, precision)
+    def __init__(self, judge: Judge, precision: str = "auto", *, threads: int | None = None):
+        """Check that the file was made of this judge and load it."""
+        path = find_gguf(judge, precision)
         manifest = check_gguf(path, judge)
-        if precision not in ("auto", manifest["quantization"]):
-            raise ArenaError(
-                f"is {manifest['quantization']}, not {precision}", where=str(path), remedy="leave --precision out"
-            )
         self.precision = manifest["quantization"]
-        self._judge, self._where = judge, str(path)
+        if precision not in ("auto", self.precision):
+            raise ArenaError(f"is {self.precision}, not {precision}", where=str(path), remedy=export_command(judge))
+        self._longest, self._where = judge.cutoff_len, str(path)
         self._model: Any = load_gguf(path, context=judge.cutoff_len, threads=threads)
         if self._model.metadata.get(SOURCE_KEY) != manifest["source_sha256"]:
             raise ArenaError(
@@ -52,7 +60,7 @@ class LlamaCppEngine:
         sequences: Sequence[Sequence[int]],
         label_ids: Sequence[int],
         *,
-        progress: Callable[[ScoreProgress], None] = lambda _: None,
+        progress: Callable[[float], None] = lambda _: None,
         name: Callable[[int], str] = "prompt {}".format,
     ) -> np.ndarray:
         """Return the labels' logits behind each sequence, [n, len(label_ids)] float64, in input order.
@@ -63,29 +71,25 @@ class LlamaCppEngine:
         total, tokens = sum(map(len, sequences)), 0
         result = np.full((len(sequences), len(label_ids)), np.nan)
         for row, ids in enumerate(sequences):
-            result[row] = self._one(ids, label_ids, name(row))
+            if not 0 < len(ids) <= self._longest:
+                raise ArenaError(
+                    f"its {len(ids)} tokens are not between 1 and the judge's budget of {self._longest}",
+                    where=name(row),
+                    remedy="fit the battle with the judge's own fitter (run.py score does)",
+                )
+            result[row] = last_logits(self._model, ids)[list(label_ids)]
+            if not np.isfinite(result[row]).all():
+                raise ArenaError(
+                    "the model gave no finite score for it",
+                    where=f"{self._where}, {name(row)}",
+                    remedy="a number overflowed in 16 bits: export as bf16 or q8_0; or the training diverged",
+                )
             tokens += len(ids)
-            progress(ScoreProgress(row + 1, len(sequences), tokens, total))
+            progress(tokens / total)
         return result
 
-    def _one(self, ids: Sequence[int], label_ids: Sequence[int], name: str) -> list[float]:
-        if not 0 < len(ids) <= self._judge.cutoff_len:
-            raise ArenaError(
-                f"its {len(ids)} tokens are not between 1 and the judge's budget of {self._judge.cutoff_len}",
-                where=name,
-                remedy="fit the battle with the judge's own fitter (run.py score does)",
-            )
-        logits = last_logits(self._model, ids)[list(label_ids)]
-        if not np.isfinite(logits).all():
-            raise ArenaError(
-                "the model gave no finite score for it",
-                where=f"{self._where}, {name}",
-                remedy="a number overflowed in 16 bits: export as bf16 or q8_0; or the training diverged",
-            )
-        return logits.tolist()
-
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Free the model's memory."""
         if self._model is not None:
             self._model.close()
         self._model = None
@@ -93,14 +97,23 @@ class LlamaCppEngine:
 
 def load_gguf(path: Path, *, context: int, threads: int | None = None) -> Any:
     """Load a GGUF file for prompts of up to `context` tokens; raises ArenaError if llama.cpp cannot read it."""
-    # Threads that wait for each other spin for a long time by themselves, which on a busy machine made two threads
+    # Threads that wait for each other spin for a long time by default, which on a busy machine made two threads
     # twenty times slower than one. The library reads this when it is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_cpp
 
     threads = threads or len(os.sched_getaffinity(0))
+    usual = llama_cpp.llama_model_default_params
+
+    def keep_weights() -> Any:
+        # On a processor with AMX llama.cpp packs quantised weights anew, and for narrow layers (64 inputs) then reads
+        # past them and kills the process. Llama has no argument for this switch.
+        parameters = usual()
+        parameters.use_extra_bufts = False
+        return parameters
+
     try:
-        with _plain_weights():
+        with patch.object(llama_cpp, "llama_model_default_params", keep_weights):
             return Llama(
                 str(path),
                 n_ctx=context,
@@ -111,29 +124,8 @@ def load_gguf(path: Path, *, context: int, threads: int | None = None) -> Any:
                 verbose=False,
             )
     except (ValueError, RuntimeError, OSError) as error:
-        raise ArenaError(
-            f"llama.cpp cannot load it: {error}", where=str(path), remedy="export it again, or free memory"
-        ) from None
-
-
-@contextmanager
-def _plain_weights() -> Iterator[None]:
-    """Let llama.cpp keep a file's weights as they are, within a block.
-
-    On a processor with AMX it packs quantised weights anew, and for narrow layers (64 inputs) then reads past them and
-    takes the process along. Llama has no argument for this switch.
-    """
-    from llama_cpp import llama_cpp
-
-    usual = llama_cpp.llama_model_default_params
-
-    def plain() -> Any:
-        parameters = usual()
-        parameters.use_extra_bufts = False
-        return parameters
-
-    with mock.patch.object(llama_cpp, "llama_model_default_params", plain):
-        yield
+        remedy = "export it again, or free memory"
+        raise ArenaError(f"llama.cpp cannot load it: {error}", where=str(path), remedy=remedy) from None
 
 
 def last_logits(model: Any, ids: Sequence[int]) -> np.ndarray:
@@ -149,3 +141,88 @@ def last_logits(model: Any, ids: Sequence[int]) -> np.ndarray:
     values = llama_cpp.llama_get_logits_ith(model.ctx, -1)
     found = np.ctypeslib.as_array(ctypes.cast(values, ctypes.POINTER(ctypes.c_float)), shape=(size,))
     return found.astype(np.float64)  # a copy: the next call writes there
+
+
+def gguf_path(judge_folder: Path, quantization: str) -> Path:
+    """Return the place of a merged folder's GGUF of a quantisation, beside that folder."""
+    return judge_folder.parent / f"judge-{quantization}.gguf"
+
+
+def manifest_path(gguf: Path) -> Path:
+    """Return the place of a GGUF's manifest: its own name and .json."""
+    return gguf.with_name(f"{gguf.name}.json")
+
+
+def source_files(judge_folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a merged folder that a judge's answers depend on, by name."""
+    paths = [judge_folder / name for name in _SMALL_FILES] + sorted(judge_folder.glob("*.safetensors"))
+    return {path.name: sha256_of(path) for path in paths if path.is_file()}
+
+
+def source_digest(files: dict[str, str]) -> str:
+    """Return one SHA-256 for all of `source_files`."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def find_gguf(judge: Judge, precision: str) -> Path:
+    """Return a judge's GGUF file; "auto" is the only one that was exported.
+
+    Raises UsageError for an unknown precision or where "auto" would have to choose, ArenaError where no file exists.
+    """
+    if precision not in ("auto", *QUANTIZATIONS):
+        choices = ", ".join(("auto", *QUANTIZATIONS))
+        raise UsageError(f"llama.cpp has no precision {precision!r} here", remedy=f"choose one of: {choices}")
+    wanted = QUANTIZATIONS if precision == "auto" else (precision,)
+    found = [name for name in wanted if gguf_path(judge.folder, name).is_file()]
+    if len(found) > 1:
+        raise UsageError(
+            f"several GGUF files of this judge were exported: {', '.join(found)}",
+            remedy=f"say which: --precision {found[0]}",
+        )
+    if not found:
+        raise ArenaError(
+            "this judge was not exported to GGUF" + ("" if precision == "auto" else f" as {precision}"),
+            where=str(judge.folder.parent),
+            remedy=f"{export_command(judge)} --quantization {wanted[0]}",
+        )
+    return gguf_path(judge.folder, found[0])
+
+
+def export_command(judge: Judge) -> str:
+    """Return the command that exports this judge again."""
+    source = judge.source
+    return f"python run.py export -e {source.get('experiment', 'EXP')} --stage {source.get('stage', 'sft')}"
+
+
+def check_gguf(gguf: Path, judge: Judge) -> dict[str, Any]:
+    """Return a GGUF's manifest after checking that file, manifest and judge belong together.
+
+    On a small machine the merged folder may be there without its *.safetensors: the other files must then fit.
+    Raises ArenaError for a file that is missing, damaged, without a manifest, stale, or made of another judge.
+    """
+    again, path = f"{export_command(judge)} --quantization …", manifest_path(gguf)
+    try:
+        manifest = read_json(path)
+        if manifest["format"] != FORMAT or not isinstance(manifest["source"], dict):
+            raise ArenaError("was written by another version", where=str(path), remedy=again)
+        if manifest["source_sha256"] != source_digest(manifest["source"]) or not manifest["quantization"]:
+            raise ArenaError("contradicts itself", where=str(path), remedy=again)
+        is_whole = sha256_of(gguf) == manifest["sha256"]
+    except FileNotFoundError:
+        gone, remedy = (path, f"copy {path.name} with it, or {again}") if gguf.is_file() else (gguf, again)
+        raise ArenaError("is missing: a GGUF file needs its manifest", where=str(gone), remedy=remedy) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArenaError(f"is damaged: {error}", where=str(path), remedy=again) from None
+    if not is_whole:
+        raise ArenaError("is damaged: its SHA-256 is not the manifest's", where=str(gguf), remedy=again)
+    made_of, present = manifest["source"], source_files(judge.folder)
+    if not any(name.endswith(".safetensors") for name in present):
+        made_of = {name: digest for name, digest in made_of.items() if not name.endswith(".safetensors")}
+    if made_of != present:
+        differs = sorted(name for name in made_of | present if made_of.get(name) != present.get(name))
+        raise ArenaError(
+            f"was made of another judge, or this judge was trained again since ({', '.join(differs)} differ)",
+            where=str(gguf),
+            remedy=again,
+        )
+    return manifest

@@ -93,7 +93,8 @@ def build(folder: Path, frame, tokenizer, write_votes: Callable[[Place], object]
     import run
     from common.experiment import load_experiment
     from data_prep.chat_template import write_cache
-    from scoring.judge import seal
+    from factory.stage_context import StageContext
+    from scoring.judge import write_judge_manifest
 
     (folder / "templates").symlink_to(ROOT / "templates")
     for name in ("factory_configs/exam", "models"):
@@ -107,7 +108,7 @@ def build(folder: Path, frame, tokenizer, write_votes: Callable[[Place], object]
     merged = experiment.merged_folder("sft")
     merged.mkdir(parents=True)
     train_and_merge(experiment.adapter_folder("sft"), merged)
-    seal(merged, experiment, "sft")
+    write_judge_manifest(merged, StageContext(experiment, "sft"))
     _call(CliRunner(), run.cli, "score", "-e", "exam", "--json")
 
 

@@ -145,7 +145,7 @@ JUDGE = [
 
 
 def load_model() -> None:
-    from scoring.engines.torch_engine import load_model
+    from scoring.model_loading import load_model
 
     load_model(Path(MERGED), "cpu")
 
@@ -182,9 +182,9 @@ MODEL = [
 
 
 def load_adapter() -> None:
-    from scoring.rewards import load_policy
+    from scoring.model_loading import TrainedAdapter
 
-    load_policy("models/tiny", Path(ADAPTER), "cpu", quantization_bit=None)
+    TrainedAdapter(Path(ADAPTER), "models/tiny").load("cpu")
 
 
 def merge() -> None:

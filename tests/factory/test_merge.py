@@ -38,10 +38,9 @@ def place(tmp_path, monkeypatch):
 
 def trained_function(bits: int):
     """Return the hidden states of the quantised base, as PyTorch computes them from the quantised weights."""
-    from scoring.rewards import _load_base, quantization, weight_dtype
+    from scoring.model_loading import TrainedAdapter
 
-    config = quantization(bits, "nf4", True, weight_dtype("cpu"), "cpu")
-    return logits(_load_base("models/tiny", "cpu", weight_dtype("cpu"), config, revision="main"))
+    return logits(TrainedAdapter(Path("no adapter"), "models/tiny", quantization_bit=bits).load_base("cpu"))
 
 
 def logits(model):

@@ -12,8 +12,8 @@ import run
 from common.experiment import load_experiment
 from factory.stage_context import StageContext
 from factory.state import StageState, changed_settings, earlier_scores, require_scored, trained_recipe
-from scoring.judge import MANIFEST, seal
-from scoring.scorer import scorer_of
+from scoring.judge import MANIFEST, write_judge_manifest
+from scoring.scorer import ScorerSpec
 from scoring.show import show_battle
 
 DATA, OUT = Path("data/exam"), Path("outputs/exam/sft")
@@ -63,7 +63,7 @@ def test_a_judge_keeps_the_labels_and_the_budget_that_it_was_trained_with(place)
     was = json.loads((MERGED / MANIFEST).read_text())
     for text in ("labels: {a: B, b: A, tie: C}", "cutoff_len: 310", "budget_shares: {prompt: 0.4, a: 0.3, b: 0.3}"):
         place.edit_experiment(text)
-    seal(MERGED, load_experiment("exam"), "sft")
+    write_judge_manifest(MERGED, StageContext(load_experiment("exam"), "sft"))
     assert json.loads((MERGED / MANIFEST).read_text()) == was
 
 
@@ -111,7 +111,7 @@ def test_rewards_are_those_that_the_adapter_was_trained_with(place):
     trained_with({**today, "pref_beta": 0.5, "output_dir": "elsewhere"})
     found = trained_recipe(exam, "dpo_reward", ("pref_beta",))
     assert found == {**today, "pref_beta": 0.5}, "where the adapter lies is today's matter"
-    assert scorer_of(exam, "dpo_reward").inputs()["pref_beta"] == 0.5
+    assert ScorerSpec(StageContext(exam, "dpo_reward")).scorer().inputs()["pref_beta"] == 0.5
     without = {key: value for key, value in today.items() if key != "pref_beta"}
     trained_with(without)
     assert trained_recipe(exam, "dpo_reward", ("pref_beta",)) == without, "LLaMA-Factory's default ruled"
@@ -122,8 +122,8 @@ def test_rewards_are_those_that_the_adapter_was_trained_with(place):
     [("reward_length_normalised: true", "length_normalised"), ("cutoff_len: 310", "cutoff_len")],
 )
 def test_what_rewards_depend_on_is_among_their_inputs(place, text, key):
-    before = scorer_of(load_experiment("exam"), "dpo_reward").inputs()
+    before = ScorerSpec(StageContext(load_experiment("exam"), "dpo_reward")).scorer().inputs()
     place.edit_experiment(text)
-    after = scorer_of(load_experiment("exam"), "dpo_reward").inputs()
+    after = ScorerSpec(StageContext(load_experiment("exam"), "dpo_reward")).scorer().inputs()
     assert {name for name in before if before[name] != after[name]} == {key}
     assert "model.safetensors" in before["base"], "a base that is a folder counts by its content"

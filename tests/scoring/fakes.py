@@ -13,7 +13,6 @@ import numpy as np
 from common.errors import ArenaError
 from common.progress import Show
 from scoring.calibration import AB_COLUMNS
-from scoring.engines.torch_engine import ScoreProgress
 
 
 def rows(count: int, seed: int = 0):
@@ -56,11 +55,10 @@ class FakeScorer:
     def ask(self, prepared, *, progress, name):
         self.before(prepared)
         if (3, False) in prepared:
-            self.note("out of memory: going on with 512 tokens a batch")
+            self.note("out of memory: continuing with 512 tokens a batch")
         self.asked.append(prepared)
-        half = len(prepared) // 2
-        progress(ScoreProgress(half, len(prepared), half, len(prepared)))
-        progress(ScoreProgress(len(prepared), len(prepared), len(prepared), len(prepared)))
+        progress(len(prepared) // 2 / len(prepared))
+        progress(1.0)
         return np.array([scores_of(number, swapped) for number, swapped in prepared])
 
 

@@ -17,7 +17,7 @@ from common.progress import Show
 from data_prep.preference_pairs import PairFitter, flatten
 from factory.stage_context import StageContext
 from scoring.checks.merge_check import RECORD, check_merge, compared
-from scoring.judge import BATTLES, CANARIES, write_judge
+from scoring.judge import GOLDEN_ANSWERS, GOLDEN_PROMPTS, write_judge
 from scoring.rewards import VALUE_HEAD
 from tests.scoring.test_rewards import trained_adapter
 
@@ -57,7 +57,7 @@ def laid_out(workplace, make_experiment, tiny_model, small_tokenizer, small_fram
 
     experiment = make_experiment(model="models/tiny", cutoff_len=400, quantization_bit=None)
     tiny_model("qwen3", seed=3).save_pretrained("models/tiny")
-    data, battles = experiment.data_folder, BATTLES * 3
+    data, battles = experiment.data_folder, GOLDEN_PROMPTS * 3
     data.mkdir(parents=True)
     fitter = PairFitter(small_frame, small_tokenizer, cutoff_len=400, shares=experiment.budget_shares)
     pairs = [asdict(flatten(fitted.battle)) | {"dropped": 0} for fitted in fitter.fit(battles)]
@@ -101,11 +101,11 @@ def test_a_true_merge_passes_and_answers_the_golden_prompts(laid_out, stage, cla
     assert shown.count("100%  of the answers") == 2, "of the adapter, of the merged model"
     assert "merged model against trained adapter: largest difference" in shown
     assert record["merge_gate"]["passed"] and record["merge_gate"]["max_abs_diff"] < 1e-4
-    assert record["merge_gate"]["rows"] == 3 * len(BATTLES)
+    assert record["merge_gate"]["rows"] == 3 * len(GOLDEN_PROMPTS)
     effect = record["adapter_effect"]
     assert effect["mean_abs_diff"] > 1e-3 > effect["merged_mean_abs_diff"]
-    golden = json.loads((experiment.merged_folder(stage) / CANARIES).read_text())["answers"]
-    assert {len(answer) for answer in golden.values()} == {classes} and len(golden) == len(BATTLES)
+    golden = json.loads((experiment.merged_folder(stage) / GOLDEN_ANSWERS).read_text())["answers"]
+    assert {len(answer) for answer in golden.values()} == {classes} and len(golden) == len(GOLDEN_PROMPTS)
 
 
 def test_the_record_is_kept_until_an_input_changes(laid_out):
@@ -115,7 +115,7 @@ def test_the_record_is_kept_until_an_input_changes(laid_out):
     assert json.loads(path.read_text()) == json.loads(json.dumps(record))
     assert record["merge_gate"]["rows"] == 5
     assert checked(experiment, rows=5) == (json.loads(json.dumps(record)), "")
-    for damage in ((merged / CANARIES).unlink, lambda: path.write_text("{")):
+    for damage in ((merged / GOLDEN_ANSWERS).unlink, lambda: path.write_text("{")):
         damage()
         assert "largest difference" in checked(experiment, rows=5)[1], "measured again"
     assert "largest difference" in checked(experiment, rows=6)[1]

@@ -12,10 +12,11 @@ import pytest
 
 import run
 from common.errors import ArenaError, UsageError
+from factory.stage_context import StageContext
 from scoring.engines.protocol import ENGINES
 from scoring.pipeline import ScoreOptions, score_input
 from scoring.predictions import scored_file
-from scoring.scorer import own_precision, scorer_of
+from scoring.scorer import ScorerSpec, own_precision
 from tests.scoring.fakes import quiet_show
 from tests.scoring.places import judged_place, write_battles
 
@@ -158,9 +159,9 @@ def test_options_that_exclude_each_other_are_wrong_use(judged):
     with pytest.raises(UsageError, match="Ray takes all of them at once"):
         scored(judged, time_limit=60.0, ray="local")
     with pytest.raises(UsageError, match="rewards, which only the engine torch computes"):
-        scorer_of(judged, "rm", "llama.cpp")
+        ScorerSpec(StageContext(judged, "rm"), "llama.cpp").scorer()
     with pytest.raises(UsageError, match="cannot be scored in adapter") as caught:
-        scorer_of(judged, "dpo_reward", "torch", "adapter")
+        ScorerSpec(StageContext(judged, "dpo_reward"), "torch", "adapter").scorer()
     assert "auto, fp32, bf16, fp16" in caught.value.remedy
 
 
@@ -175,7 +176,7 @@ def test_an_experiments_precision_goes_where_it_can(make_experiment):
 
 
 def test_the_command_line_knows_the_engines():
-    assert run.ENGINES == ENGINES
+    assert tuple(ENGINES) == run.ENGINES
 
 
 def test_nothing_is_left_behind(judged):

@@ -36,5 +36,5 @@ def test_two_actors_on_a_local_cluster_give_what_one_process_gives(tmp_path, mon
     assert (executor.engine, executor.precision, executor.device) == ("fake", "fp32", "cpu")
     pd.testing.assert_frame_equal(scored(tmp_path / "ray", executor, show), expected)
     assert "Ray: 2 actor(s) on 1 machine(s)" in show.stream.getvalue()
-    assert "Ray: out of memory: going on with 512 tokens a batch" in show.stream.getvalue()
+    assert "Ray: out of memory: continuing with 512 tokens a batch" in show.stream.getvalue()
     assert not ray.is_initialized()

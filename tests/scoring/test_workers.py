@@ -42,7 +42,7 @@ def test_two_workers_give_what_one_process_gives_also_when_one_is_killed(tmp_pat
     assert not any(process.is_alive() for process in processes)
     told = show.stream.getvalue()
     assert "was killed by SIGKILL on shard" in told and "started again, and the shard once more" in told
-    assert "out of memory: going on with 512 tokens a batch" in told
+    assert "out of memory: continuing with 512 tokens a batch" in told
 
 
 def test_a_shard_that_kills_every_worker_stops_the_run_and_what_is_scored_is_kept(tmp_path):

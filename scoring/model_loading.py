@@ -1,0 +1,242 @@
+"""Loading models for scoring: a merged folder in some precision, or a trained adapter on its quantised base.
+
+Only safetensors are read. No code of a merged folder runs; that of a base runs only where the experiment trusts it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import ArenaError
+from common.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.experiment import Experiment
+    from factory.stage_context import StageContext
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter's folder and its base, quantised as it was in training; defaults are LLaMA-Factory's own."""
+
+    folder: Path
+    base: str
+    quantization_bit: int | None = None
+    quantization_type: str = "nf4"
+    double_quantization: bool = True
+    revision: str = "main"
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, recipe: dict[str, Any], experiment: Experiment) -> TrainedAdapter:
+        """Return the adapter that a recipe trained."""
+        named = ("quantization_bit", "quantization_type", "double_quantization")
+        return cls(
+            Path(recipe["output_dir"]),
+            recipe["model_name_or_path"],
+            **{key: recipe[key] for key in named if key in recipe},
+            revision=experiment.revision,
+            trust_remote_code=experiment.trust_remote_code,
+        )
+
+    def load(self, device: str, *, precision: str | None = None) -> Any:
+        """Load the base with the adapter on it, unmerged; `precision` is that of what is not quantised.
+
+        The base with the adapter switched off is the reference of implicit rewards. Raises ArenaError if either cannot
+        be loaded, the adapter belongs to another base, or switching it off does not give the base back.
+        """
+        import torch
+
+        self._check_folder()
+        model = self.load_base(device, precision=precision)
+        ids = torch.arange(8, device=model.device).unsqueeze(0)
+        with torch.inference_mode():
+            before = model(input_ids=ids, use_cache=False).logits.float()
+        policy = self._on(model)
+        with torch.inference_mode(), policy.disable_adapter():
+            after = policy(input_ids=ids, use_cache=False).logits.float()
+        if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
+            raise ArenaError(
+                "switching the adapter off does not give the base back, so there is no reference to compare with",
+                where=str(self.folder),
+                remedy="train without the key that changes the base itself (pissa_init, resize_vocab, a trained bias)",
+            )
+        return policy
+
+    def load_base(self, device: str, *, precision: str | None = None) -> Any:
+        """Load the base as LLaMA-Factory trained on it, without the adapter."""
+        dtype = weight_dtype(device, precision)
+        quantisation = (self.quantization_bit, self.quantization_type, self.double_quantization)
+        try:
+            return _load(
+                self.base,
+                device,
+                dtype,
+                _bitsandbytes(*quantisation, dtype, device),
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+            )
+        except loading_errors() as error:
+            raise ArenaError(
+                f"the base model cannot be loaded: {_first_line(error)}",
+                where=self.base,
+                remedy="the folder or hub id must be the one that the training started from",
+            ) from None
+
+    def _check_folder(self) -> None:
+        """Raise ArenaError unless the folder holds safetensors that were trained on the base."""
+        files = ("adapter_config.json", "adapter_model.safetensors")
+        missing = [name for name in files if not (self.folder / name).is_file()]
+        if missing:
+            raise self._misfit(f"is no finished adapter: {' and '.join(missing)} missing")
+        try:
+            trained_on = read_json(self.folder / files[0])["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._misfit(f"adapter_config.json is damaged: {error}") from None
+        if trained_on and not isinstance(trained_on, str):
+            raise self._misfit("adapter_config.json is damaged: base_model_name_or_path is no text")
+        if trained_on and not is_same_model(trained_on, self.base):
+            raise self._misfit(
+                f"was trained on {trained_on}, not on {self.base}: another reference gives other rewards"
+            )
+
+    def _on(self, model: Any) -> Any:
+        """Return the model with the adapter; its weights must be exactly those that the model has places for.
+
+        PEFT only warns where they are not, and the rewards would all be nearly zero.
+        """
+        from peft import PeftModel, get_peft_model_state_dict
+        from safetensors import safe_open
+
+        try:
+            with warnings.catch_warnings():
+                # PEFT warns of missing weights, which are an error below, and of tied ones where there are none.
+                warnings.simplefilter("ignore", UserWarning)
+                policy = PeftModel.from_pretrained(model, str(self.folder)).eval()
+        except loading_errors() as error:
+            raise self._misfit(f"cannot be put on {self.base}: {_first_line(error)}") from None
+        with safe_open(self.folder / "adapter_model.safetensors", framework="pt") as file:
+            saved = set(file.keys())
+        expected = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
+        if missing := sorted(expected - saved):
+            raise self._misfit(f"lacks {len(missing)} weights that its configuration names, such as {missing[0]}")
+        if extra := sorted(saved - expected - set(policy.state_dict())):
+            raise self._misfit(f"has {len(extra)} weights that the base has no place for, such as {extra[0]}")
+        return policy
+
+    def _misfit(self, what: str) -> ArenaError:
+        return ArenaError(what, where=str(self.folder), remedy="train again, that stage with --fresh")
+
+
+def trained_adapter(context: StageContext) -> TrainedAdapter:
+    """Return the adapter that a stage's recipe trained; raises ArenaError if that training began with another one."""
+    if context.recipe.get("adapter_name_or_path"):
+        raise ArenaError(
+            "the training continued another adapter, so its base is not a model by itself",
+            where=f"{context.recipe_path}: adapter_name_or_path",
+            remedy="score the merged model instead (--precision auto)",
+        )
+    return TrainedAdapter.of(context.recipe, context.experiment)
+
+
+def load_model(folder: Path, device: str, *, precision: str | None = None) -> Any:
+    """Load a merged model for scoring: 16-bit on a GPU, fp32 on a CPU unless `precision` names another.
+
+    `precision` is fp32, bf16, fp16, 8bit or 4bit (the last two by bitsandbytes). Raises ArenaError if it cannot be
+    loaded.
+    """
+    bits = int(precision[0]) if precision in ("8bit", "4bit") else None
+    dtype = weight_dtype(device, None if bits else precision)
+    try:
+        quantisation = _bitsandbytes(bits, "nf4", True, dtype, device)
+        return _load(folder, device, dtype, quantisation, trust_remote_code=False, local_files_only=True)
+    except loading_errors() as error:
+        raise ArenaError(
+            f"the model cannot be loaded: {_first_line(error)}",
+            where=str(folder),
+            remedy="move the folder away and merge again: python run.py sft (dpo, rm) -e EXP --until merge",
+        ) from None
+
+
+def device_name() -> str:
+    """Return "cuda" where a GPU is visible, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def float_precision(device: str) -> str:
+    """Return the precision that "auto" stands for on a device."""
+    return "bf16" if device.startswith("cuda") else "fp32"
+
+
+def weight_dtype(device: str, precision: str | None = None) -> torch.dtype:
+    """Return the type that weights are loaded in: that of `precision`, or the device's usual one."""
+    import torch
+
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return names[precision or float_precision(device)]
+
+
+def is_same_model(one: str, other: str) -> bool:
+    """Return whether two names of models, folders or hub ids, mean the same model."""
+    folders = [Path(name) for name in (one, other)]
+    if all(folder.is_dir() for folder in folders):
+        return folders[0].samefile(folders[1])
+    # A hub id may have been kept as the folder of its download (ModelScope writes "." as "___"); the name of a folder
+    # that exists is never taken for a hub id, for a merged judge may have any name.
+    ends = {Path(name).name.replace("___", ".").lower() for name in (one, other)}
+    return one == other or (len(ends) == 1 and not any(folder.is_dir() for folder in folders))
+
+
+def loading_errors() -> tuple[type[Exception], ...]:
+    """Return what damaged or foreign files of a model raise while they are loaded."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    usual = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
+    return (*usual, SafetensorError, StrictDataclassError)
+
+
+def _load(source: str | Path, device: str, dtype: torch.dtype, quantisation: Any, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if quantisation is not None:
+        options |= {"quantization_config": quantisation, "device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    # bitsandbytes puts quantised weights on the device itself
+    return (model if quantisation is not None else model.to(device)).eval()
+
+
+def _bitsandbytes(bit: int | None, kind: str, double: bool, dtype: torch.dtype, device: str) -> Any:
+    """Return LLaMA-Factory's own quantisation (model/model_utils/quantization.py), or None."""
+    from transformers import BitsAndBytesConfig
+
+    if bit is None:
+        return None
+    if bit == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if device == "cpu":
+        # With avx512_bf16, bitsandbytes repacks nf4 weights in the first pass and computes in bf16 from then on:
+        # that is neither the function that was trained nor the fp32 that is asked for here.
+        import bitsandbytes.nn.modules as modules
+
+        modules.has_avx512bf16 = lambda: False
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_quant_storage=dtype,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
