@@ -174,7 +174,7 @@ def check_agreement(checked: dict[str, Any], quantization: str) -> list[str]:
     warn, fail = (limit + slack for limit in LIMITS[quantization])
     largest, rows = checked["largest_probability_difference"], checked["prompts"]
     difference = f"class probabilities differ by up to {largest:.4f} from the merged model ({rows} prompts)"
-    if largest > fail:
+    if not largest <= fail:  # also where it is NaN
         raise ArenaError(
             f"{difference}, more than {fail:g}: this file is not the same judge",
             where=f"--quantization {quantization}",

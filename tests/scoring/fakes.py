@@ -14,6 +14,14 @@ from common.errors import ArenaError
 from common.progress import Show
 from scoring.calibration import AB_COLUMNS
 
+LABELS = (35, 7, 599)  # not sorted: the columns keep the order that is asked for
+
+
+def token_rows(count: int, seed: int = 5, longest: int = 60) -> list[list[int]]:
+    """Return rows of random token ids of a vocabulary of 600."""
+    random = np.random.default_rng(seed)
+    return [random.integers(0, 600, random.integers(1, longest)).tolist() for _ in range(count)]
+
 
 def rows(count: int, seed: int = 0):
     """Yield (facts, fed) of rows whose lengths vary."""

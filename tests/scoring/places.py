@@ -48,3 +48,22 @@ def write_battles(path: Path, count: int, seed: int = 0) -> Path:
             texts = ["quick fox " * int(random.integers(1, 6)) + str(random.integers(1000)) for _ in range(3)]
             writer.writerow([f"b{number}", *(json.dumps([text]) for text in texts)])
     return path
+
+
+def save_adapter(base: Path, folder: Path, *, train=True, **config) -> Path:
+    """Save a LoRA adapter on `base`, with random weights where `train`, as LLaMA-Factory does (fp32, safetensors)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = {"target_modules": "all-linear", "modules_to_save": ["embed_tokens", "lm_head"]} | config
+    torch.manual_seed(4)
+    policy = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, task_type="CAUSAL_LM", **config))
+    if train:
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+    policy.save_pretrained(folder)
+    return folder

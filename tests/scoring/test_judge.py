@@ -1,10 +1,11 @@
-"""scoring.judge: what is written is what is loaded, it asks as training asked, and a wrong folder is refused."""
+"""A judge is loaded as it was written, asks as training asked, answers as when it was merged, or is refused."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -14,7 +15,16 @@ from common.errors import ArenaError
 from common.files import only_run
 from data_prep.truncation import Fitter
 from factory.state import StageState
-from scoring.judge import MANIFEST, load_judge, write_judge
+from scoring.judge import (
+    GOLDEN_ANSWERS,
+    GOLDEN_PROMPTS,
+    MANIFEST,
+    golden_tolerance,
+    load_judge,
+    require_golden_answers,
+    write_golden_answers,
+    write_judge,
+)
 
 BATTLES = [
     Battle("1", ("hi",), ("Hello!",), ("Hey, what's up?",), "b"),
@@ -22,11 +32,12 @@ BATTLES = [
     Battle("3", ("one", "two " * 150), ("long " * 200, "a"), ("b", "word " * 300), None),
 ]
 SOURCE = {"stage": "sft", "recipe": "sha256:aa"}
+ANSWERS = np.tile([0.5, 0.3, 0.2], (len(GOLDEN_PROMPTS), 1))
 
 
 @pytest.fixture
 def experiment(make_experiment):
-    """An experiment whose every key that a judge keeps differs from what is usual."""
+    """An experiment whose every key that a judge keeps differs from its default."""
     return make_experiment(cutoff_len=300, swap_tta=True, budget_shares={"prompt": 0.4, "a": 0.3, "b": 0.3})
 
 
@@ -38,24 +49,12 @@ def folder(tmp_path, experiment, small_tokenizer, small_frame, judge_prompt) -> 
     return tmp_path
 
 
-def edit(folder: Path, **changed) -> None:
-    path = folder / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changed), encoding="utf-8")
-
-
 def test_a_judge_is_loaded_as_it_was_written(folder, experiment, small_frame, judge_prompt):
     judge = load_judge(folder)
-    assert judge.folder == folder
-    assert judge.frame == small_frame
-    assert judge.labels == experiment.labels
-    assert judge.cutoff_len == 300
-    assert judge.shares == experiment.budget_shares
-    assert judge.swap_tta is True
+    assert (judge.folder, judge.frame, judge.labels) == (folder, small_frame, experiment.labels)
+    assert (judge.cutoff_len, judge.shares, judge.swap_tta) == (300, experiment.budget_shares, True)
     assert judge.source == SOURCE
     assert judge.prompt.message(BATTLES[1]) == judge_prompt.message(BATTLES[1])
-
-
-def test_the_manifest_tells_the_order_of_the_classes(folder):
     content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     assert content["classes"] == ["a", "b", "tie"]
     assert content["labels"] == {"a": "A", "b": "B", "tie": "C"}
@@ -78,18 +77,11 @@ def test_sequences_are_the_frame_around_each_message(
             f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
         )
     assert expected[2].cut, "one battle is longer than the budget"
+    exchanged = [(swap(one.battle), one.dropped) for one in expected]
+    assert judge.sequences(exchanged, swapped=not swapped) == sequences
 
 
-def test_swapped_sequences_are_those_of_the_swapped_battles(folder):
-    judge = load_judge(folder)
-    fitted = [(one.battle, one.dropped) for one in judge.fit(BATTLES)]
-    swapped = [(swap(battle), dropped) for battle, dropped in fitted]
-    assert judge.sequences(fitted, swapped=True) == judge.sequences(swapped)
-    assert judge.sequences(fitted) == judge.sequences(swapped, swapped=True)
-    assert judge.sequences(fitted) != judge.sequences(swapped)
-
-
-def test_a_tokenizer_that_pads_and_cuts_is_asked_not_to(folder, small_tokenizer):
+def test_a_tokenizer_that_pads_and_cuts_does_neither_here(folder, small_tokenizer):
     from tokenizers import Tokenizer
 
     expected = load_judge(folder).sequences([(BATTLES[0], 0), (BATTLES[1], 0)])
@@ -108,95 +100,106 @@ def test_another_tokenizer_is_refused(folder, small_tokenizer):
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ArenaError, match="tokenizer in this folder is not the one") as caught:
         load_judge(folder)
-    assert "'Verdict:'" in caught.value.what
-    assert "merge" in caught.value.remedy
+    assert "'Verdict:'" in caught.value.what and "merge" in caught.value.remedy
 
 
-def test_a_folder_without_a_manifest_is_no_judge(tmp_path):
-    with pytest.raises(ArenaError, match=r"judge\.json is missing") as caught:
-        load_judge(tmp_path)
-    assert caught.value.where == str(tmp_path)
-    assert "--until merge" in caught.value.remedy
-
-
-@pytest.mark.parametrize("action", [load_judge, lambda f: write_judge(f, None, None, "", {})])
-def test_a_folder_without_a_tokenizer_is_named(folder, action):
+def test_a_folder_without_a_tokenizer_becomes_no_judge(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ArenaError, match=r"tokenizer\.json is missing") as caught:
-        action(folder)
+        write_judge(folder, None, None, "", {})
     assert caught.value.where == str(folder)
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"format": 1}', '"judge"', '{"format": 1, "classes": ["a", "b", "tie"]}']
-)
-def test_a_damaged_manifest_is_an_error_with_a_remedy(folder, content):
-    (folder / MANIFEST).write_text(content, encoding="utf-8")
-    with pytest.raises(ArenaError, match="is damaged") as caught:
-        load_judge(folder)
-    assert caught.value.where == str(folder / MANIFEST)
-    assert "merge" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        {"frame": {}},
         {"frame": None},
         {"frame": {"template": "x", "unknown": 1}},
-        {"labels": {"a": "A", "b": "A", "tie": "C"}},
         {"labels": {"win": "A"}},
         {"budget_shares": {"prompt": 0.9, "a": 0.4, "b": 0.4}},
         {"canaries": ["Verdict:"]},
     ],
 )
 def test_a_manifest_with_a_broken_part_is_damaged(folder, changed):
-    edit(folder, **changed)
-    with pytest.raises(ArenaError, match="is damaged"):
+    """tests/bad_inputs/results.py has the other ways in which a manifest may be damaged."""
+    path = folder / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changed), encoding="utf-8")
+    with pytest.raises(ArenaError, match="is damaged") as caught:
         load_judge(folder)
+    assert caught.value.where == str(path) and "merge" in caught.value.remedy
 
 
-@pytest.mark.parametrize("changed", [{"format": 2}, {"classes": ["a", "tie", "b"]}])
-def test_a_manifest_of_another_version_is_not_guessed_at(folder, changed):
-    edit(folder, **changed)
-    with pytest.raises(ArenaError, match="another version"):
-        load_judge(folder)
-
-
-def test_a_manifest_in_another_encoding_is_damaged(folder):
-    (folder / MANIFEST).write_bytes('{"format": "é"}'.encode("latin-1"))
-    with pytest.raises(ArenaError, match="is damaged"):
-        load_judge(folder)
-
-
-def test_a_broken_tokenizer_is_an_error_with_a_remedy(folder):
-    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ArenaError) as caught:
-        load_judge(folder)
-    assert "merge" in caught.value.remedy
-
-
-def told(*arguments: str) -> str:
+def refused(*arguments: str) -> str:
     done = CliRunner().invoke(run.cli, arguments)
     assert done.exit_code == 1, done.output
     return done.output
 
 
-def test_a_judge_that_is_not_made_yet_comes_with_the_command_that_makes_it(place):
+def test_a_judge_that_does_not_exist_yet_comes_with_the_command_that_makes_it(place):
     merged, moved = Path("outputs/exam/sft/merged"), Path("elsewhere")
     call = ("score", "-e", "exam", "--stage", "sft")
     (merged / MANIFEST).rename("judge.kept")
-    assert "judge.json is missing" in (said := told(*call)), said
+    assert "judge.json is missing" in (said := refused(*call)), said
     assert "move the folder away and merge again: python run.py sft -e exam --until merge" in said
     merged.rename(moved)
     Path("outputs/exam/sft/state.json").unlink()
     Path("saves").rename("saved")
-    assert "outputs/exam/sft/merged: is not a judge yet: sft is not trained" in (said := told(*call)), said
+    assert "outputs/exam/sft/merged: is not a judge yet: sft is not trained" in (said := refused(*call)), said
     assert "remedy: train, merge and score: python run.py sft -e exam\n" in said
     with only_run(Path("outputs/exam/sft")):
         StageState(Path("outputs/exam/sft")).begin("train", {})
-        assert "is not a judge yet: sft is at work (training)" in (said := told(*call)), said
+        assert "is not a judge yet: sft is at work (training)" in (said := refused(*call)), said
         assert "python run.py watch -e exam --stage sft" in said
-    assert "is not a judge yet: sft is interrupted (training)\n" in told(*call)
+    assert "is not a judge yet: sft is interrupted (training)\n" in refused(*call)
     Path("data/exam/manifest.json").unlink()
-    assert "remedy: python run.py prepare -e exam --train FILE; then python run.py sft -e exam\n" in told(*call)
+    assert "remedy: python run.py prepare -e exam --train FILE; then python run.py sft -e exam\n" in refused(*call)
+
+
+def test_the_golden_prompts_are_fitted_as_any_battle(folder):
+    judge = load_judge(folder)
+    sequences = judge.golden_sequences()
+    assert len(sequences) == len(GOLDEN_PROMPTS) == len({tuple(ids) for ids in sequences})
+    assert sequences == judge.sequences([(battle, 0) for battle in GOLDEN_PROMPTS]), "none is cut"
+    assert len(judge.golden_triples()) == len(GOLDEN_PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "moved", "passes"),
+    [
+        ("fp32", "fp32", 5e-4, True),
+        ("fp32", "fp32", 2e-3, False),
+        ("fp32", "bf16", 2e-2, True),
+        ("bf16", "fp32", 2e-2, True),
+        ("fp32", "bf16", 8e-2, False),
+        ("fp32", "q4_k_m", 0.2, True),
+        ("fp32", "q4_k_m", 0.3, False),
+    ],
+)
+def test_the_coarser_precision_decides_how_far_answers_may_move(folder, then, now, moved, passes):
+    write_golden_answers(load_judge(folder), ANSWERS, then)
+    answers = ANSWERS + np.eye(*ANSWERS.shape) * moved
+    assert (moved <= golden_tolerance(folder, now)) is passes
+    if passes:
+        require_golden_answers(folder, now, lambda: answers)
+        return
+    with pytest.raises(ArenaError, match="does not answer as it did when it was merged") as caught:
+        require_golden_answers(folder, now, lambda: answers)
+    assert f"({then} then, {now} now)" in caught.value.what and "merge again" in caught.value.remedy
+
+
+def test_no_golden_answers_nan_and_a_damaged_file(folder):
+    assert golden_tolerance(folder, "fp32") is None
+    require_golden_answers(folder, "fp32", lambda: pytest.fail("asked"))
+    judge = load_judge(folder)
+    with pytest.raises(ArenaError, match="no finite answer"):
+        write_golden_answers(judge, ANSWERS * np.nan, "fp32")
+    assert not (folder / GOLDEN_ANSWERS).exists()
+    write_golden_answers(judge, ANSWERS, "fp32")
+    with pytest.raises(ArenaError, match="moved by up to nan"):
+        require_golden_answers(folder, "fp32", lambda: ANSWERS * np.nan)
+    content = json.loads((folder / GOLDEN_ANSWERS).read_text())
+    del content["answers"]["sum"]
+    for text in (json.dumps(content), "{", "[]", json.dumps(content | {"format": 9})):
+        (folder / GOLDEN_ANSWERS).write_text(text)
+        with pytest.raises(ArenaError, match="is damaged"):
+            golden_tolerance(folder, "fp32")

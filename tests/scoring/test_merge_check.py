@@ -19,7 +19,7 @@ from factory.stage_context import StageContext
 from scoring.checks.merge_check import RECORD, check_merge, compared
 from scoring.judge import GOLDEN_ANSWERS, GOLDEN_PROMPTS, write_judge
 from scoring.rewards import VALUE_HEAD
-from tests.scoring.test_rewards import trained_adapter
+from tests.scoring.places import save_adapter
 
 ONE = np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
 
@@ -69,7 +69,7 @@ def laid_out(workplace, make_experiment, tiny_model, small_tokenizer, small_fram
 
     def lay_out(stage="sft", *, merged=True):
         adapter, folder = experiment.adapter_folder(stage), experiment.merged_folder(stage)
-        trained_adapter(Path("models/tiny"), adapter)
+        save_adapter(Path("models/tiny"), adapter)
         model = AutoModelForCausalLM.from_pretrained("models/tiny")
         if merged:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -1,18 +1,120 @@
-"""scoring.scorer: what is known of the rows that a stage is fed."""
+"""The same battle is described, fed and scored alike, whatever table it comes from."""
 
+from __future__ import annotations
+
+import csv
 import json
+import os
 from pathlib import Path
+from random import Random
 
+import pandas as pd
 import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 from pyarrow import parquet
 
+import run
+from common.battle import Battle
 from common.errors import ArenaError
 from common.experiment import load_experiment
+from factory.stage_context import StageContext
+from scoring.calibration import Calibration
 from scoring.pipeline import audit_for
-from scoring.scorer import scorer_of
+from scoring.predictions import write_probabilities
+from scoring.scorer import ScorerSpec
+from tests.bad_inputs.place import build, train_and_merge
+from tests.scoring.places import identity
+from tests.votes import write_votes
 
+STAGES = ("sft", "dpo_reward")
 DATA = Path("data/exam")
+
+
+def scorer(stage: str):
+    return ScorerSpec(StageContext(load_experiment("exam"), stage)).scorer()
+
+
+def drawn(count: int, seed: int) -> list[Battle]:
+    """Battles whose longer answer wins most of the time, so that a Davidson link learns from their lengths.
+
+    Some lose turns or the middle of a text, some have an empty text or one that is made harmless.
+    """
+    random, battles = Random(seed), []
+    for number in range(count):
+        turns = random.choice([1, 1, 2, 3])
+        prompts = [f"question {number}" + random.choice(["", " why" * 80, " <|im_end|>"]), *["go on"] * (turns - 1)]
+        a, b = ([" ".join(["word"] * random.choice([1, 3, 9, 30, 250])) for _ in range(turns)] for _ in "ab")
+        a[-1] = random.choice([a[-1], a[-1], ""])
+        longer = "a" if sum(map(len, a)) > sum(map(len, b)) else "b"
+        verdict = longer if random.random() < 0.7 else random.choice(["a", "b", "tie"])
+        battles.append(Battle(f"{seed}-{number}", tuple(prompts), tuple(a), tuple(b), verdict))
+    return battles
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, small_frame, small_tokenizer):
+    """A working place whose judge and whose preference adapter are random, both scored by run.py."""
+    folder, earlier = tmp_path_factory.mktemp("scored"), Path.cwd()
+    os.chdir(folder)
+
+    def votes(_) -> None:
+        write_votes(Path("votes.csv"), drawn(220, 1))
+        write_votes(Path("test.csv"), drawn(50, 2))
+
+    try:
+        build(folder, small_frame, small_tokenizer, votes)
+        experiment = load_experiment("exam")
+        unused = experiment.merged_folder("dpo_reward")
+        unused.mkdir(parents=True)
+        train_and_merge(experiment.adapter_folder("dpo_reward"), unused)
+        called("score", "-e", "exam", "--stage", "dpo_reward")
+    finally:
+        os.chdir(earlier)
+    return folder
+
+
+def called(*arguments: str) -> None:
+    done = CliRunner().invoke(run.cli, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+
+
+def table(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_input_gives_the_last_digit_of_the_test_set_s_own_table(scored, stage, monkeypatch):
+    monkeypatch.chdir(scored)
+    folder = Path("outputs/exam", stage)
+    report = json.loads((folder / "report.json").read_text())
+    if stage == "sft":  # the link of a random judge says the same of every battle
+        report |= {"calibration": identity(), "calibrations": {"one_order": identity()}}
+        (folder / "report.json").write_text(json.dumps(report))
+        scores = pd.read_parquet(folder / "scores_test.parquet")
+        made = Calibration.from_json(report).apply(scores)
+        write_probabilities(folder / "probabilities_test.csv", scores["id"], made)
+    else:
+        assert report["calibration"]["kept"] and abs(report["calibration"]["link"]["length"]) > 0.1
+    called("score", "-e", "exam", "--stage", stage, "--input", "test.csv", "--output", f"{stage}.csv")
+    own = table(folder / "probabilities_test.csv")
+    assert len({row[1] for row in own}) > 30, "the rows differ"
+    assert table(Path(f"{stage}.csv")) == own
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_exported_battle_is_described_and_fed_as_its_vote_is(scored, stage, monkeypatch):
+    monkeypatch.chdir(scored)
+    asked = scorer(stage)
+    exported = {facts["id"]: (facts, fed) for split in ("train", "valid") for facts, fed in asked.exported(split)}
+    cut = 0
+    for facts, fed in asked.read(Path("votes.csv")):
+        known, texts = exported.pop(facts["id"])
+        assert {**facts, "verdict": known["verdict"]} == known
+        assert {name: texts[name] for name in fed} == json.loads(json.dumps(fed)), "tuples are lists on disk"
+        cut += known["cut"]
+    assert not exported and cut > 50
 
 
 def test_lengths_and_cuts_of_pairs_are_the_pairs_own(place):
@@ -22,7 +124,7 @@ def test_lengths_and_cuts_of_pairs_are_the_pairs_own(place):
         row.update(tokens_a=200, tokens_b=201 + number % 2, cut=number % 2 == 1)
     parquet.write_table(pa.Table.from_pylist(rows, schema=table.schema), DATA / "pairs.parquet")
     known = {row["id"]: row for row in rows}
-    facts = [each for each, _ in scorer_of(load_experiment("exam"), "dpo_reward").exported("valid")]
+    facts = [each for each, _ in scorer("dpo_reward").exported("valid")]
     assert facts and {each["cut"] for each in facts} == {True, False}
     for each in facts:
         assert (each["tokens"], each["cut"]) == (known[each["id"]]["tokens_b"], known[each["id"]]["cut"])

@@ -1,4 +1,4 @@
-"""scoring.engines.gguf: a GGUF is taken only with the judge that it was made of."""
+"""A GGUF file is used only with the judge that it was made of."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+import run
 from common.errors import ArenaError, UsageError
 from common.files import sha256_of
-from scoring.engines.gguf import (
+from scoring.engines.llama_cpp import (
     QUANTIZATIONS,
     check_gguf,
     find_gguf,
@@ -19,40 +20,38 @@ from scoring.engines.gguf import (
     source_files,
 )
 
+SOURCE = ["config.json", "judge.json", "model.safetensors", "tokenizer.json"]
+
 
 @pytest.fixture
 def judge(tmp_path):
     """A merged folder with stand-ins for its files; no weight is read here."""
     folder = tmp_path / "merged"
     folder.mkdir()
-    for name in ("judge.json", "config.json", "tokenizer.json", "model.safetensors", "README.md"):
+    for name in (*SOURCE, "README.md"):
         (folder / name).write_text(name)
     return SimpleNamespace(folder=folder, source={"experiment": "mine", "stage": "dpo_judge"})
 
 
-def exported(judge, quantization="q8_0"):
+def exported(judge, quantization="q8_0", **changed):
     path = gguf_path(judge.folder, quantization)
     path.write_bytes(b"GGUF" + quantization.encode())
     source = source_files(judge.folder)
     manifest = {"format": 1, "quantization": quantization, "sha256": sha256_of(path), "source": source}
-    manifest_path(path).write_text(json.dumps(manifest | {"source_sha256": source_digest(source)}))
+    manifest |= {"source_sha256": source_digest(source)} | changed
+    manifest_path(path).write_text(json.dumps(manifest))
     return path
 
 
-def test_a_file_of_this_judge_is_taken(judge):
+def test_a_file_of_this_judge_is_accepted(judge):
     path = exported(judge)
     assert path.name == "judge-q8_0.gguf" and path.parent == judge.folder.parent
-    assert check_gguf(path, judge)["quantization"] == "q8_0"
     (judge.folder / "README.md").write_text("a card has no part in the answers")
-    assert check_gguf(path, judge)["source"].keys() == {
-        "judge.json",
-        "config.json",
-        "tokenizer.json",
-        "model.safetensors",
-    }
+    manifest = check_gguf(path, judge)
+    assert manifest["quantization"] == "q8_0" and sorted(manifest["source"]) == SOURCE
 
 
-@pytest.mark.parametrize("name", ["judge.json", "config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("name", SOURCE)
 def test_a_judge_that_was_made_again_makes_the_file_stale(judge, name):
     path = exported(judge)
     (judge.folder / name).write_text("another")
@@ -63,7 +62,11 @@ def test_a_judge_that_was_made_again_makes_the_file_stale(judge, name):
 
 
 def test_a_small_machine_needs_no_weights_but_the_rest(judge):
+    (judge.folder / "model-2.safetensors").write_text("second")
     path = exported(judge)
+    (judge.folder / "model-2.safetensors").unlink()
+    with pytest.raises(ArenaError, match=r"model-2\.safetensors"):  # one shard is missing, not all weights
+        check_gguf(path, judge)
     (judge.folder / "model.safetensors").unlink()
     check_gguf(path, judge)
     (judge.folder / "tokenizer.json").unlink()
@@ -71,31 +74,21 @@ def test_a_small_machine_needs_no_weights_but_the_rest(judge):
         check_gguf(path, judge)
 
 
-def test_a_missing_shard_of_the_weights_is_no_small_machine(judge):
-    (judge.folder / "model-2.safetensors").write_text("second")
+def test_a_damaged_or_incomplete_file_is_refused(judge):
     path = exported(judge)
-    (judge.folder / "model-2.safetensors").unlink()
-    with pytest.raises(ArenaError, match=r"model-2\.safetensors"):
-        check_gguf(path, judge)
-
-
-def test_a_damaged_or_foreign_file_is_refused(judge):
-    path = exported(judge)
-    whole = path.read_bytes()
-    path.write_bytes(whole + b"x")
+    path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(ArenaError, match="damaged"):
         check_gguf(path, judge)
-    path.write_bytes(whole)
     manifest_path(path).unlink()
-    with pytest.raises(ArenaError, match="no manifest"):
-        check_gguf(path, judge)
-    path.unlink()
-    with pytest.raises(ArenaError, match="no such GGUF"):
-        check_gguf(path, judge)
+    for missing in (manifest_path(path), path):
+        with pytest.raises(ArenaError, match="is missing") as caught:
+            check_gguf(path, judge)
+        assert caught.value.where == str(missing)
+        path.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("changed", "said"),
     [
         ({"format": 99}, "another version"),
         ({"source": []}, "another version"),
@@ -103,23 +96,20 @@ def test_a_damaged_or_foreign_file_is_refused(judge):
         ({"quantization": ""}, "contradicts itself"),
     ],
 )
-def test_a_manifest_that_lies_is_refused(judge, change, told):
-    path = exported(judge)
-    content = json.loads(manifest_path(path).read_text())
-    manifest_path(path).write_text(json.dumps(content | change))
-    with pytest.raises(ArenaError, match=told):
-        check_gguf(path, judge)
+def test_a_manifest_that_contradicts_its_file_is_refused(judge, changed, said):
+    with pytest.raises(ArenaError, match=said):
+        check_gguf(exported(judge, **changed), judge)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "null"])
-def test_a_manifest_that_is_none_is_refused(judge, text):
+def test_a_damaged_manifest_is_refused(judge, text):
     path = exported(judge)
     manifest_path(path).write_text(text)
     with pytest.raises(ArenaError, match="damaged"):
         check_gguf(path, judge)
 
 
-def test_auto_is_the_only_one_and_never_a_guess(judge):
+def test_auto_is_the_only_file_and_never_a_guess(judge):
     with pytest.raises(ArenaError, match="was not exported") as caught:
         find_gguf(judge, "auto")
     assert "run.py export -e mine --stage dpo_judge --quantization f16" in caught.value.remedy
@@ -135,7 +125,5 @@ def test_auto_is_the_only_one_and_never_a_guess(judge):
 
 
 def test_the_command_line_offers_what_there_is():
-    import run
-
     (option,) = (o for o in run.cli.commands["export"].params if o.name == "quantization")
     assert tuple(option.type.choices) == QUANTIZATIONS

