@@ -25,10 +25,10 @@ from factory.state import last_checkpoint
 from factory.status import OUTDATED, running_stages
 from factory.trainer_log import LogPoint, show_points
 from scoring.baselines import baseline_ladder
-from scoring.links import log_softmax
 from scoring.engines.torch_engine import score_labels
-from scoring.model_loading import device_name, trained_adapter
+from scoring.links import log_softmax
 from scoring.metrics import log_loss, row_losses, verdict_codes
+from scoring.model_loading import device_name, trained_adapter
 from scoring.run_status import RunStatus, events, run_status
 
 
