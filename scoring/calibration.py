@@ -7,7 +7,7 @@ each, because the mean of two orders is less sure of itself than one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,6 +59,11 @@ class RawScores:
     def at(self, rows: np.ndarray) -> RawScores:
         """Return the scores of some rows (a mask or positions)."""
         return RawScores(self.kind, tuple(column[rows] for column in self.inputs))
+
+    @property
+    def says_anything(self) -> bool:
+        """Whether any battle has scores that differ between its sides."""
+        return bool((np.ptp(self.inputs[0], axis=1) if self.kind == "logits" else self.inputs[0]).any())
 
     def fit(self, truth: np.ndarray) -> Link:
         """Fit the link of this kind on class codes [rows]."""
@@ -266,10 +271,15 @@ def _fit(scores: pd.DataFrame, orders: int, seed: int, train: Shares | None, tar
     known = np.flatnonzero(truth >= 0)
     prior = checked_prior(train, "training prior") if train else smoothed_prior(truth)
     judged, codes, parts = raw.at(known), truth[known], groups[known]
-    reason = _unfit(judged, codes, parts)
+    # Without a tie, Davidson's link is Bradley and Terry's.
+    reason = too_few_to_fit(codes, parts, VERDICTS if raw.kind == "logits" else ("a", "b"))
+    if not reason and not judged.says_anything:
+        reason = "every battle has the same score for all its sides"
     before = log_loss(judged.probabilities(None, prior), codes) if len(known) else None
     kept, link, crossed, after = False, None, None, None
-    if not reason:
+    if reason:
+        reason = f"not calibrated: {reason}; {_WITHOUT[raw.kind]}"
+    else:
         crossed, base = _cross_fitted(judged, codes, parts, seed)
         before, after = log_loss(base, codes), log_loss(crossed, codes)
         kept = after < before
@@ -310,21 +320,16 @@ def _cross_fitted(raw: RawScores, truth: np.ndarray, groups: np.ndarray, seed: i
     return crossed, beaten
 
 
-def _unfit(raw: RawScores, truth: np.ndarray, groups: np.ndarray) -> str | None:
-    """Return why no link can be fitted on these rows, or None."""
-    missing = [name for code, name in enumerate(VERDICTS) if not (truth == code).any()]
-    spread = np.ptp(raw.inputs[0], axis=1) if raw.kind == "logits" else raw.inputs[0]
+def too_few_to_fit(truth: np.ndarray, groups: np.ndarray, classes: Iterable[str] = VERDICTS) -> str | None:
+    """Return why nothing can be fitted and cross-fitted on these rows, or None; `classes` are those that it needs."""
+    missing = [name for name in classes if not (truth == VERDICTS.index(name)).any()]
     if len(truth) < FEWEST_ROWS:
-        fault = f"only {len(truth)} validation rows have a verdict, and fewer than {FEWEST_ROWS} fit no link"
-    elif missing and (raw.kind, missing) != ("rewards", ["tie"]):  # Davidson's link is then Bradley and Terry's
-        fault = f"the validation fold has no row of class {', '.join(missing)}"
-    elif len(set(groups.tolist())) < 2:
-        fault = "all validation rows share one prompt, so nothing can be cross-fitted"
-    elif not spread.any():
-        fault = "every battle has the same score for all its sides"
-    else:
-        return None
-    return f"not calibrated: {fault}; {_WITHOUT[raw.kind]}"
+        return f"only {len(truth)} validation rows have a verdict, at least {FEWEST_ROWS} are needed"
+    if missing:
+        return f"the validation fold has no row of class {', '.join(missing)}"
+    if len(set(groups.tolist())) < 2:
+        return "all validation rows share one prompt, so nothing can be cross-fitted"
+    return None
 
 
 def _decision(kind: Kind, kept: bool, before: float, after: float, *, ties: bool) -> str:

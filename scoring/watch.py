@@ -24,7 +24,7 @@ from factory.stage_context import StageContext
 from factory.state import last_checkpoint
 from factory.status import OUTDATED, running_stages
 from factory.trainer_log import LogPoint, show_points
-from scoring.baselines import baseline_ladder
+from scoring.baselines import baseline_probabilities
 from scoring.engines.torch_engine import score_labels
 from scoring.links import log_softmax
 from scoring.metrics import log_loss, row_losses, verdict_codes
@@ -64,7 +64,7 @@ def baseline_losses(experiment: Experiment) -> pd.DataFrame:
     data = experiment.data_folder
     valid = texts(data, "valid")
     truth = verdict_codes(valid["verdict"])
-    shares = dict(baseline_ladder(texts(data, "train"), valid, experiment.seed))
+    shares = dict(baseline_probabilities(texts(data, "train"), valid, experiment.seed))
     known = truth_of(data)
     if known is not None:
         shares["bayes"] = probabilities_of(known, list(valid["id"]), str(data / "truth.csv"))

@@ -19,7 +19,7 @@ from common.console import name_of
 from common.errors import ArenaError
 from data_prep.ground_truth import probabilities_of
 from scoring import metrics
-from scoring.baselines import baseline_ladder, ladder_notes
+from scoring.baselines import baseline_probabilities, baseline_notes
 from scoring.calibration import (
     AB_COLUMNS,
     BA_COLUMNS,
@@ -85,7 +85,7 @@ def build_report(
         "checks": list(checks),
         "truncation": _truncation(judged, audit),
         "train_class_counts": _counts(train_truth),
-        "baseline_notes": ladder_notes(int((train_truth >= 0).sum())),
+        "baseline_notes": baseline_notes(int((train_truth >= 0).sum())),
         "loss_curve": loss_curve,
         "provenance": {**provenance, "report": {"seed": seed, "bootstrap_draws": metrics.DRAWS}},
     }
@@ -145,7 +145,7 @@ def _judged(
         table=table,
         truth=codes[known],
         model=probabilities[known],
-        baselines=baseline_ladder(train_rows, texts.set_index(texts["id"].astype(str)).loc[ids], seed),
+        baselines=baseline_probabilities(train_rows, texts.set_index(texts["id"].astype(str)).loc[ids], seed),
         bayes=None if truth is None else probabilities_of(truth, ids),
         orders=orders,
         bootstrap=metrics.GroupBootstrap(metrics.as_groups(table["group"]), seed),

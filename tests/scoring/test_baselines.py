@@ -45,8 +45,8 @@ def loss(p: np.ndarray, frame: pd.DataFrame) -> float:
 
 def test_each_rung_learns_more_than_the_one_below():
     train, rows = arena(2_000), arena(800, seed=1)
-    ladder = baselines.baseline_ladder(train, rows, seed=0)
-    assert tuple(ladder) == baselines.LADDER
+    ladder = baselines.baseline_probabilities(train, rows, seed=0)
+    assert tuple(ladder) == baselines.BASELINES
     for p in ladder.values():
         assert p.shape == (800, 3)
         assert p.sum(axis=1) == pytest.approx(np.ones(800))
@@ -59,20 +59,23 @@ def test_each_rung_learns_more_than_the_one_below():
 def test_the_length_rung_knows_the_whole_lengths_of_what_was_cut():
     train, rows = arena(500), arena(100, seed=1)
     cut = [frame.assign(text_a="…", text_b="…") for frame in (train, rows)]
-    assert (baselines.baseline_ladder(*cut, 0)["length"] == baselines.baseline_ladder(train, rows, 0)["length"]).all()
+    assert (
+        baselines.baseline_probabilities(*cut, 0)["length"]
+        == baselines.baseline_probabilities(train, rows, 0)["length"]
+    ).all()
 
 
 def test_the_prior_comes_from_the_training_rows_and_not_from_the_judged_ones():
     train, rows = arena(500), arena(100, seed=1).assign(verdict="tie")
     counts = train["verdict"].value_counts()
     expected = (np.array([counts[v] for v in ("a", "b", "tie")]) + 1) / 503
-    assert baselines.baseline_ladder(train, rows, 0)["prior"][0] == pytest.approx(expected)
+    assert baselines.baseline_probabilities(train, rows, 0)["prior"][0] == pytest.approx(expected)
 
 
 def test_the_judged_rows_verdicts_are_never_read():
     train, rows = arena(300), arena(60, seed=1)
-    blind = baselines.baseline_ladder(train, rows.assign(verdict=None), 0)
-    for name, p in baselines.baseline_ladder(train, rows, 0).items():
+    blind = baselines.baseline_probabilities(train, rows.assign(verdict=None), 0)
+    for name, p in baselines.baseline_probabilities(train, rows, 0).items():
         assert (p == blind[name]).all()
 
 
@@ -81,7 +84,7 @@ def test_classes_missing_in_training_get_their_smoothed_share(left):
     train = arena(300)
     train = train[train["verdict"].isin(left)]
     rows = arena(40, seed=1)
-    for name, p in baselines.baseline_ladder(train, rows, 0).items():
+    for name, p in baselines.baseline_probabilities(train, rows, 0).items():
         assert p.sum(axis=1) == pytest.approx(np.ones(40)), name
         assert (p > 0).all(), name
     if left == ["a", "b"]:
@@ -91,18 +94,18 @@ def test_classes_missing_in_training_get_their_smoothed_share(left):
 @pytest.mark.parametrize("text", ["", None, "\ud800", "一二三", "same"])
 def test_identical_or_odd_texts_everywhere_do_not_crash(text):
     train, rows = (measured(frame.assign(text_a=text, text_b=text), text) for frame in (arena(200), arena(20, 1)))
-    for p in baselines.baseline_ladder(train, rows, 0).values():
+    for p in baselines.baseline_probabilities(train, rows, 0).values():
         assert np.isfinite(p).all()
 
 
 def test_a_large_training_set_is_sampled_and_the_note_says_so(monkeypatch):
     monkeypatch.setattr(baselines, "TFIDF_ROWS", 200)
     train, rows = arena(600), arena(50, seed=1)
-    first, second = (baselines.baseline_ladder(train, rows, seed)["tfidf"] for seed in (0, 0))
+    first, second = (baselines.baseline_probabilities(train, rows, seed)["tfidf"] for seed in (0, 0))
     assert (first == second).all()
-    assert not np.allclose(first, baselines.baseline_ladder(train, rows, 1)["tfidf"])
-    assert "a seeded sample of 200 of the 600" in baselines.ladder_notes(600)["tfidf"]
-    assert "all training rows" in baselines.ladder_notes(200)["tfidf"]
+    assert not np.allclose(first, baselines.baseline_probabilities(train, rows, 1)["tfidf"])
+    assert "a seeded sample of 200 of the 600" in baselines.baseline_notes(600)["tfidf"]
+    assert "all training rows" in baselines.baseline_notes(200)["tfidf"]
 
 
 def real_rows(path: Path) -> pd.DataFrame:
@@ -132,7 +135,7 @@ def real_rows(path: Path) -> pd.DataFrame:
 def test_on_real_votes_the_ladder_is_where_the_field_has_it():
     rows = real_rows(REAL / "train_natural.csv")
     part = np.random.default_rng(0).permutation(len(rows)) < 1_000
-    ladder = baselines.baseline_ladder(rows[part], rows[~part], 0)
+    ladder = baselines.baseline_probabilities(rows[part], rows[~part], 0)
     found = {name: loss(p, rows[~part]) for name, p in ladder.items()}
     assert 1.08 < found["prior"] < 1.11
     assert 1.0 < found["length"] < found["prior"] - 0.01

@@ -69,6 +69,24 @@ def test_gradient_and_hessian_agree_with_finite_differences():
     assert hessian == pytest.approx(numeric, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("seed", "scale", "apart"), [(7, 0.4, 0.05), (108, 0.4, 0.05), (99, 0.1, 0.05), (56, 0.2, 0.2)]
+)
+def test_a_fit_goes_on_where_the_optimiser_stops_early(seed, scale, apart):
+    """Two columns are nearly alike, as those of two weak stages: one start of L-BFGS-B ends short of the optimum."""
+    random = np.random.default_rng(seed)
+    truth, shared = random.choice(3, 118, p=[0.37, 0.34, 0.29]), random.normal(0, scale, 118)
+    columns = [links.log_softmax(random.normal(0, 1.2, (118, 3)))]
+    for tie in (0.8, 0.82):
+        s = shared + random.normal(0, scale * apart, 118)
+        columns.append(links.log_softmax(np.column_stack([s / 2, -s / 2, np.full(118, np.log(tie))])))
+    design = np.stack(columns, axis=2)
+    found, _ = links.fit_conditional_logit(design, truth, np.zeros(3))
+    _, gradient, _ = links.penalised_loss(found, design, truth)
+    assert (found >= 0).all()
+    assert np.abs(gradient[found > 0]).max(initial=0) < 1e-4 and (gradient[found == 0] > -1e-4).all()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_softmax_recovers_temperature_and_bias(seed):
     logits = np.random.default_rng(seed).normal(0, 3, (6_000, 3)) + 50
