@@ -19,7 +19,7 @@ from common.console import name_of
 from common.errors import ArenaError
 from data_prep.ground_truth import probabilities_of
 from scoring import metrics
-from scoring.baselines import baseline_probabilities, baseline_notes
+from scoring.baselines import baseline_notes, baseline_probabilities
 from scoring.calibration import (
     AB_COLUMNS,
     BA_COLUMNS,
