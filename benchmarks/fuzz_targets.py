@@ -89,7 +89,7 @@ def read_cells(data: bytes) -> None:
             assert len(str(error)) < 300
     parse_id(text)
     cells = text.split(",")
-    for attempt in (lambda: parse_one_hot(cells[:3]), lambda: parse_winner(text)):
+    for attempt in (lambda: parse_one_hot(cells[:3]), lambda: parse_winner([text])):
         try:
             assert attempt() in VERDICTS
         except BadVerdict:

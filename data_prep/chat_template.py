@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from common.error_hints import remedy_for
 from common.errors import ArenaError
 from common.files import atomic_file, read_json
-from data_prep.hub import asked_once
+from data_prep.hub import offline_if_unreachable
 from data_prep.template_choice import own_template
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _llamafactory_template(experiment: Experiment):
     )
     thinking = {} if experiment.enable_thinking is None else {"enable_thinking": experiment.enable_thinking}
     try:
-        with asked_once(experiment.model, experiment.revision):
+        with offline_if_unreachable(experiment.model, experiment.revision):
             tokenizer = load_tokenizer(model_args)["tokenizer"]
         known = set(tokenizer.get_vocab())
         data_args = DataArguments(template=experiment.template, **thinking)

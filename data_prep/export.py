@@ -33,7 +33,7 @@ from data_prep.dataset_info import dataset_entries, entries_of_others, listed_se
 from data_prep.export_reader import FORMAT, read_manifest
 from data_prep.export_rows import RowMaker, open_pool, usual_workers
 from data_prep.export_writer import CHUNK, Written, require_rows, write_sets, write_tables
-from data_prep.ground_truth import check_truth, require_truth_of
+from data_prep.ground_truth import read_truth_ids, require_truth_of
 from data_prep.overwrite_check import check_overwrite
 from data_prep.preference_pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
@@ -74,8 +74,7 @@ def export(
     check_overwrite(folder, [train, test, None if unchanged else truth])  # a later view takes the copy in the folder
     for each in (DATA, folder):
         listed_sets(each / "dataset_info.json")  # a fault in it is reported now, not after the work
-    if truth:
-        check_truth(truth)
+    truth_ids = read_truth_ids(truth) if truth else ()
     if test and test.exists() and train.exists():
         refuse_same_table(train, test)
     readers = {"train": VoteReader(train, labelled=True)} | ({"test": VoteReader(test, labelled=False)} if test else {})
@@ -95,7 +94,7 @@ def export(
         if reader := readers.get("test"):
             audit["test_rows_in_train"] = check_overlap(rows, reader.path, has_verdicts=reader.has_verdicts)
         if truth:
-            require_truth_of(rows, truth)
+            require_truth_of(rows, truth_ids, truth)
         _describe(fresh, experiment, prompt, frame, audit, truth, unchanged or {})
         check_overwrite(folder)  # again, for files that came meanwhile, or with a folder that was put back
     _publish(experiment, audit)

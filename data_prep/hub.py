@@ -1,59 +1,46 @@
-"""The hub: asked once whether it answers, before its library asks file by file, with five retries each."""
+"""The Hugging Face hub: one request finds out whether it answers, before five retries for each file."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_RETRIES = "huggingface_hub.utils._http"  # the logger that tells every failed request and every retry
-
 
 @contextmanager
-def asked_once(model: str, revision: str) -> Iterator[None]:
-    """Let the library load `model` from the hub; where no hub answers, from the cache alone and without retries.
+def offline_if_unreachable(model: str, revision: str) -> Iterator[None]:
+    """Within the block, huggingface_hub reads its cache alone where the hub does not answer one request.
 
-    Its lines about retries are kept off the terminal. Raises OSError where no hub answers and the cache lacks it.
+    A refusal (401, 404) is an answer. Raises OSError where the hub does not answer and the cache lacks the model.
     """
-    from huggingface_hub import constants
+    import httpx
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import get_session
     from llamafactory.extras.misc import use_modelscope, use_openmind
 
-    logger = logging.getLogger(_RETRIES)
-    offline, level = constants.HF_HUB_OFFLINE, logger.level
-    elsewhere = Path(model).is_dir() or use_modelscope() or use_openmind()
-    if not offline and not elsewhere and (reason := why_silent(model, revision)):
-        if cached_file(model, "config.json", revision) is None:
-            raise OSError(f"couldn't connect to {constants.ENDPOINT} ({reason}), and the cache does not hold it")
-        constants.HF_HUB_OFFLINE = True  # read anew at each request
-    logger.setLevel(logging.ERROR)
+    offline = constants.HF_HUB_OFFLINE
+    if not (offline or Path(model).is_dir() or use_modelscope() or use_openmind()):
+        try:
+            url = hf_hub_url(model, "config.json", revision=revision)
+            get_session().head(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except httpx.TransportError as error:
+            if cached_file(model, "config.json", revision) is None:
+                what = f"couldn't connect to {constants.ENDPOINT} ({error}), and the cache does not hold {model}"
+                raise OSError(what) from None
+            constants.HF_HUB_OFFLINE = True  # the library looks at each request
     try:
         yield
     finally:
-        logger.setLevel(level)
         constants.HF_HUB_OFFLINE = offline
 
 
 def cached_file(model: str, name: str, revision: str = "main") -> Path | None:
-    """Return a file of a hub's model that an earlier download left on this disk, None where there is none."""
+    """Return a file of a hub's model that an earlier download left on this disk, None where it did not."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         found = try_to_load_from_cache(model, name, revision=revision)
-    except HFValidationError:  # no hub's id
+    except HFValidationError:  # not the id of a model on the hub
         return None
     return Path(found) if isinstance(found, str) else None
-
-
-def why_silent(model: str, revision: str) -> str | None:
-    """Ask the hub for the head of one file and return why nothing came, None for any answer, a refusal too."""
-    import httpx
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(hf_hub_url(model, "config.json", revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except httpx.TransportError as error:
-        return str(error) or type(error).__name__
-    return None

@@ -1,16 +1,23 @@
-"""Cells of a table of votes: turns, conversations, texts, ids and winners, parsed or refused with a reason.
+"""Which table of votes is this, and how are its cells read: formats of texts, formats of verdicts, and their pairs.
 
-parse_turns('["hi","and \\u4f60?"]', "prompt") == ("hi", "and 你?")
+schema_of(["id", "prompt", "response_a", "response_b", "winner"]).name == "wsdm"
+TURNS.read(['["hi"]', '["a"]', '["b"]']) == (("hi",), ("a",), ("b",))
+
+A new table format is a new entry here: what holds the texts, what holds the verdict, which columns speak for it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from common.battle import VERDICTS
+from common.battle import PROBABILITY_COLUMNS, VERDICTS
 
+Texts = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]  # prompts, responses_a, responses_b
+Value = TypeVar("Value")
 _WINNERS = {"model_a": "a", "model_b": "b", "tie": "tie", "tie (bothbad)": "tie"}
 _ONE_HOT = {("1", "0", "0"): "a", ("0", "1", "0"): "b", ("0", "0", "1"): "tie"}
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
@@ -24,7 +31,35 @@ class BadCell(ValueError):
 
 
 class BadVerdict(ValueError):
-    """A row without exactly one known winner; the message says what stands there."""
+    """A row without exactly one known winner; the message shows the cells."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format(Generic[Value]):
+    """One way in which texts or a verdict are written: the columns, and what their cells are read into."""
+
+    columns: tuple[str, ...]
+    read: Callable[[Sequence[object]], Value]  # raises BadCell or BadVerdict
+
+    def matches(self, columns: Sequence[str]) -> bool:
+        """Return whether a table has all columns of this format."""
+        return set(self.columns) <= set(columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """A kind of table: where its ids, its texts and its verdicts are."""
+
+    name: str
+    ids: tuple[str, ...]  # alternatives, the preferred first
+    texts: Format[Texts]
+    verdict: Format[str]
+
+    def missing(self, columns: Sequence[str], labelled: bool) -> list[str]:
+        """Return the columns that a table of this kind lacks."""
+        needed = self.texts.columns + (self.verdict.columns if labelled else ())
+        no_id = [] if set(self.ids) & set(columns) else [" or ".join(self.ids)]
+        return no_id + [name for name in needed if name not in columns]
 
 
 def parse_turns(cell: object, name: str) -> tuple[str, ...]:
@@ -35,51 +70,24 @@ def parse_turns(cell: object, name: str) -> tuple[str, ...]:
     turns = _parse_list(cell, name)
     if set(map(type, turns)) != {str}:
         turns = [_parse_turn(turn, f"{name} turn {i}") for i, turn in enumerate(turns, 1)]
-    if _may_hold_surrogates(cell):
-        turns = map(_replace_lone, turns)
-    return tuple(turns)
+    return _without_lone_surrogates(cell, turns)
 
 
 def parse_conversation(cell: object, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return (prompts, responses) of a list of {role, content}: user and assistant by turns. Raises BadCell."""
-    texts: tuple[list[str], list[str]] = ([], [])
+    texts: list[str] = []
     for i, message in enumerate(_parse_list(cell, name)):
         where = f"{name} message {i + 1}"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise BadCell(f"{where} is not an object with role and content")
         expected = ("user", "assistant")[i % 2]
         if message["role"] != expected:
-            raise BadCell(f"{where} is by {_shown(message['role'])} where {expected!r} must speak")
-        texts[i % 2].append(_parse_turn(message["content"], where))
-    if len(texts[0]) != len(texts[1]):
+            raise BadCell(f"{where} has the role {_shown(message['role'])} instead of {expected!r}")
+        texts.append(_parse_turn(message["content"], where))
+    if len(texts) % 2:
         raise BadCell(f"{name} ends with the user, without an answer")
-    if _may_hold_surrogates(cell):
-        texts = (list(map(_replace_lone, texts[0])), list(map(_replace_lone, texts[1])))
-    return tuple(texts[0]), tuple(texts[1])
-
-
-def parse_text(cell: object, name: str) -> tuple[str, ...]:
-    """Return a plain text as its single turn; null becomes "". Raises BadCell."""
-    return (_parse_turn(cell, name),)
-
-
-def parse_id(cell: object) -> str | None:
-    """Return an id as text, a whole number without its point; None where there is none."""
-    if isinstance(cell, float):
-        if cell != cell:
-            return None
-        return str(int(cell)) if cell.is_integer() else str(cell)
-    return str(cell).strip() or None if cell is not None else None
-
-
-def is_formula(identity: str) -> bool:
-    """Tell whether a spreadsheet would take an id for a formula: = + - @ at its front, and not a number."""
-    return identity[:1] in ("=", "+", "-", "@") and _NUMBER.fullmatch(identity) is None
-
-
-def parse_language(cell: object) -> str | None:
-    """Return the language as it is written, None where there is none."""
-    return cell.strip() or None if isinstance(cell, str) else None
+    turns = _without_lone_surrogates(cell, texts)
+    return turns[::2], turns[1::2]
 
 
 def parse_one_hot(cells: Sequence[object]) -> str:
@@ -97,8 +105,9 @@ def parse_one_hot(cells: Sequence[object]) -> str:
     return VERDICTS[flags.index(1)]
 
 
-def parse_winner(cell: object) -> str:
-    """Return the verdict of a `winner` cell: model_a, model_b, tie or "tie (bothbad)". Raises BadVerdict."""
+def parse_winner(cells: Sequence[object]) -> str:
+    """Return the verdict of one `winner` cell: model_a, model_b, tie or "tie (bothbad)". Raises BadVerdict."""
+    (cell,) = cells
     verdict = _WINNERS.get(cell.strip()) if isinstance(cell, str) else None
     if verdict is None:
         empty = cell is None or cell != cell or cell == ""
@@ -107,15 +116,46 @@ def parse_winner(cell: object) -> str:
     return verdict
 
 
+def parse_id(cell: object) -> str | None:
+    """Return an id as text, a whole number without its point; None for an empty cell."""
+    if isinstance(cell, float):
+        if cell != cell:
+            return None
+        return str(int(cell)) if cell.is_integer() else str(cell)
+    return str(cell).strip() or None if cell is not None else None
+
+
+def is_formula(identity: str) -> bool:
+    """Return whether a spreadsheet would take an id for a formula: = + - @ at its front, and not a number."""
+    return identity[:1] in ("=", "+", "-", "@") and _NUMBER.fullmatch(identity) is None
+
+
+def _read_turns(cells: Sequence[object]) -> Texts:
+    prompt, a, b = cells
+    return parse_turns(prompt, "prompt"), parse_turns(a, "response_a"), parse_turns(b, "response_b")
+
+
+def _read_texts(cells: Sequence[object]) -> Texts:
+    prompt, a, b = cells
+    return (_parse_turn(prompt, "prompt"),), (_parse_turn(a, "response_a"),), (_parse_turn(b, "response_b"),)
+
+
+def _read_conversations(cells: Sequence[object]) -> Texts:
+    prompts, responses_a = parse_conversation(cells[0], "conversation_a")
+    prompts_b, responses_b = parse_conversation(cells[1], "conversation_b")
+    if prompts != prompts_b:
+        raise BadCell("the user's turns in conversation_a and conversation_b differ: not one battle")
+    return prompts, responses_a, responses_b
+
+
 def _parse_list(cell: object, name: str) -> list:
+    values = cell
     if isinstance(cell, str):
         try:
             values = _decode_json(cell)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply or too large"
             raise BadCell(f"{name} is not a JSON list ({reason}): {_shown(cell)}") from None
-    else:
-        values = cell
     if not isinstance(values, list):
         raise BadCell(f"{name} is not a JSON list: {_shown(cell)}")
     if not values:
@@ -131,15 +171,59 @@ def _parse_turn(turn: object, where: str) -> str:
     return turn
 
 
-def _may_hold_surrogates(cell: object) -> bool:
+def _without_lone_surrogates(cell: object, texts: Sequence[str]) -> tuple[str, ...]:
     # Files are decoded strictly, so that only a JSON escape can bring a surrogate in.
-    return isinstance(cell, str) and ("\\ud" in cell or "\\uD" in cell)
-
-
-def _replace_lone(text: str) -> str:
-    return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
+    if isinstance(cell, str) and ("\\ud" in cell or "\\uD" in cell):
+        return tuple(text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text) for text in texts)
+    return tuple(texts)
 
 
 def _shown(value: object, limit: int = 40) -> str:
     text = ascii(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+_PLAIN = ("prompt", "response_a", "response_b")
+TURNS = Format(_PLAIN, _read_turns)
+TEXTS = Format(_PLAIN, _read_texts)
+CONVERSATIONS = Format(("conversation_a", "conversation_b"), _read_conversations)
+ONE_HOT = Format(PROBABILITY_COLUMNS, parse_one_hot)
+WINNER = Format(("winner",), parse_winner)
+
+_KAGGLE = Schema("kaggle", ("id",), TURNS, ONE_HOT)
+_WSDM = Schema("wsdm", ("id",), TEXTS, WINNER)
+_ARENA = Schema("arena_conversations", ("question_id", "id"), CONVERSATIONS, WINNER)
+_WSDM_MARKS = frozenset({"winner", "scored", "language"})
+
+
+def schema_of(columns: Sequence[str]) -> Schema:
+    """Return the schema that the columns speak for; a table without any of their marks counts as the competition's."""
+    found = set(columns)
+    if found & set(CONVERSATIONS.columns):
+        return _ARENA
+    return _WSDM if found & _WSDM_MARKS and not found & set(PROBABILITY_COLUMNS) else _KAGGLE
+
+
+def advice_on(schema: Schema, columns: Sequence[str], missing: Sequence[str]) -> str:
+    """Return what a table that lacks columns seems to be, and which one to give instead."""
+    found, texts = set(columns), {*_PLAIN, *CONVERSATIONS.columns}
+    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
+        return "the header looks like one cell: separate the cells with commas"
+    if set(missing) == set(schema.verdict.columns):
+        what = "the competition's test.csv, or another table" if schema is _KAGGLE else "a table"
+        return (
+            f"this is {what} without verdicts (no {', '.join(missing)}): --train wants the one with verdicts "
+            "(train.csv); pass a file without verdicts as the test set (--test)"
+        )
+    if not found & texts and ONE_HOT.matches(columns):
+        return (
+            "this is the competition's sample_submission.csv, or another table of probabilities (no prompt, no "
+            "responses): --train wants train.csv, --test wants test.csv"
+        )
+    if not found & (texts | _WSDM_MARKS | set(PROBABILITY_COLUMNS)):
+        return (
+            "this is not a table of battles: give one with the columns of the competition's train.csv "
+            f"({', '.join((*_KAGGLE.ids, *_PLAIN, *PROBABILITY_COLUMNS))}), of LMSYS chatbot_arena_conversations or "
+            "of the WSDM Cup"
+        )
+    return f"the nearest known schema is {schema.name}: add or rename these columns"

@@ -5,7 +5,6 @@ from tokenizers import Tokenizer
 
 from common.errors import ArenaError
 from common.experiment import parse_experiment
-from data_prep import hub
 from data_prep.chat_template import ChatFrame, load_frame, probe_frame
 from data_prep.template_choice import choose_template
 from factory.presets import PRESETS
@@ -168,7 +167,7 @@ def test_a_tokenizer_that_cannot_be_had_comes_with_its_remedy(make_experiment, w
             raise OSError("Failed to load tokenizer.") from error
 
     monkeypatch.setattr(llamafactory.model, "load_tokenizer", refuse)
-    monkeypatch.setattr(hub, "why_silent", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ArenaError) as caught:
         load_frame(make_experiment(model="meta-llama/Meta-Llama-3-8B-Instruct", template="llama3"))
     assert part in caught.value.remedy

@@ -1,7 +1,6 @@
-"""The hub that does not answer: asked once, no retries on the terminal, the cache where it has the model."""
+"""A hub that does not answer: one request, no retries on the terminal, the cache where it has the model."""
 
 import http.server
-import logging
 import subprocess
 import sys
 import threading
@@ -9,14 +8,13 @@ import threading
 import pytest
 from chain import ROOT
 
-from data_prep.hub import asked_once, why_silent
+from data_prep.hub import cached_file, offline_if_unreachable
 
 _SCRIPT = """
-import logging
-from data_prep.hub import asked_once
+from data_prep.hub import offline_if_unreachable
 from transformers import AutoTokenizer
 try:
-    with asked_once("some/model", "main"):
+    with offline_if_unreachable("some/model", "main"):
         AutoTokenizer.from_pretrained("some/model")
 except OSError as error:
     print("refused:", error)
@@ -35,32 +33,32 @@ def library(monkeypatch, tmp_path):
     return constants
 
 
-def test_a_hub_that_does_not_answer_is_asked_once_and_in_silence(tmp_path):
+def test_a_hub_that_does_not_answer_is_one_error_without_retries(tmp_path):
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     call = [sys.executable, "-c", _SCRIPT]
     done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.stdout.startswith("refused: couldn't connect to http://127.0.0.1:9"), done.stderr
-    assert "the cache does not hold it" in done.stdout
+    assert "the cache does not hold some/model" in done.stdout
     assert "Retry" not in done.stderr and "thrown while requesting" not in done.stderr
 
 
-def test_what_the_cache_holds_is_taken_without_the_hub(library, monkeypatch):
-    import huggingface_hub
+def test_what_the_cache_holds_is_taken_without_the_hub(library, tmp_path):
+    model = tmp_path / "cache" / "models--some--model"
+    (model / "snapshots" / "0123").mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0123")
+    (model / "snapshots" / "0123" / "config.json").write_text("{}")
+    assert cached_file("some/model", "config.json").name == "config.json" and cached_file("a\nb", "config.json") is None
+    with offline_if_unreachable("some/model", "main"):
+        assert library.HF_HUB_OFFLINE is True
+    assert library.HF_HUB_OFFLINE is False
 
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
-    logger = logging.getLogger("huggingface_hub.utils._http")
-    before = logger.level
-    with asked_once("some/model", "main"):
-        assert library.HF_HUB_OFFLINE is True and not logger.isEnabledFor(logging.WARNING)
-    assert library.HF_HUB_OFFLINE is False and logger.level == before
 
-
-def test_a_folder_and_a_hub_that_is_switched_off_are_not_asked_for(library, monkeypatch, tmp_path):
-    monkeypatch.setattr("data_prep.hub.why_silent", lambda *_: pytest.fail("the hub was asked"))
-    with asked_once(str(tmp_path), "main"):
-        pass
+def test_a_folder_and_a_hub_that_is_switched_off_need_no_request(library, monkeypatch, tmp_path):
+    with offline_if_unreachable(str(tmp_path), "main"):
+        assert library.HF_HUB_OFFLINE is False
     monkeypatch.setattr(library, "HF_HUB_OFFLINE", True)
-    with asked_once("some/model", "main"):
+    with offline_if_unreachable("some/model", "main"):
         assert library.HF_HUB_OFFLINE is True
     assert library.HF_HUB_OFFLINE is True
 
@@ -78,6 +76,7 @@ def test_a_refusal_is_an_answer(library, monkeypatch):
     place = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/{{revision}}/{{filename}}"
     monkeypatch.setattr(library, "HUGGINGFACE_CO_URL_TEMPLATE", place)
     try:
-        assert why_silent("some/model", "main") is None
+        with offline_if_unreachable("some/model", "main"):
+            assert library.HF_HUB_OFFLINE is False
     finally:
         server.shutdown()

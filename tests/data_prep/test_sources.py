@@ -103,7 +103,7 @@ def test_a_broken_archive_is_refused_and_leaves_nothing(kaggle, damage, monkeypa
         with zipfile.ZipFile(archive, "a") as file:
             file.write(kaggle / "x.csv", "other/x.csv")
     else:
-        monkeypatch.setattr("data_prep.sources._LARGEST", 1000)
+        monkeypatch.setattr("data_prep.sources.LARGEST_ARCHIVE", 1000)
     with pytest.raises(ArenaError) as caught:
         votes_at(archive, labelled=True)
     assert "lmsys.zip" in str(caught.value) and caught.value.remedy

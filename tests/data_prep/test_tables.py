@@ -1,0 +1,157 @@
+"""Tables on the disk: batches of parquet that fit into memory, damage, encodings; bombs: tests/test_hostile.py."""
+
+from __future__ import annotations
+
+import gzip
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from common.errors import ArenaError
+from data_prep.tables import BrokenRow, open_table, open_tables
+
+NAMES = ["id", "text"]
+
+
+def write(path: Path, text: list, **options) -> Path:
+    table = pa.table({"id": [str(i) for i in range(len(text))], "text": text})
+    parquet.write_table(table, path, **options)
+    return path
+
+
+def cells(path: Path) -> list:
+    return [row if isinstance(row, BrokenRow) else row[1] for row in open_table(path).rows(NAMES)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"data_page_version": "2.0"},
+        {"use_dictionary": False, "compression": "none"},
+        {"compression": "gzip", "row_group_size": 100},
+        {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY", "id": "DELTA_LENGTH_BYTE_ARRAY"}},
+        {"data_page_size": 2000, "write_batch_size": 10},
+    ],
+    ids=str,
+)
+def test_every_row_comes_out_however_it_was_written(tmp_path, options):
+    text = [None, *(f"{i} " * (i % 200) for i in range(3000))]
+    assert cells(write(tmp_path / "x.parquet", text, **options)) == text
+
+
+def test_a_cell_that_is_too_large_costs_its_row_alone(tmp_path):
+    first, second, third = cells(write(tmp_path / "x.parquet", ["a", "x" * (65 << 20), "b"], compression="zstd"))
+    assert (first, third) == ("a", "b")
+    assert second == BrokenRow("text is larger than 67,108,864 bytes", "1")
+
+
+def test_categories_and_lists_come_out_as_they_are(tmp_path):
+    categories = pa.array(["a", "b", "a"]).dictionary_encode()
+    parquet.write_table(pa.table({"id": categories, "text": [["a", None], [], None]}), tmp_path / "x")
+    assert list(open_table(tmp_path / "x").rows(NAMES)) == [("a", ["a", None]), ("b", []), ("a", None)]
+
+
+def test_lists_that_repeat_short_texts_are_read_and_long_ones_are_refused(tmp_path):
+    words = [[str(i + j) * 200 for j in range(10)] for i in range(0, 5000, 2)]
+    assert cells(write(tmp_path / "x.parquet", words, compression="zstd")) == words
+    items = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), pa.array(["x" * (1 << 20)]))
+    lists = pa.ListArray.from_arrays(pa.array([0, 5000], pa.int32()), items)
+    path = write(tmp_path / "y.parquet", lists, dictionary_pagesize_limit=1 << 30, store_schema=False)
+    with pytest.raises(ArenaError, match=r"row group 0 .* GiB") as caught:
+        cells(path)
+    assert "row_group_size" in caught.value.remedy and caught.value.where == str(path)
+
+
+def test_every_damage_to_the_pages_is_our_own_error(tmp_path):
+    path = write(tmp_path / "x.parquet", [f"text {i}" for i in range(50)])
+    whole, chosen, refused = path.read_bytes(), random.Random(3), 0
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[chosen.randrange(4, len(whole))] ^= 1 << chosen.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            table = open_table(path)
+            if set(NAMES) <= set(table.columns):
+                list(table.rows(NAMES))
+        except ArenaError as error:
+            refused += 1
+            assert error.remedy
+    assert refused > 20
+
+
+def test_a_parquet_text_that_is_not_utf_8_is_named(tmp_path):
+    raw = pa.array([b"a"] * 1300 + [b"b\xff"] + [b"c"] * 199, pa.binary()).view(pa.string())
+    with pytest.raises(ArenaError, match="text is not UTF-8: byte 0xff") as caught:
+        cells(write(tmp_path / "x", raw))
+    assert caught.value.where == f"{tmp_path / 'x'} row 1301"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_utf_16_is_named(tmp_path, encoding, pack):
+    (tmp_path / "x.csv").write_bytes(pack("id,text\n1,a\n".encode(encoding)))
+    with pytest.raises(ArenaError, match="UTF-16") as caught:
+        open_table(tmp_path / "x.csv")
+    assert "iconv" in caught.value.remedy
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize(("row", "where"), [(701, "row 701"), (0, "header")])
+def test_latin_1_is_named_with_row_and_byte(tmp_path, pack, row, where):
+    lines = ["id,text", *(f'{i},"two\nlines"\n' for i in range(900))]  # and blank lines
+    lines[row] = lines[row].replace("t", "ö", 1)
+    path = tmp_path / "x.csv"
+    path.write_bytes(pack("\n".join(lines).encode("latin-1")))
+    with pytest.raises(ArenaError, match="is not UTF-8: byte 0xf6") as caught:
+        cells(path)
+    assert caught.value.where == f"{path} {where}" and "iconv" in caught.value.remedy
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.1])
+def test_cut_off_archives(tmp_path, keep):
+    texts = ["".join(map(chr, range(200, 200 + i % 90))) for i in range(2000)]
+    zipped = tmp_path / "x.csv.gz"
+    zipped.write_bytes(gzip.compress("\n".join(["id,text", *(f"1,{text}" for text in texts)]).encode()))
+    for path in (zipped, write(tmp_path / "y", texts)):
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+        with pytest.raises(ArenaError) as caught:
+            cells(path)
+        assert caught.value.where == str(path) and "cut off or damaged" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
+        (b"\n\n", "is empty"),
+        (gzip.compress(b""), "is empty"),
+        (b"\x1f\x8b", "cannot be read to its end"),
+        (b"PAR1", "is not a readable parquet file"),
+        (b"PK\x03\x04rest", "is a zip archive (or a spreadsheet)"),
+        (b'"id,prompt', "has no readable header"),
+        (b"id,id,prompt\n1,2,3\n", "has the column(s) ['id'] twice"),
+    ],
+)
+def test_what_is_no_table(tmp_path, content, what):
+    if content is not None:
+        (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ArenaError) as caught:
+        open_table(tmp_path / "x")
+    assert caught.value.what.startswith(what) and caught.value.where == str(tmp_path / "x") and caught.value.remedy
+
+
+def test_a_folder_holds_parts_alone(tmp_path):
+    with pytest.raises(ArenaError, match="holds no part"):
+        open_tables(tmp_path)
+    for name in ("b.csv", "a.csv", "_SUCCESS", ".hidden"):
+        (tmp_path / name).write_text("id,text\n1,a\n")
+    assert [table.path.name for table in open_tables(tmp_path)] == ["a.csv", "b.csv"]
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ArenaError, match=r"more than parts of a table: notes\.txt"):
+        open_tables(tmp_path)
