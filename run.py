@@ -17,73 +17,26 @@ from common.errors import require_packages
 require_packages()  # before click: another Python lacks it, or has one that fails with a traceback
 
 import click  # noqa: E402
+from click.shell_completion import get_completion_class  # noqa: E402
 
+from common.command_line import (  # noqa: E402
+    FILE,
+    STAGES,
+    ErrorsWithRemedy,
+    complete_experiment,
+    complete_file,
+    engine_options,
+    experiment_option,
+    is_verbose,
+    json_option,
+    option,
+    page_options,
+    stage_option,
+    training_options,
+    verbose_option,
+)
 from common.console import make_output_safe  # noqa: E402
 from common.stages import TRAININGS  # noqa: E402
-from factory import DEFAULT_EXPERIMENT  # noqa: E402
-
-VIEWS = ("judge", "reward")
-# A stage by its own name, or as the command that trains it is called.
-STAGES = (*TRAININGS, "dpo")
-
-
-class ErrorsWithRemedy(click.Group):
-    """Turns our errors into a message with its remedy and an exit code; -v shows where they come from."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        from common.console import printable
-        from common.errors import ArenaError, stop_signals, user_error
-
-        try:
-            with stop_signals():
-                return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except BaseException as raised:
-            error = raised if isinstance(raised, ArenaError) else user_error(raised, ctx.invoked_subcommand)
-            if error is None:
-                raise
-            if (ctx.obj or {}).get("verbose"):
-                import traceback
-
-                click.echo(printable(traceback.format_exc()), err=True, nl=False)
-            failure = click.ClickException(str(error))
-            failure.exit_code = error.exit_code
-            raise failure from None
-
-
-def _remember_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    ctx.ensure_object(dict)
-    ctx.find_root().ensure_object(dict)["verbose"] = value
-
-
-def _complete_experiment(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
-    """Name the experiments for the shell: the folders that hold an experiment.yaml."""
-    names = sorted(path.parent.name for path in Path("factory_configs").glob("*/experiment.yaml"))
-    return [name for name in names if name.startswith(incomplete)]
-
-
-def _complete_file(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list:
-    """Let the shell complete a file where a value may be something else, too."""
-    from click.shell_completion import CompletionItem
-
-    return [CompletionItem(incomplete, type="file")]
-
-
-verbose_option = click.option(
-    "-v", "--verbose", is_flag=True, expose_value=False, callback=_remember_verbose, help="Show details and tracebacks."
-)
-experiment_option = click.option(
-    "-e",
-    "--experiment",
-    default=DEFAULT_EXPERIMENT,
-    show_default=True,
-    metavar="EXP",
-    shell_complete=_complete_experiment,
-    help="A folder of factory_configs/.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-file_argument = click.Path(path_type=Path)
 
 
 @click.group(cls=ErrorsWithRemedy, context_settings={"help_option_names": ["-h", "--help"]})
@@ -95,8 +48,8 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(0), help="Draws arena and base model.")
-@click.option("--fresh", is_flag=True, help="Train anew; the earlier run is put aside, not deleted.")
+@option("--seed", default=1, show_default=True, type=click.IntRange(0), help="Draws arena and base model.")
+@option("--fresh", is_flag=True, help="Train from the beginning; the earlier run is put aside, not deleted.")
 @json_option
 @verbose_option
 def demo(seed: int, fresh: bool, as_json: bool) -> None:
@@ -104,17 +57,10 @@ def demo(seed: int, fresh: bool, as_json: bool) -> None:
 
     In minutes: draws an arena whose true probabilities are known, prepares, trains, merges, scores and reports.
     """
-    from factory.demo import demo_arena, refuse_other_votes, trained_on_another
-    from factory.status import refuse_while_at_work
+    from scoring.pipeline import demo
 
-    exp, show = _start("demo")
-    refuse_while_at_work(exp)
-    if not fresh:
-        refuse_other_votes(exp)
-    arena = demo_arena(exp, seed, show)
-    _prepare(exp, arena.train, arena.test, arena.truth, force=False, show=show)
-    report = _stage(exp, "sft", until="score", resume=False, fresh=fresh or trained_on_another(exp), show=show)
-    _finish(exp, "sft", report, as_json)
+    context, show = _start("demo", "sft")
+    _finish(context, demo(context, seed, fresh=fresh, show=show), as_json)
 
 
 @cli.command()
@@ -136,16 +82,10 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("name", metavar="EXP", help="Its name, a new folder of factory_configs/.")
-@click.option("--model", required=True, metavar="ID", help="A Hugging Face hub id, or a folder that holds config.json.")
-@click.option("--template", metavar="T", help="LLaMA-Factory's chat template [the model's own, where it is known].")
-@click.option(
-    "--bits",
-    type=click.Choice(["4", "8", "none"]),
-    default="4",
-    show_default=True,
-    help="Of the frozen base in training.",
-)
-@click.option("--cutoff", type=click.IntRange(32), help="Token budget of prompt and label [2048].")
+@option("--model", required=True, metavar="ID", help="A Hugging Face hub id, or a folder that holds config.json.")
+@option("--template", metavar="T", help="LLaMA-Factory's chat template [the model's own, where it is known].")
+@option("--bits", type=click.Choice(["4", "8", "none"]), default="4", show_default=True, help="Of the frozen base.")
+@option("--cutoff", type=click.IntRange(32), help="Token budget of prompt and label [2048].")
 @json_option
 @verbose_option
 def new(name: str, model: str, template: str | None, bits: str, cutoff: int | None, as_json: bool) -> None:
@@ -163,105 +103,80 @@ def new(name: str, model: str, template: str | None, bits: str, cutoff: int | No
 
 @cli.command()
 @experiment_option
-@click.option(
+@option(
     "--train",
     required=True,
-    shell_complete=_complete_file,
+    shell_complete=complete_file,
     help="Votes: a table, a folder, Kaggle's zip, or hf://datasets/OWNER/NAME.",
 )
-@click.option("--test", shell_complete=_complete_file, help="Battles without votes, for the submission; as --train.")
-@click.option("--truth", type=file_argument, help="Known probabilities of all votes (synthetic arenas only).")
-@click.option("--force", is_flag=True, help="Replace recipes that were edited by hand.")
-@click.option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them.")
-@click.option(
+@option("--test", shell_complete=complete_file, help="Battles without votes, for the submission; as --train.")
+@option("--truth", type=FILE, help="Known probabilities of all votes (synthetic arenas only).")
+@option("--force", is_flag=True, help="Replace recipes that were edited by hand.")
+@option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them.")
+@option(
     "--workers", type=click.IntRange(0, 256), help="Processes that fit the votes; 0: a thread [by the number of cores]."
 )
 @json_option
 @verbose_option
-def prepare(
-    experiment: str,
-    train: str,
-    test: str | None,
-    truth: Path | None,
-    force: bool,
-    pairs: bool,
-    workers: int | None,
-    as_json: bool,
-) -> None:
+def prepare(experiment: str, as_json: bool, **options: Any) -> None:
     """Read votes, check, fold and fit them; write data and recipes.
 
     What is fitted to the token budget goes to data/EXP, with an audit of what was read, cut and rejected. An
-    earlier export there is replaced; files of anybody else in that folder are never deleted, but must be moved first.
+    earlier export there is replaced; files in that folder that no export wrote are never deleted, but must be moved
+    first.
     """
-    from factory.status import experiment_view, next_commands
+    from factory.status import experiment_status, next_commands
+    from scoring.pipeline import prepare
 
-    exp, show = _start(experiment)
-    views = VIEWS if pairs else VIEWS[:1]
-    audit = _prepare(exp, train, test, truth, force=force, views=views, workers=workers, show=show)
+    context, show = _start(experiment)
+    audit = prepare(context.experiment, **options, show=show)
     if as_json:
         click.echo(json.dumps(audit, indent=2))
-    else:
-        click.echo(f"data: {exp.data_folder}   (what was read, cut and rejected: audit.json)")
-        for command in next_commands(experiment_view(exp)):
-            click.echo(f"next: {command}")
+        return
+    click.echo(f"data: {context.experiment.data_folder}   (what was read, cut and rejected: audit.json)")
+    for command in next_commands(experiment_status(context.experiment)):
+        click.echo(f"next: {command}")
 
 
-# The view that measured better; docs/methods.md has the figures.
-DEFAULT_VIEW = "reward"
-_VIEW_HELP = "judge: the true verdict's label over a wrong one; reward: the winning response over the losing one."
-_UNTIL = click.Choice(["train", "merge", "score"])
+def _train(experiment: str, stage: str, as_json: bool, **options: Any) -> None:
+    from scoring.pipeline import run_stage
 
-
-def stage_options(command):
-    """Add the options that all trainings share."""
-    for option in (
-        verbose_option,
-        json_option,
-        click.option("--fresh", is_flag=True, help="Train anew; the earlier run is put aside, not deleted."),
-        click.option(
-            "--resume",
-            is_flag=True,
-            help="Go on from the last checkpoint of an unfinished run; anew where none is whole.",
-        ),
-        click.option("--until", type=_UNTIL, default="score", show_default=True, help="Stop after this step."),
-        experiment_option,
-    ):
-        command = option(command)
-    return command
+    context, show = _start(experiment, stage)
+    _finish(context, run_stage(context, **options, show=show), as_json)
 
 
 @cli.command()
-@stage_options
-def sft(experiment: str, until: str, resume: bool, fresh: bool, as_json: bool) -> None:
+@training_options
+def sft(experiment: str, as_json: bool, **options: Any) -> None:
     """Fine-tune on the verdicts' labels, merge, score, report. What is finished is kept and not repeated."""
-    exp, show = _start(experiment)
-    report = _stage(exp, "sft", until=until, resume=resume, fresh=fresh, show=show)
-    _finish(exp, "sft", report, as_json)
+    _train(experiment, "sft", as_json, **options)
 
 
 @cli.command()
-@click.option("--view", type=click.Choice(VIEWS), default=DEFAULT_VIEW, show_default=True, help=_VIEW_HELP)
-@stage_options
-def dpo(view: str, experiment: str, until: str, resume: bool, fresh: bool, as_json: bool) -> None:
+@option(
+    "--view",
+    type=click.Choice(["judge", "reward"]),
+    default="reward",
+    show_default=True,
+    help="judge: the true verdict's label over a wrong one; reward: the winning response over the losing one.",
+)
+@training_options
+def dpo(view: str, experiment: str, as_json: bool, **options: Any) -> None:
     """Train on preferences, of labels or of responses.
 
     Of labels in the judge view, of responses in the reward view; then score and report.
     """
-    exp, show = _start(experiment)
-    report = _stage(exp, f"dpo_{view}", until=until, resume=resume, fresh=fresh, show=show)
-    _finish(exp, f"dpo_{view}", report, as_json)
+    _train(experiment, f"dpo_{view}", as_json, **options)
 
 
 @cli.command()
-@stage_options
-def rm(experiment: str, until: str, resume: bool, fresh: bool, as_json: bool) -> None:
+@training_options
+def rm(experiment: str, as_json: bool, **options: Any) -> None:
     """Train a reward model on winning and losing responses.
 
     Then merge it with its value head, score and report.
     """
-    exp, show = _start(experiment)
-    report = _stage(exp, "rm", until=until, resume=resume, fresh=fresh, show=show)
-    _finish(exp, "rm", report, as_json)
+    _train(experiment, "rm", as_json, **options)
 
 
 @cli.command()
@@ -273,24 +188,18 @@ def compare(experiment: str, as_json: bool) -> None:
 
     With paired intervals, and a blend of them.
     """
-    from scoring.compare import compare_stages
-
-    exp, _ = _start(experiment)
-    result = compare_stages(exp)
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
     from rich.console import Console
 
+    from scoring.compare import compare_stages
     from scoring.report.console import print_comparison
 
-    print_comparison(Console(), exp, result)
+    exp = _start(experiment)[0].experiment
+    result = compare_stages(exp)
+    click.echo(json.dumps(result, indent=2)) if as_json else print_comparison(Console(), exp, result)
 
 
 @cli.command()
-@click.option(
-    "-e", "--experiment", metavar="EXP", shell_complete=_complete_experiment, help="Only this one [all of them]."
-)
+@option("-e", "--experiment", metavar="EXP", shell_complete=complete_experiment, help="Only this one [all of them].")
 @json_option
 @verbose_option
 def status(experiment: str | None, as_json: bool) -> None:
@@ -300,133 +209,78 @@ def status(experiment: str | None, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from factory.status import experiment_names, print_survey, survey
-
-    if experiment:
-        _start(experiment)  # an unknown name is wrong use
-    views = survey([experiment] if experiment else experiment_names())
-    if as_json:
-        click.echo(json.dumps({"experiments": [asdict(view) for view in views]}, indent=2))
-        return
     from rich.console import Console
 
-    print_survey(Console(), views)
+    from common.experiment import load_experiment
+    from factory.status import experiment_names, print_status, status_of
 
-
-# Those of scoring.engines.protocol; its import would cost --help its speed, a test compares them.
-ENGINES = ("torch", "llama.cpp")
-
-
-def engine_options(command):
-    """Add the options that say what computes the scores, how often side by side, and how long."""
-    for option in (
-        click.option(
-            "--fresh",
-            is_flag=True,
-            help="Score anew, also what an interrupted call left; an earlier report is put aside.",
-        ),
-        click.option(
-            "--time-limit",
-            metavar="9h",
-            help="Score all rows once within 9h (90m, 1h30m, 3600s), then the most uncertain ones in the other order.",
-        ),
-        click.option(
-            "--ray",
-            is_flag=False,
-            flag_value="local",
-            metavar="[ADDRESS]",
-            help="Score with Ray's actors: here, or on the cluster at ray://… (make extra-ray).",
-        ),
-        click.option(
-            "--workers",
-            type=click.IntRange(1),
-            help="Processes with a model each [one a visible GPU; 1 on a CPU]. With --ray: actors.",
-        ),
-        click.option(
-            "--precision",
-            metavar="P",
-            help="auto, fp32, bf16, fp16, 8bit, 4bit, adapter (not merged); a GGUF file's own [experiment.yaml].",
-        ),
-        click.option(
-            "--engine", type=click.Choice(ENGINES), default="torch", show_default=True, help="What runs the model."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def stage_option(which: str):
-    """Return the option that chooses a trained stage; `which` says what for."""
-    text = f"{which}; dpo: its trained view."
-    return click.option("--stage", type=click.Choice(STAGES), default="sft", show_default=True, help=text)
+    if experiment:
+        load_experiment(experiment)  # an unknown name is wrong use
+    found = status_of([experiment] if experiment else experiment_names())
+    if as_json:
+        click.echo(json.dumps({"experiments": [asdict(each) for each in found]}, indent=2))
+    else:
+        print_status(Console(), found)
 
 
 @cli.command()
 @click.argument("battle_id", metavar="ID", help="The battle, as the votes name it.")
 @experiment_option
 @stage_option("The stage whose judge answered")
-@click.option("--split", type=click.Choice(["train", "valid", "test"]), help="Where an id stands twice.")
-@click.option("--swapped", is_flag=True, help="Print the prompt with A and B exchanged.")
+@option("--split", type=click.Choice(["train", "valid", "test"]), help="Where an id stands twice.")
+@option("--swapped", is_flag=True, help="Print the prompt with A and B exchanged.")
 @json_option
 @verbose_option
 def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped: bool, as_json: bool) -> None:
     """Print one battle, its probabilities and the exact prompt.
 
-    The verdict, the probabilities in both orders, and what was fed, with its cut places marked.
+    The verdict, the probabilities in both orders, and what the judge read, with its cut places marked.
     """
-    from factory.stage_context import StageContext
-    from scoring.show import print_battle, show_battle
-
-    exp, stage, _ = _start_stage(experiment, stage)
-    shown = show_battle(StageContext(exp, stage), battle_id, split)
-    if as_json:
-        click.echo(json.dumps(shown.to_json(), indent=2))
-        return
     from rich.console import Console
 
-    print_battle(Console(), shown, swapped=swapped)
+    from scoring.show import print_battle, show_battle
+
+    context, _ = _start(experiment, stage)
+    shown = show_battle(context, battle_id, split)
+    if as_json:
+        click.echo(json.dumps(shown.to_json(), indent=2))
+    else:
+        print_battle(Console(), shown, swapped=swapped)
 
 
 @cli.command()
 @experiment_option
-@click.option(
-    "--stage", "stages", multiple=True, type=click.Choice(TRAININGS), help="Only this stage (may be repeated)."
-)
-@click.option("--card", "cards", multiple=True, metavar="CARD", help="Only this card: T4, RTX-4090, H100, cpu, …")
+@option("--stage", "stages", multiple=True, type=click.Choice(TRAININGS), help="Only this stage (may be repeated).")
+@option("--card", "cards", multiple=True, metavar="CARD", help="Only this card: T4, RTX-4090, H100, cpu, …")
 @json_option
 @verbose_option
 def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], as_json: bool) -> None:
-    """Tell memory and hours of every stage on named cards.
+    """Forecast memory and hours of every stage on named cards.
 
     Of training and scoring, from the exported rows' token lengths.
     """
-    from factory.forecast import forecast as make_forecast
-    from factory.forecast import print_forecast
-
-    exp, _ = _start(experiment)
-    found = make_forecast(exp, stages, cards)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-        return
     from rich.console import Console
 
-    print_forecast(Console(), found)
+    from factory.forecast import forecast, print_forecast
+
+    found = forecast(_start(experiment)[0].experiment, stages, cards)
+    click.echo(json.dumps(found, indent=2)) if as_json else print_forecast(Console(), found)
 
 
 @cli.command()
 @experiment_option
 @stage_option("The stage whose judge answers")
-@click.option(
+@option(
     "--input",
     "source",
     metavar="FILE",
-    shell_complete=_complete_file,
-    help="Battles: a table, a folder, Kaggle's zip (its test.csv), or hf://datasets/OWNER/NAME; without it the fold "
-    "and the test set.",
+    shell_complete=complete_file,
+    help="Battles: a table, a folder, Kaggle's zip (its test.csv), or hf://datasets/OWNER/NAME; without it the "
+    "fold and the test set.",
 )
-@click.option(
+@option(
     "--output",
-    type=file_argument,
+    type=FILE,
     help="Where --input's probabilities go [outputs/EXP/STAGE/scored/NAME.csv]; only an earlier output is replaced.",
 )
 @engine_options
@@ -438,32 +292,26 @@ def score(experiment: str, stage: str, source: str | None, output: Path | None, 
     Without --input again those of the fold and the test set. What is scored is kept: after an interruption the
     same command goes on, without --fresh.
     """
-    from scoring.pipeline import ScoreOptions, score_input, score_stage
     from scoring.predictions import scored_file
     from scoring.report.console import input_lines
+    from scoring.score_input import score_input
+    from scoring.score_stage import ScoreOptions, score_stage
 
     if output is not None and source is None:
         raise click.UsageError("--output is where the probabilities of --input go: give both, or leave it out")
-    exp, stage, show = _start_stage(experiment, stage)
+    context, show = _start(experiment, stage)
     options = ScoreOptions.of(**how)
     if source is None:
-        _finish(exp, stage, score_stage(exp, stage, show=show, options=options), as_json)
+        _finish(context, score_stage(context, show=show, options=options), as_json)
         return
-    output = output or scored_file(exp, stage, source)
-    rows = score_input(exp, stage, source, output, show=show, options=options)
+    output = output or scored_file(context.experiment, context.name, source)
+    rows = score_input(context, source, output, show=show, options=options)
     made = {"rows": rows, "output": str(output)}
     click.echo(json.dumps(made) if as_json else "\n".join(input_lines(rows, output)))
 
 
-host_option = click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-port_option = click.option("--port", type=click.IntRange(1, 65535), help="[the first free one from 7860 on]")
-open_option = click.option("--no-open", is_flag=True, help="Do not open a browser.")
-
-
 @cli.command()
-@host_option
-@port_option
-@open_option
+@page_options
 @verbose_option
 def board(host: str, port: int | None, no_open: bool) -> None:
     """LLaMA-Factory's web UI with these experiments, on 127.0.0.1.
@@ -479,69 +327,54 @@ def board(host: str, port: int | None, no_open: bool) -> None:
 @cli.command()
 @experiment_option
 @stage_option("The judge to export")
-@click.option(
-    "--format", "file_format", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="Its file."
+@option(
+    "--format", type=click.Choice(["gguf"]), default="gguf", show_default=True, expose_value=False, help="Its file."
 )
-@click.option(
+@option(
     "--quantization",
-    type=click.Choice(["f16", "bf16", "q8_0", "q4_k_m"], case_sensitive=False),  # llama.cpp writes Q8_0
+    type=click.Choice(["f16", "bf16", "q8_0", "q4_k_m"], case_sensitive=False),
     default="q8_0",
     show_default=True,
     help="Bits of the weights; docs/edge.md has what each costs.",
 )
-@click.option("--output", type=file_argument, help="The file [outputs/EXP/STAGE/judge-Q.gguf, Q the quantization].")
-@click.option("--converter", type=file_argument, help="A folder of llama.cpp [ARENA_LLAMA_CPP, .venv/llama.cpp].")
+@option("--output", type=FILE, help="The file [outputs/EXP/STAGE/judge-Q.gguf, Q the quantization].")
+@option("--converter", type=FILE, help="A folder of llama.cpp [ARENA_LLAMA_CPP, .venv/llama.cpp].")
 @json_option
 @verbose_option
-def export(
-    experiment: str,
-    stage: str,
-    file_format: str,
-    quantization: str,
-    output: Path | None,
-    converter: Path | None,
-    as_json: bool,
-) -> None:
+def export(experiment: str, stage: str, quantization: str, as_json: bool, **places: Path | None) -> None:
     """Write a merged judge as one file for a small machine.
 
     And prove that it is still the same judge.
     """
-    from factory.stage_context import StageContext
     from scoring.engines.gguf import export_gguf
     from scoring.report.console import export_lines
 
-    exp, stage, show = _start_stage(experiment, stage)
-    manifest = export_gguf(StageContext(exp, stage), quantization, output=output, converter=converter, show=show)
-    click.echo(json.dumps(manifest, indent=2) if as_json else "\n".join(export_lines(exp, stage, manifest)))
+    context, show = _start(experiment, stage)
+    manifest = export_gguf(context, quantization, **places, show=show)
+    click.echo(json.dumps(manifest, indent=2) if as_json else "\n".join(export_lines(context.experiment, context.name, manifest)))
 
 
 @cli.command()
 @experiment_option
-@click.option(
-    "--stage", type=click.Choice(STAGES), help="The stage to watch [the one that runs]; dpo: the view that began."
-)
-@click.option("--terminal", is_flag=True, help="Here instead of in a browser, until the run ends.")
-@click.option("--once", is_flag=True, help="Print how far the run is, and end.")
-@click.option("--tensorboard", is_flag=True, help="TensorBoard over all runs on this base model.")
-@click.option(
-    "--score", type=click.IntRange(0), default=0, metavar="ROWS", help="Ask every checkpoint about ROWS battles, too."
-)
-@host_option
-@port_option
-@open_option
+@option("--stage", type=click.Choice(STAGES), help="The stage to watch [the one that runs]; dpo: the view that began.")
+@option("--terminal", is_flag=True, help="Here instead of in a browser, until the run ends.")
+@option("--once", is_flag=True, help="Print how far the run is, and end.")
+@option("--tensorboard", is_flag=True, help="TensorBoard over all runs on this base model.")
+@option("--score", type=click.IntRange(0), default=0, metavar="ROWS", help="Ask every checkpoint about ROWS battles.")
+@page_options
 @json_option
 @verbose_option
 def watch(
     experiment: str,
     stage: str | None,
-    terminal: bool,
-    once: bool,
-    tensorboard: bool,
-    score: int,
     host: str,
     port: int | None,
     no_open: bool,
     as_json: bool,
+    terminal: bool,
+    once: bool,
+    tensorboard: bool,
+    score: int,
 ) -> None:
     """Watch a run: progress, losses, log loss beside the baselines.
 
@@ -551,23 +384,21 @@ def watch(
     from scoring.run_status import in_words
     from scoring.watch import Watcher, follow, serve_watch_page, stage_to_watch
 
-    exp, stage, show = _start_stage(experiment, stage)
+    context, show = _start(experiment, stage)
+    exp, stage, page = context.experiment, stage and context.name, {"open_browser": not no_open, "show": show}
     if tensorboard:
         if once or terminal or as_json or score:
             raise click.UsageError("--tensorboard has its own page: leave out --terminal, --once, --score and --json")
-        serve_tensorboard(exp, host, port, open_browser=not no_open, show=show)
+        serve_tensorboard(exp, host, port, **page)
         return
     stage = stage_to_watch(exp, stage, score)
     if not (once or terminal or as_json):
-        serve_watch_page(exp, stage, score, host, port, open_browser=not no_open, show=show)
+        serve_watch_page(exp, stage, score, host, port, **page)
         return
     watcher = Watcher(exp, stage, score)
-    status = watcher.finish().status() if once or as_json else follow(watcher.start(), show)
-    if not as_json:
-        click.echo("\n".join(in_words(status)))
-        return
-    click.echo(json.dumps(status.to_json(), indent=2))
-    for fault in status.faults:
+    seen = watcher.finish().status() if once or as_json else follow(watcher.start(), show)
+    click.echo(json.dumps(seen.to_json(), indent=2) if as_json else "\n".join(in_words(seen)))
+    for fault in seen.faults if as_json else ():
         show.note(fault)
 
 
@@ -579,15 +410,13 @@ def completion(shell: str) -> None:
 
     It puts run.py on the PATH: source <(python run.py completion bash), then run.py sft -e and the Tab key.
     """
-    from click.shell_completion import get_completion_class
-
     folder = shlex.quote(str(Path(__file__).resolve().parent))
     click.echo(f"set -gx PATH {folder} $PATH" if shell == "fish" else f'export PATH={folder}:"$PATH"')
     click.echo(get_completion_class(shell)(cli, {}, "run.py", "_RUN_PY_COMPLETE").source())
 
 
 @cli.command()
-@click.argument("output", type=file_argument, help="A scored stage's folder, outputs/EXP/STAGE.")
+@click.argument("output", type=FILE, help="A scored stage's folder, outputs/EXP/STAGE.")
 @json_option
 @verbose_option
 def verify(output: Path, as_json: bool) -> None:
@@ -599,142 +428,42 @@ def verify(output: Path, as_json: bool) -> None:
     from scoring.report.console import print_verification
 
     result = verify(output)
-    if as_json:
-        click.echo(json.dumps(result.to_json(), indent=2))
-    else:
-        print_verification(result)
+    click.echo(json.dumps(result.to_json(), indent=2)) if as_json else print_verification(result)
     click.get_current_context().exit(0 if result.sound else 1)
 
 
-def _start(name: str):
-    """Load the experiment and open the place where progress is shown."""
+def _start(name: str, stage: str | None = None) -> tuple[Any, Any]:
+    """Load the experiment, with the stage that the user's word for it means, and open the place for progress."""
     from common.experiment import load_experiment
     from common.progress import Show
-
-    verbose = (click.get_current_context().find_root().obj or {}).get("verbose", False)
-    exp, show = load_experiment(name), Show(verbose=verbose)
-    for text in exp.warnings:
-        show.note(text)
-    return exp, show
-
-
-def _start_stage(name: str, stage: str | None):
-    """As `_start`, with the stage that the user's word for it means."""
+    from factory.stage_context import StageContext
     from factory.status import stage_named
 
-    exp, show = _start(name)
-    return exp, stage and stage_named(exp, stage), show
-
-
-def _prepare(
-    exp,
-    train: Path | str,
-    test: Path | str | None,
-    truth: Path | None,
-    *,
-    force: bool,
-    views=VIEWS[:1],
-    workers=None,
-    show,
-) -> dict[str, Any]:
-    from common.stages import STEPS
-    from data_prep.audit import warnings_of
-    from data_prep.export import export
-    from data_prep.export_reader import earlier_manifest, read_manifest
-    from data_prep.overwrite_check import check_overwrite
-    from data_prep.readers import VoteReader
-    from data_prep.sources import votes_at
-    from factory.demo import ensure_embedded_base
-    from factory.recipes import check_first_values, write_recipe
-    from factory.state import replaced
-    from factory.status import refuse_while_at_work
-
-    check_first_values(exp)
-    refuse_while_at_work(exp)
-    check_overwrite(exp.data_folder, (train, test, truth))
-    train = votes_at(train, labelled=True)
-    test = votes_at(test, labelled=False) if test else None
-    for table, labelled in ((train, True), (test, False)):
-        if table is not None:
-            VoteReader(table, labelled=labelled)  # a file that is none is told before a base is built
-    ensure_embedded_base(exp, show)
-    before = earlier_manifest(exp.data_folder)
-    with show.line(f"prepare {exp.name}") as line:
-        audit = export(exp, train, test, truth, progress=line.update, views=views, workers=workers)
-    change = replaced(before, read_manifest(exp.data_folder))
-    for text in (_audit_line(exp, audit), *warnings_of(audit), *([f"{exp.data_folder}: {change}"] if change else [])):
+    experiment, show = load_experiment(name), Show(verbose=is_verbose(click.get_current_context()))
+    for text in experiment.warnings:
         show.note(text)
-    for outcome in (write_recipe(exp, step, force=force) for step in STEPS):
-        if outcome.state == "hand-edited" and outcome.diff:
-            show.note(f"{outcome.path}: edited by hand, kept; --force would replace it by:\n{outcome.diff}")
-        elif outcome.state != "unchanged":
-            show.note(f"{outcome.path}: {outcome.state}")
-    return audit
+    return StageContext(experiment, stage_named(experiment, stage or "sft")), show
 
 
-def _audit_line(exp, audit: dict[str, Any]) -> str:
-    read, rows = audit["sources"]["train"], audit["exported"]
-    cut = audit["truncation"]["train"]["rows_cut_share"]
-    rejected = f", {read['rows_rejected']} rejected (data/{exp.name}/audit.json)" if read["rows_rejected"] else ""
-    lost = audit["sources"].get("test", {}).get("rows_rejected")
-    unanswered = f" ({lost} rejected: the submission will lack them, see data/{exp.name}/audit.json)" if lost else ""
-    return (
-        f"prepare {exp.name}: {read['rows_kept']:,} battles kept{rejected}; "
-        f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation, {rows['test']:,} to submit"
-        f"{unanswered}; {cut:.1%} shortened to {exp.cutoff_len} tokens"
-    )
-
-
-def _stage(exp, stage: str, *, until: str, resume: bool, fresh: bool, show) -> dict[str, Any] | None:
-    """Train, merge and score one stage as far as asked; return its report, None before scoring."""
-    from common.experiment import read_yaml
-    from common.stages import STEPS
-    from data_prep.export import ensure_views
-    from factory.recipe_checks import check_device, check_recipes
-    from factory.stage_context import StageContext
-    from factory.state import require_own_settings
-    from factory.train import merge, train
-    from scoring.checks.merge_check import check_merge
-    from scoring.judge import write_judge_manifest
-    from scoring.pipeline import score_stage
-
-    if STEPS[stage].data == "dpo_reward":
-        check_recipes(exp, [stage])  # before the time that the pairs take
-        require_own_settings(exp, stage)
-        check_device(exp.recipe(stage), read_yaml(exp.recipe(stage)))
-        with show.line(f"prepare {exp.name}") as line:
-            ensure_views(exp, ("reward",), line.update)
-    adapter = train(exp, stage, resume=resume, fresh=fresh, show=show)
-    if adapter is None or until == "train":  # None: a node that only trains along
-        return None
-    if stage != "dpo_reward" or until == "merge":  # an implicit reward needs the adapter on and off, not a merge
-        merge(exp, stage, complete=lambda folder: write_judge_manifest(folder, StageContext(exp, stage)), show=show)
-        check_merge(StageContext(exp, stage), show=show)
-    return None if until == "merge" else score_stage(exp, stage, show=show)
-
-
-def _finish(exp, stage: str, report: dict[str, Any] | None, as_json: bool) -> None:
+def _finish(context: Any, report: dict[str, Any] | None, as_json: bool) -> None:
     """Print what was reached: for people a table, for programs the report."""
-    if report is None:
-        from common.stages import STEPS
+    from rich.console import Console
 
-        made = {"adapter": exp.adapter_folder(stage)}
-        if exp.merged_folder(stage).is_dir():
-            made["merged"] = exp.merged_folder(stage)
+    from scoring.report.console import print_summary
+
+    if report is not None:
         if as_json:
-            click.echo(json.dumps({name: str(folder) for name, folder in made.items()}))
-            return
-        for name, folder in made.items():
-            click.echo(f"{name + ':':8} {folder}")
-        click.echo(f"next:    python run.py {STEPS[stage].command} -e {exp.name}   (goes on from here to the report)")
-    elif as_json:
-        click.echo(json.dumps(report, indent=2))
-    else:
-        from rich.console import Console
-
-        from scoring.report.console import print_summary
-
-        print_summary(Console(), exp, stage, report)
+            click.echo(json.dumps(report, indent=2))
+        else:
+            print_summary(Console(), context.experiment, context.name, report)
+        return
+    made = {"adapter": context.adapter, **({"merged": context.merged} if context.merged.is_dir() else {})}
+    if as_json:
+        click.echo(json.dumps({name: str(folder) for name, folder in made.items()}))
+        return
+    for name, folder in made.items():
+        click.echo(f"{name + ':':8} {folder}")
+    click.echo(f"next:    {context.command}   (goes on from here to the report)")
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ from data_prep.schemas import (
     parse_winner,
 )
 from data_prep.truncation import Fitter
+from factory.fingerprint import data_sets, training_rows
 from factory.recipe_checks import check_recipe
 from factory.recipes import render_recipe
-from factory.state import StageState, inputs_of, training_rows
+from factory.state import StageState
 from factory.trainer_log import loss_curve
 from scoring.judge import load_judge
 from scoring.predictions import check_submission
@@ -257,7 +258,7 @@ def read_a_manifest(data: bytes) -> None:
 def read_dataset_info(data: bytes) -> None:
     Path("dataset_info.json").write_bytes(data)
     recipe = {"dataset": "exam_sft_train", "eval_dataset": "exam_sft_valid", "dataset_dir": "."}
-    inputs_of(Path("sft.yaml"), recipe)
+    data_sets(recipe, {})
     training_rows(recipe)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+DEFAULT_EXPERIMENT = "qwen3-4b"  # of every command without -e
 # What a preference training starts from: the base model, or the merged SFT judge.
 Start = Literal["base", "sft"]
 

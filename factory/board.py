@@ -24,11 +24,11 @@ from common.experiment import Experiment, load_experiment
 from common.files import atomic_file
 from common.progress import Show
 from common.stages import TRAININGS
+from factory.fingerprint import names
 from factory.recipe_checks import check_recipe
 from factory.recipes import render_recipe
 from factory.serve_page import free_port, serve_page
 from factory.stage_context import StageContext
-from factory.state import names
 from factory.status import experiment_names
 
 CONFIGS, CACHE = Path("llamaboard_config"), Path("llamaboard_cache")

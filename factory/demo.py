@@ -10,7 +10,7 @@ from common.files import atomic_folder, read_json, write_json
 from data_prep.export_reader import earlier_manifest
 from data_prep.overwrite_check import check_overwrite
 from data_prep.synthetic import ArenaFiles, write_arena
-from factory.state import outdated_files
+from factory.stage_context import StageContext
 from factory.status import running_stages
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def trained_on_another(experiment: Experiment) -> bool:
 
     What it began with says so, not what this call drew: an earlier call may have been interrupted after that.
     """
-    return bool(outdated_files(experiment, "sft", ("train",)))
+    return bool(StageContext(experiment, "sft").outdated_files(("train",)))
 
 
 def ensure_embedded_base(experiment: Experiment, show: Show) -> None:

@@ -6,9 +6,9 @@ came where it was measured.
 
 from __future__ import annotations
 
+from factory.fingerprint import names
 from factory.gpu import GIB
 from factory.model_size import ModelSize
-from factory.state import names
 from factory.train_config import TrainConfig
 
 # Bytes of a 4-bit weight: half a byte, one fp32 scale for 64 weights, or with double quantisation one byte for 64

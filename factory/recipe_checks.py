@@ -23,9 +23,9 @@ from common.llamafactory_schema import arguments, key_fault, reporters, template
 from common.stages import Step
 from data_prep.hub import cached_file
 from factory.devices import Devices, devices
+from factory.fingerprint import names
 from factory.recipe_rules import MERGING, PACKAGES, RANGES, TRAINING, Rule
 from factory.recipes import is_as_rendered, shared_values, step_of
-from factory.state import names
 
 Recipe = Mapping[str, Any]
 Fault = tuple[str, str]  # key, what is wrong and the remedy

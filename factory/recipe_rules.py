@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from factory.state import names
+from factory.fingerprint import names
 
 REMOVE = "remove it"
 

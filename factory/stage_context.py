@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from common.errors import ArenaError
 from common.experiment import Experiment, read_yaml
+from common.files import sha256_of
 from common.stages import STEPS, Step, merge_of
-from data_prep.export_reader import read_manifest
-from factory.state import StageState
+from data_prep.export_reader import MANIFEST, read_manifest
+from factory.fingerprint import data_sets, differences, exported_files
+from factory.state import Record, StageState, Standing, listed
+
+# The keys of experiment.yaml that the exported rows depend on; dpo_rejected shapes the rows of one stage only.
+_SHAPING = (
+    *("template", "enable_thinking", "cutoff_len", "labels", "budget_shares", "valid_share", "swap_copies", "seed"),
+)
+_SHAPING_ONE = {"dpo_judge": ["dpo_rejected"]}
 
 
 class StageContext:
@@ -18,10 +29,22 @@ class StageContext:
     def __init__(self, experiment: Experiment, name: str):
         self.experiment, self.name = experiment, name
 
+    def other(self, name: str) -> StageContext:
+        """Return another stage of the same experiment, on the same exported data."""
+        other = StageContext(self.experiment, name)
+        if "manifest" in vars(self):
+            other.manifest = self.manifest
+        return other
+
     @property
     def step(self) -> Step:
         """The training step: LLaMA-Factory's stage, its data set, the command that runs it."""
         return STEPS[self.name]
+
+    @property
+    def command(self) -> str:
+        """The command that runs this stage: python run.py sft -e demo"""
+        return f"python run.py {self.step.command} -e {self.experiment.name}"
 
     @property
     def recipe_path(self) -> Path:
@@ -49,6 +72,12 @@ class StageContext:
         return read_manifest(self.experiment.data_folder)
 
     @cached_property
+    def exported(self) -> dict[str, str]:
+        """The exported files' sums by path; empty where nothing was exported (data sets of one's own)."""
+        folder = self.experiment.data_folder
+        return exported_files(self.manifest, folder) if (folder / MANIFEST).is_file() else {}
+
+    @cached_property
     def state(self) -> StageState:
         """What of this stage began and what is finished."""
         return StageState(self.folder)
@@ -67,3 +96,124 @@ class StageContext:
     def merged(self) -> Path:
         """outputs/<experiment>/<stage>/merged"""
         return self.experiment.merged_folder(self.name)
+
+    @property
+    def trained_recipe(self) -> dict[str, Any]:
+        """The recipe that the adapter was trained with; today's where `run.py` did not train it."""
+        record = self.state.record("train")
+        recorded = record.inputs.get(str(self.recipe_path)) if record else None
+        if not isinstance(recorded, dict):
+            return self.recipe
+        return {**recorded, "output_dir": self.recipe["output_dir"]}  # the adapter may have been moved since
+
+    @property
+    def training_inputs(self) -> dict[str, Any]:
+        """What a training depends on, but for the weights of local models and the files of an engine."""
+        return {str(self.recipe_path): self.recipe, "data": data_sets(self.recipe, self.exported)}
+
+    @property
+    def scoring_inputs(self) -> dict[str, Any]:
+        """What a report depends on, but for the model: the exported rows, and what is made of the scores."""
+        experiment, folder = self.experiment, self.experiment.data_folder
+        pairs = ["pairs.parquet"] if self.step.data == "dpo_reward" else []
+        paths = [(folder / name).as_posix() for name in ("rows.parquet", "battles.parquet", "truth.csv", *pairs)]
+        return {
+            "data": {path: self.exported[path] for path in paths if path in self.exported},
+            "swap_tta": experiment.swap_tta,
+            "seed": experiment.seed,
+            "target_prior": experiment.target_prior and experiment.target_prior.model_dump(),
+        }
+
+    def standing(self, part: str) -> Standing:
+        """Return how a part stands by what can be compared at once; the weights of local models are not read."""
+        inputs = {"train": self._cheap_training, "merge": self._cheap_merge, "score": lambda: self.scoring_inputs}
+        return self.state.standing(part, inputs[part](), partial=True)
+
+    def changed_settings(self) -> list[str]:
+        """Return one line for each setting that the exported rows depend on and that changed since `prepare`."""
+        made, today = self.manifest["experiment"], self.experiment.model_dump(mode="json")
+        keys = [key for key in (*_SHAPING, *_SHAPING_ONE.get(self.name, ())) if key in made]
+        before, now = ({key: each[key] for key in keys} for each in (made, today))
+        template = Path(self.experiment.prompt_template)
+        if template.is_file():  # judges read the export's own copy, so that a project may be moved without it
+            before["prompt_template"] = f"sha256:{self.manifest['files'].get('judge_prompt.j2')}"
+            now["prompt_template"] = f"sha256:{sha256_of(template)}"
+        return differences(before, now)
+
+    def require_current_settings(self) -> None:
+        """Raise ArenaError where experiment.yaml or the judge prompt ask for other rows than were exported."""
+        if changes := self.changed_settings():
+            raise ArenaError(
+                listed("was exported with other settings; since then changed:", changes),
+                where=str(self.experiment.data_folder),
+                remedy=f"undo the change (in {self.experiment.folder / 'experiment.yaml'}); or export again, then "
+                f"train with --fresh: {prepare_again(self.manifest, self.experiment.name)}",
+            )
+
+    def require_current_training(self) -> None:
+        """Raise ArenaError where the adapter, or the judge that it starts from, learned from other exported rows: it
+        may have seen today's validation rows."""
+        if self.name != "sft" and self.experiment.start_model(self.name) != self.experiment.model:
+            self.other("sft").require_current_training()
+        record = self.state.record("train")
+        if record and (changed := self._other_files(record)):
+            raise ArenaError(
+                f"{self.name} was trained on another export than {self.experiment.data_folder} holds now "
+                f"({some(changed)} changed since): it may have been trained on today's validation rows",
+                where=str(self.folder),
+                remedy=f"prepare the earlier votes again; or train on the new ones: {self.command} --fresh",
+            )
+
+    def require_scored(self, model: Mapping[str, Any] | None = None) -> None:
+        """Raise ArenaError where the report is of an earlier judge; `model` is what the scores depend on now."""
+        if why := self.earlier_scores():
+            what = f"{why}: its calibration and figures are of an earlier judge"
+            raise ArenaError(what, where=str(self.folder), remedy=f"make a new report: {self.command}")
+        record = self.state.record("score")
+        if record and model is not None and (changes := differences(record.inputs.get("model", {}), model)):
+            again = f"python run.py score -e {self.experiment.name} --stage {self.name} --fresh"
+            raise ArenaError(
+                listed("the judge is not the one that was scored; since then changed:", changes),
+                where=str(self.folder),
+                remedy=f"undo the change, or score again: {again}",
+            )
+
+    def earlier_scores(self) -> str | None:
+        """Return why the report is not of the judge as it is now, None where it is, or where no state.json is."""
+        records = {part: record for part in ("train", "merge", "score") if (record := self.state.record(part))}
+        if not self.state.path.is_file() or ("score" in records and records["score"].finished_at):
+            return None
+        begun = f"{list(records)[-1]} began" if records else "nothing is finished"
+        return f"{self.name} was started again after its report was written, and was not scored since ({begun})"
+
+    def outdated_files(self, parts: tuple[str, ...] = ("train", "merge", "score")) -> list[str]:
+        """Return the exported files that changed since these parts were made from them."""
+        records = [record for part in parts if (record := self.state.record(part))]
+        return list(dict.fromkeys(name for record in records for name in self._other_files(record)))
+
+    def _other_files(self, record: Record) -> list[str]:
+        folder, known = self.experiment.data_folder, exported_files(self.manifest, self.experiment.data_folder)
+        files = {
+            Path(path): content for path, content in record.inputs.get("data", {}).items() if isinstance(content, str)
+        }
+        own = [path for path in files if path.is_relative_to(folder) and known.get(path.as_posix()) != files[path]]
+        return [path.relative_to(folder).as_posix() for path in own]
+
+    def _cheap_training(self) -> dict[str, Any]:
+        engine = self.experiment.distributed
+        return {**self.training_inputs, **({} if engine == "auto" else {"distributed": engine})}
+
+    def _cheap_merge(self) -> dict[str, Any]:
+        return {str(self.merge_recipe_path): self.merge_recipe}
+
+
+def prepare_again(manifest: Mapping[str, Any], name: str) -> str:
+    """Return the command that exports the same votes again."""
+    sources = manifest["sources"]
+    votes = " ".join(f"--{key} {shlex.quote(sources[key]['file'])}" for key in ("train", "test") if key in sources)
+    return f"python run.py prepare -e {name} {votes}"
+
+
+def some(items: list[str], most: int = 3) -> str:
+    """Return the first items as a list in one line, the others counted."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

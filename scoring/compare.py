@@ -19,12 +19,12 @@ from common.files import read_json, write_json
 from common.stages import STEPS, TRAININGS
 from data_prep.export_reader import truth_of
 from data_prep.ground_truth import probabilities_of
-from factory.state import outdated_files, require_scored
+from factory.stage_context import StageContext
 from scoring import metrics
 from scoring.baselines import baseline_probabilities
 from scoring.calibration import grouped_parts, too_few_to_fit
 from scoring.links import fit_conditional_logit, softmax
-from scoring.pipeline import texts
+from scoring.score_stage import texts
 from scoring.predictions import REPORT
 from scoring.report.page import write_compare_page
 
@@ -172,7 +172,8 @@ def _require_same_rows(frames: Mapping[str, pd.DataFrame]) -> None:
 
 def _scored_frame(experiment: Experiment, stage: str, ids: list[str]) -> pd.DataFrame:
     """Return a stage's verdicts, groups and final probabilities; raises ArenaError where they are not of `ids`."""
-    require_scored(experiment, stage)
+    context = StageContext(experiment, stage)
+    context.require_scored()
     folder = experiment.output_folder(stage)
     again = f"move {folder / REPORT} away and score again: run.py score -e {experiment.name} --stage {stage}"
     try:
@@ -186,7 +187,7 @@ def _scored_frame(experiment: Experiment, stage: str, ids: list[str]) -> pd.Data
     if not same:
         what = "scores_valid.parquet and probabilities_valid.csv hold different rows"
         raise ArenaError(what, where=str(folder), remedy=again)
-    if outdated_files(experiment, stage) or scores["id"].tolist() != ids:
+    if context.outdated_files() or scores["id"].tolist() != ids:
         raise ArenaError(
             f"{stage} was trained or scored on another export than {experiment.data_folder} holds now",
             where=str(folder),

@@ -23,7 +23,7 @@ from data_prep.export_reader import readable
 from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import Fitted, Fitter
-from factory.status import FAILED, INTERRUPTED, experiment_view, is_at_work, stage_view
+from factory.status import FAILED, INTERRUPTED, experiment_status, is_at_work, stage_status
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -195,7 +195,7 @@ def require_judge(context: StageContext) -> None:
     if (context.merged / MANIFEST).is_file():
         return
     experiment, stage = context.experiment, context.name
-    view, name = stage_view(experiment, stage), shlex.quote(experiment.name)
+    view, name = stage_status(context), shlex.quote(experiment.name)
     call = f"python run.py {context.step.command} -e {name}"
     if is_at_work(context.folder):
         what = f"is not a judge yet: {stage} is at work ({f'{view.state} {view.detail}'.rstrip()})"
@@ -206,7 +206,7 @@ def require_judge(context: StageContext) -> None:
     else:
         left = f"{view.state} ({view.detail})" if view.state in (INTERRUPTED, FAILED) else view.state
         what = f"is not a judge yet: {stage} is {'not trained' if view.state == 'new' else left}"
-        whole = experiment_view(experiment)
+        whole = experiment_status(experiment)
         remedy = f"{whole.next}; then {call}" if whole.next else f"train, merge and score: {view.next}"
     raise ArenaError(what, where=str(context.merged), remedy=remedy)
 

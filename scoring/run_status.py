@@ -21,9 +21,9 @@ from common.console import duration
 from common.errors import ArenaError
 from common.files import read_json
 from data_prep.chat_template import ChatFrame
+from factory.fingerprint import names
 from factory.stage_context import StageContext
-from factory.state import names
-from factory.status import StageView, experiment_view, next_commands, stage_view
+from factory.status import StageStatus, experiment_status, next_commands, stage_status
 from factory.trainer_log import LogPoint, TrainerLog, describe, loss_curve, resumed_at, seconds_left
 from scoring.report.formatting import BASELINE_NAMES
 
@@ -78,14 +78,14 @@ class RunStatus:
 
 def run_status(context: StageContext) -> RunStatus:
     """Return what a run's files say now; nothing is loaded and nothing locked."""
-    view = stage_view(context.experiment, context.name)
+    view = stage_status(context)
     recipe = context.recipe if context.recipe_path.is_file() else {}
     path = context.adapter / "trainer_log.jsonl"
     points, curve = TrainerLog(path).read_new(), loss_curve(path)
     tokens, why = answer_tokens(context)
     point, start = points[-1] if points else None, resumed_at(points)
     # What follows a scored stage depends on the whole experiment.
-    following = next_commands(experiment_view(context.experiment))[:1] if view.state == "scored" else [view.next]
+    following = next_commands(experiment_status(context.experiment))[:1] if view.state == "scored" else [view.next]
     reached = _reached(context, view)
     return RunStatus(
         experiment=context.experiment.name,
@@ -110,7 +110,7 @@ def run_status(context: StageContext) -> RunStatus:
     )
 
 
-def _reached(context: StageContext, view: StageView) -> dict[str, Any] | None:
+def _reached(context: StageContext, view: StageStatus) -> dict[str, Any] | None:
     """Return what the report of a scored stage says, None where the stage is not scored."""
     if view.log_loss is None or view.prior is None:
         return None

@@ -22,7 +22,7 @@ import numpy as np
 from common.errors import ArenaError
 from common.files import atomic_file, sha256_of, write_json
 from data_prep.export_reader import readable
-from factory.state import differences
+from factory.fingerprint import differences
 
 if TYPE_CHECKING:
     import pandas as pd

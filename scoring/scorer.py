@@ -29,8 +29,8 @@ from data_prep.export_reader import readable, require_pairs
 from data_prep.preference_pairs import Pair, PairFitter, flatten, pair_sequences
 from data_prep.readers import VoteReader
 from data_prep.truncation import in_chunks
+from factory.fingerprint import model_files
 from factory.stage_context import StageContext
-from factory.state import model_files, trained_recipe
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
 from scoring.engines.protocol import Engine, open_engine, require_engine
 from scoring.judge import MANIFEST, load_judge, require_golden_answers, require_judge
@@ -245,7 +245,7 @@ class ImplicitRewardScorer(RewardScorer):
         """Read how the adapter was trained."""
         super().__init__(context, precision)
         # Today's recipe says where the models are; the one that trained the adapter says how.
-        self._recipe = trained_recipe(context.experiment, context.name, _TRAINED)
+        self._recipe = context.trained_recipe
         self._adapter = TrainedAdapter.of(self._recipe, context.experiment)
         # orpo and simpo train mean log-probabilities, without a reference
         self._reference = self._recipe.get("pref_loss", "sigmoid") == "sigmoid"

@@ -25,7 +25,6 @@ from data_prep.export_reader import readable, require_pairs
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import MARKER
 from factory.stage_context import StageContext
-from factory.state import earlier_scores, outdated_files
 from scoring.links import softmax
 from scoring.metrics import EPS
 
@@ -82,8 +81,8 @@ def show_battle(context: StageContext, battle_id: str, split: str | None = None)
     manifest = context.manifest
     place, row = _row(context.experiment, battle_id, split)
     read = _pair_read if context.step.data == "dpo_reward" else _judge_read
-    stale = earlier_scores(context.experiment, context.name)
-    if changed := outdated_files(context.experiment, context.name):
+    stale = context.earlier_scores()
+    if changed := context.outdated_files():
         stale = f"this stage was trained or scored on another export ({changed[0]} changed since)"
     probabilities, rewards = ({}, {}) if stale else _scores(context.folder, row["split"], battle_id)
     return ShownBattle(

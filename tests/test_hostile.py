@@ -39,7 +39,7 @@ from data_prep.template_choice import choose_template
 from data_prep.truncation import Fitter
 from factory.process import run_child
 from factory.recipe_checks import weight_faults
-from factory.state import dataset_files
+from factory.fingerprint import dataset_files
 from tests.bad_inputs.place import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -380,7 +380,7 @@ def test_a_base_of_pickles_stops_a_training_before_it_starts(place):
 def test_scoring_asks_for_safetensors_and_runs_no_code_of_the_folder(monkeypatch, tmp_path):
     import transformers
 
-    from factory.merge import _dequantised
+    from factory.merge import dequantise
     from scoring.model_loading import TrainedAdapter, load_model
 
     asked = []
@@ -396,7 +396,7 @@ def test_scoring_asks_for_safetensors_and_runs_no_code_of_the_folder(monkeypatch
         TrainedAdapter(tmp_path, "x").load_base("cpu")
     assert [(each.get("use_safetensors"), each.get("trust_remote_code")) for each in asked] == [(True, False)] * 2
     with pytest.raises(ArenaError):
-        _dequantised("x", "main", {"bits": 8}, "cpu")
+        dequantise("x", "main", {"bits": 8}, "cpu")
     assert asked[2].get("use_safetensors") is True and not asked[2].get("trust_remote_code")
 
 
@@ -446,7 +446,7 @@ def test_an_experiments_name_is_no_path(name, tmp_path):
 def test_a_data_sets_file_lies_in_its_folder(tmp_path, file):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"one": {"file_name": file}}))
     with pytest.raises(ArenaError, match=r"leads out|names a file"):
-        dataset_files({"dataset": "one", "dataset_dir": str(tmp_path)}, "dataset")
+        dataset_files({"dataset": "one", "dataset_dir": str(tmp_path)})
 
 
 def test_an_archives_paths_mean_nothing(place):

@@ -20,7 +20,7 @@ from data_prep.synthetic import write_arena
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(run.cli.commands)
-HEAVY = ("torch", "transformers", "llamafactory", "pandas", "pydantic", "sklearn", "numpy", "rich")
+HEAVY = ("torch", "transformers", "llamafactory", "pandas", "pydantic", "sklearn", "numpy")
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

@@ -27,7 +27,7 @@ from common.progress import Line, Show
 from data_prep.export_reader import read_battles, read_pairs
 from data_prep.preference_pairs import pair_sequences
 from factory.stage_context import StageContext
-from factory.state import model_files
+from factory.fingerprint import model_files
 from scoring.engines.torch_engine import score_labels
 from scoring.judge import GOLDEN_ANSWERS, Judge, load_judge, write_golden_answers
 from scoring.links import softmax

@@ -23,8 +23,8 @@ from common.files import read_json
 from data_prep.export_reader import read_audit, readable
 from data_prep.folds import prompt_group
 from data_prep.truncation import MARKER
+from factory.fingerprint import training_rows
 from factory.stage_context import StageContext
-from factory.state import training_rows
 from factory.train import trained_rows
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
 from scoring.judge import golden_tolerance

@@ -51,7 +51,7 @@ def print_summary(console: Console, experiment: Experiment, stage: str, report: 
 
 def next_commands(experiment: Experiment, stage: str, report: dict[str, Any]) -> list[str]:
     """Return what to look at or to run after a report: the worst row, then what `status` says."""
-    commands = status.next_commands(status.experiment_view(experiment))
+    commands = status.next_commands(status.experiment_status(experiment))
     if report.get("worst"):
         worst, name = shlex.quote(report["worst"][0]["id"]), shlex.quote(experiment.name)
         commands.insert(0, f"python run.py show {worst} -e {name} --stage {stage}   (its worst row)")

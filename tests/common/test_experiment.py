@@ -6,7 +6,7 @@ from click.testing import CliRunner
 import run
 from common.errors import ArenaError
 from common.experiment import Experiment, load_experiment, parse_experiment, read_yaml
-from factory import DEFAULT_EXPERIMENT
+from common.stages import DEFAULT_EXPERIMENT
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = {"model": "org/base-4b", "template": "qwen3_nothink", "cutoff_len": 1024}

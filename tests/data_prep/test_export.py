@@ -18,7 +18,7 @@ from data_prep.export import ensure_views, export
 from data_prep.export_reader import read_battles, read_manifest, read_rows, require_intact
 from data_prep.prompt import JudgePrompt
 from data_prep.synthetic import write_arena
-from factory.state import training_rows
+from factory.fingerprint import training_rows
 from scoring.judge import load_judge, write_judge
 
 BOTH = ("judge", "reward")

@@ -9,9 +9,10 @@ import yaml
 from common.errors import UsageError
 from common.experiment import load_experiment, read_yaml
 from factory.board import LATE_SLIDERS, BoardModel, board_config, board_models, lay_out, log_lines
+from factory.fingerprint import model_files
 from factory.recipes import write_recipe
 from factory.stage_context import StageContext
-from factory.state import StageState, model_files
+from factory.state import StageState
 
 
 @pytest.fixture

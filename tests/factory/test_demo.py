@@ -10,12 +10,13 @@ from click.testing import CliRunner
 
 import run
 from common.errors import ArenaError
-from common.experiment import load_experiment, read_yaml
+from common.experiment import load_experiment
 from common.files import only_run, write_json
 from common.progress import Show
 from factory import demo as demo_module
 from factory.demo import ARENA, demo_arena, ensure_embedded_base, refuse_other_votes
-from factory.state import StageState, inputs_of
+from factory.stage_context import StageContext
+from factory.state import StageState
 
 
 def test_an_export_of_other_votes_is_not_replaced_by_the_arena(place):
@@ -95,7 +96,11 @@ def test_nothing_is_replaced_while_a_run_is_at_work_on_it(place, monkeypatch, ot
     before = place.snapshot()
     with only_run(load_experiment(other or "demo").output_folder("sft")):
         refused = CliRunner().invoke(run.cli, ["demo", "--seed", "2", "--fresh"])
-    assert refused.exit_code == 1 and "is at work" in refused.output and "remedy: wait for it" in refused.output
+    assert (
+        refused.exit_code == 1
+        and ("is running" in refused.output or "is at work" in refused.output)
+        and "remedy: wait for it" in refused.output
+    )
     assert place.snapshot() == before
 
 
@@ -123,13 +128,12 @@ def test_an_interrupted_demo_of_another_seed_goes_on(place, monkeypatch):
     Path("data/exam").rename("exam")
     asked = []
 
-    def trains(experiment, stage, *, fresh, **_):
+    def trains(context, *, fresh, **_):
         asked.append(fresh)
-        state, recipe = StageState(experiment.output_folder(stage)), experiment.recipe(stage)
-        state.begin("train", inputs_of(recipe, read_yaml(recipe)))
+        StageState(context.folder).begin("train", StageContext(context.experiment, "sft").training_inputs)
 
     def demo(seed, stage=trains):
-        monkeypatch.setattr(run, "_stage", stage)
+        monkeypatch.setattr("scoring.pipeline.run_stage", stage)
         return CliRunner().invoke(run.cli, ["demo", "--seed", seed]).exit_code
 
     monkeypatch.setattr(run, "_finish", lambda *_: None)

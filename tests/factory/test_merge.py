@@ -9,10 +9,10 @@ import pytest
 from common.errors import ArenaError
 from common.experiment import parse_experiment
 from common.progress import Show
-from factory import merge as dequantised
 from factory.base_model import BaseModelSize, build_base_model
-from factory.merge import MANIFEST, dequantised_base
+from factory.merge import MANIFEST, DequantisedBase
 from factory.recipes import write_recipe
+from factory.stage_context import StageContext
 
 SIZE = BaseModelSize(vocabulary=300, hidden=64, layers=1, heads=2, feed_forward=128, positions=128)
 
@@ -31,7 +31,7 @@ def place(tmp_path, monkeypatch):
     def prepared(**changed):
         its = experiment(**changed)
         write_recipe(its, "sft")
-        return dequantised_base(its, "sft")
+        return DequantisedBase(StageContext(its, "sft"))
 
     return prepared
 
@@ -89,21 +89,25 @@ def test_it_is_made_once_and_again_when_its_source_or_a_file_changed(place, monk
     copy = place()
     copy.ensure(Show(io.StringIO()))
     made = []
-    monkeypatch.setattr(dequantised, "_dequantised", lambda *_: made.append(1) or pytest.fail("made again"))
+    monkeypatch.setattr("factory.merge.dequantise", lambda *_: made.append(1) or pytest.fail("made again"))
     copy.ensure(Show(io.StringIO()))
     assert not made
-    assert not place(recipes={"sft": {"double_quantization": False}}).is_whole()
-    assert place().is_whole()
+    assert not place(recipes={"sft": {"double_quantization": False}}).is_whole
+    assert place().is_whole
     weights = copy.folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-9])
-    assert not copy.is_whole()
+    assert not copy.is_whole
     weights.write_bytes(whole)
-    assert copy.is_whole()
-    Path("models/tiny/config.json").write_text(Path("models/tiny/config.json").read_text() + " ")
-    assert not copy.is_whole()
+    assert copy.is_whole
     (copy.folder / MANIFEST).write_text("{")
-    assert not copy.is_whole()
+    assert not copy.is_whole
+
+
+def test_a_changed_base_needs_another_copy(place):
+    place().ensure(Show(io.StringIO()))
+    Path("models/tiny/config.json").write_text(Path("models/tiny/config.json").read_text() + " ")
+    assert not place().is_whole
 
 
 def test_a_base_that_cannot_be_loaded_is_told_and_the_earlier_copy_stays(place):
@@ -112,14 +116,9 @@ def test_a_base_that_cannot_be_loaded_is_told_and_the_earlier_copy_stays(place):
     before = sorted(path.name for path in copy.folder.iterdir())
     Path("models/tiny/model.safetensors").unlink()
     with pytest.raises(ArenaError, match="cannot be loaded to be dequantised") as caught:
-        copy.ensure(Show(io.StringIO()))
+        DequantisedBase(StageContext(experiment(), "sft")).ensure(Show(io.StringIO()))
     assert "merge_onto: base" in caught.value.remedy
     assert sorted(path.name for path in copy.folder.iterdir()) == before
-
-
-@pytest.mark.parametrize("changed", [{"merge_onto": "base"}, {"quantization_bit": None}])
-def test_there_is_none_where_none_is_wanted(changed):
-    assert dequantised_base(experiment(**changed), "sft") is None
 
 
 def test_a_judge_that_a_training_starts_from_has_its_own_copy():

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ArenaError
-from factory.state import PARTS, StageState, archive, differences, last_checkpoint
+from factory.state import PARTS, StageState, archive, last_checkpoint
 
 INPUTS = {"sft.yaml": {"learning_rate": 1.0e-4, "epochs": 2}, "data": {"train.jsonl": "sha256:aa"}}
 REMEDY = "--fresh begins anew"
@@ -31,34 +31,39 @@ def finish(folder, part="train", inputs=INPUTS, output="saves/adapter.safetensor
 def test_a_finished_part_is_known_to_a_later_process_with_relative_paths():
     folder = Path("outputs/demo/sft")
     finish(folder)
-    again = StageState(folder)
-    assert again.finished("train", INPUTS, fresh_remedy=REMEDY)
-    content = json.loads((folder / "state.json").read_text())
-    record = content["parts"]["train"]
-    assert record["outputs"] == ["saves/adapter.safetensors"]
-    assert record["inputs"] == INPUTS
-    assert record["seconds"] == 1.235
-    assert record["started_at"] <= record["finished_at"]
-    assert [p.name for p in folder.iterdir()] == ["state.json"]  # nothing half-written beside it
+    assert StageState(folder).standing("train", INPUTS).answer == "finished"
+    record = json.loads((folder / "state.json").read_text())["parts"]["train"]
+    assert record["outputs"] == ["saves/adapter.safetensors"] and record["inputs"] == INPUTS
+    assert record["seconds"] == 1.235 and record["started_at"] <= record["finished_at"]
+    assert [p.name for p in folder.iterdir()] == ["state.json"], "nothing half-written beside it"
 
 
-def test_a_part_that_began_or_lost_its_outputs_is_not_finished():
+def test_a_part_that_began_or_lost_its_outputs_is_unfinished():
     folder = Path("outputs/demo/sft")
     state = StageState(folder)
-    assert not state.finished("train", INPUTS, fresh_remedy=REMEDY)
+    assert state.standing("train", INPUTS).answer == "new"
     state.begin("train", INPUTS)
-    assert not StageState(folder).finished("train", INPUTS, fresh_remedy=REMEDY)
+    assert StageState(folder).standing("train", INPUTS).answer == "unfinished"
     state.finish("train", [made("saves/a")], 1)
     Path("saves/a").unlink()
-    assert not state.finished("train", {"sft.yaml": {}}, fresh_remedy=REMEDY)  # nothing is lost by making it again
+    assert state.standing("train", INPUTS).answer == "unfinished"
+    assert not state.standing("train", {"sft.yaml": {}}).is_finished, "nothing is lost by making it again"
 
 
-def test_changed_inputs_are_told_one_by_one():
+def test_outputs_that_changed_are_damaged():
+    state = finish(Path("outputs/demo/sft"))
+    assert state.record("train").damaged == []
+    Path("saves/adapter.safetensors").write_text("y")
+    assert state.record("train").damaged == ["saves/adapter.safetensors"]
+
+
+def test_changed_inputs_are_listed_one_by_one():
     folder = Path("outputs/demo/sft")
-    state = finish(folder)
     changed = {"sft.yaml": {"learning_rate": 2.0e-4, "seed": 1}, "data": {"train.jsonl": "sha256:bb"}}
+    standing = finish(folder).standing("train", changed)
+    assert standing.answer == "outdated" and standing.is_finished
     with pytest.raises(ArenaError) as caught:
-        state.finished("train", changed, fresh_remedy=REMEDY)
+        standing.require_same_inputs("train", folder, REMEDY)
     assert caught.value.what.splitlines() == [
         "train was finished with other inputs; since then changed:",
         "  - sft.yaml: learning_rate 0.0001 -> 0.0002",
@@ -66,16 +71,15 @@ def test_changed_inputs_are_told_one_by_one():
         "  - data: train.jsonl has other content",
         "  - sft.yaml: seed (absent) -> 1",
     ]
-    assert caught.value.remedy == "undo the change, or --fresh begins anew"
-    assert caught.value.where == "outputs/demo/sft"
+    assert caught.value.remedy == f"undo the change, or {REMEDY}" and caught.value.where == "outputs/demo/sft"
 
 
-def test_keys_that_change_no_result_do_not_count_and_types_survive_json():
-    old = {"sft.yaml": {"logging_steps": 1, "save_steps": 10, "targets": ("a", "b"), "none": None}}
-    new = {"sft.yaml": {"logging_steps": 5, "save_steps": 20, "targets": ["a", "b"], "none": None}}
-    assert differences(old, new) == []
-    assert differences({"data": {}}, {"data": {"x": "sha256:1"}}) == ["data: x is new"]
-    assert differences({"data": {"x": "sha256:1"}}, {"data": {}}) == ["data: x is gone"]
+def test_partial_inputs_are_compared_with_those_of_the_same_name():
+    state = finish(Path("outputs/demo/sft"))
+    data = {"data": INPUTS["data"]}
+    assert state.standing("train", data).answer == "outdated"
+    assert state.standing("train", data, partial=True).answer == "finished"
+    assert state.standing("train", {**data, "distributed": "ddp"}, partial=True).answer == "outdated"
 
 
 def test_what_was_made_from_a_training_is_forgotten_when_it_begins_again():

@@ -13,17 +13,25 @@ from common.errors import UsageError
 from common.experiment import load_experiment
 from common.files import only_run
 from common.stages import TRAININGS
+from factory.stage_context import StageContext
 from factory.state import StageState
 from factory.status import (
     experiment_names,
     is_at_work,
     next_commands,
-    print_survey,
+    print_status,
     running_stages,
     stage_named,
-    stage_view,
-    survey,
+    stage_status,
+    status_of,
 )
+
+
+def status(experiment, stage):
+    return stage_status(StageContext(experiment, stage))
+
+
+SCORED_FROM = {"data": {}, "swap_tta": False, "seed": 42, "target_prior": None}
 
 
 @pytest.fixture
@@ -40,7 +48,7 @@ def began(experiment, stage, *parts, finished=True):
     folder.mkdir(parents=True, exist_ok=True)
     state = StageState(folder)
     for part in parts:
-        state.begin(part, {})
+        state.begin(part, SCORED_FROM if part == "score" else {})
         if finished or part != parts[-1]:
             made = folder / f"{part}.made"
             made.touch()
@@ -66,7 +74,7 @@ def prepared(experiment, battles=1234):
 
 
 def test_a_new_experiment_is_told_to_prepare(exam):
-    (view,) = survey(experiment_names())
+    (view,) = status_of(experiment_names())
     assert (view.name, view.prepared, view.battles) == ("exam", False, None)
     assert view.next == "python run.py prepare -e exam --train FILE"
     assert {stage.state for stage in view.stages} == {"new"}
@@ -83,7 +91,7 @@ def test_each_state_is_told_with_the_command_that_goes_on(exam):
     began(exam, "dpo_reward", "train", "merge", finished=False)
     began(exam, "rm", "train", "merge", "score")
     report(exam, "rm", 1.02)
-    (view,) = survey(["exam"])
+    (view,) = status_of(["exam"])
     assert (view.prepared, view.battles) == (True, 1234)
     states = {stage.stage: (stage.state, stage.next) for stage in view.stages}
     assert states == {
@@ -93,7 +101,7 @@ def test_each_state_is_told_with_the_command_that_goes_on(exam):
         "rm": ("scored", "python run.py compare -e exam"),
     }
     (checkpoint / "trainer_state.json").unlink()
-    assert stage_view(exam, "sft").next == "python run.py sft -e exam --fresh", "there is nothing to resume from"
+    assert status(exam, "sft").next == "python run.py sft -e exam --fresh", "there is nothing to resume from"
     details = {stage.stage: stage.detail for stage in view.stages}
     assert details["sft"] == "training at step 40/100" and details["dpo_reward"] == "merging; trained"
     rm = view.stages[-1]
@@ -105,11 +113,11 @@ def test_a_run_at_work_is_known_by_its_lock_and_a_dead_one_is_not(exam):
     folder = exam.output_folder("sft")
     with only_run(folder):
         began(exam, "sft", "train", finished=False)
-        view = stage_view(exam, "sft")
+        view = status(exam, "sft")
         assert (view.state, view.detail, view.step) == ("training", "step 7/100", 7)
         assert view.next == "python run.py watch -e exam --stage sft"
         assert running_stages(exam) == ["sft"]
-    assert stage_view(exam, "sft").state == "interrupted"
+    assert status(exam, "sft").state == "interrupted"
     lock = folder.with_name(".sft.lock")
     now = datetime.now().astimezone()
     here = {"pid": os.getpid(), "host": socket.gethostname(), "started_at": now.isoformat()}
@@ -129,19 +137,19 @@ def test_a_run_at_work_is_known_by_its_lock_and_a_dead_one_is_not(exam):
 def test_what_is_gone_or_damaged_is_told(exam):
     began(exam, "sft", "train", "merge")
     (exam.output_folder("sft") / "merge.made").unlink()
-    assert stage_view(exam, "sft").detail.startswith("gone: outputs/exam/sft/merge.made")
+    assert status(exam, "sft").detail.startswith("gone: outputs/exam/sft/merge.made")
     began(exam, "rm", "train", "merge", "score")
-    assert stage_view(exam, "rm").detail == "outputs/exam/rm/report.json is unreadable"
-    assert stage_view(exam, "rm").next == "python run.py score -e exam --stage rm --fresh"
+    assert status(exam, "rm").detail == "outputs/exam/rm/report.json is unreadable"
+    assert status(exam, "rm").next == "python run.py score -e exam --stage rm --fresh"
     (exam.output_folder("rm") / "state.json").write_text("{")
-    assert stage_view(exam, "rm").state == "unreadable"
+    assert status(exam, "rm").state == "unreadable"
 
 
 def test_an_adapter_that_run_py_did_not_train_is_named(exam):
     folder = exam.adapter_folder("sft")
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").touch()
-    view = stage_view(exam, "sft")
+    view = status(exam, "sft")
     assert (view.state, view.detail) == ("trained", f"not by run.py: {folder}")
 
 
@@ -160,11 +168,11 @@ def test_the_table_has_losses_and_no_colour_where_none_is_wanted(exam, monkeypat
     prepared(exam)
     began(exam, "sft", "train", "merge", "score")
     report(exam, "sft", 0.987654)
-    views = survey(["exam"])
+    views = status_of(["exam"])
     coloured, plain = io.StringIO(), io.StringIO()
-    print_survey(Console(file=coloured, force_terminal=True, width=100, color_system="standard"), views)
+    print_status(Console(file=coloured, force_terminal=True, width=100, color_system="standard"), views)
     monkeypatch.setenv("NO_COLOR", "1")
-    print_survey(Console(file=plain, force_terminal=True, width=100), views)
+    print_status(Console(file=plain, force_terminal=True, width=100), views)
     assert "\x1b[32m" in coloured.getvalue(), "a result below the prior is green"
     assert "\x1b[3" not in plain.getvalue()
     assert "0.9877" in plain.getvalue() and "1.0900" in plain.getvalue()
@@ -180,7 +188,7 @@ def test_what_is_next_after_a_report_is_what_status_says(exam):
     for stage in ("sft", "dpo_reward"):
         began(exam, stage, "train", "merge", "score")
         report(exam, stage, 1.02)
-        (view,) = survey(["exam"])
+        (view,) = status_of(["exam"])
         assert next_commands(view) == summary.next_commands(exam, stage, {})
         asked += next_commands(view)
     assert asked == [
@@ -196,14 +204,14 @@ def test_a_result_that_does_not_beat_the_prior_is_marked_in_words(exam):
     began(exam, "sft", "train", "merge", "score")
     content = {"log_loss": 1.0, "baselines": {"prior": 1.01}, "beats_prior": False}  # within chance
     (exam.output_folder("sft") / "report.json").write_text(json.dumps(content))
-    views = survey(["exam"])
+    views = status_of(["exam"])
     assert views[0].stages[0].beats_prior is False
     printed = io.StringIO()
-    print_survey(Console(file=printed, width=140), views)
+    print_status(Console(file=printed, width=140), views)
     assert "not better than the prior" in printed.getvalue()
     report(exam, "sft", 0.9)
     printed = io.StringIO()
-    print_survey(Console(file=printed, width=140), survey(["exam"]))
+    print_status(Console(file=printed, width=140), status_of(["exam"]))
     assert "not better" not in printed.getvalue()
 
 
@@ -257,16 +265,16 @@ def test_after_a_useless_judge_the_advice_is_no_other_method(exam):
     prepared(exam)
     began(exam, "sft", "train", "merge", "score")
     report(exam, "sft", 1.10)
-    (more,) = next_commands(survey(["exam"])[0])
+    (more,) = next_commands(status_of(["exam"])[0])
     base = "another base: python run.py new EXP --model ID"
     assert more == f"python run.py prepare -e exam --train FILE   (with more votes; or {base})"
     path = exam.output_folder("sft") / "report.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": {"judged": {"rows_cut_share": 0.86}}}))
-    (longer,) = next_commands(survey(["exam"])[0])
+    (longer,) = next_commands(status_of(["exam"])[0])
     assert longer == (
         "python run.py prepare -e exam --train FILE   "
         "(after a larger cutoff_len in factory_configs/exam/experiment.yaml: "
         f"86% of these battles were shortened; or {base})"
     )
     path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": [1]}))
-    assert stage_view(exam, "sft").state == "interrupted", "a damaged report is no traceback"
+    assert status(exam, "sft").state == "interrupted", "a damaged report is no traceback"

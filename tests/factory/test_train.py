@@ -6,20 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-import run as click_commands
 from common import files
 from common.errors import ArenaError, UsageError
-from common.experiment import StartFrom, parse_experiment, read_yaml
+from common.experiment import StartFrom, parse_experiment
 from common.files import sha256_of
 from common.progress import Show
-from factory import status as survey
-from factory import train as steps
+from common.stages import STEPS
 from factory.base_model import BaseModelSize, build_base_model
+from factory.fingerprint import local_models
+from factory.merge import merge
 from factory.recipes import write_recipe as render
-from factory.state import StageState, inputs_of
-from factory.status import stage_view
+from factory.stage_context import StageContext
+from factory.state import StageState
+from factory.status import stage_status
+from factory.train import train
 from factory.trainer_log import loss_curve
 
 # Stands for llamafactory-cli: writes what it writes, as far as our half reads it, and fails on demand.
@@ -80,13 +81,18 @@ if mode != "no adapter":
 """
 
 
+def status(experiment, stage):
+    return stage_status(StageContext(experiment, stage))
+
+
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(steps, "check_recipes", lambda experiment, names: None)
-    monkeypatch.setattr(survey, "check_recipe", lambda experiment, step: [])
+    monkeypatch.setattr("factory.status.check_recipe", lambda experiment, step: [])
     Path("fake.py").write_text(FAKE)
-    monkeypatch.setattr(steps, "llamafactory", lambda *arguments: [sys.executable, "fake.py", *arguments])
+    for module in ("train", "merge"):
+        fake = lambda *arguments: [sys.executable, "fake.py", *arguments]  # noqa: E731
+        monkeypatch.setattr(f"factory.{module}.llamafactory", fake)
     values = {"model": "models/tiny", "template": "llama3", "cutoff_len": 64, "merge_onto": "base"}
     experiment = parse_experiment(values, "demo", where="here")
     write_recipe(experiment)
@@ -118,7 +124,11 @@ def run(experiment, mode="", step="train", **options):
     os.environ["FAKE_MODE"] = mode
     stream = io.StringIO()
     try:
-        result = getattr(steps, step)(experiment, "sft", show=Show(stream), **options)
+        context = StageContext(experiment, "sft")
+        if step == "train":
+            result = train(context, show=Show(stream), **options)
+        else:
+            result = merge(context, lambda folder: (folder / "judge.json").write_text("{}"), Show(stream))
     finally:
         del os.environ["FAKE_MODE"]
     return result, stream.getvalue()
@@ -145,7 +155,7 @@ def test_training_writes_adapter_state_and_log_and_shows_progress(experiment):
 def test_a_start_that_is_missing_is_told_before_the_child_starts(experiment):
     from_sft = experiment.model_copy(update={"start_from": StartFrom(dpo_judge="sft")})
     with pytest.raises(ArenaError) as caught:
-        steps.train(from_sft, "dpo_judge", show=Show(io.StringIO()))
+        train(StageContext(from_sft, "dpo_judge"), show=Show(io.StringIO()))
     assert caught.value.where == "outputs/demo/sft/merged"
     assert "python run.py sft -e demo --until merge" in caught.value.remedy
     Path("data/demo/dataset_info.json").unlink()
@@ -172,10 +182,10 @@ def test_changed_inputs_are_named_and_fresh_archives(experiment):
     Path("models/tiny/config.json").write_text('{"a": 1}')
     with pytest.raises(ArenaError) as caught:
         run(experiment)
-    assert caught.value.what.splitlines()[1:] == [
+    assert sorted(caught.value.what.splitlines()[1:]) == [
+        "  - data: data/demo/sft_train.jsonl has other content",
         "  - factory_configs/demo/sft.yaml: learning_rate 0.0001 -> 0.0002",
         "  - model_name_or_path models/tiny: config.json has other content",
-        "  - data: data/demo/sft_train.jsonl has other content",
     ]
     assert "--fresh" in caught.value.remedy
     _, shown = run(experiment, fresh=True)
@@ -215,7 +225,7 @@ def test_an_unfinished_run_is_not_touched_without_being_asked_and_resumed_when_a
         (
             1,
             "sft",
-            "no checkpoint was saved so far (save_strategy and save_steps in the recipe say when one is)",
+            "no checkpoint was saved so far (save_strategy and save_steps in the recipe decide when one is)",
             "--fresh",
         ),
         (3, "sft", "go on from checkpoint-2: python run.py sft -e demo --resume", "--resume"),
@@ -223,15 +233,15 @@ def test_an_unfinished_run_is_not_touched_without_being_asked_and_resumed_when_a
     ],
 )
 def test_after_an_interrupt_the_advice_is_what_the_next_call_takes(experiment, monkeypatch, step, stage, remedy, flag):
-    monkeypatch.setitem(steps.STEPS, "sft", replace(steps.STEPS["sft"], stage=stage))
+    monkeypatch.setitem(STEPS, "sft", replace(STEPS["sft"], stage=stage))
     write_recipe(experiment, stage=stage)
     with pytest.raises(ArenaError, match="training sft was interrupted") as caught:
         run(experiment, f"interrupted at {step}")
     assert caught.value.remedy.startswith(remedy) and flag in caught.value.remedy
-    with pytest.raises(ArenaError, match="an unfinished run") as caught:
+    with pytest.raises(ArenaError, match="holds an unfinished run") as caught:
         run(experiment)
     assert ("--resume" in caught.value.remedy) == (flag == "--resume")
-    assert stage_view(experiment, "sft").next == f"python run.py sft -e demo {flag}"
+    assert status(experiment, "sft").next == f"python run.py sft -e demo {flag}"
     assert run(experiment, **{flag.removeprefix("--"): True})[0] == experiment.adapter_folder("sft")
 
 
@@ -240,13 +250,9 @@ def test_resume_without_a_checkpoint_says_so_and_begins_anew_after_archiving(exp
         run(experiment, "stops early")
     with pytest.raises(ArenaError, match="it has no whole checkpoint") as caught:
         run(experiment)
-    assert caught.value.remedy == "--fresh archives that run and begins anew"
+    assert caught.value.remedy == "--fresh puts that run aside and trains from the beginning"
     _, shown = run(experiment, resume=True)
     assert "holds no whole checkpoint: training starts at the beginning" in shown
-    told = CliRunner().invoke(click_commands.cli, ["sft", "--help"]).output
-    assert "unfinished run; anew where none is whole." in " ".join(told.split()), "help and tutorial tell the same"
-    tutorial = (Path(click_commands.__file__).parent / "docs" / "tutorial.md").read_text(encoding="utf-8")
-    assert "`--resume` does the same there, and says so." in tutorial
     assert Path("saves/tiny/lora/demo_sft.earlier-1/trainer_log.jsonl").is_file()
     assert calls() == ["train", "train"]
 
@@ -272,7 +278,7 @@ def test_an_adapter_that_was_damaged_later_is_not_kept_and_written_again_by_resu
 
 
 def test_data_that_change_while_the_child_reads_them_stop_the_training_at_once(experiment):
-    with pytest.raises(ArenaError, match=r"since then changed:(.|\n)*sft_train.jsonl has other content") as caught:
+    with pytest.raises(ArenaError, match="changed while LLaMA-Factory was starting") as caught:
         run(experiment, "prepared meanwhile")
     assert "--fresh" in caught.value.remedy
     assert StageState(Path("outputs/demo/sft")).record("train").finished_at is None
@@ -290,7 +296,8 @@ def test_a_checkpoint_that_ends_early_is_passed_over_and_named(experiment):
     assert f"{broken} is not whole" in shown and f"going on from {adapter}/checkpoint-2" in shown
 
 
-def test_a_reward_model_is_not_resumed(experiment):
+def test_a_reward_model_is_not_resumed(experiment, monkeypatch):
+    monkeypatch.setitem(STEPS, "sft", replace(STEPS["sft"], stage="rm"))
     write_recipe(experiment, stage="rm")
     with pytest.raises(ArenaError):
         run(experiment, "stops")
@@ -364,7 +371,7 @@ def test_the_advice_of_an_interrupted_merge_keeps_the_training(experiment, monke
 
 
 def test_a_merge_needs_a_finished_adapter_and_follows_a_new_one(experiment):
-    with pytest.raises(ArenaError, match="no finished adapter to merge"):
+    with pytest.raises(ArenaError, match="holds no finished adapter to merge"):
         run(experiment, step="merge")
     run(experiment)
     run(experiment, step="merge")
@@ -430,6 +437,11 @@ def turn(speaker, text):
     return {"from": speaker, "value": text}
 
 
+def real_inputs(experiment):
+    context = StageContext(experiment, "sft")
+    return {**context.training_inputs, **local_models(context.recipe)}
+
+
 def weights_in(path):
     from safetensors.numpy import load_file
 
@@ -442,7 +454,7 @@ def test_llamafactory_trains_resumes_and_merges(real):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stream = io.StringIO()
-    adapter = steps.train(real, "sft", show=Show(stream))
+    adapter = train(StageContext(real, "sft"), show=Show(stream))
     whole = weights_in(adapter / "adapter_model.safetensors")
     curve = loss_curve(adapter / "trainer_log.jsonl")
     assert [row["step"] for row in curve] == [1, 2, 3, 4]
@@ -458,22 +470,22 @@ def test_llamafactory_trains_resumes_and_merges(real):
     lines = Path("saves/whole/trainer_log.jsonl").read_text().splitlines(keepends=True)
     (adapter / "trainer_log.jsonl").write_text("".join(lines[:4]) + lines[4][:20] + "\n")
     state = StageState(Path("outputs/demo/sft"))
-    state.begin("train", inputs_of(real.recipe("sft"), read_yaml(real.recipe("sft"))))
+    state.begin("train", real_inputs(real))
     stream = io.StringIO()
-    steps.train(real, "sft", resume=True, show=Show(stream))
+    train(StageContext(real, "sft"), resume=True, show=Show(stream))
     assert f"going on from {adapter}/checkpoint-2" in stream.getvalue()
     resumed = weights_in(adapter / "adapter_model.safetensors")
     assert whole.keys() == resumed.keys()
     assert all(np.allclose(whole[name], resumed[name], atol=1e-6) for name in whole)
     assert loss_curve(adapter / "trainer_log.jsonl") == [pytest.approx(row) for row in curve]
 
-    merged = steps.merge(real, "sft", show=Show(stream))
+    merged = merge(StageContext(real, "sft"), lambda folder: None, Show(stream))
     model = AutoModelForCausalLM.from_pretrained(merged)
     trained = {name: value for name, value in resumed.items() if "embed_tokens" in name}
     (embedding,) = trained.values()
     assert np.allclose(model.get_input_embeddings().weight.detach().float().numpy(), embedding, atol=1e-2)
     assert AutoTokenizer.from_pretrained(merged).encode("A") == AutoTokenizer.from_pretrained("models/tiny").encode("A")
-    assert steps.merge(real, "sft", show=Show(stream)) == merged
+    assert merge(StageContext(real, "sft"), lambda folder: None, Show(stream)) == merged
     assert "sft: merge kept" in stream.getvalue()
 
 
@@ -482,7 +494,7 @@ def test_llamafactory_trains_resumes_and_merges(real):
 def test_a_training_in_8_bits_and_one_without_learn_as_well(real, bits, said):
     experiment = real.model_copy(update={"quantization_bit": bits})
     render(experiment, "sft")
-    adapter = steps.train(experiment, "sft", show=Show(io.StringIO()))
+    adapter = train(StageContext(experiment, "sft"), show=Show(io.StringIO()))
     curve = [row["loss"] for row in loss_curve(adapter / "trainer_log.jsonl") if row["loss"] is not None]
     assert len(curve) == 4 and curve[-1] < curve[0]
     log = Path("outputs/demo/sft/train.log").read_text(encoding="utf-8")
@@ -494,7 +506,7 @@ def test_a_training_in_8_bits_and_one_without_learn_as_well(real, bits, said):
 def test_the_error_of_llamafactory_itself_is_told(real):
     Path("data/demo/sft_train.jsonl").write_text("{broken\n")
     with pytest.raises(ArenaError, match=r"JSON parse error|Missing a name|Expecting") as caught:
-        steps.train(real, "sft", show=Show(io.StringIO()))
+        train(StageContext(real, "sft"), show=Show(io.StringIO()))
     assert "run.py prepare" in caught.value.remedy
     assert caught.value.where == "outputs/demo/sft/train.log"
 
@@ -502,18 +514,18 @@ def test_the_error_of_llamafactory_itself_is_told(real):
 def test_a_training_that_failed_is_called_so_with_its_error(experiment):
     with pytest.raises(ArenaError, match="Template qwen33 does not exist"):
         run(experiment, "error")
-    seen = stage_view(experiment, "sft")
+    seen = status(experiment, "sft")
     assert seen.state == "failed"
     assert seen.detail == "training: ValueError: Template qwen33 does not exist. (outputs/demo/sft/train.log)"
-    assert seen.next == "python run.py sft -e demo   (it failed: mend that first, see outputs/demo/sft/train.log)"
+    assert seen.next == "python run.py sft -e demo   (it failed: fix that first, see outputs/demo/sft/train.log)"
     with pytest.raises(ArenaError, match="NaN"):
         run(experiment, "nan")
-    assert "the loss is NaN or infinite at step 2" in stage_view(experiment, "sft").detail
+    assert "the loss is NaN or infinite at step 2" in status(experiment, "sft").detail
     with pytest.raises(ArenaError, match="was interrupted"):
         run(experiment, "interrupted at 3", fresh=True)
-    assert (seen := stage_view(experiment, "sft")).state == "interrupted" and "failed" not in seen.next
+    assert (seen := status(experiment, "sft")).state == "interrupted" and "failed" not in seen.next
     run(experiment, fresh=True)
-    assert stage_view(experiment, "sft").state == "trained"
+    assert status(experiment, "sft").state == "trained"
     with pytest.raises(ArenaError, match="SIGKILL"):
         run(experiment, "killed", step="merge")
-    assert (seen := stage_view(experiment, "sft")).state == "failed" and "outputs/demo/sft/merge.log" in seen.detail
+    assert (seen := status(experiment, "sft")).state == "failed" and "outputs/demo/sft/merge.log" in seen.detail

@@ -19,7 +19,8 @@ import os, pickle, random, signal, sys, time
 from pathlib import Path
 import pandas, pyarrow.parquet, torch, transformers.models.llama.modeling_llama
 from common.progress import Show
-from scoring import pipeline as stage
+from factory.stage_context import StageContext
+from scoring import score_input as module
 from scoring import score_store as shard_plan
 shard_plan.SHARD_TOKENS = 2000
 experiment = pickle.loads(Path("experiment.pickle").read_bytes())
@@ -29,7 +30,8 @@ def attempt(output):
     if not child:
         try:
             torch.set_num_threads(1)
-            stage.score_input(experiment, "sft", Path("battles.csv"), Path(output), show=Show(interval=0.0))
+            context, show = StageContext(experiment, "sft"), Show(interval=0.0)
+            module.score_input(context, Path("battles.csv"), Path(output), show=show)
             os._exit(0)
         finally:
             os._exit(1)

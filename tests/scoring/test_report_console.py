@@ -50,7 +50,7 @@ def test_a_flagged_stage_is_flagged_again_and_not_advised(result, tmp_path):
 
 
 def test_the_summary_shows_the_baselines_the_findings_and_every_flag(tmp_path, monkeypatch):
-    monkeypatch.setattr("factory.status.experiment_view", lambda experiment: None)
+    monkeypatch.setattr("factory.status.experiment_status", lambda experiment: None)
     monkeypatch.setattr("factory.status.next_commands", lambda view: ["python run.py compare -e exam"])
     scores, texts, truth = arena(400, 3, both_orders=True)
     report = built(scores, texts, truth)[0]

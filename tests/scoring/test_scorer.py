@@ -20,7 +20,7 @@ from common.errors import ArenaError
 from common.experiment import load_experiment
 from factory.stage_context import StageContext
 from scoring.calibration import Calibration
-from scoring.pipeline import audit_for
+from scoring.score_stage import audit_for
 from scoring.predictions import write_probabilities
 from scoring.scorer import ScorerSpec
 from tests.bad_inputs.place import build, train_and_merge

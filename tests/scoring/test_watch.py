@@ -20,10 +20,11 @@ from common.files import only_run
 from common.progress import Show
 from data_prep.export import export
 from data_prep.synthetic import write_arena
+from factory import status as factory_status
 from factory.recipes import write_recipe
 from factory.stage_context import StageContext
 from factory.state import StageState
-from factory.status import OUTDATED, next_commands, survey
+from factory.status import OUTDATED, next_commands
 from scoring import watch as watching
 from scoring.run_status import evaluation_times, how_to_evaluate, in_words, run_status
 from scoring.watch import CheckpointScorer, Watcher, baseline_losses, follow, stage_to_watch
@@ -341,7 +342,7 @@ def test_the_chart_compares_a_measured_point_with_the_baselines_on_its_own_rows(
 def test_after_a_scored_stage_watch_names_the_same_command_as_status(exam, scored):
     scored("rm", log_loss=1.0061, baselines={"prior": 1.09})
     status = status_of(exam, "rm")
-    assert status.state == "scored" and status.next == next_commands(survey(["exam"])[0])[0]
+    assert status.state == "scored" and status.next == next_commands(factory_status.status_of(["exam"])[0])[0]
     assert not status.next.startswith("python run.py compare"), "one stage alone is not compared"
     assert "log loss 1.0061: better than the class prior" in in_words(status)
 

@@ -10,12 +10,18 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from common.experiment import load_experiment, read_yaml
-from factory.state import StageState, inputs_of
-from factory.status import stage_view
+from common.experiment import load_experiment
+from factory.fingerprint import local_models
+from factory.stage_context import StageContext
+from factory.state import StageState
+from factory.status import stage_status
 
 ADAPTER, OUT = Path("saves/tiny/lora/exam_sft"), Path("outputs/exam/sft")
 RECIPE = Path("factory_configs/exam/sft.yaml")
+
+
+def status(experiment, stage):
+    return stage_status(StageContext(experiment, stage))
 
 
 class Started(Exception):
@@ -27,8 +33,8 @@ def starts(monkeypatch):
     def started(*_, **__):
         raise Started
 
-    monkeypatch.setattr("factory.train._run_training", started)
-    monkeypatch.setattr("factory.train._run_merge", started)
+    monkeypatch.setattr("factory.train.run_child", started)
+    monkeypatch.setattr("factory.merge.run_child", started)
 
 
 def call(*arguments: str):
@@ -39,10 +45,15 @@ def next_of(said: str) -> list[str]:
     return re.findall(r"^next: (.*)$", said, re.MULTILINE)
 
 
+def inputs() -> dict:
+    context = StageContext(load_experiment("exam"), "sft")
+    return {**context.training_inputs, **local_models(context.recipe)}
+
+
 def trained(*, checkpoint: str | None = None) -> None:
     """Write down that today's recipe was trained on today's export; with a checkpoint that it was left there."""
     state = StageState(OUT)
-    state.begin("train", inputs_of(RECIPE, read_yaml(RECIPE)))
+    state.begin("train", inputs())
     if checkpoint:
         (ADAPTER / checkpoint).mkdir()
         (ADAPTER / checkpoint / "trainer_state.json").write_text("{}")
@@ -92,7 +103,7 @@ def test_prepare_beside_a_contradicting_recipe_says_what_to_mend(place):
     assert prepare() == ["python run.py sft -e exam"]
     place.edit_recipe("sft", "cutoff_len: 200")
     (told,) = prepare()
-    assert told.startswith("mend factory_configs/exam/sft.yaml: cutoff_len: is 200, but by factory_configs/exam/exper")
+    assert told.startswith("fix factory_configs/exam/sft.yaml: cutoff_len: is 200, but by factory_configs/exam/exper")
     place.edit_recipe("sft", "cutoff_len: 300\nlearning_rate: -1")
     (told,) = prepare()
     assert "learning_rate: -1 must be above 0" in told
@@ -112,27 +123,27 @@ def test_recipes_that_are_older_than_experiment_yaml_are_rendered_by_prepare(pla
 def test_a_changed_recipe_makes_a_stage_outdated(place):
     place.edit_recipe("sft", "optim: adamw_torch_fused\nlogging_steps: 7")
     trained()
-    assert stage_view(load_experiment("exam"), "sft").state == "trained"
+    assert status(load_experiment("exam"), "sft").state == "trained"
     place.edit_recipe("sft", "logging_steps: 8")
-    assert stage_view(load_experiment("exam"), "sft").state == "trained", "no weight depends on it"
+    assert status(load_experiment("exam"), "sft").state == "trained", "no weight depends on it"
     place.edit_recipe("sft", "optim: adamw_torch")
-    seen = stage_view(load_experiment("exam"), "sft")
+    seen = status(load_experiment("exam"), "sft")
     assert seen.state == "outdated" and seen.next == "python run.py sft -e exam --fresh"
-    assert 'since then changed: sft.yaml: optim "adamw_torch_fused" -> "adamw_torch"' in seen.detail
+    assert 'sft.yaml: optim "adamw_torch_fused" -> "adamw_torch"' in seen.detail
     assert starts_by(seen.next)
 
 
 def test_what_starts_the_processes_counts_too(place):
     trained()
     place.edit_experiment("distributed: ddp")
-    seen = stage_view(load_experiment("exam"), "sft")
-    assert seen.state == "outdated" and 'experiment.yaml: distributed "auto" -> "ddp"' in seen.detail
+    seen = status(load_experiment("exam"), "sft")
+    assert seen.state == "outdated" and 'distributed (absent) -> "ddp"' in seen.detail
 
 
 def test_a_changed_recipe_is_not_resumed(place):
     trained(checkpoint="checkpoint-4")
     place.edit_recipe("sft", "learning_rate: 0.005")
-    seen = stage_view(load_experiment("exam"), "sft")
+    seen = status(load_experiment("exam"), "sft")
     assert (seen.state, seen.next) == ("interrupted", "python run.py sft -e exam --fresh")
     assert "learning_rate" in seen.detail and starts_by(seen.next)
 
@@ -152,8 +163,8 @@ def test_a_setting_of_one_stage_makes_no_other_outdated(place):
     trained()
     place.edit_experiment("dpo_rejected: one")
     exam = load_experiment("exam")
-    assert stage_view(exam, "sft").state == "trained"
-    assert stage_view(exam, "dpo_judge").next == "python run.py prepare -e exam --train votes.csv --test test.csv"
+    assert status(exam, "sft").state == "trained"
+    assert status(exam, "dpo_judge").next == "python run.py prepare -e exam --train votes.csv --test test.csv"
     assert next_of(call("status", "-e", "exam").output) == ["python run.py sft -e exam"]
 
 
@@ -165,7 +176,7 @@ def test_a_recipe_is_not_hashed_with_its_model_for_status(place, monkeypatch):
 
     monkeypatch.setattr("factory.state.sha256_of", hashed)
     monkeypatch.setattr("factory.state.sha256_of", hashed)
-    assert stage_view(load_experiment("exam"), "sft").state == "trained"
+    assert status(load_experiment("exam"), "sft").state == "trained"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import run
 from common.experiment import load_experiment
 from factory.stage_context import StageContext
-from factory.state import StageState, changed_settings, earlier_scores, require_scored, trained_recipe
+from factory.state import StageState
 from scoring.judge import MANIFEST, write_judge_manifest
 from scoring.scorer import ScorerSpec
 from scoring.show import show_battle
@@ -53,10 +53,10 @@ def test_what_shapes_no_row_may_change(place):
     Path("copy.j2").write_bytes(Path("templates/judge_prompt.j2").read_bytes())
     for text in ("prompt_template: copy.j2", "swap_tta: true", "target_prior: {a: 0.4, b: 0.3, tie: 0.3}"):
         place.edit_experiment(text)
-    assert changed_settings(load_experiment("exam"), "sft") == []
+    assert StageContext(load_experiment("exam"), "sft").changed_settings() == []
     place.edit_experiment("dpo_rejected: one")
-    assert changed_settings(load_experiment("exam"), "sft") == []
-    assert changed_settings(load_experiment("exam"), "dpo_judge") == ['dpo_rejected "each" -> "one"']
+    assert StageContext(load_experiment("exam"), "sft").changed_settings() == []
+    assert StageContext(load_experiment("exam"), "dpo_judge").changed_settings() == ['dpo_rejected "each" -> "one"']
 
 
 def test_a_judge_keeps_the_labels_and_the_budget_that_it_was_trained_with(place):
@@ -71,22 +71,22 @@ def test_a_judge_keeps_the_labels_and_the_budget_that_it_was_trained_with(place)
 def test_a_report_of_an_earlier_judge_is_used_by_nobody(place, part):
     exam = load_experiment("exam")
     shown = show_battle(StageContext(exam, "sft"), "9000")
-    assert earlier_scores(exam, "sft") is None and "final" in shown.probabilities and shown.stale is None
+    assert StageContext(exam, "sft").earlier_scores() is None and "final" in shown.probabilities and shown.stale is None
     StageState(OUT).begin(part, {})
-    assert f"({part} began)" in earlier_scores(exam, "sft")
+    assert f"({part} began)" in StageContext(exam, "sft").earlier_scores()
     for arguments in (["compare"], ["score", "--input", "test.csv", "--output", "mine.csv"]):
         told = call(arguments[0], "-e", "exam", *arguments[1:])
-        assert told.exit_code == 1 and "its scoring did not end" in told.output, told.output
+        assert told.exit_code == 1 and "was not scored since" in told.output, told.output
         assert "python run.py sft -e exam" in told.output and not Path("mine.csv").exists()
     shown = show_battle(StageContext(exam, "sft"), "9000")
-    assert shown.probabilities == {} and "its scoring did not end" in shown.stale
+    assert shown.probabilities == {} and "was not scored since" in shown.stale
     told = call("show", "9000", "-e", "exam")
-    assert told.exit_code == 0 and "probabilities: none; sft was begun anew" in told.output
+    assert told.exit_code == 0 and "probabilities: none; sft was started again" in told.output
 
 
 def test_a_result_that_came_without_its_state_is_taken_as_it_is(place):
     (OUT / "state.json").unlink()
-    require_scored(load_experiment("exam"), "sft")
+    StageContext(load_experiment("exam"), "sft").require_scored()
     assert call("score", "-e", "exam", "--input", "test.csv", "--output", "mine.csv").exit_code == 0
 
 
@@ -104,17 +104,17 @@ def trained_with(recipe: dict) -> None:
 
 def test_rewards_are_those_that_the_adapter_was_trained_with(place):
     exam = load_experiment("exam")
-    today = trained_recipe(exam, "dpo_reward", ("pref_beta",))
+    today = StageContext(exam, "dpo_reward").trained_recipe
     adapter = exam.adapter_folder("dpo_reward")
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     trained_with({**today, "pref_beta": 0.5, "output_dir": "elsewhere"})
-    found = trained_recipe(exam, "dpo_reward", ("pref_beta",))
+    found = StageContext(exam, "dpo_reward").trained_recipe
     assert found == {**today, "pref_beta": 0.5}, "where the adapter lies is today's matter"
     assert ScorerSpec(StageContext(exam, "dpo_reward")).scorer().inputs()["pref_beta"] == 0.5
     without = {key: value for key, value in today.items() if key != "pref_beta"}
     trained_with(without)
-    assert trained_recipe(exam, "dpo_reward", ("pref_beta",)) == without, "LLaMA-Factory's default ruled"
+    assert StageContext(exam, "dpo_reward").trained_recipe == without, "LLaMA-Factory's default ruled"
 
 
 @pytest.mark.parametrize(

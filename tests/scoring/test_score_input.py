@@ -1,4 +1,4 @@
-"""scoring.pipeline: any table is scored as asked (engine, precision, time), or an error says why not."""
+"""scoring.score_input: any table is scored as asked (engine, precision, time), or an error says why not."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-import run
+from common import command_line
 from common.errors import ArenaError, UsageError
 from factory.stage_context import StageContext
 from scoring.engines.protocol import ENGINES
-from scoring.pipeline import ScoreOptions, score_input
 from scoring.predictions import scored_file
+from scoring.score_input import score_input
+from scoring.score_stage import ScoreOptions
 from scoring.scorer import ScorerSpec, own_precision
 from tests.scoring.fakes import quiet_show
 from tests.scoring.places import judged_place, write_battles
@@ -36,7 +37,7 @@ def scored(experiment, **options) -> str:
     """Score battles.csv; return what was said."""
     show = quiet_show()
     given = ScoreOptions(**options)
-    assert score_input(experiment, "sft", Path("battles.csv"), OUTPUT, show=show, options=given) == 40
+    assert score_input(StageContext(experiment, "sft"), Path("battles.csv"), OUTPUT, show=show, options=given) == 40
     assert not (experiment.output_folder("sft") / "scoring").exists(), "nothing is left behind, its lock neither"
     return show.stream.getvalue()
 
@@ -103,14 +104,14 @@ def test_a_row_without_a_finite_score_is_named_by_its_id(judged, small_tokenizer
     weights["model.embed_tokens.weight"][broken] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ArenaError, match="id weird"):
-        score_input(judged, "sft", Path("battles.csv"), OUTPUT, show=quiet_show())
+        score_input(StageContext(judged, "sft"), Path("battles.csv"), OUTPUT, show=quiet_show())
     assert not OUTPUT.exists()
 
 
 def test_what_is_no_table_is_told_before_a_model_is_loaded(judged):
     show = quiet_show()
     with pytest.raises(ArenaError, match="does not exist"):
-        score_input(judged, "sft", Path("nothing.csv"), OUTPUT, show=show)
+        score_input(StageContext(judged, "sft"), Path("nothing.csv"), OUTPUT, show=show)
     assert "loading" not in show.stream.getvalue()
 
 
@@ -120,7 +121,7 @@ def test_nobody_else_s_file_is_replaced_and_no_model_loaded(judged):
     for name, words in (("train.csv", "not an earlier output of this command"), ("battles.csv", "is the input itself")):
         show = quiet_show()
         with pytest.raises(UsageError, match=words):
-            score_input(judged, "sft", Path("battles.csv"), Path(name), show=show)
+            score_input(StageContext(judged, "sft"), Path("battles.csv"), Path(name), show=show)
         assert Path(name).read_bytes() == content and show.stream.getvalue() == ""
     scored(judged)
     scored(judged)
@@ -134,7 +135,7 @@ def test_a_result_s_own_tables_stay_as_they_were_whatever_the_input_is_called(ju
         source = Path("other") / name
         write_battles(source, 3)
         output = scored_file(judged, "sft", source)
-        assert score_input(judged, "sft", source, output, show=quiet_show()) == 3
+        assert score_input(StageContext(judged, "sft"), source, output, show=quiet_show()) == 3
         assert output.as_posix() == f"outputs/exam/sft/scored/{name}" and len(output.read_text().splitlines()) == 4
     assert own.read_text() == "the result's own\n"
     assert {path.name for path in own.parent.iterdir()} == {own.name, "scored", "merged", "report.json"}
@@ -149,9 +150,9 @@ def test_kaggles_zip_is_scored_by_its_test_table(judged):
             "train.csv", "".join(f"{line},1,0,0\n" if "[" in line else f"{line}\n" for line in train.splitlines())
         )
         archive.writestr("sample_submission.csv", "id,winner_model_a,winner_model_b,winner_tie\nb0,0.3,0.3,0.4\n")
-    assert score_input(judged, "sft", "lmsys-chatbot-arena.zip", OUTPUT, show=quiet_show()) == 5
+    assert score_input(StageContext(judged, "sft"), "lmsys-chatbot-arena.zip", OUTPUT, show=quiet_show()) == 5
     from_zip = probabilities()
-    assert score_input(judged, "sft", test, OUTPUT, show=quiet_show()) == 5
+    assert score_input(StageContext(judged, "sft"), test, OUTPUT, show=quiet_show()) == 5
     assert probabilities() == from_zip and list(from_zip) == [f"b{n}" for n in range(5)]
 
 
@@ -176,7 +177,7 @@ def test_an_experiments_precision_goes_where_it_can(make_experiment):
 
 
 def test_the_command_line_knows_the_engines():
-    assert tuple(ENGINES) == run.ENGINES
+    assert command_line.ENGINES == ENGINES
 
 
 def test_nothing_is_left_behind(judged):

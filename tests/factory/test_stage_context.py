@@ -13,11 +13,14 @@ import run
 from common.errors import ArenaError
 from common.experiment import load_experiment
 from common.files import only_run
-from data_prep.export_reader import read_manifest
-from factory.state import changed_files, outdated_files, replaced, require_own_votes
-from factory.status import stage_view
+from factory.stage_context import StageContext
+from factory.status import stage_status
 
 DATA, OUT = Path("data/exam"), Path("outputs/exam/sft")
+
+
+def status(experiment, stage):
+    return stage_status(StageContext(experiment, stage))
 
 
 def call(*arguments: str):
@@ -26,11 +29,9 @@ def call(*arguments: str):
 
 def trained_on_today(place) -> None:
     """Write down a training as run.py does: the miniature place has none."""
-    files = read_manifest(DATA)["files"]
     state = json.loads((OUT / "state.json").read_text())
-    data = {f"data/exam/{name}": f"sha256:{files[name]}" for name in ("sft_train.jsonl", "sft_valid.jsonl")}
-    entry = {"data/dataset_info.json exam_sft_train": {"file_name": "exam/sft_train.jsonl"}}
-    train = {**state["parts"]["score"], "inputs": {"data": {**entry, **data, "elsewhere/own.jsonl": "sha256:0"}}}
+    inputs = StageContext(load_experiment("exam"), "sft").training_inputs
+    train = {**state["parts"]["score"], "inputs": inputs}
     state["parts"] = {"train": {**train, "outputs": [], "sha256": {}}, **state["parts"]}
     (OUT / "state.json").write_text(json.dumps(state))
 
@@ -45,9 +46,9 @@ def test_nothing_is_outdated_while_the_export_is_the_same(place):
     trained_on_today(place)
     exam = load_experiment("exam")
     assert call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs").exit_code == 0
-    assert outdated_files(exam, "sft") == []
-    require_own_votes(exam, "sft")
-    assert stage_view(exam, "sft").state == "scored"
+    assert StageContext(exam, "sft").outdated_files() == []
+    StageContext(exam, "sft").require_current_training()
+    assert status(exam, "sft").state == "scored"
 
 
 @pytest.mark.parametrize("changed", ["sft_train.jsonl", "sft_valid.jsonl", None])
@@ -56,15 +57,10 @@ def test_each_file_that_was_trained_on_counts_and_no_other(place, changed):
     manifest = json.loads((DATA / "manifest.json").read_text())
     manifest["files"][changed or "dpo_judge_train.jsonl"] = "0" * 64
     (DATA / "manifest.json").write_text(json.dumps(manifest))
-    assert outdated_files(load_experiment("exam"), "sft", ("train",)) == ([changed] if changed else [])
+    assert StageContext(load_experiment("exam"), "sft").outdated_files(("train",)) == ([changed] if changed else [])
     gone = {name: digest for name, digest in manifest["files"].items() if name != changed}
     (DATA / "manifest.json").write_text(json.dumps({**manifest, "files": gone}))
-    assert outdated_files(load_experiment("exam"), "sft", ("train",)) == ([changed] if changed else [])
-
-
-def test_inputs_of_earlier_versions_and_of_other_kinds_are_passed_over(place):
-    for inputs in ({}, {"data": "x"}, {"data": {"data/exam/sft_train.jsonl": 3, "rows.parquet": {"a": 1}}}):
-        assert changed_files(inputs, DATA) == []
+    assert StageContext(load_experiment("exam"), "sft").outdated_files(("train",)) == ([changed] if changed else [])
 
 
 def test_another_export_is_refused_by_scoring_comparing_and_what_starts_from_the_judge(place):
@@ -80,9 +76,9 @@ def test_another_export_is_refused_by_scoring_comparing_and_what_starts_from_the
     assert compared.exit_code == 1 and "sft was trained or scored on another export" in compared.output
     exam = load_experiment("exam")
     with pytest.raises(ArenaError, match="sft was trained on another export"):
-        require_own_votes(exam, "dpo_judge", trained=False)
-    require_own_votes(exam, "dpo_reward", trained=False)  # starts from the base
-    view = stage_view(exam, "sft")
+        StageContext(exam, "dpo_judge").require_current_training()
+    StageContext(exam, "dpo_reward").require_current_training()  # starts from the base
+    view = status(exam, "sft")
     assert view.state == "outdated" and view.next == "python run.py sft -e exam --fresh"
     assert ((OUT / "report.json").read_bytes(), (OUT / "submission.csv").read_bytes()) == (report, submission)
 
@@ -100,16 +96,14 @@ def test_another_test_set_outdates_the_scores_alone(place):
     place.table(place.rows(7, start=9500), "later.csv")
     done = call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "later.csv", "--pairs")
     assert "is replaced" in done.output and "outdated" not in done.output
-    view = stage_view(load_experiment("exam"), "sft")
+    view = status(load_experiment("exam"), "sft")
     assert view.state == "outdated" and view.next == "python run.py score -e exam --stage sft --fresh"
-    require_own_votes(load_experiment("exam"), "sft")
+    StageContext(load_experiment("exam"), "sft").require_current_training()
 
 
 def test_a_lost_test_set_is_told(place):
     done = prepare_others(place, test=False)
     assert "it had a test set, this one has none" in done.output and "--test FILE" in done.output
-    before = read_manifest(DATA)
-    assert replaced(None, before) is None and replaced(before, before) is None
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm"])
@@ -117,5 +111,5 @@ def test_prepare_waits_for_no_run_and_replaces_nothing_under_one(place, stage):
     before = place.snapshot()
     with only_run(load_experiment("exam").output_folder(stage)):
         refused = prepare_others(place)
-    assert refused.exit_code == 1 and f"{stage} of this experiment is at work" in refused.output
+    assert refused.exit_code == 1 and f"{stage} of this experiment is running" in refused.output
     assert {name: digest for name, digest in place.snapshot().items() if name != "others.csv"} == before

@@ -1,0 +1,143 @@
+"""What the commands of run.py share: errors with a remedy, completion, and the options that several of them take."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from common.console import printable
+from common.errors import ArenaError, stop_signals, user_error
+from common.stages import DEFAULT_EXPERIMENT, TRAININGS
+
+# A stage by its own name, or as the command that trains it is called.
+STAGES = (*TRAININGS, "dpo")
+# Those of scoring.engines; its import would cost --help its speed, a test compares them.
+ENGINES = ("torch", "llama.cpp")
+
+
+class ErrorsWithRemedy(click.Group):
+    """Turns our errors into a message with its remedy and an exit code; -v shows where they come from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with stop_signals():
+                return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BaseException as raised:
+            error = raised if isinstance(raised, ArenaError) else user_error(raised, ctx.invoked_subcommand)
+            if error is None:
+                raise
+            if is_verbose(ctx):
+                click.echo(printable(traceback.format_exc()), err=True, nl=False)
+            failure = click.ClickException(str(error))
+            failure.exit_code = error.exit_code
+            raise failure from None
+
+
+def is_verbose(ctx: click.Context) -> bool:
+    return bool(ctx.find_root().ensure_object(dict).get("verbose"))
+
+
+def _remember_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.find_root().ensure_object(dict)["verbose"] = value
+
+
+def complete_experiment(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Name the experiments for the shell: the folders that hold an experiment.yaml."""
+    names = sorted(path.parent.name for path in Path("factory_configs").glob("*/experiment.yaml"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_file(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete a file where a value may be something else, too."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+FILE = click.Path(path_type=Path)
+option = click.option
+json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+verbose_option = option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_remember_verbose, help="Show details and tracebacks."
+)
+experiment_option = option(
+    "-e",
+    "--experiment",
+    default=DEFAULT_EXPERIMENT,
+    show_default=True,
+    metavar="EXP",
+    shell_complete=complete_experiment,
+    help="A folder of factory_configs/.",
+)
+
+
+def stage_option(which: str):
+    """Return the option that chooses a trained stage; `which` says what for."""
+    text = f"{which}; dpo: its trained view."
+    return option("--stage", type=click.Choice(STAGES), default="sft", show_default=True, help=text)
+
+
+def several(*options):
+    """Return one decorator of several options, in the order in which --help lists them."""
+
+    def decorate(command):
+        for each in reversed(options):
+            command = each(command)
+        return command
+
+    return decorate
+
+
+training_options = several(
+    experiment_option,
+    option(
+        "--until",
+        type=click.Choice(["train", "merge", "score"]),
+        default="score",
+        show_default=True,
+        help="Stop after this step.",
+    ),
+    option("--resume", is_flag=True, help="Go on from the last checkpoint; from the beginning where none is whole."),
+    option("--fresh", is_flag=True, help="Train from the beginning; the earlier run is put aside, not deleted."),
+    json_option,
+    verbose_option,
+)
+engine_options = several(
+    option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True, help="What runs the model."),
+    option(
+        "--precision",
+        metavar="P",
+        help="auto, fp32, bf16, fp16, 8bit, 4bit, adapter (not merged); a GGUF file's own [experiment.yaml].",
+    ),
+    option(
+        "--workers",
+        type=click.IntRange(1),
+        help="Processes with a model each [one a visible GPU; 1 on a CPU]. With --ray: actors.",
+    ),
+    option(
+        "--ray",
+        is_flag=False,
+        flag_value="local",
+        metavar="[ADDRESS]",
+        help="Score with Ray's actors: here, or on the cluster at ray://… (make extra-ray).",
+    ),
+    option(
+        "--time-limit",
+        metavar="9h",
+        help="Score all rows once within 9h (90m, 1h30m, 3600s), then the most uncertain ones in the other order.",
+    ),
+    option(
+        "--fresh", is_flag=True, help="Score again, also what an interrupted call left; an earlier report is put aside."
+    ),
+)
+
+
+page_options = several(
+    option("--host", default="127.0.0.1", show_default=True, help="The address to listen on."),
+    option("--port", type=click.IntRange(1, 65535), help="[the first free one from 7860 on]"),
+    option("--no-open", is_flag=True, help="Do not open a browser."),
+)

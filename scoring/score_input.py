@@ -1,0 +1,81 @@
+"""Scoring any table of battles with a scored stage's judge and calibration."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from common.files import only_run, sha256_of_table
+from common.progress import Show
+from data_prep.readers import VoteReader
+from data_prep.schemas import is_formula
+from data_prep.sources import votes_at
+from factory.stage_context import StageContext
+from scoring.calibration import Calibration
+from scoring.predictions import record_output, require_outside, require_replaceable
+from scoring.runner import open_job
+from scoring.score_stage import ScoreOptions, read_report, unfinished_scores, write_table
+from scoring.score_store import remove_empty
+from scoring.workers import Executor
+
+
+def score_input(
+    context: StageContext, source: str | Path, output: Path, *, show: Show, options: ScoreOptions | None = None
+) -> int:
+    """Write the probabilities of any table of battles to `output`; return the number of rows written.
+
+    `source` is what `prepare` takes as votes: a file, a folder of parts, Kaggle's zip, or an address on the hub.
+    Memory does not grow with the texts, only by some bytes a row. Raises ArenaError that names a row that cannot be
+    scored, and UsageError, before any work, where `output` is a file that this command did not write.
+    """
+    options, stage = options or ScoreOptions(), context.name
+    require_replaceable(output, source, context.experiment)
+    spec, report = options.spec(context), read_report(context)
+    calibration = Calibration.from_json(report)
+    wanted = calibration.used.swap_tta
+    if wanted and options.time_limit is not None:
+        calibration.require(1)
+    scorer, path = spec.scorer(), votes_at(source, labelled=False)
+    require_outside(output, path)
+    VoteReader(path, labelled=False)  # refuses what is not a table of battles before the model is loaded
+    context.require_scored(scorer.inputs())
+    base, target = unfinished_scores(context), f"input-{output.name}"
+    with only_run(base / target):
+        with closing(options.open(spec, show)) as executor:
+            _note_other_engine(report, executor, stage, show)
+            job = open_job(
+                base,
+                target,
+                scorer,
+                executor,
+                inputs={"data": f"sha256:{sha256_of_table(path)}", "both_orders": wanted},
+                rows=lambda: scorer.read(path),
+                label=f"{stage}: {Path(source).name}",
+                show=show,
+                fresh=options.fresh,
+            )
+            pace = options.pace([job], show)
+            job.straight(executor, pace)
+            if wanted or (options.time_limit is not None and 2 in calibration.links):
+                options.note_partial(job.swapped(executor, pace), job.rows, stage, show)
+        rows = write_table(output, job, calibration)
+        record_output(output)
+        formulas, cut = sum(map(is_formula, job.ids())), job.cut_rows()
+        job.remove()
+    if cut:
+        show.note(f"{stage}: {cut:,} of {rows:,} rows ({cut / rows:.1%}) were shortened to the judge's token budget")
+    remove_empty(base)  # its own lock lay in there until now
+    if formulas:
+        show.note(f"warning: {formulas} id(s) begin as a spreadsheet's formula does: do not open {output} in one")
+    return rows
+
+
+def _note_other_engine(report: dict[str, Any], executor: Executor, stage: str, show: Show) -> None:
+    """Print a note where the calibration was fitted on the scores of another engine or precision."""
+    fitted, now = report.get("scoring"), (executor.engine, executor.precision)
+    if fitted and (fitted["engine"], fitted["precision"]) != now:
+        show.note(
+            f"{stage}: the calibration was fitted on scores of {fitted['engine']} in {fitted['precision']}, "
+            f"these are of {now[0]} in {now[1]}: run.py score --fresh with the same options fits it again"
+        )

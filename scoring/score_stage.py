@@ -1,0 +1,307 @@
+"""Scoring one stage: raw scores of its validation fold and test set, calibration, report, probabilities, submission."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+from pyarrow.parquet import ParquetWriter
+
+from common.console import duration
+from common.errors import ArenaError, UsageError
+from common.files import atomic_file, only_run, read_json, write_json
+from common.progress import Show
+from common.stages import STEPS
+from data_prep.export_reader import read_audit, read_battles, read_rows, readable, require_intact, truth_of
+from factory.stage_context import StageContext
+from factory.state import archive
+from factory.trainer_log import loss_curve
+from scoring.calibration import Calibration
+from scoring.checks.merge_check import check_merge
+from scoring.checks.provenance import provenance
+from scoring.checks.run_checks import require_sound, run_checks, stopping
+from scoring.judge import MANIFEST
+from scoring.predictions import REPORT, check_submission, probability_file, write_probabilities
+from scoring.report.build import build_report
+from scoring.report.page import shown_battles, write_page
+from scoring.runner import Job, open_job
+from scoring.scorer import Scorer, ScorerSpec, own_precision
+from scoring.time_limit import Pace, parse_duration
+from scoring.workers import Executor, open_executor
+
+_LABELS = {"valid": "scoring the validation fold", "test": "scoring the test set"}
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How to score: engine, precision (None: the experiment's), workers, the address of a Ray cluster ("local": here).
+
+    `time_limit` is in seconds from `started` (time.monotonic); `fresh` uses nothing that was scored before, and puts an
+    earlier report aside.
+    """
+
+    engine: str = "torch"
+    precision: str | None = None
+    workers: int | None = None
+    ray: str | None = None
+    time_limit: float | None = None
+    fresh: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.time_limit is not None and self.ray is not None:
+            raise UsageError(
+                "a time limit gives shards out one by one, and Ray takes all of them at once",
+                where="--time-limit --ray",
+                remedy="give one of the two",
+            )
+
+    @classmethod
+    def of(cls, *, time_limit: str | None = None, **options: Any) -> ScoreOptions:
+        """Return the options of a command line, where a time limit is text such as 1h30m; raises UsageError."""
+        return cls(time_limit=parse_duration(time_limit) if time_limit else None, **options)
+
+    def spec(self, context: StageContext) -> ScorerSpec:
+        """Return which scorer is asked."""
+        precision = self.precision or own_precision(context.experiment, context.name)
+        return ScorerSpec(context, self.engine, precision)
+
+    def open(self, spec: ScorerSpec, show: Show) -> Executor:
+        """Load the model as often as asked."""
+        show.note(f"{spec.context.name}: loading the trained model")
+        return open_executor(spec, show.note, workers=self.workers, ray=self.ray)
+
+    def pace(self, jobs: Iterable[Job], show: Show) -> Pace:
+        """Start to measure the speed of these jobs against the time limit."""
+        pace = Pace(show.note, sum(job.tokens for job in jobs), self.time_limit, started=self.started)
+        pace.begin()
+        return pace
+
+    def note_partial(self, both: int, rows: int, stage: str, show: Show) -> None:
+        """Print how many rows a time limit allowed to score in both orders."""
+        if self.time_limit is not None and rows:
+            share = f"{both:,} of {rows:,} rows ({both / rows:.0%})"
+            show.note(f"{stage}: within the time limit {share} were scored in both orders, the most uncertain first")
+
+
+def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | None = None) -> dict[str, Any]:
+    """Score the validation fold and the test set of one stage and write its report; return the report.
+
+    Label logits of the validation fold are taken in both orders, for the position bias; those of the test set only
+    with `swap_tta` or, as far as it goes, a time limit. Raises ArenaError if the model, the export or the scores are
+    not what they should be.
+    """
+    options, folder, stage = options or ScoreOptions(), context.folder, context.name
+    spec = options.spec(context)
+    scorer = spec.scorer()
+    require_intact(context.experiment.data_folder, [Path(path).name for path in context.scoring_inputs["data"]])
+    context.require_current_settings()
+    context.require_current_training()
+    scorer.require_own_export()
+    compared = check_merge(context, show=show)
+    usual = {"engine": (spec.engine, "torch"), "precision": (spec.precision, "auto")}
+    asked = {name: value for name, (value, default) in usual.items() if value != default}
+    inputs = {"model": scorer.inputs(), **context.scoring_inputs, **asked}
+    again = f"python run.py score -e {context.experiment.name} --stage {stage} --fresh"
+    with only_run(folder):
+        standing = context.state.standing("score", inputs)
+        if standing.is_finished and not options.fresh:
+            standing.require_same_inputs("score", folder, again)
+            show.note(f"{stage}: scores kept, finished {standing.record.finished_at}")
+            report = read_report(context, remedy=again)
+            require_sound(report.get("checks", []), folder / REPORT)
+            return report
+        started = time.monotonic()
+        with closing(options.open(spec, show)) as executor:
+            # Only now: a model that cannot be loaded leaves the earlier result as it is.
+            for old in archive(folder / REPORT, places=(context.adapter, folder)) if options.fresh else ():
+                show.note(f"{stage}: the earlier report is now {old}")
+            context.state.begin("score", inputs)
+            jobs, scoring = _score_splits(context, scorer, executor, options, show)
+        scoring["seconds"] = seconds = round(time.monotonic() - started, 2)
+        report, outputs = _write(context, jobs, scoring, compared)
+        context.state.finish("score", outputs, time.monotonic() - started)
+        for job in jobs.values():
+            job.remove()
+    require_sound(report["checks"], folder / REPORT)
+    rows = f"{jobs['valid'].rows} validation and {jobs['test'].rows} test battles"
+    show.note(f"{stage}: scored {rows} in {duration(seconds)}")
+    return report
+
+
+def read_report(context: StageContext, *, remedy: str | None = None) -> dict[str, Any]:
+    """Return a stage's report.json; raises ArenaError if the stage was not scored or the file is damaged."""
+    path = context.folder / REPORT
+    try:
+        report = read_json(path)
+        if not isinstance(report["calibration"], dict):
+            raise TypeError
+        return report
+    except (OSError, ValueError, KeyError, TypeError):
+        what, again = "there is no readable report of this stage", remedy or context.command
+        raise ArenaError(what, where=str(path), remedy=again) from None
+
+
+def texts(data: Path, split: str) -> pd.DataFrame:
+    """Return the frame that the baselines learn from (see scoring.baselines).
+
+    The answers are as they were fitted to the judge prompt, lengths and turns as in the vote.
+    """
+    rows = [
+        (battle.id, battle.verdict, "\n".join(battle.responses_a), "\n".join(battle.responses_b))
+        for battle, _ in read_battles(data, split)
+    ]
+    fitted = pd.DataFrame(rows, columns=["id", "verdict", "text_a", "text_b"])
+    with readable(data / "rows.parquet"):
+        return fitted.join(read_rows(data, split)[["chars_prompt", "chars_a", "chars_b", "turns"]])
+
+
+def audit_for(data: Path, stage: str) -> dict[str, Any]:
+    """Return the export's audit with the truncation of what this stage reads, the judge prompt or the pair."""
+    audit = read_audit(data)
+    if STEPS[stage].data != "dpo_reward":
+        return audit
+    with readable(data / "audit.json"):
+        return {**audit, "truncation": audit["pairs"]["reward"]["truncation"]}
+
+
+def write_table(path: Path, job: Job, calibration: Calibration) -> int:
+    """Write a job's probabilities, piece by piece, and check what was written; return the number of rows."""
+    with probability_file(path) as add:
+        for table in job.tables():
+            add(table["id"], calibration.apply(table))
+    return check_submission(path, job.ids())
+
+
+def unfinished_scores(context: StageContext) -> Path:
+    """Return the folder of scores that are not in a final file yet."""
+    return context.folder / "scoring"
+
+
+def _score_splits(
+    context: StageContext, scorer: Scorer, executor: Executor, options: ScoreOptions, show: Show
+) -> tuple[dict[str, Job], dict[str, Any]]:
+    """Score both splits; return their jobs, and what the report says of how they were scored."""
+    jobs = {
+        split: open_job(
+            unfinished_scores(context),
+            split,
+            scorer,
+            executor,
+            inputs={"data": context.scoring_inputs["data"]},
+            rows=lambda split=split: scorer.exported(split),
+            label=f"{context.name}: {label}",
+            show=show,
+            fresh=options.fresh,
+        )
+        for split, label in _LABELS.items()
+    }
+    valid, test = jobs.values()
+    pace = options.pace(jobs.values(), show)
+    for job in jobs.values():
+        job.straight(executor, pace)
+    both = {"valid": 0, "test": 0}
+    if scorer.label_ids:  # rewards have no order
+        if pace.allows(valid.tokens):
+            both["valid"] = valid.swapped(executor, pace, whole=True)
+            if context.experiment.swap_tta or options.time_limit is not None:
+                both["test"] = test.swapped(executor, pace)
+                options.note_partial(both["test"], test.rows, context.name, show)
+        else:
+            show.note(f"{context.name}: the time limit leaves no room for the other order of the answers")
+    scoring = {"engine": executor.engine, "precision": executor.precision, "device": executor.device}
+    limit = {} if options.time_limit is None else {"time_limit_seconds": options.time_limit}
+    return jobs, {**scoring, "rows_in_both_orders": both, **limit}
+
+
+def _write(
+    context: StageContext, jobs: dict[str, Job], scoring: dict[str, Any], compared: dict[str, Any] | None
+) -> tuple[dict[str, Any], list[Path]]:
+    """Write everything that a person or a program reads, report.json the last; return the report and the files."""
+    folder = context.folder
+    names = [f"scores_{split}.parquet" for split in jobs]
+    for name, job in zip(names, jobs.values(), strict=True):
+        _write_scores(folder / name, job)
+    with readable(folder / "scores_valid.parquet", "score the stage again"):
+        valid = pd.read_parquet(folder / "scores_valid.parquet")
+    report, probabilities, calibration = _report(context, valid, jobs["test"], scoring, compared)
+    write_probabilities(folder / "probabilities_valid.csv", valid["id"], probabilities)
+    (folder / "submission.csv").unlink(missing_ok=True)
+    tables = ["probabilities_test.csv", *([] if stopping(report["checks"]) else ["submission.csv"])]
+    for name in tables if jobs["test"].rows else ():
+        write_table(folder / name, jobs["test"], calibration)
+        names.append(name)
+    battles = shown_battles(context.experiment.data_folder, "valid", report, context.name)
+    write_page(report, folder / "report.html", battles)
+    write_json(folder / REPORT, report)
+    return report, [folder / name for name in (*names, "probabilities_valid.csv", "report.html", REPORT)]
+
+
+def _report(
+    context: StageContext, valid: pd.DataFrame, test: Job, scoring: dict[str, Any], compared: dict[str, Any] | None
+) -> tuple[dict[str, Any], Any, Calibration]:
+    """Return the report, the validation rows' probabilities and the calibration."""
+    experiment, stage, data = context.experiment, context.name, context.experiment.data_folder
+    curve = loss_curve(context.adapter / "trainer_log.jsonl")
+    prior = context.scoring_inputs["target_prior"]
+    checks = run_checks(
+        context,
+        scores=valid,
+        test_ids=list(test.ids()),
+        loss_curve=curve,
+        compared=compared,
+        precision=scoring["precision"],
+    )
+    report, probabilities, calibration = build_report(
+        experiment=experiment.name,
+        stage=stage,
+        scores=valid,
+        train_rows=texts(data, "train"),
+        valid_texts=texts(data, "valid"),
+        truth=truth_of(data),
+        audit=audit_for(data, stage),
+        loss_curve=curve,
+        provenance=_provenance(context, scoring.pop("seconds")),
+        swap_tta=experiment.swap_tta and bool(scoring["rows_in_both_orders"]["valid"]),
+        seed=experiment.seed,
+        target_prior=prior,
+        merge_gate=compared and compared["merge_gate"],
+        checks=[check.to_json() for check in checks],
+    )
+    report["scoring"] = scoring
+    both = scoring["rows_in_both_orders"]["test"]
+    if both < test.rows and (both or experiment.swap_tta):
+        text = f"{both:,} of {test.rows:,} test rows were scored in both orders, the others in one: a time limit."
+        report["flags"].append({"level": "info", "code": "one_order", "text": text})
+    return report, probabilities, calibration
+
+
+def _write_scores(path: Path, job: Job) -> None:
+    """Write a job's raw scores as parquet, piece by piece, whole or not at all."""
+    schema = job.schema()
+    with atomic_file(path, "wb") as file, ParquetWriter(file, schema, compression="zstd") as writer:
+        for table in job.tables():
+            writer.write_table(pa.Table.from_pandas(table, schema=schema, preserve_index=False))
+
+
+def _provenance(context: StageContext, seconds: float) -> dict[str, Any]:
+    data, step = context.experiment.data_folder, context.step
+    files = [
+        context.experiment.folder / "experiment.yaml",
+        context.recipe_path,
+        context.merge_recipe_path,
+        *(data / name for name in ("rows.parquet", "battles.parquet", "truth.csv", "judge_prompt.j2")),
+        *(data / f"{step.data}_{split}.jsonl" for split in ("train", "valid")),
+        *sorted((data / f"{step.data}_train").glob("*.jsonl")),  # a large set is a folder of parts
+        *((data / "pairs.parquet",) if step.data == "dpo_reward" else ()),
+        context.merged / MANIFEST,
+        *sorted(context.adapter.glob("*.safetensors")),
+        *sorted(context.merged.glob("*.safetensors")),
+    ]
+    return {**provenance(seed=context.experiment.seed, files=files), "scoring_seconds": round(seconds, 2)}
