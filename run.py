@@ -351,7 +351,11 @@ def export(experiment: str, stage: str, quantization: str, as_json: bool, **plac
 
     context, show = _start(experiment, stage)
     manifest = export_gguf(context, quantization, **places, show=show)
-    click.echo(json.dumps(manifest, indent=2) if as_json else "\n".join(export_lines(context.experiment, context.name, manifest)))
+    click.echo(
+        json.dumps(manifest, indent=2)
+        if as_json
+        else "\n".join(export_lines(context.experiment, context.name, manifest))
+    )
 
 
 @cli.command()

@@ -24,9 +24,9 @@ from scoring import metrics
 from scoring.baselines import baseline_probabilities
 from scoring.calibration import grouped_parts, too_few_to_fit
 from scoring.links import fit_conditional_logit, softmax
-from scoring.score_stage import texts
 from scoring.predictions import REPORT
 from scoring.report.page import write_compare_page
+from scoring.score_stage import texts
 
 CHANCES = tuple(f"p_{name}" for name in VERDICTS)
 BLEND = "blend"

@@ -37,9 +37,9 @@ from data_prep.sanitize import Neutralizer
 from data_prep.sources import votes_at
 from data_prep.template_choice import choose_template
 from data_prep.truncation import Fitter
+from factory.fingerprint import dataset_files
 from factory.process import run_child
 from factory.recipe_checks import weight_faults
-from factory.fingerprint import dataset_files
 from tests.bad_inputs.place import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,8 +26,8 @@ from common.files import only_run, read_json, write_json
 from common.progress import Line, Show
 from data_prep.export_reader import read_battles, read_pairs
 from data_prep.preference_pairs import pair_sequences
-from factory.stage_context import StageContext
 from factory.fingerprint import model_files
+from factory.stage_context import StageContext
 from scoring.engines.torch_engine import score_labels
 from scoring.judge import GOLDEN_ANSWERS, Judge, load_judge, write_golden_answers
 from scoring.links import softmax

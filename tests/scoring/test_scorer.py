@@ -20,8 +20,8 @@ from common.errors import ArenaError
 from common.experiment import load_experiment
 from factory.stage_context import StageContext
 from scoring.calibration import Calibration
-from scoring.score_stage import audit_for
 from scoring.predictions import write_probabilities
+from scoring.score_stage import audit_for
 from scoring.scorer import ScorerSpec
 from tests.bad_inputs.place import build, train_and_merge
 from tests.scoring.places import identity
