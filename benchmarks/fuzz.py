@@ -4,7 +4,7 @@
     python benchmarks/fuzz.py --target csv --runs 2000     # one target, so many inputs
 
 An input that raises anything but our own errors, takes over 10 s or over 2 GiB ends its target: the input is kept in
-benchmarks/fuzz_crashes/TARGET/ and, once it is mended, the tests go on replaying it. The figures go to --output.
+benchmarks/fuzz_crashes/TARGET/ and, once that is corrected, the tests go on replaying it. The figures go to --output.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def fuzz_one(name: str, limits: list[str]) -> None:
     import atheris
 
     sys.path.insert(0, str(ROOT))
-    with atheris.instrument_imports(include=["data_prep", "factory", "scoring"]):
+    with atheris.instrument_imports(include=["common", "data_prep", "factory", "scoring"]):
         from benchmarks.fuzz_targets import TARGETS, never_crashes
     target = TARGETS[name]
     corpus = Path("corpus")
@@ -41,19 +41,12 @@ def fuzz_one(name: str, limits: list[str]) -> None:
 
 
 def fuzz(name: str, limits: list[str]) -> dict[str, object]:
-    """Fuzz one target in a child in a scratch folder; return its executions, seconds and new crashes."""
+    """Fuzz one target in a child in a scratch folder; return its executions, coverage and new crashes."""
     crashes = CRASHES / name
     crashes.mkdir(parents=True, exist_ok=True)
     before = set(crashes.iterdir())
-    given = [
-        *limits,
-        f"-timeout={LONGEST_SECONDS}",
-        f"-rss_limit_mb={LARGEST_MIB}",
-        f"-max_len={LONGEST_INPUT}",
-        f"-artifact_prefix={crashes}/",
-        "-print_final_stats=1",
-        "-seed=1",
-    ]
+    bounds = [f"-timeout={LONGEST_SECONDS}", f"-rss_limit_mb={LARGEST_MIB}", f"-max_len={LONGEST_INPUT}"]
+    given = [*limits, *bounds, f"-artifact_prefix={crashes}/", "-print_final_stats=1", "-seed=1"]
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "templates").symlink_to(ROOT / "templates")
         call = [sys.executable, __file__, "--child", name, *given]
@@ -61,20 +54,19 @@ def fuzz(name: str, limits: list[str]) -> dict[str, object]:
     log = done.stdout + done.stderr
     runs = re.search(r"stat::number_of_executed_units:\s*(\d+)", log) or re.search(r"Done (\d+) runs", log)
     coverage = re.findall(r"cov: (\d+)", log)
-    new = sorted(path.name for path in set(crashes.iterdir()) - before)
     if done.returncode:
         print(log[-4000:], file=sys.stderr)
     return {
         "target": name,
         "executions": int(runs[1]) if runs else 0,
         "coverage": int(coverage[-1]) if coverage else 0,
-        "crashes": new,
+        "crashes": sorted(path.name for path in set(crashes.iterdir()) - before),
         "ended_well": done.returncode == 0,
     }
 
 
 def main() -> None:
-    """Fuzz the asked targets and write the figures."""
+    """Fuzz the chosen targets and write the figures."""
     if sys.argv[1:2] == ["--child"]:
         fuzz_one(sys.argv[2], sys.argv[3:])
         return
@@ -83,19 +75,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, help="so many inputs for each target, instead of seconds")
     parser.add_argument("--target", action="append", help="only this one (may be given again)")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from benchmarks.fuzz_targets import TARGETS
 
-    limits = [f"-runs={asked.runs}"] if asked.runs else [f"-max_total_time={asked.seconds}"]
+    limits = [f"-runs={options.runs}"] if options.runs else [f"-max_total_time={options.seconds}"]
     found = []
-    for name in asked.target or TARGETS:
+    for name in options.target or TARGETS:
         found.append(fuzz(name, limits))
-        told = f"{found[-1]['executions']:,} executions, {len(found[-1]['crashes'])} crashes"
-        print(f"{name:<14} {told}, ended {'well' if found[-1]['ended_well'] else 'BADLY'}", flush=True)
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {"seconds": None if asked.runs else asked.seconds, "runs": asked.runs, "targets": found}
-    asked.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        line = f"{found[-1]['executions']:,} executions, {len(found[-1]['crashes'])} crashes"
+        print(f"{name:<14} {line}, ended {'well' if found[-1]['ended_well'] else 'BADLY'}", flush=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    result = {"seconds": None if options.runs else options.seconds, "runs": options.runs, "targets": found}
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     sys.exit(any(each["crashes"] or not each["ended_well"] for each in found))
 
 

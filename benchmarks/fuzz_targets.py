@@ -1,7 +1,8 @@
-"""What the fuzzer throws bytes at: all that reads files of strangers, of users, of trainers and of earlier runs.
+"""What the fuzzer throws bytes at: everything that reads files of strangers, of users, of trainers and of earlier runs.
 
 A target takes bytes and returns, or raises one of our own errors; anything else is a crash. Each brings seeds, good
 inputs from which a fuzzer finds its way. No fuzzer is needed to import this: the tests replay seeds and crashes.
+Targets write to the current folder, which the driver makes a scratch folder.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+
+import pyarrow as pa
+from pyarrow.parquet import write_table
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
 from common.error_hints import all_errors, clean_lines, remedy_for
@@ -23,15 +27,7 @@ from data_prep.chat_template import ChatFrame
 from data_prep.export_reader import FORMAT, read_manifest
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
-from data_prep.schemas import (
-    BadCell,
-    BadVerdict,
-    parse_conversation,
-    parse_id,
-    parse_one_hot,
-    parse_turns,
-    parse_winner,
-)
+from data_prep.schemas import CONVERSATIONS, ONE_HOT, TEXTS, TURNS, WINNER, BadCell, BadVerdict, parse_id
 from data_prep.truncation import Fitter
 from factory.fingerprint import data_sets, training_rows
 from factory.recipe_checks import check_recipe
@@ -43,13 +39,15 @@ from scoring.predictions import check_submission
 
 ROOT = Path(__file__).resolve().parents[1]
 OUR_ERRORS = (ArenaError, BadCell, BadVerdict)
-# The placeholder for a file that a target writes in the current folder, which the driver makes a scratch folder.
 _FILE = Path("fuzzed")
-_HEADER = "id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\n"
-_ROW = '{},m,n,"[""hi"", null]","[""a"", ""b""]","[""c\\ud83d"", ""d""]",{}\n'
-_CSV = _HEADER + _ROW.format(1, "1,0,0") + _ROW.format(2, "0,1.0,0") + _ROW.format(3, "0,0,1")
+_CSV = """id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie
+1,m,n,"[""hi"", null]","[""a"", ""b""]","[""c\\ud83d"", ""d""]",1,0,0
+2,m,n,"[""hi"", null]","[""a"", ""b""]","[""c\\ud83d"", ""d""]",0,1.0,0
+3,m,n,"[""hi"", null]","[""a"", ""b""]","[""c\\ud83d"", ""d""]",0,0,1
+"""
 _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _KEYS = {"model": "models/none", "template": "qwen3_nothink", "cutoff_len": 512, "quantization_bit": None}
+_LOOP = "{% for turn in turns %}{{ turn.prompt }}{{ turn.a }}{{ turn.b }}{% endfor %}"
 
 
 @dataclass(frozen=True)
@@ -60,19 +58,43 @@ class Target:
     seeds: Callable[[], list[bytes]]
 
 
-def never_crashes(target: Target, data: bytes) -> None:
-    """Run a target; our own errors are answers, and must say what and how to mend it."""
+TARGETS: dict[str, Target] = {}
+
+
+def target(name: str, seeds: Callable[[], Iterable[bytes | str]]) -> Callable:
+    """Register a function of bytes as a target with seeds, which are made when they are asked for."""
+
+    def register(run: Callable[[bytes], object]) -> Callable[[bytes], object]:
+        TARGETS[name] = Target(run, lambda: [s if isinstance(s, bytes) else s.encode() for s in seeds()])
+        return run
+
+    return register
+
+
+def never_crashes(fuzzed: Target, data: bytes) -> None:
+    """Run a target; our own errors are answers, and must have a message."""
     try:
-        target.run(data)
-    except ArenaError as error:
-        assert error.what and str(error)
-    except (BadCell, BadVerdict) as error:
+        fuzzed.run(data)
+    except OUR_ERRORS as error:
         assert str(error)
 
 
-# --- votes ----------------------------------------------------------------------------------------------------
+def _csv_seeds() -> list[bytes | str]:
+    other = 'question_id,conversation_a,conversation_b,winner\n1,"[{""role"": ""user"", ""content"": ""x""}]",[],tie\n'
+    plain = "id,prompt,response_a,response_b,winner,language\n1,p,a,b,model_a,English\n"
+    return [_CSV, other, plain, "\ufeff" + _CSV, gzip.compress(_CSV.encode(), mtime=0), _CSV.encode("utf-16")]
 
 
+def _parquet_seeds() -> Iterable[bytes]:
+    texts = {name: [["hi"], ["x", None]] for name in ("prompt", "response_a", "response_b")}
+    flags = dict(zip(PROBABILITY_COLUMNS, ([1, 0], [0, 1], [0, 0]), strict=True))
+    for columns in ({"id": ["1", "2"], **texts, **flags}, {"id": [1.0, 2.0], "prompt": ["a", "b"]}):
+        write_table(pa.table(columns), file := io.BytesIO(), compression="none")
+        yield file.getvalue()
+
+
+@target("parquet", _parquet_seeds)
+@target("csv", _csv_seeds)
 def read_votes(data: bytes) -> None:
     _FILE.write_bytes(data)
     for labelled in (True, False):
@@ -81,54 +103,20 @@ def read_votes(data: bytes) -> None:
             "".join((*battle.prompts, *battle.responses_a, *battle.responses_b)).encode("utf-8")
 
 
+@target(
+    "cells", lambda: ['["a", null, "\\ud83d\\ude00"]', '[{"role": "user", "content": "x"}]', "1,0,0", "tie", "[" * 99]
+)
 def read_cells(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
-    for parse in (parse_turns, parse_conversation):
-        try:
-            parse(text, "prompt")
-        except BadCell as error:
-            assert len(str(error)) < 300
     parse_id(text)
-    cells = text.split(",")
-    for attempt in (lambda: parse_one_hot(cells[:3]), lambda: parse_winner([text])):
+    for form, cells in (
+        *((TURNS, [text] * 3), (TEXTS, [text] * 3), (CONVERSATIONS, [text] * 2)),
+        *((ONE_HOT, text.split(",")[:3]), (WINNER, [text])),
+    ):
         try:
-            assert attempt() in VERDICTS
-        except BadVerdict:
-            continue
-
-
-def _csv_seeds() -> list[bytes]:
-    other = 'question_id,conversation_a,conversation_b,winner\n1,"[{""role"": ""user"", ""content"": ""x""}]",[],tie\n'
-    plain = "id,prompt,response_a,response_b,winner,language\n1,p,a,b,model_a,English\n"
-    texts = [_CSV, other, plain, "\ufeff" + _CSV]
-    return [*(text.encode() for text in texts), gzip.compress(_CSV.encode(), mtime=0), _CSV.encode("utf-16")]
-
-
-def _parquet_seeds() -> list[bytes]:
-    import pyarrow as pa
-    from pyarrow.parquet import write_table
-
-    texts = {name: [["hi"], ["x", None]] for name in ("prompt", "response_a", "response_b")}
-    flags = dict(zip(PROBABILITY_COLUMNS, ([1, 0], [0, 1], [0, 0]), strict=True))
-    seeds = []
-    for columns in ({"id": ["1", "2"], **texts, **flags}, {"id": [1.0, 2.0], "prompt": ["a", "b"]}):
-        file = io.BytesIO()
-        write_table(pa.table(columns), file, compression="none")
-        seeds.append(file.getvalue())
-    return seeds
-
-
-def _cell_seeds() -> list[bytes]:
-    return [
-        b'["a", null, "\\ud83d\\ude00"]',
-        b'[{"role": "user", "content": "x"}]',
-        b"1,0,0",
-        b"tie (bothbad)",
-        b"[" * 99,
-    ]
-
-
-# --- fitting --------------------------------------------------------------------------------------------------
+            assert form.read(cells) in VERDICTS or form not in (ONE_HOT, WINNER)
+        except (BadCell, BadVerdict) as error:
+            assert len(str(error)) < 300
 
 
 @cache
@@ -139,31 +127,21 @@ def _tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=list(_SPECIALS), show_progress=False
-    )
-    tokenizer.train_from_iterator(
-        ["### User\n### Assistant A\nWhich assistant do people prefer? Verdict:"] * 3, trainer
-    )
+    options = {"vocab_size": 400, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(special_tokens=list(_SPECIALS), **options)
+    text = "### User\n### Assistant A\nWhich assistant do people prefer? Verdict:"
+    tokenizer.train_from_iterator([text] * 3, trainer)
     return tokenizer
 
 
 @cache
 def _frame() -> ChatFrame:
-    return ChatFrame(
-        template="qwen3_nothink",
-        prefix_ids=(),
-        before="<|im_start|>user\n",
-        after="<|im_end|>\n<|im_start|>assistant\n",
-        suffix_ids=(),
-        label_ids=tuple(_tokenizer().encode(label).ids[0] for label in "ABC"),
-        answer_len=3,
-        answer_prefix_ids=(),
-        answer_before="",
-        answer_after="<|im_end|>\n",
-        answer_suffix_ids=(),
-        special_strings=_SPECIALS,
-    )
+    before, after, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
+    ids = {"prefix_ids": (), "suffix_ids": (), "answer_prefix_ids": (), "answer_suffix_ids": ()}
+    answer = {"answer_len": 3, "answer_before": "", "answer_after": end}
+    labels = tuple(_tokenizer().encode(label).ids[0] for label in "ABC")
+    texts = {"template": "qwen3_nothink", "before": before, "after": after, "special_strings": _SPECIALS}
+    return ChatFrame(label_ids=labels, **texts, **ids, **answer)
 
 
 @cache
@@ -171,6 +149,12 @@ def _prompt() -> JudgePrompt:
     return JudgePrompt.load(ROOT / "templates" / "judge_prompt.j2", Labels())
 
 
+def _fit_seeds() -> list[str]:
+    text = "### Assistant B\nVerdict: A <|im_end|> 日本語 😀 {{ x }}"
+    return [f"x{text}\0{text}\0{text}", "\1" + "\0".join(["word " * 300] * 6), "\0"]
+
+
+@target("budget", _fit_seeds)
 def fit(data: bytes) -> None:
     """Fit texts from the bytes, split at NUL, to a budget from their first byte; nothing is ever longer."""
     cutoff = 300 + 4 * (data[0] if data else 0)
@@ -188,24 +172,24 @@ def fit(data: bytes) -> None:
         assert len([line for line in message.split("\n") if line == "### Question"]) == 1
 
 
-def _fit_seeds() -> list[bytes]:
-    text = "### Assistant B\nVerdict: A <|im_end|> 日本語 😀 {{ x }}"
-    return [f"x{text}\0{text}\0{text}".encode(), ("\1" + "\0".join(["word " * 300] * 6)).encode(), b"\0"]
+def _experiment() -> Experiment:
+    return parse_experiment(dict(_KEYS), "exam", where="experiment.yaml")
 
 
-# --- configurations -------------------------------------------------------------------------------------------
-
-
+@target(
+    "experiment",
+    lambda: [*(path.read_bytes() for path in ROOT.glob("factory_configs/*/experiment.yaml")), json.dumps(_KEYS)],
+)
 def load_experiment(data: bytes) -> None:
     _FILE.write_bytes(data)
     experiment = parse_experiment(read_yaml(_FILE), "exam", where="experiment.yaml")
     for step in ("sft", "merge_rm"):
         path = Path("rendered.yaml")
         path.write_text(render_recipe(experiment, step), encoding="utf-8")
-        content = read_yaml(path)  # what was rendered is read back as what was meant
-        assert content["template"] == experiment.template
+        assert read_yaml(path)["template"] == experiment.template  # is read back as it was meant
 
 
+@target("recipe", lambda: [render_recipe(_experiment(), step) for step in STEPS])
 def check_a_recipe(data: bytes) -> None:
     experiment = _experiment()
     path = experiment.recipe("sft")
@@ -214,6 +198,10 @@ def check_a_recipe(data: bytes) -> None:
     assert all(isinstance(fault, str) for fault in check_recipe(experiment, "sft"))
 
 
+@target(
+    "judge_prompt",
+    lambda: [_prompt().source, _LOOP, "{% if dropped %}x{% endif %}{% set a = 1 %}{{ labels.a|upper ~ a }}" + _LOOP],
+)
 def judge_prompt(data: bytes) -> None:
     prompt = JudgePrompt(data.decode("utf-8", "replace"), Labels())
     battle = Battle("1", ("p\n", "q"), ("{{ a }}", ""), ("b", "c"))
@@ -221,28 +209,13 @@ def judge_prompt(data: bytes) -> None:
     assert all(text in message for text in (*battle.prompts, *battle.responses_a, *battle.responses_b))
 
 
-def _experiment() -> Experiment:
-    return parse_experiment(dict(_KEYS), "exam", where="experiment.yaml")
+def _state_seeds() -> list[str]:
+    record = {"inputs": {"x": 1}, "outputs": ["a"], "started_at": "now", "finished_at": "then", "seconds": 1.0}
+    parts = {part: {**record, "sha256": {}} for part in ("train", "merge", "score")}
+    return [json.dumps({"version": 1, "parts": parts}), '{"parts": {"score": {"outputs": ["/"]}}}']
 
 
-def _experiment_seeds() -> list[bytes]:
-    files = sorted((ROOT / "factory_configs").glob("*/experiment.yaml"))
-    return [*(path.read_bytes() for path in files), json.dumps(_KEYS).encode()]
-
-
-def _recipe_seeds() -> list[bytes]:
-    return [render_recipe(_experiment(), step).encode() for step in STEPS]
-
-
-def _prompt_seeds() -> list[bytes]:
-    loop = b"{% for turn in turns %}{{ turn.prompt }}{{ turn.a }}{{ turn.b }}{% endfor %}"
-    other = b"{% if dropped %}x{% endif %}{% set a = 1 %}{{ labels.a|upper ~ a }}" + loop
-    return [(ROOT / "templates" / "judge_prompt.j2").read_bytes(), loop, other]
-
-
-# --- what earlier runs and trainers wrote ---------------------------------------------------------------------
-
-
+@target("state", _state_seeds)
 def read_state(data: bytes) -> None:
     Path("state.json").write_bytes(data)
     state = StageState(Path())
@@ -250,11 +223,24 @@ def read_state(data: bytes) -> None:
         state.finished(part, {"x": 1}, fresh_remedy="--fresh")
 
 
+def _manifest_seeds() -> list[str]:
+    source = {"file": "votes.csv", "sha256": "0" * 64}
+    content = {"format": FORMAT, "views": ["judge"], "sources": {"train": source}, "files": {"rows.parquet": "0"}}
+    return [json.dumps({**content, "experiment": {"name": "exam"}, "frame": asdict(_frame())})]
+
+
+@target("manifest", _manifest_seeds)
 def read_a_manifest(data: bytes) -> None:
     Path("manifest.json").write_bytes(data)
     ChatFrame.from_dict(read_manifest(Path())["frame"])
 
 
+def _info_seeds() -> list[str]:
+    entry = {"file_name": "dataset_info.json", "formatting": "sharegpt", "num_samples": 3}
+    return [json.dumps({"exam_sft_train": entry, "exam_sft_valid": {**entry, "file_name": "x.jsonl"}})]
+
+
+@target("dataset_info", _info_seeds)
 def read_dataset_info(data: bytes) -> None:
     Path("dataset_info.json").write_bytes(data)
     recipe = {"dataset": "exam_sft_train", "eval_dataset": "exam_sft_valid", "dataset_dir": "."}
@@ -262,20 +248,36 @@ def read_dataset_info(data: bytes) -> None:
     training_rows(recipe)
 
 
+def _judge_seeds() -> list[str]:
+    content = {"format": 1, "classes": list(VERDICTS), "labels": Labels().model_dump(), "frame": asdict(_frame())}
+    content |= {"judge_prompt": _prompt().source, "cutoff_len": 512, "budget_shares": BudgetShares().model_dump()}
+    golden = {"Verdict:": _tokenizer().encode("Verdict:").ids}
+    return [json.dumps({**content, "swap_tta": False, "canaries": golden, "source": {}})]
+
+
+@target("judge", _judge_seeds)
 def read_judge(data: bytes) -> None:
     folder = Path("judge")
+    folder.mkdir(exist_ok=True)
     if not (folder / "tokenizer.json").is_file():
-        folder.mkdir(exist_ok=True)
         _tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "judge.json").write_bytes(data)
     load_judge(folder).fitter()
 
 
+@target("submission", lambda: [f"id,{','.join(PROBABILITY_COLUMNS)}\n1,.5,.25,.25\n2,1,0,0\n"])
 def read_submission(data: bytes) -> None:
     _FILE.write_bytes(data)
     check_submission(_FILE, ["1", "2"])
 
 
+def _log_seeds() -> list[str]:
+    point = {"current_steps": 1, "total_steps": 9, "loss": 0.5, "lr": 1e-4, "elapsed_time": "1 day, 0:00:01"}
+    log = "\x1b[1mTraceback (most recent call last):\n  File x\nValueError: no\r[rank0]: torch.OutOfMemoryError: CUDA\n"
+    return [(json.dumps(point) + "\n") * 2, log]
+
+
+@target("logs", _log_seeds)
 def read_logs(data: bytes) -> None:
     _FILE.write_bytes(data)
     assert all(set(row) == {"step", "loss", "lr", "eval_loss"} for row in loss_curve(_FILE))
@@ -283,63 +285,3 @@ def read_logs(data: bytes) -> None:
     clean_lines(text)
     for error in all_errors(text):
         remedy_for(error)
-
-
-def _state_seeds() -> list[bytes]:
-    record = {"inputs": {"x": 1}, "outputs": ["a"], "started_at": "now", "finished_at": "then", "seconds": 1.0}
-    parts = {part: {**record, "sha256": {}} for part in ("train", "merge", "score")}
-    return [json.dumps({"version": 1, "parts": parts}).encode(), b'{"parts": {"score": {"outputs": ["/"]}}}']
-
-
-def _manifest_seeds() -> list[bytes]:
-    source = {"file": "votes.csv", "sha256": "0" * 64}
-    content = {"format": FORMAT, "views": ["judge"], "sources": {"train": source}, "files": {"rows.parquet": "0"}}
-    return [json.dumps({**content, "experiment": {"name": "exam"}, "frame": asdict(_frame())}).encode()]
-
-
-def _info_seeds() -> list[bytes]:
-    entry = {"file_name": "dataset_info.json", "formatting": "sharegpt", "num_samples": 3}
-    return [json.dumps({"exam_sft_train": entry, "exam_sft_valid": {**entry, "file_name": "x.jsonl"}}).encode()]
-
-
-def _judge_seeds() -> list[bytes]:
-    content = {
-        "format": 1,
-        "classes": list(VERDICTS),
-        "labels": Labels().model_dump(),
-        "frame": asdict(_frame()),
-        "judge_prompt": _prompt().source,
-        "cutoff_len": 512,
-        "budget_shares": BudgetShares().model_dump(),
-        "swap_tta": False,
-        "canaries": {"Verdict:": _tokenizer().encode("Verdict:").ids},
-        "source": {},
-    }
-    return [json.dumps(content).encode()]
-
-
-def _log_seeds() -> list[bytes]:
-    point = {"current_steps": 1, "total_steps": 9, "loss": 0.5, "lr": 1e-4, "elapsed_time": "1 day, 0:00:01"}
-    log = "\x1b[1mTraceback (most recent call last):\n  File x\nValueError: no\r[rank0]: torch.OutOfMemoryError: CUDA\n"
-    return [(json.dumps(point) + "\n").encode() * 2, log.encode()]
-
-
-def _submission_seeds() -> list[bytes]:
-    return [f"id,{','.join(PROBABILITY_COLUMNS)}\n1,.5,.25,.25\n2,1,0,0\n".encode()]
-
-
-TARGETS = {
-    "csv": Target(read_votes, _csv_seeds),
-    "parquet": Target(read_votes, _parquet_seeds),
-    "cells": Target(read_cells, _cell_seeds),
-    "budget": Target(fit, _fit_seeds),
-    "experiment": Target(load_experiment, _experiment_seeds),
-    "recipe": Target(check_a_recipe, _recipe_seeds),
-    "judge_prompt": Target(judge_prompt, _prompt_seeds),
-    "state": Target(read_state, _state_seeds),
-    "manifest": Target(read_a_manifest, _manifest_seeds),
-    "dataset_info": Target(read_dataset_info, _info_seeds),
-    "judge": Target(read_judge, _judge_seeds),
-    "submission": Target(read_submission, _submission_seeds),
-    "logs": Target(read_logs, _log_seeds),
-}

@@ -7,17 +7,16 @@ texts. That is only right for a template that places each text once and unchange
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from jinja2 import nodes
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
+
+from jinja2 import StrictUndefined, TemplateError, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.errors import ArenaError
 from data_prep.sanitize import Lines
@@ -26,64 +25,19 @@ if TYPE_CHECKING:
     from common.battle import Battle
     from common.experiment import Labels
 
-LARGEST = 1 << 16  # characters of a template
-_STRUCTURE = frozenset({"Template", "Output", "TemplateData", "For", "If", "CondExpr", "Filter", "Assign"})
-_VALUES = frozenset({"Const", "Name", "Getattr", "Getitem", "Slice", "Concat", "Add", "Sub", "Neg"})
-_CONDITIONS = frozenset({"Compare", "Operand", "Test", "Not", "And", "Or"})
-_ALLOWED = _STRUCTURE | _VALUES | _CONDITIONS
-_FILTERS = frozenset({"upper", "lower", "capitalize", "title", "trim", "length", "count", "first", "last", "default"})
-# Of these an assigned value could be twice as long as the one before it, and so on.
-_GROWING = ("Concat", "Add")
-
-
-def sandbox() -> Any:
-    """Return the Jinja environment of judge prompts: strict about names, no access to Python, no helper functions."""
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.clear()  # range, lipsum, cycler, …
-    return environment
-
-
-def faults(tree: nodes.Template) -> list[str]:
-    """Return what a parsed template must not hold, each with its line; nothing for a template that is safe."""
-    return list(dict.fromkeys(_faults(tree, in_loop=False)))
-
-
-def _faults(node: nodes.Node, in_loop: bool) -> Iterator[str]:
-    kind = type(node).__name__
-    if kind not in _ALLOWED:
-        yield f"line {node.lineno}: {kind} is not allowed"
-    elif kind == "Getattr" and node.attr.startswith("_"):
-        yield f"line {node.lineno}: the name {node.attr!r} is not allowed"
-    elif kind == "Filter" and node.name not in _FILTERS:
-        yield f"line {node.lineno}: the filter {node.name!r} is not allowed"
-    elif kind == "For" and (in_loop or node.recursive or not _over_turns(node.iter)):
-        yield f"line {node.lineno}: only one loop, over `turns`, is allowed"
-    elif kind == "Assign" and any(type(each).__name__ in _GROWING for each in _within(node.node)):
-        yield f"line {node.lineno}: a value that is set may not be put together from others"
-    for child in node.iter_child_nodes():
-        yield from _faults(child, in_loop or kind == "For")
-
-
-def _over_turns(node: nodes.Node) -> bool:
-    if type(node).__name__ == "Getitem":  # turns[1:]
-        node = node.node
-    return type(node).__name__ == "Name" and node.name == "turns"
-
-
-def _within(node: nodes.Node) -> Iterator[nodes.Node]:
-    yield node
-    for child in node.iter_child_nodes():
-        yield from _within(child)
-
-
 FIELDS = ("prompt", "a", "b")
+_LARGEST = 1 << 16  # characters of a template
+# What a template may hold: structure, values, conditions. No calls, macros, includes, multiplication.
+_ALLOWED = frozenset({
+    *("Template", "Output", "TemplateData", "For", "If", "CondExpr", "Filter", "Assign"),
+    *("Const", "Name", "Getattr", "Getitem", "Slice", "Concat", "Add", "Sub", "Neg"),
+    *("Compare", "Operand", "Test", "Not", "And", "Or"),
+})  # fmt: skip
+_FILTERS = frozenset({"upper", "lower", "capitalize", "title", "trim", "length", "count", "first", "last", "default"})
 # Two private-use characters enclose a mark; texts never pass through the marked rendering.
 _MARK = re.compile("\ue000(\\d+):(prompt|a|b)\ue001")
-_SHOWN = 5
 _PROBE_TEXTS = ("  Spaces AROUND \n", "", "x", "<b>&'\"{{ y }}{% z %}", "same", "same")
+_RENDER_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 _REMEDY = (
     "place {{ turn.prompt }}, {{ turn.a }} and {{ turn.b }} once each in `for turn in turns`, without filters or tests"
 )
@@ -107,52 +61,41 @@ class JudgePrompt:
 
     def __init__(self, source: str, labels: Labels, where: str = "judge prompt"):
         """Compile and check `source`; raises ArenaError that names the template and the line."""
-        from jinja2 import TemplateError
-
         self.source, self.where = source, where
         self._labels = SimpleNamespace(a=labels.a, b=labels.b, tie=labels.tie)
-        if len(source) > LARGEST:
-            raise ArenaError(f"is longer than {LARGEST:,} characters", where=where, remedy="give a judge prompt")
-        environment = sandbox()
+        if len(source) > _LARGEST:
+            raise ArenaError(f"is longer than {_LARGEST:,} characters", where=where, remedy="give a judge prompt")
+        # Strict about names, no access to Python, no helper functions (range, lipsum, cycler, …).
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        environment.globals.clear()
         try:
-            unsafe = faults(environment.parse(source))
-            if not unsafe:
-                self._template = environment.from_string(source)
-        except (TemplateError, RecursionError, SyntaxError, ValueError, OverflowError) as error:
-            line = getattr(error, "lineno", None)
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise ArenaError(
-                f"is not a valid Jinja template: {reason}",
-                where=f"{where}{f' line {line}' if line else ''}",
-                remedy=_REMEDY,
+            unsafe = list(dict.fromkeys(_faults(environment.parse(source), in_loop=False)))
+            if unsafe:
+                raise self._error("does more than place texts:" + "".join(f"\n  - {fault}" for fault in unsafe[:5]))
+            self._template = environment.from_string(source)
+        except (*_RENDER_FAULTS, SyntaxError) as error:
+            raise self._error(
+                f"is not a valid Jinja template: {_reason(error)}", getattr(error, "lineno", None)
             ) from None
-        if unsafe:
-            raise ArenaError(
-                "does more than place texts:" + "".join(f"\n  - {fault}" for fault in unsafe[:_SHOWN]),
-                where=where,
-                remedy=_REMEDY,
-            )
         self._skeletons: dict[tuple[int, bool], Skeleton] = {}
         for turns in (1, 2, 3):
-            self._check_plain(turns, dropped=turns - 1)
+            self._check_plain(turns, dropped=turns > 1)
 
     @classmethod
     def load(cls, path: Path, labels: Labels) -> JudgePrompt:
         """Read the template from a file; raises ArenaError if it is missing or not UTF-8."""
         try:
-            return cls(path.read_text(encoding="utf-8"), labels, where=str(path))
+            source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ArenaError(
-                f"the judge prompt cannot be read: {error}",
-                where=str(path),
-                remedy="mend the key prompt_template",
-            ) from None
+            what, remedy = f"the judge prompt cannot be read: {error}", "correct the key prompt_template"
+            raise ArenaError(what, where=str(path), remedy=remedy) from None
+        return cls(source, labels, where=str(path))
 
     def skeleton(self, turns: int, dropped: int) -> Skeleton:
         """Return the pieces for a battle of `turns` kept turns, `dropped` older ones left out."""
         key = (turns, bool(dropped))
         if key not in self._skeletons:
-            self._skeletons[key] = self._make_skeleton(turns, bool(dropped))
+            self._skeletons[key] = self._make_skeleton(*key)
         return self._skeletons[key]
 
     @cached_property
@@ -170,41 +113,67 @@ class JudgePrompt:
         """Return the user message for a battle whose texts are already fitted."""
         return self.skeleton(battle.turns, dropped).fill(texts_of(battle))
 
-    def _render(self, turns: list[SimpleNamespace], dropped: bool) -> str:
-        from jinja2 import TemplateError
+    def _error(self, what: str, line: int | None = None) -> ArenaError:
+        return ArenaError(what, where=f"{self.where} line {line}" if line else self.where, remedy=_REMEDY)
 
+    def _render(self, texts: dict[tuple[int, str], str], dropped: bool) -> str:
+        count = len(texts) // len(FIELDS)
+        turns = [SimpleNamespace(**{field: texts[i, field] for field in FIELDS}) for i in range(count)]
         try:
             return self._template.render(turns=turns, dropped=int(dropped), labels=self._labels)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise ArenaError(f"cannot be rendered: {error}", where=self.where, remedy=_REMEDY) from None
-        except RecursionError:
-            raise ArenaError("cannot be rendered: nested too deeply", where=self.where, remedy=_REMEDY) from None
+        except _RENDER_FAULTS as error:
+            raise self._error(f"cannot be rendered: {_reason(error)}") from None
 
     def _make_skeleton(self, turns: int, dropped: bool) -> Skeleton:
-        marked = [SimpleNamespace(**{f: f"\ue000{i}:{f}\ue001" for f in FIELDS}) for i in range(turns)]
-        parts = _MARK.split(self._render(marked, dropped))
+        marks = {(i, field): f"\ue000{i}:{field}\ue001" for i in range(turns) for field in FIELDS}
+        parts = _MARK.split(self._render(marks, dropped))
         slots = tuple((int(i), field) for i, field in zip(parts[1::3], parts[2::3], strict=True))
-        if sorted(slots) != sorted((i, f) for i in range(turns) for f in FIELDS):
-            raise ArenaError(
-                f"with {turns} turn(s) it places {len(slots)} texts instead of {3 * turns}, each once",
-                where=self.where,
-                remedy=_REMEDY,
-            )
+        if sorted(slots) != sorted(marks):
+            raise self._error(f"with {turns} turn(s) it places {len(slots)} texts instead of {3 * turns}, each once")
         return Skeleton(tuple(parts[0::3]), slots)
 
-    def _check_plain(self, turns: int, dropped: int) -> None:
+    def _check_plain(self, turns: int, dropped: bool) -> None:
+        """Raise ArenaError where texts of all kinds do not come out of Jinja as they come out of the skeleton."""
+        slots = [(i, field) for i in range(turns) for field in FIELDS]
         for shift in range(len(_PROBE_TEXTS)):
-            texts = {
-                (i, f): _PROBE_TEXTS[(shift + 3 * i + k) % len(_PROBE_TEXTS)]
-                for i in range(turns)
-                for k, f in enumerate(FIELDS)
-            }
-            plain = [SimpleNamespace(**{f: texts[i, f] for f in FIELDS}) for i in range(turns)]
-            if self._render(plain, bool(dropped)) != self.skeleton(turns, dropped).fill(texts):
-                raise ArenaError("changes or tests the texts that it places", where=self.where, remedy=_REMEDY)
+            texts = {slot: _PROBE_TEXTS[(shift + number) % len(_PROBE_TEXTS)] for number, slot in enumerate(slots)}
+            if self._render(texts, dropped) != self.skeleton(turns, dropped).fill(texts):
+                raise self._error("changes or tests the texts that it places")
 
 
 def texts_of(battle: Battle) -> dict[tuple[int, str], str]:
     """Return a battle's texts by (turn, field)."""
     columns = (battle.prompts, battle.responses_a, battle.responses_b)
     return {(i, f): text for f, column in zip(FIELDS, columns, strict=True) for i, text in enumerate(column)}
+
+
+def _faults(node: nodes.Node, in_loop: bool) -> Iterator[str]:
+    """Yield what a parsed template must not hold, each with its line; nothing for a template that is safe."""
+    kind = type(node).__name__
+    if kind not in _ALLOWED:
+        yield f"line {node.lineno}: {kind} is not allowed"
+    elif kind == "Getattr" and node.attr.startswith("_"):
+        yield f"line {node.lineno}: the name {node.attr!r} is not allowed"
+    elif kind == "Filter" and node.name not in _FILTERS:
+        yield f"line {node.lineno}: the filter {node.name!r} is not allowed"
+    elif kind == "For" and (in_loop or node.recursive or not _over_turns(node.iter)):
+        yield f"line {node.lineno}: only one loop, over `turns`, is allowed"
+    elif kind == "Assign" and any(isinstance(part, nodes.Concat | nodes.Add) for part in _within(node.node)):
+        # It could be twice as long as the value before it, and so on.
+        yield f"line {node.lineno}: a value that is set may not be put together from others"
+    for child in node.iter_child_nodes():
+        yield from _faults(child, in_loop or kind == "For")
+
+
+def _over_turns(node: nodes.Node) -> bool:
+    node = node.node if isinstance(node, nodes.Getitem) else node  # turns[1:]
+    return isinstance(node, nodes.Name) and node.name == "turns"
+
+
+def _within(node: nodes.Node) -> Iterator[nodes.Node]:
+    yield node
+    yield from node.find_all(nodes.Node)
+
+
+def _reason(error: Exception) -> object:
+    return "nested too deeply" if isinstance(error, RecursionError) else error

@@ -27,27 +27,24 @@ class Lines(NamedTuple):
     begun: tuple[str, ...] = ()
 
 
-NO_LINES = Lines()
-
-
 class Neutralizer:
     """Breaks up what a tokenizer would read as a special token, a template as a placeholder, a judge as a section."""
 
-    def __init__(self, special_strings: Iterable[str], lines: Lines = NO_LINES):
+    def __init__(self, special_strings: Iterable[str], lines: Lines | None = None):
         """`lines` are the prompt's own: one that stands in a text would pass for the prompt's structure."""
         strings = {s for s in (*special_strings, *_PLACEHOLDERS) if len(s) > 1}
         first = "".join(sorted({re.escape(s[0]) for s in strings}))
         longest_first = sorted(strings, key=lambda s: (-len(s), s))
         # The look-ahead on the first character keeps the search fast in ordinary text.
         self._pattern = re.compile(f"(?=[{first}])(?:{'|'.join(map(re.escape, longest_first))})")
-        self._line = _line_pattern(lines)
+        self._line = _line_pattern(lines or Lines())
 
     def __call__(self, text: str) -> str:
         """Return the text with every such string and line broken up, and EMPTY for an empty one."""
         if not text:
             return EMPTY
         previous = None
-        while previous != text:  # breaking one string up may never build another, but stay certain
+        while previous != text:  # until breaking one string up has built no other
             previous, text = text, self._pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
         if self._line is not None:
             text = self._line.sub(lambda match: match[0] + BREAK, "\n" + text)[1:]
@@ -55,25 +52,17 @@ class Neutralizer:
 
     def battle(self, battle: Battle) -> Battle:
         """Return the battle with each of its texts so treated."""
-        return replace(
-            battle,
-            prompts=tuple(map(self, battle.prompts)),
-            responses_a=tuple(map(self, battle.responses_a)),
-            responses_b=tuple(map(self, battle.responses_b)),
-        )
+        fields = ("prompts", "responses_a", "responses_b")
+        return replace(battle, **{name: tuple(map(self, getattr(battle, name))) for name in fields})
 
 
 def _line_pattern(lines: Lines) -> re.Pattern[str] | None:
     """Match a line's end before it, its indent and its first character, where the line is one of the prompt's own."""
-    whole, begun = ([_any_spelling(line) for line in group if _is_structure(line)] for group in lines)
+    # A rule (---) or a bracket is no section: ordinary texts are full of them.
+    whole, begun = ([_any_spelling(line) for line in group if sum(map(str.isalnum, line)) > 2] for group in lines)
     kinds = [f"(?:{'|'.join(whole)}){_SPACE}*:?{_SPACE}*(?:$|[{_ENDS}])"] if whole else []
     kinds += [f"(?:{'|'.join(begun)})"] if begun else []
     return re.compile(rf"[{_ENDS}]{_SPACE}*(?=(?i:{'|'.join(kinds)}))\S") if kinds else None
-
-
-def _is_structure(line: str) -> bool:
-    """A rule (---) or a bracket is no section: ordinary texts are full of them."""
-    return sum(character.isalnum() for character in line) > 2
 
 
 def _any_spelling(line: str) -> str:

@@ -15,7 +15,6 @@ import zlib
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
-from common.battle import PROBABILITY_COLUMNS
 from common.errors import ArenaError
 from common.files import atomic_folder
 from data_prep.readers import VoteReader
@@ -31,7 +30,6 @@ _DAMAGE = (
     *(RuntimeError, NotImplementedError, ValueError, OverflowError),
 )
 _FORMS = "a .csv, .csv.gz or .parquet file, a folder of such parts, Kaggle's zip, or hf://datasets/OWNER/NAME"
-_VERDICTS = frozenset({*PROBABILITY_COLUMNS, "winner"})
 
 
 def votes_at(source: str | Path, *, labelled: bool) -> Path:
@@ -59,7 +57,7 @@ def _fitting(folder: Path, labelled: bool) -> Path:
     tables = {path: open_table(path).columns for path in sorted(folder.iterdir()) if _is_table(path.name)}
     if all(columns == next(iter(tables.values())) for columns in tables.values()):
         return folder
-    fit = [path for path, columns in tables.items() if _holds_votes(path, columns, labelled)]
+    fit = [path for path in tables if _holds_votes(path, labelled)]
     if len(fit) == 1:
         return fit[0]
     kind = "votes (prompt, responses, winner)" if labelled else "battles without a winner"
@@ -71,12 +69,11 @@ def _fitting(folder: Path, labelled: bool) -> Path:
     )
 
 
-def _holds_votes(path: Path, columns: list[str], labelled: bool) -> bool:
+def _holds_votes(path: Path, labelled: bool) -> bool:
     try:
-        VoteReader(path, labelled=labelled)
+        return VoteReader(path, labelled=labelled).has_verdicts == labelled
     except ArenaError:
         return False
-    return labelled or not _VERDICTS & set(columns)
 
 
 def _unpacked(path: Path) -> Path:

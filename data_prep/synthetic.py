@@ -14,7 +14,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,22 +38,17 @@ class ArenaTruth:
     length_weight: float = 0.4  # quality for each doubling of the number of words
 
 
-@dataclass(frozen=True)
-class ArenaSettings:
-    """What the battles look like; shares are probabilities, pairs are inclusive ranges."""
-
-    multi_turn_share: float = 0.13
-    third_turn_share: float = 0.2  # of the battles with more than one turn
-    small_talk_share: float = 0.05  # prompts from a short list, which many users send alike
-    sentences: tuple[int, int] = (1, 2)  # plain sentences an answer and turn
-    markers: tuple[int, int] = (1, 3)  # marker phrases an answer and turn
-    fit_share: float = 0.12  # markers that are good on one kind of topic and bad on the other
-    talent_weight: float = 1.5  # log odds of a good marker for each unit of talent
-    mood: float = 1.0  # standard deviation of an answer's talent about that of its model
-
-
 TRUTH = ArenaTruth()
-SETTINGS = ArenaSettings()
+
+# What the battles look like; shares are probabilities, pairs are inclusive ranges.
+_MULTI_TURN_SHARE = 0.13
+_THIRD_TURN_SHARE = 0.2  # of the battles with more than one turn
+_SMALL_TALK_SHARE = 0.05  # prompts from a short list, which many users send alike
+_SENTENCES = (1, 2)  # plain sentences an answer and turn
+_MARKERS = (1, 3)  # marker phrases an answer and turn
+_FIT_SHARE = 0.12  # markers that are good on one kind of topic and bad on the other
+_TALENT_WEIGHT = 1.5  # log odds of a good marker for each unit of talent
+_MOOD = 1.0  # standard deviation of an answer's talent about that of its model
 
 # The contestants and their talent. As in the real competition the names stand in train.csv only.
 MODELS = {
@@ -91,6 +86,14 @@ FIT_MARKERS = {
     ("playful", "Ha, lovely idea!"): 0.9,
     ("playful", "Imagine smiling stars."): 0.9,
 }
+
+
+_WEIGHTS = {
+    kind: {**GOOD_MARKERS, **BAD_MARKERS}
+    | {phrase: weight if kind == good_on else -weight for (good_on, phrase), weight in FIT_MARKERS.items()}
+    for kind in ("practical", "playful")
+}
+_FIRST_ID = 100_000  # ids of one width, as in the competition
 
 
 class Topic(NamedTuple):
@@ -205,15 +208,14 @@ class ArenaBattle(NamedTuple):
     probabilities: tuple[float, float, float]
 
 
-def quality(kind: str, responses: Sequence[str], truth: ArenaTruth = TRUTH) -> float:
+def quality(kind: str, responses: Sequence[str]) -> float:
     """Return what an answer (one string a turn) is worth on a topic of this kind, read from its text alone.
 
     The sum of the weights of the marker phrases in it, plus `length_weight` for each doubling of its words.
     """
     text = " ".join(responses)
-    weights = _marker_weights(kind)
-    total = sum(weight * text.count(phrase) for phrase, weight in weights.items())
-    return total + truth.length_weight * math.log2(max(1, len(_WORD.findall(text))))
+    total = sum(weight * text.count(phrase) for phrase, weight in _WEIGHTS[kind].items())
+    return total + TRUTH.length_weight * math.log2(max(1, len(_WORD.findall(text))))
 
 
 def true_probabilities(quality_a: float, quality_b: float, truth: ArenaTruth = TRUTH) -> tuple[float, float, float]:
@@ -226,41 +228,27 @@ def true_probabilities(quality_a: float, quality_b: float, truth: ArenaTruth = T
     """
     advantage = truth.scale * (quality_a - quality_b) + truth.position_bias
     logits = (advantage / 2, -advantage / 2, math.log(truth.tie))
-    top = max(logits)
-    odds = [math.exp(logit - top) for logit in logits]
+    odds = [math.exp(logit - max(logits)) for logit in logits]
     a, b, tie = (value / sum(odds) for value in odds)
     return a, b, tie
 
 
-def synthetic_battles(
-    rows: int, *, seed: int, truth: ArenaTruth = TRUTH, settings: ArenaSettings = SETTINGS
-) -> Iterator[ArenaBattle]:
+def synthetic_battles(rows: int, *, seed: int) -> Iterator[ArenaBattle]:
     """Yield `rows` battles, each with its models, its true probabilities and a verdict drawn from them."""
     rng = random.Random(seed)
-    names = list(MODELS)
     for number in range(rows):
-        topic = SMALL_TALK if rng.random() < settings.small_talk_share else rng.choice(TOPICS)
+        topic = SMALL_TALK if rng.random() < _SMALL_TALK_SHARE else rng.choice(TOPICS)
         subject = rng.choice(topic.subjects)
-        turns = _turns(rng, settings)
-        prompts = _prompts(rng, topic, subject, turns)
-        model_a, model_b = rng.sample(names, 2)
-        a = _responses(rng, topic, subject, turns, MODELS[model_a], settings)
-        b = _responses(rng, topic, subject, turns, MODELS[model_b], settings)
-        chances = true_probabilities(quality(topic.kind, a, truth), quality(topic.kind, b, truth), truth)
-        verdict = rng.choices(VERDICTS, chances)[0]
-        battle = Battle(str(_FIRST_ID + number), prompts, a, b, verdict)
+        turns = 1 if rng.random() >= _MULTI_TURN_SHARE else 3 if rng.random() < _THIRD_TURN_SHARE else 2
+        prompts = (_first_prompt(rng, topic, subject), *(rng.choice(FOLLOW_UPS) for _ in range(turns - 1)))
+        model_a, model_b = rng.sample(list(MODELS), 2)
+        a, b = (_responses(rng, topic, subject, turns, MODELS[model]) for model in (model_a, model_b))
+        chances = true_probabilities(quality(topic.kind, a), quality(topic.kind, b))
+        battle = Battle(str(_FIRST_ID + number), prompts, a, b, rng.choices(VERDICTS, chances)[0])
         yield ArenaBattle(battle, (model_a, model_b), chances)
 
 
-def write_arena(
-    folder: Path,
-    *,
-    seed: int,
-    train_rows: int,
-    test_rows: int,
-    truth: ArenaTruth = TRUTH,
-    settings: ArenaSettings = SETTINGS,
-) -> ArenaFiles:
+def write_arena(folder: Path, *, seed: int, train_rows: int, test_rows: int) -> ArenaFiles:
     """Write train.csv and test.csv in the competition's format, and truth.csv for the rows of both.
 
     Raises ArenaError where a number of rows is not positive. The same arguments give the same bytes.
@@ -268,10 +256,10 @@ def write_arena(
     wrong = [f"{name} is {rows}" for name, rows in (("train_rows", train_rows), ("test_rows", test_rows)) if rows < 1]
     if wrong:
         raise ArenaError("; ".join(wrong), where="synthetic arena", remedy="ask for at least one row of each")
-    rows = list(synthetic_battles(train_rows + test_rows, seed=seed, truth=truth, settings=settings))
+    rows = list(synthetic_battles(train_rows + test_rows, seed=seed))
     files = ArenaFiles(folder / "train.csv", folder / "test.csv", folder / "truth.csv")
     _write_csv(files.train, TRAIN_COLUMNS, (_train_row(row) for row in rows[:train_rows]))
-    _write_csv(files.test, TEST_COLUMNS, (_test_row(row.battle) for row in rows[train_rows:]))
+    _write_csv(files.test, TEST_COLUMNS, ([row.battle.id, *_cells(row.battle)] for row in rows[train_rows:]))
     _write_csv(files.truth, TRUTH_COLUMNS, ([row.battle.id, *map(repr, row.probabilities)] for row in rows))
     return files
 
@@ -281,63 +269,42 @@ def cell(turns: Sequence[str]) -> str:
     return json.dumps(list(turns), ensure_ascii=True, separators=(",", ":")).replace("/", "\\/")
 
 
-_FIRST_ID = 100_000  # ids of one width, as in the competition
+def _first_prompt(rng: random.Random, topic: Topic, subject: str) -> str:
+    form = rng.choice(topic.forms)
+    if topic is SMALL_TALK:
+        return form
+    form = f"{form.format(subject=subject)} {rng.choice(DETAILS)}"
+    return rng.choice(OPENINGS).format(form=form)
 
 
-def _marker_weights(kind: str) -> dict[str, float]:
-    fit = {phrase: weight if kind == good_on else -weight for (good_on, phrase), weight in FIT_MARKERS.items()}
-    return {**GOOD_MARKERS, **BAD_MARKERS, **fit}
+def _responses(rng: random.Random, topic: Topic, subject: str, turns: int, talent: float) -> tuple[str, ...]:
+    """Return one text a turn: plain sentences and markers, which are good with a chance that the talent decides."""
+    talent += rng.gauss(0, _MOOD)
+    chance = 1 / (1 + math.exp(-_TALENT_WEIGHT * talent))
+    return tuple(_response(rng, topic, subject, chance) for _ in range(turns))
 
 
-def _turns(rng: random.Random, settings: ArenaSettings) -> int:
-    if rng.random() >= settings.multi_turn_share:
-        return 1
-    return 3 if rng.random() < settings.third_turn_share else 2
-
-
-def _prompts(rng: random.Random, topic: Topic, subject: str, turns: int) -> tuple[str, ...]:
-    first = rng.choice(topic.forms)
-    if topic is not SMALL_TALK:
-        form = f"{first.format(subject=subject)} {rng.choice(DETAILS)}"
-        first = rng.choice(OPENINGS).format(form=form)
-    return (first, *(rng.choice(FOLLOW_UPS) for _ in range(turns - 1)))
-
-
-def _responses(
-    rng: random.Random, topic: Topic, subject: str, turns: int, talent: float, settings: ArenaSettings
-) -> tuple[str, ...]:
-    talent += rng.gauss(0, settings.mood)
-    chance = 1 / (1 + math.exp(-settings.talent_weight * talent))
-    return tuple(_response(rng, topic, subject, chance, settings) for _ in range(turns))
-
-
-def _response(rng: random.Random, topic: Topic, subject: str, chance: float, settings: ArenaSettings) -> str:
-    weights = _marker_weights(topic.kind)
-    fit = [phrase for _, phrase in FIT_MARKERS]
-    plain = rng.sample(topic.sentences, rng.randint(*settings.sentences))
+def _response(rng: random.Random, topic: Topic, subject: str, chance: float) -> str:
+    plain = rng.sample(topic.sentences, rng.randint(*_SENTENCES))
     parts = [sentence.format(subject=subject) for sentence in plain]
-    for _ in range(rng.randint(*settings.markers)):
+    for _ in range(rng.randint(*_MARKERS)):
         good = rng.random() < chance
-        if rng.random() < settings.fit_share:
-            pool = [phrase for phrase in fit if (weights[phrase] > 0) == good]
-        else:
-            pool = list(GOOD_MARKERS if good else BAD_MARKERS)
-        parts.append(rng.choice(pool))
+        fits = [phrase for _, phrase in FIT_MARKERS if (_WEIGHTS[topic.kind][phrase] > 0) == good]
+        parts.append(rng.choice(fits if rng.random() < _FIT_SHARE else list(GOOD_MARKERS if good else BAD_MARKERS)))
     rng.shuffle(parts)
     return " ".join(parts)
 
 
+def _cells(battle: Battle) -> list[str]:
+    return [cell(turns) for turns in (battle.prompts, battle.responses_a, battle.responses_b)]
+
+
 def _train_row(row: ArenaBattle) -> list[str]:
     won = ["1" if row.battle.verdict == verdict else "0" for verdict in VERDICTS]
-    number, *cells = _test_row(row.battle)
-    return [number, *row.models, *cells, *won]
+    return [row.battle.id, *row.models, *_cells(row.battle), *won]
 
 
-def _test_row(battle: Battle) -> list[str]:
-    return [battle.id, *map(cell, (battle.prompts, battle.responses_a, battle.responses_b))]
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterator[list[str]]) -> None:
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[list[str]]) -> None:
     with atomic_file(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
