@@ -39,10 +39,6 @@ def rows(path, labelled):
     return len(list(VoteReader(path, labelled=labelled)))
 
 
-def test_a_file_is_what_it_is(kaggle):
-    assert votes_at(kaggle / "x.csv", labelled=True) == kaggle / "x.csv"
-
-
 def test_a_path_that_is_not_there_is_told_with_all_that_may_be_given(kaggle):
     with pytest.raises(ArenaError, match="does not exist") as caught:
         votes_at("nowhere.csv", labelled=True)
@@ -52,6 +48,7 @@ def test_a_path_that_is_not_there_is_told_with_all_that_may_be_given(kaggle):
 
 
 def test_of_kaggles_folder_the_right_table_is_taken_by_its_columns(kaggle):
+    assert votes_at(kaggle / "x.csv", labelled=True) == kaggle / "x.csv"
     assert votes_at(kaggle, labelled=True).name == "x.csv"
     assert votes_at(kaggle, labelled=False).name == "y.csv"
 
@@ -112,7 +109,7 @@ def test_a_broken_archive_is_refused_and_leaves_nothing(kaggle, damage, monkeypa
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
-def test_what_the_system_says_while_an_archive_is_unpacked_is_no_fault_of_the_archive(kaggle, monkeypatch, number):
+def test_a_full_disk_is_no_fault_of_the_archive(kaggle, monkeypatch, number):
     def copyfileobj(*_):
         raise OSError(number, "the system's word")
 
@@ -144,12 +141,9 @@ def test_a_hub_data_set_is_downloaded_and_its_folder_of_parts_found(kaggle, monk
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     found = votes_at("hf://datasets/lmsys/votes@v1", labelled=True)
     assert found.name == "data" and asked["repo"] == "lmsys/votes" and asked["revision"] == "v1"
-    assert asked["repo_type"] == "dataset" and "*.parquet" in asked["allow_patterns"]
-
-
-def test_one_file_of_a_hub_data_set(kaggle, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, path, **_: str(kaggle / "x.csv"))
     assert votes_at("hf://datasets/a/b/deep/x.csv", labelled=True) == kaggle / "x.csv"
+    assert asked["repo_type"] == "dataset" and "*.parquet" in asked["allow_patterns"]
 
 
 def test_offline_says_what_to_do(monkeypatch, tmp_path):
