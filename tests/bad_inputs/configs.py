@@ -253,13 +253,13 @@ RECIPES = [
 TEMPLATES = [
     Case(f"template_{name}", lambda p: None, render(edit), words)
     for name, edit, words in [
-        ("missing", Path.unlink, ("the recipe template fails", "restore it from git")),
-        ("open_block", lambda f: f.write_text("{% if x %}"), ("the recipe template fails", "sft.yaml.j2 line 1")),
+        ("missing", Path.unlink, ("the template fails", "restore it from git")),
+        ("open_block", lambda f: f.write_text("{% if x %}"), ("the template fails", "sft.yaml.j2 line 1")),
         ("unknown_name", lambda f: f.write_text("a: {{ nothing }}"), ("'nothing' is undefined",)),
-        ("insides", lambda f: f.write_text("{{ experiment.__class__.__mro__ }}"), ("the recipe template fails",)),
-        ("endless", lambda f: f.write_text("{% for i in range(999999) %}{% endfor %}"), ("the recipe template fails",)),
-        ("deep", lambda f: f.write_text("{{ " + "(" * 3000 + ")" * 3000 + " }}"), ("the recipe template fails",)),
-        ("not_utf8", lambda f: f.write_bytes(b"\xff"), ("the recipe template fails",)),
+        ("insides", lambda f: f.write_text("{{ experiment.__class__.__mro__ }}"), ("the template fails",)),
+        ("endless", lambda f: f.write_text("{% for i in range(999999) %}{% endfor %}"), ("the template fails",)),
+        ("deep", lambda f: f.write_text("{{ " + "(" * 3000 + ")" * 3000 + " }}"), ("the template fails",)),
+        ("not_utf8", lambda f: f.write_bytes(b"\xff"), ("the template fails",)),
         ("foreign_key", lambda f: f.write_text("{{ shared('lora_rank') }}"), ("a recipe template asks for",)),
         ("key_twice", lambda f: f.write_text("lora_rank: 1\nlora_rank: 2\n"), ("writes twice: lora_rank",)),
         ("no_place", lambda f: f.write_text("stage: sft\n"), ("has no place for the first value(s) of: bf16",)),
