@@ -137,12 +137,18 @@ def render_recipe(experiment: Experiment, step: str, templates: Path = TEMPLATES
         },
         templates,
     )
-    text = _normal(_place_rest(text, values, where))
+    text, unplaced = _place_rest(_normal(text), values)
     if twice := sorted(key for key, times in Counter(re.findall(r"^(\w+):", text, re.MULTILINE)).items() if times > 1):
         raise ArenaError(
             f"writes twice: {', '.join(twice)}",
             where=where,
             remedy="let the template write these keys by {{ key(name, value) }}, which `recipes:` may replace",
+        )
+    if unplaced:
+        raise ArenaError(
+            f"has no place for the first value(s) of: {', '.join(sorted(unplaced))}",
+            where=where,
+            remedy="give each section of the template a {{ rest(…) }}",
         )
     lines = text.splitlines(keepends=True)
     top = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
@@ -229,22 +235,18 @@ class _Values:
         return f"{name}: {as_yaml(self.shared[name])}"
 
 
-def _place_rest(text: str, values: _Values, where: str) -> str:
-    """Write the first values that the template does not name where it has a rest(…) for their section."""
+def _place_rest(text: str, values: _Values) -> tuple[str, list[str]]:
+    """Write the first values that the template does not name where it has a rest(…) for their section.
+
+    The second result lists the keys that have no place.
+    """
     unnamed = {key: value for key, value in values.first.items() if key not in values.named}
 
     def lines(match: re.Match[str]) -> str:
         keys = [key for key in unnamed if _section(key) in match[1].split()]
         return "".join(f"{key}: {as_yaml(unnamed.pop(key))}\n" for key in keys)
 
-    text = _REST_LINE.sub(lines, text)
-    if unnamed:
-        raise ArenaError(
-            f"has no place for the first value(s) of: {', '.join(sorted(unnamed))}",
-            where=where,
-            remedy="give each section of the template a {{ rest(…) }}",
-        )
-    return text
+    return _REST_LINE.sub(lines, text), list(unnamed)
 
 
 def _section(key: str) -> str:

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from common.experiment import Experiment, load_experiment
 from common.stages import TRAININGS
-from factory.new_experiment import CUTOFF_LEN, Wish, render_experiment
+from factory.new_experiment import CUTOFF_LEN, NewExperiment, render_experiment
 from factory.recipes import as_yaml, render_recipe, shared_values
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_every_default_of_a_recipe_is_on_the_page_with_its_source():
 
 def test_every_default_of_an_experiment_is_on_the_page_with_its_source():
     listed = table("experiment defaults")
-    content = read(render_experiment(Wish("x", "Qwen/Qwen3-4B-Instruct-2507")))
+    content = read(render_experiment(NewExperiment("x", "Qwen/Qwen3-4B-Instruct-2507")))
     defaults = content.keys() - {"model", "template", "description"}
     assert set(listed) == defaults
     for key in defaults:

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
@@ -8,8 +9,7 @@ import run
 from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment
 from common.stages import STEPS
-from factory import new_experiment as new
-from factory.new_experiment import Wish, new_experiment
+from factory.new_experiment import NewExperiment, new_experiment
 from factory.recipe_checks import check_recipes
 from factory.recipes import is_as_rendered, write_recipe
 
@@ -92,7 +92,7 @@ def test_nothing_is_ever_overwritten(workplace):
     assert call("mine", "--model", "Qwen/Qwen3-8B").exit_code == 0
     before = {path.name: path.read_bytes() for path in Path("factory_configs/mine").iterdir()}
     result = call("mine", "--model", "google/gemma-2-9b-it")
-    assert result.exit_code == 2 and "is there already" in result.output and "remedy" in result.output
+    assert result.exit_code == 2 and "exists already" in result.output and "remedy" in result.output
     assert {path.name: path.read_bytes() for path in Path("factory_configs/mine").iterdir()} == before
     Path("factory_configs/file").write_text("mine")
     assert call("file", "--model", "Qwen/Qwen3-8B").exit_code == 2
@@ -100,23 +100,21 @@ def test_nothing_is_ever_overwritten(workplace):
 
 
 def test_a_folder_that_appears_meanwhile_stays(workplace, monkeypatch):
-    def slow(text, name, folder):
-        Path("factory_configs/mine").mkdir()
+    def slow(experiment, step):
+        Path("factory_configs/mine").mkdir(exist_ok=True)
         Path("factory_configs/mine/other").write_text("theirs")
+        return ""
 
-    monkeypatch.setattr(new, "write_experiment", slow)
-    with pytest.raises(UsageError, match="is there already"):
-        new_experiment(Wish("mine", "Qwen/Qwen3-8B"))
+    monkeypatch.setattr("factory.new_experiment.render_recipe", slow)
+    with pytest.raises(UsageError, match="exists already"):
+        new_experiment(NewExperiment("mine", "Qwen/Qwen3-8B"))
     assert [path.name for path in Path("factory_configs").rglob("*")] == ["mine", "other"]
 
 
 def test_a_failure_leaves_nothing(workplace, monkeypatch):
-    def failing(*_):
-        raise ArenaError("no room")
-
-    monkeypatch.setattr(new, "render_recipe", failing)
+    monkeypatch.setattr("factory.new_experiment.render_recipe", Mock(side_effect=ArenaError("no room")))
     with pytest.raises(ArenaError, match="no room"):
-        new_experiment(Wish("mine", "Qwen/Qwen3-8B"))
+        new_experiment(NewExperiment("mine", "Qwen/Qwen3-8B"))
     assert list(Path("factory_configs").iterdir()) == []
 
 
@@ -136,12 +134,3 @@ def test_wrong_use_is_told_and_makes_nothing(workplace, arguments, part):
     result = call(*arguments)
     assert result.exit_code == 2 and part in result.output, result.output
     assert not Path("factory_configs").exists() or list(Path("factory_configs").iterdir()) == []
-
-
-def test_a_broken_template_is_named(workplace, monkeypatch, tmp_path):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "experiment.yaml.j2").write_text("{{ nothing }}", encoding="utf-8")
-    monkeypatch.setattr(new, "TEMPLATES", broken)
-    with pytest.raises(ArenaError, match="'nothing' is undefined"):
-        new_experiment(Wish("mine", "Qwen/Qwen3-8B"))
