@@ -6,17 +6,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from common.errors import ArenaError
-<<<<<<< HEAD
-from common.experiment import parse_experiment
+from common.experiment import parse_experiment, read_yaml
 from data_prep.chat_template import ChatFrame, load_frame, probe_frame
 from data_prep.template_choice import choose_template
-from factory.presets import PRESETS
-=======
-from common.experiment import read_yaml
-from data_prep import chat_template as chat_frame
-from data_prep import hub
-from data_prep.chat_template import ChatFrame, load_frame
->>>>>>> 79ee022 (Presets are the committed experiments themselves; run.py new renders with the recipes' renderer)
 
 ROOT = Path(__file__).parents[2]
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -79,14 +71,8 @@ def frames(tmp_path_factory, train_tokenizer):
 
 
 def test_every_presets_template_is_tried():
-<<<<<<< HEAD
-    assert {choose_template(preset.model).template for preset in PRESETS} == set(FAMILIES)
-=======
-    from data_prep.template_choice import choose_template
-
     models = [read_yaml(path)["model"] for path in ROOT.glob("factory_configs/*/experiment.yaml")]
     assert {choose_template(model).template for model in models if model != "models/arena-tiny"} == set(FAMILIES)
->>>>>>> 79ee022 (Presets are the committed experiments themselves; run.py new renders with the recipes' renderer)
 
 
 @pytest.mark.slow

@@ -10,14 +10,8 @@ from common.experiment import load_experiment, read_yaml
 from common.llamafactory_schema import known_models
 from common.stages import STEPS, TRAININGS
 from factory.memory import training_memory
-<<<<<<< HEAD
 from factory.model_size import size_of
-from factory.new_experiment import render_experiment
-from factory.presets import PRESETS, write_preset
-=======
-from factory.model_size import shape_of
 from factory.new_experiment import NewExperiment, render_experiment
->>>>>>> 79ee022 (Presets are the committed experiments themselves; run.py new renders with the recipes' renderer)
 from factory.recipe_checks import check_recipes
 from factory.recipes import render_recipe
 from factory.stage_context import StageContext
@@ -63,14 +57,9 @@ def test_a_preset_fits_its_card_by_the_forecasts_formula(name, monkeypatch):
     its = load_experiment(name)
     card = int(re.search(r"one (\d+) GB GPU", its.description)[1]) * 0.98  # GiB: what 24 GB and 48 GB cards offer
 
-<<<<<<< HEAD
-    def takes(training, longest):
+    def needs(training, longest):
         config = TrainConfig.of(StageContext(its, training).recipe)
         return sum(training_memory(size_of(its.model), config, longest).values())
-=======
-    def needs(training, longest):
-        return training_memory(shape_of(its.model), setup_of(its, training), longest).total
->>>>>>> 79ee022 (Presets are the committed experiments themselves; run.py new renders with the recipes' renderer)
 
     only_sft = "SFT on one" in its.description
     for training in TRAININGS[:1] if only_sft else TRAININGS:
