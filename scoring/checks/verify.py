@@ -1,6 +1,6 @@
-"""Re-checking an output folder against what was written down when it was made: report.json and state.json beside it.
+"""Checking an output folder again against what was recorded when it was made: report.json and state.json beside it.
 
-Every file that provenance or a finished step names is hashed again; tables of probabilities are checked row by row;
+Every file that provenance or a finished part names is hashed again; tables of probabilities are checked row by row;
 versions and hardware are compared with those of today.
 """
 
@@ -53,54 +53,38 @@ class Verification:
 
 def verify(folder: Path) -> Verification:
     """Check outputs/EXP/STAGE again; raises UsageError if it is no such folder, ArenaError if its report is damaged."""
-    placed = _placed(folder)
-    root = placed.parents[2]
-    provenance = _provenance(folder / REPORT)
+    stage = _stage_folder(folder)
+    root, path = stage.parents[2], folder / REPORT
+    try:
+        report = read_json(path)
+        provenance, hashes = report["provenance"], report["provenance"]["sha256"]
+        if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in hashes.values()):
+            raise TypeError("it names no hashes")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArenaError(f"cannot be read: {error}", where=str(path), remedy="score the stage again") from None
     findings = [
-        *_files("made from", root, _hashes(provenance, folder / REPORT)),
-        *_steps(root, folder),
-        *_tables(root, placed),
-        *_checks(folder / REPORT),
+        *_files("made from", root, hashes),
+        *_parts(root, folder),
+        *_tables(root / "data" / stage.parent.name, folder),
+        *_checks(report.get("checks", [])),
         *_today(provenance),
     ]
     return Verification(folder.as_posix(), findings)
 
 
-def _placed(folder: Path) -> Path:
+def _stage_folder(folder: Path) -> Path:
     """Return the whole path of outputs/EXP/STAGE, without ".." and without links that stand for the folder.
 
     The folder that holds outputs/ is where relative paths start from; outputs/ itself may be a link to another disk.
     """
+    remedy = "give a scored stage's folder, such as outputs/EXP/sft"
     if not (folder / REPORT).is_file():
-        raise _no_stage(f"holds no {REPORT}", folder)
-    ways = [
-        path for path in map(Path, (os.path.normpath(folder.absolute()), folder.resolve())) if len(path.parents) > 2
-    ]
-    same = [path for path in ways if path.exists() and path.samefile(folder)]
+        raise UsageError(f"holds no {REPORT}", where=str(folder), remedy=remedy)
+    paths = [Path(os.path.normpath(folder.absolute())), folder.resolve()]
+    same = [path for path in paths if len(path.parents) > 2 and path.exists() and path.samefile(folder)]
     if not same:
-        raise _no_stage("is no folder of a stage", folder)
+        raise UsageError("is not the folder of a stage", where=str(folder), remedy=remedy)
     return next((path for path in same if path.parents[1].name == "outputs"), same[0])
-
-
-def _no_stage(what: str, folder: Path) -> UsageError:
-    return UsageError(what, where=str(folder), remedy="give a scored stage's folder, such as outputs/EXP/sft")
-
-
-def _provenance(path: Path) -> dict[str, Any]:
-    try:
-        provenance = read_json(path)["provenance"]
-        if not isinstance(provenance, dict):
-            raise TypeError("no provenance")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArenaError(f"cannot be read: {error}", where=str(path), remedy="score the stage again") from None
-    return provenance
-
-
-def _hashes(provenance: Mapping[str, Any], path: Path) -> dict[str, str]:
-    hashes = provenance.get("sha256")
-    if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in hashes.values()):
-        raise ArenaError("names no hashes", where=str(path), remedy="score the stage again")
-    return hashes
 
 
 def _files(role: str, root: Path, hashes: Mapping[str, str]) -> Iterator[Finding]:
@@ -117,44 +101,37 @@ def _files(role: str, root: Path, hashes: Mapping[str, str]) -> Iterator[Finding
             yield Finding(what, "ok")
 
 
-def _steps(root: Path, folder: Path) -> Iterator[Finding]:
-    """Yield the outputs of the finished steps, from state.json."""
+def _parts(root: Path, folder: Path) -> Iterator[Finding]:
+    """Yield the outputs of the finished parts, from state.json."""
     if not (folder / "state.json").is_file():
         yield Finding("state.json", "missing", "the hashes of the outputs are not known")
         return
     state = StageState(folder)
     for part in PARTS:
-        record = state.record(part)
-        if record is None:
+        if (record := state.record(part)) is None:
             continue
         if record.finished_at is None:
-            yield Finding(f"{part}: finished", "changed", f"{part} began anew and did not end: run it again")
-        elif not record.sha256:
-            yield Finding(f"{part}: hashes", "warning", "made by an earlier version, which did not keep them")
+            yield Finding(f"{part}: finished", "changed", f"{part} was started again and did not end: run it again")
         yield from _files(part, root, record.sha256)
 
 
-def _tables(root: Path, folder: Path) -> Iterator[Finding]:
+def _tables(data: Path, folder: Path) -> Iterator[Finding]:
     """Yield whether each table's rows sum to 1 and its ids are those of the exported rows, in their order."""
-    data = root / "data" / folder.parent.name
     for name, split in TABLES.items():
         if not (folder / name).is_file():
             continue
-        what = f"rows: {name}"
         try:
-            ids = read_rows(data, split)["id"]
-            rows = check_submission(folder / name, ids)
+            rows = check_submission(folder / name, read_rows(data, split)["id"])
         except ArenaError as error:
-            yield Finding(what, "changed", error.what)
+            yield Finding(f"rows: {name}", "changed", error.what)
         else:
-            yield Finding(what, "ok", f"{rows} rows, ids in order, each sums to 1")
+            yield Finding(f"rows: {name}", "ok", f"{rows} rows, ids in order, each sums to 1")
 
 
-def _checks(path: Path) -> Iterator[Finding]:
-    """Yield the run checks that failed when the result was made, each as report.json tells it."""
-    checks = read_json(path).get("checks", [])
+def _checks(checks: Any) -> Iterator[Finding]:
+    """Yield the run checks that failed when the result was made."""
     if not (isinstance(checks, list) and all(isinstance(check, dict) for check in checks)):
-        yield Finding("run checks", "changed", f"{path.name} does not tell them as a run writes them")
+        yield Finding("run checks", "changed", f"{REPORT} does not hold them as a run writes them")
         return
     for check in checks:
         if check.get("passed") is False and check.get("stops"):
@@ -163,12 +140,12 @@ def _checks(path: Path) -> Iterator[Finding]:
 
 def _today(provenance: Mapping[str, Any]) -> Iterator[Finding]:
     """Yield where versions, commit or hardware are not those that the result was made with."""
-    before = {
-        **{f"version of {name}": value for name, value in _mapping(provenance.get("versions")).items()},
-        "git commit": provenance.get("git_commit"),
-        **_mapping(provenance.get("hardware")),
-    }
-    now = {**{f"version of {k}": v for k, v in versions().items()}, "git commit": git_commit(), **hardware()}
+    before, now = (
+        {f"version of {name}": value for name, value in _mapping(made.get("versions")).items()}
+        | {"git commit": made.get("git_commit")}
+        | _mapping(made.get("hardware"))
+        for made in (provenance, {"versions": versions(), "git_commit": git_commit(), "hardware": hardware()})
+    )
     for name, value in before.items():
         if now.get(name) == value:
             yield Finding(name, "ok", _shown(value))

@@ -1,6 +1,9 @@
-"""scoring.predictions: exactly the competition's table, or an error that names the rows."""
+"""scoring.predictions: exactly the competition's table, or an error that names the rows; no other file is replaced."""
 
 import csv
+import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from common.errors import ArenaError
-from scoring.predictions import check_submission, write_probabilities
+from common.errors import ArenaError, UsageError
+from common.files import write_json
+from data_prep.export_reader import FORMAT, earlier_manifest
+from scoring.predictions import (
+    TABLES,
+    check_submission,
+    record_output,
+    require_outside,
+    require_replaceable,
+    scored_file,
+    write_probabilities,
+)
 
+HEAD = "id,winner_model_a,winner_model_b,winner_tie\n"
 P = np.array([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]])
 
 
@@ -23,12 +37,8 @@ def test_header_order_and_ids_stay_as_they_are(tmp_path):
     assert rows[1] == ["0065089", "0.2", "0.3", "0.5"]
     assert rows[2][0] == 'odd, "id"'
     assert check_submission(path, ["0065089", 'odd, "id"']) == 2
-
-
-def test_integer_ids_are_written_without_a_point(tmp_path):
-    path = tmp_path / "s.csv"
     write_probabilities(path, np.array([136060, 211333]), P)
-    assert path.read_text().splitlines()[1].startswith("136060,0.2")
+    assert path.read_text().splitlines()[1].startswith("136060,0.2"), "integers are written without a point"
     assert check_submission(path, [136060, 211333]) == 2
 
 
@@ -69,14 +79,9 @@ def test_what_is_no_table_of_probabilities_is_refused_and_the_old_file_survives(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("id,a,b,c\n", "header must be"),
-        ("", "header must be"),
-        ("id,winner_model_a,winner_model_b,winner_tie\n1,0.2,0.3,0.5\n", "1 id.s. are missing: 2"),
-        ("id,winner_model_a,winner_model_b,winner_tie\n2,0.2,0.3,0.5\n1,0.2,0.3,0.5\n", "order"),
-        ("id,winner_model_a,winner_model_b,winner_tie\n1,0.2,0.3,0.5\n3,0.2,0.3,0.5\n", "not in the test set: 3"),
-        ("id,winner_model_a,winner_model_b,winner_tie\n1,0.2,0.3,\n2,0.2,0.3,0.5\n", "NaN or infinite: id 1"),
-        ("id,winner_model_a,winner_model_b,winner_tie\n1,0.2,0.3,0.6\n2,0.2,0.3,0.5\n", "not summing to 1: id 1"),
-        ("id,winner_model_a,winner_model_b,winner_tie\n1,0.2\n", "line 2"),
+        (f"{HEAD}1,0.2,0.3,0.5\n", "1 id.s. are missing: 2"),
+        (f"{HEAD}1,0.2,0.3,0.5\n3,0.2,0.3,0.5\n", "not in the test set: 3"),
+        (f"{HEAD}1,0.2,0.3,\n2,0.2,0.3,0.6\n", "NaN or infinite: id 1; 1 row.s. not summing to 1: id 2"),
     ],
 )
 def test_a_faulty_submission_is_found(tmp_path, content, words):
@@ -86,6 +91,127 @@ def test_a_faulty_submission_is_found(tmp_path, content, words):
         check_submission(path, ["1", "2"])
 
 
-def test_a_missing_submission_is_an_error_with_a_remedy(tmp_path):
-    with pytest.raises(ArenaError, match="remedy"):
-        check_submission(tmp_path / "none.csv", [])
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("../other/test.csv", "test"),
+        ("votes.v2.csv.gz", "votes.v2"),
+        ("TEST.CSV", "TEST"),
+        ("lmsys-chatbot-arena.zip", "lmsys-chatbot-arena"),
+        ("parts/", "parts"),
+        ("parts/x/..", "parts"),
+        ("battles-0.5", "battles-0.5"),
+        ("hf://datasets/lmsys/votes-1.0", "votes-1.0"),
+        ("hf://datasets/lmsys/votes/data/test.parquet", "test"),
+    ],
+)
+def test_the_usual_place_is_named_after_the_input(workplace, make_experiment, source, name):
+    Path("parts/x").mkdir(parents=True)
+    found = scored_file(make_experiment(), "sft", source)
+    assert found == Path("outputs/exam/sft/scored", f"{name}.csv")
+
+
+@pytest.fixture
+def replaceable(workplace, make_experiment):
+    """What `require_replaceable` says for the experiment exam, which was prepared from votes.csv and parts/."""
+    experiment = make_experiment()
+    sources = {"train": {"file": "votes.csv", "sha256": "0"}, "test": {"file": "parts", "sha256": "0"}}
+    manifest = {"format": FORMAT, "experiment": {}, "views": [], "files": {}, "sources": sources}
+    frame = {"prefix_ids": [], "suffix_ids": [], "label_ids": [1, 2, 3], "answer_len": 1, "special_strings": []}
+    texts = dict.fromkeys(("template", "before", "after", "answer_before", "answer_after"), "")
+    frame |= {**texts, "answer_prefix_ids": [], "answer_suffix_ids": []}
+    write_json(experiment.data_folder / "manifest.json", {**manifest, "frame": frame})
+    assert earlier_manifest(experiment.data_folder)
+    return lambda output, source="battles.csv": require_replaceable(Path(output), source, experiment)
+
+
+def write_table(path: str, chance: float = 0.3) -> Path:
+    write_probabilities(Path(path), ["1"], [[0.2, chance, 0.8 - chance]])
+    return Path(path)
+
+
+def test_an_earlier_output_may_be_replaced_wherever_it_is_now(replaceable):
+    replaceable("new/place/out.csv")
+    for chance in (0.3, 0.4):
+        record_output(write_table("out.csv", chance))
+        replaceable("out.csv")
+    Path("out.csv").rename("moved.csv")
+    replaceable("moved.csv")
+    write_table("outputs/another/rm/scored/x.csv")  # the folder for outputs
+    replaceable("outputs/another/rm/scored/x.csv")
+    no_text = os.fsdecode(b"out-\xff.csv")
+    record_output(write_table(no_text))
+    replaceable(no_text)
+
+
+def test_a_table_of_probabilities_that_this_command_did_not_write_is_kept(replaceable):
+    record_output(write_table("out.csv"))
+    for name in ("truth.csv", "sample_submission.csv", "outputs/exam/sft/x.csv", "elsewhere/exam/sft/scored/x.csv"):
+        before = write_table(name, 0.1).read_bytes()
+        with pytest.raises(UsageError, match="is not an earlier output") as caught:
+            replaceable(name)
+        assert (caught.value.exit_code, caught.value.where) == (2, name) and "--output" in caught.value.remedy
+        assert Path(name).read_bytes() == before
+    with Path("out.csv").open("a") as file:
+        file.write("2,0.2,0.3,0.5\n")
+    with pytest.raises(UsageError, match="is not an earlier output"):
+        replaceable("out.csv")  # edited since
+
+
+def test_a_content_is_recorded_only_as_long_as_it_is_an_output(replaceable):
+    write_table("copy.csv", 0.1)
+    for name, chance in (("out.csv", 0.1), ("other.csv", 0.2), ("out.csv", 0.3)):
+        record_output(write_table(name, chance))
+    assert sorted(json.loads(Path("outputs/scored.json").read_text()).values()) == ["other.csv", "out.csv"]
+    replaceable("other.csv")
+    with pytest.raises(UsageError, match="is not an earlier output"):
+        replaceable("copy.csv")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\xff"])
+def test_a_damaged_list_of_outputs_counts_as_empty_and_is_written_again(replaceable, content):
+    record_output(write_table("out.csv"))
+    Path("outputs/scored.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UsageError, match="is not an earlier output"):
+        replaceable("out.csv")
+    record_output(Path("out.csv"))
+    replaceable("out.csv")
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("data/mine.csv", "lies in data/"),
+        ("x/../data/mine.csv", "lies in data/"),
+        ("linked/mine.csv", "lies in data/"),
+        ("votes.csv", "is a place of votes.csv, which exam was prepared from"),
+        ("parts/one_more.csv", "is a place of parts, which exam was prepared from"),
+        ("train.csv", "is not an earlier output"),
+        ("battles.csv", "is the input itself"),
+        ("link.csv", "is the input itself"),
+        ("x", "is not a file"),
+        ("/dev/null", "is not a file"),
+        ("battles.csv/out.csv", "is not a folder"),
+        *((f"outputs/exam/rm/{name}", "a finished result's own table") for name in TABLES),
+    ],
+)
+def test_no_output_is_written_over_inputs_results_or_other_files(replaceable, output, words):
+    Path("linked").symlink_to("data/exam")
+    Path("x").mkdir()
+    Path("outputs/exam/rm").mkdir(parents=True)
+    Path("outputs/exam/rm/report.json").write_text("{}")
+    for name, content in (("train.csv", HEAD.replace("\n", ",more\n")), ("battles.csv", "id,prompt\n")):
+        Path(name).write_text(content)
+    Path("link.csv").hardlink_to("battles.csv")
+    with pytest.raises(UsageError, match=words):
+        replaceable(output)
+    for allowed in ("parts/below/mine.csv", "outputs/exam/rm/scored/submission.csv", "submission.csv"):
+        replaceable(allowed)
+
+
+def test_an_output_is_not_a_part_of_its_own_input(workplace):
+    Path("parts").mkdir()
+    with pytest.raises(UsageError, match="lies in the folder that is read"):
+        require_outside(Path("parts/../parts/out.csv"), Path("parts"))
+    require_outside(Path("parts.csv"), Path("parts"))
+    require_outside(Path("battles.csv"), Path("battles.csv"))

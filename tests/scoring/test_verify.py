@@ -133,7 +133,7 @@ def test_a_report_at_the_root_of_a_disk_is_no_stage(place, monkeypatch):
     monkeypatch.setattr("scoring.checks.verify.os.path.normpath", lambda _: "/exam")
     monkeypatch.setattr(Path, "resolve", lambda _: Path("/exam"))
     done = call(str(OUT))
-    assert done.exit_code == 2 and "is no folder of a stage" in done.output and "outputs/EXP/sft" in done.output
+    assert done.exit_code == 2 and "is not the folder of a stage" in done.output and "outputs/EXP/sft" in done.output
 
 
 def test_the_same_votes_give_the_same_bytes(place):
