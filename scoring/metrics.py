@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from common.battle import VERDICTS
 from common.errors import ArenaError
@@ -145,8 +146,6 @@ class GroupBootstrap:
         `weights` [rows, columns] (a mask, importance weights) count a row more, less or not; a draw without
         any weight is NaN. Efron & Tibshirani, An Introduction to the Bootstrap, 1993 (cluster resampling).
         """
-        import pandas as pd
-
         values = np.asarray(values, dtype=np.float64).reshape(len(self.groups), -1)
         weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
         codes, names = pd.factorize(pd.Series(self.groups), use_na_sentinel=False)
@@ -211,10 +210,7 @@ def position_bias(ab: np.ndarray, ba: np.ndarray) -> dict[str, float]:
 
 def as_groups(groups: Iterable) -> np.ndarray:
     """Return group names as [rows] of object."""
-    names = list(groups)
-    array = np.empty(len(names), dtype=object)
-    array[:] = names
-    return array
+    return pd.Series(list(groups), dtype=object).to_numpy()
 
 
 def _resampled_sums(sums: np.ndarray, draws: int, random: np.random.Generator) -> np.ndarray:

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from common.battle import VERDICTS
 from common.errors import ArenaError
 from scoring import links
 
@@ -97,11 +96,6 @@ def test_softmax_recovers_temperature_and_bias(seed):
         assert abs(found - value) < 3 * link.errors["bias_tie" if name == "t" else f"bias_{name}"]
     assert sum(link.bias) == pytest.approx(0)
     assert link.temperature == pytest.approx(1 / link.inverse_temperature)
-
-
-def test_the_identity_is_the_plain_softmax():
-    logits = np.random.default_rng(0).normal(size=(5, 3)) * 400
-    assert links.SoftmaxLink().probabilities(logits) == pytest.approx(links.softmax(logits))
 
 
 def test_separable_data_stays_finite():
@@ -215,19 +209,3 @@ def test_a_source_class_without_rows_cannot_be_corrected():
 def test_a_broken_saved_link_is_refused(value):
     with pytest.raises(ArenaError, match="score again"):
         links.link_from_json(value)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_synthetic_arena_s_tie_parameter_and_position_bias_are_recovered(seed):
-    from data_prep import synthetic
-
-    rows = list(synthetic.synthetic_battles(2_500, seed=seed))
-    # ln(P(a) / P(b)) is what the generator made of the two qualities: scale times their difference, plus the bias.
-    p = np.array([row.probabilities for row in rows])
-    rewards = (np.log(p[:, 0] / p[:, 1]) - synthetic.TRUTH.position_bias) / synthetic.TRUTH.scale
-    truth = np.array([VERDICTS.index(row.battle.verdict) for row in rows])
-    link = links.DavidsonLink.fit(rewards, np.zeros(len(rows)), truth)
-    assert link.errors["tie"] == pytest.approx(link.tie * link.errors["log_tie"])
-    assert abs(np.log(link.tie / synthetic.TRUTH.tie)) < 3 * link.errors["log_tie"]
-    assert abs(link.position_bias - synthetic.TRUTH.position_bias) < 3 * link.errors["position_bias"]
-    assert abs(link.scale - synthetic.TRUTH.scale) < 3 * link.errors["scale"]

@@ -86,13 +86,6 @@ def test_the_ece_of_an_honest_judge_is_below_its_chance_level_19_times_in_20():
     assert metrics.ece(sharp, truth) > 2 * metrics.ece_by_chance(sharp, seed=0)
 
 
-def test_bins_hold_equal_mass():
-    p, truth = simulated(5_000)
-    counts = [point["count"] for point in metrics.reliability(p, truth, bins=10)["a"]]
-    assert len(counts) == 10
-    assert max(counts) - min(counts) <= 1
-
-
 def test_the_interval_covers_the_truth_about_95_times_in_100():
     random = np.random.default_rng(5)
     inside = 0
@@ -109,13 +102,7 @@ def test_rows_of_one_prompt_do_not_count_as_independent():
     by_group = metrics.bootstrap_interval(values, np.arange(100).repeat(10), seed=1)
     by_row = metrics.bootstrap_interval(values, np.arange(1000), seed=1)
     assert (by_group[1] - by_group[0]) > 2.5 * (by_row[1] - by_row[0])
-
-
-def test_the_same_seed_gives_the_same_interval_and_one_group_gives_none():
-    values = np.arange(20.0)
-    groups = [f"g{i % 7}" for i in range(20)]
-    assert metrics.bootstrap_interval(values, groups, seed=3) == metrics.bootstrap_interval(values, groups, seed=3)
-    assert metrics.bootstrap_interval(values, ["one"] * 20, seed=3) is None
+    assert metrics.bootstrap_interval(values, ["one"] * 1000, seed=1) is None
 
 
 def test_chunked_draws_do_not_depend_on_the_number_of_columns():

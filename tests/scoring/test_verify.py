@@ -49,17 +49,11 @@ def test_a_fresh_output_is_as_it_was_made(place):
     ("path", "what"),
     [
         ("data/exam/battles.parquet", "made from"),
-        ("data/exam/sft_train.jsonl", "made from"),
         ("factory_configs/exam/sft.yaml", "made from"),
-        ("factory_configs/exam/experiment.yaml", "made from"),
         ("saves/tiny/lora/exam_sft/adapter_model.safetensors", "made from"),
         ("outputs/exam/sft/merged/model.safetensors", "made from"),
-        ("outputs/exam/sft/merged/judge.json", "made from"),
-        ("outputs/exam/sft/probabilities_valid.csv", "score"),
         ("outputs/exam/sft/submission.csv", "score"),
         ("outputs/exam/sft/report.json", "score"),
-        ("outputs/exam/sft/report.html", "score"),
-        ("outputs/exam/sft/scores_valid.parquet", "score"),
     ],
 )
 def test_a_changed_and_a_missing_file_are_found(place, path, what):
@@ -107,8 +101,8 @@ def test_what_is_no_output_is_told(place, folder, code, words):
     assert done.exit_code == code and words in done.output and "remedy" in done.output
 
 
-@pytest.mark.parametrize("checks", [["x"], [None], [[]], "x", {"passed": False}, None])
-def test_checks_that_no_run_wrote_are_told(place, checks):
+@pytest.mark.parametrize("checks", [["x"], [None], "x", {"passed": False}, None])
+def test_checks_that_no_run_wrote_are_a_change(place, checks):
     place.edit_json(str(OUT / "report.json"), checks=checks)
     done = call(str(OUT))
     assert isinstance(done.exception, SystemExit) and done.exit_code == 1
@@ -127,13 +121,6 @@ def test_outputs_may_be_a_link_to_another_disk(place, tmp_path):
     Path("outputs").rename(tmp_path / "disk")
     Path("outputs").symlink_to(tmp_path / "disk")
     assert verify(OUT).sound and verify(OUT / ".." / "sft").sound
-
-
-def test_a_report_at_the_root_of_a_disk_is_no_stage(place, monkeypatch):
-    monkeypatch.setattr("scoring.checks.verify.os.path.normpath", lambda _: "/exam")
-    monkeypatch.setattr(Path, "resolve", lambda _: Path("/exam"))
-    done = call(str(OUT))
-    assert done.exit_code == 2 and "is not the folder of a stage" in done.output and "outputs/EXP/sft" in done.output
 
 
 def test_the_same_votes_give_the_same_bytes(place):
