@@ -16,7 +16,7 @@ _LONGEST_TIME = 1e9  # seconds
 
 
 def printable(text: str) -> str:
-    """Return the text as a terminal may have it: what would steer it made visible, secrets hidden."""
+    """Return the text without what would steer a terminal, and without secrets."""
     return visible(hide_secrets(text))
 
 
@@ -47,9 +47,9 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202
 
 
 def visible(text: str) -> str:
-    """Return a text that a terminal prints as it stands: control characters become signs that can be read.
+    """Return the text with its control characters as visible signs: ESC becomes ␛, others \\x9b or \\u202e.
 
-    Line ends and tabs stay; ESC becomes ␛, other controls their pictures or \\x9b, \\u202e.
+    Line ends and tabs stay.
     """
     return _UNSAFE.sub(lambda match: _picture(ord(match[0])), text)
 

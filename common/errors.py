@@ -58,7 +58,7 @@ _AFTERWARDS = {
     "rm": "{same} goes on from what is finished; where a training had begun, with --fresh",  # it cannot be resumed
     "demo": "{same} goes on from what is finished; where a training had begun: python run.py sft -e demo --resume",
     "score": "{same} goes on from what is scored",
-    "prepare": "{same} starts over; until it has ended an earlier export stays as it was",
+    "prepare": "{same} starts over; an earlier export stays unchanged until it ends",
 }
 _SPACE = "free disk space (old checkpoints under saves/, earlier runs named *.earlier-N)"
 _RIGHTS = "make it writable for yourself (ls -ld, chown, chmod), or work in a copy of the project"

@@ -1,7 +1,7 @@
 """A launch: how many processes train, and by which of LLaMA-Factory's engines they are started.
 
-experiment.yaml's `distributed` chooses the engine; how many nodes there are and which of them this one is, every
-launcher on a cluster tells by the environment, in LLaMA-Factory's own names:
+experiment.yaml's `distributed` chooses the engine. The environment says how many nodes there are and which of them this
+one is, in LLaMA-Factory's own names:
 
     NPROC_PER_NODE                            processes here (the GPUs there are)
     NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT                      several nodes
@@ -152,7 +152,7 @@ def _is_number(text: str, least: int) -> bool:
 def _ray_options(recipe: Mapping[str, Any], given: Mapping[str, str]) -> tuple[str, ...]:
     """Return the keys that Ray needs and the recipe does not give.
 
-    LLaMA-Factory asks Ray for ten cores a worker; a Ray of our own, on this machine, is told that it has them.
+    LLaMA-Factory asks Ray for ten cores a worker; a Ray that we start on this machine gets that number as its own.
     """
     workers = recipe.get("ray_num_workers") or int(given.get("NPROC_PER_NODE", "0")) or _gpus() or 1
     options = [] if recipe.get("ray_num_workers") else [f"ray_num_workers={workers}"]
