@@ -41,7 +41,7 @@ def read_truth_ids(path: Path) -> Collection[str]:
         if (identity := parse_id(cells[0])) is None:
             raise ArenaError("has no id", where=where, remedy=_REMEDY)
         if (first := rows.setdefault(identity, number)) != number:
-            what = f"the id {name_of(identity)} stands in row {first} and again in row {number}"
+            what = f"the id {name_of(identity)} is in row {first} and again in row {number}"
             raise ArenaError(what, where=where, remedy=_OF_THESE)
         certain = certain and max(map(float, cells[1:])) == 1
     if certain and len(rows) >= _ENOUGH:
@@ -71,7 +71,7 @@ def require_truth_of(rows: Path, known: Collection[str], where: Path) -> None:
 def probabilities_of(truth: pd.DataFrame, ids: Sequence[str], where: str = "truth.csv") -> np.ndarray:
     """Return the true probabilities [ids, 3] of some battles; `truth` has `id` and `PROBABILITY_COLUMNS`.
 
-    Raises ArenaError where one of them has none, or an id stands twice.
+    Raises ArenaError where one of them has none, or an id occurs twice.
     """
     known = truth.set_index(truth["id"].astype(str))
     remedy = "prepare again with the truth.csv that was made with these votes"
@@ -80,7 +80,7 @@ def probabilities_of(truth: pd.DataFrame, ids: Sequence[str], where: str = "trut
         raise ArenaError(what, where=where, remedy=remedy)
     if known.index.has_duplicates:
         double = known.index[known.index.duplicated()][0]
-        raise ArenaError(f"the id {name_of(double)} stands twice", where=where, remedy=remedy)
+        raise ArenaError(f"the id {name_of(double)} occurs twice", where=where, remedy=remedy)
     return known.loc[list(ids), list(PROBABILITY_COLUMNS)].to_numpy(float)
 
 

@@ -44,7 +44,7 @@ class VoteReader:
     """The battles of one table of votes, streamed; iterating again reads the file again.
 
     `labelled`: every row must have a verdict; otherwise winner columns are read where they are valid.
-    Raises ArenaError for a file that is no table of votes, or that lacks columns.
+    Raises ArenaError for a file that is not a table of votes or that lacks columns.
     """
 
     def __init__(self, path: Path, *, labelled: bool):
@@ -163,7 +163,7 @@ class VoteReader:
                 continue
             if identity in places:
                 raise ArenaError(
-                    f"the {self._names[0]} {identity[:80]!a} stands in {places[identity]} and again in row {number}",
+                    f"the {self._names[0]} {identity[:80]!a} is in {places[identity]} and again in row {number}",
                     where=f"{where} row {number}",
                     remedy="remove one of the two rows, or give each its own id",
                 )
@@ -182,5 +182,5 @@ class VoteReader:
         raise ArenaError(
             "\n".join([f"{what}: {bad} of {rows} rows", *listed, *more]),
             where=f"{first[0].file} row {first[0].row}",
-            remedy=f"mend or remove these rows; the columns were read as the {self.schema} schema",
+            remedy=f"correct or remove these rows; the columns were read as the {self.schema} schema",
         )

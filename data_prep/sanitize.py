@@ -1,4 +1,4 @@
-"""Texts of strangers, made harmless for a chat template and a judge prompt without changing what a reader sees."""
+"""Untrusted texts, made safe for a chat template and a judge prompt without changing what a reader sees."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Neutralizer:
     """Breaks up what a tokenizer would read as a special token, a template as a placeholder, a judge as a section."""
 
     def __init__(self, special_strings: Iterable[str], lines: Lines | None = None):
-        """`lines` are the prompt's own: one that stands in a text would pass for the prompt's structure."""
+        """`lines` are the prompt's own: one that occurs in a text would look like the prompt's structure."""
         strings = {s for s in (*special_strings, *_PLACEHOLDERS) if len(s) > 1}
         first = "".join(sorted({re.escape(s[0]) for s in strings}))
         longest_first = sorted(strings, key=lambda s: (-len(s), s))

@@ -1,4 +1,4 @@
-"""Tables on the disk, read as a stream of rows: CSV (plain or gzip) and parquet, told apart by their first bytes.
+"""Tables on the disk, read as a stream of rows: CSV (plain or gzip) and parquet, recognised by their first bytes.
 
 table = open_table(Path("train.csv"))
 tables = open_tables(Path("parts"))  # a folder of such files
@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ PARTS = (".csv", ".csv.gz", ".parquet")
 # One cell larger than this is a lost quote that has swallowed rows, not a text.
 _LARGEST_CELL = 1 << 26
 _LARGEST_LINE = 1 << 27
+_ESCAPED = re.compile("[\udc80-\udcff]")  # how Python's surrogateescape writes a byte that is not UTF-8
 _DAMAGED = "the file is cut off or damaged: fetch or write it again"
 _UTF8 = "convert the file to UTF-8, for example: iconv -f {} -t UTF-8 old.csv > new.csv"
 _OTHER_MAGIC = {
@@ -91,8 +93,7 @@ def open_table(path: Path) -> CsvTable | ParquetTable:
 class CsvTable:
     """A CSV file in UTF-8, with or without gzip; its rows are read one at a time.
 
-    Python's reader, for pyarrow.csv takes a quote that is not closed as text, swallows the rows behind it, and cannot
-    say in which row a byte is not UTF-8.
+    Python's own reader, since pyarrow.csv takes everything after an unclosed quote as one text without an error.
     """
 
     def __init__(self, path: Path, compressed: bool):
@@ -187,18 +188,13 @@ class CsvTable:
 
     def _encoding_error(self) -> ArenaError:
         """Return the error for the first row that is not UTF-8, which is found by reading the file once more."""
-        where, byte = str(self.path), ""
+        where, remedy = str(self.path), _UTF8.format("LATIN1")
         for number, row in enumerate(self._parsed("surrogateescape")):
-            found = [
-                c for cell in ([] if isinstance(row, BrokenRow) else row) for c in cell if "\udc80" <= c <= "\udcff"
-            ]
+            found = None if isinstance(row, BrokenRow) else _ESCAPED.search("".join(row))
             if found:
-                where, byte = (
-                    f"{where} row {number}" if number else f"{where} header",
-                    f": byte 0x{ord(found[0]) & 255:02x}",
-                )
-                break
-        return ArenaError(f"is not UTF-8{byte}", where=where, remedy=_UTF8.format("LATIN1"))
+                what = f"is not UTF-8: byte 0x{ord(found[0]) & 255:02x}"
+                return ArenaError(what, where=f"{where} row {number}" if number else f"{where} header", remedy=remedy)
+        return ArenaError("is not UTF-8", where=where, remedy=remedy)
 
 
 class ParquetTable:
@@ -248,7 +244,7 @@ class ParquetTable:
         A few KB may unpack to gigabytes: a page of one letter, or a dictionary whose one text each row repeats. So a
         row is taken to be as large as the longest text of the dictionary, and a list to hold all items of the group.
         """
-        # First, for pyarrow reports damaged metadata of a column where it reads rows, and ends the process elsewhere.
+        # First, because pyarrow raises for damaged metadata when it reads rows, but aborts when it shows the metadata.
         texts = [_longest(dictionaries, group, dictionaries.schema.column(number).path) for number in leaves]
         whole = repeated = lists = 0
         for number, text in zip(leaves, texts, strict=True):
@@ -268,7 +264,7 @@ class ParquetTable:
                     where=str(self.path),
                     remedy=self._SMALLER,
                 )
-        # Of a large group nobody knows where its bytes lie, so that this many cells of the largest size must fit.
+        # In a large group all bytes may lie in a few rows: this number fits even if each cell has the largest size.
         rows = self._ROWS if whole <= self._LARGE_GROUP else self._ROWS_OF_LARGE_GROUPS
         return max(1, min(rows, self._LARGEST_BATCH // max(repeated, 1)))
 

@@ -222,7 +222,7 @@ def test_a_hostile_id_in_a_real_run(place):
     rows = place.rows()
     rows[1]["id"] = rows[0]["id"] = hostile
     done = CliRunner().invoke(run.cli, ["prepare", "-e", "exam", "--train", str(place.table(rows))])
-    assert done.exit_code == 1 and "stands in row 1 and again in row 2" in done.output
+    assert done.exit_code == 1 and "is in row 1 and again in row 2" in done.output
     assert not set(done.output) & set("\x1b\x07\x9b\r\x08\u202e") and "\nremedy: none" not in done.output
 
 

@@ -44,7 +44,7 @@ def test_battles_without_true_probabilities_are_counted_and_the_first_is_named(w
 
 
 def test_an_id_that_stands_twice_is_refused(workplace):
-    with pytest.raises(ArenaError, match="the id b1 stands in row 2 and again in row 4"):
+    with pytest.raises(ArenaError, match="the id b1 is in row 2 and again in row 4"):
         read_truth_ids(truth(["b0", "b1", "b2", "b1"]))
 
 
@@ -59,5 +59,5 @@ def test_probabilities_that_are_missing_or_double_are_no_key_error():
     assert probabilities_of(table, ["2", "1", "2"]).tolist() == [[0.1, 0.1, 0.8], [0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]
     with pytest.raises(ArenaError, match=r"x/truth\.csv: 2 judged row\(s\) have no true probabilities, .* is 3\n"):
         probabilities_of(table, ["1", "3", "4"], "x/truth.csv")
-    with pytest.raises(ArenaError, match="the id 1 stands twice"):
+    with pytest.raises(ArenaError, match="the id 1 occurs twice"):
         probabilities_of(pd.concat([table, table]), ["1"])

@@ -1,4 +1,4 @@
-"""Readers: three schemas, three file formats, one battle; bad rows are told apart from bad files."""
+"""Readers: three schemas, three file formats, one battle; bad rows are not bad files."""
 
 from __future__ import annotations
 
@@ -420,7 +420,7 @@ def test_an_unknown_winner_stops(tmp_path, winner, what):
         ([";".join(COLUMNS)], True, "lacks 7 column(s)", "commas"),
     ],
 )
-def test_a_table_that_lacks_columns_is_told_for_what_it_is(tmp_path, columns, labelled, what, remedy):
+def test_a_table_that_lacks_columns_is_recognised(tmp_path, columns, labelled, what, remedy):
     error = error_of(write_csv(tmp_path / "x.csv", [["1"] * len(columns)], columns), labelled=labelled)
     assert what in error.what and str(columns)[1:30] in error.what
     assert remedy in error.remedy
@@ -432,7 +432,7 @@ def test_ids_that_repeat_far_apart_and_in_another_part_are_named(tmp_path):
     write_csv(parts / "1.csv", good_rows(300))
     write_csv(parts / "2.csv", [*good_rows(300, start=5000), kaggle_row("1002")])
     error = error_of(parts)
-    assert f"'1002' stands in {parts / '1.csv'} row 3 and again in row 301" in error.what
+    assert f"'1002' is in {parts / '1.csv'} row 3 and again in row 301" in error.what
     assert error.where == f"{parts / '2.csv'} row 301"
 
 

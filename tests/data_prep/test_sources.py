@@ -39,7 +39,7 @@ def rows(path, labelled):
     return len(list(VoteReader(path, labelled=labelled)))
 
 
-def test_a_path_that_is_not_there_is_told_with_all_that_may_be_given(kaggle):
+def test_a_missing_path_names_all_forms_of_sources(kaggle):
     with pytest.raises(ArenaError, match="does not exist") as caught:
         votes_at("nowhere.csv", labelled=True)
     assert caught.value.where == "nowhere.csv"
@@ -76,7 +76,7 @@ def test_equal_tables_in_a_folder_are_parts_of_one(kaggle):
     assert votes_at(kaggle, labelled=True) == kaggle
 
 
-def test_what_is_not_clear_is_asked_for(kaggle):
+def test_an_ambiguous_folder_is_refused(kaggle):
     (kaggle / "w.csv").write_bytes((kaggle / "x.csv").read_bytes())
     with pytest.raises(ArenaError, match=r"several tables hold votes .*w\.csv, x\.csv") as caught:
         votes_at(kaggle, labelled=True)
@@ -122,7 +122,7 @@ def test_a_full_disk_is_no_fault_of_the_archive(kaggle, monkeypatch, number):
 
 
 @pytest.mark.parametrize("source", ["hf://datasets/justone", "hf://models/a/b", "hf://datasets//x", "hf://"])
-def test_an_address_that_is_none_is_refused(source):
+def test_an_invalid_address_is_refused(source):
     with pytest.raises(ArenaError, match="is not a data set's address"):
         votes_at(source, labelled=True)
 
