@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from common.errors import ArenaError
+from scoring.executor import Progress, ask, device_of, prepare
 from scoring.score_store import RowStore, Shard
 from scoring.scorer import Scorer, ScorerSpec
-from scoring.workers import Progress, ask, device_of, prepare
 
 LOCAL = "local"
 # Shards that are one data set of Ray's: what is planned ahead is kept in memory.

@@ -13,11 +13,11 @@ from data_prep.schemas import is_formula
 from data_prep.sources import votes_at
 from factory.stage_context import StageContext
 from scoring.calibration import Calibration
+from scoring.executor import Executor
 from scoring.predictions import record_output, require_outside, require_replaceable
 from scoring.runner import open_job
 from scoring.score_stage import ScoreOptions, read_report, unfinished_scores, write_table
 from scoring.score_store import remove_empty
-from scoring.workers import Executor
 
 
 def score_input(

@@ -26,14 +26,16 @@ from scoring.calibration import Calibration
 from scoring.checks.merge_check import check_merge
 from scoring.checks.provenance import provenance
 from scoring.checks.run_checks import require_sound, run_checks, stopping
+from scoring.executor import Executor, InProcess
 from scoring.judge import MANIFEST
 from scoring.predictions import REPORT, check_submission, probability_file, write_probabilities
+from scoring.ray_scoring import RayActors
 from scoring.report.build import build_report
 from scoring.report.page import shown_battles, write_page
 from scoring.runner import Job, open_job
 from scoring.scorer import Scorer, ScorerSpec, own_precision
 from scoring.time_limit import Pace, parse_duration
-from scoring.workers import Executor, open_executor
+from scoring.workers import Workers, default_workers
 
 _LABELS = {"valid": "scoring the validation fold", "test": "scoring the test set"}
 
@@ -75,7 +77,10 @@ class ScoreOptions:
     def open(self, spec: ScorerSpec, show: Show) -> Executor:
         """Load the model as often as asked."""
         show.note(f"{spec.context.name}: loading the trained model")
-        return open_executor(spec, show.note, workers=self.workers, ray=self.ray)
+        if self.ray is not None:
+            return RayActors(spec, show.note, address=self.ray, actors=self.workers)
+        count = self.workers or default_workers(spec.engine)
+        return Workers(spec, show.note, count) if count > 1 else InProcess(spec.scorer(), show.note)
 
     def pace(self, jobs: Iterable[Job], show: Show) -> Pace:
         """Start to measure the speed of these jobs against the time limit."""

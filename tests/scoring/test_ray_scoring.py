@@ -10,8 +10,8 @@ import pytest
 from common.errors import ArenaError
 from scoring import ray_scoring
 from scoring import score_store as shard_plan
+from scoring.executor import InProcess
 from scoring.ray_scoring import LOCAL, RayActors
-from scoring.workers import InProcess
 from tests.scoring.fakes import FakeScorer, FakeSpec, quiet_show
 from tests.scoring.test_workers import scored
 
