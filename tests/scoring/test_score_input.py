@@ -177,7 +177,7 @@ def test_an_experiments_precision_goes_where_it_can(make_experiment):
 
 
 def test_the_command_line_knows_the_engines():
-    assert command_line.ENGINES == tuple(ENGINES)
+    assert tuple(ENGINES) == command_line.ENGINES
 
 
 def test_nothing_is_left_behind(judged):
