@@ -2,10 +2,10 @@
 
     python benchmarks/activation_bytes.py --votes FILE --work FOLDER [--docs]
 
-A CPU's allocator tells each allocation and each release, so that the peak of a step's tensors is known to the byte. The
-operations are those of a GPU without fused kernels (bf16 base, fp32 adapter, autocast, sdpa or eager attention); memory
-that CUDA's libraries take for themselves is not in it. Two tables: one decoder layer of several shapes and families,
-and whole steps through LLaMA-Factory.
+A CPU's allocator reports each allocation and each release, so that the peak of a step's tensors is known to the byte.
+The operations are those of a GPU without fused kernels (bf16 base, fp32 adapter, autocast, sdpa or eager attention);
+memory that CUDA's libraries take for themselves is not in it. Two tables: one decoder layer of several sizes and
+families, and whole steps through LLaMA-Factory.
 """
 
 from __future__ import annotations
@@ -15,30 +15,22 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from figures import ROOT, measured_on, put, table
 from forecast_check import Case, prepare
 from workbench import Workbench
 
+from common.experiment import load_experiment
 from factory.memory import SLACK, layer_bytes, training_memory
-from factory.model_size import ModelShape
+from factory.model_size import ModelSize, size_of
+from factory.stage_context import StageContext
+from factory.train_config import TrainConfig
 
-MIB = 2**20
 # hidden, heads, key-value heads, head width, feed-forward width
-SHAPES = ((256, 8, 8, 32, 768), (512, 8, 2, 64, 1536), (256, 16, 2, 32, 1024), (384, 8, 4, 64, 512))
-FAMILIES = ("Llama", "Qwen3", "Gemma2")
+SIZES = ((256, 8, 8, 32, 768), (512, 8, 2, 64, 1536), (256, 16, 2, 32, 1024), (384, 8, 4, 64, 512))
 ROWS, LENGTH = 4, 512
 STAGES = {"sft": 8, "dpo_reward": 4, "rm": 4}  # with their batch
-SIZES = ("small", "medium")
-
-
-def peak_of(call: Callable[[], None]) -> int:
-    """Return the most bytes that were allocated at once while `call` ran, above those of its start."""
-    with profiled() as profile:
-        call()
-    return peak_in(profile)
 
 
 def profiled():
@@ -48,41 +40,32 @@ def profiled():
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
 
-def peak_in(profile) -> int:
-    """Return the peak of a finished profile's allocations."""
-    now = peak = 0
+def peak(profile) -> int:
+    """Return the most bytes that were allocated at once in a finished profile."""
+    now = most = 0
     events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+        most = max(most, now)
+    return most
 
 
-def layered(family: str, layers: int, sizes: tuple[int, ...], checkpointing: bool):
-    """Build a bf16 model of some layers with an fp32 adapter on each linear layer, as LLaMA-Factory trains it."""
+def layers_peak(family: str, layers: int, sizes: tuple[int, ...], checkpointing: bool) -> int:
+    """Return the peak of a step through bf16 layers with an fp32 adapter, as LLaMA-Factory trains them; no head."""
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    hidden, heads, kv_heads, width, feed_forward = sizes
-    more = {"attn_implementation": "eager", "query_pre_attn_scalar": width} if family == "Gemma2" else {}
-    config = getattr(transformers, f"{family}Config")(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=width, intermediate_size=feed_forward, vocab_size=256, use_cache=False, **more,
-    )  # fmt: skip
-    base = getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16)
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+    keys = dict(zip(names, sizes, strict=True)) | {"num_hidden_layers": layers, "vocab_size": 256, "use_cache": False}
+    if family == "Gemma2":
+        keys |= {"attn_implementation": "eager", "query_pre_attn_scalar": sizes[3]}
+    base = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**keys))
     adapter = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, adapter, autocast_adapter_dtype=True)
+    model = get_peft_model(base.to(torch.bfloat16), adapter, autocast_adapter_dtype=True).train()
     model.enable_input_require_grads()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": True})
-    return model.train()
-
-
-def step_of(model) -> Callable[[], None]:
-    """Return a forward and backward pass through the layers, without the head."""
-    import torch
-
     ids = torch.randint(0, 256, (ROWS, LENGTH))
 
     def step() -> None:
@@ -92,50 +75,41 @@ def step_of(model) -> Callable[[], None]:
         model.zero_grad()
 
     step()  # what the first step alone allocates is not the question
-    return step
+    with profiled() as profile:
+        step()
+    return peak(profile)
 
 
 def one_layer(family: str, sizes: tuple[int, ...]) -> list[str]:
-    """Measure one layer of a shape; return its line of the table."""
-    tokens, hidden = ROWS * LENGTH, sizes[0]
-    two, four = (peak_of(step_of(layered(family, layers, sizes, False))) for layers in (2, 4))
-    checkpointed = peak_of(step_of(layered(family, 2, sizes, True)))
+    """Measure one layer; return its line of the table."""
+    tokens, (hidden, *others) = ROWS * LENGTH, sizes
+    two, four = (layers_peak(family, layers, sizes, False) for layers in (2, 4))
     kept = (four - two) / 2 / tokens
-    whole = checkpointed / tokens - 2 * hidden * 2  # the inputs of the two layers are kept
-    heads, kv_heads, width, feed_forward = sizes[1:]
+    whole = layers_peak(family, 2, sizes, True) / tokens - 2 * hidden * 2  # the inputs of the two layers are kept
     kind = {"normed": family == "Qwen3", "soft_capped": family == "Gemma2"}
-    shape = ModelShape(hidden, 1, heads, kv_heads, width, feed_forward, 256, False, **kind)
-    said, beside = layer_bytes(shape, LENGTH, "cuda")
-    numbers = [f"{said:,.0f}", f"{kept:,.0f}", f"{said / kept - 1:+.0%}"]
-    numbers += [f"{said + beside:,.0f}", f"{whole:,.0f}", f"{(said + beside) / whole - 1:+.0%}"]
-    return [family, " / ".join(map(str, sizes)), *numbers]
+    by_formula, beside = layer_bytes(ModelSize(hidden, 1, *others, 256, tied=False, **kind), LENGTH, "cuda")
+    line = [family, " / ".join(map(str, sizes))]
+    for formula, measured in ((by_formula, kept), (by_formula + beside, whole)):
+        line += [f"{formula:,.0f}", f"{measured:,.0f}", f"{formula / measured - 1:+.0%}"]
+    return line
 
 
 def whole_step(bench: Workbench, votes: Path, size: str, stage: str, checkpointing: bool) -> list[str]:
     """Measure one real step of a stage through LLaMA-Factory; return its line of the table."""
-    case = Case(size, stage, STAGES[stage], checkpointing, None, 512)
-    name = prepare(bench, case, votes)
+    name = prepare(bench, Case(size, stage, STAGES[stage], checkpointing, None, 512), votes)
     os.chdir(bench.folder)
     call = [sys.executable, __file__, "--one", f"factory_configs/{name}/{stage}.yaml"]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
     measured, rows, length = map(int, done.stdout.split()[-3:])
-    said = _formula(name, stage, length)
-    what = f"{size}, {stage}, {rows} sequences of {length}" + (", checkpointing" if checkpointing else "")
-    return [what, f"{said:,.0f} MiB", f"{measured / MIB:,.0f} MiB", f"{said * MIB / measured - 1:+.0%}"]
-
-
-def _formula(name: str, stage: str, length: int) -> float:
-    """Return activations and logits by the formula, in MiB: what a step allocates beside weights and optimizer."""
-    from common.experiment import load_experiment
-    from factory.model_size import shape_of
-    from factory.train_config import setup_of
-
     experiment = load_experiment(name)
-    setup = setup_of(experiment, stage).changed(compute_bytes=2, trained_modules=())
-    parts = training_memory(shape_of(experiment.model), setup, length, "cuda").parts
-    return (parts.get("activations", 0) + parts.get("logits", 0)) / SLACK["cuda"] * 1024
+    config = TrainConfig.of(StageContext(experiment, stage).recipe | {"bf16": True, "additional_target": None})
+    parts = training_memory(size_of(experiment.model), config, length)
+    formula = (parts.get("activations", 0) + parts.get("logits", 0)) / SLACK["cuda"] * 1024
+    measured /= 2**20
+    what = f"{size}, {stage}, {rows} sequences of {length}" + (", checkpointing" if checkpointing else "")
+    return [what, f"{formula:,.0f} MiB", f"{measured:,.0f} MiB", f"{formula / measured - 1:+.0%}"]
 
 
 def one(recipe_path: str) -> None:
@@ -159,13 +133,11 @@ def one(recipe_path: str) -> None:
 
         def on_step_end(self, *_, **__):
             self.profile.__exit__(None, None, None)
-            self.peak = peak_in(self.profile)
 
-    counter = Counter()
-    recipe = OmegaConf.to_container(OmegaConf.load(recipe_path))
+    counter, recipe = Counter(), OmegaConf.to_container(OmegaConf.load(recipe_path))
     changed = {"bf16": True, "use_cpu": True, "max_steps": 2, "eval_strategy": "no", "additional_target": None}
     run_exp({**recipe, **changed, "gradient_accumulation_steps": 1}, callbacks=[counter])
-    print("", counter.peak, *counter.shapes[-1])
+    print("", peak(counter.profile), *counter.shapes[-1])
 
 
 def main() -> None:
@@ -173,20 +145,19 @@ def main() -> None:
     parser.add_argument("--votes", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--docs", action="store_true")
-    asked = parser.parse_args()
-    layers = [one_layer(family, sizes) for family in FAMILIES for sizes in SHAPES]
+    arguments = parser.parse_args()
+    bench, votes = Workbench(arguments.work.resolve()), arguments.votes.resolve()
+    layers = [one_layer(family, sizes) for family in ("Llama", "Qwen3", "Gemma2") for sizes in SIZES]
     headings = ["layer", "hidden / heads / kv heads / head / feed-forward", "kept: formula", "measured", "off by"]
     first = table([*headings, "kept and beside it: formula", "measured", "off by"], layers)
-    print(first, flush=True)
-    bench, votes = Workbench(asked.work.resolve()), asked.votes.resolve()
     shutil.rmtree(bench.folder / "saves", ignore_errors=True)
-    cases = [(size, stage, checkpointing) for size in SIZES for stage in STAGES for checkpointing in (False, True)]
+    cases = [(size, stage, again) for size in ("small", "medium") for stage in STAGES for again in (False, True)]
     steps = [whole_step(bench, votes, *case) for case in cases]
     second = table(["step through LLaMA-Factory", "formula", "measured", "off by"], steps)
-    how = measured_on(f"python benchmarks/activation_bytes.py --votes {asked.votes.name} --work FOLDER")
+    how = measured_on(f"python benchmarks/activation_bytes.py --votes {votes.name} --work FOLDER")
     text = f"Bytes a token:\n\n{first}\n\n{second}\n\n{how}"
-    print(second)
-    if asked.docs:
+    print(text)
+    if arguments.docs:
         put(ROOT / "docs" / "forecast.md", "activation bytes", text)
 
 

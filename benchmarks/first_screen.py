@@ -18,6 +18,11 @@ from pathlib import Path
 from figures import ROOT, measured_on, put, table
 from workbench import Workbench
 
+PAGES = {
+    "LLaMA Board with the experiments": ("board",),
+    "the watch page": ("watch", "-e", "demo", "--stage", "sft"),
+}
+
 
 def until_it_answers(folder: Path, *arguments: str) -> float:
     """Start a page and return the seconds until it answers; end it again."""
@@ -25,13 +30,10 @@ def until_it_answers(folder: Path, *arguments: str) -> float:
     started = time.perf_counter()
     process = subprocess.Popen(call, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        for line in process.stdout:
-            if "http://" in line:
-                url = "http://" + line.split("http://")[1].split()[0]
-                with urllib.request.urlopen(url, timeout=30) as answer:
-                    assert answer.status == 200 and b"gradio" in answer.read()
-                return time.perf_counter() - started
-        raise SystemExit(f"{' '.join(arguments)} ended without a page")
+        url = next("http://" + line.split("http://")[1].split()[0] for line in process.stdout if "http://" in line)
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            assert b"gradio" in answer.read()
+        return time.perf_counter() - started
     finally:
         process.send_signal(signal.SIGINT)
         process.wait()
@@ -43,16 +45,13 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         bench = Workbench(Path(work) / "place")
-        demo = bench.run("demo")
-        report = bench.output("demo", "sft") / "report.html"
-        assert report.stat().st_size > 10_000
-        watch = until_it_answers(bench.folder, "watch", "-e", "demo", "--stage", "sft")
-        board = until_it_answers(bench.folder, "board")
-    rows = [
-        ["the demo's result, with its report", "`git clone`, `cd`, `make demo`", "3", f"{demo:.0f} s"],
-        ["LLaMA Board with the experiments", "… then `.venv/bin/python run.py board`", "4", f"{board:.0f} s"],
-        ["the watch page", "… then `.venv/bin/python run.py watch -e demo --stage sft`", "4", f"{watch:.0f} s"],
-    ]
+        rows = [
+            ["the demo's result, with its report", "`git clone`, `cd`, `make demo`", "3", f"{bench.run('demo'):.0f} s"]
+        ]
+        assert (bench.output("demo", "sft") / "report.html").is_file()
+        for page, command in PAGES.items():
+            seconds = until_it_answers(bench.folder, *command)
+            rows.append([page, f"… then `.venv/bin/python run.py {' '.join(command)}`", "4", f"{seconds:.0f} s"])
     text = table(["first useful screen", "commands", "how many", "the last one took"], rows)
     text += f"\n\n{measured_on('python benchmarks/first_screen.py')}"
     print(text)
