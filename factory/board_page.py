@@ -170,13 +170,13 @@ def on_own_base(native: Callable, bases: dict[Path, str]) -> Callable:
         import gradio as gr
         from llamafactory.webui.common import get_save_dir
 
-        listed = native(model_name, finetuning_type)
+        listed = native(model_name, finetuning_type).constructor_args
         own = [
             name
-            for _, name in listed.choices
+            for name in listed["choices"]
             if bases.get(Path(get_save_dir(model_name, finetuning_type, name)), model_name) == model_name
         ]
-        return gr.Dropdown(choices=sorted(own), multiselect=listed.multiselect, value=listed.value)
+        return gr.Dropdown(**{**listed, "choices": sorted(own)})
 
     return list_checkpoints
 
