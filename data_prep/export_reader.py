@@ -139,7 +139,7 @@ def read_battles(folder: Path, split: str) -> list[tuple[Battle, int]]:
 def iter_battles(folder: Path, split: str) -> Iterator[tuple[Battle, int]]:
     """Yield what `read_battles` returns, without holding more than some hundred texts."""
     texts = ("id", "prompts", "responses_a", "responses_b")
-    for row in _rows_of(folder, split, "battles.parquet", texts, ("verdict", "language", "dropped")):
+    for row in rows_of(folder, split, "battles.parquet", texts, ("verdict", "language", "dropped")):
         turns = (tuple(row[name]) for name in texts[1:])
         yield Battle(row["id"], *turns, row["verdict"], row["language"]), row["dropped"]
 
@@ -156,7 +156,7 @@ def iter_pairs(folder: Path, split: str) -> Iterator[tuple[Pair, int]]:
     """Yield the pairs that `read_pairs` returns, each with the number of turns dropped from it."""
     require_pairs(folder)
     texts = ("id", "prompt", "response_a", "response_b")
-    for row in _rows_of(folder, split, "pairs.parquet", (*texts, "dropped")):
+    for row in rows_of(folder, split, "pairs.parquet", (*texts, "dropped")):
         yield Pair(*(row[name] for name in texts)), row["dropped"]
 
 
@@ -172,7 +172,7 @@ def require_pairs(folder: Path) -> Path:
     return path
 
 
-def _rows_of(
+def rows_of(
     folder: Path, split: str, table: str, columns: Collection[str], known: Collection[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one split of a table, which lies row by row beside rows.parquet, with `known` columns of it."""

@@ -23,7 +23,7 @@ from data_prep.export_reader import readable
 from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import Fitted, Fitter
-from factory.status import FAILED, INTERRUPTED, experiment_status, is_at_work, stage_status
+from factory.status import experiment_status, is_at_work, stage_status
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -194,20 +194,15 @@ def require_judge(context: StageContext) -> None:
     """Raise ArenaError where a stage's judge does not exist yet, with how far the stage is and the next command."""
     if (context.merged / MANIFEST).is_file():
         return
-    experiment, stage = context.experiment, context.name
-    view, name = stage_status(context), shlex.quote(experiment.name)
-    call = f"python run.py {context.step.command} -e {name}"
-    if is_at_work(context.folder):
-        what = f"is not a judge yet: {stage} is at work ({f'{view.state} {view.detail}'.rstrip()})"
-        remedy = f"wait for it, it scores at its end: python run.py watch -e {name} --stage {stage}"
-    elif context.merged.is_dir():
+    view, whole = stage_status(context), experiment_status(context.experiment)
+    call = f"python run.py {context.step.command} -e {shlex.quote(context.experiment.name)}"
+    if context.merged.is_dir() and not is_at_work(context.folder):
         what = f"is not a judge: {MANIFEST} is missing"
         remedy = f"move the folder away and merge again: {call} --until merge"
     else:
-        left = f"{view.state} ({view.detail})" if view.state in (INTERRUPTED, FAILED) else view.state
-        what = f"is not a judge yet: {stage} is {'not trained' if view.state == 'new' else left}"
-        whole = experiment_status(experiment)
-        remedy = f"{whole.next}; then {call}" if whole.next else f"train, merge and score: {view.next}"
+        state = "not trained" if view.state == "new" else f"{view.state} {view.detail}".rstrip()
+        what = f"is not a judge yet: {context.name} is {state}"
+        remedy = f"{whole.next}; then {call}" if whole.next else view.next
     raise ArenaError(what, where=str(context.merged), remedy=remedy)
 
 

@@ -25,7 +25,7 @@ from common.files import sha256_of
 from common.stages import TRAININGS
 from data_prep.audit import row_statistics
 from data_prep.chat_template import ChatFrame, load_frame
-from data_prep.export_reader import readable, require_pairs
+from data_prep.export_reader import require_pairs, rows_of
 from data_prep.preference_pairs import Pair, PairFitter, flatten, pair_sequences
 from data_prep.readers import VoteReader
 from data_prep.truncation import in_chunks
@@ -153,8 +153,9 @@ class LabelScorer(Scorer):
             )
 
     def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
-        for facts, text in exported_rows(self._context.experiment.data_folder, split, "battles.parquet"):
-            yield facts, {**text, "dropped": facts.pop("dropped")}
+        data, known = self._context.experiment.data_folder, (*ROW_FACTS[1:], "dropped")
+        for row in rows_of(data, split, "battles.parquet", _BATTLE, known):
+            yield _of(row, ROW_FACTS), _of(row, (*_BATTLE, "dropped"))
 
     def read(self, path: Path) -> Iterator[tuple[Facts, Fed]]:
         fitter = self._judge.fitter()
@@ -216,11 +217,13 @@ class RewardScorer(Scorer):
         return device
 
     def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
-        for facts, text in exported_rows(self._context.experiment.data_folder, split, "pairs.parquet"):
-            facts.pop("dropped")
-            # rows.parquet describes the judge prompt, in which more is cut than in the pair
-            facts |= {"tokens": max(text["tokens_a"], text["tokens_b"]), "cut": text["cut"]}
-            yield facts, {name: text[name] for name in _PAIR}
+        data = self._context.experiment.data_folder
+        require_pairs(data)
+        # The pair's own `cut`, for rows.parquet describes the judge prompt, in which more is cut.
+        columns = (*_PAIR, "tokens_a", "tokens_b", "cut")
+        for row in rows_of(data, split, "pairs.parquet", columns, ROW_FACTS[1:-2]):
+            row["tokens"] = max(row["tokens_a"], row["tokens_b"])
+            yield _of(row, ROW_FACTS), _of(row, _PAIR)
 
     def read(self, path: Path) -> Iterator[tuple[Facts, Fed]]:
         experiment = self._context.experiment
@@ -302,30 +305,6 @@ class ValueHeadScorer(RewardScorer):
         return value_rewards(self._model, self._head, prepared, progress=progress, name=name, note=self.note)
 
 
-def exported_rows(data: Path, split: str, texts: str) -> Iterator[tuple[Facts, dict[str, Any]]]:
-    """Yield (facts and `dropped`, texts as fed) of one exported split, in the order of the input.
-
-    `texts` is the table that has the rows of rows.parquet in the same order: battles.parquet or pairs.parquet. Raises
-    ArenaError where it was not exported.
-    """
-    from pyarrow.parquet import ParquetFile
-
-    if texts == "pairs.parquet":
-        require_pairs(data)
-    with readable(data / texts):
-        fed = ParquetFile(data / texts)
-    with readable(data / "rows.parquet"), fed, ParquetFile(data / "rows.parquet") as rows:
-        beside = (text for batch in fed.iter_batches(batch_size=_CHUNK) for text in batch.to_pylist())
-        for batch in rows.iter_batches(batch_size=_CHUNK, columns=["split", "dropped", *ROW_FACTS]):
-            for facts in batch.to_pylist():
-                text = next(beside, None)
-                if text is None:
-                    remedy = "run prepare again"
-                    raise ArenaError("has fewer rows than rows.parquet", where=str(data / texts), remedy=remedy)
-                if facts.pop("split") == split:
-                    yield facts, text
-
-
 def battles_to_score(path: Path) -> Iterator[Battle]:
     """Yield the battles of a table; at its end raises ArenaError if a row could not be read: each needs its answer."""
     reader = VoteReader(path, labelled=False)
@@ -343,6 +322,10 @@ def battles_to_score(path: Path) -> Iterator[Battle]:
 def _facts(battle: Battle, fitted: Any) -> Facts:
     """Return `ROW_FACTS` of a battle as it was before it was fitted."""
     return {**row_statistics(battle), "tokens": fitted.tokens, "cut": fitted.cut}
+
+
+def _of(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: row[name] for name in names}
 
 
 def _hashes(folder: Path, *patterns: str) -> dict[str, str]:

@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from common.errors import ArenaError, UsageError
 from common.files import read_json, sha256_of, write_json
 from data_prep.export_reader import read_battles
 from factory.process import run_child
-from scoring.engines.gguf_converter import SCRIPT, SOURCE_KEY
+from scoring.engines.gguf_converter import SCRIPT
 from scoring.engines.llama_cpp import (
     FORMAT,
     QUANTIZATIONS,
@@ -26,7 +25,6 @@ from scoring.engines.llama_cpp import (
     last_logits,
     load_gguf,
     manifest_path,
-    source_digest,
     source_files,
 )
 from scoring.engines.torch_engine import TorchEngine
@@ -79,7 +77,12 @@ def export_gguf(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         fresh = Path(scratch) / "judge.gguf"
         with show.line(f"{stage}: converting to {quantization}"):
-            _convert(judge, quantization, fresh, converter, source_digest(source), context.folder / "export.log")
+            command = [sys.executable, "-m", "scoring.engines.gguf_converter", str(judge.folder), str(fresh)]
+            command += [quantization, "--converter", str(converter)]
+            if plain_byte_level(judge.folder / "tokenizer.json"):
+                command += ["--pre", "gpt-2"]
+            log = context.folder / "export.log"
+            run_child(command, log, what="llama.cpp's converter", interrupted_remedy="export again")
         with show.line(f"{stage}: comparing with the merged model"):
             checked = compare(judge, fresh, read_battles(context.experiment.data_folder, "valid"))
         for text in check_agreement(checked, quantization):
@@ -90,8 +93,6 @@ def export_gguf(
             "sha256": sha256_of(fresh),
             "bytes": fresh.stat().st_size,
             "source": source,
-            "source_sha256": source_digest(source),
-            "metadata_key": SOURCE_KEY,
             "llama_cpp_python": version("llama-cpp-python"),
             "checked": checked,
         }
@@ -189,20 +190,6 @@ def check_agreement(checked: dict[str, Any], quantization: str) -> list[str]:
     return notes
 
 
-def _convert(judge: Judge, quantization: str, target: Path, converter: Path, digest: str, log: Path) -> None:
-    """Write the merged model as GGUF by llama.cpp's converter; four bits by its quantiser, from the unrounded file."""
-    quantise = quantization == "q4_k_m"
-    kind, made = (_own_type(judge.folder), target.with_name("whole.gguf")) if quantise else (quantization, target)
-    command = [sys.executable, "-m", "scoring.engines.gguf_converter", str(judge.folder), str(made), kind]
-    command += ["--converter", str(converter), "--source", digest]
-    if plain_byte_level(judge.folder / "tokenizer.json"):
-        command += ["--pre", "gpt-2"]
-    run_child(command, log, what="llama.cpp's converter", interrupted_remedy="export again")
-    if quantise:
-        _quantise(made, target)
-        made.unlink()
-
-
 def plain_byte_level(tokenizer: Path) -> bool:
     """Return whether a tokenizer.json splits texts as GPT-2 does and no other way: llama.cpp's "gpt-2" is then exact.
 
@@ -216,35 +203,3 @@ def plain_byte_level(tokenizer: Path) -> bool:
         and split.get("use_regex", True)
         and not split.get("add_prefix_space", True)
     )
-
-
-def _own_type(folder: Path) -> str:
-    """Return the converter's name of the type that the merged weights have."""
-    config = read_json(folder / "config.json")
-    names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-    return names.get(config.get("dtype") or config.get("torch_dtype"), "f32")
-
-
-def _quantise(source: Path, target: Path) -> None:
-    import llama_cpp
-
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
-    _silence()
-    code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params)
-    if code != 0 or not target.is_file():
-        raise ArenaError(
-            f"llama.cpp's quantiser stopped with code {code}",
-            where=str(target.parent.parent),
-            remedy="free disk space; or choose q8_0, which every shape allows",
-        )
-
-
-@cache
-def _silence() -> Any:
-    """Keep llama.cpp's own log off the terminal from now on; the returned callback must outlive every call."""
-    import llama_cpp
-
-    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(silent, None)
-    return silent

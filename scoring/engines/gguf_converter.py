@@ -1,59 +1,82 @@
-"""llama.cpp's own converter as our child process runs it, with two additions and no change to its files.
+"""llama.cpp's own converter and quantiser as our child process runs them, without a change to their files.
 
-    python -m scoring.engines.gguf_converter FOLDER OUTPUT TYPE --converter LLAMA_CPP --source SHA256 [--pre NAME]
+    python -m scoring.engines.gguf_converter FOLDER OUTPUT TYPE --converter LLAMA_CPP [--pre NAME]
 
-The digest of the source goes into the file's metadata. `--pre` names the pre-tokenizer where the converter's table of
-known tokenizers does not hold this one.
+`--pre` names the pre-tokenizer where the converter's table of known tokenizers does not hold this one.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
 from factory.launcher import follow_parent
 
-SOURCE_KEY = "arena_factory.source_sha256"  # of the merged model that a file was made from
 SCRIPT = "convert_hf_to_gguf.py"
+FOUR_BITS = "q4_k_m"
 
 
 def main() -> None:
     """Convert one folder; the converter's own messages go to standard error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("folder", "output", "type"):
-        parser.add_argument(name)
+    for name in ("folder", "output"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("type")
     parser.add_argument("--converter", type=Path, required=True)
-    parser.add_argument("--source", required=True)
     parser.add_argument("--pre")
     arguments = parser.parse_args()
     follow_parent()
+    if arguments.type != FOUR_BITS:
+        _convert(arguments, arguments.output, arguments.type)
+        return
+    # The quantiser starts from what the merged model holds, not from something rounded before.
+    whole = arguments.output.with_name("whole.gguf")
+    _convert(arguments, whole, _own_type(arguments.folder))
+    _quantise(whole, arguments.output)
+    whole.unlink()
+
+
+def _convert(arguments: argparse.Namespace, output: Path, kind: str) -> None:
     os.environ.pop("NO_LOCAL_GGUF", None)  # the converter fits the gguf package beside it, and no other
     converter = arguments.converter.resolve()
     sys.path[:0] = [str(converter / "gguf-py"), str(converter)]
-    from conversion.base import ModelBase, TextModel
+    import convert_hf_to_gguf
+    from conversion.base import TextModel
 
-    original_metadata, original_pre = ModelBase.prepare_metadata, TextModel.get_vocab_base_pre
-
-    def prepare_metadata(self, *args, **options):
-        self.gguf_writer.add_string(SOURCE_KEY, arguments.source)
-        return original_metadata(self, *args, **options)
+    original = TextModel.get_vocab_base_pre
 
     def get_vocab_base_pre(self, tokenizer):
         try:
-            return original_pre(self, tokenizer)
+            return original(self, tokenizer)
         except NotImplementedError:
             if not arguments.pre:
                 raise
             print(f"not in the converter's table of tokenizers: {arguments.pre} fits this one", file=sys.stderr)
             return arguments.pre
 
-    ModelBase.prepare_metadata, TextModel.get_vocab_base_pre = prepare_metadata, get_vocab_base_pre
-    sys.argv = [SCRIPT, arguments.folder, "--outfile", arguments.output, "--outtype", arguments.type]
-    import convert_hf_to_gguf
-
+    TextModel.get_vocab_base_pre = get_vocab_base_pre
+    sys.argv = [SCRIPT, str(arguments.folder), "--outfile", str(output), "--outtype", kind]
     convert_hf_to_gguf.main()
+
+
+def _own_type(folder: Path) -> str:
+    """Return the converter's name of the type that the merged weights have."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+    return names.get(config.get("dtype") or config.get("torch_dtype"), "f32")
+
+
+def _quantise(source: Path, target: Path) -> None:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params)
+    if code != 0 or not target.is_file():
+        raise RuntimeError(f"llama.cpp's quantiser stopped with code {code}: free disk space; or choose q8_0")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The llama.cpp engine: a judge's GGUF file, one prompt at a time, on whatever llama.cpp was compiled for.
 
-outputs/<experiment>/<stage>/judge-q8_0.gguf        the weights, with the source's digest in the metadata
+outputs/<experiment>/<stage>/judge-q8_0.gguf        the weights
 outputs/<experiment>/<stage>/judge-q8_0.gguf.json   the source's files, the file's own SHA-256, what was checked
 
 scoring.engines.gguf writes both. The engine reads token ids, never text, so llama.cpp's tokenizer plays no part in a
@@ -10,8 +10,6 @@ score.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +20,6 @@ import numpy as np
 
 from common.errors import ArenaError, UsageError
 from common.files import read_json, sha256_of
-from scoring.engines.gguf_converter import SOURCE_KEY
 
 if TYPE_CHECKING:
     from scoring.judge import Judge
@@ -48,12 +45,6 @@ class LlamaCppEngine:
             raise ArenaError(f"is {self.precision}, not {precision}", where=str(path), remedy=export_command(judge))
         self._longest, self._where = judge.cutoff_len, str(path)
         self._model: Any = load_gguf(path, context=judge.cutoff_len, threads=threads)
-        if self._model.metadata.get(SOURCE_KEY) != manifest["source_sha256"]:
-            raise ArenaError(
-                "names another source in its metadata than its manifest does",
-                where=str(path),
-                remedy=f"{export_command(judge)} --quantization {self.precision}",
-            )
 
     def label_logits(
         self,
@@ -159,11 +150,6 @@ def source_files(judge_folder: Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in paths if path.is_file()}
 
 
-def source_digest(files: dict[str, str]) -> str:
-    """Return one SHA-256 for all of `source_files`."""
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
 def find_gguf(judge: Judge, precision: str) -> Path:
     """Return a judge's GGUF file; "auto" is the only one that was exported.
 
@@ -205,8 +191,8 @@ def check_gguf(gguf: Path, judge: Judge) -> dict[str, Any]:
         manifest = read_json(path)
         if manifest["format"] != FORMAT or not isinstance(manifest["source"], dict):
             raise ArenaError("was written by another version", where=str(path), remedy=again)
-        if manifest["source_sha256"] != source_digest(manifest["source"]) or not manifest["quantization"]:
-            raise ArenaError("contradicts itself", where=str(path), remedy=again)
+        if manifest["quantization"] not in QUANTIZATIONS:
+            raise ValueError(f"there is no quantization {manifest['quantization']!r}")
         is_whole = sha256_of(gguf) == manifest["sha256"]
     except FileNotFoundError:
         gone, remedy = (path, f"copy {path.name} with it, or {again}") if gguf.is_file() else (gguf, again)

@@ -18,7 +18,6 @@ from factory.stage_context import StageContext
 from scoring.engines import gguf
 from scoring.engines.gguf import CONVERTER_VARIABLE, check_agreement, export_gguf, find_converter, plain_byte_level
 from scoring.engines.gguf_converter import SCRIPT
-from scoring.engines.llama_cpp import gguf_path, manifest_path, source_digest, source_files
 from scoring.engines.protocol import open_engine
 from scoring.judge import load_judge, write_judge
 from scoring.links import softmax
@@ -77,20 +76,6 @@ def test_the_file_is_the_same_judge(context, quantization, near):
         engine.label_logits([[1] * 257], labels, name="row {}".format)
     names = {"merged", "export.log", f"judge-{quantization}.gguf", f"judge-{quantization}.gguf.json"}
     assert {path.name for path in context.folder.iterdir()} == names, "nothing is left behind"
-
-
-def test_a_file_of_another_judge_is_refused_though_its_manifest_was_edited(context):
-    export_gguf(context, "f16", show=Show())
-    path = manifest_path(gguf_path(context.merged, "f16"))
-    (context.merged / "config.json").write_text("{}")
-    judge = load_judge(context.merged)
-    with pytest.raises(ArenaError, match="trained again since"):
-        open_engine(judge, "llama.cpp")
-    source = source_files(judge.folder)
-    edited = json.loads(path.read_text()) | {"source": source, "source_sha256": source_digest(source)}
-    path.write_text(json.dumps(edited))
-    with pytest.raises(ArenaError, match="another source in its metadata"):
-        open_engine(judge, "llama.cpp")
 
 
 def test_an_architecture_that_llama_cpp_lacks_is_named_and_leaves_nothing(context, monkeypatch):

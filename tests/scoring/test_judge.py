@@ -145,12 +145,12 @@ def test_a_judge_that_does_not_exist_yet_comes_with_the_command_that_makes_it(pl
     Path("outputs/exam/sft/state.json").unlink()
     Path("saves").rename("saved")
     assert "outputs/exam/sft/merged: is not a judge yet: sft is not trained" in (said := refused(*call)), said
-    assert "remedy: train, merge and score: python run.py sft -e exam\n" in said
+    assert "remedy: python run.py sft -e exam\n" in said
     with only_run(Path("outputs/exam/sft")):
         StageState(Path("outputs/exam/sft")).begin("train", {})
-        assert "is not a judge yet: sft is at work (training)" in (said := refused(*call)), said
+        assert "is not a judge yet: sft is training" in (said := refused(*call)), said
         assert "python run.py watch -e exam --stage sft" in said
-    assert "is not a judge yet: sft is interrupted (training)\n" in refused(*call)
+    assert "is not a judge yet: sft is interrupted training\n" in refused(*call)
     Path("data/exam/manifest.json").unlink()
     assert "remedy: python run.py prepare -e exam --train FILE; then python run.py sft -e exam\n" in refused(*call)
 
