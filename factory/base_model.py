@@ -1,7 +1,7 @@
 """The embedded base model: a tiny random-weight Qwen3 with a tokenizer of its own, as a Hugging Face folder.
 
-It knows nothing: whatever a judge built on it can do was learned by the adapter and by the embeddings and the
-head that are trained with it. Being an ordinary folder, it takes the same path as a real model.
+Whatever a judge built on it can do was learned by the adapter, and by the embeddings and the head that are trained with
+it. Being an ordinary folder, it is trained and scored like any model.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from common.errors import ArenaError
 from common.files import atomic_folder
 
-END_OF_TEXT = "<|endoftext|>"
-TURN_START = "<|im_start|>"
-TURN_END = "<|im_end|>"
-SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+SPECIAL_TOKENS = END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,11 @@ def build_base_model(folder: Path, texts: Iterable[str], *, seed: int, size: Bas
         model.save_pretrained(fresh)
         card = _CARD.format(seed=seed, parameters=model.num_parameters(), vocabulary=len(tokenizer), size=size)
         (fresh / "README.md").write_text(card, encoding="utf-8")
-        for path in fresh.iterdir():  # safetensors writes for the owner alone; the folder is for whoever may enter it
+        for path in fresh.iterdir():  # safetensors writes files that only their owner may read
             path.chmod((fresh / "README.md").stat().st_mode)
 
 
 def _train_tokenizer(texts: Iterable[str], size: BaseModelSize) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     corpus = [text for text in texts if text.strip()]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.errors import ArenaError
+from common.experiment import Experiment
 from common.files import atomic_folder, read_json, write_json
+from common.progress import Show
 from data_prep.export_reader import earlier_manifest
 from data_prep.overwrite_check import check_overwrite
+from data_prep.prompt import JudgePrompt
+from data_prep.readers import VoteReader
 from data_prep.synthetic import ArenaFiles, write_arena
+from factory.base_model import build_base_model
+from factory.board import readable_experiments
 from factory.stage_context import StageContext
 from factory.status import running_stages
-
-if TYPE_CHECKING:
-    from common.experiment import Experiment
-    from common.progress import Show
 
 # The folder that stands for the embedded base wherever an experiment names it as its model.
 EMBEDDED_BASE = "models/arena-tiny"
@@ -40,7 +41,8 @@ def refuse_other_votes(experiment: Experiment) -> None:
 def demo_arena(experiment: Experiment, seed: int, show: Show) -> ArenaFiles:
     """Return the arena of this seed, drawn together with its base where either of them is not there.
 
-    Raises ArenaError, before anything is replaced, where anybody else's files would go with it or a run reads the base.
+    Raises ArenaError, before anything is replaced, where files that are not the demo's would be lost or a run reads the
+    base.
     """
     check_overwrite(experiment.data_folder)
     if _read(ARENA / "drawn.json") != _drawn(seed) or not Path(experiment.model).is_dir():
@@ -51,7 +53,6 @@ def demo_arena(experiment: Experiment, seed: int, show: Show) -> ArenaFiles:
                 remedy=f"write model: {EMBEDDED_BASE}, and make another experiment for your model: "
                 "run.py new EXP --model",
             )
-        _refuse_readers_of_the_base()
         _draw(experiment, seed, show)
     return ArenaFiles(ARENA / "train.csv", ARENA / "test.csv", ARENA / "truth.csv")
 
@@ -73,46 +74,32 @@ def ensure_embedded_base(experiment: Experiment, show: Show) -> None:
     _draw(experiment, seed if isinstance(seed, int) and seed >= 0 else DEFAULT_SEED, show)
 
 
-def build_embedded_base(experiment: Experiment, votes: Path, seed: int, show: Show) -> None:
-    """Build the tiny base; its tokenizer learns from whole judge prompts, so that their fixed parts take few tokens."""
-    from data_prep.prompt import JudgePrompt
-    from data_prep.readers import VoteReader
-    from factory.base_model import build_base_model
-
-    folder = Path(experiment.model)
-    prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
-    with show.line("embedded base") as line:
-        line.update("training a tokenizer, drawing random weights")
-        build_base_model(folder, (prompt.message(b) for _, b in VoteReader(votes, labelled=True)), seed=seed)
-    show.note(f"built a tiny base model with random weights (seed {seed}): {folder}")
-
-
 def _draw(experiment: Experiment, seed: int, show: Show) -> None:
-    """Write the arena of a seed, then its base; raises ArenaError where the arena's folder holds anybody else's files.
+    """Write the arena of a seed, then its base; raises ArenaError where other files or a running stage need the places.
 
-    drawn.json says last that both are there: a call that was interrupted between them draws both again.
+    drawn.json is complete last: a call that was interrupted before that draws both again.
     """
+    for each in readable_experiments()[0]:
+        if each.model == EMBEDDED_BASE and (running := running_stages(each)):
+            raise ArenaError(
+                f"{' and '.join(running)} of {each.name} is at work on this base, which would be replaced",
+                where=EMBEDDED_BASE,
+                remedy="wait for it or end it",
+            )
     drawn, own = _drawn(seed), _FILES if (ARENA / "drawn.json").is_file() else ()
     check_overwrite(ARENA, own=own.__contains__, maker="demo")
     with atomic_folder(ARENA) as folder:
         write_arena(folder, seed=seed, train_rows=TRAIN_ROWS, test_rows=TEST_ROWS)
         write_json(folder / "drawn.json", {**drawn, "base": "is being built"})
     show.note(f"drew {TRAIN_ROWS:,} battles with known probabilities and {TEST_ROWS} to submit (seed {seed}): {ARENA}")
-    build_embedded_base(experiment, ARENA / "train.csv", seed, show)
+    # the tokenizer learns from whole judge prompts, so that their fixed parts take few tokens
+    prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
+    with show.line("embedded base") as line:
+        line.update("training a tokenizer, drawing random weights")
+        texts = (prompt.message(battle) for _, battle in VoteReader(ARENA / "train.csv", labelled=True))
+        build_base_model(Path(experiment.model), texts, seed=seed)
+    show.note(f"built a tiny base model with random weights (seed {seed}): {experiment.model}")
     write_json(ARENA / "drawn.json", drawn)
-
-
-def _refuse_readers_of_the_base() -> None:
-    """Raise ArenaError while a stage of any experiment on the embedded base runs on this machine."""
-    from factory.board import readable_experiments
-
-    for experiment in readable_experiments()[0]:
-        if experiment.model == EMBEDDED_BASE and (running := running_stages(experiment)):
-            raise ArenaError(
-                f"{' and '.join(running)} of {experiment.name} is at work on this base, which would be replaced",
-                where=EMBEDDED_BASE,
-                remedy="wait for it or end it",
-            )
 
 
 def _drawn(seed: int) -> dict[str, int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from packaging.markers import Marker
 
 from common.progress import Show
 from factory.devices import Devices, Product, devices
@@ -108,8 +109,6 @@ def packages(root: Path = _PROJECT) -> Iterator[Finding]:
 
 def _pins(lock: str) -> Iterator[tuple[str, str]]:
     """Yield name and version of each pin that is for this machine."""
-    from packaging.markers import Marker
-
     for name, version, marker in re.findall(r"^([\w.-]+)==([^\s;\\]+)(?: ; ([^\\\n]+))?", lock, re.MULTILINE):
         if not marker or Marker(marker.strip()).evaluate():
             yield _normal(name), version

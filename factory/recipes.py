@@ -17,6 +17,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
 from common.files import atomic_file
@@ -158,9 +161,6 @@ def render_recipe(experiment: Experiment, step: str, templates: Path = TEMPLATES
 
 def render_template(name: str, values: Mapping[str, Any], folder: Path = TEMPLATES) -> str:
     """Render a template of YAML; raises ArenaError with file and line of what is wrong in it."""
-    from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     environment = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(folder),
         undefined=StrictUndefined,

@@ -109,7 +109,7 @@ def test_an_arena_without_its_base_is_drawn_again(place, monkeypatch):
     demo_arena(exam, 1, Show())
     whole = place.snapshot()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("factory.base_model.build_base_model", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("factory.demo.build_base_model", Mock(side_effect=KeyboardInterrupt))
         demo_arena(exam, 2, Show())
     demo_arena(exam, 2, Show())
     assert "(seed 2, " in Path(exam.model, "README.md").read_text(encoding="utf-8")
