@@ -19,27 +19,11 @@ require_packages()  # before click: another Python lacks it, or has one that fai
 import click  # noqa: E402
 from click.shell_completion import get_completion_class  # noqa: E402
 
-from common.command_line import (  # noqa: E402
-    FILE,
-    STAGES,
-    ErrorsWithRemedy,
-    complete_experiment,
-    complete_file,
-    engine_options,
-    experiment_option,
-    is_verbose,
-    json_option,
-    option,
-    page_options,
-    stage_option,
-    training_options,
-    verbose_option,
-)
+from common import command_line as cl  # noqa: E402
 from common.console import make_output_safe  # noqa: E402
-from common.stages import TRAININGS  # noqa: E402
 
 
-@click.group(cls=ErrorsWithRemedy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=cl.ErrorsWithRemedy, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Turn pairwise human votes into a fine-tuned judge and calibrated probabilities of A / B / tie.
 
@@ -48,10 +32,10 @@ def cli() -> None:
 
 
 @cli.command()
-@option("--seed", default=1, show_default=True, type=click.IntRange(0), help="Draws arena and base model.")
-@option("--fresh", is_flag=True, help="Train from the beginning; the earlier run is put aside, not deleted.")
-@json_option
-@verbose_option
+@cl.option("--seed", default=1, show_default=True, type=click.IntRange(0), help="Draws arena and base model.")
+@cl.option("--fresh", is_flag=True, help="Train from the beginning; the earlier run is put aside, not deleted.")
+@cl.json_option
+@cl.verbose_option
 def demo(seed: int, fresh: bool, as_json: bool) -> None:
     """The whole chain on synthetic votes and a tiny base, on a CPU.
 
@@ -64,8 +48,8 @@ def demo(seed: int, fresh: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@json_option
-@verbose_option
+@cl.json_option
+@cl.verbose_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Say what this machine can run and what is missing.
@@ -81,13 +65,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("name", metavar="EXP", help="Its name, a new folder of factory_configs/.")
-@option("--model", required=True, metavar="ID", help="A Hugging Face hub id, or a folder that holds config.json.")
-@option("--template", metavar="T", help="LLaMA-Factory's chat template [the model's own, where it is known].")
-@option("--bits", type=click.Choice(["4", "8", "none"]), default="4", show_default=True, help="Of the frozen base.")
-@option("--cutoff", type=click.IntRange(32), help="Token budget of prompt and label [2048].")
-@json_option
-@verbose_option
+@cl.new_options
 def new(name: str, model: str, template: str | None, bits: str, cutoff: int | None, as_json: bool) -> None:
     """Make another experiment, for one model.
 
@@ -97,27 +75,14 @@ def new(name: str, model: str, template: str | None, bits: str, cutoff: int | No
 
     exp = new_experiment(NewExperiment(name, model, template, BITS[bits], cutoff or CUTOFF_LEN))
     made = {"folder": str(exp.folder), "model": exp.model, "template": exp.template}
-    line = f"{exp.folder}: {exp.model} with template {exp.template}; next: python run.py prepare -e {name} --train FILE"
+    line = (
+        f"{exp.folder}: {exp.model} with template {exp.template}; next: python run.py prepare -e {name} --train cl.FILE"
+    )
     click.echo(json.dumps(made) if as_json else line)
 
 
 @cli.command()
-@experiment_option
-@option(
-    "--train",
-    required=True,
-    shell_complete=complete_file,
-    help="Votes: a table, a folder, Kaggle's zip, or hf://datasets/OWNER/NAME.",
-)
-@option("--test", shell_complete=complete_file, help="Battles without votes, for the submission; as --train.")
-@option("--truth", type=FILE, help="Known probabilities of all votes (synthetic arenas only).")
-@option("--force", is_flag=True, help="Replace recipes that were edited by hand.")
-@option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them.")
-@option(
-    "--workers", type=click.IntRange(0, 256), help="Processes that fit the votes; 0: a thread [by the number of cores]."
-)
-@json_option
-@verbose_option
+@cl.prepare_options
 def prepare(experiment: str, as_json: bool, **options: Any) -> None:
     """Read votes, check, fold and fit them; write data and recipes.
 
@@ -146,21 +111,21 @@ def _train(experiment: str, stage: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@training_options
+@cl.training_options
 def sft(experiment: str, as_json: bool, **options: Any) -> None:
     """Fine-tune on the verdicts' labels, merge, score, report. What is finished is kept and not repeated."""
     _train(experiment, "sft", as_json, **options)
 
 
 @cli.command()
-@option(
+@cl.option(
     "--view",
     type=click.Choice(["judge", "reward"]),
     default="reward",
     show_default=True,
     help="judge: the true verdict's label over a wrong one; reward: the winning response over the losing one.",
 )
-@training_options
+@cl.training_options
 def dpo(view: str, experiment: str, as_json: bool, **options: Any) -> None:
     """Train on preferences, of labels or of responses.
 
@@ -170,7 +135,7 @@ def dpo(view: str, experiment: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@training_options
+@cl.training_options
 def rm(experiment: str, as_json: bool, **options: Any) -> None:
     """Train a reward model on winning and losing responses.
 
@@ -180,9 +145,9 @@ def rm(experiment: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@experiment_option
-@json_option
-@verbose_option
+@cl.experiment_option
+@cl.json_option
+@cl.verbose_option
 def compare(experiment: str, as_json: bool) -> None:
     """Put all scored stages side by side, on the same battles.
 
@@ -199,9 +164,11 @@ def compare(experiment: str, as_json: bool) -> None:
 
 
 @cli.command()
-@option("-e", "--experiment", metavar="EXP", shell_complete=complete_experiment, help="Only this one [all of them].")
-@json_option
-@verbose_option
+@cl.option(
+    "-e", "--experiment", metavar="EXP", shell_complete=cl.complete_experiment, help="Only this one [all of them]."
+)
+@cl.json_option
+@cl.verbose_option
 def status(experiment: str | None, as_json: bool) -> None:
     """List the experiments, their stages and what to do next.
 
@@ -224,13 +191,7 @@ def status(experiment: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("battle_id", metavar="ID", help="The battle, as the votes name it.")
-@experiment_option
-@stage_option("The stage whose judge answered")
-@option("--split", type=click.Choice(["train", "valid", "test"]), help="Where an id stands twice.")
-@option("--swapped", is_flag=True, help="Print the prompt with A and B exchanged.")
-@json_option
-@verbose_option
+@cl.show_options
 def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped: bool, as_json: bool) -> None:
     """Print one battle, its probabilities and the exact prompt.
 
@@ -249,11 +210,7 @@ def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped
 
 
 @cli.command()
-@experiment_option
-@option("--stage", "stages", multiple=True, type=click.Choice(TRAININGS), help="Only this stage (may be repeated).")
-@option("--card", "cards", multiple=True, metavar="CARD", help="Only this card: T4, RTX-4090, H100, cpu, …")
-@json_option
-@verbose_option
+@cl.forecast_options
 def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], as_json: bool) -> None:
     """Forecast memory and hours of every stage on named cards.
 
@@ -268,24 +225,7 @@ def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], a
 
 
 @cli.command()
-@experiment_option
-@stage_option("The stage whose judge answers")
-@option(
-    "--input",
-    "source",
-    metavar="FILE",
-    shell_complete=complete_file,
-    help="Battles: a table, a folder, Kaggle's zip (its test.csv), or hf://datasets/OWNER/NAME; without it the "
-    "fold and the test set.",
-)
-@option(
-    "--output",
-    type=FILE,
-    help="Where --input's probabilities go [outputs/EXP/STAGE/scored/NAME.csv]; only an earlier output is replaced.",
-)
-@engine_options
-@json_option
-@verbose_option
+@cl.score_options
 def score(experiment: str, stage: str, source: str | None, output: Path | None, as_json: bool, **how: Any) -> None:
     """Write the probabilities of A / B / tie for any battles.
 
@@ -311,8 +251,8 @@ def score(experiment: str, stage: str, source: str | None, output: Path | None, 
 
 
 @cli.command()
-@page_options
-@verbose_option
+@cl.page_options
+@cl.verbose_option
 def board(host: str, port: int | None, no_open: bool) -> None:
     """LLaMA-Factory's web UI with these experiments, on 127.0.0.1.
 
@@ -325,22 +265,7 @@ def board(host: str, port: int | None, no_open: bool) -> None:
 
 
 @cli.command()
-@experiment_option
-@stage_option("The judge to export")
-@option(
-    "--format", type=click.Choice(["gguf"]), default="gguf", show_default=True, expose_value=False, help="Its file."
-)
-@option(
-    "--quantization",
-    type=click.Choice(["f16", "bf16", "q8_0", "q4_k_m"], case_sensitive=False),
-    default="q8_0",
-    show_default=True,
-    help="Bits of the weights; docs/edge.md has what each costs.",
-)
-@option("--output", type=FILE, help="The file [outputs/EXP/STAGE/judge-Q.gguf, Q the quantization].")
-@option("--converter", type=FILE, help="A folder of llama.cpp [ARENA_LLAMA_CPP, .venv/llama.cpp].")
-@json_option
-@verbose_option
+@cl.export_options
 def export(experiment: str, stage: str, quantization: str, as_json: bool, **places: Path | None) -> None:
     """Write a merged judge as one file for a small machine.
 
@@ -359,15 +284,7 @@ def export(experiment: str, stage: str, quantization: str, as_json: bool, **plac
 
 
 @cli.command()
-@experiment_option
-@option("--stage", type=click.Choice(STAGES), help="The stage to watch [the one that runs]; dpo: the view that began.")
-@option("--terminal", is_flag=True, help="Here instead of in a browser, until the run ends.")
-@option("--once", is_flag=True, help="Print how far the run is, and end.")
-@option("--tensorboard", is_flag=True, help="TensorBoard over all runs on this base model.")
-@option("--score", type=click.IntRange(0), default=0, metavar="ROWS", help="Ask every checkpoint about ROWS battles.")
-@page_options
-@json_option
-@verbose_option
+@cl.watch_options
 def watch(
     experiment: str,
     stage: str | None,
@@ -408,7 +325,7 @@ def watch(
 
 @cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), help="The shell to print it for.")
-@verbose_option
+@cl.verbose_option
 def completion(shell: str) -> None:
     """Print a script that lets bash, zsh or fish complete `run.py`.
 
@@ -420,9 +337,9 @@ def completion(shell: str) -> None:
 
 
 @cli.command()
-@click.argument("output", type=FILE, help="A scored stage's folder, outputs/EXP/STAGE.")
-@json_option
-@verbose_option
+@click.argument("output", type=cl.FILE, help="A scored stage's folder, outputs/EXP/STAGE.")
+@cl.json_option
+@cl.verbose_option
 def verify(output: Path, as_json: bool) -> None:
     """Check a result again: every hash, every row, the versions.
 
@@ -443,7 +360,7 @@ def _start(name: str, stage: str | None = None) -> tuple[Any, Any]:
     from factory.stage_context import StageContext
     from factory.status import stage_named
 
-    experiment, show = load_experiment(name), Show(verbose=is_verbose(click.get_current_context()))
+    experiment, show = load_experiment(name), Show(verbose=cl.is_verbose(click.get_current_context()))
     for text in experiment.warnings:
         show.note(text)
     return StageContext(experiment, stage_named(experiment, stage or "sft")), show

@@ -141,3 +141,99 @@ page_options = several(
     option("--port", type=click.IntRange(1, 65535), help="[the first free one from 7860 on]"),
     option("--no-open", is_flag=True, help="Do not open a browser."),
 )
+new_options = several(
+    click.argument("name", metavar="EXP", help="Its name, a new folder of factory_configs/."),
+    option("--model", required=True, metavar="ID", help="A Hugging Face hub id, or a folder that holds config.json."),
+    option("--template", metavar="T", help="LLaMA-Factory's chat template [the model's own, where it is known]."),
+    option("--bits", type=click.Choice(["4", "8", "none"]), default="4", show_default=True, help="Of the frozen base."),
+    option("--cutoff", type=click.IntRange(32), help="Token budget of prompt and label [2048]."),
+    json_option,
+    verbose_option,
+)
+prepare_options = several(
+    experiment_option,
+    option(
+        "--train",
+        required=True,
+        shell_complete=complete_file,
+        help="Votes: a table, a folder, Kaggle's zip, or hf://datasets/OWNER/NAME.",
+    ),
+    option("--test", shell_complete=complete_file, help="Battles without votes, for the submission; as --train."),
+    option("--truth", type=FILE, help="Known probabilities of all votes (synthetic arenas only)."),
+    option("--force", is_flag=True, help="Replace recipes that were edited by hand."),
+    option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them."),
+    option(
+        "--workers",
+        type=click.IntRange(0, 256),
+        help="Processes that fit the votes; 0: a thread [by the number of cores].",
+    ),
+    json_option,
+    verbose_option,
+)
+show_options = several(
+    click.argument("battle_id", metavar="ID", help="The battle, as the votes name it."),
+    experiment_option,
+    stage_option("The stage whose judge answered"),
+    option("--split", type=click.Choice(["train", "valid", "test"]), help="Where an id stands twice."),
+    option("--swapped", is_flag=True, help="Print the prompt with A and B exchanged."),
+    json_option,
+    verbose_option,
+)
+forecast_options = several(
+    experiment_option,
+    option("--stage", "stages", multiple=True, type=click.Choice(TRAININGS), help="Only this stage (may be repeated)."),
+    option("--card", "cards", multiple=True, metavar="CARD", help="Only this card: T4, RTX-4090, H100, cpu, …"),
+    json_option,
+    verbose_option,
+)
+score_options = several(
+    experiment_option,
+    stage_option("The stage whose judge answers"),
+    option(
+        "--input",
+        "source",
+        metavar="FILE",
+        shell_complete=complete_file,
+        help="Battles: a table, a folder, Kaggle's zip (its test.csv), or hf://datasets/OWNER/NAME; without it the "
+        "fold and the test set.",
+    ),
+    option(
+        "--output",
+        type=FILE,
+        help="Where --input's probabilities go [outputs/EXP/STAGE/scored/NAME.csv]; only an earlier output is replaced.",
+    ),
+    engine_options,
+    json_option,
+    verbose_option,
+)
+export_options = several(
+    experiment_option,
+    stage_option("The judge to export"),
+    option(
+        "--format", type=click.Choice(["gguf"]), default="gguf", show_default=True, expose_value=False, help="Its file."
+    ),
+    option(
+        "--quantization",
+        type=click.Choice(["f16", "bf16", "q8_0", "q4_k_m"], case_sensitive=False),
+        default="q8_0",
+        show_default=True,
+        help="Bits of the weights; docs/edge.md has what each costs.",
+    ),
+    option("--output", type=FILE, help="The file [outputs/EXP/STAGE/judge-Q.gguf, Q the quantization]."),
+    option("--converter", type=FILE, help="A folder of llama.cpp [ARENA_LLAMA_CPP, .venv/llama.cpp]."),
+    json_option,
+    verbose_option,
+)
+watch_options = several(
+    experiment_option,
+    option("--stage", type=click.Choice(STAGES), help="The stage to watch [the one that runs]; dpo: its view."),
+    option("--terminal", is_flag=True, help="Here instead of in a browser, until the run ends."),
+    option("--once", is_flag=True, help="Print how far the run is, and end."),
+    option("--tensorboard", is_flag=True, help="TensorBoard over all runs on this base model."),
+    option(
+        "--score", type=click.IntRange(0), default=0, metavar="ROWS", help="Ask each checkpoint about ROWS battles."
+    ),
+    page_options,
+    json_option,
+    verbose_option,
+)

@@ -30,6 +30,7 @@ from scoring.links import log_softmax
 from scoring.metrics import log_loss, row_losses, verdict_codes
 from scoring.model_loading import device_name, trained_adapter
 from scoring.run_status import RunStatus, events, run_status
+from scoring.score_stage import texts
 
 
 def stage_to_watch(experiment: Experiment, stage: str | None, score_rows: int = 0) -> str:
@@ -59,8 +60,6 @@ def baseline_losses(experiment: Experiment) -> pd.DataFrame:
 
     Seconds for thousands of battles, up to a minute for 60,000.
     """
-    from scoring.pipeline import texts
-
     data = experiment.data_folder
     valid = texts(data, "valid")
     truth = verdict_codes(valid["verdict"])

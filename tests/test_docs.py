@@ -123,7 +123,7 @@ def test_the_kaggle_notebook_writes_the_submission_without_a_network(chain, tmp_
     given = tmp_path / "input"
     code = given / "arena-code"
     code.mkdir(parents=True)
-    for name in ("run.py", "data_prep", "factory", "scoring", "templates"):
+    for name in ("run.py", "common", "data_prep", "factory", "scoring", "templates"):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, code / name)
