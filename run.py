@@ -75,9 +75,7 @@ def new(name: str, model: str, template: str | None, bits: str, cutoff: int | No
 
     exp = new_experiment(NewExperiment(name, model, template, BITS[bits], cutoff or CUTOFF_LEN))
     made = {"folder": str(exp.folder), "model": exp.model, "template": exp.template}
-    line = (
-        f"{exp.folder}: {exp.model} with template {exp.template}; next: python run.py prepare -e {name} --train cl.FILE"
-    )
+    line = f"{exp.folder}: {exp.model} with template {exp.template}; next: python run.py prepare -e {name} --train FILE"
     click.echo(json.dumps(made) if as_json else line)
 
 

@@ -200,7 +200,7 @@ score_options = several(
     option(
         "--output",
         type=FILE,
-        help="Where --input's probabilities go [outputs/EXP/STAGE/scored/NAME.csv]; only an earlier output is replaced.",
+        help="Where --input's probabilities go [outputs/EXP/STAGE/scored/NAME.csv]; only such a file is replaced.",
     ),
     engine_options,
     json_option,
