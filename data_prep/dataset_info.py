@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # A data set's name without the experiment's, in all versions.
 SET = r"(?:sft|dpo_judge|dpo_reward)_(?:train|valid)"
-_OF_AN_EXPORT = re.compile(rf"(?P<experiment>[^/]+)/(?P<set>{SET})(\.jsonl)?")
+_OF_AN_EXPORT = re.compile(rf"(?P<experiment>[^/]+)/(?P<set>{SET})\.jsonl")
 # What LLaMA-Factory heeds before file_name.
 _ELSEWHERE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
@@ -28,19 +28,14 @@ def set_names(views: Collection[View]) -> list[str]:
     return ["sft", *(f"dpo_{view}" for view in VIEWS if view in views)]
 
 
-def dataset_entries(
-    experiment: Experiment, views: Collection[View] = VIEWS, within: str = "", folders: Collection[str] = ()
-) -> dict[str, Any]:
-    """Return this experiment's entries of LLaMA-Factory's dataset_info.json.
-
-    `within` is a folder prefix; `folders` are the sets, with their split, that are folders of parts.
-    """
+def dataset_entries(experiment: Experiment, views: Collection[View] = VIEWS, within: str = "") -> dict[str, Any]:
+    """Return this experiment's entries of LLaMA-Factory's dataset_info.json; `within` is the folder of the files."""
     entries = {}
     for name in (f"{name}_{split}" for name in set_names(views) for split in ("train", "valid")):
         pairs = name.startswith("dpo_")
         columns = {"chosen": "chosen", "rejected": "rejected"} if pairs else {}
         entries[f"{experiment.name}_{name}"] = {
-            "file_name": f"{within}{name}{'' if name in folders else '.jsonl'}",
+            "file_name": f"{within}{name}.jsonl",
             "formatting": "sharegpt",
             **({"ranking": True} if pairs else {}),
             "columns": {"messages": "conversations", **columns},

@@ -10,10 +10,9 @@ dataset_info.json                LLaMA-Factory's list of data sets
 audit.json                       rows read, kept, rejected; tokens lost; pairs left out
 manifest.json                    what all this was made from
 
-The preference rows are written for the views that are asked for; pairs.parquet belongs to the reward view. A set of
-more than 500,000 rows is a folder of parts (sft_train/part-00000.jsonl, …) instead of one file. The table is read
-once: battles are fitted as they come and written to the parquet tables; then the verdicts of all are known, the folds
-are made, and the data sets are written from the tables. Memory grows by some ten bytes a battle.
+The preference rows are written for the views that are asked for; pairs.parquet belongs to the reward view. The votes
+are read once: battles are fitted as they come and written to the parquet tables; then the verdicts of all are known,
+the folds are made, and the data sets are written from the tables. Memory grows by some ten bytes a battle.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from data_prep.chat_template import ChatFrame, load_frame
 from data_prep.dataset_info import dataset_entries, entries_of_others, listed_sets
 from data_prep.export_reader import FORMAT, read_manifest
 from data_prep.export_rows import RowMaker, open_pool, usual_workers
-from data_prep.export_writer import CHUNK, Written, require_rows, write_sets, write_tables
+from data_prep.export_writer import CHUNK, Written, write_sets, write_tables
 from data_prep.ground_truth import read_truth_ids, require_truth_of
 from data_prep.overwrite_check import check_overwrite
 from data_prep.preference_pairs import VIEWS, View
@@ -88,7 +87,6 @@ def export(
     ):
         written = write_tables(fresh, work("fit", _chunks(readers, progress)), experiment)
         counts = write_sets(fresh, experiment, views, work)
-        require_rows(counts, written, experiment)
         audit = _audit(experiment, readers, written, counts, views)
         rows = fresh / "rows.parquet"
         if reader := readers.get("test"):
@@ -101,13 +99,13 @@ def export(
     return audit
 
 
-def _chunks(readers: Mapping[str, VoteReader], progress: Progress) -> Iterator[tuple[list[Battle], bool]]:
-    """Yield the battles in chunks, each with whether it has verdicts, and report how many there were."""
+def _chunks(readers: Mapping[str, VoteReader], progress: Progress) -> Iterator[tuple[list[Battle], str]]:
+    """Yield the battles in chunks, each with "train" or "test", and report how many there were."""
     for name, reader in readers.items():
         seen = 0
         for chunk in in_chunks((battle for _, battle in reader), CHUNK):
             share = reader.share
-            yield chunk, name == "train"
+            yield chunk, name
             seen += len(chunk)
             progress(f"{seen:,} {name} battles", share)
     progress("dividing into folds", None)
@@ -160,8 +158,8 @@ def _audit(
     if "judge" in pairs:
         pairs["judge"]["rejected"] = experiment.dpo_rejected
     if "reward" in pairs:
-        pairs["reward"] |= preferences_audit(written.pair_counts["train"])
-        pairs["reward"]["truncation"] = {n: truncation_audit(c) for n, c in written.pair_counts.items() if c["rows"]}
+        pairs["reward"] |= preferences_audit(written.counts["train", "pairs"])
+        pairs["reward"]["truncation"] = {name: truncation_audit(written.counts[name, "pairs"]) for name in readers}
     return {
         "experiment": experiment.name,
         "cutoff_len": experiment.cutoff_len,
@@ -170,16 +168,16 @@ def _audit(
                 "file": str(reader.path),
                 "schema": reader.schema,
                 "rows_read": reader.rows_read,
-                "rows_kept": written.counts[name]["rows"],
+                "rows_kept": written.counts[name, "battles"]["rows"],
                 "rows_rejected": len(reader.rejected),
                 "ids_like_formulas": reader.formulas,
             }
             for name, reader in readers.items()
         },
         "rejected": [asdict(row) for reader in readers.values() for row in reader.rejected],
-        "exported": {**counts, "test": written.counts["test"]["rows"]},
+        "exported": {**counts, "test": written.counts["test", "battles"]["rows"]},
         "swap_copies": experiment.swap_copies,
-        "truncation": {name: truncation_audit(each) for name, each in written.counts.items() if each["rows"]},
+        "truncation": {name: truncation_audit(written.counts[name, "battles"]) for name in readers},
         "pairs": pairs,
     }
 
@@ -197,7 +195,7 @@ def _describe(
 
     Raises ArenaError where a file of `unchanged` has another hash.
     """
-    write_json(folder / "dataset_info.json", _with_own_entries(experiment, audit, experiment.data_folder, folder))
+    write_json(folder / "dataset_info.json", _with_own_entries(experiment, audit, experiment.data_folder))
     write_json(folder / "audit.json", audit)
     with atomic_file(folder / "judge_prompt.j2") as file:
         file.write(prompt.source)
@@ -229,14 +227,13 @@ def _publish(experiment: Experiment, audit: Mapping[str, Any]) -> None:
     """List the sets in data/dataset_info.json too, where LLaMA Board looks, and leave the newest audit there."""
     path = DATA / "dataset_info.json"
     with only_run(path, wait=lambda _: None):  # an export of another experiment has it for a moment
-        write_json(path, _with_own_entries(experiment, audit, DATA, experiment.data_folder, f"{experiment.name}/"))
+        write_json(path, _with_own_entries(experiment, audit, DATA, f"{experiment.name}/"))
         write_json(DATA / "audit.json", audit)
 
 
 def _with_own_entries(
-    experiment: Experiment, audit: Mapping[str, Any], listed: Path, sets: Path, within: str = ""
+    experiment: Experiment, audit: Mapping[str, Any], listed: Path, within: str = ""
 ) -> dict[str, Any]:
-    """Return the list of data sets in the folder `listed`, with the experiment's entries for the files in `sets`."""
+    """Return the list of data sets in the folder `listed`, with the experiment's own entries."""
     others = entries_of_others(listed_sets(listed / "dataset_info.json"), experiment, listed)
-    parts = {path.name for path in sets.iterdir() if path.is_dir()}
-    return {**others, **dataset_entries(experiment, audit["pairs"], within, parts)}
+    return {**others, **dataset_entries(experiment, audit["pairs"], within)}

@@ -66,11 +66,6 @@ class _Manifest(BaseModel):
     files: dict[Annotated[str, AfterValidator(_inside)], str]
 
 
-class _Audit(BaseModel):
-    sources: dict[str, Any]
-    truncation: dict[str, Any]
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a data folder's manifest; raises ArenaError if nothing was exported there or it is damaged."""
     path = folder / MANIFEST
@@ -105,11 +100,10 @@ def earlier_manifest(folder: Path) -> dict[str, Any] | None:
 def require_intact(folder: Path, names: Collection[str]) -> None:
     """Raise ArenaError unless the exported files of these names are as `prepare` wrote them.
 
-    A name also stands for the parts of a folder; names that were not exported are left out. Training and scoring would
-    otherwise use rows that were cut off or edited.
+    Names that were not exported are left out. Else training and scoring would use rows that were cut off or edited.
     """
     for name, digest in read_manifest(folder)["files"].items():
-        if name in names or name.partition("/")[0] in names:
+        if name in names:
             with readable(folder / name):
                 if not (folder / name).is_file():
                     raise ValueError("the file is gone")
@@ -121,7 +115,8 @@ def read_audit(folder: Path) -> dict[str, Any]:
     """Return what `prepare` counted and left out; raises ArenaError if that is no audit."""
     with readable(folder / "audit.json"):
         audit = read_json(folder / "audit.json")
-        _Audit.model_validate(audit)
+        if not isinstance(audit, dict) or {type(audit.get(key)) for key in ("sources", "truncation")} != {dict}:
+            raise ValueError("not what prepare writes")
     return audit
 
 

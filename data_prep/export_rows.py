@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, Any
@@ -44,42 +44,41 @@ if TYPE_CHECKING:
     from common.experiment import Experiment
     from data_prep.chat_template import ChatFrame
 
-# What is known of each battle. `first_prompt` is for the run checks, see data_prep.audit.
-ROWS = pa.schema(
-    [
-        *((name, pa.string()) for name in ("id", "split", "verdict", "group", "language")),
-        *((name, pa.int32()) for name in ("turns", "dropped", "tokens", "tokens_full")),
-        *((name, pa.int32()) for name in ("chars_prompt", "chars_a", "chars_b")),
-        ("cut", pa.bool_()),
-        ("first_prompt", pa.uint64()),
-    ]
-)
-# The texts that were fitted to the judge prompt.
-BATTLES = pa.schema(
-    [("id", pa.string()), *((name, pa.list_(pa.string())) for name in ("prompts", "responses_a", "responses_b"))]
-)
-# The texts that were fitted as a pair; tokens count prompt and response together.
-PAIRS = pa.schema(
-    [
-        *((name, pa.string()) for name in ("id", "prompt", "response_a", "response_b")),
-        *((name, pa.int32()) for name in ("tokens_a", "tokens_b", "dropped")),
-        ("cut", pa.bool_()),
-    ]
-)
+
+def _schema(**columns: pa.DataType) -> pa.Schema:
+    return pa.schema(list(columns.items()))
+
+
+_TEXTS = ("prompts", "responses_a", "responses_b")
+_STATISTICS = ("turns", "dropped", "tokens", "tokens_full", "chars_prompt", "chars_a", "chars_b")
+SCHEMAS = {
+    # what is known of each battle; `first_prompt` is for the run checks, see data_prep.audit
+    "rows": _schema(
+        **dict.fromkeys(("id", "split", "verdict", "group", "language"), pa.string()),
+        **dict.fromkeys(_STATISTICS, pa.int32()),
+        cut=pa.bool_(),
+        first_prompt=pa.uint64(),
+    ),
+    # the texts that were fitted to the judge prompt
+    "battles": _schema(id=pa.string(), **dict.fromkeys(_TEXTS, pa.list_(pa.string()))),
+    # the texts that were fitted as a pair; tokens count prompt and response together
+    "pairs": _schema(
+        **dict.fromkeys(("id", "prompt", "response_a", "response_b"), pa.string()),
+        **dict.fromkeys(("tokens_a", "tokens_b", "dropped"), pa.int32()),
+        cut=pa.bool_(),
+    ),
+}
 _FEW_CORES = 4
 _MOST = 16  # processes; beyond them the reader sets the pace
 
 
 @dataclass(frozen=True)
 class FittedChunk:
-    """Some battles as rows of the tables, and what fitting them cost."""
+    """Some battles as rows of the tables, by the tables' names, and what fitting them cost."""
 
-    labelled: bool
-    rows: pa.RecordBatch
-    battles: pa.RecordBatch
-    counts: Counter[str]
-    pairs: pa.RecordBatch | None
-    pair_counts: Counter[str]
+    split: str  # "train" for battles with verdicts, else "test"
+    tables: dict[str, pa.RecordBatch]
+    counts: dict[str, Counter[str]]
 
 
 class RowMaker:
@@ -100,18 +99,30 @@ class RowMaker:
     def __reduce__(self):
         return RowMaker, self._made_of
 
-    def fit(self, battles: Sequence[Battle], labelled: bool) -> FittedChunk:
+    def fit(self, battles: Sequence[Battle], split: str) -> FittedChunk:
         """Fit battles; raises ArenaError if one cannot be fitted."""
-        pairs = self._pair_fitter.fit(battles) if self._pair_fitter else []
-        fitted = self._fitter.fit(battles, both_orders=labelled and self._experiment.swap_copies)
-        return FittedChunk(
-            labelled,
-            _rows(battles, fitted, "train" if labelled else "test"),
-            _batch(BATTLES, [{name: getattr(each.battle, name) for name in BATTLES.names} for each in fitted]),
-            count_fitted(battles, fitted),
-            _pairs(pairs) if pairs else None,
-            count_pairs(battles, pairs) if pairs else Counter(),
-        )
+        both_orders = split == "train" and self._experiment.swap_copies
+        fitted = self._fitter.fit(battles, both_orders=both_orders)
+        rows = [
+            {
+                **row_statistics(battle),
+                "split": split,
+                "dropped": each.dropped,
+                "tokens": each.tokens,
+                "tokens_full": each.tokens_full,
+                "cut": each.cut,
+                "first_prompt": first,
+            }
+            for battle, each, first in zip(battles, fitted, first_prompts(battles).tolist(), strict=True)
+        ]
+        texts = [{name: getattr(each.battle, name) for name in ("id", *_TEXTS)} for each in fitted]
+        tables, counts = {"rows": rows, "battles": texts}, {"battles": count_fitted(battles, fitted)}
+        if self._pair_fitter:
+            pairs = self._pair_fitter.fit(battles)
+            tables["pairs"] = [_pair_row(each) for each in pairs]
+            counts["pairs"] = count_pairs(battles, pairs)
+        batches = {name: pa.RecordBatch.from_pylist(each, schema=SCHEMAS[name]) for name, each in tables.items()}
+        return FittedChunk(split, batches, counts)
 
     def lines(self, rows: Sequence[tuple[Battle, int, Pair | None]], swapped: bool) -> dict[str, list[str]]:
         """Return the data sets' lines of fitted battles, each with its turns dropped and its pair.
@@ -139,35 +150,10 @@ class RowMaker:
             lines["dpo_judge"] += judge_rows(battle.id, human, label, [self._labels[each] for each in wrong])
 
 
-def _rows(battles: Sequence[Battle], fitted: Sequence[Fitted], split: str) -> pa.RecordBatch:
-    """Return the statistics of the battles as they were read, and what fitting them cost."""
-    first = first_prompts(battles).tolist()
-    known = [
-        {
-            **row_statistics(battle),
-            "split": split,
-            "dropped": each.dropped,
-            "tokens": each.tokens,
-            "tokens_full": each.tokens_full,
-            "cut": each.cut,
-            "first_prompt": digest,
-        }
-        for battle, each, digest in zip(battles, fitted, first, strict=True)
-    ]
-    return _batch(ROWS, known)
-
-
-def _pairs(fitted: Sequence[Fitted]) -> pa.RecordBatch:
-    rows = []
-    for each in fitted:
-        pair, (tokens_a, tokens_b) = flatten(each.battle), each.lengths
-        texts = {name: getattr(pair, name) for name in ("id", "prompt", "response_a", "response_b")}
-        rows.append({**texts, "tokens_a": tokens_a, "tokens_b": tokens_b, "dropped": each.dropped, "cut": each.cut})
-    return _batch(PAIRS, rows)
-
-
-def _batch(schema: pa.Schema, rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist(rows, schema=schema)
+def _pair_row(fitted: Fitted) -> dict[str, Any]:
+    tokens_a, tokens_b = fitted.lengths
+    tokens = {"tokens_a": tokens_a, "tokens_b": tokens_b}
+    return {**asdict(flatten(fitted.battle)), **tokens, "dropped": fitted.dropped, "cut": fitted.cut}
 
 
 def usual_workers() -> int:

@@ -7,7 +7,7 @@ data sets repeat it, and stay on disk because plain `llamafactory-cli train` rea
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from common.errors import ArenaError
 from data_prep.audit import add_counts
 from data_prep.dataset_info import set_names
 from data_prep.export_reader import iter_battles, iter_pairs
-from data_prep.export_rows import BATTLES, PAIRS, ROWS, FittedChunk
+from data_prep.export_rows import SCHEMAS, FittedChunk
 from data_prep.folds import group_number, validation_mask
 from data_prep.preference_pairs import View
 from data_prep.truncation import in_chunks
@@ -34,70 +34,65 @@ if TYPE_CHECKING:
 
 # Battles that are worked on at once: enough to keep every core busy, little enough to keep memory flat.
 CHUNK = 512
-# Lines of a data set in one file; a larger set is a folder of such parts, which LLaMA-Factory reads in parallel.
-PART = 500_000
 _CHUNKS_A_GROUP = 128  # of rows.parquet, whose rows are small
 _WAITING = "rows.arrow"  # the rows, until the folds are known
 
 
 @dataclass
 class Written:
-    """What the tables hold, added up; of each labelled battle nine bytes: its group and its verdict."""
+    """Counts by split ("train" for all that have verdicts) and table, and what the folds need."""
 
+    counts: dict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     groups: array = field(default_factory=lambda: array("Q"))
     verdicts: array = field(default_factory=lambda: array("b"))
-    counts: dict[str, Counter[str]] = field(default_factory=lambda: {"train": Counter(), "test": Counter()})
-    pair_counts: dict[str, Counter[str]] = field(default_factory=lambda: {"train": Counter(), "test": Counter()})
 
     def add(self, chunk: FittedChunk) -> None:
         """Add up one chunk."""
-        split = "train" if chunk.labelled else "test"
-        add_counts(self.counts[split], chunk.counts)
-        add_counts(self.pair_counts[split], chunk.pair_counts)
-        if chunk.labelled:
-            self.groups.extend(map(group_number, chunk.rows.column("group").to_pylist()))
-            self.verdicts.extend(map(VERDICTS.index, chunk.rows.column("verdict").to_pylist()))
-
-    def validates(self, experiment: Experiment) -> np.ndarray:
-        """Return which labelled battles validate; raises ArenaError where the share cannot be met."""
-        groups, verdicts = np.array(self.groups, np.uint64), np.array(self.verdicts, np.int8)
-        return validation_mask(groups, verdicts, share=experiment.valid_share, seed=experiment.seed)
+        for table, counts in chunk.counts.items():
+            add_counts(self.counts[chunk.split, table], counts)
+        if chunk.split == "train":
+            rows = chunk.tables["rows"]
+            self.groups.extend(map(group_number, rows.column("group").to_pylist()))
+            self.verdicts.extend(map(VERDICTS.index, rows.column("verdict").to_pylist()))
 
 
 def write_tables(folder: Path, chunks: Iterable[FittedChunk], experiment: Experiment) -> Written:
-    """Write rows.parquet, battles.parquet and, where chunks hold pairs, pairs.parquet; labelled battles come first."""
+    """Write rows.parquet, battles.parquet and, where chunks hold pairs, pairs.parquet; labelled battles come first.
+
+    Raises ArenaError where the folds cannot have the share that the experiment asks for.
+    """
     written = Written()
     with ExitStack() as stack:
-        rows = stack.enter_context(pa.ipc.new_stream(stack.enter_context(pa.OSFile(f"{folder / _WAITING}", "w")), ROWS))
-        writers: dict[str, ParquetWriter] = {}
+        waiting = stack.enter_context(pa.OSFile(str(folder / _WAITING), "w"))
+        writers = {"rows": stack.enter_context(pa.ipc.new_stream(waiting, SCHEMAS["rows"]))}
         for chunk in chunks:
-            rows.write_batch(chunk.rows)
-            for name, schema, batch in (("battles", BATTLES, chunk.battles), ("pairs", PAIRS, chunk.pairs)):
-                if batch is not None and name not in writers:
-                    writers[name] = stack.enter_context(_table(folder / f"{name}.parquet", schema))
-                if batch is not None:
-                    writers[name].write_batch(batch)
+            for name, batch in chunk.tables.items():
+                if name not in writers:
+                    writers[name] = stack.enter_context(_table(folder, name))
+                writers[name].write_batch(batch)
             written.add(chunk)
-    _write_rows(folder, written.validates(experiment))
+    groups, verdicts = np.array(written.groups, np.uint64), np.array(written.verdicts, np.int8)
+    _write_rows(folder, validation_mask(groups, verdicts, share=experiment.valid_share, seed=experiment.seed))
     return written
 
 
 def _write_rows(folder: Path, validates: np.ndarray) -> None:
     """Write rows.parquet from the rows that wait, now that the folds are known."""
-    at, place = 0, ROWS.get_field_index("split")
-    with pa.OSFile(f"{folder / _WAITING}") as file, _table(folder / "rows.parquet", ROWS) as writer:
+    at, schema = 0, SCHEMAS["rows"]
+    place = schema.get_field_index("split")
+    with pa.OSFile(str(folder / _WAITING)) as file, _table(folder, "rows") as writer:
         for batches in in_chunks(pa.ipc.open_stream(file), _CHUNKS_A_GROUP):
             rows = pa.Table.from_batches(batches)
             held = validates[at : at + len(rows)].tolist()
             split = ["valid" if each else "train" for each in held] + ["test"] * (len(rows) - len(held))
-            writer.write_table(rows.set_column(place, ROWS.field(place), pa.array(split)))
+            writer.write_table(rows.set_column(place, schema.field(place), pa.array(split)))
             at += len(rows)
     (folder / _WAITING).unlink()
 
 
-def _table(path: Path, schema: pa.Schema) -> ParquetWriter:
+def _table(folder: Path, name: str) -> ParquetWriter:
     # Statistics of texts would hold a text a group in memory until the end, and no reader asks for them.
-    return ParquetWriter(path, schema, compression="zstd", write_statistics=["split"])
+    return ParquetWriter(folder / f"{name}.parquet", SCHEMAS[name], compression="zstd", write_statistics=["split"])
 
 
 def write_sets(
@@ -106,68 +101,27 @@ def write_sets(
     views: Collection[View],
     work: Callable[[str, Iterable[tuple]], Iterator[dict[str, list[str]]]],
 ) -> dict[str, int]:
-    """Write the data sets from the tables; return how many rows each has. `work` calls RowMaker, see `open_pool`.
+    """Write the data sets from the tables; return how many rows each has. `work` is `open_pool`'s.
 
     Raises ArenaError for a set without a row, on which LLaMA-Factory would stop or validate nothing.
     """
-    counts: dict[str, int] = {}
+    rows: Counter[str] = Counter({f"{name}_{split}": 0 for split in ("train", "valid") for name in set_names(views)})
     for split in ("train", "valid"):
         pairs = (pair for pair, _ in iter_pairs(folder, split)) if "reward" in views else repeat(None)
-        rows = ((*fitted, pair) for fitted, pair in zip(iter_battles(folder, split), pairs, strict=False))
+        battles = ((*fitted, pair) for fitted, pair in zip(iter_battles(folder, split), pairs, strict=False))
         # A swapped copy is for training: the validation fold is judged on the battles as they were.
         swapped = experiment.swap_copies and split == "train"
         with ExitStack() as stack:
-            sets = {name: stack.enter_context(_SetFile(folder / f"{name}_{split}")) for name in set_names(views)}
-            for lines in work("lines", ((chunk, swapped) for chunk in in_chunks(rows, CHUNK))):
-                for name, file in sets.items():
-                    file.write(lines[name])
-        counts |= {f"{name}_{split}": file.rows for name, file in sets.items()}
-    return counts
-
-
-class _SetFile:
-    """<stem>.jsonl, or once that is full the folder <stem>/ with part-00000.jsonl, part-00001.jsonl, …"""
-
-    def __init__(self, stem: Path):
-        self.rows = 0
-        self._stem, self._single = stem, stem.with_name(f"{stem.name}.jsonl")
-        self._file = self._single.open("wb")
-
-    def __enter__(self) -> _SetFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, lines: list[str]) -> None:
-        """Append lines."""
-        while lines:
-            if self.rows and self.rows % PART == 0:
-                self._next_part()
-            room = PART - self.rows % PART
-            now, lines = lines[:room], lines[room:]
-            self._file.write("".join(now).encode("ascii"))
-            self.rows += len(now)
-
-    def _next_part(self) -> None:
-        self._file.close()
-        if self.rows == PART:
-            self._stem.mkdir()
-            self._single.rename(self._stem / "part-00000.jsonl")
-        self._file = (self._stem / f"part-{self.rows // PART:05}.jsonl").open("wb")
-
-
-def require_rows(counts: dict[str, int], written: Written, experiment: Experiment) -> None:
-    """Raise ArenaError for a set without a row, on which LLaMA-Factory would stop or validate nothing."""
-    empty = [name for name, count in counts.items() if not count]
-    if not empty:
-        return
-    remedy = "give more battles with different prompts, or change valid_share in experiment.yaml"
-    if all(name.startswith("dpo_reward") for name in empty):
-        remedy = "give battles with a winner and two different responses, or prepare without the reward view"
-    battles, ties = len(written.verdicts), written.verdicts.count(VERDICTS.index("tie"))
-    raise ArenaError(
-        f"no row is left for {', '.join(empty)} ({battles} battles, {ties} of them ties)",
-        where=str(experiment.data_folder),
-        remedy=remedy,
-    )
+            names = {name: folder / f"{name}_{split}.jsonl" for name in set_names(views)}
+            files = {name: stack.enter_context(path.open("w", encoding="ascii")) for name, path in names.items()}
+            for lines in work("lines", ((chunk, swapped) for chunk in in_chunks(battles, CHUNK))):
+                for name, file in files.items():
+                    file.writelines(lines[name])
+                    rows[f"{name}_{split}"] += len(lines[name])
+    if empty := [name for name, count in rows.items() if not count]:
+        remedy = "give more battles with different prompts, or change valid_share in experiment.yaml"
+        if all(name.startswith("dpo_reward") for name in empty):
+            remedy = "give battles with a winner and two different responses, or prepare without the reward view"
+        what = f"no row is left for {', '.join(empty)}"
+        raise ArenaError(what, where=str(experiment.data_folder), remedy=remedy)
+    return dict(rows)

@@ -17,7 +17,7 @@ from data_prep.export_reader import MANIFEST
 
 # What exports of all versions wrote, for a manifest that is damaged or names nothing.
 _WRITTEN = re.compile(
-    rf"{SET}(\.jsonl|/part-\d+\.jsonl)|(battles|pairs|rows)\.parquet|(dataset_info|audit|manifest)\.json"
+    rf"{SET}\.jsonl|(battles|pairs|rows)\.parquet|(dataset_info|audit|manifest)\.json"
     r"|judge_prompt\.j2|truth\.csv"
 )
 # What file managers leave in every folder that is opened.

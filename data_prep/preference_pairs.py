@@ -32,10 +32,7 @@ VIEWS: tuple[View, ...] = ("judge", "reward")
 
 USER = "\n\n### User\n"
 ASSISTANT = "\n\n### Assistant\n"
-_HEADER = r"### (?:User|Assistant)[ \t\r]*$"
-_LOOKS_LIKE_HEADER = re.compile(rf"^(?=\\*{_HEADER})", re.MULTILINE)
-_ESCAPED_HEADER = re.compile(rf"^\\(?=\\*{_HEADER})", re.MULTILINE)
-_SEPARATOR = re.compile(r"\n\n### (?:User|Assistant)\n")
+_LOOKS_LIKE_HEADER = re.compile(r"^(?=\\*### (?:User|Assistant)[ \t\r]*$)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,34 +48,15 @@ class Pair:
 def flatten(battle: Battle) -> Pair:
     """Return the battle as one prompt and two responses, without verdict and language."""
     first, *later = battle.prompts
-    return Pair(battle.id, first, join_turns(battle.responses_a, later), join_turns(battle.responses_b, later))
+    return Pair(battle.id, first, _join_turns(battle.responses_a, later), _join_turns(battle.responses_b, later))
 
 
-def unflatten(pair: Pair) -> Battle:
-    """Return the battle that `flatten` made the pair from; raises ArenaError if the two responses do not agree."""
-    answers_a, later = split_turns(pair.response_a)
-    answers_b, later_b = split_turns(pair.response_b)
-    if later != later_b:
-        raise ArenaError(
-            "the two responses do not hold the same user turns",
-            where=f"pair {pair.id}",
-            remedy="make pairs with `python run.py prepare`",
-        )
-    return Battle(pair.id, (pair.prompt, *later), answers_a, answers_b)
-
-
-def join_turns(answers: Sequence[str], later_prompts: Sequence[str]) -> str:
+def _join_turns(answers: Sequence[str], later_prompts: Sequence[str]) -> str:
     """Return one response text: n answers with the n - 1 user turns between them."""
     parts = [_escape(answers[0])]
     for prompt, answer in zip(later_prompts, answers[1:], strict=True):
         parts += (USER, _escape(prompt), ASSISTANT, _escape(answer))
     return "".join(parts)
-
-
-def split_turns(response: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return (n answers, n - 1 user turns) of a text that `join_turns` made."""
-    texts = [_ESCAPED_HEADER.sub("", text) for text in _SEPARATOR.split(response)]
-    return tuple(texts[::2]), tuple(texts[1::2])
 
 
 def _escape(text: str) -> str:

@@ -373,7 +373,7 @@ OWN_READS = [
         ("no_test_ids", only(f"{DATA}/rows.parquet", "id"), test_ids, ("rows.parquet: is damaged",)),
         ("no_audit", remove(f"{DATA}/audit.json"), test_ids, ("audit.json: is damaged", AGAIN)),
         ("audit_deep", write(f"{DATA}/audit.json", DEEP), test_ids, ("audit.json: is damaged",)),
-        ("audit_a_list", write(f"{DATA}/audit.json", "[]"), test_ids, ("audit.json: is no audit",)),
+        ("audit_a_list", write(f"{DATA}/audit.json", "[]"), test_ids, ("audit.json: is damaged",)),
         ("truth_of_others", truth_of_others, ladder, ("data/exam/truth.csv", "have no true probabilities")),
         ("half_a_row_store", half_store, stored_ids, ("rows.parquet: is damaged", "score again")),
     ]

@@ -12,13 +12,11 @@ from trained import trained_rows
 from common.battle import VERDICTS, swap, swap_verdict
 from common.errors import ArenaError
 from common.files import sha256_of
-from data_prep import export_writer as writer_module
 from data_prep.chat_template import load_frame
 from data_prep.export import ensure_views, export
 from data_prep.export_reader import read_battles, read_manifest, read_rows, require_intact
 from data_prep.prompt import JudgePrompt
 from data_prep.synthetic import write_arena
-from factory.fingerprint import training_rows
 from scoring.judge import load_judge, write_judge
 
 BOTH = ("judge", "reward")
@@ -260,37 +258,6 @@ def test_faults_of_a_folder_name_the_part(experiment, arena, workplace):
     (parts / "notes.txt").write_text("x")
     with pytest.raises(ArenaError, match=r"holds more than parts of a table: notes\.txt"):
         export(experiment, parts)
-
-
-@pytest.mark.parametrize(("part", "files"), [(100, 5), (1, 480), (480, 1), (479, 2)])
-def test_a_large_set_is_written_in_parts(experiment, arena, monkeypatch, part, files):
-    export(experiment, arena.train)
-    folder = experiment.data_folder
-    whole = (folder / "sft_train.jsonl").read_text()
-    assert whole.count("\n") == 480
-    monkeypatch.setattr(writer_module, "PART", part)
-    export(experiment, arena.train)
-    parts = sorted((folder / "sft_train").glob("*")) or [folder / "sft_train.jsonl"]
-    assert [p.name for p in parts] == (
-        [f"part-{n:05}.jsonl" for n in range(files)] if files > 1 else ["sft_train.jsonl"]
-    )
-    assert "".join(p.read_text() for p in parts) == whole
-    assert all(0 < p.read_text().count("\n") <= part for p in parts)
-    for entries, within in ((folder, ""), (Path("data"), "exam/")):
-        entry = json.loads((entries / "dataset_info.json").read_text())["exam_sft_train"]
-        assert entry["file_name"] == f"{within}sft_train{'' if files > 1 else '.jsonl'}"
-    require_intact(folder, ["sft_train"])
-    assert training_rows({"dataset": "exam_sft_train", "dataset_dir": str(folder)}) == 480
-
-
-@pytest.mark.slow
-def test_llamafactory_reads_a_set_in_parts(experiment, arena, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(Path("hf_cache").absolute()))
-    export(experiment, arena.train)
-    whole = trained_rows(experiment)
-    monkeypatch.setattr(writer_module, "PART", 100)
-    export(experiment, arena.train)
-    assert sorted(trained_rows(experiment)) == sorted(whole)
 
 
 def test_an_error_comes_whole_out_of_a_process():

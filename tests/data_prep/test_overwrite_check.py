@@ -9,7 +9,6 @@ import pytest
 
 from common.errors import ArenaError
 from data_prep.export import ensure_views, export
-from data_prep.export_reader import read_manifest
 from data_prep.overwrite_check import check_overwrite
 from data_prep.synthetic import write_arena
 
@@ -33,7 +32,7 @@ def manifest(**changed) -> None:
     (FOLDER / "manifest.json").write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
 
 
-@pytest.mark.parametrize("name", ["own.jsonl", "sft_train/own.jsonl", ".hidden", "notes/deep/x.md", "truth.csv"])
+@pytest.mark.parametrize("name", ["own.jsonl", ".hidden", "notes/deep/x.md", "truth.csv"])
 def test_a_file_of_a_person_stops_an_export_and_a_view_that_would_follow(exported, name):
     experiment, arena = exported
     own = FOLDER / name
@@ -134,17 +133,6 @@ def test_earlier_exports_are_replaced_also_damaged_ones_and_those_of_other_versi
     (FOLDER / "own.jsonl").unlink()
     export(experiment, arena.train, arena.test)
     assert everything() == before
-
-
-def test_parts_of_a_large_set_are_ours(exported):
-    (FOLDER / "sft_train").mkdir()
-    (FOLDER / "sft_train" / "part-00000.jsonl").write_text("{}")
-    with pytest.raises(ArenaError, match=r"sft_train/part-00000\.jsonl"):
-        check_overwrite(FOLDER)
-    manifest(files=read_manifest(FOLDER)["files"] | {"sft_train/part-00000.jsonl": "0"})
-    check_overwrite(FOLDER)
-    (FOLDER / "manifest.json").write_text("{")
-    check_overwrite(FOLDER)
 
 
 def test_a_file_in_the_folder_s_place_is_left(experiment, workplace):

@@ -1,6 +1,7 @@
 """Preference sets: their content, what is left out, and their parity with what LLaMA-Factory trains on."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +22,8 @@ from data_prep.export_reader import read_battles, read_pairs, read_rows
 from data_prep.preference_pairs import (
     Pair,
     flatten,
-    join_turns,
     pair_sequences,
     reward_rows,
-    split_turns,
-    unflatten,
     wrong_verdicts,
 )
 from data_prep.synthetic import write_arena
@@ -116,7 +114,7 @@ def test_uncut_pairs_are_the_battles_that_were_read(experiment, arena):
     experiment = experiment.model_copy(update={"cutoff_len": 4000})
     export(experiment, arena.train, views=BOTH)
     pairs = read_pairs(experiment.data_folder, "train")
-    assert any(unflatten(pair).turns > 1 for pair in pairs)
+    assert any("### Assistant" in pair.response_a for pair in pairs)
     for pair, (battle, dropped) in zip(pairs, read_battles(experiment.data_folder, "train"), strict=True):
         assert pair == flatten(battle) and not dropped
     assert not pq.read_table(experiment.data_folder / "pairs.parquet")["cut"].to_pylist().count(True)
@@ -161,7 +159,7 @@ def test_only_ties_have_no_reward_view(experiment, arena):
     winners = ["winner_model_a", "winner_model_b", "winner_tie"]
     table[winners] = ["0", "0", "1"]
     table.to_csv("ties.csv", index=False)
-    with pytest.raises(ArenaError, match=r"dpo_reward_train, dpo_reward_valid \(200 battles, 200 of them ties\)"):
+    with pytest.raises(ArenaError, match="no row is left for dpo_reward_train, dpo_reward_valid"):
         export(experiment, Path("ties.csv"), views=BOTH)
     assert not experiment.data_folder.exists()
 
@@ -265,14 +263,22 @@ PIECES = ["### User", "### Assistant", "\\### User", "\\\\### Assistant", "\n", 
 TEXT = st.text(max_size=20) | st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 
 
+def turns_of(response: str) -> list[str]:
+    """Return the answers and the user's turns between them, as a reader of a response tells them apart."""
+    parts = re.split(r"\n\n### (?:User|Assistant)\n", response)
+    return [re.sub(r"^\\(?=\\*### (?:User|Assistant)[ \t\r]*$)", "", part, flags=re.MULTILINE) for part in parts]
+
+
 @given(st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=4))
 def test_every_battle_can_be_read_back_and_headers_mark_the_turns_alone(turns):
-    prompts, a, b = zip(*turns, strict=True)
-    battle = Battle("7", prompts, a, b)
-    assert unflatten(flatten(battle)) == battle
-    lines = [line.rstrip(" \t\r") for line in join_turns(a, prompts[1:]).split("\n")]
-    headers = [line for line in lines if line in ("### User", "### Assistant")]
-    assert headers == ["### User", "### Assistant"] * (len(turns) - 1)
+    prompts, *answers = zip(*turns, strict=True)
+    pair = flatten(Battle("7", prompts, *answers))
+    assert pair.prompt == prompts[0]
+    for response, own in zip((pair.response_a, pair.response_b), answers, strict=True):
+        assert turns_of(response)[::2] == list(own) and turns_of(response)[1::2] == list(prompts[1:])
+        lines = [line.rstrip(" \t\r") for line in response.split("\n")]
+        headers = [line for line in lines if line in ("### User", "### Assistant")]
+        assert headers == ["### User", "### Assistant"] * (len(turns) - 1)
 
 
 @pytest.mark.parametrize(
@@ -285,16 +291,10 @@ def test_every_battle_can_be_read_back_and_headers_mark_the_turns_alone(turns):
     ],
 )
 def test_a_line_like_a_header_gets_a_backslash(text, flat):
-    assert join_turns([text], []) == flat
-    assert split_turns(flat) == ((text,), ())
+    assert flatten(Battle("7", ("p",), (text,), ("b",))).response_a == flat
 
 
 def test_the_form():
     battle = Battle("7", ("one?", "two?"), ("1", "2"), ("I", "### User\nII"), "a", "English")
     b = "I\n\n### User\ntwo?\n\n### Assistant\n\\### User\nII"
     assert flatten(battle) == Pair("7", "one?", "1\n\n### User\ntwo?\n\n### Assistant\n2", b)
-
-
-def test_two_different_conversations_are_refused():
-    with pytest.raises(ArenaError, match=r"pair 9: the two responses do not hold the same user turns"):
-        unflatten(Pair("9", "p", join_turns("ab", "x"), join_turns("ab", "y")))
