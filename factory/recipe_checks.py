@@ -33,13 +33,6 @@ Fault = tuple[str, str]  # key, what is wrong and the remedy
 # How the fault of a recipe ends that the next `prepare` mends by itself.
 OLDER = "the recipe is older than that"
 _PATHS = frozenset({"model_name_or_path", "adapter_name_or_path", "dataset_dir", "output_dir", "export_dir"})
-# The keys of a recipe that experiment.yaml has, too, if by another name; others follow from a recipe's own name.
-_OF_EXPERIMENT = frozenset(
-    {
-        *("model_name_or_path", "model_revision", "trust_remote_code", "template"),
-        *("enable_thinking", "cutoff_len", "quantization_bit"),
-    }
-)
 # Keys whose value may name a local folder of weights.
 _WEIGHTS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -247,12 +240,8 @@ def _disagreements(experiment: Experiment, step: Step, recipe: Recipe, sound: Re
         if rendered is None:
             rendered = _is_as_rendered(root / experiment.recipe(step.name))
         said = "is missing" if key not in recipe else f"is {given!r}"
-        if rendered:
-            yield key, f"{said}, but by {yaml} it is {expected!r}: {OLDER}"
-        elif key in _OF_EXPERIMENT:
-            yield key, f"{said}, but by {yaml} it is {expected!r}; write that here, or change it in that file"
-        else:
-            yield key, f"{said}, but for {step.name} of {experiment.name} it is {expected!r}; write that here"
+        mend = f": {OLDER}" if rendered else "; write that here, or change the experiment"
+        yield key, f"{said}, but by {yaml} it is {expected!r}{mend}"
     known, name = templates(), experiment.template
     if name not in known:
         yield "template", f"LLaMA-Factory has no chat template {name!r}; choices: {', '.join(known)}"
