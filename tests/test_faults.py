@@ -244,7 +244,7 @@ def test_the_advice_after_an_interruption_fits_the_command(command):
     ids=lambda value: value[0],
 )
 def test_an_interrupted_command_is_told_what_goes_on(monkeypatch, command, words):
-    def interrupted(_):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "_start", interrupted)
