@@ -557,7 +557,7 @@ def test_every_page_of_ours_is_served_to_this_machine_only(monkeypatch):
 
 
 def test_no_code_of_ours_binds_to_every_network():
-    for folder in ("data_prep", "factory", "scoring", "benchmarks"):
+    for folder in ("common", "data_prep", "factory", "scoring", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             assert '"0.0.0.0"' not in path.read_text(encoding="utf-8"), path
 
