@@ -16,7 +16,7 @@ from common.battle import PROBABILITY_COLUMNS, VERDICTS
 from common.errors import ArenaError
 from common.experiment import Experiment
 from common.files import read_json, write_json
-from common.stages import STEPS, TRAININGS
+from common.stages import TRAININGS
 from data_prep.export_reader import truth_of
 from data_prep.ground_truth import probabilities_of
 from factory.stage_context import StageContext
@@ -43,20 +43,21 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
     folder, data = experiment.output_folder("compare"), experiment.data_folder
     for name in ("compare.json", "compare.html"):
         (folder / name).unlink(missing_ok=True)
-    stages = [stage for stage in TRAININGS if (experiment.output_folder(stage) / REPORT).is_file()]
-    if not stages:
+    contexts = [StageContext(experiment, stage) for stage in TRAININGS]
+    contexts = [context for context in contexts if (context.folder / REPORT).is_file()]
+    if not contexts:
         raise ArenaError(
             "no stage of this experiment was scored yet",
             where=str(folder.parent),
             remedy=f"python run.py sft -e {experiment.name}, then dpo and rm",
         )
     rows = texts(data, "valid")
-    frames = {stage: _scored_frame(experiment, stage, rows["id"].tolist()) for stage in stages}
+    frames = {context.name: _scored_frame(context, rows["id"].tolist()) for context in contexts}
     baselines = baseline_probabilities(texts(data, "train"), rows, experiment.seed)
     truth = truth_of(data)
     bayes = None if truth is None else probabilities_of(truth, rows["id"].tolist(), str(data / "truth.csv"))
     result = {"experiment": experiment.name, **compare(frames, experiment.seed, baselines=baselines, bayes=bayes)}
-    result["flags"] = {stage: _red_flags(experiment, stage) for stage in stages}
+    result["flags"] = {context.name: _red_flags(context) for context in contexts}
     write_compare_page(result, folder / "compare.html")
     write_json(folder / "compare.json", result)
     return result
@@ -170,12 +171,11 @@ def _require_same_rows(frames: Mapping[str, pd.DataFrame]) -> None:
         )
 
 
-def _scored_frame(experiment: Experiment, stage: str, ids: list[str]) -> pd.DataFrame:
+def _scored_frame(context: StageContext, ids: list[str]) -> pd.DataFrame:
     """Return a stage's verdicts, groups and final probabilities; raises ArenaError where they are not of `ids`."""
-    context = StageContext(experiment, stage)
     context.require_scored()
-    folder = experiment.output_folder(stage)
-    again = f"move {folder / REPORT} away and score again: run.py score -e {experiment.name} --stage {stage}"
+    folder, name = context.folder, context.experiment.name
+    again = f"move {folder / REPORT} away and score again: run.py score -e {name} --stage {context.name}"
     try:
         scores = pd.read_parquet(folder / "scores_valid.parquet", columns=["id", "verdict", "group"])
         chances = pd.read_csv(folder / "probabilities_valid.csv", dtype={"id": str}, keep_default_na=False)
@@ -189,19 +189,19 @@ def _scored_frame(experiment: Experiment, stage: str, ids: list[str]) -> pd.Data
         raise ArenaError(what, where=str(folder), remedy=again)
     if context.outdated_files() or scores["id"].tolist() != ids:
         raise ArenaError(
-            f"{stage} was trained or scored on another export than {experiment.data_folder} holds now",
+            f"{context.name} was trained or scored on another export than {context.experiment.data_folder} holds now",
             where=str(folder),
-            remedy=f"prepare the earlier votes again; or python run.py {STEPS[stage].command} -e {experiment.name} "
-            "--fresh; a stage whose folder is moved out of outputs/ is left out",
+            remedy=f"prepare the earlier votes again; or {context.command} --fresh; a stage whose folder is moved out "
+            "of outputs/ is left out",
         )
     return scores
 
 
-def _red_flags(experiment: Experiment, stage: str) -> list[str]:
+def _red_flags(context: StageContext) -> list[str]:
     """Return what the stage's report flags in red, so that no comparison hides it."""
-    path = experiment.output_folder(stage) / REPORT
+    path = context.folder / REPORT
     try:
         return [str(flag["text"]) for flag in read_json(path).get("flags", []) if flag["level"] == "red"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        again = f"python run.py score -e {experiment.name} --stage {stage} --fresh"
+        again = f"python run.py score -e {context.experiment.name} --stage {context.name} --fresh"
         raise ArenaError(f"its flags cannot be read: {error!r}", where=str(path), remedy=again) from None
