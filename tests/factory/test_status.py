@@ -165,6 +165,7 @@ def test_a_faulty_experiment_hides_no_other(exam, workplace):
 
 
 def test_the_table_has_losses_and_no_colour_where_none_is_wanted(exam, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
     prepared(exam)
     began(exam, "sft", "train", "merge", "score")
     report(exam, "sft", 0.987654)
