@@ -162,8 +162,8 @@ def runner_class(refresh: Callable[[Path], None]) -> type:
 def on_own_base(native: Callable, bases: dict[Path, str]) -> Callable:
     """Return list_checkpoints without adapters that were trained on another base, on which they answer nonsense.
 
-    `bases` holds the page's model for each adapter folder of ours: preference stages start from a merged judge, and
-    their adapters lie beside those of its base.
+    `bases` holds the page's model for each adapter folder of ours: the adapters of preference stages, which start from
+    a merged judge, are in the same folder as those of its base.
     """
 
     def list_checkpoints(model_name: str, finetuning_type: str) -> Any:

@@ -7,8 +7,7 @@ what closes the turn) of −log p over the whole vocabulary. A row's label costs
     log loss  <=  evaluation loss x tokens of an answer
 
 on the same rows in the same order (A first), without calibration. The bound is nearly reached once the judge has
-learned the form of an answer. scoring.watch.CheckpointScorer measures instead: it asks
-the checkpoint itself for its labels.
+learned the form of an answer. scoring.watch.CheckpointScorer measures instead: it asks the checkpoint for its labels.
 """
 
 from __future__ import annotations
