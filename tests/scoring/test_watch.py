@@ -72,21 +72,15 @@ def status_of(experiment, stage="sft"):
     return run_status(StageContext(experiment, stage))
 
 
-def finished(experiment, stage, *parts):
-    """Write the state of a stage whose parts are done."""
-    state = StageState(experiment.output_folder(stage))
-    for part in parts:
-        state.begin(part, {})
-        state.finish(part, [], 1.0)
-
-
 @pytest.fixture
 def scored(exam):
     """A function that makes a stage look scored, by a report; the place is as it was afterwards."""
     made = []
 
     def make(stage, **report):
-        finished(exam, stage, "train", "merge", "score")
+        context = StageContext(exam, stage)
+        context.state.begin("score", context.scoring_inputs)
+        context.state.finish("score", [], 1.0)
         made.append(exam.output_folder(stage))
         (made[-1] / "report.json").write_text(json.dumps(report))
 
