@@ -15,8 +15,8 @@ from factory.train_config import TrainConfig
 # and one fp32 for 256 of those (Dettmers et al. 2023, QLoRA, section 3).
 _NF4 = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 # Bytes a token, in units of hidden, query, key-and-value and feed-forward width. On a GPU, 16-bit numbers: what a layer
-# with LoRA keeps for its backward pass, and what that pass takes beside it (benchmarks/activation_bytes.py measures
-# both). On a CPU, 32 bits: what stays in the resident set, fitted to whole trainings (benchmarks/forecast_check.py).
+# with LoRA keeps for its backward pass, and what that pass takes beside it; fitted to every allocation of such layers,
+# counted on a CPU. On a CPU, 32 bits: what stays in the resident set, fitted to whole trainings (benchmarks/forecast_check.py).
 _KEPT = {"cuda": (18.2, 6.3, 2.2, 8.1), "cpu": (50, 28, 14, 28)}
 _WORK = {"cuda": (14.1, 0.0, 0.0, 6.0), "cpu": (0, 0, 0, 0)}
 # What more is kept: by norms of queries and keys, of the same widths; by soft-capped attention, of the hidden width
@@ -25,8 +25,8 @@ _WORK = {"cuda": (14.1, 0.0, 0.0, 6.0), "cpu": (0, 0, 0, 0)}
 _NORMED = (0.0, 4.1, 2.1, 0.0)
 _CAPPED, _SCORES, _SCORES_WORK = (8.2, 0.0, 0.0, 0.0), 8.0, 4.8
 # Bytes a token and entry of the vocabulary, at the worst moment: the logits, their fp32 form, log-probabilities,
-# gradient (SFT: transformers' loss; DPO: policy and reference at a time; RM: logits that nothing uses). Measured by the
-# same two scripts.
+# gradient (SFT: transformers' loss; DPO: policy and reference at a time; RM: logits that nothing uses). Measured in
+# the same two ways.
 _LOGITS = {"cuda": {"sft": 12.7, "dpo": 20.7, "rm": 11.1}, "cpu": {"sft": 16, "dpo": 20, "rm": 4}}
 # Gibibytes of a process before any model: CUDA context and libraries on a GPU; Python with torch, transformers and
 # LLaMA-Factory on a CPU (measured there).
