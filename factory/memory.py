@@ -16,7 +16,8 @@ from factory.train_config import TrainConfig
 _NF4 = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 # Bytes a token, in units of hidden, query, key-and-value and feed-forward width. On a GPU, 16-bit numbers: what a layer
 # with LoRA keeps for its backward pass, and what that pass takes beside it; fitted to every allocation of such layers,
-# counted on a CPU. On a CPU, 32 bits: what stays in the resident set, fitted to whole trainings (benchmarks/forecast_check.py).
+# counted on a CPU. On a CPU, 32 bits: what stays in the resident set, fitted to whole trainings
+# (benchmarks/forecast_check.py).
 _KEPT = {"cuda": (18.2, 6.3, 2.2, 8.1), "cpu": (50, 28, 14, 28)}
 _WORK = {"cuda": (14.1, 0.0, 0.0, 6.0), "cpu": (0, 0, 0, 0)}
 # What more is kept: by norms of queries and keys, of the same widths; by soft-capped attention, of the hidden width
