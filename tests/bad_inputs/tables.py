@@ -104,7 +104,7 @@ FILES = [
     Case("csv_missing", remove("votes.csv"), PREPARE, ("votes.csv: does not exist", "Kaggle's zip, or hf://")),
     Case("csv_is_a_folder", lambda p: None, (*PREPARE[:-1], "models"), ("models: is a folder",)),
     Case("csv_is_a_device", lambda p: None, (*PREPARE[:-1], "/dev/null"), ("is not a regular file",)),
-    Case("csv_long_name", lambda p: None, (*PREPARE[:-1], "x" * 5000), ("File name too long",)),
+    Case("csv_long_name", lambda p: None, (*PREPARE[:-1], "x" * 5000), ("ile name too long",)),
     Case("csv_link_to_itself", lambda p: Path("loop").symlink_to("loop"), (*PREPARE[:-1], "loop"), ("does not exist",)),
     Case("csv_empty", write("votes.csv", b""), PREPARE, ("votes.csv: is empty", "a header and rows")),
     Case("csv_byte_order_mark", write("votes.csv", b"\xef\xbb\xbf"), PREPARE, ("is empty",)),

@@ -246,7 +246,7 @@ def test_faults_of_a_folder_name_the_part(experiment, arena, workplace):
     parts = in_parts(arena.train, workplace / "parts", [100, 100, 100])
     text = (parts / "1.csv").read_text().splitlines(keepends=True)
     (parts / "1.csv").write_text("".join([*text, (parts / "0.csv").read_text().splitlines(keepends=True)[7]]))
-    with pytest.raises(ArenaError, match=r"stands in .*0\.csv row 7 and again in row 101") as caught:
+    with pytest.raises(ArenaError, match=r"is in .*0\.csv row 7 and again in row 101") as caught:
         export(experiment, parts)
     assert caught.value.where.endswith("1.csv row 101")
     (parts / "1.csv").write_text("".join([text[0].replace("response_b", "answer_b"), *text[1:]]))
