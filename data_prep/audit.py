@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from pyarrow import compute
-from pyarrow.parquet import ParquetFile, read_table
+from pyarrow.parquet import ParquetFile
 
 from common.battle import Battle
 from common.errors import ArenaError
@@ -136,9 +136,14 @@ def check_overlap(rows: Path, test: Path, *, has_verdicts: bool) -> int:
 
     Raises ArenaError where all of them are and the test table has verdicts: it is a copy of the votes.
     """
-    tests = _keys(read_table(rows, columns=["id", "group"], filters=[("split", "==", "test")]))
-    with ParquetFile(rows) as file:
-        batches = map(_keys, file.iter_batches(columns=["id", "group"]))
+    columns = ["id", "group", "split"]
+    # Without threads: where memory is short Arrow cannot start them, and waits for them all the same.
+    with ParquetFile(rows, pre_buffer=False) as file:
+        held_out = (
+            b.filter(compute.equal(b["split"], "test")) for b in file.iter_batches(columns=columns, use_threads=False)
+        )
+        tests = pa.chunked_array(map(_keys, held_out), pa.string())
+        batches = map(_keys, file.iter_batches(columns=columns, use_threads=False))
         found = sum(compute.sum(compute.is_in(keys, value_set=tests)).as_py() or 0 for keys in batches)
     found -= len(tests)  # which are rows of this file, too
     if found and found == len(tests) and has_verdicts:
