@@ -24,8 +24,7 @@ import run
 from common.errors import ArenaError, user_error
 from common.files import only_run
 from data_prep import export as export_module
-from factory import state as inputs
-from scoring import pipeline as stage
+from scoring import score_input, score_stage
 from scoring.time_limit import Pace
 from tests.bad_inputs.case import PREPARE_TEST, SCORE, SCORE_INPUT
 
@@ -155,9 +154,10 @@ def test_a_signal_ends_the_work_in_words_and_it_goes_on(place, monkeypatch, comm
     export, scored = exported(), results()
     mine = Path("mine.csv").read_bytes() if Path("mine.csv").exists() else None
     Path("mine.csv").unlink(missing_ok=True)
-    where = (export_module, "write_sets") if command is PREPARE_TEST else (stage, "_write_table")
+    where = {PREPARE_TEST: (export_module, "write_sets"), SCORE_INPUT: (score_input, "write_table")}
+    module, name = where.get(command, (score_stage, "write_table"))
     with monkeypatch.context() as patch:
-        patch.setattr(*where, Nth(getattr(*where), 1, lambda: signal.raise_signal(sign)))
+        patch.setattr(module, name, Nth(getattr(module, name), 1, lambda: signal.raise_signal(sign)))
         by = "interrupted" if sign is signal.SIGINT else f"interrupted by {sign.name}"
         begins = "starts over" if command is PREPARE_TEST else "goes on from what is scored"
         refused(*command, words=(by, f"the same command {'without --fresh ' if command is ANEW else ''}{begins}"))
@@ -295,7 +295,7 @@ def test_a_model_that_cannot_be_loaded_puts_no_result_aside(place, monkeypatch):
 
     before = place.snapshot()
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "_opened", breaks)
+        patched.setattr(score_stage.ScoreOptions, "open", breaks)
         refused(*SCORE, "--fresh", words=("fits in no memory",))
     assert place.snapshot() == before
     done = call(*SCORE, "--fresh")
@@ -313,24 +313,6 @@ def test_a_project_that_moved_keeps_what_is_finished(place, tmp_path, monkeypatc
     before = results()
     assert call(*ANEW).exit_code == 0 and results() == before
     assert call(*SCORE_INPUT).exit_code == 0
-
-
-def test_large_weights_are_the_same_after_a_move_and_others_after_a_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "_HASHED_UP_TO", 1000)
-    weights, copy = tmp_path / "model.safetensors", tmp_path / "copy.safetensors"
-    weights.write_bytes(os.urandom(9 * 2**20))
-    shutil.copyfile(weights, copy)
-    os.utime(copy, (0, 0))
-    first = inputs.model_files(weights)
-    assert inputs.model_files(copy) == first and first.startswith("sha256:")
-    for place in (0, 4 * 2**20 + 5, 9 * 2**20 - 1):
-        shutil.copyfile(weights, copy)
-        with copy.open("r+b") as file:
-            file.seek(place)
-            old = file.read(1)
-            file.seek(place)
-            file.write(bytes([old[0] ^ 1]))
-        assert inputs.model_files(copy) != first, place
 
 
 def test_a_clock_that_goes_backwards_decides_nothing(place, monkeypatch):

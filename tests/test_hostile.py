@@ -445,7 +445,7 @@ def test_an_experiments_name_is_no_path(name, tmp_path):
 @pytest.mark.parametrize("file", ["../../secret.jsonl", "/etc/passwd", "a/../../b", 7, None])
 def test_a_data_sets_file_lies_in_its_folder(tmp_path, file):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"one": {"file_name": file}}))
-    with pytest.raises(ArenaError, match=r"leads out|names a file"):
+    with pytest.raises(ArenaError, match="does not name a file"):
         dataset_files({"dataset": "one", "dataset_dir": str(tmp_path)})
 
 

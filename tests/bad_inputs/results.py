@@ -189,9 +189,11 @@ def load_adapter() -> None:
 
 def merge() -> None:
     from common.experiment import load_experiment
-    from factory.train import merge
+    from common.progress import Show
+    from factory.merge import merge
+    from factory.stage_context import StageContext
 
-    merge(load_experiment("exam"), "sft")
+    merge(StageContext(load_experiment("exam"), "sft"), lambda folder: None, Show())
 
 
 CONFIG, TENSORS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
