@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rich.table import Table
+
 from common.errors import UsageError
 from common.experiment import Experiment
 from common.stages import STEPS, TRAININGS
@@ -153,7 +155,6 @@ class _Job:
 
 def print_forecast(console, found: dict[str, Any]) -> None:
     """Print one table a stage: memory, hours and what to change where it does not fit."""
-    from rich.table import Table
 
     console.print(f"{found['model']}: {found['parameters'] / 1e6:,.1f} million parameters", highlight=False)
     for stage, one in found["stages"].items():

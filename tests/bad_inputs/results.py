@@ -78,11 +78,11 @@ INFO = [
         ("empty", write(f"{DATA}/dataset_info.json", ""), ("dataset_info.json: is not JSON",)),
         ("deep", write(f"{DATA}/dataset_info.json", DEEP), ("is not JSON: nested too deeply",)),
         ("a_list", write(f"{DATA}/dataset_info.json", "[]"), ("is not a JSON object",)),
-        ("entry_a_word", write(f"{DATA}/dataset_info.json", '{"exam_sft_train": "x"}'), ("names a file",)),
+        ("entry_a_word", write(f"{DATA}/dataset_info.json", '{"exam_sft_train": "x"}'), ("does not name a file",)),
         (
             "leads_out",
             write(f"{DATA}/dataset_info.json", '{"exam_sft_train": {"file_name": "../../../etc/passwd"}}'),
-            ("leads out of the data folder",),
+            ("does not name a file in the data folder",),
         ),
     ]
 ]
