@@ -51,7 +51,7 @@ check: install
 audit: extra-audit
 	$(BIN)/python benchmarks/supply_chain.py audit
 
-# docs/dependencies.md and docs/licences.md.
+# docs/dependencies.md.
 tables: install
 	$(BIN)/python benchmarks/supply_chain.py tables
 

@@ -3,7 +3,7 @@
     python benchmarks/demo.py --work FOLDER [--seeds 1 2 3] [--readme]
 
 Each seed draws its own arena and base model and runs `run.py demo` in a new folder of its own under FOLDER, where
-benchmarks/methods.py goes on; --readme puts the table into README.md, and what the first run said.
+benchmarks/methods.py goes on; --readme puts the end of what the first run printed into README.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from workbench import Workbench, interval
 
 SESSION = """```console
 $ make demo
-.venv/bin/python run.py demo
+…
 {said}
 ```
 
@@ -32,6 +32,14 @@ def one(work: Path, seed: int) -> tuple[dict, float, str]:
     return bench.report("demo", "sft"), seconds, said
 
 
+def result_of(said: str) -> str:
+    """Return the table of log losses with the figures below it, up to the position bias."""
+    lines = [line.rstrip() for line in said.splitlines()]
+    first = next(number for number, line in enumerate(lines) if "log loss on" in line)
+    last = next(number for number, line in enumerate(lines) if line.startswith("Position bias"))
+    return "\n".join(lines[first:last])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -41,7 +49,7 @@ def main() -> None:
     rows, session = [], ""
     for seed in arguments.seeds:
         report, seconds, said = one(arguments.work.resolve(), seed)
-        session = session or SESSION.format(said="\n".join(map(str.rstrip, said.splitlines())), seconds=seconds)
+        session = session or SESSION.format(said=result_of(said), seconds=seconds)
         rows.append(
             [
                 str(seed),
@@ -60,7 +68,6 @@ def main() -> None:
     text = f"{table(headings, rows)}\n\n{measured_on(f'python benchmarks/demo.py --work FOLDER --seeds {seeds}')}"
     print(text)
     if arguments.readme:
-        put(ROOT / "README.md", "demo figures", text)
         put(ROOT / "README.md", "session", session)
 
 

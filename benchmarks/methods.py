@@ -4,7 +4,8 @@
 
 Runs every stage of the demo experiment for each seed (its own arena, its own base model), then the ablations:
 without swapped copies, averaging both orders, without calibration, and (first seed only: it is the longest training)
-DPO from the base instead of from SFT. Finished parts in FOLDER are kept. --docs puts the tables into docs/methods.md.
+DPO from the base instead of from SFT. Finished parts in FOLDER are kept. --docs puts the tables into docs/methods.md;
+what the fitted links say of the generator's parameters is printed only.
 """
 
 from __future__ import annotations
@@ -69,32 +70,23 @@ def recipe(bench: Workbench, step: str) -> dict:
     return read_yaml(bench.folder / "factory_configs" / "demo" / f"{step}.yaml")
 
 
-def method_rows(bench: Workbench, seed: int) -> list[list[str]]:
-    """Return one row a method: log loss, gain over the prior, share learned, accuracy."""
-    rows = []
+def method_losses(bench: Workbench) -> dict[str, str]:
+    """Return log loss, interval and share learned of each method, and the log loss of each baseline."""
+    found = {}
     for stage in STAGES:
         report = bench.report("demo", stage)
-        rows.append(
-            [
-                str(seed),
-                NAMES[stage],
-                f"{report['log_loss']:.4f} {interval(report['log_loss_ci95'])}",
-                f"{report['gain_over_prior']:+.4f} {interval(report['gain_over_prior_ci95'])}",
-                f"**{report['learned_share']:.2f}** {interval(report['learned_share_ci95'], 2)}",
-                f"{report['accuracy']:.3f}",
-            ]
-        )
+        found[NAMES[stage]] = _cell(report["log_loss"], report["log_loss_ci95"], report["learned_share"])
     comparison = json.loads((bench.output("demo", "compare") / "compare.json").read_text(encoding="utf-8"))
     blend = next(row for row in comparison["table"] if row["name"] == "blend")
     prior, bayes = comparison["baselines"]["prior"], comparison["bayes"]
     share = (prior - blend["log_loss"]) / (prior - bayes)
-    gain = f"{prior - blend['log_loss']:+.4f}"
-    own = f"{blend['log_loss']:.4f} {interval(blend['log_loss_ci95'])}"
-    rows.append([str(seed), NAMES["blend"], own, gain, f"**{share:.2f}**", f"{blend['accuracy']:.3f}"])
-    ladder = comparison["baselines"]
-    others = ", ".join(f"{name} {ladder[name]:.4f}" for name in ("prior", "length", "tfidf"))
-    rows.append([str(seed), f"*{others}, Bayes {bayes:.4f}*", "", "", "", ""])
-    return rows
+    found[NAMES["blend"]] = _cell(blend["log_loss"], blend["log_loss_ci95"], share)
+    baselines = {**{name: comparison["baselines"][name] for name in ("prior", "length", "tfidf")}, "Bayes": bayes}
+    return found | {f"*{name}*": f"{loss:.4f}" for name, loss in baselines.items()}
+
+
+def _cell(loss: float, ends: list[float] | None, share: float) -> str:
+    return f"{loss:.4f} {interval(ends)} **{share:.2f}**"
 
 
 def davidson_rows(bench: Workbench, seed: int) -> list[list[str]]:
@@ -115,32 +107,31 @@ def davidson_rows(bench: Workbench, seed: int) -> list[list[str]]:
     return rows
 
 
-def ablation_rows(bench: Workbench, seed: int) -> list[list[str]]:
-    """Return (log loss with it, without it, difference) of each ingredient; below 0 the ingredient helps."""
+def ablations(bench: Workbench) -> dict[str, str]:
+    """Return what each ingredient adds to the log loss, with its interval; below 0 it helps."""
     sft = bench.judged("demo", "sft")
-    unswapped = bench.judged("noswap", "sft") if bench.has("noswap", "sft") else None
-    rows = []
+    found = {}
 
     def add(name: str, with_it, without) -> None:
         difference, ends = paired(with_it, without)
-        losses = [_loss(with_it), _loss(without)]
-        rows.append([str(seed), name, *(f"{x:.4f}" for x in losses), f"{difference:+.4f} {interval(ends)}"])
+        found[name] = f"{difference:+.4f} {interval(ends)}"
 
-    if unswapped is not None:
+    if bench.has("noswap", "sft"):
+        unswapped = bench.judged("noswap", "sft")
         add("swapped copies in training (SFT, equal steps)", sft, unswapped)
         one, both = _orders(unswapped)
-        add("averaging both orders at test time (trained without swapped copies)", both, one)
+        add("averaging both orders, trained without swapped copies", both, one)
     one, both = _orders(sft)
-    add("averaging both orders at test time (trained with swapped copies)", both, one)
+    add("averaging both orders, trained with swapped copies", both, one)
     for stage in ("sft", "dpo_judge"):
         plain, _ = _orders(bench.judged("demo", stage))
         add(f"calibration ({NAMES[stage]})", bench.judged("demo", stage), plain)
     dpo = bench.judged("demo", "dpo_judge")
+    add("DPO, judge view, after SFT instead of SFT alone", dpo, sft)
     if bench.has("frombase", "dpo_judge"):
         base = bench.judged("frombase", "dpo_judge")
-        add("DPO, judge view: after SFT instead of from the base (equal steps)", dpo, base)
-    add("DPO, judge view, after SFT instead of SFT alone", dpo, sft)
-    return rows
+        add("DPO, judge view, after SFT instead of from the base (equal steps)", dpo, base)
+    return found
 
 
 def _orders(scores):
@@ -154,10 +145,11 @@ def _orders(scores):
     return one, both
 
 
-def _loss(scores) -> float:
-    from scoring.metrics import log_loss, verdict_codes
-
-    return log_loss(scores[["p_a", "p_b", "p_tie"]].to_numpy(), verdict_codes(scores["verdict"]))
+def by_seed(heading: str, found: dict[int, dict[str, str]]) -> str:
+    """Return a table with a row for each name and a column for each seed."""
+    names = dict.fromkeys(name for cells in found.values() for name in cells)
+    rows = [[name, *(cells.get(name, "") for cells in found.values())] for name in names]
+    return table([heading, *(f"seed {seed}" for seed in found)], rows)
 
 
 def main() -> None:
@@ -167,38 +159,24 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="run nothing, tabulate what FOLDER holds")
     parser.add_argument("--docs", action="store_true")
     arguments = parser.parse_args()
-    methods, links, ablations = [], [], []
+    methods, links, added = {}, [], {}
     for seed in arguments.seeds:
         work = arguments.work.resolve()
         if arguments.collect:
             bench = Workbench(work / f"seed{seed}")
         else:
             bench = run_seed(work, seed, from_base=seed == arguments.seeds[0])
-        methods += method_rows(bench, seed)
+        methods[seed], added[seed] = method_losses(bench), ablations(bench)
         links += davidson_rows(bench, seed)
-        ablations += ablation_rows(bench, seed)
-    seeds = " ".join(map(str, arguments.seeds))
-    how = measured_on(f"python benchmarks/methods.py --work FOLDER --seeds {seeds}")
-    tables = {
-        "methods": table(
-            [
-                "seed",
-                "method",
-                "log loss [95%]",
-                "below the prior [95%]",
-                "share learned [95%]",
-                "accuracy",
-            ],
-            methods,
-        ),
-        "links": table(["seed", "method", "log of the tie parameter ν", "position bias"], links),
-        "ablations": table(["seed", "ingredient", "with it", "without", "difference [95%]"], ablations),
-    }
-    for mark, text in tables.items():
-        print(text, end="\n\n")
-        if arguments.docs:
-            put(ROOT / "docs" / "methods.md", mark, f"{text}\n\n{how}")
-    print(how)
+    how = measured_on(f"python benchmarks/methods.py --work FOLDER --seeds {' '.join(map(str, arguments.seeds))}")
+    text = (
+        f"{by_seed('log loss [95%], share learned', methods)}\n\n### What each ingredient adds\n\n"
+        f"Differences of the log loss [95%]; below 0 the ingredient helps.\n\n{by_seed('ingredient', added)}\n\n{how}"
+    )
+    print(text)
+    print(table(["seed", "method", "log of the tie parameter ν", "position bias"], links))
+    if arguments.docs:
+        put(ROOT / "docs" / "methods.md", "methods", text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How time and memory of `prepare` grow with the votes.
 
     python benchmarks/prepare_scale.py --votes FILE [FILE ...] --work FOLDER [--rows 57477 1000000]
-                                       [--characters 40] [--readme]
+                                       [--characters 40] [--docs]
 
 Real rows are repeated with fresh ids and written as a folder of parquet parts of 50,000 rows; each size is exported
 once, in a process of its own, whose peak of resident memory is measured (with --workers, that of the workers is added).
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--cutoff", type=int, default=2048)
     parser.add_argument("--characters", type=int, help="keep so many of each text (default: all)")
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -116,8 +116,8 @@ def main() -> None:
     options = f" --characters {arguments.characters}" if arguments.characters else ""
     how = measured_on(f"python benchmarks/prepare_scale.py --votes {votes} --work FOLDER --rows {sizes}{options}")
     text = f"{table(headings, lines)}\n\n{how}"
-    if arguments.readme:
-        put(ROOT / "README.md", "prepare short" if arguments.characters else "prepare scale", text)
+    if arguments.docs and not arguments.characters:
+        put(ROOT / "docs" / "votes.md", "prepare scale", text)
     print(text)
 
 

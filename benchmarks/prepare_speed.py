@@ -1,6 +1,6 @@
 """How fast `prepare` is against the bare tokenizer, and how much memory it takes.
 
-    python benchmarks/prepare_speed.py --votes FILE [FILE ...] [--rows 57477] [--runs 3] [--readme]
+    python benchmarks/prepare_speed.py --votes FILE [FILE ...] [--rows 57477] [--runs 3]
 
 Real rows are repeated with fresh ids up to --rows. In one process, in turn: the bare `tokenizers` batch call over
 the texts that prepare has to measure (each battle's whole judge prompt, uncut, in each order that is exported), then
@@ -23,7 +23,7 @@ from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
-from figures import ROOT, measured_on, put, table
+from figures import ROOT, measured_on, table
 
 from common.battle import Battle, swap
 from common.experiment import Experiment
@@ -158,7 +158,6 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cutoff", type=int, default=2048)
     parser.add_argument("--copies", nargs="+", choices=["no", "yes"], default=["no", "yes"], help="swapped copies")
-    parser.add_argument("--readme", action="store_true")
     arguments = parser.parse_args()
     battles = battles_of(arguments.votes)
     rows = []
@@ -175,10 +174,7 @@ def main() -> None:
     how = measured_on(
         f"python benchmarks/prepare_speed.py --votes {names} --rows {arguments.rows} --runs {arguments.runs}"
     )
-    text = f"{table(headings, rows)}\n\n{how}"
-    if arguments.readme:
-        put(ROOT / "README.md", "prepare figures", text)
-    print(text)
+    print(f"{table(headings, rows)}\n\n{how}")
 
 
 def one_row(folder: str, votes: Path, swap_copies: bool, arguments: argparse.Namespace) -> list[str]:

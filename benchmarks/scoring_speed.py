@@ -1,6 +1,6 @@
 """How fast and how exact scoring is, engine by engine, against the usual loop.
 
-    python benchmarks/scoring_speed.py --votes FILE [FILE ...] [--rows 32] [--runs 3] [--readme]
+    python benchmarks/scoring_speed.py --votes FILE [FILE ...] [--rows 32] [--runs 3] [--docs]
     python benchmarks/scoring_speed.py --votes FILE [FILE ...] --modes
     python benchmarks/scoring_speed.py --votes FILE [FILE ...] --gpu
 
@@ -281,11 +281,8 @@ def on_cpu(arguments: argparse.Namespace, folder: Path) -> None:
     command = f"python benchmarks/scoring_speed.py --votes {names} --rows {arguments.rows} --runs {arguments.runs}"
     text = f"{cpu_table(found, arguments.shape)}\n\n{measured_on(command + ' --modes' * arguments.modes)}"
     print(text)
-    if arguments.readme:
-        if arguments.modes:
-            put(ROOT / "docs" / "scoring.md", "scoring modes", text)
-        else:
-            put(ROOT / "README.md", "scoring figures", text)
+    if arguments.docs and not arguments.modes:
+        put(ROOT / "docs" / "scoring.md", "scoring figures", text)
 
 
 def matrix_rate() -> float:
@@ -352,7 +349,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--shape", choices=["134M", "tiny"], default="134M", help="tiny tries the script itself")
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     parser.add_argument("--modes", action="store_true", help="ways of batching in torch instead of engines")
     parser.add_argument("--gpu", action="store_true", help="an 8B shape on a GPU")
     arguments = parser.parse_args()

@@ -1,7 +1,8 @@
 """What this project stands on: known vulnerabilities, licences, and why each direct dependency is there.
 
     python benchmarks/supply_chain.py audit      # report: pip-audit over every lock (make audit)
-    python benchmarks/supply_chain.py tables     # writes docs/dependencies.md and docs/licences.md (make tables)
+    python benchmarks/supply_chain.py tables     # writes docs/dependencies.md (make tables)
+    python benchmarks/supply_chain.py licences   # prints the licence of every locked package
 
 The audit is a report, not a gate: a new vulnerability is no fault of the last change. What could not be audited is
 said by name and number, so that no silence looks like a pass.
@@ -15,17 +16,19 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections import Counter
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DEPENDENCIES, LICENCES = ROOT / "docs" / "dependencies.md", ROOT / "docs" / "licences.md"
+DEPENDENCIES = ROOT / "docs" / "dependencies.md"
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^ \\;]+)", re.MULTILINE)
 _REASON = re.compile(r'^\s*"?([A-Za-z0-9._-]+)([^"#]*)"?,?\s*#\s*(.+)$')
 _SECONDS = 240
 _LONGEST_LICENCE = 60
+_NOT_INSTALLED = "not installed"
+_ALWAYS = ("project", "development")  # what `make install` installs
+_PERMISSIVE = re.compile(r"MIT|BSD|Apache|ISC|PSF|Python Software")
 
 
 def locks() -> list[Path]:
@@ -106,50 +109,52 @@ def _name(requirement: str) -> str:
     return re.match(r"[A-Za-z0-9._-]+", requirement)[0]
 
 
+def dependency_rows() -> list[str]:
+    """Return a row of the page for each direct dependency; the licence of an extra is not known unless installed."""
+    return [
+        f"| `{line}`{'' if where in _ALWAYS else f' ({where})'} | {reason} "
+        f"| {licence_of(_name(line)) if where in _ALWAYS else ''} |"
+        for where, line, reason in direct()
+    ]
+
+
 def dependencies_page() -> str:
-    """Return docs/dependencies.md."""
-    rows = [f"| `{line}` | {where} | {reason} |" for where, line, reason in direct()]
+    """Return docs/dependencies.md, from the locks and the metadata of what is installed here."""
+    found = {name: licence_of(name) for lock in locks() for name in locked(lock)}
+    installed = {name: licence for name, licence in found.items() if licence != _NOT_INSTALLED}
+    nvidia = [name for name in installed if name.startswith("nvidia-")]
+    rest = [
+        f"{name} ({licence})"
+        for name, licence in installed.items()
+        if not _PERMISSIVE.search(licence) and name not in nvidia
+    ]
     return "\n".join(
         [
-            "# Direct dependencies, each with its reason",
+            "# Dependencies",
             "",
-            f"{len(rows)} of them, as written in `pyproject.toml` and `extras/*.in`. `make tables` writes this page.",
-            "Everything that they bring along is pinned with hashes in `requirements.lock` and `extras/*.lock`",
-            "([licences](licences.md); `make audit` reports known vulnerabilities).",
+            "For whoever reviews packages and licences. `make tables` writes this page from `pyproject.toml`,",
+            "`extras/*.in` and package metadata. All versions are pinned with hashes in `requirements.lock` and",
+            "`extras/*.lock`; `make audit` reports known vulnerabilities.",
             "",
-            "| requirement | part of | why |",
+            "| package | why | licence |",
             "|---|---|---|",
-            *rows,
+            *dependency_rows(),
+            "",
+            f"The locks hold {len(found)} packages, of which {len(installed)} were installed when this was written.",
+            f"NVIDIA's own licences: {len(nvidia)} packages `nvidia-*`. Neither MIT, BSD, Apache, ISC nor PSF:",
+            f"{', '.join(rest)}. `python benchmarks/supply_chain.py licences` lists all.",
             "",
         ]
     )
 
 
-def licences_page() -> str:
-    """Return docs/licences.md, from the metadata of what is installed here."""
-    rows, counts = [], Counter()
-    seen: dict[str, str] = {}
+def licences() -> list[str]:
+    """Return a line for every locked package: name, version, licence, lock."""
+    lines = []
     for lock in locks():
         for name, version in locked(lock).items():
-            if name not in seen:
-                seen[name] = licence_of(name)
-                rows.append(f"| {name} | {version} | {seen[name]} | {lock.relative_to(ROOT).as_posix()} |")
-                counts[seen[name]] += 1
-    most = ", ".join(f"{licence} {number}" for licence, number in counts.most_common(8))
-    return "\n".join(
-        [
-            "# Licences of everything that is locked",
-            "",
-            f"{len(rows)} packages, as their own metadata says; `make tables` writes this page.",
-            f"The most frequent: {most}.",
-            '"not installed" are packages of other systems or of extras that were not installed when it was written.',
-            "",
-            "| package | version | licence | lock |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+            lines.append(f"{name} {version}: {licence_of(name)} ({lock.relative_to(ROOT).as_posix()})")
+    return lines
 
 
 def licence_of(name: str) -> str:
@@ -157,7 +162,7 @@ def licence_of(name: str) -> str:
     try:
         found = metadata.metadata(name)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return _NOT_INSTALLED
     classifiers = [line for line in found.get_all("Classifier") or [] if line.startswith("License ::")]
     names = [line.rsplit(" :: ", 1)[-1] for line in classifiers]
     text = found.get("License-Expression") or ", ".join(names) or found.get("License") or "not said"
@@ -166,15 +171,15 @@ def licence_of(name: str) -> str:
 
 
 def main() -> None:
-    """Print the audit, or write the tables."""
+    """Print the audit or the licences, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["audit", "tables"], help="the report, or the two pages")
-    if parser.parse_args().what == "audit":
-        print("\n".join(audit()))
-        return
-    for path, text in ((DEPENDENCIES, dependencies_page()), (LICENCES, licences_page())):
-        path.write_text(text, encoding="utf-8")
-        print(f"wrote {path.relative_to(ROOT)}")
+    parser.add_argument("what", choices=["audit", "tables", "licences"], help="a report, the page, or a list")
+    what = parser.parse_args().what
+    if what == "tables":
+        DEPENDENCIES.write_text(dependencies_page(), encoding="utf-8")
+        print(f"wrote {DEPENDENCIES.relative_to(ROOT)}")
+    else:
+        print("\n".join(audit() if what == "audit" else licences()))
 
 
 if __name__ == "__main__":

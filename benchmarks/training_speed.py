@@ -1,6 +1,6 @@
 """How fast training is on this device: our recipes against LLaMA-Factory's own example recipe, in the same run.
 
-    python benchmarks/training_speed.py --votes FILE --work FOLDER [--shape 8b] [--steps 30] [--readme]
+    python benchmarks/training_speed.py --votes FILE --work FOLDER [--shape 8b] [--steps 30] [--docs]
 
 The base has random weights of the true shape (speed and memory do not depend on their values) and a tokenizer of the
 votes, so no download is needed. Both recipes train on the same exported rows, with the same rows in a step, adapter and
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--stages", nargs="+", default=["sft", "dpo_reward", "rm"])
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     arguments = parser.parse_args()
     import torch
 
@@ -175,8 +175,8 @@ def main() -> None:
     command = f"python benchmarks/training_speed.py --votes {votes.name} --work FOLDER --shape {arguments.shape}"
     text = f"{table(headings, rows)}\n\n{measured_on(command)}"
     print(text)
-    if arguments.readme:
-        put(ROOT / "README.md", "training figures", text)
+    if arguments.docs:
+        put(ROOT / "docs" / "forecast.md", "training figures", text)
 
 
 if __name__ == "__main__":

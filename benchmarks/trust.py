@@ -1,9 +1,9 @@
-"""The table of docs/trust.md: kills survived, bad inputs handled, hostile cases guarded, guards shown, fuzzing.
+"""The table of docs/trust.md: kills survived, bad inputs handled, hostile cases guarded, fuzzing.
 
     python benchmarks/trust.py      # make trust
 
 Bad inputs and hostile cases are run now. The rest takes long: its last results are read from benchmarks/results/
-(fuzz.json of benchmarks/fuzz.py; guards.json of benchmarks/guards.py; kills.json: {"tried": n, "survived": n}).
+(fuzz.json of benchmarks/fuzz.py, kills.json of benchmarks/kills.py).
 """
 
 from __future__ import annotations
@@ -34,36 +34,25 @@ def tests(path: str, prefix: str) -> str:
     return f"{len(passed)} / {len(cases)}"
 
 
-def kills() -> list[list[str]]:
-    """Return survived / tried of the last fault injection, then a row for each step with who was killed."""
+def kills() -> list[str]:
+    """Return survived / tried of the last fault injection."""
     found = _result("kills.json")
     if found is None:
-        return [["kills survived / tried", _NOT_RUN]]
-    rows = [[f"kills survived / tried, seed {found['seed']}, {found['date']}", _survived(found)]]
-    for step, tally in found["by_step"].items():
-        victims = ", ".join(f"{name} {count}" for name, count in tally["killed"].items())
-        rows.append([f"… {step}: {victims}", _survived(tally)])
-    return rows
+        return ["kills survived / tried", _NOT_RUN]
+    name = f"kills survived / tried, seed {found['seed']}, {found['date']}"
+    return [name, f"{found['survived']:,} / {found['tried']:,}"]
 
 
-def _survived(tally: dict) -> str:
-    return f"{tally['survived']:,} / {tally['tried']:,}"
-
-
-def fuzzing() -> list[list[str]]:
-    """Return a row a target, and one for all of them."""
+def fuzzing() -> list[str]:
+    """Return executions and new crashes of all targets together."""
     found = _result("fuzz.json")
     if found is None:
-        return [["fuzz executions; new crashes", _NOT_RUN]]
+        return ["fuzz executions; new crashes", _NOT_RUN]
     targets = found["targets"]
     limit = f"{found['seconds']} s" if found["seconds"] else f"{found['runs']:,} inputs"
-    executions, crashes = (sum(numbers) for numbers in zip(*map(_counts, targets), strict=True))
-    rows = [[f"fuzz executions, {len(targets)} targets, {limit} each; new crashes", f"{executions:,}; {crashes}"]]
-    return rows + [[f"… {each['target']}", "{:,}; {}".format(*_counts(each))] for each in targets]
-
-
-def _counts(target: dict) -> tuple[int, int]:
-    return target["executions"], max(len(target["crashes"]), int(not target["ended_well"]))
+    executions = sum(target["executions"] for target in targets)
+    crashes = sum(max(len(target["crashes"]), int(not target["ended_well"])) for target in targets)
+    return [f"fuzz executions, {len(targets)} targets, {limit} each; new crashes", f"{executions:,}; {crashes}"]
 
 
 def _result(name: str) -> dict | None:
@@ -75,10 +64,10 @@ def main() -> None:
     """Run what is quick, read what is slow, write the table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = [
-        *kills(),
+        kills(),
         ["bad inputs handled / tried", tests("tests/test_bad_inputs.py", "test_bad_input[")],
         ["hostile cases guarded / tried", tests("tests/test_hostile.py", "test_")],
-        *fuzzing(),
+        fuzzing(),
     ]
     text = f"{table(['what', 'figure'], rows)}\n\n{measured_on('make trust')}"
     put(DOCUMENT, "trust", text)

@@ -12,7 +12,7 @@ from common.stages import STEPS
 from data_prep.template_choice import choose_template
 from factory.recipes import as_yaml, render_recipe, render_template
 
-# The token budget of an experiment that is asked for without one; docs/defaults.md has its source.
+# The token budget of an experiment that is asked for without one; docs/experiment.md has its source.
 CUTOFF_LEN = 2048
 # Owners whose models on the hub open only after their licence is accepted there.
 _GATING_OWNERS = ("meta-llama/", "google/gemma")

@@ -10,18 +10,19 @@ import sys
 import pytest
 
 from benchmarks import supply_chain
-from benchmarks.supply_chain import DEPENDENCIES, LICENCES, ROOT, audit, dependencies_page, direct, locked, locks
+from benchmarks.supply_chain import DEPENDENCIES, ROOT, audit, dependency_rows, direct, licences, locked, locks
 
 
 def test_every_direct_dependency_has_a_reason_and_the_page_is_up_to_date():
     assert [line for _, line, reason in direct() if not reason] == []
-    assert DEPENDENCIES.read_text(encoding="utf-8") == dependencies_page(), "make tables"
+    page = DEPENDENCIES.read_text(encoding="utf-8")
+    assert [line for line in page.splitlines() if line.startswith("| `")] == dependency_rows(), "make tables"
 
 
-def test_the_table_of_licences_holds_every_locked_package():
-    page = LICENCES.read_text(encoding="utf-8")
-    missing = [f"{n} {v}" for n, v in locked(locks()[0]).items() if f"| {n} | {v} |" not in page]
-    assert not missing, "make tables"
+def test_every_locked_package_has_a_line_with_its_licence():
+    listed = licences()
+    assert len(listed) == sum(len(locked(lock)) for lock in locks())
+    assert any(line.startswith("click ") and "BSD" in line for line in listed)
 
 
 @pytest.mark.parametrize("lock", locks(), ids=lambda lock: lock.name)
