@@ -1,10 +1,9 @@
 """Whether two processes train the same judge as one: the loss at every step at the same global batch.
 
-    python benchmarks/distributed_loss.py --work FOLDER [--steps 20] [--put]
+    python benchmarks/distributed_loss.py --work FOLDER [--steps 20]
 
 The demo arena and tiny base (nf4 QLoRA, fp32, on the CPU), SFT for some steps without dropout: one process with a
 batch of 16, two processes of torchrun (gloo) with 8 each, two local Ray workers with 8 each where ray is installed.
---put writes the table into docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from figures import ROOT, measured_on, put, table
+from figures import measured_on, table
 from workbench import Workbench
 
 from data_prep.synthetic import write_arena
@@ -51,7 +50,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--put", action="store_true")
     arguments = parser.parse_args()
     os.environ["NPROC_PER_NODE"] = "2"
     bench = Workbench(arguments.work.resolve())
@@ -73,10 +71,7 @@ def main() -> None:
         *("way", "batch", "first loss", f"loss at step {arguments.steps}"),
         *("largest difference of a step's loss", "largest difference of a weight", "whole run"),
     ]
-    text = f"{table(headings, rows)}\n\n{measured_on('python benchmarks/distributed_loss.py --work FOLDER')}"
-    if arguments.put:
-        put(ROOT / "docs" / "distributed.md", "distributed loss", text)
-    print(text)
+    print(f"{table(headings, rows)}\n\n{measured_on('python benchmarks/distributed_loss.py --work FOLDER')}")
 
 
 if __name__ == "__main__":

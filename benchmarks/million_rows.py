@@ -1,6 +1,6 @@
 """Peak memory of `run.py score --input` against the number of rows.
 
-    python benchmarks/million_rows.py [--rows 10000 100000 1000000] [--docs]
+    python benchmarks/million_rows.py [--rows 10000 100000 1000000]
 
 Short synthetic battles and a judge of two layers with 32 hidden units and random weights, so that what grows with the
 rows would show. Each size is a process of its own, called as a user calls it; its peak is what the system accounts.
@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from figures import ROOT, measured_on, put, table
+from figures import ROOT, measured_on, table
 
 from common.experiment import Experiment
 from common.files import write_json
@@ -121,7 +121,6 @@ def measured(folder: Path, rows: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--docs", action="store_true", help="put the table into docs/scoring.md")
     arguments = parser.parse_args()
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -131,10 +130,7 @@ def main() -> None:
             print(" | ".join(found[-1]), flush=True)
     headings = ["rows", "table", "seconds", "rows/s", "peak memory"]
     how = measured_on(f"python benchmarks/million_rows.py --rows {' '.join(map(str, arguments.rows))}")
-    text = f"{table(headings, found)}\n\n{how}"
-    if arguments.docs:
-        put(ROOT / "docs" / "scoring.md", "million rows", text)
-    print(text)
+    print(f"{table(headings, found)}\n\n{how}")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,21 @@ _REASON = re.compile(r'^\s*"?([A-Za-z0-9._-]+)([^"#]*)"?,?\s*#\s*(.+)$')
 _SECONDS = 240
 _LONGEST_LICENCE = 60
 _NOT_INSTALLED = "not installed"
-_ALWAYS = ("project", "development")  # what `make install` installs
-_PERMISSIVE = re.compile(r"MIT|BSD|Apache|ISC|PSF|Python Software")
+_PAGE = """\
+# Dependencies and licences
+
+For whoever reviews packages. `pyproject.toml` and `extras/*.in` list the direct dependencies, each with its reason
+beside it. Everything is pinned with hashes in `requirements.lock` and `extras/*.lock`. `make audit` reports known
+vulnerabilities; `python benchmarks/supply_chain.py licences` lists the licence of each package.
+
+`make tables` writes this table of all {count} locked packages from their metadata. "Not installed" are packages of
+other systems, and of extras that were not installed then.
+
+| licence | packages | direct dependencies among them |
+|---|---|---|
+{rows}
+"""
+_FAMILIES = {r"MPL": "MPL 2.0", r"Apache": "Apache 2.0", r"BSD": "BSD", r"MIT": "MIT", r"PSF|Python Soft": "PSF"}
 
 
 def locks() -> list[Path]:
@@ -109,43 +122,24 @@ def _name(requirement: str) -> str:
     return re.match(r"[A-Za-z0-9._-]+", requirement)[0]
 
 
-def dependency_rows() -> list[str]:
-    """Return a row of the page for each direct dependency; the licence of an extra is not known unless installed."""
-    return [
-        f"| `{line}`{'' if where in _ALWAYS else f' ({where})'} | {reason} "
-        f"| {licence_of(_name(line)) if where in _ALWAYS else ''} |"
-        for where, line, reason in direct()
-    ]
-
-
 def dependencies_page() -> str:
     """Return docs/dependencies.md, from the locks and the metadata of what is installed here."""
-    found = {name: licence_of(name) for lock in locks() for name in locked(lock)}
-    installed = {name: licence for name, licence in found.items() if licence != _NOT_INSTALLED}
-    nvidia = [name for name in installed if name.startswith("nvidia-")]
-    rest = [
-        f"{name} ({licence})"
-        for name, licence in installed.items()
-        if not _PERMISSIVE.search(licence) and name not in nvidia
+    every = dict.fromkeys(name for lock in locks() for name in locked(lock))
+    own = [_name(line).lower() for _, line, _ in direct()]
+    by_licence: dict[str, list[str]] = {}
+    for name in every:
+        by_licence.setdefault(family_of(name), []).append(name)
+    rows = [
+        f"| {licence} | {len(names)} | {', '.join(name for name in names if name in own)} |"
+        for licence, names in sorted(by_licence.items(), key=lambda each: -len(each[1]))
     ]
-    return "\n".join(
-        [
-            "# Dependencies",
-            "",
-            "For whoever reviews packages and licences. `make tables` writes this page from `pyproject.toml`,",
-            "`extras/*.in` and package metadata. All versions are pinned with hashes in `requirements.lock` and",
-            "`extras/*.lock`; `make audit` reports known vulnerabilities.",
-            "",
-            "| package | why | licence |",
-            "|---|---|---|",
-            *dependency_rows(),
-            "",
-            f"The locks hold {len(found)} packages, of which {len(installed)} were installed when this was written.",
-            f"NVIDIA's own licences: {len(nvidia)} packages `nvidia-*`. Neither MIT, BSD, Apache, ISC nor PSF:",
-            f"{', '.join(rest)}. `python benchmarks/supply_chain.py licences` lists all.",
-            "",
-        ]
-    )
+    return _PAGE.format(count=len(every), rows="\n".join(rows))
+
+
+def family_of(name: str) -> str:
+    """Return a package's licence without its many spellings."""
+    found = "NVIDIA's own" if name.startswith("nvidia-") else licence_of(name)
+    return next((family for pattern, family in _FAMILIES.items() if re.search(pattern, found)), found)
 
 
 def licences() -> list[str]:
