@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.synced
 
 EXTRAS := ray gguf browser fuzz audit
 
-.PHONY: install demo test check lock audit tables fuzz kills trust $(EXTRAS:%=extra-%)
+.PHONY: install demo test test-slow test-all check lock audit tables fuzz kills trust $(EXTRAS:%=extra-%)
 
 install: $(STAMP)
 
@@ -39,9 +39,18 @@ $(VENV)/llama.cpp: extras/gguf.lock | $(STAMP)
 demo: install
 	$(BIN)/python run.py demo
 
-# Two at a time, a file at a time, so that what a file trains once serves all of its tests.
+# Two workers; each takes a file at a time, so that what a file makes once serves all of its tests.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# In minutes: nothing that trains, opens a browser, kills processes or fuzzes.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: install
+	$(PYTEST) -m slow
+
+test-all: test
+	@$(MAKE) --no-print-directory test-slow
 
 check: install
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What a user does, for the tests of run.py and of the documents: a place of one's own, and calls of run.py in it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -31,3 +32,20 @@ def place(folder: Path, **recipes: dict) -> Path:
         content.setdefault("recipes", {}).setdefault(step, {}).update(keys)
     OmegaConf.save(OmegaConf.create(content), target / "experiment.yaml")
     return folder
+
+
+def train_chain(folder: Path) -> None:
+    """Prepare made-up votes in a new folder, and train, merge and score the demo's judge on them."""
+    from data_prep.synthetic import write_arena
+
+    place(folder, **{step: {"max_steps": 12} for step in ("sft", "dpo_judge", "dpo_reward", "rm")})
+    write_arena(folder / "arena", seed=11, train_rows=700, test_rows=30)
+    votes = ["--train", "arena/train.csv", "--test", "arena/test.csv", "--truth", "arena/truth.csv"]
+    done = run_py(folder, "prepare", "-e", "demo", *votes)
+    assert done.returncode == 0, done.stderr
+    assert "700 battles kept" in done.stderr and "next: python run.py sft -e demo" in done.stdout
+    done = run_py(folder, "sft", "-e", "demo", "--json")
+    assert done.returncode == 0, done.stderr
+    (folder / "sft.said").write_text(done.stderr, encoding="utf-8")
+    report = folder / "outputs" / "demo" / "sft" / "report.json"
+    assert json.loads(done.stdout) == json.loads(report.read_text(encoding="utf-8"))

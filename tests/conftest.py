@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 # Before anything imports torch: tests that run side by side, and their children, take one core each.
@@ -34,10 +34,12 @@ CORPUS = [
 ]
 
 
-def pytest_make_parametrize_id(config, val, argname):
-    """Number the cases of exceptions and of whole sentences: such an id can hardly be typed after `pytest -k`."""
-    sentence = isinstance(val, str) and " " in val
-    return argname if sentence or (isinstance(val, type) and issubclass(val, BaseException)) else None
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what needs the trained judge or a browser as slow, before pytest chooses by -m."""
+    for item in items:
+        if {"chain", "browser"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -142,24 +144,21 @@ def tiny_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory) -> Path:
-    """A folder (with a space in its name) where votes were prepared and the judge was trained, merged and scored."""
-    from chain import place, run_py
+    """A folder (with a space in its name) where votes were prepared and the judge was trained, merged and scored.
 
-    from data_prep.synthetic import write_arena
+    One worker of a run trains it; each has a copy of its own.
+    """
+    from chain import train_chain
 
-    short = {key: {"max_steps": 12} for key in ("sft", "dpo_judge", "dpo_reward", "rm")}
-    folder = place(tmp_path_factory.mktemp("chain") / "own place", **short)
-    write_arena(folder / "arena", seed=11, train_rows=700, test_rows=30)
-    votes = ["--train", "arena/train.csv", "--test", "arena/test.csv", "--truth", "arena/truth.csv"]
-    done = run_py(folder, "prepare", "-e", "demo", *votes)
-    assert done.returncode == 0, done.stderr
-    assert "700 battles kept" in done.stderr and "next: python run.py sft -e demo" in done.stdout
-    done = run_py(folder, "sft", "-e", "demo", "--json")
-    assert done.returncode == 0, done.stderr
-    (folder / "sft.said").write_text(done.stderr, encoding="utf-8")
-    report = folder / "outputs" / "demo" / "sft" / "report.json"
-    assert json.loads(done.stdout) == json.loads(report.read_text(encoding="utf-8"))
-    return folder
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with FileLock(shared / "chain.lock"):
+        if not (shared / "chain" / "trained").is_file():
+            shutil.rmtree(shared / "chain", ignore_errors=True)
+            (shared / "chain").mkdir()
+            train_chain(shared / "chain" / "own place")
+            (shared / "chain" / "trained").touch()
+    return shutil.copytree(shared / "chain" / "own place", own / "own place", symlinks=True)
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,6 @@ def test_every_key_of_an_experiment_is_documented_in_the_table_and_where_it_stan
             assert f"| `{key}` | required |" in table
 
 
-@pytest.mark.slow
 def test_the_tutorial_runs_as_it_is_written(chain):
     """Every command of the tutorial in its order, with the demo in place of the 4B model and a small zip of votes."""
     with zipfile.ZipFile(chain / "lmsys-chatbot-arena.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -118,7 +117,6 @@ def test_the_tutorial_runs_as_it_is_written(chain):
     assert (chain / "outputs" / "demo" / "compare" / "compare.json").is_file()
 
 
-@pytest.mark.slow
 def test_the_kaggle_notebook_writes_the_submission_without_a_network(chain, tmp_path):
     given = tmp_path / "input"
     code = given / "arena-code"

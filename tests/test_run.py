@@ -145,7 +145,6 @@ def report_of(folder: Path, stage: str) -> dict:
     return json.loads((folder / "outputs" / "demo" / stage / "report.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
 def test_the_chain_leaves_a_report_and_a_submission(chain):
     report, output = report_of(chain, "sft"), chain / "outputs" / "demo" / "sft"
     assert report["rows"] == len(ids_of(output / "probabilities_valid.csv")) == pytest.approx(70, abs=10)
@@ -169,7 +168,6 @@ def test_the_chain_leaves_a_report_and_a_submission(chain):
     assert str(chain.parent) not in page + json.dumps(report), "no path of this machine in a report"
 
 
-@pytest.mark.slow
 def test_finished_steps_are_kept(chain):
     report = chain / "outputs" / "demo" / "sft" / "report.json"
     before = report.stat().st_mtime_ns
@@ -179,7 +177,6 @@ def test_finished_steps_are_kept(chain):
     assert "This judge (sft)" in again.stdout and "class prior" in again.stdout
 
 
-@pytest.mark.slow
 def test_any_file_can_be_scored(chain):
     scored = run_py(chain, "score", "-e", "demo", "--input", "arena/test.csv")
     assert scored.returncode == 0, scored.stderr
@@ -193,7 +190,6 @@ def test_any_file_can_be_scored(chain):
         assert [float(x) for x in mine.split(",")] == pytest.approx([float(x) for x in other.split(",")], abs=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "call"),
     [("dpo_judge", ["dpo", "--view", "judge"]), ("dpo_reward", ["dpo", "--view", "reward"]), ("rm", ["rm"])],
@@ -224,7 +220,6 @@ def test_preference_stages_end_in_the_same_report(chain, stage, call):
     assert kept.returncode == 0 and kept.stderr.count("kept") == 3, "pairs that follow change nothing for SFT"
 
 
-@pytest.mark.slow
 def test_compare_puts_the_scored_stages_side_by_side(chain):
     done = run_py(chain, "compare", "-e", "demo", "--json")
     assert done.returncode == 0, done.stderr
@@ -238,7 +233,6 @@ def test_compare_puts_the_scored_stages_side_by_side(chain):
     assert "<svg" in page and all(f"{row['log_loss']:.3f}" in page for row in result["table"])
 
 
-@pytest.mark.slow
 def test_a_failed_check_ends_in_an_error_and_leaves_no_submission(chain):
     output = chain / "outputs" / "demo" / "sft"
     log = output / "train.log"
@@ -262,7 +256,6 @@ def test_a_failed_check_ends_in_an_error_and_leaves_no_submission(chain):
     assert (output / "submission.csv").is_file()
 
 
-@pytest.mark.slow
 def test_hand_edits_are_kept_and_change_what_is_trained(chain, tmp_path):
     folder = shutil.copytree(chain, tmp_path / "copy", symlinks=True)  # others go on with the chain as it was
     recipe = folder / "factory_configs" / "demo" / "sft.yaml"

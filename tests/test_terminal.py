@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3\d|4\d|9\d)(?:;\d+)*m")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -36,7 +34,6 @@ def attended(folder: Path, *arguments: str, seconds: float = 400, **environment:
     return process.wait(30), said.decode("utf-8", "replace")
 
 
-@pytest.mark.slow
 def test_an_attended_run_has_a_live_line_with_the_time_left(chain, tmp_path):
     folder = tmp_path / "place"
     shutil.copytree(chain, folder, symlinks=True, ignore=shutil.ignore_patterns("cache", "saves", "outputs"))
@@ -57,7 +54,6 @@ def test_an_attended_run_has_a_live_line_with_the_time_left(chain, tmp_path):
         assert word in bare
 
 
-@pytest.mark.slow
 def test_a_piped_run_says_plain_lines(chain):
     said = (chain / "sft.said").read_text(encoding="utf-8")
     assert "\x1b" not in said and "\r" not in said and "━" not in said

@@ -8,12 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from chain import ROOT, SECRETS, run_py
 
 from data_prep.synthetic import write_arena
 
-pytestmark = pytest.mark.slow
 LAY_OUT = "import sys; sys.path.insert(0, sys.argv[1]); from factory.board import lay_out; lay_out()"
 
 

@@ -6,10 +6,7 @@ In this order: whatever comes first starts the one training that all of them loo
 import json
 import re
 
-import pytest
 from safetensors import safe_open
-
-pytestmark = pytest.mark.slow
 
 
 def drawn(tab, name) -> str:
