@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import run
 from common.errors import ArenaError
 from tests.bad_inputs import CASES
-from tests.bad_inputs.case import Case
+from tests.bad_inputs.place import Case
 
 # No input may hang: all of them are small, and what they would grow into is refused.
 _LONGEST = 60.0  # seconds

@@ -26,7 +26,7 @@ from common.files import only_run
 from data_prep import export as export_module
 from scoring import score_input, score_stage
 from scoring.time_limit import Pace
-from tests.bad_inputs.case import PREPARE_TEST, SCORE, SCORE_INPUT
+from tests.bad_inputs.place import PREPARE_TEST, SCORE, SCORE_INPUT
 
 ROOT = Path(__file__).resolve().parents[1]
 ANEW = (*SCORE, "--fresh")

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from common.battle import PROBABILITY_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("id", "model_a", "model_b", "prompt", "response_a", "response_b", *PROBABILITY_COLUMNS)
+PREPARE = ("prepare", "-e", "exam", "--train", "votes.csv")
+PREPARE_TEST = (*PREPARE, "--test", "test.csv")
+SFT = ("sft", "-e", "exam")
+SCORE = ("score", "-e", "exam")
+SCORE_INPUT = ("score", "-e", "exam", "--input", "test.csv", "--output", "mine.csv")
+COMPARE = ("compare", "-e", "exam")
+SHOW = ("show", "9000", "-e", "exam")
+SHOW_PAIR = (*SHOW, "--stage", "dpo_reward")
 # What a run may leave beside the work itself: locks, and the cache of frames.
 _OURS = (".lock", ".frames")
 EXPERIMENT = """\
@@ -157,3 +166,52 @@ def _merged_lines(old: str, new: str) -> str:
         if not skipping:
             kept.append(line)
     return "\n".join([*kept, new.rstrip("\n")]) + "\n"
+
+
+Breaks = Callable[[Place], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a good place is broken, what is then called, and what must be said.
+
+    `call` is a command's arguments or a function; exit code 0 means that the words stand in the audit.
+    """
+
+    name: str
+    breaks: Breaks
+    call: tuple[str, ...] | Callable[[], object]
+    words: Sequence[str]
+    code: int = 1
+    writes: tuple[str, ...] = ()  # what the call may write before the fault shows
+
+
+def write(path: str, content: bytes | str) -> Breaks:
+    """Return what puts `content` in a file's place."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    return lambda place: Path(path).write_bytes(data)
+
+
+def change(path: str, how: Callable[[bytes], bytes]) -> Breaks:
+    """Return what changes a file's bytes."""
+    return lambda place: Path(path).write_bytes(how(Path(path).read_bytes()))
+
+
+def remove(path: str) -> Breaks:
+    """Return what takes a file away."""
+    return lambda place: Path(path).unlink()
+
+
+def cut(share: float) -> Callable[[bytes], bytes]:
+    """Return what keeps the first share of some bytes."""
+    return lambda data: data[: int(len(data) * share)]
+
+
+def nothing(place: Place) -> None:
+    """Leave the place as it is: the call itself is the fault."""
+
+
+def cases(rows: Sequence[tuple], call: tuple[str, ...] | None = None, **options: Any) -> list[Case]:
+    """Return the cases of rows (name, breaks, call, words …), without the call where all rows share one."""
+    each = [(*row[:2], call, *row[2:]) if call else row for row in rows]
+    return [Case(name, breaks, call, words, **options) for name, breaks, call, *words in each]

@@ -164,10 +164,7 @@ def test_the_checkpoint_of_the_command_line_is_exported(tab, servers, trained):
     tab.picture("board_exported")
     folder, base = trained / "outputs" / "from_the_board", trained / "models" / "arena-tiny"
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
-    with (
-        safe_open(folder / "model.safetensors", "pt") as exported,
-        safe_open(base / "model.safetensors", "pt") as bare,
-    ):
+    with safe_open(folder / "model.safetensors", "pt") as exported, safe_open(base / "model.safetensors", "pt") as bare:
         names = exported.keys()
         assert set(names) == set(bare.keys()), "a whole model, without an adapter's keys"
         name = next(each for each in names if each.endswith("layers.0.self_attn.q_proj.weight"))
