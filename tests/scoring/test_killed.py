@@ -54,6 +54,7 @@ print("KILLED", killed)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swap_tta", [True])
 def test_killed_again_and_again_the_bytes_are_the_same(
     workplace, make_experiment, tiny_model, small_tokenizer, small_frame, judge_prompt, swap_tta

@@ -147,6 +147,7 @@ def real_prompts(real_data, small_tokenizer) -> list[list[int]]:
     return [e.ids[: 8 + len(e.ids) // 10] for e in small_tokenizer.encode_batch(texts)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_real_rows_have_the_probabilities_of_one_row_at_a_time(real_prompts, plain_logits, name):
     import torch

@@ -233,6 +233,7 @@ def test_ctrl_c_ends_the_watching_alone(exam, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "watching ended; the training goes on"
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_is_no_failure(exam):
     """As a user does it: the command is interrupted while a run is at work, and ends with exit code 0."""
     log(exam, "sft", (4, {"loss": 0.4}))

@@ -33,6 +33,7 @@ def scored(base, executor, show):
     return pd.concat(job.tables(), ignore_index=True)
 
 
+@pytest.mark.slow
 def test_two_workers_give_what_one_process_gives_also_when_one_is_killed(tmp_path):
     show, spec = quiet_show(), FakeSpec(deadly=77, flag=str(tmp_path / "died"))
     executor = Workers(spec, show.note, 2)
@@ -44,6 +45,7 @@ def test_two_workers_give_what_one_process_gives_also_when_one_is_killed(tmp_pat
     assert "out of memory: continuing with 512 tokens a batch" in told
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_every_worker_stops_the_run_and_what_is_scored_is_kept(tmp_path):
     show = quiet_show()
     spec = FakeSpec(deadly=77, flag=str(tmp_path / "died"), always=True)
@@ -57,6 +59,7 @@ def test_a_shard_that_kills_every_worker_stops_the_run_and_what_is_scored_is_kep
     assert "rows were scored by an earlier call, and kept" in again.stream.getvalue()
 
 
+@pytest.mark.slow
 def test_a_fault_in_a_worker_comes_out_as_it_is(tmp_path):
     with pytest.raises(ArenaError, match="id r7: has no finite score") as caught:
         scored(tmp_path, Workers(FakeSpec(fault=True), quiet_show().note, 1), quiet_show())
