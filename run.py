@@ -97,7 +97,7 @@ def prepare(experiment: str, as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(audit, indent=2))
         return
     click.echo(f"data: {context.experiment.data_folder}   (what was read, cut and rejected: audit.json)")
-    for command in next_commands(experiment_status(context.experiment)):
+    for command in next_commands(experiment_status(context)):
         click.echo(f"next: {command}")
 
 
@@ -374,7 +374,7 @@ def _finish(context: Any, report: dict[str, Any] | None, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(report, indent=2))
         else:
-            print_summary(Console(), context.experiment, context.name, report)
+            print_summary(Console(), context, report)
         return
     made = {"adapter": context.adapter, **({"merged": context.merged} if context.merged.is_dir() else {})}
     if as_json:

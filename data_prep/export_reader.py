@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import shlex
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,12 +97,12 @@ def earlier_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def require_intact(folder: Path, names: Collection[str]) -> None:
-    """Raise ArenaError unless the exported files of these names are as `prepare` wrote them.
+def require_intact(folder: Path, names: Collection[str], files: Mapping[str, str]) -> None:
+    """Raise ArenaError unless the exported files of these names have the sums that the manifest's `files` lists.
 
     Names that were not exported are left out. Else training and scoring would use rows that were cut off or edited.
     """
-    for name, digest in read_manifest(folder)["files"].items():
+    for name, digest in files.items():
         if name in names:
             with readable(folder / name):
                 if not (folder / name).is_file():

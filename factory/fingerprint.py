@@ -66,11 +66,10 @@ def exported_files(manifest: Mapping[str, Any], folder: Path) -> dict[str, str]:
 def data_sets(recipe: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
     """Return the fingerprint of the recipe's data sets; files in `known` (see `exported_files`) are not read again."""
     info, found = dataset_info(recipe), {}
-    for key in DATA_KEYS:
-        for name, entry in dataset_entries(recipe, key).items():
-            found[f"{info} {name}"] = entry
-            for path in entry_files(recipe, entry):
-                found[path.as_posix()] = known.get(path.as_posix()) or _content(path)
+    for name, entry in dataset_entries(recipe, *DATA_KEYS).items():
+        found[f"{info} {name}"] = entry
+        for path in entry_files(recipe, entry):
+            found[path.as_posix()] = known.get(path.as_posix()) or _content(path)
     return found
 
 
@@ -79,9 +78,9 @@ def dataset_info(recipe: Mapping[str, Any]) -> Path:
     return Path(recipe.get("dataset_dir", "data")) / "dataset_info.json"
 
 
-def dataset_entries(recipe: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
-    """Return the entries of dataset_info.json that `dataset` or `eval_dataset` names and that are there."""
-    path, wanted = dataset_info(recipe), names(recipe.get(key))
+def dataset_entries(recipe: Mapping[str, Any], *keys: str) -> dict[str, dict[str, Any]]:
+    """Return the entries of dataset_info.json that these keys of a recipe (`DATA_KEYS`) name and that are there."""
+    path, wanted = dataset_info(recipe), [name for key in keys for name in names(recipe.get(key))]
     if not wanted or not path.is_file():
         return {}
     remedy = "fix it; or move it away if it holds no entries of your own, and run `run.py prepare` again"
@@ -105,7 +104,7 @@ def dataset_entries(recipe: Mapping[str, Any], key: str) -> dict[str, dict[str, 
 
 def dataset_files(recipe: Mapping[str, Any]) -> list[Path]:
     """Return the local files of the recipe's training and validation sets, those that exist."""
-    entries = [entry for key in DATA_KEYS for entry in dataset_entries(recipe, key).values()]
+    entries = dataset_entries(recipe, *DATA_KEYS).values()
     return [path for entry in entries for path in entry_files(recipe, entry)]
 
 

@@ -26,15 +26,15 @@ _SHAPING_ONE = {"dpo_judge": ["dpo_rejected"]}
 class StageContext:
     """A stage with its recipes, manifest and state; raises ArenaError where a file that is asked for is unreadable."""
 
-    def __init__(self, experiment: Experiment, name: str):
+    def __init__(self, experiment: Experiment, name: str, family: dict[str, Any] | None = None):
+        """`family` holds what the stages of one experiment share: each other, and the export's manifest."""
         self.experiment, self.name = experiment, name
+        self._family = {} if family is None else family
+        self._family[name] = self
 
     def other(self, name: str) -> StageContext:
         """Return another stage of the same experiment, on the same exported data."""
-        other = StageContext(self.experiment, name)
-        if "manifest" in vars(self):
-            other.manifest = self.manifest
-        return other
+        return self._family.get(name) or StageContext(self.experiment, name, self._family)
 
     @property
     def step(self) -> Step:
@@ -66,12 +66,18 @@ class StageContext:
         """The merge recipe as it stands in its file."""
         return read_yaml(self.merge_recipe_path)
 
-    @cached_property
+    @property
     def manifest(self) -> dict[str, Any]:
         """The manifest of the exported data."""
-        return read_manifest(self.experiment.data_folder)
+        if "manifest" not in self._family:
+            self._family["manifest"] = read_manifest(self.experiment.data_folder)
+        return self._family["manifest"]
 
-    @cached_property
+    def forget_export(self) -> None:
+        """Read the manifest again when it is asked for next: the data were exported again."""
+        self._family.pop("manifest", None)
+
+    @property
     def exported(self) -> dict[str, str]:
         """The exported files' sums by path; empty where nothing was exported (data sets of one's own)."""
         folder = self.experiment.data_folder

@@ -91,7 +91,7 @@ def status_of(names: Sequence[str]) -> list[ExperimentStatus]:
     found = []
     for name in names:
         try:
-            found.append(experiment_status(load_experiment(name)))
+            found.append(experiment_status(StageContext(load_experiment(name), "sft")))
         except ArenaError as error:
             found.append(ExperimentStatus(name, fault=str(error)))
     return found
@@ -145,9 +145,9 @@ def is_at_work(folder: Path) -> bool:
         return False
 
 
-def experiment_status(experiment: Experiment) -> ExperimentStatus:
-    """Return how far an experiment is, with all its stages."""
-    context = StageContext(experiment, "sft")
+def experiment_status(context: StageContext) -> ExperimentStatus:
+    """Return how far the experiment of a stage is, with all its stages."""
+    experiment, context = context.experiment, context.other("sft")
     prepared = (experiment.data_folder / "manifest.json").is_file()
     stages = [stage_status(context.other(stage), prepared) for stage in TRAININGS]
     changed = _changed_settings(context)

@@ -94,7 +94,7 @@ def _require_data(context: StageContext) -> None:
         raise ArenaError("there is no exported data", where=str(folder), remedy=remedy)
     if (folder / MANIFEST).is_file():  # else the data sets are the user's own
         sets = [f"{context.step.data}_{split}" for split in SPLITS[:2]]
-        require_intact(folder, [*sets, *(f"{name}.jsonl" for name in sets)])
+        require_intact(folder, [f"{name}.jsonl" for name in sets], context.manifest["files"])
         context.require_current_settings()
     start = experiment.start_model(context.name)
     if start == experiment.model:

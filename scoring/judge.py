@@ -193,7 +193,7 @@ def require_judge(context: StageContext) -> None:
     """Raise ArenaError where a stage's judge does not exist yet, with how far the stage is and the next command."""
     if (context.merged / MANIFEST).is_file():
         return
-    view, whole = stage_status(context), experiment_status(context.experiment)
+    view, whole = stage_status(context), experiment_status(context)
     call = f"python run.py {context.step.command} -e {shlex.quote(context.experiment.name)}"
     if context.merged.is_dir() and not is_at_work(context.folder):
         what = f"is not a judge: {MANIFEST} is missing"

@@ -94,7 +94,7 @@ def run_stage(
         context.require_current_settings()
         with show.line(f"prepare {experiment.name}") as line:
             ensure_views(experiment, ("reward",), line.update)
-        del context.manifest  # it lists the pairs now
+        context.forget_export()  # the manifest lists the pairs now
     adapter = train(context, resume=resume, fresh=fresh, show=show)
     if adapter is None or until == "train":  # None: another node keeps the results
         return None

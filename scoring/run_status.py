@@ -84,7 +84,7 @@ def run_status(context: StageContext) -> RunStatus:
     tokens, why = answer_tokens(context)
     point, start = points[-1] if points else None, resumed_at(points)
     # What follows a scored stage depends on the whole experiment.
-    following = next_commands(experiment_status(context.experiment))[:1] if view.state == "scored" else [view.next]
+    following = next_commands(experiment_status(context))[:1] if view.state == "scored" else [view.next]
     reached = _reached(context, view)
     return RunStatus(
         experiment=context.experiment.name,

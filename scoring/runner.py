@@ -45,12 +45,11 @@ def open_job(
 ) -> Job:
     """Open the job of these inputs under `base`: its rows are read once, its finished shards are used.
 
-    `inputs` are what the rows come from; what the scores depend on beside them is added here. With `fresh` what an
+    `inputs` are the rows' source and the scorer's `model`; how they are scored is added here. With `fresh` what an
     interrupted call left is deleted.
     """
     depends = {
         **inputs,
-        "model": scorer.inputs(),
         "label_ids": list(scorer.label_ids),
         "engine": executor.engine,
         "precision": executor.precision,

@@ -39,17 +39,18 @@ def score_input(
     scorer, path = spec.scorer(), votes_at(source, labelled=False)
     require_outside(output, path)
     VoteReader(path, labelled=False)  # refuses what is not a table of battles before the model is loaded
-    context.require_scored(scorer.inputs())
+    model = scorer.inputs()
+    context.require_scored(model)
     base, target = unfinished_scores(context), f"input-{output.name}"
     with only_run(base / target):
-        with closing(options.open(spec, show)) as executor:
+        with closing(options.open(spec, scorer, show)) as executor:
             _note_other_engine(report, executor, stage, show)
             job = open_job(
                 base,
                 target,
                 scorer,
                 executor,
-                inputs={"data": f"sha256:{sha256_of_table(path)}", "both_orders": wanted},
+                inputs={"data": f"sha256:{sha256_of_table(path)}", "both_orders": wanted, "model": model},
                 rows=lambda: scorer.read(path),
                 label=f"{stage}: {Path(source).name}",
                 show=show,

@@ -74,13 +74,13 @@ class ScoreOptions:
         precision = self.precision or own_precision(context.experiment, context.name)
         return ScorerSpec(context, self.engine, precision)
 
-    def open(self, spec: ScorerSpec, show: Show) -> Executor:
-        """Load the model as often as asked."""
+    def open(self, spec: ScorerSpec, scorer: Scorer, show: Show) -> Executor:
+        """Load the model as often as asked: into `scorer` where one is enough."""
         show.note(f"{spec.context.name}: loading the trained model")
         if self.ray is not None:
             return RayActors(spec, show.note, address=self.ray, actors=self.workers)
         count = self.workers or default_workers(spec.engine)
-        return Workers(spec, show.note, count) if count > 1 else InProcess(spec.scorer(), show.note)
+        return Workers(spec, show.note, count) if count > 1 else InProcess(scorer, show.note)
 
     def pace(self, jobs: Iterable[Job], show: Show) -> Pace:
         """Start to measure the speed of these jobs against the time limit."""
@@ -105,7 +105,8 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
     options, folder, stage = options or ScoreOptions(), context.folder, context.name
     spec = options.spec(context)
     scorer = spec.scorer()
-    require_intact(context.experiment.data_folder, [Path(path).name for path in context.scoring_inputs["data"]])
+    names = [Path(path).name for path in context.scoring_inputs["data"]]
+    require_intact(context.experiment.data_folder, names, context.manifest["files"])
     context.require_current_settings()
     context.require_current_training()
     scorer.require_own_export()
@@ -123,12 +124,12 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
             require_sound(report.get("checks", []), folder / REPORT)
             return report
         started = time.monotonic()
-        with closing(options.open(spec, show)) as executor:
+        with closing(options.open(spec, scorer, show)) as executor:
             # Only now: a model that cannot be loaded leaves the earlier result as it is.
             for old in archive(folder / REPORT, places=(context.adapter, folder)) if options.fresh else ():
                 show.note(f"{stage}: the earlier report is now {old}")
             context.state.begin("score", inputs)
-            jobs, scoring = _score_splits(context, scorer, executor, options, show)
+            jobs, scoring = _score_splits(context, scorer, executor, inputs["model"], options, show)
         scoring["seconds"] = seconds = round(time.monotonic() - started, 2)
         report, outputs = _write(context, jobs, scoring, compared)
         context.state.finish("score", outputs, time.monotonic() - started)
@@ -190,7 +191,12 @@ def unfinished_scores(context: StageContext) -> Path:
 
 
 def _score_splits(
-    context: StageContext, scorer: Scorer, executor: Executor, options: ScoreOptions, show: Show
+    context: StageContext,
+    scorer: Scorer,
+    executor: Executor,
+    model: dict[str, Any],
+    options: ScoreOptions,
+    show: Show,
 ) -> tuple[dict[str, Job], dict[str, Any]]:
     """Score both splits; return their jobs, and what the report says of how they were scored."""
     jobs = {
@@ -199,7 +205,7 @@ def _score_splits(
             split,
             scorer,
             executor,
-            inputs={"data": context.scoring_inputs["data"]},
+            inputs={"data": context.scoring_inputs["data"], "model": model},
             rows=lambda split=split: scorer.exported(split),
             label=f"{context.name}: {label}",
             show=show,

@@ -15,6 +15,7 @@ from common.console import printable
 from common.experiment import Experiment
 from common.stages import STEPS
 from factory import status
+from factory.stage_context import StageContext
 from scoring.report import figures
 from scoring.report.findings import findings, headline, main_figures, outcome
 from scoring.report.formatting import BASELINE_NAMES, percent, points
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 _STYLES = {"red": "bold red", "amber": "yellow", "info": "dim"}
 
 
-def print_summary(console: Console, experiment: Experiment, stage: str, report: dict[str, Any]) -> None:
+def print_summary(console: Console, context: StageContext, report: dict[str, Any]) -> None:
     """Print the log losses, worst first, the findings, the flags, and the files that were made."""
+    experiment, stage = context.experiment, context.name
     table = _table(f"{experiment.name} / {stage}: log loss on {report['rows']} held-out battles", 56)
     for mark in sorted(figures.report_chart(report).marks, key=lambda mark: -mark.value):
         table.add_row(*_cells(mark), style="bold" if mark.kind == "model" else None)
@@ -44,17 +46,18 @@ def print_summary(console: Console, experiment: Experiment, stage: str, report: 
     _print(console, f"report:     {folder / 'report.html'}   (numbers: report.json)")
     submission, why_none = folder / "submission.csv", "none: no test set was exported; prepare with --test FILE"
     _print(console, f"submission: {submission if submission.exists() else why_none}")
-    for command in next_commands(experiment, stage, report):
+    for command in next_commands(context, report):
         # A command must stay one line that can be copied.
         console.print(f"next:       {command}", highlight=False, markup=False, soft_wrap=True)
 
 
-def next_commands(experiment: Experiment, stage: str, report: dict[str, Any]) -> list[str]:
+def next_commands(context: StageContext, report: dict[str, Any]) -> list[str]:
     """Return what to look at or to run after a report: the worst row, then what `status` says."""
-    commands = status.next_commands(status.experiment_status(experiment))
+    commands = status.next_commands(status.experiment_status(context))
     if report.get("worst"):
-        worst, name = shlex.quote(report["worst"][0]["id"]), shlex.quote(experiment.name)
-        commands.insert(0, f"python run.py show {worst} -e {name} --stage {stage}   (its worst row)")
+        worst = shlex.quote(report["worst"][0]["id"])
+        where = f"-e {context.experiment.name} --stage {context.name}"
+        commands.insert(0, f"python run.py show {worst} {where}   (its worst row)")
     return commands
 
 

@@ -190,14 +190,14 @@ def test_what_is_next_after_a_report_is_what_status_says(exam):
         began(exam, stage, "train", "merge", "score")
         report(exam, stage, 1.02)
         (view,) = status_of(["exam"])
-        assert next_commands(view) == summary.next_commands(exam, stage, {})
+        assert next_commands(view) == summary.next_commands(StageContext(exam, stage), {})
         asked += next_commands(view)
     assert asked == [
         "python run.py dpo --view reward -e exam   (another method on the same votes)",
         "python run.py compare -e exam",
     ]
     began(exam, "rm", "train", finished=False)
-    assert summary.next_commands(exam, "sft", {}) == ["python run.py rm -e exam"]
+    assert summary.next_commands(StageContext(exam, "sft"), {}) == ["python run.py rm -e exam"]
 
 
 def test_a_result_that_does_not_beat_the_prior_is_marked_in_words(exam):

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from scored_arena import arena, built
 
+from factory.stage_context import StageContext
 from scoring.report.console import print_comparison, print_summary
 
 
@@ -50,13 +51,13 @@ def test_a_flagged_stage_is_flagged_again_and_not_advised(result, tmp_path):
 
 
 def test_the_summary_shows_the_baselines_the_findings_and_every_flag(tmp_path, monkeypatch):
-    monkeypatch.setattr("factory.status.experiment_status", lambda experiment: None)
+    monkeypatch.setattr("factory.status.experiment_status", lambda context: None)
     monkeypatch.setattr("factory.status.next_commands", lambda view: ["python run.py compare -e exam"])
     scores, texts, truth = arena(400, 3, both_orders=True)
     report = built(scores, texts, truth)[0]
     out = io.StringIO()
     experiment = SimpleNamespace(name="exam", output_folder=lambda stage: tmp_path / stage)
-    print_summary(Console(file=out, width=300), experiment, "sft", report)
+    print_summary(Console(file=out, width=300), StageContext(experiment, "sft"), report)
     text = out.getvalue()
     losses = [float(line.split("│")[2]) for line in text.splitlines() if line.count("│") == 4]
     assert len(losses) == 6 and losses == sorted(losses, reverse=True), "the worst first"

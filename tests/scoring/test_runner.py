@@ -31,7 +31,7 @@ def opened(base, scorer=None, show=None, count=ROWS, target="valid", fresh=False
         target,
         scorer,
         executor,
-        inputs={"data": "sha256:dd"} | inputs,
+        inputs={"data": "sha256:dd", "model": scorer.inputs()} | inputs,
         rows=lambda: rows(count),
         label="sft",
         show=show or quiet_show(),
