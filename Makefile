@@ -75,7 +75,7 @@ kills: install
 
 # The table of docs/trust.md, from the tests and the kept results of the fuzzer and of the kills.
 trust: install
-	$(BIN)/python benchmarks/trust.py
+	$(BIN)/python benchmarks/trust.py --write
 
 COMPILE := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url
 

@@ -1,22 +1,41 @@
-"""What the tables of figures share: where and with what they were measured, and their place in a document."""
+"""What the tables of figures share: their options, where and with what they were measured, their place in the docs."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
 from datetime import date
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+# Options whose value is a folder of the person who measures.
+_FOLDERS = ("--work", "--demo", "--wide")
 
 
-def measured_on(command: str) -> str:
-    """Return one line: hardware, versions, date and command."""
+def options(doc: str, *, votes: bool = False, work: bool = False) -> argparse.ArgumentParser:
+    """Return a script's parser with the options that scripts share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if votes:
+        parser.add_argument("--votes", nargs="+", type=lambda path: Path(path).resolve(), required=True)
+    if work:
+        parser.add_argument("--work", type=lambda path: Path(path).resolve(), required=True, metavar="FOLDER")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/")
+    return parser
+
+
+def measured_on(command: str | None = None) -> str:
+    """Return one line: hardware, versions, date and command (by default that of this process)."""
     from scoring.checks.provenance import hardware
 
+    if command is None:
+        words = [word for word in sys.argv[1:] if word != "--write"]
+        words = ["FOLDER" if last in _FOLDERS else Path(word).name for last, word in pairwise(["", *words])]
+        command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     machine = hardware()
     gpus = ", ".join(machine["gpus"]) or "no GPU"
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("llamafactory", "torch", "transformers"))
@@ -26,13 +45,24 @@ def measured_on(command: str) -> str:
     )
 
 
-def put(document: Path, mark: str, text: str) -> None:
-    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` in a document."""
-    whole = document.read_text(encoding="utf-8")
+def publish(mark: str, text: str, write: bool, command: str | None = None) -> None:
+    """Print figures with their machine and command; `write` puts them between a document's `<!-- mark -->` lines."""
+    text = f"{text.strip()}\n\n{measured_on(command)}"
+    print(text, end="\n\n")
+    if write:
+        put(mark, text)
+
+
+def put(mark: str, text: str) -> None:
+    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` in README.md or a page of docs/."""
     begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
-    head, rest = whole.split(begin)
-    tail = rest.split(end)[1]
-    document.write_text(f"{head}{begin}\n{text.strip()}\n{end}{tail}", encoding="utf-8")
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        whole = document.read_text(encoding="utf-8")
+        if begin in whole and end in whole:
+            head, rest = whole.split(begin)
+            document.write_text(f"{head}{begin}\n{text.strip()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+            return
+    raise SystemExit(f"neither README.md nor a page of docs/ has the lines {begin} and {end}")
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:

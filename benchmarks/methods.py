@@ -1,148 +1,119 @@
 """What each method is worth on the synthetic arena, whose truth is known, and what each ingredient adds.
 
-    python benchmarks/methods.py --work FOLDER [--seeds 1 2 3] [--collect] [--docs]
+    python benchmarks/methods.py --work FOLDER [--seeds 1 2 3] [--collect] [--write]
 
 Runs every stage of the demo experiment for each seed (its own arena, its own base model), then the ablations:
 without swapped copies, averaging both orders, without calibration, and (first seed only: it is the longest training)
-DPO from the base instead of from SFT. Finished parts in FOLDER are kept. --docs puts the tables into docs/methods.md;
-what the fitted links say of the generator's parameters is printed only.
+DPO from the base instead of from SFT. Finished parts in FOLDER are kept. What the
+fitted links say of the generator's parameters is printed only.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from pathlib import Path
 
-from figures import ROOT, measured_on, put, table
-from workbench import STAGES, Workbench, interval, paired
+import pandas as pd
+from figures import options, publish, table
+from workbench import STAGES, Workbench, interval
+
+from common.battle import VERDICTS
+from common.experiment import read_yaml
+from data_prep.synthetic import TRUTH
+from scoring.links import softmax
+from scoring.metrics import paired_difference, verdict_codes
 
 NAMES = {
     "sft": "SFT on the label",
     "dpo_judge": "DPO, judge view (from SFT)",
     "dpo_reward": "DPO, reward view",
     "rm": "reward model",
-    "blend": "blend of the four",
 }
+CHANCES = [f"p_{verdict}" for verdict in VERDICTS]
 
 
-def run_seed(work: Path, seed: int, from_base: bool) -> Workbench:
+def run_seed(bench: Workbench, seed: int, from_base: bool) -> None:
     """Run all stages of one seed and then its ablations; what is finished is kept."""
-    bench = Workbench(work / f"seed{seed}")
-    if not bench.output("demo", "sft").exists():
+    if not bench.has("demo", "sft"):
         bench.run("demo", "--seed", str(seed))
     for stage in STAGES:
         bench.stage("demo", stage)
     if not (bench.output("demo", "compare") / "compare.json").is_file():
         bench.run("compare", "-e", "demo")
     votes = ["--train", "data/synthetic_arena/train.csv", "--truth", "data/synthetic_arena/truth.csv"]
+    sft, dpo = (read_yaml(bench.folder / "factory_configs" / "demo" / f"{step}.yaml") for step in ("sft", "dpo_judge"))
     # The same number of optimizer steps: twice the epochs where there are no copies.
-    epochs = 2 * float(recipe(bench, "sft")["num_train_epochs"])
+    epochs = 2 * float(sft["num_train_epochs"])
     bench.variant("noswap", "demo", swap_copies=False, recipes={"sft": {"num_train_epochs": epochs}})
     bench.prepare("noswap", *votes)
     bench.stage("noswap", "sft")
     if from_base:
-        run_from_base(bench, votes)
-    return bench
-
-
-def run_from_base(bench: Workbench, votes: list[str]) -> None:
-    """Run DPO's judge view without SFT before it."""
-    # As many optimizer steps from the base as SFT and DPO take together, at SFT's rate.
-    steps = {"max_steps": sft_steps(bench) + recipe(bench, "dpo_judge")["max_steps"]}
-    rate = {"learning_rate": recipe(bench, "sft")["learning_rate"]}
-    bench.variant("frombase", "demo", start_from={"dpo_judge": "base"}, recipes={"dpo_judge": steps | rate})
-    bench.prepare("frombase", *votes)
-    bench.stage("frombase", "dpo_judge")
-
-
-def sft_steps(bench: Workbench) -> int:
-    """Return the number of optimizer steps that the demo's SFT took."""
-    log = bench.folder / "saves" / "arena-tiny" / "lora" / "demo_sft" / "trainer_log.jsonl"
-    return json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["total_steps"]
-
-
-def recipe(bench: Workbench, step: str) -> dict:
-    """Return a recipe of the demo."""
-    from common.experiment import read_yaml
-
-    return read_yaml(bench.folder / "factory_configs" / "demo" / f"{step}.yaml")
+        # As many optimizer steps from the base as SFT and DPO take together, at SFT's rate.
+        log = bench.folder / "saves" / "arena-tiny" / "lora" / "demo_sft" / "trainer_log.jsonl"
+        steps = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["total_steps"] + dpo["max_steps"]
+        recipe = {"max_steps": steps, "learning_rate": sft["learning_rate"]}
+        bench.variant("frombase", "demo", start_from={"dpo_judge": "base"}, recipes={"dpo_judge": recipe})
+        bench.prepare("frombase", *votes)
+        bench.stage("frombase", "dpo_judge")
 
 
 def method_losses(bench: Workbench) -> dict[str, str]:
     """Return log loss, interval and share learned of each method, and the log loss of each baseline."""
-    found = {}
-    for stage in STAGES:
-        report = bench.report("demo", stage)
-        found[NAMES[stage]] = _cell(report["log_loss"], report["log_loss_ci95"], report["learned_share"])
+    reports = {NAMES[stage]: bench.report("demo", stage) for stage in STAGES}
     comparison = json.loads((bench.output("demo", "compare") / "compare.json").read_text(encoding="utf-8"))
+    baselines, bayes = comparison["baselines"], comparison["bayes"]
     blend = next(row for row in comparison["table"] if row["name"] == "blend")
-    prior, bayes = comparison["baselines"]["prior"], comparison["bayes"]
-    share = (prior - blend["log_loss"]) / (prior - bayes)
-    found[NAMES["blend"]] = _cell(blend["log_loss"], blend["log_loss_ci95"], share)
-    baselines = {**{name: comparison["baselines"][name] for name in ("prior", "length", "tfidf")}, "Bayes": bayes}
-    return found | {f"*{name}*": f"{loss:.4f}" for name, loss in baselines.items()}
+    share = (baselines["prior"] - blend["log_loss"]) / (baselines["prior"] - bayes)
+    reports["blend of the four"] = blend | {"learned_share": share}
+    found = {
+        name: f"{its['log_loss']:.4f} {interval(its['log_loss_ci95'])} **{its['learned_share']:.2f}**"
+        for name, its in reports.items()
+    }
+    others = {name: baselines[name] for name in ("prior", "length", "tfidf")} | {"Bayes": bayes}
+    return found | {f"*{name}*": f"{loss:.4f}" for name, loss in others.items()}
 
 
-def _cell(loss: float, ends: list[float] | None, share: float) -> str:
-    return f"{loss:.4f} {interval(ends)} **{share:.2f}**"
-
-
-def davidson_rows(bench: Workbench, seed: int) -> list[list[str]]:
+def links_of(bench: Workbench) -> dict[str, str]:
     """Return what the fitted links say of the generator's tie parameter and position bias, and how far off that is."""
-    from data_prep.synthetic import TRUTH
-
-    rows = []
+    found, known = {}, {"log_tie": math.log(TRUTH.tie), "position_bias": TRUTH.position_bias}
     for stage in ("rm", "dpo_reward"):
-        link = bench.report("demo", stage)["calibration"]["parameters"]
-        if link is None:
-            rows.append([str(seed), NAMES[stage], "no link kept", ""])
-            continue
-        cells = []
-        for name, true in (("log_tie", math.log(TRUTH.tie)), ("position_bias", TRUTH.position_bias)):
+        link = bench.report("demo", stage)["calibration"]["parameters"] or {}
+        for name, true in known.items() if link else ():
             value, error = link[name]["value"], link[name]["standard_error"]
-            cells.append(f"{value:.2f} ± {error:.2f} (true {true:.2f}; {abs(value - true) / error:.1f} SE)")
-        rows.append([str(seed), NAMES[stage], *cells])
-    return rows
+            cell = f"{value:.2f} ± {error:.2f} (true {true:.2f}; {abs(value - true) / error:.1f} SE)"
+            found[f"{NAMES[stage]}: {name}"] = cell
+    return found
 
 
 def ablations(bench: Workbench) -> dict[str, str]:
     """Return what each ingredient adds to the log loss, with its interval; below 0 it helps."""
-    sft = bench.judged("demo", "sft")
-    found = {}
-
-    def add(name: str, with_it, without) -> None:
-        difference, ends = paired(with_it, without)
-        found[name] = f"{difference:+.4f} {interval(ends)}"
-
-    if bench.has("noswap", "sft"):
-        unswapped = bench.judged("noswap", "sft")
-        add("swapped copies in training (SFT, equal steps)", sft, unswapped)
-        one, both = _orders(unswapped)
-        add("averaging both orders, trained without swapped copies", both, one)
-    one, both = _orders(sft)
-    add("averaging both orders, trained with swapped copies", both, one)
-    for stage in ("sft", "dpo_judge"):
-        plain, _ = _orders(bench.judged("demo", stage))
-        add(f"calibration ({NAMES[stage]})", bench.judged("demo", stage), plain)
-    dpo = bench.judged("demo", "dpo_judge")
-    add("DPO, judge view, after SFT instead of SFT alone", dpo, sft)
+    sft, dpo, unswapped = (bench.judged(*it) for it in (("demo", "sft"), ("demo", "dpo_judge"), ("noswap", "sft")))
+    pairs = {
+        "swapped copies in training (SFT, equal steps)": (sft, unswapped),
+        "averaging both orders, trained without swapped copies": orders(unswapped)[::-1],
+        "averaging both orders, trained with swapped copies": orders(sft)[::-1],
+        f"calibration ({NAMES['sft']})": (sft, orders(sft)[0]),
+        f"calibration ({NAMES['dpo_judge']})": (dpo, orders(dpo)[0]),
+        "DPO, judge view, after SFT instead of SFT alone": (dpo, sft),
+    }
     if bench.has("frombase", "dpo_judge"):
         base = bench.judged("frombase", "dpo_judge")
-        add("DPO, judge view, after SFT instead of from the base (equal steps)", dpo, base)
-    return found
+        pairs["DPO, judge view, after SFT instead of from the base (equal steps)"] = (dpo, base)
+    return {name: difference(*pair) for name, pair in pairs.items()}
 
 
-def _orders(scores):
+def orders(scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the rows with the plain softmax of the AB order, and with the mean of both orders."""
-    from scoring.links import softmax
+    ab, ba = (softmax(scores[[f"{order}_{v}" for v in VERDICTS]].to_numpy()) for order in ("ab", "ba"))
+    return tuple(scores.assign(**dict(zip(CHANCES, p.T, strict=True))) for p in (ab, (ab + ba) / 2))
 
-    one, both = scores.copy(), scores.copy()
-    ab, ba = (softmax(scores[[f"{o}_a", f"{o}_b", f"{o}_tie"]].to_numpy()) for o in ("ab", "ba"))
-    one[["p_a", "p_b", "p_tie"]] = ab
-    both[["p_a", "p_b", "p_tie"]] = (ab + ba) / 2
-    return one, both
+
+def difference(first: pd.DataFrame, second: pd.DataFrame) -> str:
+    """Return the log loss of the first minus that of the second, on the same rows."""
+    second = second.set_index("id").loc[first["id"]]
+    chances, truth = (first[CHANCES].to_numpy(), second[CHANCES].to_numpy()), verdict_codes(first["verdict"])
+    found = paired_difference(*chances, truth, first["group"], seed=1)
+    return f"{found['difference']:+.4f} {interval(found['ci95'])}"
 
 
 def by_seed(heading: str, found: dict[int, dict[str, str]]) -> str:
@@ -153,30 +124,23 @@ def by_seed(heading: str, found: dict[int, dict[str, str]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
+    parser = options(__doc__, work=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--collect", action="store_true", help="run nothing, tabulate what FOLDER holds")
-    parser.add_argument("--docs", action="store_true")
-    arguments = parser.parse_args()
-    methods, links, added = {}, [], {}
-    for seed in arguments.seeds:
-        work = arguments.work.resolve()
-        if arguments.collect:
-            bench = Workbench(work / f"seed{seed}")
-        else:
-            bench = run_seed(work, seed, from_base=seed == arguments.seeds[0])
-        methods[seed], added[seed] = method_losses(bench), ablations(bench)
-        links += davidson_rows(bench, seed)
-    how = measured_on(f"python benchmarks/methods.py --work FOLDER --seeds {' '.join(map(str, arguments.seeds))}")
+    asked = parser.parse_args()
+    benches = {seed: Workbench(asked.work / f"seed{seed}") for seed in asked.seeds}
+    for seed, bench in benches.items():
+        if not asked.collect:
+            run_seed(bench, seed, from_base=seed == asked.seeds[0])
+    methods, added, links = (
+        {seed: of(bench) for seed, bench in benches.items()} for of in (method_losses, ablations, links_of)
+    )
     text = (
         f"{by_seed('log loss [95%], share learned', methods)}\n\n### What each ingredient adds\n\n"
-        f"Differences of the log loss [95%]; below 0 the ingredient helps.\n\n{by_seed('ingredient', added)}\n\n{how}"
+        f"Differences of the log loss [95%]; below 0 the ingredient helps.\n\n{by_seed('ingredient', added)}"
     )
-    print(text)
-    print(table(["seed", "method", "log of the tie parameter ν", "position bias"], links))
-    if arguments.docs:
-        put(ROOT / "docs" / "methods.md", "methods", text)
+    publish("methods", text, asked.write)
+    print(by_seed("link", links))
 
 
 if __name__ == "__main__":

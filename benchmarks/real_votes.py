@@ -1,6 +1,6 @@
 """What the methods reach on real votes with a tiny base model on a CPU, and what a target prior repairs.
 
-    python benchmarks/real_votes.py --work FOLDER --natural train_natural.csv --clean train_clean.csv.gz [--docs]
+    python benchmarks/real_votes.py --work FOLDER --natural train_natural.csv --clean train_clean.csv.gz [--write]
 
 `natural` has the competition's own class balance; `clean` holds the same rows and many more, nearly without ties.
 The base has random weights and a tokenizer trained on these votes: it shows that the chain is honest on real text,
@@ -13,49 +13,30 @@ not what a pretrained model would reach. Two parts:
 
 from __future__ import annotations
 
-import argparse
-import csv
 import random
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from figures import ROOT, measured_on, put, table
-from workbench import STAGES, Workbench, interval
+import pandas as pd
+from figures import options, publish, table
+from workbench import STAGES, Workbench, battles_of, interval, texts_of, write_votes
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 from data_prep.folds import prompt_group
-from data_prep.readers import VoteReader
-from data_prep.synthetic import TRAIN_COLUMNS, cell
+from scoring.metrics import bootstrap_interval, paired_difference, row_losses, verdict_codes
 
+BASE = {"vocabulary": 2048, "hidden": 64, "layers": 2, "heads": 4, "feed_forward": 128}
 HELD_OUT = 500
 # Optimizer steps of 16 battles: a third of an epoch of the large table, minutes on two cores.
 STEPS = 250
 # The competition's class shares in its own training table, as its participants knew them.
 NATURAL = {"a": 0.35, "b": 0.34, "tie": 0.31}
-
-
-def write_votes(path: Path, battles: Iterable[Battle]) -> None:
-    """Write battles in the competition's schema."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(TRAIN_COLUMNS)
-        for battle in battles:
-            cells = [cell(texts) for texts in (battle.prompts, battle.responses_a, battle.responses_b)]
-            writer.writerow([battle.id, "x", "y", *cells, *(int(battle.verdict == v) for v in VERDICTS)])
-
-
-def build_base(bench: Workbench, battles: list[Battle]) -> None:
-    """Build the base model with a tokenizer of real text."""
-    from factory.base_model import BaseModelSize, build_base_model
-
-    texts = (text for b in battles for text in (*b.prompts, *b.responses_a, *b.responses_b))
-    size = BaseModelSize(vocabulary=2048, hidden=64, layers=2, heads=4, feed_forward=128)
-    build_base_model(bench.folder / "models" / "real-tiny", texts, seed=1, size=size)
+METHODS = ["method", "log loss [95%]", "below the prior [95%]", "beats the prior"]
+SCARCE = ["method", "target prior", "log loss on held-out natural rows [95%]", "above the natural prior [95%]"]
 
 
 def own_methods(bench: Workbench, natural: Path) -> list[list[str]]:
-    """Train every stage on the natural votes; return one row a method and rung of the ladder."""
+    """Train every stage on the natural votes; return one row a method and baseline."""
     bench.prepare("real", "--train", str(natural))
     rows = []
     for stage in STAGES:
@@ -69,35 +50,28 @@ def own_methods(bench: Workbench, natural: Path) -> list[list[str]]:
     return rows
 
 
-def scarce_ties(bench: Workbench, natural: Path, clean: Path) -> list[list[str]]:
+def scarce_ties(bench: Workbench, battles: list[Battle], clean: Path) -> list[list[str]]:
     """Train where ties are scarce, judge on held-out natural rows; return rows with and without the target prior."""
-    battles = [battle for _, battle in VoteReader(natural, labelled=True)]
-    groups = sorted({prompt_group(battle) for battle in battles})
-    random.Random(1).shuffle(groups)
-    held, groups_held = [], set()
-    by_group = {}
+    by_group: dict[str, list[Battle]] = {}
     for battle in battles:
         by_group.setdefault(prompt_group(battle), []).append(battle)
-    for group in groups:
-        if len(held) < HELD_OUT:
-            held += by_group[group]
-            groups_held.add(group)
-    rest = [battle for _, battle in VoteReader(clean, labelled=True) if prompt_group(battle) not in groups_held]
+    groups, held = sorted(by_group), []
+    random.Random(1).shuffle(groups)
+    while len(held) < HELD_OUT and groups:
+        held += by_group.pop(groups.pop(0))
+    groups_held = {prompt_group(battle) for battle in held}
+    rest = [battle for battle in battles_of(clean) if prompt_group(battle) not in groups_held]
     write_votes(bench.folder / "held_out.csv", held)
     write_votes(bench.folder / "scarce.csv", rest)
-    shares = [sum(b.verdict == v for b in battles if prompt_group(b) not in groups_held) for v in VERDICTS]
-    constant = [s / sum(shares) for s in shares]
+    left = [battle.verdict for group in by_group.values() for battle in group]
+    constant = np.tile([left.count(verdict) / len(left) for verdict in VERDICTS], (len(held), 1))
     rows = [scarce_row(bench, stage, prior, held, constant) for stage in ("sft", "rm") for prior in (None, NATURAL)]
-    loss, ends = losses(np.tile(constant, (len(held), 1)), held)
-    rows.append(["*natural class prior*", "", f"{loss:.4f} {interval(ends)}", ""])
-    ties = sum(b.verdict == "tie" for b in rest) / len(rest)
-    rows.append(
-        [f"*training: {len(rest):,} battles, {ties:.1%} ties; judged: {len(held)} natural battles*", "", "", ""]
-    )
-    return rows
+    ties = sum(battle.verdict == "tie" for battle in rest) / len(rest)
+    said = f"*training: {len(rest):,} battles, {ties:.1%} ties; judged: {len(held)} natural battles*"
+    return [*rows, ["*natural class prior*", "", loss_of(constant, held), ""], [said, "", "", ""]]
 
 
-def scarce_row(bench: Workbench, stage: str, prior: dict | None, held: list[Battle], constant: list[float]) -> list:
+def scarce_row(bench: Workbench, stage: str, prior: dict | None, held: list[Battle], constant: np.ndarray) -> list[str]:
     """Score the judge trained on scarce ties with or without the target prior; return the table's row."""
     # The prior enters after the training: the same judge is scored twice.
     steps = {"sft": {"max_steps": STEPS}, "rm": {"num_train_epochs": 1.0}}
@@ -107,57 +81,37 @@ def scarce_row(bench: Workbench, stage: str, prior: dict | None, held: list[Batt
     bench.stage("scarce", stage)
     output = f"held_out_{stage}_{'plain' if prior is None else 'corrected'}.csv"
     bench.run("score", "-e", "scarce", "--stage", stage, "--input", "held_out.csv", "--output", output)
-    found = probabilities(bench.folder / output, held)
-    loss, ends = losses(found, held)
-    against = against_prior(found, np.tile(constant, (len(held), 1)), held)
-    return [stage, "declared natural" if prior else "none", f"{loss:.4f} {interval(ends)}", against]
+    scored = pd.read_csv(bench.folder / output, dtype={"id": str}).set_index("id")
+    found = scored.loc[[battle.id for battle in held], list(PROBABILITY_COLUMNS)].to_numpy()
+    paired = paired_difference(found, constant, *truth_and_groups(held), seed=1)
+    against = f"{paired['difference']:+.4f} {interval(paired['ci95'])}"
+    return [stage, "declared natural" if prior else "none", loss_of(found, held), against]
 
 
-def probabilities(path: Path, held: list[Battle]) -> np.ndarray:
-    """Return a written table's probabilities [battles, 3] in the order of `held`."""
-    with path.open(newline="", encoding="utf-8") as file:
-        found = {row["id"]: [float(row[c]) for c in PROBABILITY_COLUMNS] for row in csv.DictReader(file)}
-    return np.array([found[b.id] for b in held])
+def truth_and_groups(held: list[Battle]) -> tuple[np.ndarray, list[str]]:
+    """Return the verdicts' codes and the prompt groups, by which intervals are drawn."""
+    return verdict_codes(battle.verdict for battle in held), [prompt_group(battle) for battle in held]
 
 
-def against_prior(found: np.ndarray, constant: np.ndarray, held: list[Battle]) -> str:
-    """Return how far the log loss lies above (+) or below (-) that of the constant shares, paired."""
-    from scoring.metrics import paired_difference, verdict_codes
-
-    groups = [prompt_group(b) for b in held]
-    paired = paired_difference(found, constant, verdict_codes([b.verdict for b in held]), groups, seed=1)
-    return f"{paired['difference']:+.4f} {interval(paired['ci95'])}"
-
-
-def losses(probabilities: np.ndarray, held: list[Battle]) -> tuple[float, list[float] | None]:
-    """Return the log loss of probabilities [battles, 3] and its interval."""
-    from scoring.metrics import bootstrap_interval, row_losses, verdict_codes
-
-    values = row_losses(probabilities, verdict_codes([b.verdict for b in held]))
-    return float(values.mean()), bootstrap_interval(values, [prompt_group(b) for b in held], seed=1)
+def loss_of(probabilities: np.ndarray, held: list[Battle]) -> str:
+    """Return the log loss of probabilities [battles, 3] with its interval."""
+    truth, groups = truth_and_groups(held)
+    values = row_losses(probabilities, truth)
+    return f"{values.mean():.4f} {interval(bootstrap_interval(values, groups, seed=1))}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--natural", type=Path, required=True)
-    parser.add_argument("--clean", type=Path, required=True)
-    parser.add_argument("--docs", action="store_true")
-    arguments = parser.parse_args()
-    natural, clean = arguments.natural.resolve(), arguments.clean.resolve()
-    bench = Workbench(arguments.work.resolve())
-    build_base(bench, [battle for _, battle in VoteReader(natural, labelled=True)])
+    parser = options(__doc__, work=True)
+    parser.add_argument("--natural", type=lambda path: Path(path).resolve(), required=True)
+    parser.add_argument("--clean", type=lambda path: Path(path).resolve(), required=True)
+    asked = parser.parse_args()
+    bench, battles = Workbench(asked.work), battles_of(asked.natural)
+    model = bench.base("real-tiny", texts_of(battles), **BASE)
     recipes = {"dpo_judge": {"max_steps": 80}}
-    bench.variant("real", "demo", model="models/real-tiny", cutoff_len=320, valid_share=0.3, recipes=recipes)
-    first = table(["method", "log loss [95%]", "below the prior [95%]", "beats the prior"], own_methods(bench, natural))
-    headings = ["method", "target prior", "log loss on held-out natural rows [95%]", "above the natural prior [95%]"]
-    second = table(headings, scarce_ties(bench, natural, clean))
-    how = measured_on(f"python benchmarks/real_votes.py --work FOLDER --natural {natural.name} --clean {clean.name}")
-    print(f"A tiny base with random weights, trained on {natural.name}:\n\n{first}\n")
-    text = f"{second}\n\n{how}"
-    print(text)
-    if arguments.docs:
-        put(ROOT / "docs" / "methods.md", "scarce ties", text)
+    bench.variant("real", "demo", model=model, cutoff_len=320, valid_share=0.3, recipes=recipes)
+    text = f"A tiny base with random weights, trained on the {asked.natural.name} of the competition's table.\n\n"
+    text += f"{table(METHODS, own_methods(bench, asked.natural))}\n\n### Ties scarce in training, natural in the test"
+    publish("real votes", f"{text}\n\n{table(SCARCE, scarce_ties(bench, battles, asked.clean))}", asked.write)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What this project stands on: known vulnerabilities, licences, and why each direct dependency is there.
+"""What this project depends on: known vulnerabilities, licences, and why each direct dependency is there.
 
     python benchmarks/supply_chain.py audit      # report: pip-audit over every lock (make audit)
     python benchmarks/supply_chain.py tables     # writes docs/dependencies.md (make tables)
     python benchmarks/supply_chain.py licences   # prints the licence of every locked package
 
-The audit is a report, not a gate: a new vulnerability is no fault of the last change. What could not be audited is
-said by name and number, so that no silence looks like a pass.
+The audit reports and never fails: a new vulnerability is no fault of the last change. What could not be audited is
+listed by name and number, so that silence never looks like a pass.
 """
 
 from __future__ import annotations
@@ -23,25 +23,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DEPENDENCIES = ROOT / "docs" / "dependencies.md"
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^ \\;]+)", re.MULTILINE)
-_REASON = re.compile(r'^\s*"?([A-Za-z0-9._-]+)([^"#]*)"?,?\s*#\s*(.+)$')
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_REASON = re.compile(r'^\s*"?([A-Za-z0-9._-]+)[^"#\n]*"?,?[ \t]*#[ \t]*(.+)$', re.MULTILINE)
+_AUDIT = ("--disable-pip", "--require-hashes", "--progress-spinner", "off", "--format", "json", "--timeout", "10")
 _SECONDS = 240
 _LONGEST_LICENCE = 60
 _NOT_INSTALLED = "not installed"
-_PAGE = """\
-# Dependencies and licences
+_PERMISSIVE = re.compile(r"MIT|BSD|Apache|ISC|PSF|Python Software")
+_PAGE = """# Dependencies
 
-For whoever reviews packages. `pyproject.toml` and `extras/*.in` list the direct dependencies, each with its reason
-beside it. Everything is pinned with hashes in `requirements.lock` and `extras/*.lock`. `make audit` reports known
-vulnerabilities; `python benchmarks/supply_chain.py licences` lists the licence of each package.
+For whoever reviews packages and licences. `make tables` writes this page from `pyproject.toml`,
+`extras/*.in` and package metadata. All versions are pinned with hashes in `requirements.lock` and
+`extras/*.lock`; `make audit` reports known vulnerabilities.
 
-`make tables` writes this table of all {count} locked packages from their metadata. "Not installed" are packages of
-other systems, and of extras that were not installed then.
-
-| licence | packages | direct dependencies among them |
+| package | why | licence |
 |---|---|---|
 {rows}
+
+The locks hold {locked} packages, of which {installed} were installed when this was written.
+NVIDIA's own licences: {nvidia} packages `nvidia-*`. Neither MIT, BSD, Apache, ISC nor PSF:
+{rest}. `python benchmarks/supply_chain.py licences` lists all.
 """
-_FAMILIES = {r"MPL": "MPL 2.0", r"Apache": "Apache 2.0", r"BSD": "BSD", r"MIT": "MIT", r"PSF|Python Soft": "PSF"}
 
 
 def locks() -> list[Path]:
@@ -54,27 +56,20 @@ def locked(lock: Path) -> dict[str, str]:
     return dict(_PIN.findall(lock.read_text(encoding="utf-8")))
 
 
-# --- known vulnerabilities ------------------------------------------------------------------------------------
-
-
 def audit() -> list[str]:
     """Return the report's lines; nothing raises where the service or the tool is out of reach."""
     if find_spec("pip_audit") is None:
         return ["audit: NOT DONE: pip-audit is not installed (make extra-audit)"]
-    smallest = min(locks(), key=lambda lock: len(locked(lock)))
-    lines = _audited(smallest)
+    lines = audit_of(min(locks(), key=lambda lock: len(locked(lock))))
     if any("NOT" in line for line in lines):
-        return [
-            *lines,
-            "audit: NOT DONE: the vulnerability service is not reachable from here, or does not know this package",
-        ]
-    return [line for lock in locks() for line in _audited(lock)]
+        return [*lines, "audit: NOT DONE: the vulnerability service cannot be reached, or does not know this package"]
+    return [line for lock in locks() for line in audit_of(lock)]
 
 
-def _audited(lock: Path) -> list[str]:
+def audit_of(lock: Path) -> list[str]:
+    """Return the report's lines on one lock."""
     name = lock.relative_to(ROOT).as_posix()
-    options = ["--disable-pip", "--require-hashes", "--progress-spinner", "off", "--format", "json", "--timeout", "10"]
-    call = [sys.executable, "-m", "pip_audit", "-r", str(lock), *options]
+    call = [sys.executable, "-m", "pip_audit", "-r", str(lock), *_AUDIT]
     try:
         done = subprocess.run(call, capture_output=True, text=True, timeout=_SECONDS, check=False)
         packages = json.loads(done.stdout)["dependencies"]
@@ -85,70 +80,59 @@ def _audited(lock: Path) -> list[str]:
         return [f"{name}: NOT audited: {reason[:200]}"]
     skipped = [each["name"] for each in packages if "skip_reason" in each]
     found = [(each, fault) for each in packages for fault in each.get("vulns", [])]
-    lines = [
-        f"{name}: {len(packages) - len(skipped)} of {len(packages)} packages audited, {len(found)} vulnerabilities"
-    ]
+    audited = len(packages) - len(skipped)
+    lines = [f"{name}: {audited} of {len(packages)} packages audited, {len(found)} vulnerabilities"]
     if skipped:
         lines.append(f"{name}: NOT audited, unknown to the service: {len(skipped)}: {', '.join(skipped[:8])} …")
     for each, fault in found:
-        mended = ", ".join(fault.get("fix_versions") or []) or "no version"
-        lines.append(f"  {each['name']} {each['version']}: {fault['id']}, mended in {mended}")
+        fixed = ", ".join(fault.get("fix_versions") or []) or "no version"
+        lines.append(f"  {each['name']} {each['version']}: {fault['id']}, fixed in {fixed}")
     return lines
 
 
-# --- tables ---------------------------------------------------------------------------------------------------
-
-
 def direct() -> list[tuple[str, str, str]]:
-    """Return (where, requirement, reason) of each direct dependency, from pyproject.toml and extras/*.in."""
-    project = ROOT / "pyproject.toml"
-    content = tomllib.loads(project.read_text(encoding="utf-8"))
-    lists = {"project": content["project"]["dependencies"], "development": content["dependency-groups"]["dev"]}
-    reasons = _reasons(project)
-    found = [(where, line, reasons.get(_name(line), "")) for where, lines in lists.items() for line in lines]
+    """Return (extra, requirement, reason) of each direct dependency; extra is "" for what `make install` installs."""
+    source = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    content = tomllib.loads(source)
+    lists = [("", source, [*content["project"]["dependencies"], *content["dependency-groups"]["dev"]])]
     for path in sorted((ROOT / "extras").glob("*.in")):
-        lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        own = _reasons(path)
-        found += [(f"extra {path.stem}", line, own.get(_name(line), "")) for line in lines if line]
+        source = path.read_text(encoding="utf-8")
+        lists.append((path.stem, source, [line.split("#")[0].strip() for line in source.splitlines()]))
+    found = []
+    for extra, source, requirements in lists:
+        reasons = dict(_REASON.findall(source))
+        found += [(extra, line, reasons.get(_NAME.match(line)[0], "").strip()) for line in requirements if line]
     return found
 
 
-def _reasons(path: Path) -> dict[str, str]:
-    matches = (_REASON.match(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return {match[1]: match[3].strip() for match in matches if match}
-
-
-def _name(requirement: str) -> str:
-    return re.match(r"[A-Za-z0-9._-]+", requirement)[0]
+def dependency_rows() -> list[str]:
+    """Return a row of the page for each direct dependency; an extra may be missing here: its licence is left out."""
+    rows = []
+    for extra, line, reason in direct():
+        licence = "" if extra else licence_of(_NAME.match(line)[0])
+        rows.append(f"| `{line}`{extra and f' (extra {extra})'} | {reason} | {licence} |")
+    return rows
 
 
 def dependencies_page() -> str:
     """Return docs/dependencies.md, from the locks and the metadata of what is installed here."""
-    every = dict.fromkeys(name for lock in locks() for name in locked(lock))
-    own = [_name(line).lower() for _, line, _ in direct()]
-    by_licence: dict[str, list[str]] = {}
-    for name in every:
-        by_licence.setdefault(family_of(name), []).append(name)
-    rows = [
-        f"| {licence} | {len(names)} | {', '.join(name for name in names if name in own)} |"
-        for licence, names in sorted(by_licence.items(), key=lambda each: -len(each[1]))
-    ]
-    return _PAGE.format(count=len(every), rows="\n".join(rows))
-
-
-def family_of(name: str) -> str:
-    """Return a package's licence without its many spellings."""
-    found = "NVIDIA's own" if name.startswith("nvidia-") else licence_of(name)
-    return next((family for pattern, family in _FAMILIES.items() if re.search(pattern, found)), found)
+    found = {name: licence_of(name) for lock in locks() for name in locked(lock)}
+    installed = {name: licence for name, licence in found.items() if licence != _NOT_INSTALLED}
+    nvidia = {name for name in installed if name.startswith("nvidia-")}
+    others = {name: text for name, text in installed.items() if not _PERMISSIVE.search(text) and name not in nvidia}
+    return _PAGE.format(
+        rows="\n".join(dependency_rows()),
+        locked=len(found),
+        installed=len(installed),
+        nvidia=len(nvidia),
+        rest=", ".join(f"{name} ({licence})" for name, licence in others.items()),
+    )
 
 
 def licences() -> list[str]:
     """Return a line for every locked package: name, version, licence, lock."""
-    lines = []
-    for lock in locks():
-        for name, version in locked(lock).items():
-            lines.append(f"{name} {version}: {licence_of(name)} ({lock.relative_to(ROOT).as_posix()})")
-    return lines
+    pins = [(name, version, lock.relative_to(ROOT)) for lock in locks() for name, version in locked(lock).items()]
+    return [f"{name} {version}: {licence_of(name)} ({lock.as_posix()})" for name, version, lock in pins]
 
 
 def licence_of(name: str) -> str:
@@ -158,8 +142,8 @@ def licence_of(name: str) -> str:
     except metadata.PackageNotFoundError:
         return _NOT_INSTALLED
     classifiers = [line for line in found.get_all("Classifier") or [] if line.startswith("License ::")]
-    names = [line.rsplit(" :: ", 1)[-1] for line in classifiers]
-    text = found.get("License-Expression") or ", ".join(names) or found.get("License") or "not said"
+    names = ", ".join(line.rsplit(" :: ", 1)[-1] for line in classifiers)
+    text = found.get("License-Expression") or names or found.get("License") or "not said"
     first = text.strip().splitlines()[0].replace("|", "/")
     return first if len(first) <= _LONGEST_LICENCE else f"{first[:_LONGEST_LICENCE]}…"
 

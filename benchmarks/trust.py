@@ -1,6 +1,6 @@
 """The table of docs/trust.md: kills survived, bad inputs handled, hostile cases guarded, fuzzing.
 
-    python benchmarks/trust.py      # make trust
+    python benchmarks/trust.py --write      # make trust
 
 Bad inputs and hostile cases are run now. The rest takes long: its last results are read from benchmarks/results/
 (fuzz.json of benchmarks/fuzz.py, kills.json of benchmarks/kills.py).
@@ -8,7 +8,6 @@ Bad inputs and hostile cases are run now. The rest takes long: its last results 
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,11 +15,7 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-from figures import ROOT, measured_on, put, table
-
-RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENT = ROOT / "docs" / "trust.md"
-_NOT_RUN = "not run"
+from figures import ROOT, options, publish, table
 
 
 def tests(path: str, prefix: str) -> str:
@@ -34,44 +29,26 @@ def tests(path: str, prefix: str) -> str:
     return f"{len(passed)} / {len(cases)}"
 
 
-def kills() -> list[str]:
-    """Return survived / tried of the last fault injection."""
-    found = _result("kills.json")
-    if found is None:
-        return ["kills survived / tried", _NOT_RUN]
-    name = f"kills survived / tried, seed {found['seed']}, {found['date']}"
-    return [name, f"{found['survived']:,} / {found['tried']:,}"]
-
-
-def fuzzing() -> list[str]:
-    """Return executions and new crashes of all targets together."""
-    found = _result("fuzz.json")
-    if found is None:
-        return ["fuzz executions; new crashes", _NOT_RUN]
-    targets = found["targets"]
-    limit = f"{found['seconds']} s" if found["seconds"] else f"{found['runs']:,} inputs"
-    executions = sum(target["executions"] for target in targets)
-    crashes = sum(max(len(target["crashes"]), int(not target["ended_well"])) for target in targets)
-    return [f"fuzz executions, {len(targets)} targets, {limit} each; new crashes", f"{executions:,}; {crashes}"]
-
-
-def _result(name: str) -> dict | None:
-    path = RESULTS / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def kept(name: str) -> dict:
+    """Return the results of an earlier measurement, which `make kills` or `make fuzz` writes."""
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
 
 
 def main() -> None:
     """Run what is quick, read what is slow, write the table."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    asked = options(__doc__).parse_args()
+    kills, fuzz = kept("kills.json"), kept("fuzz.json")
+    limit = f"{fuzz['seconds']} s" if fuzz["seconds"] else f"{fuzz['runs']:,} inputs"
+    executions = sum(each["executions"] for each in fuzz["targets"])
+    crashes = sum(max(len(each["crashes"]), int(not each["ended_well"])) for each in fuzz["targets"])
+    what = f"fuzz executions, {len(fuzz['targets'])} targets, {limit} each; new crashes"
     rows = [
-        kills(),
+        [f"kills survived / tried, seed {kills['seed']}, {kills['date']}", f"{kills['survived']} / {kills['tried']}"],
         ["bad inputs handled / tried", tests("tests/test_bad_inputs.py", "test_bad_input[")],
         ["hostile cases guarded / tried", tests("tests/test_hostile.py", "test_")],
-        fuzzing(),
+        [what, f"{executions:,}; {crashes}"],
     ]
-    text = f"{table(['what', 'figure'], rows)}\n\n{measured_on('make trust')}"
-    put(DOCUMENT, "trust", text)
-    print(text)
+    publish("trust", table(["what", "figure"], rows), asked.write, command="make trust")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,31 @@
-"""A folder of its own for a measurement: run.py called as a user calls it, and what its outputs hold."""
+"""What measurements share: a folder where run.py works as a user calls it, votes, tokenizers, fresh processes."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from figures import ROOT
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from data_prep.chat_template import ChatFrame
+from data_prep.readers import VoteReader
+from data_prep.synthetic import TRAIN_COLUMNS, cell
+from factory.base_model import SPECIAL_TOKENS, BaseModelSize, build_base_model
 
 # Each stage's outputs and the arguments of run.py that make them.
 STAGES = {
@@ -32,20 +46,12 @@ class Workbench:
             if not (folder / name).exists():
                 shutil.copytree(ROOT / name, folder / name)
 
-    def run(self, *arguments: str) -> float:
-        """Call run.py; return the seconds it took; its own words go to standard error."""
-        started = time.monotonic()
-        call = [sys.executable, str(ROOT / "run.py"), *arguments]
-        subprocess.run(call, cwd=self.folder, check=True, stdout=subprocess.DEVNULL)
-        return time.monotonic() - started
-
-    def transcript(self, *arguments: str) -> tuple[str, float]:
-        """Call run.py as into a pipe; return all that it said, on both of its streams, and the seconds it took."""
-        started = time.monotonic()
-        call = [sys.executable, str(ROOT / "run.py"), *arguments]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        done = subprocess.run(call, cwd=self.folder, check=True, env={**os.environ, "COLUMNS": "96"}, **streams)
-        return done.stdout.strip(), time.monotonic() - started
+    def run(self, *arguments: str, **options: Any) -> tuple[float, str | None]:
+        """Call run.py; return the seconds it took and its standard output where `options` of subprocess.run pipe it."""
+        call, started = [sys.executable, str(ROOT / "run.py"), *arguments], time.monotonic()
+        options = {"stdout": subprocess.DEVNULL, "text": True, **options}
+        done = subprocess.run(call, cwd=self.folder, check=True, **options)
+        return time.monotonic() - started, done.stdout
 
     def stage(self, experiment: str, stage: str) -> None:
         """Run a stage to its report, unless the report is there already."""
@@ -63,13 +69,17 @@ class Workbench:
 
     def variant(self, name: str, of: str, **changed: Any) -> None:
         """Make another experiment from one that is there, with keys of experiment.yaml changed (`recipes` merged)."""
-        from omegaconf import OmegaConf
-
         source = self.folder / "factory_configs" / of / "experiment.yaml"
         content = OmegaConf.merge(OmegaConf.load(source), OmegaConf.create(changed))
         target = self.folder / "factory_configs" / name
         target.mkdir(exist_ok=True)
         OmegaConf.save(content, target / "experiment.yaml")
+
+    def base(self, name: str, texts: Iterable[str], seed: int = 1, **size: int) -> str:
+        """Build a base with random weights and a tokenizer of the texts, once; return its folder's name."""
+        if not (self.folder / "models" / name).is_dir():
+            build_base_model(self.folder / "models" / name, texts, seed=seed, size=BaseModelSize(**size))
+        return f"models/{name}"
 
     def report(self, experiment: str, stage: str) -> dict[str, Any]:
         """Return a stage's report.json."""
@@ -79,36 +89,97 @@ class Workbench:
         """Return a stage's folder of outputs."""
         return self.folder / "outputs" / experiment / stage
 
-    def judged(self, experiment: str, stage: str):
+    def judged(self, experiment: str, stage: str) -> pd.DataFrame:
         """Return the validation rows of a stage: id, verdict, group, p_a, p_b, p_tie and the raw scores."""
-        import pandas as pd
-
-        from common.battle import PROBABILITY_COLUMNS
-
         scores = pd.read_parquet(self.output(experiment, stage) / "scores_valid.parquet")
         chances = pd.read_csv(self.output(experiment, stage) / "probabilities_valid.csv", dtype={"id": str})
         assert scores["id"].tolist() == chances["id"].tolist()
-        for name, column in zip(("p_a", "p_b", "p_tie"), PROBABILITY_COLUMNS, strict=True):
-            scores[name] = chances[column].to_numpy()
+        for verdict, column in zip(VERDICTS, PROBABILITY_COLUMNS, strict=True):
+            scores[f"p_{verdict}"] = chances[column].to_numpy()
         return scores
+
+
+def battles_of(*files: Path) -> list[Battle]:
+    """Return all battles of tables of votes."""
+    return [battle for file in files for _, battle in VoteReader(file, labelled=True)]
+
+
+def texts_of(battles: Iterable[Battle]) -> Iterable[str]:
+    """Yield every prompt and response."""
+    return (text for b in battles for text in (*b.prompts, *b.responses_a, *b.responses_b))
+
+
+def write_votes(path: Path, battles: Iterable[Battle]) -> None:
+    """Write battles in the competition's schema."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(TRAIN_COLUMNS)
+        for battle in battles:
+            cells = [cell(texts) for texts in (battle.prompts, battle.responses_a, battle.responses_b)]
+            writer.writerow([battle.id, "x", "y", *cells, *(int(battle.verdict == v) for v in VERDICTS)])
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Return a byte-level BPE tokenizer with Qwen's special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokens = {"special_tokens": list(SPECIAL_TOKENS), "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **tokens)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def frame_of(tokenizer: Tokenizer) -> ChatFrame:
+    """Return the chat frame of LLaMA-Factory's template qwen3_nothink around such a tokenizer."""
+    texts = {"before": "<|im_start|>user\n", "after": "<|im_end|>\n<|im_start|>assistant\n", "answer_before": ""}
+    no_ids = dict.fromkeys(("prefix_ids", "suffix_ids", "answer_prefix_ids", "answer_suffix_ids"), ())
+    labels = {"label_ids": tuple(tokenizer.encode(label).ids[0] for label in "ABC"), "answer_len": 3}
+    texts |= {"template": "qwen3_nothink", "answer_after": "<|im_end|>\n"}
+    return ChatFrame(special_strings=SPECIAL_TOKENS, **texts, **no_ids, **labels)
+
+
+def alone(function: Callable, *arguments: Any) -> tuple[Any, float]:
+    """Call a function in a fresh process; return its result and that process's peak memory in GiB."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_with_peak, function, arguments).result()
+
+
+def _with_peak(function: Callable, arguments: Sequence[Any]) -> tuple[Any, float]:
+    found = function(*arguments)
+    # ru_maxrss would be that of the process that started this one, where that had more.
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return found, next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
+
+
+def child_peak(call: Sequence[str], folder: Path, log: Path) -> tuple[float, float]:
+    """Run a program in a folder; return its seconds and peak memory in GiB; raises SystemExit where it fails."""
+    started = time.monotonic()
+    with log.open("wb") as output:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(call, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(map(str, call))} failed; read {log}")
+    return time.monotonic() - started, usage.ru_maxrss / 2**20
+
+
+def matrix_rate(gpu: bool) -> float:
+    """Return the measured operations a second of a large matrix product, 16-bit on a GPU."""
+    import torch
+
+    size, device = (8192, "cuda") if gpu else (1024, "cpu")
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        a @ a
+        if gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(times[5:])
 
 
 def interval(ends: list[float] | None, digits: int = 3) -> str:
     """Return an interval as text, empty without one."""
     return f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
-
-
-def paired(first, second, seed: int = 1) -> tuple[float, list[float] | None]:
-    """Return (log loss of `first` minus that of `second` on the same rows, its 95% interval by prompt group)."""
-    from scoring.metrics import paired_difference, verdict_codes
-
-    second = second.set_index("id").loc[first["id"]]
-    columns = ["p_a", "p_b", "p_tie"]
-    found = paired_difference(
-        first[columns].to_numpy(),
-        second[columns].to_numpy(),
-        verdict_codes(first["verdict"]),
-        first["group"],
-        seed=seed,
-    )
-    return found["difference"], found["ci95"]
