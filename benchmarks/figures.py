@@ -45,11 +45,14 @@ def measured_on(command: str | None = None) -> str:
     )
 
 
-def publish(mark: str, text: str, write: bool, command: str | None = None) -> None:
-    """Print figures with their machine and command; `write` puts them between a document's `<!-- mark -->` lines."""
+def publish(mark: str, text: str, write: bool = False, command: str | None = None) -> None:
+    """Print figures with their machine and command; `write` puts them between a document's `<!-- mark -->` lines.
+
+    No mark: the documents name single figures of them only.
+    """
     text = f"{text.strip()}\n\n{measured_on(command)}"
     print(text, end="\n\n")
-    if write:
+    if write and mark:
         put(mark, text)
 
 

@@ -29,8 +29,7 @@ from scoring.links import softmax
 from scoring.model_loading import trained_adapter
 
 BASES = {"the base": "base", "the dequantised base": "dequantised"}
-HEADINGS = ["judge", "merged into", "stored in", "largest difference", "mean"]
-HEADINGS += ["log loss: adapter", "merged", "difference"]
+HEADINGS = ["judge", "merged into", "stored in", "largest difference", "log loss difference"]
 
 
 def train_wide(folder: Path) -> None:
@@ -78,9 +77,8 @@ def measure(folder: Path, name: str, title: str, count: int) -> list[list[str]]:
             if stored == "bf16":
                 model = model.to(torch.bfloat16).float()
             found = compared(trained, ask(model), verdicts, 1.0)
-            apart = [f"**{found['max_abs_diff']:.1e}**", f"{found['mean_abs_diff']:.1e}"]
-            before, after = found["log_loss_adapter"], found["log_loss_merged"]
-            rows.append([title, onto, stored, *apart, f"{before:.5f}", f"{after:.5f}", f"{after - before:+.5f}"])
+            apart = found["log_loss_merged"] - found["log_loss_adapter"]
+            rows.append([title, onto, stored, f"**{found['max_abs_diff']:.1e}**", f"{apart:+.5f}"])
     return rows
 
 

@@ -109,9 +109,9 @@ def main() -> None:
     model = bench.base("real-tiny", texts_of(battles), **BASE)
     recipes = {"dpo_judge": {"max_steps": 80}}
     bench.variant("real", "demo", model=model, cutoff_len=320, valid_share=0.3, recipes=recipes)
-    text = f"A tiny base with random weights, trained on the {asked.natural.name} of the competition's table.\n\n"
-    text += f"{table(METHODS, own_methods(bench, asked.natural))}\n\n### Ties scarce in training, natural in the test"
-    publish("real votes", f"{text}\n\n{table(SCARCE, scarce_ties(bench, battles, asked.clean))}", asked.write)
+    print(f"A tiny base with random weights, trained on {asked.natural.name}:\n")
+    publish("", table(METHODS, own_methods(bench, asked.natural)))
+    publish("scarce ties", table(SCARCE, scarce_ties(bench, battles, asked.clean)), asked.write)
 
 
 if __name__ == "__main__":

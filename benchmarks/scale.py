@@ -102,7 +102,7 @@ def measure_score(asked: Namespace) -> None:
         print(" | ".join(lines[-1]), flush=True)
         source.unlink()
         output.unlink()
-    publish("million rows", table(["rows", "table", "seconds", "rows/s", "peak memory"], lines), asked.write)
+    publish("", table(["rows", "table", "seconds", "rows/s", "peak memory"], lines))
 
 
 def main() -> None:

@@ -28,21 +28,20 @@ _REASON = re.compile(r'^\s*"?([A-Za-z0-9._-]+)[^"#\n]*"?,?[ \t]*#[ \t]*(.+)$', r
 _AUDIT = ("--disable-pip", "--require-hashes", "--progress-spinner", "off", "--format", "json", "--timeout", "10")
 _SECONDS = 240
 _LONGEST_LICENCE = 60
-_NOT_INSTALLED = "not installed"
-_PERMISSIVE = re.compile(r"MIT|BSD|Apache|ISC|PSF|Python Software")
-_PAGE = """# Dependencies
+_FAMILIES = {"MPL": "MPL 2.0", "Apache": "Apache 2.0", "BSD": "BSD", "MIT": "MIT", "PSF|Python Soft": "PSF"}
+_PAGE = """\
+# Dependencies and licences
 
-For whoever reviews packages and licences. `make tables` writes this page from `pyproject.toml`,
-`extras/*.in` and package metadata. All versions are pinned with hashes in `requirements.lock` and
-`extras/*.lock`; `make audit` reports known vulnerabilities.
+For whoever reviews packages. `pyproject.toml` and `extras/*.in` list the direct dependencies, each with its reason
+beside it. Everything is pinned with hashes in `requirements.lock` and `extras/*.lock`. `make audit` reports known
+vulnerabilities; `python benchmarks/supply_chain.py licences` lists the licence of each package.
 
-| package | why | licence |
+`make tables` writes this table of all {count} locked packages from their metadata. "Not installed" are packages of
+other systems, and of extras that were not installed then.
+
+| licence | packages | direct dependencies among them |
 |---|---|---|
 {rows}
-
-The locks hold {locked} packages, of which {installed} were installed when this was written.
-NVIDIA's own licences: {nvidia} packages `nvidia-*`. Neither MIT, BSD, Apache, ISC nor PSF:
-{rest}. `python benchmarks/supply_chain.py licences` lists all.
 """
 
 
@@ -90,43 +89,31 @@ def audit_of(lock: Path) -> list[str]:
     return lines
 
 
-def direct() -> list[tuple[str, str, str]]:
-    """Return (extra, requirement, reason) of each direct dependency; extra is "" for what `make install` installs."""
+def direct() -> dict[str, str]:
+    """Return the reason of each direct dependency, as pyproject.toml and extras/*.in say it beside the requirement."""
     source = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     content = tomllib.loads(source)
-    lists = [("", source, [*content["project"]["dependencies"], *content["dependency-groups"]["dev"]])]
+    lists = [(source, [*content["project"]["dependencies"], *content["dependency-groups"]["dev"]])]
     for path in sorted((ROOT / "extras").glob("*.in")):
         source = path.read_text(encoding="utf-8")
-        lists.append((path.stem, source, [line.split("#")[0].strip() for line in source.splitlines()]))
-    found = []
-    for extra, source, requirements in lists:
-        reasons = dict(_REASON.findall(source))
-        found += [(extra, line, reasons.get(_NAME.match(line)[0], "").strip()) for line in requirements if line]
-    return found
-
-
-def dependency_rows() -> list[str]:
-    """Return a row of the page for each direct dependency; an extra may be missing here: its licence is left out."""
-    rows = []
-    for extra, line, reason in direct():
-        licence = "" if extra else licence_of(_NAME.match(line)[0])
-        rows.append(f"| `{line}`{extra and f' (extra {extra})'} | {reason} | {licence} |")
-    return rows
+        lists.append((source, [line.split("#")[0].strip() for line in source.splitlines()]))
+    reasons = {name: reason for source, _ in lists for name, reason in _REASON.findall(source)}
+    names = [_NAME.match(line)[0] for _, requirements in lists for line in requirements if line]
+    return {name.lower(): reasons.get(name, "") for name in names}
 
 
 def dependencies_page() -> str:
     """Return docs/dependencies.md, from the locks and the metadata of what is installed here."""
-    found = {name: licence_of(name) for lock in locks() for name in locked(lock)}
-    installed = {name: licence for name, licence in found.items() if licence != _NOT_INSTALLED}
-    nvidia = {name for name in installed if name.startswith("nvidia-")}
-    others = {name: text for name, text in installed.items() if not _PERMISSIVE.search(text) and name not in nvidia}
-    return _PAGE.format(
-        rows="\n".join(dependency_rows()),
-        locked=len(found),
-        installed=len(installed),
-        nvidia=len(nvidia),
-        rest=", ".join(f"{name} ({licence})" for name, licence in others.items()),
-    )
+    own, by_licence = direct(), {}
+    for name in dict.fromkeys(name for lock in locks() for name in locked(lock)):
+        licence = "NVIDIA's own" if name.startswith("nvidia-") else licence_of(name)
+        family = next((family for pattern, family in _FAMILIES.items() if re.search(pattern, licence)), licence)
+        by_licence.setdefault(family, []).append(name)
+    rows = [
+        f"| {licence} | {len(names)} | {', '.join(name for name in names if name in own)} |"
+        for licence, names in sorted(by_licence.items(), key=lambda each: -len(each[1]))
+    ]
+    return _PAGE.format(count=sum(map(len, by_licence.values())), rows="\n".join(rows))
 
 
 def licences() -> list[str]:
@@ -140,7 +127,7 @@ def licence_of(name: str) -> str:
     try:
         found = metadata.metadata(name)
     except metadata.PackageNotFoundError:
-        return _NOT_INSTALLED
+        return "not installed"
     classifiers = [line for line in found.get_all("Classifier") or [] if line.startswith("License ::")]
     names = ", ".join(line.rsplit(" :: ", 1)[-1] for line in classifiers)
     text = found.get("License-Expression") or names or found.get("License") or "not said"

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 
 import pytest
-
-from benchmarks import supply_chain
-from benchmarks.supply_chain import DEPENDENCIES, ROOT, audit, direct, licences, locked, locks
+import supply_chain
+from supply_chain import DEPENDENCIES, audit, direct, licences, locked, locks
 
 
 def test_every_direct_dependency_has_a_reason_and_the_page_is_up_to_date():
-    assert [line for _, line, reason in direct() if not reason] == []
+    assert [name for name, reason in direct().items() if not reason] == []
     listed = set(re.split(r"[ ,|\n]+", DEPENDENCIES.read_text(encoding="utf-8")))
-    assert {re.match(r"[\w.-]+", line)[0].lower() for _, line, _ in direct()} <= listed, "make tables"
+    assert set(direct()) <= listed, "make tables"
 
 
 def test_every_locked_package_has_a_line_with_its_licence():
@@ -45,16 +43,9 @@ def test_an_audit_says_what_it_found_and_what_it_could_not_look_at(monkeypatch):
     good = json.dumps({"dependencies": [{"name": "x", "version": "1.0", "vulns": [fault]}]})
     told = answer(monkeypatch, good)
     assert "requirements.lock: 1 of 1 packages audited, 1 vulnerabilities" in told
-    assert "  x 1.0: PYSEC-1, mended in 2.0" in told
+    assert "  x 1.0: PYSEC-1, fixed in 2.0" in told
     unknown = json.dumps({"dependencies": [{"name": "x", "skip_reason": "not found"}]})
     for output in (unknown, "", "{"):
         assert answer(monkeypatch, output)[-1].startswith("audit: NOT DONE")
     monkeypatch.setattr(supply_chain, "find_spec", lambda name: None)
     assert audit() == ["audit: NOT DONE: pip-audit is not installed (make extra-audit)"]
-
-
-@pytest.mark.parametrize("name", ["trust", "supply_chain"])
-def test_asking_for_help_starts_nothing(name):
-    script = ROOT / "benchmarks" / f"{name}.py"
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0 and done.stdout.startswith(f"usage: {name}.py [-h]")
