@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,7 @@ def watch(
         return
     watcher = Watcher(exp, stage, score)
     seen = watcher.finish().status() if once or as_json else follow(watcher.start(), show)
-    click.echo(json.dumps(seen.to_json(), indent=2) if as_json else "\n".join(in_words(seen)))
+    click.echo(json.dumps(asdict(seen), indent=2) if as_json else "\n".join(in_words(seen)))
     for fault in seen.faults if as_json else ():
         show.note(fault)
 

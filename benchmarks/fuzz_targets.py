@@ -252,7 +252,7 @@ def _judge_seeds() -> list[str]:
     content = {"format": 1, "classes": list(VERDICTS), "labels": Labels().model_dump(), "frame": asdict(_frame())}
     content |= {"judge_prompt": _prompt().source, "cutoff_len": 512, "budget_shares": BudgetShares().model_dump()}
     golden = {"Verdict:": _tokenizer().encode("Verdict:").ids}
-    return [json.dumps({**content, "swap_tta": False, "canaries": golden, "source": {}})]
+    return [json.dumps({**content, "canaries": golden, "source": {}})]
 
 
 @target("judge", _judge_seeds)

@@ -14,14 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.error_hints import clean_lines
 from common.errors import ArenaError
-from factory.board import BoardModel, board_models, publish_run, readable_experiments
+from factory.board import BoardModel, board_models, log_lines, publish_run, readable_experiments
 from factory.process import child_environment, llamafactory
 from factory.serve_page import serve_gradio
 from factory.stage_context import StageContext
-
-_TAIL = 100_000  # bytes of a failed job's log that the page shows
 
 
 def main(arguments: list[str]) -> int:
@@ -108,9 +105,7 @@ class Job(subprocess.Popen):
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[None, str]:
         """Wait as Popen does, and return the end of the log as the text of the error stream."""
         self.wait(timeout)
-        with self._log.open("rb") as file:
-            file.seek(max(0, self._log.stat().st_size - _TAIL))
-            return None, "\n".join(clean_lines(file.read().decode("utf-8", "replace")))
+        return None, "\n".join(log_lines(self._log))
 
 
 def runner_class(refresh: Callable[[Path], None]) -> type:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -18,7 +17,7 @@ from factory.model_size import ModelSize, size_of
 from factory.recipe_checks import check_recipes
 from factory.runtime import scoring_work, training_work
 from factory.stage_context import StageContext
-from factory.train_config import TokenLengths, TrainConfig, exported_lengths
+from factory.train_config import TrainConfig, exported_lengths
 
 # This machine's CPU, beside the cards' names.
 CPU = "cpu"
@@ -66,96 +65,88 @@ def _left_out(experiment: Experiment) -> dict[str, str]:
 def _forecast_stage(context: StageContext, size: ModelSize, devices: list[str]) -> dict[str, Any]:
     config = TrainConfig.of(context.recipe)
     lengths = exported_lengths(context, config["max_samples"])
+    training = training_work(size, config, lengths)
     # The implicit reward reads each response with and without the adapter.
     implicit = context.name == "dpo_reward" and config.has_reference
-    job = _Job(size, config, lengths, implicit)
-    return {
-        "rows": len(lengths.train),
-        "longest": lengths.longest,
-        "mean_tokens": float(lengths.train.mean()),
-        "steps": training_work(size, config, lengths).steps,
-        "scored_sequences": len(lengths.scored),
-        "devices": {name: job.on(name) for name in devices},
-    }
+    scoring = scoring_work(size, lengths, reference=implicit)
 
+    def scoring_gib(device: Device, bits: int | None = None) -> float:
+        if implicit and device.kind == "cuda":
+            bits = config["quantization_bit"]  # the adapter is scored on the base that it was trained on
+        budget, longest = TOKEN_BUDGET[device.kind], int(lengths.scored.max())
+        return sum(scoring_memory(size, bits=bits, budget=budget, longest=longest, device=device.kind).values())
 
-@dataclass(frozen=True)
-class _Job:
-    """One stage's training and scoring, to be put on devices."""
-
-    size: ModelSize
-    config: TrainConfig
-    lengths: TokenLengths
-    implicit: bool
-
-    def on(self, name: str) -> dict[str, Any]:
-        """Return memory, hours and advice on one device."""
-        nf4 = self.config["quantization_bit"] == 4
-        device = CARDS[name] if name in CARDS else this_cpu(self.size.hidden, self.size.feed_forward, nf4=nf4)
-        parts = training_memory(self.size, self.config, self.lengths.longest, device.kind)
-        memory, scoring = sum(parts.values()), self._scoring_memory(device)
-        training_seconds = training_work(self.size, self.config, self.lengths).seconds(device, device.training_rate)
-        score = scoring_work(self.size, self.lengths, reference=self.implicit)
+    def on(name: str) -> dict[str, Any]:
+        nf4 = config["quantization_bit"] == 4
+        device = CARDS[name] if name in CARDS else this_cpu(size.hidden, size.feed_forward, nf4=nf4)
+        parts = training_memory(size, config, lengths.longest, device.kind)
+        memory, scored = sum(parts.values()), scoring_gib(device)
+        advice: list[str] = []
+        if name in CARDS:
+            if not device.bf16 and config.compute_bytes == 2:
+                advice.append("it has no bf16: write bf16: false and fp16: true in the recipe")
+            if memory > device.memory:
+                advice += _until_it_fits(size, config, lengths.longest, device.memory)
+            if scored > device.memory:
+                fitting = [
+                    f"scoring in 16 bits does not fit: precision: {bits}bit takes {needed:.1f} GiB"
+                    for bits in (8, 4)
+                    if (needed := scoring_gib(device, bits)) <= device.memory
+                ]
+                advice += fitting[:1] or [
+                    "scoring does not fit in any precision: choose a smaller model or a larger card"
+                ]
         return {
             "memory": memory,
             "memory_parts": parts,
             "fits": memory <= device.memory,
-            "training_hours": training_seconds / 3600,
-            "scoring_memory": scoring,
-            "scoring_fits": scoring <= device.memory,
-            "scoring_hours": score.seconds(device, device.scoring_rate) / 3600,
-            "advice": list(self._advice(device, memory, scoring)) if name in CARDS else [],
+            "training_hours": training.seconds(device, device.training_rate) / 3600,
+            "scoring_memory": scored,
+            "scoring_fits": scored <= device.memory,
+            "scoring_hours": scoring.seconds(device, device.scoring_rate) / 3600,
+            "advice": advice,
         }
 
-    def _scoring_memory(self, device: Device, bits: int | None = None) -> float:
-        if self.implicit and device.kind == "cuda":
-            bits = self.config["quantization_bit"]  # the adapter is scored on the base that it was trained on
-        budget, longest = TOKEN_BUDGET[device.kind], int(self.lengths.scored.max())
-        return sum(scoring_memory(self.size, bits=bits, budget=budget, longest=longest, device=device.kind).values())
+    return {
+        "rows": len(lengths.train),
+        "longest": lengths.longest,
+        "mean_tokens": float(lengths.train.mean()),
+        "steps": training.steps,
+        "scored_sequences": len(lengths.scored),
+        "devices": {name: on(name) for name in devices},
+    }
 
-    def _advice(self, card: Device, memory: float, scoring: float) -> Iterator[str]:
-        """Yield what makes the stage run on a card; changes for memory each on top of those before it."""
-        if not card.bf16 and self.config.compute_bytes == 2:
-            yield "it has no bf16: write bf16: false and fp16: true in the recipe"
-        if memory > card.memory:
-            for change, config, longest in self._smaller():
-                memory = sum(training_memory(self.size, config, longest).values())
-                yield f"{change}: {memory:.1f} GiB"
-                if memory <= card.memory:
-                    break
-            else:
-                yield "it still does not fit: choose a smaller model or a larger card"
-        if scoring > card.memory:
-            for bits in (8, 4):
-                if (scoring := self._scoring_memory(card, bits)) <= card.memory:
-                    yield f"scoring in 16 bits does not fit: precision: {bits}bit takes {scoring:.1f} GiB"
-                    return
-            yield "scoring does not fit in any precision: choose a smaller model or a larger card"
 
-    def _smaller(self) -> Iterator[tuple[str, TrainConfig, int]]:
-        """Yield what to change, with config and longest row after it, the cheapest change first."""
-        config, longest = self.config, self.lengths.longest
-        batch, accumulation = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
-        one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": batch * accumulation}
-        changes = (
-            (not config.checkpoints, {"disable_gradient_checkpointing": False}, " (a third more hours)"),
-            (batch > 1, one_row, ""),
-            (config["stage"] == "sft", {"enable_liger_kernel": True}, " (pip install liger-kernel)"),
-            (True, {"quantization_bit": 4}, " in experiment.yaml"),
-            (config.optimizer_bytes > 2, {"optim": "paged_adamw_8bit"}, ""),
-        )
-        for useful, change, note in changes:
-            if useful and not change.items() <= config.items():
-                config = TrainConfig(config | change)
-                yield ", ".join(f"{key}: {str(value).lower()}" for key, value in change.items()) + note, config, longest
-        while longest > 512:
-            longest //= 2
-            yield f"cutoff_len: {longest} in experiment.yaml, then prepare again", config, longest
+def _until_it_fits(size: ModelSize, config: TrainConfig, longest: int, memory: float) -> Iterator[str]:
+    """Yield changes of the recipe, each on top of those before it and the cheapest first, until a training fits."""
+    batch, accumulation = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
+    one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": batch * accumulation}
+    changes = (
+        (not config.checkpoints, {"disable_gradient_checkpointing": False}, " (a third more hours)"),
+        (batch > 1, one_row, ""),
+        (config["stage"] == "sft", {"enable_liger_kernel": True}, " (pip install liger-kernel)"),
+        (True, {"quantization_bit": 4}, " in experiment.yaml"),
+        (config.optimizer_bytes > 2, {"optim": "paged_adamw_8bit"}, ""),
+    )
+    for useful, change, note in changes:
+        if useful and not change.items() <= config.items():
+            config = TrainConfig(config | change)
+            needed = sum(training_memory(size, config, longest).values())
+            what = ", ".join(f"{key}: {str(value).lower()}" for key, value in change.items())
+            yield f"{what}{note}: {needed:.1f} GiB"
+            if needed <= memory:
+                return
+    while longest > 512:
+        longest //= 2
+        needed = sum(training_memory(size, config, longest).values())
+        yield f"cutoff_len: {longest} in experiment.yaml, then prepare again: {needed:.1f} GiB"
+        if needed <= memory:
+            return
+    yield "it still does not fit: choose a smaller model or a larger card"
 
 
 def print_forecast(console, found: dict[str, Any]) -> None:
     """Print one table a stage: memory, hours and what to change where it does not fit."""
-
     console.print(f"{found['model']}: {found['parameters'] / 1e6:,.1f} million parameters", highlight=False)
     for stage, one in found["stages"].items():
         console.print(  # not the table's title, which would be broken to the width of the table

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from typing import Any
 
 import psutil
 
@@ -56,43 +56,28 @@ CARDS = {
 }
 
 _TOKENS = 512  # a batch of the size that a CPU trains on
-_REPEATS, _LEAST = 5, 0.25  # calls and seconds, at least
 # Products of larger matrices reach the same rate, and would make the probe a matter of minutes.
 _LARGEST = 2048
 
 
 def this_cpu(hidden: int, feed_forward: int, *, nf4: bool) -> Device:
-    """Return this machine's CPU, measured for a second with the products of a model of these widths."""
-    rate, dequantise = probe_cpu(hidden, feed_forward, nf4=nf4)
-    rate *= _CPU_SHARE
-    memory = psutil.virtual_memory().total / GIB
-    return Device("cpu", memory, rate, rate, dequantise, _CPU_LAYER_CALL, CPU_START)
-
-
-def probe_cpu(hidden: int, feed_forward: int, *, nf4: bool) -> tuple[float, float]:
-    """Return fp32 operations a second of a feed-forward product, and nf4 weights dequantised a second (or infinity)."""
+    """Return this machine's CPU, measured for a second: fp32 products of a feed-forward layer, nf4 dequantised."""
     import torch
+    from torch.utils.benchmark import Timer
+
+    def seconds(call: Callable[[], Any]) -> float:
+        # Threads that wake up make a small product's first calls a hundred times slower: hence the median.
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=0.25).median
 
     x = torch.randn(_TOKENS, min(hidden, _LARGEST))
     weight = torch.randn(min(feed_forward, _LARGEST), x.shape[1])
-    rate = 2.0 * _TOKENS * weight.numel() / median_seconds(lambda: torch.nn.functional.linear(x, weight))
-    if not nf4:
-        return rate, float("inf")
-    from bitsandbytes import functional
+    rate = 2.0 * _TOKENS * weight.numel() / seconds(lambda: torch.nn.functional.linear(x, weight)) * _CPU_SHARE
+    dequantise = float("inf")
+    if nf4:
+        from bitsandbytes import functional
 
-    packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-    return rate, weight.numel() / median_seconds(lambda: functional.dequantize_4bit(packed, state))
-
-
-def median_seconds(call, clock=time.perf_counter) -> float:
-    """Return the median seconds of a call, over a quarter of a second of calls at least.
-
-    Threads that wake up make a small product's first calls a hundred times slower.
-    """
-    call()
-    times: list[float] = []
-    while len(times) < _REPEATS or sum(times) < _LEAST:
-        started = clock()
-        call()
-        times.append(clock() - started)
-    return median(times)
+        packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+        dequantise = weight.numel() / seconds(lambda: functional.dequantize_4bit(packed, state))
+    memory = psutil.virtual_memory().total / GIB
+    return Device("cpu", memory, rate, rate, dequantise, _CPU_LAYER_CALL, CPU_START)

@@ -86,30 +86,23 @@ def size_of(model: str, revision: str = "main") -> ModelSize:
 
     For a hub id that is not known here the hub's config.json is read (from the cache when offline).
     """
-    if not Path(model).is_dir() and model in _KNOWN:
-        return _KNOWN[model]
-    path = Path(model) / "config.json" if Path(model).is_dir() else _from_hub(model, revision)
+    path = Path(model) / "config.json"
+    if not path.parent.is_dir():
+        if model in _KNOWN:
+            return _KNOWN[model]
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(model, "config.json", revision=revision))
+        except Exception as error:  # gated, offline, unknown: the library has a class for each
+            what = f"cannot download its config.json: {str(error).splitlines()[0]}"
+            remedy = "go online, accept the model's licence on its page, or give a folder as `model`"
+            raise ArenaError(what, where=model, remedy=remedy) from None
     try:
         return _parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArenaError(
-            f"does not hold the model's sizes ({error!r})",
-            where=str(path),
-            remedy="forecast needs a decoder with hidden_size, num_hidden_layers, intermediate_size and vocab_size",
-        ) from None
-
-
-def _from_hub(model: str, revision: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(model, "config.json", revision=revision))
-    except Exception as error:  # gated, offline, unknown: the library has a class for each
-        raise ArenaError(
-            f"cannot download its config.json: {str(error).splitlines()[0]}",
-            where=model,
-            remedy="go online, accept the model's licence on its page, or give a folder as `model`",
-        ) from None
+        remedy = "forecast needs a decoder with hidden_size, num_hidden_layers, intermediate_size and vocab_size"
+        raise ArenaError(f"does not hold the model's sizes ({error!r})", where=str(path), remedy=remedy) from None
 
 
 def _parse(config: dict[str, Any]) -> ModelSize:

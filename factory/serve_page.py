@@ -24,10 +24,10 @@ _LISTENING = ("Running on local URL:", "(Press CTRL+C to quit)")  # what Gradio 
 
 def free_port(host: str, wanted: int | None = None) -> int:
     """Return `wanted`, or the first free port from 7860 on; raises UsageError where a page cannot be served."""
-    name, colon, number = host.rpartition(":")
-    if colon:  # Gradio cannot serve at an IPv6 address
-        with_port = bool(name) and ":" not in name and number.isdecimal()
-        raise _no_address(host, f"--host {name} --port {number}" if with_port else "--host 127.0.0.1")
+    what = f"{host!r} is no address of this machine (a name or an IPv4 address, without a port)"
+    no_address = UsageError(what, where="--host", remedy="--host 127.0.0.1; a port is given by --port")
+    if ":" in host:  # Gradio cannot serve at an IPv6 address
+        raise no_address
     for port in [wanted] if wanted else range(FIRST_PORT, FIRST_PORT + 100):
         try:
             family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -35,17 +35,12 @@ def free_port(host: str, wanted: int | None = None) -> int:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
         except (socket.gaierror, UnicodeError):  # the latter of a name that no network could have: a..b
-            raise _no_address(host, "--host 127.0.0.1") from None
+            raise no_address from None
         except OSError:
             continue
         return port
     taken = f"port {wanted}" if wanted else f"every port from {FIRST_PORT} to {FIRST_PORT + 99}"
     raise UsageError(f"{taken} of {host} is in use or not allowed", remedy="choose another one with --port")
-
-
-def _no_address(host: str, remedy: str) -> UsageError:
-    what = f"{host!r} is no address of this machine (a name or an IPv4 address)"
-    return UsageError(what, where="--host", remedy=remedy)
 
 
 def exposure(host: str) -> str | None:

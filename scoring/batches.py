@@ -7,29 +7,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from common.errors import ArenaError
 from factory.gpu import TOKEN_BUDGET
 from scoring.packed_model import Pack, PackedModel, Piece, pack
 
-if TYPE_CHECKING:
-    import torch
-
 _Item = TypeVar("_Item")
 Group = Sequence[Piece]  # pieces that share a batch, such as a prompt and its answers
-
-
-class DoesNotFit(ArenaError):
-    """One group alone is too large for the memory; `index` is its place."""
-
-    def __init__(self, index: int, tokens: int, where: str):
-        super().__init__(
-            f"its {tokens} tokens alone do not fit in memory",
-            where=where,
-            remedy="free memory, choose a smaller --precision, or lower cutoff_len and train again",
-        )
-        self.index = index
 
 
 def run_batches(
@@ -45,8 +30,8 @@ def run_batches(
     """Call `work(indices, pack)` on every group once, in batches; `pack` has the groups' pieces behind one another.
 
     `progress` gets the share of the tokens that is done. `work` may be called again for the same indices: out of
-    memory halves the token budget, reports it by `note` and continues; with one group a batch it raises DoesNotFit,
-    which calls the group by `name(index)`.
+    memory halves the token budget, reports it by `note` and continues. Raises ArenaError that calls a group by
+    `name(index)` where it does not fit alone.
     """
     import torch
 
@@ -74,7 +59,11 @@ def run_batches(
             # Only here, where the exception and with it the failed pass's frames are gone, can memory be freed.
             torch.cuda.empty_cache()
             if len(failed) == 1:
-                raise DoesNotFit(failed[0], sizes[failed[0]], name(failed[0]))
+                raise ArenaError(
+                    f"its {sizes[failed[0]]} tokens alone do not fit in memory",
+                    where=name(failed[0]),
+                    remedy="free memory, choose a smaller --precision, or lower cutoff_len and train again",
+                )
             budget = max(1, min(budget, sum(sizes[i] for i in failed)) // 2)
             note(f"out of memory: continuing with {budget:,} tokens a batch")
 
@@ -92,12 +81,10 @@ def prefetch(items: Iterable[_Item]) -> Generator[_Item, None, None]:
 def _packs(
     model: PackedModel, groups: Sequence[Group], order: list[int], budget: int
 ) -> Generator[tuple[list[int], Pack], None, None]:
-    device: torch.device = model.device
-    packs = (
-        (batch, pack(_joined([groups[i] for i in batch])).to(device)) for batch in _plan(model, groups, order, budget)
-    )
+    plan = _plan(model, groups, order, budget)
+    packs = ((batch, pack(_joined([groups[i] for i in batch])).to(model.device)) for batch in plan)
     # On a CPU a pack takes no time and is not copied; a thread would only take a core from the model.
-    return packs if device.type == "cpu" else prefetch(packs)
+    return packs if model.device.type == "cpu" else prefetch(packs)
 
 
 def _plan(model: PackedModel, groups: Sequence[Group], order: list[int], budget: int) -> Iterator[list[int]]:
@@ -130,6 +117,5 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
-    if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
-        return True
-    return "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    known = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    return known or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)

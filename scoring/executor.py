@@ -60,8 +60,8 @@ class InProcess:
 
 def prepare(scorer: Scorer, store: RowStore, shard: Shard) -> Prepared:
     """Read a shard's rows and make token ids of them."""
-    fed = store.fed(shard.rows)
-    return scorer.prepare(fed, swapped=shard.swapped), [row["id"] for row in fed]
+    inputs = store.inputs(shard.rows)
+    return scorer.prepare(inputs, swapped=shard.swapped), [row["id"] for row in inputs]
 
 
 def ask(scorer: Scorer, shard: Shard, prepared: Prepared, progress: Progress) -> np.ndarray:

@@ -6,7 +6,6 @@ is merged, and compared each time it is loaded.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import Fitted, Fitter
 from factory.status import experiment_status, is_at_work, stage_status
+from scoring.model_loading import BROKEN_WEIGHTS
 
 if TYPE_CHECKING:
     from factory.stage_context import StageContext
@@ -32,12 +32,11 @@ if TYPE_CHECKING:
 
 MANIFEST = "judge.json"
 FORMAT = 1
-_REMEDY = "merge the adapter again"
-_LONGEST_REASON = 300
+_REMEDY, _MERGE = "merge the adapter again", "python run.py sft (dpo, rm) -e EXP --until merge"
 # Encoded once when the judge is made and compared whenever it is loaded: another tokenizer would answer nonsense.
 _ENCODED = ("Verdict:", "naïve 日本語 😀\n\n  code();", "### Assistant A\n")
 # What judge.json must hold; another type would fail only later, in the middle of scoring.
-_TYPES = {"cutoff_len": int, "swap_tta": bool, "judge_prompt": str, "canaries": dict, "source": dict, "labels": dict}
+_TYPES = {"cutoff_len": int, "judge_prompt": str, "canaries": dict, "source": dict, "labels": dict}
 
 GOLDEN_ANSWERS = "canaries.json"
 # Short enough for any budget, unlike each other, and frozen: a change makes the answers in every judge's folder stale.
@@ -66,7 +65,6 @@ class Judge:
     labels: Labels
     cutoff_len: int
     shares: BudgetShares
-    swap_tta: bool
     tokenizer: Tokenizer
     prompt: JudgePrompt
     source: dict[str, Any]
@@ -112,7 +110,6 @@ def write_judge(folder: Path, experiment: Experiment, frame: ChatFrame, prompt_s
             "judge_prompt": prompt_source,
             "cutoff_len": experiment.cutoff_len,
             "budget_shares": experiment.budget_shares.model_dump(),
-            "swap_tta": experiment.swap_tta,
             "canaries": {text: _ids(tokenizer, text) for text in _ENCODED},
             "source": source,
         },
@@ -135,11 +132,9 @@ def write_judge_manifest(folder: Path, context: StageContext) -> None:
     _, trained = load_frame(experiment)
     own = _tokenizer(folder)
     if any(_ids(own, text) != _ids(trained, text) for text in _ENCODED):
-        raise ArenaError(
-            "the merged folder's tokenizer is not the one that the training rows were made with",
-            where=str(folder),
-            remedy="check that the merge recipe and experiment.yaml name the same model",
-        )
+        what = "the merged folder's tokenizer is not the one that the training rows were made with"
+        remedy = "check that the merge recipe and experiment.yaml name the same model"
+        raise ArenaError(what, where=str(folder), remedy=remedy)
     with readable(experiment.data_folder / "manifest.json"):
         learned = {key: manifest["experiment"][key] for key in ("labels", "cutoff_len", "budget_shares")}
         exported = Experiment.model_validate({**experiment.model_dump(mode="json"), **learned})
@@ -161,11 +156,8 @@ def load_judge(folder: Path) -> Judge:
         _require_known_ids(frame, tokenizer.get_vocab_size())
         changed = [text for text, ids in content["canaries"].items() if _ids(tokenizer, text) != ids]
         if changed:
-            raise ArenaError(
-                f"the tokenizer in this folder is not the one that the judge was trained with ({changed[0]!r} differs)",
-                where=str(folder),
-                remedy="move the folder away and merge again: python run.py sft (dpo, rm) -e EXP --until merge",
-            )
+            what = f"the tokenizer in this folder is not the one that the judge was trained with: {changed[0]!r}"
+            raise ArenaError(what, where=str(folder), remedy=f"move the folder away and merge again: {_MERGE}")
         labels = Labels(**content["labels"])
         return Judge(
             folder=folder,
@@ -173,19 +165,15 @@ def load_judge(folder: Path) -> Judge:
             labels=labels,
             cutoff_len=content["cutoff_len"],
             shares=BudgetShares(**content["budget_shares"]),
-            swap_tta=content["swap_tta"],
             tokenizer=tokenizer,
             prompt=JudgePrompt(content["judge_prompt"], labels, where=f"{path}: judge_prompt"),
             source=content["source"],
         )
     except FileNotFoundError:
-        raise ArenaError(
-            "is not a judge: judge.json is missing",
-            where=str(folder),
-            remedy="train and merge first: python run.py sft (dpo, rm) -e EXP --until merge",
-        ) from None
+        what = "is not a judge: judge.json is missing"
+        raise ArenaError(what, where=str(folder), remedy=f"train and merge first: {_MERGE}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:_LONGEST_REASON]
+        reason = str(error).splitlines()[0][:300]
         raise ArenaError(f"is damaged: {reason}", where=str(path), remedy=_REMEDY) from None
 
 
@@ -194,25 +182,21 @@ def require_judge(context: StageContext) -> None:
     if (context.merged / MANIFEST).is_file():
         return
     view, whole = stage_status(context), experiment_status(context)
-    call = f"python run.py {context.step.command} -e {shlex.quote(context.experiment.name)}"
+    state = "not trained" if view.state == "new" else f"{view.state} {view.detail}".rstrip()
+    what, remedy = f"is not a judge yet: {context.name} is {state}", view.next
     if context.merged.is_dir() and not is_at_work(context.folder):
         what = f"is not a judge: {MANIFEST} is missing"
-        remedy = f"move the folder away and merge again: {call} --until merge"
-    else:
-        state = "not trained" if view.state == "new" else f"{view.state} {view.detail}".rstrip()
-        what = f"is not a judge yet: {context.name} is {state}"
-        remedy = f"{whole.next}; then {call}" if whole.next else view.next
+        remedy = f"move the folder away and merge again: {context.command} --until merge"
+    elif whole.next:
+        remedy = f"{whole.next}; then {context.command}"
     raise ArenaError(what, where=str(context.merged), remedy=remedy)
 
 
 def write_golden_answers(judge: Judge, answers: np.ndarray, precision: str) -> None:
     """Write the judge's answers to the golden prompts, [n, classes], into its folder; raises ArenaError for NaN."""
     if not np.isfinite(answers).all():
-        raise ArenaError(
-            "the merged model gives no finite answer to the golden prompts",
-            where=str(judge.folder),
-            remedy="the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve",
-        )
+        what = "the merged model gives no finite answer to the golden prompts"
+        raise ArenaError(what, where=str(judge.folder), remedy=BROKEN_WEIGHTS)
     content = {battle.id: row.tolist() for battle, row in zip(GOLDEN_PROMPTS, answers, strict=True)}
     write_json(judge.folder / GOLDEN_ANSWERS, {"format": FORMAT, "precision": precision, "answers": content})
 
@@ -223,15 +207,13 @@ def golden_tolerance(folder: Path, precision: str) -> float | None:
     Raises ArenaError if their file is damaged.
     """
     golden = _golden_answers(folder)
-    if golden is None:
-        return None
-    return max(TOLERANCE.get(name, COARSEST) for name in (golden["precision"], precision))
+    return golden and max(TOLERANCE.get(name, COARSEST) for name in (golden["precision"], precision))
 
 
 def require_golden_answers(folder: Path, precision: str, answer: Callable[[], np.ndarray]) -> None:
     """Raise ArenaError unless `answer()`, a loaded model's answers [n, classes], are near the golden answers."""
     golden, tolerance = _golden_answers(folder), golden_tolerance(folder, precision)
-    if golden is None or tolerance is None:
+    if golden is None:
         return
     expected = np.array([golden["answers"][battle.id] for battle in GOLDEN_PROMPTS], dtype=np.float64)
     distance = float(np.abs(expected - answer()).max())
@@ -269,7 +251,6 @@ def _require_known_ids(frame: ChatFrame, vocabulary: int) -> None:
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
-
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ArenaError("tokenizer.json is missing", where=str(folder), remedy=_REMEDY)

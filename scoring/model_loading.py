@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from common.experiment import Experiment
     from factory.stage_context import StageContext
 
+BROKEN_WEIGHTS = "the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve"
+
 
 @dataclass(frozen=True)
 class TrainedAdapter:
@@ -61,49 +63,36 @@ class TrainedAdapter:
         with torch.inference_mode(), policy.disable_adapter():
             after = policy(input_ids=ids, use_cache=False).logits.float()
         if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
-            raise ArenaError(
-                "switching the adapter off does not give the base back, so there is no reference to compare with",
-                where=str(self.folder),
-                remedy="train without the key that changes the base itself (pissa_init, resize_vocab, a trained bias)",
-            )
+            what = "switching the adapter off does not give the base back, so there is no reference to compare with"
+            remedy = "train without the key that changes the base itself (pissa_init, resize_vocab, a trained bias)"
+            raise ArenaError(what, where=str(self.folder), remedy=remedy)
         return policy
 
     def load_base(self, device: str, *, precision: str | None = None) -> Any:
         """Load the base as LLaMA-Factory trained on it, without the adapter."""
         dtype = weight_dtype(device, precision)
-        quantisation = (self.quantization_bit, self.quantization_type, self.double_quantization)
+        quantised = (self.quantization_bit, self.quantization_type, self.double_quantization)
+        trust = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         try:
-            return _load(
-                self.base,
-                device,
-                dtype,
-                _bitsandbytes(*quantisation, dtype, device),
-                revision=self.revision,
-                trust_remote_code=self.trust_remote_code,
-            )
+            return _load(self.base, device, dtype, _bitsandbytes(*quantised, dtype, device), **trust)
         except loading_errors() as error:
-            raise ArenaError(
-                f"the base model cannot be loaded: {_first_line(error)}",
-                where=self.base,
-                remedy="the folder or hub id must be the one that the training started from",
-            ) from None
+            remedy = "the folder or hub id must be the one that the training started from"
+            what = f"the base model cannot be loaded: {_first_line(error)}"
+            raise ArenaError(what, where=self.base, remedy=remedy) from None
 
     def _check_folder(self) -> None:
         """Raise ArenaError unless the folder holds safetensors that were trained on the base."""
         files = ("adapter_config.json", "adapter_model.safetensors")
-        missing = [name for name in files if not (self.folder / name).is_file()]
-        if missing:
+        if missing := [name for name in files if not (self.folder / name).is_file()]:
             raise self._misfit(f"is no finished adapter: {' and '.join(missing)} missing")
         try:
             trained_on = read_json(self.folder / files[0])["base_model_name_or_path"]
+            if not isinstance(trained_on, str):
+                raise TypeError("base_model_name_or_path is no text")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._misfit(f"adapter_config.json is damaged: {error}") from None
-        if trained_on and not isinstance(trained_on, str):
-            raise self._misfit("adapter_config.json is damaged: base_model_name_or_path is no text")
-        if trained_on and not is_same_model(trained_on, self.base):
-            raise self._misfit(
-                f"was trained on {trained_on}, not on {self.base}: another reference gives other rewards"
-            )
+        if not is_same_model(trained_on, self.base):
+            raise self._misfit(f"was trained on {trained_on}, not on {self.base}: another reference, other rewards")
 
     def _on(self, model: Any) -> Any:
         """Return the model with the adapter; its weights must be exactly those that the model has places for.
@@ -136,11 +125,9 @@ class TrainedAdapter:
 def trained_adapter(context: StageContext) -> TrainedAdapter:
     """Return the adapter that a stage's recipe trained; raises ArenaError if that training began with another one."""
     if context.recipe.get("adapter_name_or_path"):
-        raise ArenaError(
-            "the training continued another adapter, so its base is not a model by itself",
-            where=f"{context.recipe_path}: adapter_name_or_path",
-            remedy="score the merged model instead (--precision auto)",
-        )
+        what = "the training continued another adapter, so its base is not a model by itself"
+        where = f"{context.recipe_path}: adapter_name_or_path"
+        raise ArenaError(what, where=where, remedy="score the merged model instead (--precision auto)")
     return TrainedAdapter.of(context.recipe, context.experiment)
 
 
@@ -156,11 +143,9 @@ def load_model(folder: Path, device: str, *, precision: str | None = None) -> An
         quantisation = _bitsandbytes(bits, "nf4", True, dtype, device)
         return _load(folder, device, dtype, quantisation, trust_remote_code=False, local_files_only=True)
     except loading_errors() as error:
-        raise ArenaError(
-            f"the model cannot be loaded: {_first_line(error)}",
-            where=str(folder),
-            remedy="move the folder away and merge again: python run.py sft (dpo, rm) -e EXP --until merge",
-        ) from None
+        what = f"the model cannot be loaded: {_first_line(error)}"
+        remedy = "move the folder away and merge again: python run.py sft (dpo, rm) -e EXP --until merge"
+        raise ArenaError(what, where=str(folder), remedy=remedy) from None
 
 
 def device_name() -> str:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 MODES = ("trimmed", "packed", "padded")  # fastest first
 # The largest difference of hidden states, in their standard deviations, that packing may make on the probe.
 _TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2e-1, "int8": 2e-1}
-_PROBE = ((23, 1), (9, 2), (40, 1))  # pieces (tokens, wanted); the first is the prefix of the other two
 _FAILURES = (UnknownAttention, AttributeError, TypeError, KeyError, RuntimeError, NotImplementedError)
 
 
@@ -50,13 +49,11 @@ class Pack:
     places: torch.Tensor
 
     def to(self, device: torch.device) -> Pack:
-        """Return the pack on a device; to a GPU it is copied while earlier work there goes on."""
+        """Return the pack on a CPU or a GPU, to which it is copied while earlier work there goes on."""
         if device.type == "cpu":
             return self
         tensors = (self.ids, self.positions, self.places)
-        if device.type == "cuda":
-            tensors = [x.pin_memory() for x in tensors]
-        ids, positions, places = (x.to(device, non_blocking=device.type == "cuda") for x in tensors)
+        ids, positions, places = (x.pin_memory().to(device, non_blocking=True) for x in tensors)
         return Pack(ids, positions, self.spans, self.wanted_spans, places)
 
 
@@ -95,11 +92,9 @@ class PackedModel:
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.body = self.causal.base_model  # token ids in, final hidden states out
         if self.body is self.causal:
-            raise ArenaError(
-                f"{type(self.causal).__name__} does not separate its body from its head",
-                where="model",
-                remedy="choose a base model of a common decoder family (Llama, Qwen, Gemma, Mistral, Phi)",
-            )
+            remedy = "choose a base model of a common decoder family (Llama, Qwen, Gemma, Mistral, Phi)"
+            what = f"{type(self.causal).__name__} does not separate its body from its head"
+            raise ArenaError(what, where="model", remedy=remedy)
         self._config = self.causal.config.get_text_config()
         self._output: Any = BaseModelOutputWithPast
         self._by_length = _rotates_by_length(self._config)
@@ -215,12 +210,8 @@ class PackedModel:
     def _fastest(self) -> str:
         import torch
 
-        lengths = [n for n, _ in _PROBE]
-        tokens = torch.arange(sum(lengths)).mul(7919).remainder(self._config.vocab_size).split(lengths)
-        pieces = [
-            Piece(ids.tolist(), wanted, None if i == 0 else 0)
-            for i, (ids, (_, wanted)) in enumerate(zip(tokens, _PROBE, strict=True))
-        ]
+        tokens = torch.arange(72).mul(7919).remainder(self._config.vocab_size).tolist()
+        pieces = [Piece(tokens[:23]), Piece(tokens[23:32], wanted=2, prefix=0), Piece(tokens[32:], prefix=0)]
         probe = pack(pieces).to(self.device)
         with torch.inference_mode():
             expected = self._padded(probe)
@@ -241,8 +232,7 @@ class _Found(Exception):
 class _KeysAndValues:
     """Stands in for a layer's cache: keeps what it is first given, and returns that from then on."""
 
-    def __init__(self) -> None:
-        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
+    _kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if self._kept is not None:
@@ -253,12 +243,10 @@ class _KeysAndValues:
 
 def _active(head: Any) -> Any:
     """Return the layer that computes: of a head that PEFT trained as a whole, the trained one while it is on."""
-    kept = getattr(head, "modules_to_save", None)
-    if kept is None:
+    if not hasattr(head, "modules_to_save"):
         return head
-    names = head.active_adapters
-    on = not head.disable_adapters and names and names[0] in kept
-    return kept[names[0]] if on else head.original_module
+    on = [name for name in head.active_adapters if name in head.modules_to_save and not head.disable_adapters]
+    return head.modules_to_save[on[0]] if on else head.original_module
 
 
 def _rotates_by_length(config: Any) -> bool:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.errors import ArenaError
-from scoring.batches import DoesNotFit, run_batches
+from scoring.batches import run_batches
+from scoring.model_loading import BROKEN_WEIGHTS
 from scoring.packed_model import Pack, PackedModel, Piece
 
 if TYPE_CHECKING:
@@ -96,11 +97,8 @@ def value_rewards(
     answers, packed = _Answers(triples, name), PackedModel.of(model)
     size = packed.causal.config.get_text_config().hidden_size
     if len(head.weight) != size:
-        raise ArenaError(
-            f"the value head takes {len(head.weight)} numbers, the model's hidden states have {size}",
-            where=VALUE_HEAD,
-            remedy="merge the reward model again: the two files are of different trainings",
-        )
+        what = f"the value head takes {len(head.weight)} numbers, the model's hidden states have {size}"
+        raise ArenaError(what, where=VALUE_HEAD, remedy="merge the reward model again: its files are of two trainings")
     weight = head.weight.to(packed.device)
 
     def score(_: list[int], pack: Pack) -> np.ndarray:
@@ -148,11 +146,8 @@ class _Answers:
         self.places = np.empty((len(triples), 2), dtype=int)
         for row, (prompt, *answers) in enumerate(triples):
             if not len(prompt) or not all(map(len, answers)):
-                raise ArenaError(
-                    "the prompt or an answer has no tokens",
-                    where=name(row),
-                    remedy="give the prompt and both answers with the chat template's tokens",
-                )
+                remedy = "give the prompt and both answers with the chat template's tokens"
+                raise ArenaError("the prompt or an answer has no tokens", where=name(row), remedy=remedy)
             at = prompts.setdefault(tuple(prompt), len(prompts))
             for side, answer in enumerate(answers):
                 self.places[row, side] = found.setdefault((at, tuple(answer)), len(found))
@@ -168,38 +163,23 @@ class _Answers:
     ) -> np.ndarray:
         """Return the score of every answer; a few answers of one prompt are read in one pass, their prompt once.
 
-        `group(prompt, answers)` makes their pieces and `score(answers, pack)` their scores. Answers that do not fit in
-        memory together are read each by itself.
+        `group(prompt, answers)` makes their pieces and `score(answers, pack)` their scores.
         """
         of_prompt: dict[int, list[int]] = {}
         for answer, prompt in enumerate(self._prompt_of):
             of_prompt.setdefault(prompt, []).append(answer)
-        waiting = [those[i : i + _TOGETHER] for those in of_prompt.values() for i in range(0, len(those), _TOGETHER)]
-        result, done = np.full(len(self.ids), np.nan), set()
+        together = [those[i : i + _TOGETHER] for those in of_prompt.values() for i in range(0, len(those), _TOGETHER)]
+        result = np.full(len(self.ids), np.nan)
 
-        def read(groups: list[list[int]]) -> list[list[int]]:
-            """Score groups of answers; return what is left after the first group that does not fit, which is split."""
+        def work(batch: list[int], pack: Pack) -> None:
+            those = [i for at in batch for i in together[at]]
+            result[those] = score(those, pack)
 
-            def work(batch: list[int], pack: Pack) -> None:
-                those = [i for at in batch for i in groups[at]]
-                result[those] = score(those, pack)
-                done.update(those)
+        def name(at: int) -> str:
+            return self._name(int(np.argwhere(self.places == together[at][0])[0, 0]))
 
-            def name(at: int) -> str:
-                return self._name(int(np.argwhere(self.places == groups[at][0])[0, 0]))
-
-            pieces = [group(self._prompts[self._prompt_of[g[0]]], [self.ids[i] for i in g]) for g in groups]
-            try:
-                run_batches(model, pieces, work, name=name, **options)
-                return []
-            except DoesNotFit as error:
-                alone = groups[error.index]
-                if len(alone) == 1:
-                    raise
-            return [[i] for i in alone] + [g for g in groups if g is not alone and not done.issuperset(g)]
-
-        while waiting:
-            waiting = read(waiting)
+        pieces = [group(self._prompts[self._prompt_of[those[0]]], [self.ids[i] for i in those]) for those in together]
+        run_batches(model, pieces, work, name=name, **options)
         return result
 
     def rewards(self, scores: np.ndarray) -> np.ndarray:
@@ -207,11 +187,8 @@ class _Answers:
         rewards = scores[self.places]
         bad = np.flatnonzero(~np.isfinite(rewards).all(axis=1))
         if len(bad):
-            raise ArenaError(
-                f"the model gave no finite reward for {len(bad)} battle(s), this one first",
-                where=self._name(bad[0]),
-                remedy="the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve",
-            )
+            what = f"the model gave no finite reward for {len(bad)} battle(s), this one first"
+            raise ArenaError(what, where=self._name(bad[0]), remedy=BROKEN_WEIGHTS)
         return rewards
 
 

@@ -12,8 +12,7 @@ learned the form of an answer. scoring.watch.CheckpointScorer measures instead: 
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from common.console import duration
@@ -26,8 +25,10 @@ from factory.status import StageStatus, experiment_status, next_commands, stage_
 from factory.trainer_log import LogPoint, TrainerLog, describe, loss_curve, resumed_at, seconds_left
 from scoring.report.formatting import BASELINE_NAMES
 
-_UNIFORM = 1.0986  # log 3: a third for each class
-_COIN = 0.6931  # −log 1/2: what a pair of responses costs a judge that throws a coin
+_HOW_TO_EVALUATE = (
+    "score checkpoints with --score 200, or set eval_strategy: steps in the recipe "
+    "(not for a 4-bit training on a CPU, which an evaluation may corrupt)"
+)
 # With any of these the evaluation loss is another quantity, and the bound does not hold.
 _OTHER_LOSS = (
     *("label_smoothing_factor", "train_on_prompt", "packing", "neat_packing", "use_dft_loss", "use_asft_loss"),
@@ -37,7 +38,7 @@ _OTHER_LOSS = (
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run at one moment, as `watch --json` prints it."""
+    """A run at one moment; `watch --json` prints these fields."""
 
     experiment: str
     stage: str
@@ -70,10 +71,6 @@ class RunStatus:
             return self.point
         return replace(self.point, loss=losses[-1]["loss"], lr=losses[-1]["lr"])
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
-
 
 def run_status(context: StageContext) -> RunStatus:
     """Return what a run's files say now; nothing is loaded and nothing locked."""
@@ -104,7 +101,7 @@ def run_status(context: StageContext) -> RunStatus:
         evaluates=evaluation_times(recipe),
         start_step=start,
         ladder=reached["ladder"] if reached else None,
-        how_to_evaluate=how_to_evaluate(recipe),
+        how_to_evaluate=_HOW_TO_EVALUATE,
         reached=reached,
     )
 
@@ -113,47 +110,31 @@ def _reached(context: StageContext, view: StageStatus) -> dict[str, Any] | None:
     """Return what the report of a scored stage says, None where the stage is not scored."""
     if view.log_loss is None or view.prior is None:
         return None
-    known, rows = {"prior": view.prior}, None
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # it was removed in this moment
-        report = read_json(context.folder / "report.json")
-        known, rows = {**report["baselines"], "bayes": report.get("bayes")}, report.get("rows")
+    report = read_json(context.folder / "report.json")
+    known = {**report["baselines"], "bayes": report.get("bayes")}
     ladder = {name: float(known[name]) for name in BASELINE_NAMES if isinstance(known.get(name), int | float)}
-    rows = rows if isinstance(rows, int) else None
-    return {"log_loss": view.log_loss, "rows": rows, "beats_prior": bool(view.beats_prior), "ladder": ladder}
+    beats = bool(view.beats_prior)
+    return {"log_loss": view.log_loss, "rows": report.get("rows"), "beats_prior": beats, "ladder": ladder}
 
 
 def evaluation_times(recipe: dict[str, Any]) -> str | None:
     """Return in words when a recipe evaluates during training, None where it does not."""
     every = recipe.get("eval_steps") or recipe.get("logging_steps", 500)  # as transformers chooses
-    if not isinstance(every, int | float):  # the recipe of a run that is only watched was never checked
-        steps = f"at {every!r}, which is no number of steps"
-    else:
-        steps = f"every {every} steps" if every >= 1 else f"every {every:.0%} of the steps"
+    # A whole number counts steps, a fraction is a share of them; the recipe of a watched run was never checked.
+    steps = f"every {every} steps" if isinstance(every, int) else f"every {every} of the steps"
     return {"steps": steps, "epoch": "after each epoch"}.get(str(recipe.get("eval_strategy", "no")))
-
-
-def how_to_evaluate(recipe: dict[str, Any]) -> str:
-    """Return how to see a log loss during training, where a recipe does not evaluate."""
-    if recipe.get("quantization_bit") == 4:
-        return (
-            "score checkpoints with --score 200; on a GPU eval_strategy: steps in the recipe works, too (on some "
-            "CPUs an evaluation corrupts the 4-bit training that goes on after it)"
-        )
-    return "set eval_strategy: steps in the recipe, or score checkpoints with --score 200"
 
 
 def answer_tokens(context: StageContext) -> tuple[int | None, str | None]:
     """Return the tokens of an answer where the bound holds, else None and why it does not."""
-    stage, path = context.name, context.recipe_path
-    if stage != "sft":
-        return None, f"the loss of {stage} is that of pairs (a coin has {_COIN}); its log loss is measured by scoring"
-    if not path.is_file():
-        return None, f"{path} does not exist"
-    if changed := [key for key in _OTHER_LOSS if context.recipe.get(key)]:
-        return None, f"with {', '.join(changed)} the evaluation loss says nothing about the log loss"
-    if names(context.recipe.get("eval_dataset")) != [f"{context.experiment.name}_sft_valid"]:
-        return None, f"{path} does not evaluate on the validation fold"
+    if context.name != "sft":
+        return None, f"the loss of {context.name} is that of pairs (a coin has 0.6931); scoring measures its log loss"
     try:
+        recipe = context.recipe
+        if changed := [key for key in _OTHER_LOSS if recipe.get(key)]:
+            return None, f"with {', '.join(changed)} the evaluation loss says nothing about the log loss"
+        if names(recipe.get("eval_dataset")) != [f"{context.experiment.name}_sft_valid"]:
+            return None, f"{context.recipe_path} does not evaluate on the validation fold"
         return ChatFrame.from_dict(context.manifest["frame"]).answer_len, None
     except ArenaError as error:
         return None, str(error).splitlines()[0]
@@ -169,8 +150,7 @@ def events(status: RunStatus, ladder: dict[str, float] | None) -> list[tuple[str
         what, bound = f"step {each['step']}", each["log_loss"]
         text = f"{what}: evaluation loss {each['eval_loss']:.4f}"
         if bound is not None:
-            nothing = ", which says nothing yet" if bound > _UNIFORM else ""
-            text += f", so a log loss of at most {bound:.4f}{nothing}{_compared(ladder)}"
+            text += f", so a log loss of at most {bound:.4f}{_compared(ladder)}"
         found.append((each["step"], what, text))
     for each in status.measured:
         what = f"checkpoint {each['step']}"
@@ -196,15 +176,14 @@ def in_words(status: RunStatus) -> list[str]:
         lines.append(f"step {status.point.step}/{status.point.total}  {losses}{left}")
     lines += [text for _, text in events(status, None)]
     if reached := status.reached:
-        rows = "" if reached["rows"] is None else f" on {reached['rows']} held-out battles"
         than = "better" if reached["beats_prior"] else "not better"
-        lines.append(f"log loss {reached['log_loss']:.4f}{rows}: {than} than the class prior")
+        rows = f"on {reached['rows']} held-out battles"
+        lines.append(f"log loss {reached['log_loss']:.4f} {rows}: {than} than the class prior")
     elif status.why_no_log_loss:
         lines.append(f"no log loss yet: {status.why_no_log_loss}")
-    elif status.evaluates and not (status.evaluations or status.measured):
-        lines.append(f"no evaluation yet: the recipe evaluates {status.evaluates}")
     elif not (status.evaluations or status.measured):
-        lines.append(f"no evaluation {'yet' if status.at_work else 'during training'}: {status.how_to_evaluate}")
+        when = f"the recipe evaluates {status.evaluates}" if status.evaluates else status.how_to_evaluate
+        lines.append(f"no evaluation yet: {when}")
     if status.ladder:
         lines.append(f"to beat: {_listed(status.ladder)}")
     lines += status.faults

@@ -26,7 +26,7 @@ from scoring import score_store
 from scoring.calibration import AB_COLUMNS, BA_COLUMNS
 from scoring.executor import Executor
 from scoring.links import log_softmax
-from scoring.score_store import FACTS_SCHEMA, STRAIGHT, SWAPPED, Facts, Fed, RowStore, Shard, ShardFolder
+from scoring.score_store import FACTS_SCHEMA, STRAIGHT, SWAPPED, Facts, ModelInput, RowStore, Shard, ShardFolder
 from scoring.scorer import Scorer
 from scoring.time_limit import Pace
 
@@ -38,7 +38,7 @@ def open_job(
     executor: Executor,
     *,
     inputs: Mapping[str, Any],
-    rows: Callable[[], Iterable[tuple[Facts, Fed]]],
+    rows: Callable[[], Iterable[tuple[Facts, ModelInput]]],
     label: str,
     show: Show,
     fresh: bool = False,

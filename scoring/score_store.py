@@ -28,7 +28,7 @@ from common.errors import ArenaError
 from common.files import atomic_file, sha256_of, write_json
 from data_prep.export_reader import readable
 
-Facts, Fed = dict[str, Any], dict[str, Any]
+Facts, ModelInput = dict[str, Any], dict[str, Any]
 ROW_FACTS = ("id", "group", "verdict", "language", "turns", "chars_prompt", "chars_a", "chars_b", "tokens", "cut")
 _STRINGS, _COUNTS = ROW_FACTS[:4], ROW_FACTS[4:9]
 FACTS_SCHEMA = pa.schema(
@@ -66,7 +66,7 @@ class RowStore:
 
     @classmethod
     def write(
-        cls, folder: Path, rows: Iterable[tuple[Facts, Fed]], progress: Callable[[int], None] = lambda _: None
+        cls, folder: Path, rows: Iterable[tuple[Facts, ModelInput]], progress: Callable[[int], None] = lambda _: None
     ) -> RowStore:
         """Write rows as they come; a store that was there is replaced. `progress` gets the number of rows so far."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,9 +76,9 @@ class RowStore:
             (folder / "rows.jsonl").open("wb") as lines,
             ParquetWriter(folder / "rows.parquet", schema, compression="zstd") as facts_file,
         ):
-            for facts, fed in rows:
+            for facts, inputs in rows:
                 waiting.append({**facts, "begin": lines.tell()})
-                lines.write(json.dumps(fed).encode("ascii") + b"\n")  # ASCII: half a surrogate pair stays unchanged
+                lines.write(json.dumps(inputs).encode("ascii") + b"\n")  # ASCII: half a surrogate pair stays unchanged
                 count += 1
                 progress(count)
                 if len(waiting) == WINDOW:
@@ -88,7 +88,7 @@ class RowStore:
         write_json(folder / _MARKER, {"rows": count, "sha256": {name: sha256_of(folder / name) for name in _FILES}})
         return cls(folder, checked=False)
 
-    def fed(self, numbers: Iterable[int]) -> list[Fed]:
+    def inputs(self, numbers: Iterable[int]) -> list[ModelInput]:
         """Return what the model reads of the rows with these numbers, in their order."""
         with (self.folder / "rows.jsonl").open("rb") as lines:
             found = []

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from common.console import name_of
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
 from common.files import sha256_of
-from common.stages import TRAININGS
 from data_prep.audit import row_statistics
 from data_prep.chat_template import ChatFrame, load_frame
 from data_prep.export_reader import require_pairs, rows_of
@@ -32,13 +31,13 @@ from data_prep.truncation import in_chunks
 from factory.fingerprint import model_files
 from factory.stage_context import StageContext
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
-from scoring.engines.protocol import Engine, open_engine, require_engine
+from scoring.engines.protocol import open_engine, require_engine
 from scoring.judge import MANIFEST, load_judge, require_golden_answers, require_judge
 from scoring.links import softmax
 from scoring.model_loading import TrainedAdapter, device_name, float_precision, load_model, trained_adapter
 from scoring.packed_model import PackedModel
 from scoring.rewards import VALUE_HEAD, a_beats_b, implicit_rewards, load_value_head, value_rewards
-from scoring.score_store import ROW_FACTS, Facts, Fed
+from scoring.score_store import ROW_FACTS, Facts, ModelInput
 
 _CHUNK = 512
 _FLOATS = ("auto", "fp32", "bf16", "fp16")
@@ -50,14 +49,18 @@ _BATTLE = ("id", "prompts", "responses_a", "responses_b")
 _PAIR = ("id", "prompt", "response_a", "response_b")
 
 
-class Scorer(Protocol):
-    """What scoring needs of one stage's model, which is loaded by `open`."""
+class Scorer:
+    """The model of one stage. `open` loads it; rows can be read and prepared without it."""
 
     columns: tuple[str, ...]  # names of one row's scores
     label_ids: tuple[int, ...] = ()  # tokens whose logits are the scores; none for rewards
     engine = "torch"
-    precision: str  # the requested one; after `open` what the model really computes in
     note: Callable[[str], None] = print  # gets what a user should know, such as that memory ran out
+
+    def __init__(self, context: StageContext, precision: str):
+        """Keep the stage; `precision` is the requested one, and after `open` what the model really computes in."""
+        self._context, self.precision = context, precision
+        self._model: Any = None
 
     def inputs(self) -> dict[str, Any]:
         """Return what the scores depend on, weights as 'sha256:…'."""
@@ -65,16 +68,23 @@ class Scorer(Protocol):
     def require_own_export(self) -> None:
         """Raise ArenaError where the exported rows were made for another model than this one."""
 
-    def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
+    def exported(self, split: str) -> Iterator[tuple[Facts, ModelInput]]:
         """Yield the rows of one exported split, in the order of the input."""
 
-    def read(self, path: Path) -> Iterator[tuple[Facts, Fed]]:
+    def read(self, path: Path) -> Iterator[tuple[Facts, ModelInput]]:
         """Yield the rows of any table of battles, fitted as the training rows were; raises ArenaError for a bad row."""
+        for chunk in in_chunks(battles_to_score(path), _CHUNK):
+            for battle, (fitted, texts) in zip(chunk, self._fit(chunk), strict=True):
+                # the facts are those of the battle before it was fitted
+                yield {**row_statistics(battle), "tokens": fitted.tokens, "cut": fitted.cut}, texts
+
+    def _fit(self, battles: list[Battle]) -> Iterator[tuple[Any, ModelInput]]:
+        """Yield each battle as it was fitted, and what the model reads of it."""
 
     def open(self) -> None:
         """Load the model."""
 
-    def prepare(self, fed: Sequence[Fed], *, swapped: bool) -> list:
+    def prepare(self, inputs: Sequence[ModelInput], *, swapped: bool) -> list:
         """Return the token ids of rows, with the answers exchanged where `swapped`."""
 
     def ask(self, prepared: list, *, progress: Callable[[float], None], name: Callable[[int], str]) -> np.ndarray:
@@ -82,6 +92,7 @@ class Scorer(Protocol):
 
     def close(self) -> None:
         """Free the model's memory."""
+        self._model = None
 
 
 @dataclass(frozen=True)
@@ -99,23 +110,16 @@ class ScorerSpec:
         stage does not have.
         """
         stage = self.context.name
-        if stage not in TRAININGS:
-            raise ArenaError(f"{stage!r} is no stage", remedy=f"choose one of: {', '.join(TRAININGS)}")
         if stage not in _REWARD_PRECISIONS:
             require_engine(self.engine, self.precision)  # the cheapest check first
             require_judge(self.context)
             return LabelScorer(self.context, self.engine, self.precision)
-        if self.engine != "torch":
+        offered = _REWARD_PRECISIONS[stage]
+        if self.engine != "torch" or self.precision not in offered:
             raise UsageError(
-                f"the stage {stage} gives rewards, which only the engine torch computes",
-                where=f"--engine {self.engine}",
-                remedy="leave --engine out, or choose a judge: --stage sft or dpo_judge",
-            )
-        if self.precision not in _REWARD_PRECISIONS[stage]:
-            raise UsageError(
-                f"the stage {stage} cannot be scored in {self.precision}",
-                where=f"--precision {self.precision}",
-                remedy=f"choose one of: {', '.join(_REWARD_PRECISIONS[stage])}",
+                f"the stage {stage} gives rewards, and cannot be scored in {self.precision} by {self.engine}",
+                where="--engine, --precision",
+                remedy=f"choose torch and one of: {', '.join(offered)}; or a judge: --stage sft or dpo_judge",
             )
         if stage == "dpo_reward":
             return ImplicitRewardScorer(self.context, self.precision)
@@ -136,10 +140,9 @@ class LabelScorer(Scorer):
 
     def __init__(self, context: StageContext, engine: str, precision: str):
         """Read the judge's manifest."""
-        self.engine, self.precision, self._context = engine, precision, context
-        self._judge = load_judge(context.merged)
-        self.label_ids = self._judge.frame.label_ids
-        self._engine: Engine | None = None
+        super().__init__(context, precision)
+        self.engine, self._judge = engine, load_judge(context.merged)
+        self.label_ids, self._fitter = self._judge.frame.label_ids, self._judge.fitter()
 
     def inputs(self) -> dict[str, Any]:
         return _hashes(self._judge.folder, MANIFEST, "*.safetensors")
@@ -152,17 +155,15 @@ class LabelScorer(Scorer):
                 remedy=f"run.py prepare -e {self._context.experiment.name} again, then train with --fresh",
             )
 
-    def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
+    def exported(self, split: str) -> Iterator[tuple[Facts, ModelInput]]:
         data, known = self._context.experiment.data_folder, (*ROW_FACTS[1:], "dropped")
         for row in rows_of(data, split, "battles.parquet", _BATTLE, known):
             yield _of(row, ROW_FACTS), _of(row, (*_BATTLE, "dropped"))
 
-    def read(self, path: Path) -> Iterator[tuple[Facts, Fed]]:
-        fitter = self._judge.fitter()
-        for chunk in in_chunks(battles_to_score(path), _CHUNK):
-            for battle, fitted in zip(chunk, fitter.fit(chunk, both_orders=False), strict=True):
-                fed = {name: getattr(fitted.battle, name) for name in _BATTLE}
-                yield _facts(battle, fitted), {**fed, "dropped": fitted.dropped}
+    def _fit(self, battles: list[Battle]) -> Iterator[tuple[Any, ModelInput]]:
+        for fitted in self._fitter.fit(battles, both_orders=False):
+            texts = {name: getattr(fitted.battle, name) for name in _BATTLE}
+            yield fitted, {**texts, "dropped": fitted.dropped}
 
     def open(self) -> None:
         options: dict[str, Any] = {}
@@ -171,7 +172,7 @@ class LabelScorer(Scorer):
             if self.precision == "adapter":
                 options["adapter"] = trained_adapter(self._context)
         judge = self._judge
-        self._engine = engine = open_engine(judge, self.engine, self.precision, **options)
+        self._model = engine = open_engine(judge, self.engine, self.precision, **options)
         self.precision = engine.precision
         require_golden_answers(
             judge.folder,
@@ -179,18 +180,17 @@ class LabelScorer(Scorer):
             lambda: softmax(engine.label_logits(judge.golden_sequences(), self.label_ids)),
         )
 
-    def prepare(self, fed: Sequence[Fed], *, swapped: bool) -> list:
-        battles = [Battle(row["id"], *(tuple(row[name]) for name in _BATTLE[1:])) for row in fed]
-        dropped = [row["dropped"] for row in fed]
-        return self._judge.sequences(list(zip(battles, dropped, strict=True)), swapped=swapped)
+    def prepare(self, inputs: Sequence[ModelInput], *, swapped: bool) -> list:
+        battles = [(Battle(row["id"], *(tuple(row[name]) for name in _BATTLE[1:])), row["dropped"]) for row in inputs]
+        return self._judge.sequences(battles, swapped=swapped)
 
     def ask(self, prepared: list, *, progress: Callable[[float], None], name: Callable[[int], str]) -> np.ndarray:
-        return self._engine.label_logits(prepared, self.label_ids, progress=progress, name=name)
+        return self._model.label_logits(prepared, self.label_ids, progress=progress, name=name)
 
     def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        if self._model is not None:
+            self._model.close()
+        super().close()
 
 
 class RewardScorer(Scorer):
@@ -200,15 +200,13 @@ class RewardScorer(Scorer):
 
     def __init__(self, context: StageContext, precision: str):
         """Load the frame and the tokenizer that the export was made with."""
-        self.precision, self._context = precision, context
-        self._frame, self._tokenizer = load_frame(context.experiment)
-        self._model: PackedModel | None = None
-
-    def _fitting(self) -> dict[str, Any]:
-        """Return what pairs are fitted by, in an export and in any other table."""
-        experiment = self._context.experiment
-        shares = experiment.budget_shares.model_dump()
-        return {"template": experiment.template, "cutoff_len": experiment.cutoff_len, "shares": shares}
+        super().__init__(context, precision)
+        experiment = context.experiment
+        self._frame, self._tokenizer = load_frame(experiment)
+        shares, cutoff = experiment.budget_shares, experiment.cutoff_len
+        self._fitter = PairFitter(self._frame, self._tokenizer, cutoff_len=cutoff, shares=shares)
+        # What pairs are fitted by, in an export and in any other table.
+        self._fitting = {"template": experiment.template, "cutoff_len": cutoff, "shares": shares.model_dump()}
 
     def _settle_precision(self) -> str:
         """Replace "auto" by what it is on this machine; return the device."""
@@ -216,7 +214,7 @@ class RewardScorer(Scorer):
         self.precision = float_precision(device) if self.precision == "auto" else self.precision
         return device
 
-    def exported(self, split: str) -> Iterator[tuple[Facts, Fed]]:
+    def exported(self, split: str) -> Iterator[tuple[Facts, ModelInput]]:
         data = self._context.experiment.data_folder
         require_pairs(data)
         # The pair's own `cut`, for rows.parquet describes the judge prompt, in which more is cut.
@@ -225,20 +223,13 @@ class RewardScorer(Scorer):
             row["tokens"] = max(row["tokens_a"], row["tokens_b"])
             yield _of(row, ROW_FACTS), _of(row, _PAIR)
 
-    def read(self, path: Path) -> Iterator[tuple[Facts, Fed]]:
-        experiment = self._context.experiment
-        shares, cutoff = experiment.budget_shares, experiment.cutoff_len
-        fitter = PairFitter(self._frame, self._tokenizer, cutoff_len=cutoff, shares=shares)
-        for chunk in in_chunks(battles_to_score(path), _CHUNK):
-            for battle, fitted in zip(chunk, fitter.fit(chunk), strict=True):
-                pair = flatten(fitted.battle)
-                yield _facts(battle, fitted), {name: getattr(pair, name) for name in _PAIR}
+    def _fit(self, battles: list[Battle]) -> Iterator[tuple[Any, ModelInput]]:
+        for fitted in self._fitter.fit(battles):
+            pair = flatten(fitted.battle)
+            yield fitted, {name: getattr(pair, name) for name in _PAIR}
 
-    def prepare(self, fed: Sequence[Fed], *, swapped: bool) -> list:
-        return pair_sequences(self._frame, self._tokenizer, [Pair(**row) for row in fed])
-
-    def close(self) -> None:
-        self._model = None
+    def prepare(self, inputs: Sequence[ModelInput], *, swapped: bool) -> list:
+        return pair_sequences(self._frame, self._tokenizer, [Pair(**row) for row in inputs])
 
 
 class ImplicitRewardScorer(RewardScorer):
@@ -261,7 +252,7 @@ class ImplicitRewardScorer(RewardScorer):
             "length_normalised": self._length_normalised,
             **{key: self._recipe[key] for key in _TRAINED if key in self._recipe},
             **({"base": model_files(base)} if base.is_dir() else {}),  # on the hub the revision names the content
-            **self._fitting(),
+            **self._fitting,
         }
 
     def open(self) -> None:
@@ -290,7 +281,7 @@ class ValueHeadScorer(RewardScorer):
         self._head = load_value_head(context.merged)
 
     def inputs(self) -> dict[str, Any]:
-        return {**_hashes(self._context.merged, VALUE_HEAD, "*.safetensors"), **self._fitting()}
+        return {**_hashes(self._context.merged, VALUE_HEAD, "*.safetensors"), **self._fitting}
 
     def open(self) -> None:
         device, folder = self._settle_precision(), self._context.merged
@@ -317,11 +308,6 @@ def battles_to_score(path: Path) -> Iterator[Battle]:
             where=f"{path} row {first.row}",
             remedy="mend or remove these rows: every row needs its own probabilities",
         )
-
-
-def _facts(battle: Battle, fitted: Any) -> Facts:
-    """Return `ROW_FACTS` of a battle as it was before it was fitted."""
-    return {**row_statistics(battle), "tokens": fitted.tokens, "cut": fitted.cut}
 
 
 def _of(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from factory.serve_page import serve_page
 from factory.stage_context import StageContext
 from factory.state import last_checkpoint
 from factory.status import OUTDATED, running_stages
-from factory.trainer_log import LogPoint, show_points
+from factory.trainer_log import show_points
 from scoring.baselines import baseline_probabilities
 from scoring.engines.torch_engine import score_labels
 from scoring.links import log_softmax
@@ -44,14 +44,12 @@ def stage_to_watch(experiment: Experiment, stage: str | None, score_rows: int = 
             remedy = "leave --score out: scoring fits their link"
             raise UsageError(f"{running[0]} has rewards and no labels", remedy=remedy)
         return running[0]
-    what = f"{' and '.join(running)} run" if running else "no stage of this experiment runs now"
-    remedy = f"python run.py watch -e {experiment.name} --stage {running[0] if running else TRAININGS[0]}"
-    if not running:
+    if running:
+        what, remedy = f"{' and '.join(running)} run", "say which one: --stage"
+    else:
+        what = "no stage of this experiment runs now"
         start = f"python run.py {TRAININGS[0]} -e {experiment.name}"
-        remedy = (
-            f"`python run.py status` lists what runs; start this one in another terminal: {start}; "
-            f"or look at an earlier one: {remedy}"
-        )
+        remedy = f"start one in another terminal: {start}; or look at an earlier one: --stage {TRAININGS[0]}"
     raise UsageError(what, where=experiment.name, remedy=remedy)
 
 
@@ -137,10 +135,7 @@ class Watcher:
             time.sleep(2)
 
     def _advance(self) -> bool:
-        """Fit the baselines once and score the newest checkpoint; return whether there may be more to score.
-
-        Faults are recorded: an exception in a thread would reach no user.
-        """
+        """Fit the baselines once and score the newest checkpoint; return whether there may be more to score."""
         try:
             context = StageContext(self._experiment, self._stage)
             status = run_status(context)
@@ -151,12 +146,11 @@ class Watcher:
                 self._scorer = CheckpointScorer(context, self._rows) if self._rows else None
             if self._scorer and status.state != OUTDATED:
                 self._score_newest(context.adapter)
-        except (ArenaError, OSError) as error:
-            self._faults.append(str(error))
-        except Exception as error:  # out of GPU memory, say: the next checkpoint would end the same way
-            lines = str(error).splitlines() or ["no message"]
+        except Exception as error:  # in a thread it would reach no user; the next checkpoint would end the same way
+            first, *_ = str(error).splitlines() or [""]
             then = "no more checkpoints are scored: " if self._scorer else ""
-            self._faults.append(f"{then}{type(error).__name__}: {lines[0]}")
+            what = str(error) if isinstance(error, ArenaError) else f"{type(error).__name__}: {first}"
+            self._faults.append(then + what)
             return False
         return self._scorer is not None
 
@@ -193,22 +187,19 @@ def follow(watcher: Watcher, show: Show, *, pause: float = 1.0) -> RunStatus:
     # Between two steps of one command no process holds the stage's lock for a moment: a run that was at work is over
     # when it is not at work three times in a row.
     idle, patience = 0, 3 if status.at_work else 1
-    printed: set[str] = set()
-    shown: LogPoint | None = None
+    printed: set[Any] = set()
     try:
         with show.line(f"{status.experiment} {status.stage}") as line:
             show_point = show_points(line, status.start_step)
             while True:
                 line.update(status.state)
-                if status.point and status.point != shown:
-                    shown = status.point
+                if status.point and status.point not in printed:
+                    printed.add(status.point)
                     show_point(status.last_loss)
                 # An evaluation waits for the baselines that it is compared with.
                 ready = status.ladder or status.faults or not status.at_work
-                for what, text in [
-                    *(events(status, status.ladder) if ready else []),
-                    *((f, f) for f in status.faults),
-                ]:
+                found = events(status, status.ladder) if ready else []
+                for what, text in [*found, *((fault, fault) for fault in status.faults)]:
                     if what not in printed:
                         printed.add(what)
                         show.note(text)
@@ -218,5 +209,5 @@ def follow(watcher: Watcher, show: Show, *, pause: float = 1.0) -> RunStatus:
                 time.sleep(pause)
                 status = watcher.status()
     except KeyboardInterrupt:  # it does not reach the run, which is a process of another terminal
-        show.note(f"watching ended; {f'the {status.state} goes on' if status.at_work else 'no run was at work'}")
+        show.note(f"watching ended; the {status.state} goes on" if status.at_work else "watching ended")
         return status

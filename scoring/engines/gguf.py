@@ -20,7 +20,6 @@ from factory.process import run_child
 from scoring.engines.gguf_converter import SCRIPT
 from scoring.engines.llama_cpp import (
     FORMAT,
-    QUANTIZATIONS,
     gguf_path,
     last_logits,
     load_gguf,
@@ -46,10 +45,6 @@ CHECKED_ROWS = 32
 LIMITS = {"f16": (5e-3, 5e-3), "bf16": (2e-2, 5e-2), "q8_0": (3e-2, 1e-1), "q4_k_m": (5e-2, 3e-1)}
 # On a GPU the merged model itself computes in 16 bits, and rounds as well.
 _GPU_ROUNDING = 1e-2
-_NOT_EXPORTABLE = {
-    "rm": "its reward comes from a value head, which a GGUF file of a language model cannot hold",
-    "dpo_reward": "its reward is the difference between two models, the adapter on and off; a GGUF file holds one",
-}
 
 
 def export_gguf(
@@ -61,13 +56,9 @@ def export_gguf(
     unknown to llama.cpp, or the file does not answer as the judge does: then an earlier file stays as it was.
     """
     stage = context.name
-    if stage in _NOT_EXPORTABLE:
-        raise UsageError(
-            f"{stage} cannot be exported to GGUF: {_NOT_EXPORTABLE[stage]}", remedy="choose --stage sft or dpo_judge"
-        )
-    if quantization not in QUANTIZATIONS:
-        choices = ", ".join(QUANTIZATIONS)
-        raise UsageError(f"there is no quantization {quantization!r}", remedy=f"choose one of: {choices}")
+    if stage not in ("sft", "dpo_judge"):
+        what = f"{stage} cannot be exported to GGUF: its scores are rewards, and GGUF holds one language model alone"
+        raise UsageError(what, remedy="choose --stage sft or dpo_judge")
     converter = find_converter(converter)
     require_judge(context)
     judge = load_judge(context.merged)
@@ -77,10 +68,9 @@ def export_gguf(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         fresh = Path(scratch) / "judge.gguf"
         with show.line(f"{stage}: converting to {quantization}"):
-            command = [sys.executable, "-m", "scoring.engines.gguf_converter", str(judge.folder), str(fresh)]
-            command += [quantization, "--converter", str(converter)]
-            if plain_byte_level(judge.folder / "tokenizer.json"):
-                command += ["--pre", "gpt-2"]
+            pre = ["--pre", "gpt-2"] if plain_byte_level(judge.folder / "tokenizer.json") else []
+            options = [str(judge.folder), str(fresh), quantization, "--converter", str(converter), *pre]
+            command = [sys.executable, "-m", "scoring.engines.gguf_converter", *options]
             log = context.folder / "export.log"
             run_child(command, log, what="llama.cpp's converter", interrupted_remedy="export again")
         with show.line(f"{stage}: comparing with the merged model"):
@@ -113,11 +103,8 @@ def find_converter(folder: Path | None = None) -> Path:
     named = folder or os.environ.get(CONVERTER_VARIABLE)
     found = Path(named or Path(sys.prefix) / "llama.cpp")
     if not (found / SCRIPT).is_file():
-        raise ArenaError(
-            f"there is no llama.cpp with its {SCRIPT}",
-            where=str(named or ".venv/llama.cpp"),
-            remedy=f"make extra-gguf unpacks it; or name a folder of llama.cpp: --converter or {CONVERTER_VARIABLE}",
-        )
+        remedy = f"make extra-gguf unpacks it; or name a folder of llama.cpp: --converter or {CONVERTER_VARIABLE}"
+        raise ArenaError(f"there is no llama.cpp with its {SCRIPT}", where=str(found), remedy=remedy)
     return found
 
 
@@ -128,11 +115,9 @@ def compare(judge: Judge, gguf: Path, battles: Sequence[tuple[Battle, int]]) -> 
     file's probabilities are not finite.
     """
     if not battles:
-        raise ArenaError(
-            "the export has no validation rows, on which the file is compared",
-            where=str(judge.folder),
-            remedy="raise valid_share in experiment.yaml and run prepare again",
-        )
+        what = "the export has no validation rows, on which the file is compared"
+        remedy = "raise valid_share in experiment.yaml and run prepare again"
+        raise ArenaError(what, where=str(judge.folder), remedy=remedy)
     every = judge.sequences(battles)
     order, count = sorted(range(len(every)), key=lambda i: -len(every[i])), min(CHECKED_ROWS, len(every))
     chosen = [order[i * len(order) // count] for i in range(count)]
@@ -145,11 +130,9 @@ def compare(judge: Judge, gguf: Path, battles: Sequence[tuple[Battle, int]]) -> 
     try:
         for text, ids in read_json(judge.folder / "judge.json")["canaries"].items():
             if not same_ids(text, ids):
-                raise ArenaError(
-                    f"llama.cpp's tokenizer gives other ids than the judge's own for {text!r}",
-                    where=gguf.name,
-                    remedy="this tokenizer is not supported by this version of llama.cpp; look at tokenizer.ggml.pre",
-                )
+                what = f"llama.cpp's tokenizer gives other ids than the judge's own for {text!r}"
+                remedy = "this tokenizer is not supported by this version of llama.cpp; look at tokenizer.ggml.pre"
+                raise ArenaError(what, where=gguf.name, remedy=remedy)
         texts = [judge.frame.wrap(judge.prompt.message(*battles[i])) for i in chosen]
         same = sum(same_ids(text, judge.tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
         found = softmax(np.array([last_logits(model, ids)[labels] for ids in sequences]))
@@ -176,11 +159,9 @@ def check_agreement(checked: dict[str, Any], quantization: str) -> list[str]:
     largest, rows = checked["largest_probability_difference"], checked["prompts"]
     difference = f"class probabilities differ by up to {largest:.4f} from the merged model ({rows} prompts)"
     if not largest <= fail:  # also where it is NaN
-        raise ArenaError(
-            f"{difference}, more than {fail:g}: this file is not the same judge",
-            where=f"--quantization {quantization}",
-            remedy="merge again (--until merge); if it stays, choose more bits: bf16, or q8_0 for a 4-bit file",
-        )
+        what = f"{difference}, more than {fail:g}: this file is not the same judge"
+        remedy = "merge again (--until merge); if it stays, choose more bits: bf16, or q8_0 for a 4-bit file"
+        raise ArenaError(what, where=f"--quantization {quantization}", remedy=remedy)
     notes = [f"{difference}{'; see docs/edge.md for what fewer bits cost' if largest > warn else ''}"]
     if other := rows - checked["same_token_ids"]:
         notes.append(

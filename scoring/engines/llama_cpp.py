@@ -34,16 +34,11 @@ _SMALL_FILES = ("judge.json", "config.json", "tokenizer.json")
 class LlamaCppEngine:
     """A judge as a GGUF file; `precision` is the file's quantisation."""
 
-    name = "llama.cpp"
-
     def __init__(self, judge: Judge, precision: str = "auto", *, threads: int | None = None):
         """Check that the file was made of this judge and load it."""
         path = find_gguf(judge, precision)
-        manifest = check_gguf(path, judge)
-        self.precision = manifest["quantization"]
-        if precision not in ("auto", self.precision):
-            raise ArenaError(f"is {self.precision}, not {precision}", where=str(path), remedy=export_command(judge))
-        self._longest, self._where = judge.cutoff_len, str(path)
+        self.precision = check_gguf(path, judge)["quantization"]
+        self._longest = judge.cutoff_len
         self._model: Any = load_gguf(path, context=judge.cutoff_len, threads=threads)
 
     def label_logits(
@@ -63,18 +58,12 @@ class LlamaCppEngine:
         result = np.full((len(sequences), len(label_ids)), np.nan)
         for row, ids in enumerate(sequences):
             if not 0 < len(ids) <= self._longest:
-                raise ArenaError(
-                    f"its {len(ids)} tokens are not between 1 and the judge's budget of {self._longest}",
-                    where=name(row),
-                    remedy="fit the battle with the judge's own fitter (run.py score does)",
-                )
+                what = f"its {len(ids)} tokens are not between 1 and the judge's budget of {self._longest}"
+                raise ArenaError(what, where=name(row), remedy="fit the battle with the judge's fitter, as score does")
             result[row] = last_logits(self._model, ids)[list(label_ids)]
             if not np.isfinite(result[row]).all():
-                raise ArenaError(
-                    "the model gave no finite score for it",
-                    where=f"{self._where}, {name(row)}",
-                    remedy="a number overflowed in 16 bits: export as bf16 or q8_0; or the training diverged",
-                )
+                remedy = "a number overflowed in 16 bits: export as bf16 or q8_0; or the training diverged"
+                raise ArenaError("the model gave no finite score for it", where=name(row), remedy=remedy)
             tokens += len(ids)
             progress(tokens / total)
         return result
@@ -156,21 +145,17 @@ def find_gguf(judge: Judge, precision: str) -> Path:
     Raises UsageError for an unknown precision or where "auto" would have to choose, ArenaError where no file exists.
     """
     if precision not in ("auto", *QUANTIZATIONS):
-        choices = ", ".join(("auto", *QUANTIZATIONS))
-        raise UsageError(f"llama.cpp has no precision {precision!r} here", remedy=f"choose one of: {choices}")
+        choices = f"choose one of: auto, {', '.join(QUANTIZATIONS)}"
+        raise UsageError(f"llama.cpp has no precision {precision!r} here", remedy=choices)
     wanted = QUANTIZATIONS if precision == "auto" else (precision,)
     found = [name for name in wanted if gguf_path(judge.folder, name).is_file()]
     if len(found) > 1:
-        raise UsageError(
-            f"several GGUF files of this judge were exported: {', '.join(found)}",
-            remedy=f"say which: --precision {found[0]}",
-        )
+        what = f"several GGUF files of this judge were exported: {', '.join(found)}"
+        raise UsageError(what, remedy=f"say which: --precision {found[0]}")
     if not found:
-        raise ArenaError(
-            "this judge was not exported to GGUF" + ("" if precision == "auto" else f" as {precision}"),
-            where=str(judge.folder.parent),
-            remedy=f"{export_command(judge)} --quantization {wanted[0]}",
-        )
+        what = "this judge was not exported to GGUF" + ("" if precision == "auto" else f" as {precision}")
+        remedy = f"{export_command(judge)} --quantization {wanted[0]}"
+        raise ArenaError(what, where=str(judge.folder.parent), remedy=remedy)
     return gguf_path(judge.folder, found[0])
 
 
@@ -189,26 +174,21 @@ def check_gguf(gguf: Path, judge: Judge) -> dict[str, Any]:
     again, path = f"{export_command(judge)} --quantization …", manifest_path(gguf)
     try:
         manifest = read_json(path)
-        if manifest["format"] != FORMAT or not isinstance(manifest["source"], dict):
+        if manifest["format"] != FORMAT:
             raise ArenaError("was written by another version", where=str(path), remedy=again)
-        if manifest["quantization"] not in QUANTIZATIONS:
-            raise ValueError(f"there is no quantization {manifest['quantization']!r}")
-        is_whole = sha256_of(gguf) == manifest["sha256"]
+        made_of, is_whole = dict(manifest["source"]), sha256_of(gguf) == manifest["sha256"]
     except FileNotFoundError:
-        gone, remedy = (path, f"copy {path.name} with it, or {again}") if gguf.is_file() else (gguf, again)
-        raise ArenaError("is missing: a GGUF file needs its manifest", where=str(gone), remedy=remedy) from None
+        gone = path if gguf.is_file() else gguf
+        raise ArenaError("is missing: a GGUF file needs its manifest", where=str(gone), remedy=again) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArenaError(f"is damaged: {error}", where=str(path), remedy=again) from None
     if not is_whole:
         raise ArenaError("is damaged: its SHA-256 is not the manifest's", where=str(gguf), remedy=again)
-    made_of, present = manifest["source"], source_files(judge.folder)
+    present = source_files(judge.folder)
     if not any(name.endswith(".safetensors") for name in present):
         made_of = {name: digest for name, digest in made_of.items() if not name.endswith(".safetensors")}
     if made_of != present:
         differs = sorted(name for name in made_of | present if made_of.get(name) != present.get(name))
-        raise ArenaError(
-            f"was made of another judge, or this judge was trained again since ({', '.join(differs)} differ)",
-            where=str(gguf),
-            remedy=again,
-        )
+        what = f"was made of another judge, or this judge was trained again since ({', '.join(differs)} differ)"
+        raise ArenaError(what, where=str(gguf), remedy=again)
     return manifest

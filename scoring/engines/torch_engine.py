@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.errors import ArenaError, UsageError
 from scoring.batches import run_batches
-from scoring.model_loading import TrainedAdapter, device_name, float_precision, load_model
+from scoring.model_loading import BROKEN_WEIGHTS, TrainedAdapter, device_name, float_precision, load_model
 from scoring.packed_model import Pack, PackedModel, Piece
 
 if TYPE_CHECKING:
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 class TorchEngine:
     """The judge in torch: its merged model in any precision, or with "adapter" its adapter on the quantised base."""
-
-    name = "torch"
 
     def __init__(
         self,
@@ -37,7 +34,7 @@ class TorchEngine:
     ):
         """Load the model; `adapter` is needed for the precision "adapter".
 
-        `note` gets what a user should know: that memory ran out, that a precision is slow here.
+        `note` gets what a user should know, such as that memory ran out.
         """
         device = device or device_name()
         self._where, self._note = str(judge.folder), note
@@ -47,8 +44,6 @@ class TorchEngine:
                 raise UsageError("this precision needs the trained adapter", where="--precision adapter")
             model = adapter.load(device)
         else:
-            if device == "cpu" and self.precision in {"bf16", "fp16"} - cpu_half_precisions():
-                note(f"this processor computes {self.precision} slower than fp32: --precision fp32 would be faster")
             model = load_model(judge.folder, device, precision=self.precision)
         self._model: PackedModel | None = PackedModel(model)
 
@@ -57,22 +52,19 @@ class TorchEngine:
         sequences: Sequence[Sequence[int]],
         label_ids: Sequence[int],
         *,
-        progress: Callable[[float], None] = lambda _: None,
         name: Callable[[int], str] = "prompt {}".format,
+        **options: Any,
     ) -> np.ndarray:
         """Return the labels' logits behind each sequence, [n, len(label_ids)] float64, in input order.
 
-        Out of memory halves the batches. Raises ArenaError that calls a row by `name(index)` where it does not fit
-        alone or its logits are not finite.
+        `options` are those of run_batches. Raises ArenaError that calls a row by `name(index)` where it does not fit
+        in memory alone or its logits are not finite.
         """
-        logits = score_labels(self._model, sequences, label_ids, progress=progress, name=name, note=self._note)
+        logits = score_labels(self._model, sequences, label_ids, name=name, note=self._note, **options)
         bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
         if len(bad):
-            raise ArenaError(
-                f"the model gave no finite score for {len(bad)} row(s), this one first: {name(bad[0])}",
-                where=self._where,
-                remedy="the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve",
-            )
+            what = f"the model gave no finite score for {len(bad)} row(s), this one first: {name(bad[0])}"
+            raise ArenaError(what, where=self._where, remedy=BROKEN_WEIGHTS)
         return logits
 
     def close(self) -> None:
@@ -102,16 +94,3 @@ def score_labels(
 
     run_batches(packed, [(Piece(ids),) for ids in sequences], work, **options)
     return result
-
-
-def cpu_half_precisions() -> set[str]:
-    """Return which 16-bit types this processor multiplies itself (avx512_bf16, amx_bf16, …), by its own flags."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux: nothing is known
-        return set()
-    flags = {
-        f for line in lines if line.lower().startswith(("flags", "features")) for f in line.split(":", 1)[1].split()
-    }
-    known = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
-    return {name for name, needed in known.items() if flags & needed}

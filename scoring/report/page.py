@@ -21,7 +21,7 @@ from scoring.report import figures, formatting
 from scoring.report.findings import findings, headline, main_figures, outcome
 from scoring.report.formatting import CLASS_NAMES, MISSING, humanised, number, percent, plain
 
-# Characters of one text: a page is for reading; `run.py show` prints all of it, as it was fed.
+# Characters of one text: a page is for reading; `run.py show` prints all of it, as the model reads it.
 LONGEST = 1_200
 # Slices with fewer battles say little about the judge.
 FEW_ROWS = 50
@@ -122,21 +122,21 @@ def environment() -> jinja2.Environment:
 def shown_battles(data: Path, split: str, report: Mapping[str, Any], stage: str) -> list[dict[str, Any]]:
     """Return one record for each battle that a report lists, in the order of its lists, each battle once.
 
-    A record holds id, dropped (the number of oldest turns that were not fed) and turns, a list of dicts prompt,
-    response_a, response_b: the texts as they were fitted to what this stage is fed, long ones shortened. A pair is
+    A record holds id, dropped (how many oldest turns the model did not read) and turns, a list of dicts prompt,
+    response_a, response_b: the texts as they were fitted to this stage's budget, long ones shortened. A pair is
     one turn, its answers hold the later ones.
     """
     listed = dict.fromkeys(row["id"] for row in (*report["worst"], *report["most_biased"]))
     pairs = STEPS[stage].data == "dpo_reward"
     found = {}
-    for fed, dropped in iter_pairs(data, split) if pairs else iter_battles(data, split):
-        if fed.id in listed:
-            one_turn = [(fed.prompt, fed.response_a, fed.response_b)] if pairs else None
-            turns = one_turn or zip(fed.prompts, fed.responses_a, fed.responses_b, strict=True)
+    for row, dropped in iter_pairs(data, split) if pairs else iter_battles(data, split):
+        if row.id in listed:
+            one_turn = [(row.prompt, row.response_a, row.response_b)] if pairs else None
+            turns = one_turn or zip(row.prompts, row.responses_a, row.responses_b, strict=True)
             texts = [[_shortened(text) for text in turn] for turn in turns]
             names = ("prompt", "response_a", "response_b")
-            found[fed.id] = {
-                "id": fed.id,
+            found[row.id] = {
+                "id": row.id,
                 "dropped": dropped,
                 "turns": [dict(zip(names, turn, strict=True)) for turn in texts],
             }

@@ -189,8 +189,8 @@ def test_fitted_trained_and_scored_ids_are_the_same(experiment, arena, source, r
     exported = lines(experiment.data_folder / "sft_train.jsonl")
     assert len(trained) == len(exported) == len(scored)
     label_id = dict(zip("ABC", frame.label_ids, strict=True))
-    for (prompt_ids, answer_ids), row, fed in zip(trained, exported, scored, strict=True):
-        assert prompt_ids == fed
+    for (prompt_ids, answer_ids), row, sequence in zip(trained, exported, scored, strict=True):
+        assert prompt_ids == sequence
         assert answer_ids[0] == label_id[row["conversations"][1]["value"]]
         assert len(prompt_ids) + len(answer_ids) <= experiment.cutoff_len
         assert len(answer_ids) == frame.answer_len

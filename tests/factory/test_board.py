@@ -8,7 +8,7 @@ import yaml
 
 from common.errors import UsageError
 from common.experiment import load_experiment, read_yaml
-from factory.board import LATE_SLIDERS, BoardModel, board_config, board_models, lay_out, log_lines
+from factory.board import LATE_SLIDERS, BoardModel, board_config, board_models, lay_out
 from factory.fingerprint import model_files
 from factory.recipes import write_recipe
 from factory.stage_context import StageContext
@@ -40,6 +40,7 @@ def test_the_folder_holds_what_the_page_reads(place):
     (place / "llamaboard_config").mkdir()
     (place / "llamaboard_config" / "mine.yaml").write_text("a: 1\n")
     configs, notes = lay_out()
+    assert not exam.adapter_folder("rm").exists(), "nothing is published where nothing was trained"
     assert [path.name for path in configs] == [f"exam_{s}.yaml" for s in ("sft", "dpo_judge", "dpo_reward", "rm")]
     assert notes == []
     assert yaml.safe_load(configs[0].read_text())["train.dataset"] == ["exam_sft_train"]
@@ -58,19 +59,8 @@ def test_the_folder_holds_what_the_page_reads(place):
     assert user.read_text() == "lang: zh\n"
 
 
-def test_nothing_is_published_where_nothing_was_trained(place):
-    lay_out()
-    assert not load_experiment("exam").adapter_folder("sft").exists() and log_lines(place / "none.log") == []
-
-
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("a: [\n", ""),
-        ("template:", "template"),
-        ("lora_rank:\n", "lora_rank"),
-        ("per_device_train_batch_size: many", "per_device_train_batch_size"),
-    ],
+    ("content", "words"), [("a: [\n", ""), ("template:", "template"), ("lora_rank: x", "lora_rank")]
 )
 def test_a_faulty_experiment_or_recipe_is_named_and_the_others_are_there(place, content, words):
     broken = place / "factory_configs" / "broken"
@@ -108,9 +98,6 @@ def test_without_experiments_it_is_the_wrong_folder(workplace):
     with pytest.raises(UsageError, match="factory_configs/"):
         lay_out()
     assert list(workplace.iterdir()) == [workplace / "templates"]
-    (workplace / "factory_configs").mkdir()
-    with pytest.raises(UsageError, match="no experiment"):
-        lay_out()
 
 
 def test_what_no_element_takes_is_an_extra_argument_or_left_out(make_experiment):

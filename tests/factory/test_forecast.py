@@ -2,7 +2,6 @@
 
 import io
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import factory.forecast
 from common.errors import ArenaError, UsageError
 from common.stages import STEPS
 from factory.forecast import forecast, print_forecast
-from factory.gpu import CARDS, median_seconds, probe_cpu
+from factory.gpu import CARDS
 from factory.memory import scoring_memory, training_memory, weight_bytes
 from factory.model_size import ModelSize, size_of
 from factory.recipes import write_recipe
@@ -159,9 +158,9 @@ def test_a_small_model_gets_this_machines_cpu_and_cards_alike_share_a_row(export
     monkeypatch.setattr(factory.forecast, "size_of", lambda *_: ModelSize(64, 2, 8, 8, 8, 128, 1024, tied=False))
     found = forecast(exported, ["sft"], [])
     assert list(found["stages"]["sft"]["devices"]) == [*CARDS, "cpu"]
+    assert 0 < found["stages"]["sft"]["devices"]["cpu"]["training_hours"] < 1
     (shared,) = (line for line in printed(found).splitlines() if "RTX-4090" in line and "GiB" not in line)
     assert all(name in shared for name in CARDS) and " 60 s " in shared, "a tiny model's time on a card is the start"
-    assert "12 s on the cpu" in printed(found)
 
 
 @pytest.mark.parametrize(
@@ -198,32 +197,11 @@ def test_what_is_missing_is_an_error_with_the_command_that_makes_it(exported):
 
 def test_a_config_is_the_recipe_with_llamafactorys_defaults(exported):
     sft = TrainConfig.of(StageContext(exported, "sft").recipe)
-    assert (sft["per_device_train_batch_size"], sft.checkpoints, sft.compute_bytes, sft.optimizer_bytes) == (
-        2,
-        True,
-        2,
-        8,
-    )
+    assert sft["per_device_train_batch_size"] == 2 and sft.checkpoints
+    assert (sft.compute_bytes, sft.optimizer_bytes) == (2, 8)
     edit(exported, "dpo_judge", bf16="false", optim="paged_adamw_8bit")
     dpo = TrainConfig.of(StageContext(exported, "dpo_judge").recipe)
     assert (dpo.compute_bytes, dpo.optimizer_bytes, dpo.has_reference) == (4, 2, True)
-
-
-def test_this_machines_cpu_is_measured(exported):
-    device = forecast(exported, ["sft"], ["cpu"])["stages"]["sft"]["devices"]["cpu"]
-    assert device["training_hours"] > 1 and device["memory"] > 10
-    assert all(0 < rate < float("inf") for rate in probe_cpu(64, 64, nf4=True))
-
-
-def test_slow_first_calls_do_not_count():
-    clock, calls = SimpleNamespace(now=0.0), []
-
-    def wakes_up():
-        calls.append(1)
-        clock.now += 0.01 if len(calls) <= 8 else 0.0005
-
-    assert median_seconds(wakes_up, lambda: clock.now) == pytest.approx(0.0005)
-    assert clock.now >= 0.25, "long enough for a clock"
 
 
 @pytest.mark.parametrize(
@@ -236,15 +214,10 @@ def test_a_recipe_that_was_broken_by_hand_is_refused(exported, key, value):
         forecast(exported, ["sft"], ["T4"])
 
 
-def test_a_package_that_only_the_other_machine_needs_is_no_fault(exported):
-    edit(exported, "sft", use_adam_mini="true", report_to="comet_ml")
-    assert forecast(exported, ["sft"], ["T4"])["stages"]["sft"]["rows"] == 80
-
-
 @pytest.mark.parametrize(("stage", "rows"), [("sft", 80), ("dpo_judge", 160), ("dpo_reward", 30)])
 def test_max_samples_cuts_the_rows_that_are_trained_on(exported, stage, rows):
     whole = forecast(exported, [stage], ["T4"])["stages"][stage]
-    edit(exported, stage, max_samples=6)
+    edit(exported, stage, max_samples=6, use_adam_mini="true")  # a package that only the other machine needs
     cut = forecast(exported, [stage], ["T4"])["stages"][stage]
     assert (whole["rows"], cut["rows"]) == (rows, 6) and cut["steps"] < whole["steps"]
     assert cut["devices"]["T4"]["training_hours"] < whole["devices"]["T4"]["training_hours"]

@@ -8,7 +8,7 @@ from common.errors import ArenaError, UsageError
 from common.files import only_run
 from common.progress import Show
 from factory import serve_page as module
-from factory.serve_page import exposure, free_port, serve_page, serve_tensorboard
+from factory.serve_page import free_port, serve_page, serve_tensorboard
 
 
 def test_a_port_is_free_or_refused():
@@ -23,31 +23,14 @@ def test_a_port_is_free_or_refused():
     assert free_port("127.0.0.1") >= 7860
 
 
-def test_the_loopback_is_no_exposure():
-    assert exposure("127.0.0.1") is None and exposure("localhost") is None
-    assert "prefer 127.0.0.1" in exposure("0.0.0.0")
-
-
 @pytest.mark.parametrize(
-    ("host", "remedy"),
-    [
-        ("no.such.host.invalid", "--host 127.0.0.1"),
-        ("a..b", "--host 127.0.0.1"),
-        ("a" * 70, "--host 127.0.0.1"),
-        ("\udcff", "--host 127.0.0.1"),  # a byte of the command line that is no text
-        ("127.0.0.1:80", "--host 127.0.0.1 --port 80"),
-        ("localhost:8080", "--host localhost --port 8080"),
-        (":80", "--host 127.0.0.1"),
-        ("http://localhost", "--host 127.0.0.1"),
-        ("::1", "--host 127.0.0.1"),
-        ("fe80::1", "--host 127.0.0.1"),
-        ("[::1]", "--host 127.0.0.1"),
-    ],
+    "host",
+    ["no.such.host.invalid", "a..b", "a" * 70, "\udcff", "127.0.0.1:80", "http://localhost", "::1", "fe80::1", "[::1]"],
 )
-def test_an_invalid_host_is_refused_with_what_to_give_instead(host, remedy):
+def test_an_invalid_host_is_refused_with_what_to_give_instead(host):
     with pytest.raises(UsageError, match="no address of this machine") as caught:
         free_port(host)
-    assert (caught.value.where, caught.value.remedy) == ("--host", remedy)
+    assert caught.value.where == "--host" and "--host 127.0.0.1" in caught.value.remedy
 
 
 def test_a_page_that_cannot_start_says_why(tmp_path):

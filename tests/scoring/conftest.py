@@ -1,4 +1,4 @@
-"""What tests of scoring share: tiny random models of three families, and a plain forward pass over one row."""
+"""What tests of scoring share: tiny random models of several families, and a plain forward pass over one row."""
 
 from __future__ import annotations
 
@@ -6,41 +6,42 @@ import pytest
 
 FAMILIES = {
     "llama": {},
+    "qwen2": {},
     "qwen3": {"head_dim": 8},
-    # capped logits, and a window shorter than the rows
+    "mistral": {"sliding_window": 8},
+    # capped scores and logits, and a window shorter than the rows; only the eager attention knows the cap
     "gemma2": {
         "head_dim": 8,
         "query_pre_attn_scalar": 8,
         "final_logit_softcapping": 3.0,
+        "attn_logit_softcapping": 1.0,
         "sliding_window": 8,
         "attn_implementation": "eager",
     },
+}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,  # logits that spread as a trained model's do
+    "vocab_size": 600,
 }
 
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """A function that makes a random two-layer model in fp32 whose logits spread as a trained one's do."""
+    """A function that makes a random two-layer model in fp32; `more` are keys of its config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def make(family: str = "llama", *, seed: int = 0, vocabulary: int = 600, tied: bool = False):
-        config = AutoConfig.for_model(
-            family,
-            vocab_size=vocabulary,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            tie_word_embeddings=tied,
-            initializer_range=0.2,
-            **FAMILIES[family],
-        )
+    def make(family: str = "llama", *, seed: int = 0, tied: bool = False, **more):
+        more = {"tie_word_embeddings": tied} | SIZES | FAMILIES.get(family, {}) | more
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config).eval()
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **more)).eval()
 
     return make
 

@@ -1,4 +1,4 @@
-"""A scorer without a model: its scores are a function of what is fed, so any order of work must give the same."""
+"""A scorer without a model: its scores are a function of the input, so any order of work must give the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def token_rows(count: int, seed: int = 5, longest: int = 60) -> list[list[int]]:
 
 
 def rows(count: int, seed: int = 0):
-    """Yield (facts, fed) of rows whose lengths vary."""
+    """Yield (facts, inputs) of rows whose lengths vary."""
     random = np.random.default_rng(seed)
     for number in range(count):
         tokens = int(random.integers(5, 60))
@@ -57,8 +57,8 @@ class FakeScorer:
     def close(self):
         """Nothing was opened."""
 
-    def prepare(self, fed, *, swapped):
-        return [(row["n"], swapped) for row in fed]
+    def prepare(self, inputs, *, swapped):
+        return [(row["n"], swapped) for row in inputs]
 
     def ask(self, prepared, *, progress, name):
         self.before(prepared)

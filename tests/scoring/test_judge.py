@@ -37,8 +37,8 @@ ANSWERS = np.tile([0.5, 0.3, 0.2], (len(GOLDEN_PROMPTS), 1))
 
 @pytest.fixture
 def experiment(make_experiment):
-    """An experiment whose every key that a judge keeps differs from its default."""
-    return make_experiment(cutoff_len=300, swap_tta=True, budget_shares={"prompt": 0.4, "a": 0.3, "b": 0.3})
+    """An experiment whose keys that a judge keeps differ from their defaults."""
+    return make_experiment(cutoff_len=300, budget_shares={"prompt": 0.4, "a": 0.3, "b": 0.3})
 
 
 @pytest.fixture
@@ -51,13 +51,11 @@ def folder(tmp_path, experiment, small_tokenizer, small_frame, judge_prompt) -> 
 
 def test_a_judge_is_loaded_as_it_was_written(folder, experiment, small_frame, judge_prompt):
     judge = load_judge(folder)
-    assert (judge.folder, judge.frame, judge.labels) == (folder, small_frame, experiment.labels)
-    assert (judge.cutoff_len, judge.shares, judge.swap_tta) == (300, experiment.budget_shares, True)
-    assert judge.source == SOURCE
+    assert (judge.folder, judge.frame, judge.labels, judge.source) == (folder, small_frame, experiment.labels, SOURCE)
+    assert (judge.cutoff_len, judge.shares) == (300, experiment.budget_shares)
     assert judge.prompt.message(BATTLES[1]) == judge_prompt.message(BATTLES[1])
     content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    assert content["classes"] == ["a", "b", "tie"]
-    assert content["labels"] == {"a": "A", "b": "B", "tie": "C"}
+    assert (content["classes"], content["labels"]) == (["a", "b", "tie"], {"a": "A", "b": "B", "tie": "C"})
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -92,7 +90,7 @@ def test_a_tokenizer_that_pads_and_cuts_does_neither_here(folder, small_tokenize
     assert load_judge(folder).sequences([(BATTLES[0], 0), (BATTLES[1], 0)]) == expected
 
 
-def test_another_tokenizer_is_refused(folder, small_tokenizer):
+def test_another_tokenizer_or_none_makes_no_judge(folder, small_tokenizer):
     content = json.loads(small_tokenizer.to_str())
     vocabulary = content["model"]["vocab"]
     one, other = small_tokenizer.encode("Verdict:").tokens[:2]
@@ -101,32 +99,10 @@ def test_another_tokenizer_is_refused(folder, small_tokenizer):
     with pytest.raises(ArenaError, match="tokenizer in this folder is not the one") as caught:
         load_judge(folder)
     assert "'Verdict:'" in caught.value.what and "merge" in caught.value.remedy
-
-
-def test_a_folder_without_a_tokenizer_becomes_no_judge(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ArenaError, match=r"tokenizer\.json is missing") as caught:
         write_judge(folder, None, None, "", {})
     assert caught.value.where == str(folder)
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"frame": None},
-        {"frame": {"template": "x", "unknown": 1}},
-        {"labels": {"win": "A"}},
-        {"budget_shares": {"prompt": 0.9, "a": 0.4, "b": 0.4}},
-        {"canaries": ["Verdict:"]},
-    ],
-)
-def test_a_manifest_with_a_broken_part_is_damaged(folder, changed):
-    """tests/bad_inputs/results.py has the other ways in which a manifest may be damaged."""
-    path = folder / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changed), encoding="utf-8")
-    with pytest.raises(ArenaError, match="is damaged") as caught:
-        load_judge(folder)
-    assert caught.value.where == str(path) and "merge" in caught.value.remedy
 
 
 def refused(*arguments: str) -> str:
@@ -155,14 +131,6 @@ def test_a_judge_that_does_not_exist_yet_comes_with_the_command_that_makes_it(pl
     assert "remedy: python run.py prepare -e exam --train FILE; then python run.py sft -e exam\n" in refused(*call)
 
 
-def test_the_golden_prompts_are_fitted_as_any_battle(folder):
-    judge = load_judge(folder)
-    sequences = judge.golden_sequences()
-    assert len(sequences) == len(GOLDEN_PROMPTS) == len({tuple(ids) for ids in sequences})
-    assert sequences == judge.sequences([(battle, 0) for battle in GOLDEN_PROMPTS]), "none is cut"
-    assert len(judge.golden_triples()) == len(GOLDEN_PROMPTS)
-
-
 @pytest.mark.parametrize(
     ("then", "now", "moved", "passes"),
     [
@@ -173,12 +141,12 @@ def test_the_golden_prompts_are_fitted_as_any_battle(folder):
         ("fp32", "bf16", 8e-2, False),
         ("fp32", "q4_k_m", 0.2, True),
         ("fp32", "q4_k_m", 0.3, False),
+        ("fp32", "fp32", np.nan, False),
     ],
 )
 def test_the_coarser_precision_decides_how_far_answers_may_move(folder, then, now, moved, passes):
     write_golden_answers(load_judge(folder), ANSWERS, then)
     answers = ANSWERS + np.eye(*ANSWERS.shape) * moved
-    assert (moved <= golden_tolerance(folder, now)) is passes
     if passes:
         require_golden_answers(folder, now, lambda: answers)
         return
@@ -187,16 +155,15 @@ def test_the_coarser_precision_decides_how_far_answers_may_move(folder, then, no
     assert f"({then} then, {now} now)" in caught.value.what and "merge again" in caught.value.remedy
 
 
-def test_no_golden_answers_nan_and_a_damaged_file(folder):
+def test_golden_answers_may_be_missing_but_not_damaged(folder):
+    judge = load_judge(folder)
+    assert judge.golden_sequences() == judge.sequences([(battle, 0) for battle in GOLDEN_PROMPTS]), "none is cut"
+    assert len(judge.golden_triples()) == len(GOLDEN_PROMPTS)
     assert golden_tolerance(folder, "fp32") is None
     require_golden_answers(folder, "fp32", lambda: pytest.fail("asked"))
-    judge = load_judge(folder)
     with pytest.raises(ArenaError, match="no finite answer"):
         write_golden_answers(judge, ANSWERS * np.nan, "fp32")
-    assert not (folder / GOLDEN_ANSWERS).exists()
     write_golden_answers(judge, ANSWERS, "fp32")
-    with pytest.raises(ArenaError, match="moved by up to nan"):
-        require_golden_answers(folder, "fp32", lambda: ANSWERS * np.nan)
     content = json.loads((folder / GOLDEN_ANSWERS).read_text())
     del content["answers"]["sum"]
     for text in (json.dumps(content), "{", "[]", json.dumps(content | {"format": 9})):

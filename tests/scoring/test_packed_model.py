@@ -12,79 +12,35 @@ from scoring.engines.torch_engine import score_labels
 from scoring.links import softmax
 from scoring.packed_attention import UnknownAttention, attend, packed_attention
 from scoring.packed_model import MODES, PackedModel, Piece, pack
+from tests.scoring.conftest import FAMILIES
 from tests.scoring.fakes import LABELS, token_rows
 
-FAMILIES = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 8},
-    "mistral": {"sliding_window": 8},
-    "gemma2": {
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "final_logit_softcapping": 3.0,
-        "attn_logit_softcapping": 1.0,
-        "sliding_window": 8,
-    },
-}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
 
 
-def model_of(family: str, *, layers: int = 3, spread: float = 0.2, attention: str = "eager", **more):
-    """Return a random model whose own attention is the eager one: the reference that knows soft-caps and windows."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=600,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=spread,
-        attn_implementation=attention,
-        **FAMILIES.get(family, {}),
-        **more,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    """A model of each family."""
-    return model_of(request.param)
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_states_are_those_of_a_plain_pass(family, mode):
+def test_states_are_those_of_a_plain_pass_and_the_model_is_left_as_it_was(family_model, mode):
     import torch
 
     shared, one, other, alone = (token_rows(1, seed, 60)[0] + [seed] * 9 for seed in (1, 2, 3, 4))
     pieces = [Piece(shared), Piece(one, wanted=9, prefix=0), Piece(other, wanted=5, prefix=0), Piece(alone, wanted=2)]
+    attention = family_model.config._attn_implementation
 
     def plain(row):
-        return family.base_model(input_ids=torch.tensor([row])).last_hidden_state[0]
+        return family_model.base_model(input_ids=torch.tensor([row])).last_hidden_state[0]
 
     with torch.inference_mode():
         expected = [plain(shared)[-1:], plain(shared + one)[-9:], plain(shared + other)[-5:], plain(alone)[-2:]]
-        found = PackedModel(family, mode=mode).states(pack(pieces))
+        found = PackedModel(family_model, mode=mode).states(pack(pieces))
     torch.testing.assert_close(found, torch.cat(expected), atol=2e-4, rtol=1e-3)
+    assert PackedModel(family_model).mode == "trimmed", "every family takes the fastest way"
+    assert family_model.config._attn_implementation == attention
+    assert all("forward" not in module.__dict__ for module in family_model.modules())
 
 
-def test_every_family_takes_the_fastest_way_and_is_left_as_it_was(family):
-    assert PackedModel(family).mode == "trimmed"
-    assert family.config._attn_implementation == "eager"
-    assert all("forward" not in module.__dict__ for module in family.modules())
-
-
-def test_a_soft_cap_counts_whatever_attention_the_model_was_loaded_with():
-    expected = score_labels(PackedModel(model_of("gemma2"), mode="padded"), token_rows(1), LABELS)
-    loaded = model_of("gemma2", attention="sdpa")  # drops the cap silently
+def test_a_soft_cap_counts_whatever_attention_the_model_was_loaded_with(tiny_model):
+    expected = score_labels(PackedModel(tiny_model("gemma2"), mode="padded"), token_rows(1), LABELS)
+    loaded = tiny_model("gemma2", attn_implementation="sdpa")  # drops the cap silently
     for mode in MODES:
         found = score_labels(PackedModel(loaded, mode=mode), token_rows(1), LABELS)
         np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -95,15 +51,11 @@ def test_a_soft_cap_counts_whatever_attention_the_model_was_loaded_with():
     [
         ("olmo2", {}, "packed"),  # its norms are elsewhere: the last layer cannot be trimmed
         ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}, "padded"),  # attention sinks
-        ("llama", {"rope_parameters": DYNAMIC}, "padded"),
+        ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, "padded"),  # longer rows: other angles
     ],
 )
-def test_a_family_that_cannot_be_packed_is_padded(name, more, mode, plain_logits):
-    model = model_of(name, **more)
-    if "rope_parameters" in more:  # rows longer than this have other angles, so they may not share a pass
-        model.config.max_position_embeddings = model.model.rotary_emb.original_max_seq_len = 16
-        model.model.rotary_emb.max_seq_len_cached = 16
-    packed = PackedModel(model)
+def test_a_family_that_cannot_be_packed_is_padded(name, more, mode, tiny_model, plain_logits):
+    packed = PackedModel(model := tiny_model(name, attn_implementation="eager", **more))
     assert packed.mode == mode
     found = score_labels(packed, token_rows(5), LABELS)
     expected = [plain_logits(model, row)[-1, list(LABELS)].numpy() for row in token_rows(5)]
@@ -126,13 +78,13 @@ def test_attention_is_its_definition(count, length, window, softcap):
     torch.testing.assert_close(attend(q, k, v, 0.4, window, softcap), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"spans": (), "s_aux": 1}, {"spans": (), "attention_mask": 1}])
-def test_attention_refuses_what_it_does_not_support(options):
+def test_attention_refuses_what_it_does_not_support():
     import torch
 
     x = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(UnknownAttention):
-        packed_attention(torch.nn.Identity(), x, x, x, **{"attention_mask": None} | options)
+    for options in ({}, {"spans": (), "s_aux": 1}, {"spans": (), "attention_mask": 1}):
+        with pytest.raises(UnknownAttention):
+            packed_attention(torch.nn.Identity(), x, x, x, **{"attention_mask": None} | options)
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +101,10 @@ def real_prompts(real_data, small_tokenizer) -> list[list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_real_rows_have_the_probabilities_of_one_row_at_a_time(real_prompts, plain_logits, name):
+def test_real_rows_have_the_probabilities_of_one_row_at_a_time(real_prompts, tiny_model, plain_logits, name):
     import torch
 
-    model = model_of(name, spread=0.1, layers=2)
+    model = tiny_model(name, initializer_range=0.1)
     expected = softmax(np.array([plain_logits(model, row)[-1, list(LABELS)].numpy() for row in real_prompts]))
     assert len(expected) == 500
     for mode in MODES:

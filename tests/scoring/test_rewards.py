@@ -64,20 +64,6 @@ def parts(base, adapter, plain_sum) -> np.ndarray:
     return np.array([[[plain_sum(m, p, x) for x in (a, b)] for p, a, b in TRIPLES] for m in (merged, reference)])
 
 
-def short_of_memory(model, limit: int) -> PackedModel:
-    """Return a packed model that can read no more than `limit` tokens at a time."""
-    import torch
-
-    packed = PackedModel(model)
-
-    def read(_, args):
-        if args[0].numel() > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model.get_input_embeddings().register_forward_pre_hook(read)
-    return packed
-
-
 def save_head(folder: Path, *, size: int = 32, **replaced) -> Path:
     import torch
     from safetensors.torch import save_file
@@ -95,13 +81,9 @@ def save_head(folder: Path, *, size: int = 32, **replaced) -> Path:
 @pytest.mark.parametrize("budget", [1, 64, 4096])
 def test_implicit_rewards_are_beta_times_the_log_ratio_of_two_separate_models(policy, parts, budget):
     result = implicit_rewards(policy, TRIPLES, token_budget=budget, **OPTIONS)
-    assert result.dtype == np.float64
-    assert parts.std() > 10
+    assert result.dtype == np.float64 and parts.std() > 10
     np.testing.assert_allclose(result, BETA * (parts[0] - parts[1]), atol=1e-4, rtol=0)
-
-
-def test_normalised_they_are_means_and_without_a_reference_the_policy_alone(policy, parts):
-    normalised = implicit_rewards(policy, TRIPLES, beta=BETA, length_normalised=True, reference=True)
+    normalised = implicit_rewards(policy, TRIPLES, token_budget=budget, **OPTIONS | {"length_normalised": True})
     np.testing.assert_allclose(normalised, BETA * (parts[0] - parts[1]) / LENGTHS, atol=1e-5, rtol=0)
     alone = implicit_rewards(policy, TRIPLES, beta=2.0, length_normalised=True, reference=False)
     np.testing.assert_allclose(alone, 2.0 * parts[0] / LENGTHS, atol=1e-4, rtol=0)
@@ -141,20 +123,23 @@ def test_equal_answers_have_the_very_same_reward_and_are_read_once(policy):
     assert sizes == [len(prompt) - 1 + len(a) + len(b)], "the prompt is read once, and no last token"
 
 
-@pytest.mark.parametrize("limit", [200, 75])
-def test_out_of_memory_reads_less_at_a_time_and_loses_nothing(tiny_model, limit):
-    """The larger limit holds one battle, the smaller one only one of its answers."""
-    expected, notes = implicit_rewards(tiny_model(), TRIPLES, **ALONE), []
-    packed = short_of_memory(tiny_model(), limit)
+def test_out_of_memory_reads_less_at_a_time_and_names_a_row_that_never_fits(tiny_model):
+    import torch
+
+    expected, notes, packed = implicit_rewards(tiny_model(), TRIPLES, **ALONE), [], PackedModel(tiny_model())
+
+    def read(_, args):
+        if args[0].numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    packed.body.get_input_embeddings().register_forward_pre_hook(read)
+    limit = 200
     np.testing.assert_allclose(implicit_rewards(packed, TRIPLES, note=notes.append, **ALONE), expected, atol=1e-3)
-    assert notes or limit == 75
-
-
-def test_a_row_that_never_fits_is_named(tiny_model):
+    assert notes
+    limit = 50
     with pytest.raises(ArenaError, match=r"row \d: its \d+ tokens alone do not fit") as caught:
-        implicit_rewards(short_of_memory(tiny_model(), 50), TRIPLES, note=lambda _: None, **ALONE)
-    prompt, *answers = TRIPLES[int(caught.value.where.removeprefix("row "))]
-    assert len(prompt) + max(map(len, answers)) - 1 > 50
+        implicit_rewards(packed, TRIPLES, note=notes.append, **ALONE)
+    assert sum(map(len, TRIPLES[int(caught.value.where.removeprefix("row "))])) > 50
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -168,12 +153,10 @@ def test_a_reward_that_is_not_finite_names_its_row(tiny_model, tmp_path, value):
         assert caught.value.where == "row 1" and "loss curve" in caught.value.remedy
 
 
-@pytest.mark.parametrize("empty", [0, 1, 2])
-def test_a_triple_with_an_empty_part_names_its_row(policy, empty):
-    triple = [[1], [2], [3]]
-    triple[empty] = []
-    with pytest.raises(ArenaError, match="row 1: the prompt or an answer has no tokens"):
-        implicit_rewards(policy, [TRIPLES[0], tuple(triple)], **OPTIONS)
+def test_a_triple_with_an_empty_part_names_its_row(policy):
+    for triple in (([], [2], [3]), ([1], [], [3]), ([1], [2], [])):
+        with pytest.raises(ArenaError, match="row 1: the prompt or an answer has no tokens"):
+            implicit_rewards(policy, [TRIPLES[0], triple], **OPTIONS)
     assert implicit_rewards(policy, [], **OPTIONS).shape == (0, 2)
 
 
@@ -211,29 +194,21 @@ def test_value_rewards_are_the_head_on_the_last_token_s_final_state(family_model
     np.testing.assert_allclose(result.ravel(), expected, atol=1e-4, rtol=0)
 
 
-def test_a_head_of_another_model_is_refused(tiny_model, tmp_path):
-    with pytest.raises(ArenaError, match="takes 48 numbers, the model's hidden states have 32"):
-        value_rewards(tiny_model(), load_value_head(save_head(tmp_path, size=48)), TRIPLES)
+def test_a_head_that_is_missing_damaged_or_of_another_model_is_refused(tmp_path, tiny_model):
+    import torch
 
-
-def test_a_missing_or_damaged_head_says_what_the_merge_needs(tmp_path):
     with pytest.raises(ArenaError, match="value head is missing") as caught:
         load_value_head(tmp_path)
     assert "stage: rm" in caught.value.remedy
     (tmp_path / VALUE_HEAD).write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00no header")
     with pytest.raises(ArenaError, match="is damaged"):
         load_value_head(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name, shape, value", [("weight", (2, 32), 0), ("weight", (32,), 0), ("bias", (2,), 0), ("bias", (1,), np.nan)]
-)
-def test_a_layer_of_another_shape_or_without_numbers_is_an_error(tmp_path, name, shape, value):
-    import torch
-
-    save_head(tmp_path, **{f"v_head.summary.{name}": torch.full(shape, float(value))})
-    with pytest.raises(ArenaError, match="no finite linear layer with one output"):
-        load_value_head(tmp_path)
+    with pytest.raises(ArenaError, match="takes 48 numbers, the model's hidden states have 32"):
+        value_rewards(tiny_model(), load_value_head(save_head(tmp_path, size=48)), TRIPLES)
+    for name, shape, value in (("weight", (2, 32), 0), ("weight", (32,), 0), ("bias", (2,), 0), ("bias", (1,), np.nan)):
+        save_head(tmp_path, **{f"v_head.summary.{name}": torch.full(shape, float(value))})
+        with pytest.raises(ArenaError, match="no finite linear layer with one output"):
+            load_value_head(tmp_path)
 
 
 @pytest.mark.slow

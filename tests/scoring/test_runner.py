@@ -200,8 +200,8 @@ def test_a_time_limit_swaps_as_many_rows_as_it_allows_the_most_uncertain_first(t
 
 def test_a_store_gives_back_what_was_written(tmp_path):
     store = RowStore.write(tmp_path, rows(2500))
-    facts, fed = zip(*rows(2500), strict=True)
-    assert store.fed([2499, 0, 7]) == [fed[2499], fed[0], fed[7]]
+    facts, texts = zip(*rows(2500), strict=True)
+    assert store.inputs([2499, 0, 7]) == [texts[2499], texts[0], texts[7]]
     assert (store.rows, store.tokens) == (2500, sum(f["tokens"] for f in facts))
     assert store.lengths[3:6].tolist() == [f["tokens"] for f in facts[3:6]]
     assert list(store.ids()) == [f["id"] for f in facts]

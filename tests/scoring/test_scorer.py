@@ -107,12 +107,12 @@ def test_input_gives_the_last_digit_of_the_test_set_s_own_table(scored, stage, m
 def test_every_exported_battle_is_described_and_fed_as_its_vote_is(scored, stage, monkeypatch):
     monkeypatch.chdir(scored)
     asked = scorer(stage)
-    exported = {facts["id"]: (facts, fed) for split in ("train", "valid") for facts, fed in asked.exported(split)}
+    exported = {facts["id"]: (facts, inputs) for split in ("train", "valid") for facts, inputs in asked.exported(split)}
     cut = 0
-    for facts, fed in asked.read(Path("votes.csv")):
+    for facts, inputs in asked.read(Path("votes.csv")):
         known, texts = exported.pop(facts["id"])
         assert {**facts, "verdict": known["verdict"]} == known
-        assert {name: texts[name] for name in fed} == json.loads(json.dumps(fed)), "tuples are lists on disk"
+        assert {name: texts[name] for name in inputs} == json.loads(json.dumps(inputs)), "tuples are lists on disk"
         cut += known["cut"]
     assert not exported and cut > 50
 

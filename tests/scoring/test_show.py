@@ -85,9 +85,9 @@ def test_the_prompt_is_the_one_that_was_exported(experiment, shown):
             row = json.loads(line)
             rows.setdefault(row["id"], []).append(row["conversations"][0]["value"])
     for name in ("long", "turns", "plain3"):
-        fed = list(shown(name).prompts.values())
+        prompts = list(shown(name).prompts.values())
         expected = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in rows[name]]
-        assert fed[: len(expected)] == expected and len(fed) == 2
+        assert prompts[: len(expected)] == expected and len(prompts) == 2
 
 
 def test_cut_places_and_dropped_turns_are_named(shown):
