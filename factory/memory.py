@@ -56,7 +56,18 @@ def _activations(size: ModelSize, config: TrainConfig, tokens: int, longest: int
 
     A GPU's allocator uses the same memory for both moments; a CPU's resident set holds both.
     """
-    kept, work = (tokens * value for value in layer_bytes(size, longest, device))
+    widths = (size.hidden, size.attention_width, size.key_value_width, size.feed_forward)
+
+    def of(bytes_each: tuple[float, ...]) -> float:
+        return sum(c * w for c, w in zip(bytes_each, widths, strict=True))
+
+    kept, work = of(_KEPT[device]), of(_WORK[device])  # of one token
+    if size.normed and device == "cuda":  # the CPU's bytes were fitted to such models
+        kept += of(_NORMED)
+    if size.soft_capped:
+        scores = size.heads * longest
+        kept, work = kept + of(_CAPPED) + _SCORES * scores, max(work, _SCORES_WORK * scores)
+    kept, work = tokens * kept, tokens * work
     if device == "cuda" and config.compute_bytes == 4:  # no 16-bit numbers in the recipe
         kept, work = 2 * kept, 2 * work
     if config.checkpoints:
@@ -69,25 +80,6 @@ def _activations(size: ModelSize, config: TrainConfig, tokens: int, longest: int
     if device == "cpu":
         return {"activations": kept + work, "logits": logits}
     return {"activations": kept + (work if work >= logits else 0), "logits": logits if logits > work else 0}
-
-
-def layer_bytes(size: ModelSize, longest: int, device: str) -> tuple[float, float]:
-    """Return the bytes a token that one layer keeps, and that its backward pass takes beside them.
-
-    `longest` is the length of the rows in tokens, `device` cuda or cpu.
-    """
-    widths = (size.hidden, size.attention_width, size.key_value_width, size.feed_forward)
-
-    def of(bytes_each: tuple[float, ...]) -> float:
-        return sum(c * w for c, w in zip(bytes_each, widths, strict=True))
-
-    kept, work = of(_KEPT[device]), of(_WORK[device])
-    if size.normed and device == "cuda":  # the CPU's bytes were fitted to such models
-        kept += of(_NORMED)
-    if size.soft_capped:
-        scores = size.heads * longest
-        kept, work = kept + of(_CAPPED) + _SCORES * scores, max(work, _SCORES_WORK * scores)
-    return kept, work
 
 
 def scoring_memory(

@@ -75,9 +75,8 @@ class Judge:
 
     def sequences(self, fitted: Sequence[tuple[Battle, int]], *, swapped: bool = False) -> list[list[int]]:
         """Return each fitted battle's whole prompt as token ids, exactly those that training put before the label."""
-        messages = [self.prompt.message(swap(battle) if swapped else battle, dropped) for battle, dropped in fitted]
-        texts = [self.frame.wrap(message) for message in messages]
-        return [self.frame.surround(e.ids) for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        ordered = [(swap(battle) if swapped else battle, dropped) for battle, dropped in fitted]
+        return judge_sequences(self.frame, self.tokenizer, self.prompt, ordered)
 
     def fit(self, battles: Sequence[Battle]) -> list[Fitted]:
         """Fit battles that were not exported before, both orders within the budget."""
@@ -92,6 +91,14 @@ class Judge:
         fitter = PairFitter(self.frame, self.tokenizer, cutoff_len=self.cutoff_len, shares=self.shares)
         pairs = [flatten(fitted.battle) for fitted in fitter.fit(GOLDEN_PROMPTS)]
         return pair_sequences(self.frame, self.tokenizer, pairs)
+
+
+def judge_sequences(
+    frame: ChatFrame, tokenizer: Tokenizer, prompt: JudgePrompt, fitted: Sequence[tuple[Battle, int]]
+) -> list[list[int]]:
+    """Return the judge prompt of each fitted battle, of which so many oldest turns were dropped, as token ids."""
+    texts = [frame.wrap(prompt.message(battle, dropped)) for battle, dropped in fitted]
+    return [frame.surround(each.ids) for each in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def write_judge(folder: Path, experiment: Experiment, frame: ChatFrame, prompt_source: str, source: dict) -> None:
@@ -153,7 +160,10 @@ def load_judge(folder: Path) -> Judge:
             if type(content[key]) is not kind:
                 raise ValueError(f"{key} is not of type {kind.__name__}")
         tokenizer, frame = _tokenizer(folder), ChatFrame.from_dict(content["frame"])
-        _require_known_ids(frame, tokenizer.get_vocab_size())
+        lists = (frame.prefix_ids, frame.suffix_ids, frame.label_ids, frame.answer_prefix_ids, frame.answer_suffix_ids)
+        vocabulary = tokenizer.get_vocab_size()
+        if unknown := [token for ids in lists for token in ids if not 0 <= token < vocabulary]:
+            raise ValueError(f"token {unknown[0]} is not among the tokenizer's {vocabulary}")
         changed = [text for text, ids in content["canaries"].items() if _ids(tokenizer, text) != ids]
         if changed:
             what = f"the tokenizer in this folder is not the one that the judge was trained with: {changed[0]!r}"
@@ -240,14 +250,6 @@ def _golden_answers(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "move the folder away and merge again"
         raise ArenaError(f"is damaged: {error}", where=str(path), remedy=remedy) from None
-
-
-def _require_known_ids(frame: ChatFrame, vocabulary: int) -> None:
-    """Raise ValueError where the frame holds a token id that the tokenizer does not know."""
-    groups = (frame.prefix_ids, frame.suffix_ids, frame.label_ids, frame.answer_prefix_ids, frame.answer_suffix_ids)
-    unknown = [token for ids in groups for token in ids if not 0 <= token < vocabulary]
-    if unknown:
-        raise ValueError(f"token {unknown[0]} is not among the tokenizer's {vocabulary}")
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

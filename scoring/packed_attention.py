@@ -3,8 +3,8 @@
 A pack is one row of tokens, [1, total], without padding. A piece may name an earlier piece as its prefix, as an answer
 names its prompt; it then attends to the whole prefix and, causally, to itself.
 
-`register` makes this attention known to transformers under `NAME`, so that a model's own code calls it with its own
-scaling, sliding window and soft-cap.
+scoring.packed_model registers this attention with transformers under `NAME`, so that a model's own code calls it with
+its own scaling, sliding window and soft-cap.
 """
 
 from __future__ import annotations
@@ -35,13 +35,6 @@ class Span:
 
     queries: slice
     keys: tuple[slice, ...]
-
-
-def register() -> None:
-    """Register packed attention with transformers, which makes no mask for it."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, packed_attention)
 
 
 def packed_attention(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from common.errors import ArenaError
-from scoring.packed_attention import NAME, Span, UnknownAttention, register
+from scoring.packed_attention import NAME, Span, UnknownAttention, packed_attention
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +86,7 @@ class PackedModel:
 
         Raises ArenaError for a model whose body and head cannot be told apart.
         """
+        from transformers import AttentionInterface
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         self.model = model
@@ -98,7 +99,7 @@ class PackedModel:
         self._config = self.causal.config.get_text_config()
         self._output: Any = BaseModelOutputWithPast
         self._by_length = _rotates_by_length(self._config)
-        register()
+        AttentionInterface.register(NAME, packed_attention)
         # Layers that attend neither to everything nor to a window may pass a short probe and fail on long rows.
         kinds = set(getattr(self._config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         self.mode = mode or ("padded" if self._by_length or kinds else self._fastest())

@@ -61,28 +61,27 @@ def implicit_rewards(
     """
     import torch
 
-    answers, packed = _Answers(triples, name), PackedModel.of(model)
+    packed = PackedModel.of(model)
 
-    def score(batch: list[int], pack: Pack) -> np.ndarray:
-        targets = torch.tensor([token for i in batch for token in answers.ids[i]], device=packed.device)
-        owners = torch.repeat_interleave(torch.tensor([len(answers.ids[i]) for i in batch])).to(packed.device)
+    def score(answers: list[Sequence[int]], pack: Pack) -> np.ndarray:
+        lengths = torch.tensor([len(answer) for answer in answers])
+        targets = torch.tensor([token for answer in answers for token in answer], device=packed.device)
+        owners = torch.repeat_interleave(lengths).to(packed.device)
         sums = _log_probabilities(packed, pack, targets, owners)
         if reference:
             with packed.model.disable_adapter():
                 sums = sums - _log_probabilities(packed, pack, targets, owners)
-        return sums.cpu().numpy()
+        found = sums.cpu().numpy()
+        return beta * (found / lengths.numpy() if length_normalised else found)
 
-    def group(prompt: Sequence[int], those: list[Sequence[int]]) -> list[Piece]:
+    def pieces(prompt: Sequence[int], answers: list[Sequence[int]]) -> list[Piece]:
         # A token's distribution stands at the position before it, so an answer begins with the prompt's last token.
         *before, last = prompt
         shared = [Piece(before, wanted=0)] if before else []
         prefix = 0 if before else None
-        return shared + [Piece([last, *answer[:-1]], wanted=len(answer), prefix=prefix) for answer in those]
+        return shared + [Piece([last, *answer[:-1]], wanted=len(answer), prefix=prefix) for answer in answers]
 
-    result = answers.score(packed, group, score, **options)
-    if length_normalised:
-        result /= [len(ids) for ids in answers.ids]
-    return answers.rewards(beta * result)
+    return _rewards(packed, triples, pieces, score, name, **options)
 
 
 def value_rewards(
@@ -94,20 +93,20 @@ def value_rewards(
     padding). `options` are those of run_batches. Raises ArenaError if the head is of another model, and names the row
     where a triple has an empty part or a reward is not finite.
     """
-    answers, packed = _Answers(triples, name), PackedModel.of(model)
+    packed = PackedModel.of(model)
     size = packed.causal.config.get_text_config().hidden_size
     if len(head.weight) != size:
         what = f"the value head takes {len(head.weight)} numbers, the model's hidden states have {size}"
         raise ArenaError(what, where=VALUE_HEAD, remedy="merge the reward model again: its files are of two trainings")
     weight = head.weight.to(packed.device)
 
-    def score(_: list[int], pack: Pack) -> np.ndarray:
+    def score(_: list[Sequence[int]], pack: Pack) -> np.ndarray:
         return (packed.states(pack).double() @ weight + head.bias).cpu().numpy()
 
-    def group(prompt: Sequence[int], those: list[Sequence[int]]) -> list[Piece]:
-        return [Piece(prompt, wanted=0), *(Piece(answer, prefix=0) for answer in those)]
+    def pieces(prompt: Sequence[int], answers: list[Sequence[int]]) -> list[Piece]:
+        return [Piece(prompt, wanted=0), *(Piece(answer, prefix=0) for answer in answers)]
 
-    return answers.rewards(answers.score(packed, group, score, **options))
+    return _rewards(packed, triples, pieces, score, name, **options)
 
 
 def a_beats_b(rewards: np.ndarray) -> np.ndarray:
@@ -134,62 +133,50 @@ def load_value_head(folder: Path) -> ValueHead:
     return ValueHead(weight[0], float(bias))
 
 
-class _Answers:
-    """The distinct answers of some triples, each behind its prompt: `ids` of each, and `places` [triples, 2] of both.
+def _rewards(
+    model: PackedModel,
+    triples: Sequence[Triple],
+    pieces: Callable[[Sequence[int], list[Sequence[int]]], list[Piece]],
+    score: Callable[[list[Sequence[int]], Pack], np.ndarray],
+    name: Name,
+    **options: Any,
+) -> np.ndarray:
+    """Return the rewards [triples, 2]: `score(answers, pack)` of what `pieces(prompt, answers)` makes.
 
-    Equal answers then have the very same reward, whatever batches they would have come into.
+    Equal answers to one prompt are scored once, so that they have the very same reward, and a few answers of one prompt
+    are read in one pass, their prompt once. Raises ArenaError that names a triple with an empty part or a reward that
+    is not finite.
     """
+    answers: dict[tuple, int] = {}  # (prompt, answer): its number
+    of_prompt: dict[tuple, list[tuple]] = {}
+    places = np.empty((len(triples), 2), dtype=int)
+    for row, (prompt, *both) in enumerate(triples):
+        if not len(prompt) or not all(map(len, both)):
+            remedy = "give the prompt and both answers with the chat template's tokens"
+            raise ArenaError("the prompt or an answer has no tokens", where=name(row), remedy=remedy)
+        for side, answer in enumerate(both):
+            key = tuple(prompt), tuple(answer)
+            if key not in answers:
+                of_prompt.setdefault(key[0], []).append(key)
+            places[row, side] = answers.setdefault(key, len(answers))
+    groups = [those[i : i + _TOGETHER] for those in of_prompt.values() for i in range(0, len(those), _TOGETHER)]
+    scores = np.full(len(answers), np.nan)
 
-    def __init__(self, triples: Sequence[Triple], name: Name):
-        """Find the distinct answers; raises ArenaError that names the row of a triple with an empty part."""
-        self._name, prompts, found = name, {}, {}
-        self.places = np.empty((len(triples), 2), dtype=int)
-        for row, (prompt, *answers) in enumerate(triples):
-            if not len(prompt) or not all(map(len, answers)):
-                remedy = "give the prompt and both answers with the chat template's tokens"
-                raise ArenaError("the prompt or an answer has no tokens", where=name(row), remedy=remedy)
-            at = prompts.setdefault(tuple(prompt), len(prompts))
-            for side, answer in enumerate(answers):
-                self.places[row, side] = found.setdefault((at, tuple(answer)), len(found))
-        self._prompts, self._prompt_of = list(prompts), [at for at, _ in found]
-        self.ids = [answer for _, answer in found]
+    def work(batch: list[int], pack: Pack) -> None:
+        those = [key for at in batch for key in groups[at]]
+        scores[[answers[key] for key in those]] = score([answer for _, answer in those], pack)
 
-    def score(
-        self,
-        model: PackedModel,
-        group: Callable[[Sequence[int], list[Sequence[int]]], list[Piece]],
-        score: Callable[[list[int], Pack], np.ndarray],
-        **options: Any,
-    ) -> np.ndarray:
-        """Return the score of every answer; a few answers of one prompt are read in one pass, their prompt once.
+    def first_row(at: int) -> str:
+        return name(int(np.argwhere(places == answers[groups[at][0]])[0, 0]))
 
-        `group(prompt, answers)` makes their pieces and `score(answers, pack)` their scores.
-        """
-        of_prompt: dict[int, list[int]] = {}
-        for answer, prompt in enumerate(self._prompt_of):
-            of_prompt.setdefault(prompt, []).append(answer)
-        together = [those[i : i + _TOGETHER] for those in of_prompt.values() for i in range(0, len(those), _TOGETHER)]
-        result = np.full(len(self.ids), np.nan)
-
-        def work(batch: list[int], pack: Pack) -> None:
-            those = [i for at in batch for i in together[at]]
-            result[those] = score(those, pack)
-
-        def name(at: int) -> str:
-            return self._name(int(np.argwhere(self.places == together[at][0])[0, 0]))
-
-        pieces = [group(self._prompts[self._prompt_of[those[0]]], [self.ids[i] for i in those]) for those in together]
-        run_batches(model, pieces, work, name=name, **options)
-        return result
-
-    def rewards(self, scores: np.ndarray) -> np.ndarray:
-        """Return the rewards [triples, 2] of the answers' scores; raises ArenaError that names one not finite."""
-        rewards = scores[self.places]
-        bad = np.flatnonzero(~np.isfinite(rewards).all(axis=1))
-        if len(bad):
-            what = f"the model gave no finite reward for {len(bad)} battle(s), this one first"
-            raise ArenaError(what, where=self._name(bad[0]), remedy=BROKEN_WEIGHTS)
-        return rewards
+    packs = [pieces(those[0][0], [answer for _, answer in those]) for those in groups]
+    run_batches(model, packs, work, name=first_row, **options)
+    rewards = scores[places]
+    bad = np.flatnonzero(~np.isfinite(rewards).all(axis=1))
+    if len(bad):
+        what = f"the model gave no finite reward for {len(bad)} battle(s), this one first"
+        raise ArenaError(what, where=name(bad[0]), remedy=BROKEN_WEIGHTS)
+    return rewards
 
 
 def _log_probabilities(model: PackedModel, pack: Pack, targets: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:

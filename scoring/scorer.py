@@ -117,7 +117,7 @@ class ScorerSpec:
         offered = _REWARD_PRECISIONS[stage]
         if self.engine != "torch" or self.precision not in offered:
             raise UsageError(
-                f"the stage {stage} gives rewards, and cannot be scored in {self.precision} by {self.engine}",
+                f"the stage {stage} gives rewards and cannot be scored in {self.precision} by {self.engine}",
                 where="--engine, --precision",
                 remedy=f"choose torch and one of: {', '.join(offered)}; or a judge: --stage sft or dpo_judge",
             )

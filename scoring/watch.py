@@ -26,6 +26,7 @@ from factory.status import OUTDATED, running_stages
 from factory.trainer_log import show_points
 from scoring.baselines import baseline_probabilities
 from scoring.engines.torch_engine import score_labels
+from scoring.judge import judge_sequences
 from scoring.links import log_softmax
 from scoring.metrics import log_loss, row_losses, verdict_codes
 from scoring.model_loading import device_name, trained_adapter
@@ -90,9 +91,7 @@ class CheckpointScorer:
         self.ids = [battle.id for battle, _ in picked]
         self._truth = verdict_codes([battle.verdict for battle, _ in picked])
         self._label_ids = tuple(context.manifest["frame"]["label_ids"])
-        wrapped = [frame.wrap(prompt.message(battle, dropped)) for battle, dropped in picked]
-        encoded = tokenizer.encode_batch_fast(wrapped, add_special_tokens=False)
-        self._sequences = [frame.surround(each.ids) for each in encoded]
+        self._sequences = judge_sequences(frame, tokenizer, prompt, picked)
 
     def log_loss(self, adapter: Path) -> float:
         """Return the log loss (plain softmax, A first) of an adapter's folder on the chosen rows."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.experiment import load_experiment
@@ -73,39 +72,35 @@ def ladder_plot(status: RunStatus) -> Figure:
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0, 1, 0.93))  # the page writes its label over the upper left corner
     axes = figure.add_subplot()
-    bounds = [(each["step"], each["log_loss"]) for each in status.evaluations if each["log_loss"] is not None]
-    points = [(each["step"], each["log_loss"]) for each in status.measured]
-    if bounds:
-        label = "at most, from the evaluation loss (all battles)"
-        axes.plot(*zip(*bounds, strict=True), "v-", color="#1f77b4", label=label)
     ladder, rows = status.ladder or {}, "all"
-    if points:  # compared with the baselines on its own rows, or a lucky sample would look like a good judge
-        ladder, count = status.measured[-1]["ladder"], status.measured[-1]["rows"]
-        rows = f"these {count}"
-        label = f"measured on {count} validation battles"
-        axes.plot(*zip(*points, strict=True), "o-", color="#d62728", label=label)
+    if status.measured:  # compared with the baselines on its own rows, or a lucky sample would look like a good judge
+        ladder, rows = status.measured[-1]["ladder"], f"these {status.measured[-1]['rows']}"
+    bounds = [each for each in status.evaluations if each["log_loss"] is not None]
+    series = {
+        "at most, from the evaluation loss (all battles)": ("v-", "#1f77b4", bounds),
+        f"measured on {rows} validation battles": ("o-", "#d62728", status.measured),
+    }
+    losses = list(ladder.values())
+    for label, (style, color, points) in series.items():
+        if points:
+            found = [each["log_loss"] for each in points]
+            axes.plot([each["step"] for each in points], found, style, color=color, label=label)
+            losses += found
     axes.set_xlim(0, 1.03 * status.point.total if status.point else 1)  # with room for the last point
-    _draw_baselines(axes, ladder, [loss for _, loss in (*bounds, *points)])
-    axes.set_xlabel(f"step (baselines on {rows} validation battles)")
-    axes.set_ylabel("log loss")
-    if bounds or points:
-        figure.legend(loc="outside lower left", ncols=2, frameon=False)
-    return figure
-
-
-def _draw_baselines(axes: Axes, ladder: dict[str, float], losses: list[float]) -> None:
-    """Draw a line for each baseline, with names that do not cover each other."""
-    if not (values := [*ladder.values(), *losses]):
-        return
-    # A judge that still learns the form of an answer is far above: that must not flatten the rest.
-    low, high = min(values) - 0.03, min(max(values), _HIGHEST) + 0.03
-    axes.set_ylim(low, high)
+    if losses:  # a judge that still learns the form of an answer is far above: that must not flatten the rest
+        axes.set_ylim(min(losses) - 0.03, min(max(losses), _HIGHEST) + 0.03)
+    low, high = axes.get_ylim()
     place = low
     for name, loss in sorted(ladder.items(), key=lambda item: item[1]):
         axes.axhline(loss, linestyle="--", linewidth=1, color="#2a7f3f" if name == "bayes" else "#8a8a8a")
-        place = max(loss, place + 0.05 * (high - low))
+        place = max(loss, place + 0.05 * (high - low))  # names do not cover each other
         text = f"{BASELINE_NAMES[name]} {loss:.4f}"
         axes.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
+    axes.set_xlabel(f"step (baselines on {rows} validation battles)")
+    axes.set_ylabel("log loss")
+    if bounds or status.measured:
+        figure.legend(loc="outside lower left", ncols=2, frameon=False)
+    return figure
 
 
 if __name__ == "__main__":

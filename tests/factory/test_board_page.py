@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from contextvars import ContextVar
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import factory.board_page
 from common.experiment import load_experiment
 from common.stages import TRAININGS
 from factory.board import board_models, configuration
@@ -22,6 +20,7 @@ from factory.stage_context import StageContext
 ROOT = Path(__file__).resolve().parents[2]
 CHATTY = """#!/bin/sh
 head -c 500000 /dev/zero | tr '\\0' 'x' >&2
+echo; echo "called: $*"; env
 echo ' the last word' >&2
 exit 3
 """
@@ -148,28 +147,18 @@ def test_an_adapter_is_offered_on_the_base_that_it_was_trained_on_only(page, mon
     assert offered["demo_sft_merged"]["choices"] == ["demo_dpo_judge"]
 
 
-def test_a_job_ends_although_nobody_reads_what_it_prints(tmp_path, monkeypatch):
+def test_a_job_is_our_launcher_and_ends_although_nobody_reads_what_it_prints(tmp_path, monkeypatch):
+    """It gets LLaMA Board's own variables, and nothing else of the shell that could change the training."""
     chatty = tmp_path / "chatty"
     chatty.write_text(CHATTY)
     chatty.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(chatty))
-    job = Job(["llamafactory-cli", "train", "x.yaml"], env={"LLAMABOARD_WORKDIR": str(tmp_path)}, stderr=-1, text=True)
+    board = {"LLAMABOARD_ENABLED": "1", "LLAMABOARD_WORKDIR": str(tmp_path), "FORCE_TORCHRUN": "1", "USE_V1": "1"}
+    monkeypatch.setenv("USE_V1", "1")
+    job = Job(["llamafactory-cli", "train", "x.yaml"], env=board, stderr=-1, text=True)
     assert job.wait(20) == 3
     out, said = job.communicate(timeout=1)
     assert out is None and said.rstrip().endswith("the last word")
+    assert "called: -m factory.launcher train x.yaml" in said
+    assert "LLAMABOARD_ENABLED=1" in said and "FORCE_TORCHRUN=1" in said and "USE_V1" not in said
     assert (tmp_path / "board_job.log").stat().st_size > 500_000
-
-
-def test_a_job_is_our_launcher_in_boards_mode_and_nothing_else_of_the_shell(tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        subprocess.Popen, "__init__", lambda self, command, **more: seen.update(command=command, **more)
-    )
-    monkeypatch.setenv("USE_V1", "1")
-    board = {"LLAMABOARD_ENABLED": "1", "LLAMABOARD_WORKDIR": str(tmp_path), "FORCE_TORCHRUN": "1", "USE_V1": "1"}
-    job = Job(["llamafactory-cli", "train", "args.yaml"], env=board, stderr=subprocess.PIPE, text=True)
-    job.returncode = 0
-    assert seen["command"] == [sys.executable, "-m", "factory.launcher", "train", "args.yaml"]
-    assert seen["env"]["LLAMABOARD_ENABLED"] == "1" and seen["env"]["FORCE_TORCHRUN"] == "1"
-    root = str(Path(factory.board_page.__file__).parents[1])
-    assert "USE_V1" not in seen["env"] and root in seen["env"]["PYTHONPATH"]

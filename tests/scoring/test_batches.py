@@ -62,19 +62,6 @@ def test_out_of_memory_halves_the_batch_reports_it_and_loses_nothing(tiny_model,
     assert "cutoff_len" in caught.value.remedy
 
 
-def test_the_model_is_itself_again_even_after_an_error(tiny_model, plain_logits):
-    model = tiny_model()
-    before = plain_logits(model, [1, 2, 3])
-
-    def broken(ids):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        score_labels(watched(model, broken), [[1, 2, 3]], LABELS)
-    model.get_input_embeddings()._forward_pre_hooks.clear()
-    assert (plain_logits(model, [1, 2, 3]) == before).all() and model.config._attn_implementation == "sdpa"
-
-
 def test_prefetch_makes_the_next_item_while_the_present_one_is_used():
     second, before = threading.Event(), threading.active_count()
 
@@ -85,11 +72,7 @@ def test_prefetch_makes_the_next_item_while_the_present_one_is_used():
         raise KeyError("broken")
 
     stream = prefetch(items())
-    assert next(stream) == 0 and second.wait(5)
-    assert next(stream) == 1
+    assert next(stream) == 0 and second.wait(5) and next(stream) == 1
     with pytest.raises(KeyError, match="broken"):
         next(stream)
-    endless = prefetch(iter(int, 1))
-    next(endless)
-    endless.close()
-    assert threading.active_count() == before and list(prefetch(range(9))) == list(range(9))
+    assert list(prefetch(range(9))) == list(range(9)) and threading.active_count() == before

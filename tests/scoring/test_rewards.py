@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from common.errors import ArenaError
-from scoring import rewards
 from scoring.model_loading import TrainedAdapter
 from scoring.packed_model import PackedModel
 from scoring.rewards import VALUE_HEAD, Triple, implicit_rewards, load_value_head, value_rewards
@@ -92,23 +91,6 @@ def test_implicit_rewards_are_beta_times_the_log_ratio_of_two_separate_models(po
 def test_the_model_s_own_code_behind_the_head_counts(family_model, plain_sum):
     expected = [[plain_sum(family_model, p, x) for x in (a, b)] for p, a, b in TRIPLES]
     np.testing.assert_allclose(implicit_rewards(family_model, TRIPLES, **ALONE), expected, atol=1e-3, rtol=1e-5)
-
-
-def test_only_answer_positions_go_through_the_head_a_few_at_a_time(policy, monkeypatch):
-    whole, sizes = implicit_rewards(policy, TRIPLES, **OPTIONS), []
-    head = policy.get_output_embeddings()
-    handle = head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
-    monkeypatch.setattr(rewards, "LOGITS", 7 * 600 + 5)
-    sliced = implicit_rewards(policy, TRIPLES, **OPTIONS)
-    handle.remove()
-    assert max(sizes) == 7 * 600
-    assert sum(sizes) == 2 * LENGTHS.sum() * 600
-    np.testing.assert_allclose(sliced, whole, atol=1e-5, rtol=0)
-
-
-def test_an_untrained_adapter_has_no_reward(base, tmp_path):
-    fresh = TrainedAdapter(save_adapter(base, tmp_path, train=False), str(base)).load("cpu")
-    np.testing.assert_allclose(implicit_rewards(fresh, TRIPLES, **OPTIONS), 0, atol=1e-6)
 
 
 def test_equal_answers_have_the_very_same_reward_and_are_read_once(policy):

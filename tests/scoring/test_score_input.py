@@ -159,9 +159,9 @@ def test_kaggles_zip_is_scored_by_its_test_table(judged):
 def test_options_that_exclude_each_other_are_wrong_use(judged):
     with pytest.raises(UsageError, match="Ray takes all of them at once"):
         scored(judged, time_limit=60.0, ray="local")
-    with pytest.raises(UsageError, match="rewards, which only the engine torch computes"):
+    with pytest.raises(UsageError, match="gives rewards and cannot be scored in auto"):
         ScorerSpec(StageContext(judged, "rm"), "llama.cpp").scorer()
-    with pytest.raises(UsageError, match="cannot be scored in adapter") as caught:
+    with pytest.raises(UsageError, match="cannot be scored in adapter by torch") as caught:
         ScorerSpec(StageContext(judged, "dpo_reward"), "torch", "adapter").scorer()
     assert "auto, fp32, bf16, fp16" in caught.value.remedy
 

@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -112,20 +111,6 @@ def test_a_status_says_when_the_recipe_evaluates(exam, recipe, when):
     assert (f"the recipe evaluates {when}" if when else "set eval_strategy: steps in the recipe") in text
 
 
-def test_the_bound_holds_for_any_judge():
-    """log loss <= tokens x mean loss, for random logits of three answer tokens over a vocabulary."""
-    random = np.random.default_rng(0)
-    for scale in (0.1, 1.0, 10.0):
-        logits = random.normal(0, scale, (200, 3, 50))
-        answers = random.integers(0, 3, 200), random.integers(0, 50, 200), random.integers(0, 50, 200)
-        losses = np.log(np.exp(logits).sum(axis=2)) - np.stack(
-            [logits[np.arange(200), i, answer] for i, answer in enumerate(answers)], axis=1
-        )
-        labels = logits[:, 0, :3]
-        own = np.log(np.exp(labels).sum(axis=1)) - labels[np.arange(200), answers[0]]
-        assert own.mean() <= 3 * losses.mean()
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [("label_smoothing_factor", 0.1), ("train_on_prompt", True), ("max_samples", 10), ("eval_dataset", "other")],
@@ -225,18 +210,6 @@ def test_ctrl_c_in_a_terminal_is_no_failure(exam):
     assert "exam sft: training step 4/10" in out
 
 
-def test_the_time_left_of_a_resumed_run_is_that_of_its_own_steps(exam):
-    path = exam.adapter_folder("sft") / "trainer_log.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    times = {395: "0:06:35", 400: "0:06:40", 410: "0:00:10", 420: "0:00:20"}
-    lines = [{"current_steps": n, "total_steps": 675, "loss": 1.0, "elapsed_time": t} for n, t in times.items()]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    StageState(exam.output_folder("sft")).begin("train", {})
-    with only_run(exam.output_folder("sft")):
-        status = status_of(exam)
-    assert status.start_step == 400 and status.seconds_left == 255
-
-
 def test_a_fault_of_the_baselines_is_printed_and_does_not_end_the_watch(exam):
     log(exam, "sft", (4, {"loss": 0.4}))
     path = exam.data_folder / "truth.csv"
@@ -258,17 +231,15 @@ def test_beside_an_outdated_run_there_are_no_baselines(exam, monkeypatch):
     assert (status.ladder, status.measured, status.faults) == (None, [], [])
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("CUDA out of memory.\nlong advice"), ArenaError("is damaged", where="x")]
-)
+@pytest.mark.parametrize("error", [RuntimeError("out of memory.\nlong advice"), ArenaError("is damaged", where="x")])
 def test_whatever_ends_the_scoring_is_reported(exam, monkeypatch, error):
     """torch.OutOfMemoryError is no ArenaError; a traceback in a thread reaches no user."""
-    folder = exam.adapter_folder("sft") / "checkpoint-7"
-    folder.mkdir(parents=True)
-    for name in ("trainer_state.json", "adapter_model.safetensors", "adapter_config.json"):
-        (folder / name).write_text("{}")
-    monkeypatch.setattr(CheckpointScorer, "log_loss", lambda *_: (_ for _ in ()).throw(error))
-    monkeypatch.setattr(watching, "last_checkpoint", lambda _: folder)
+    folder = save_checkpoint(exam, "checkpoint-7")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(CheckpointScorer, "log_loss", fail)
     (fault,) = Watcher(exam, "sft", 20).finish().status().faults
     shutil.rmtree(folder)
     assert str(error).splitlines()[0] in fault and "long advice" not in fault
