@@ -71,7 +71,7 @@ class Line:
         self._show, self._label, self._bar = show, printable(label), bar
         self._task = bar and bar.add_task(self._label, total=None)
         self._phase, self._phases = "", set[str]()
-        self._printed_at = -math.inf
+        self._printed, self._printed_at = "", -math.inf
         self._began: tuple[float, float] | None = None  # time and share of the first update
 
     def update(self, text: str, share: float | None = None, left: float | None = None) -> None:
@@ -94,7 +94,8 @@ class Line:
         if self._bar is not None and self._task is not None:
             total = None if share is None else 1.0
             self._bar.update(self._task, description=printable(f"{self._label}: {text}"), completed=share, total=total)
-        elif due:
+        elif due and text != self._printed:  # "100%" may come for every file that is closed after the last byte
+            self._printed = text
             self._show.note(f"{self._label}: {text}")
 
     def _seconds_left(self, share: float, now: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -130,16 +131,34 @@ def workplace(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def _made_once(tmp_path_factory, name: str, make) -> Path:
+    """Return a folder that `make` fills, once for all workers of a run; tests leave it as it is."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared" / name
+    finished = folder.with_suffix(".finished")
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not finished.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            finished.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
-    """An embedded base model, built once for the whole run."""
-    from data_prep.synthetic import synthetic_battles
-    from factory.base_model import build_base_model
+    """The embedded base model."""
 
-    folder = tmp_path_factory.mktemp("models") / "arena-tiny"
-    battles = [row.battle for row in synthetic_battles(seed=3, rows=400)]
-    build_base_model(folder, (t for b in battles for t in b.prompts + b.responses_a + b.responses_b), seed=3)
-    return folder
+    def make(folder: Path) -> None:
+        from data_prep.synthetic import synthetic_battles
+        from factory.base_model import build_base_model
+
+        battles = [row.battle for row in synthetic_battles(seed=3, rows=400)]
+        texts = (text for b in battles for text in b.prompts + b.responses_a + b.responses_b)
+        build_base_model(folder / "arena-tiny", texts, seed=3)
+
+    return _made_once(tmp_path_factory, "models", make) / "arena-tiny"
 
 
 @pytest.fixture(scope="session")
@@ -150,29 +169,21 @@ def chain(tmp_path_factory) -> Path:
     """
     from chain import train_chain
 
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    with FileLock(shared / "chain.lock"):
-        if not (shared / "chain" / "trained").is_file():
-            shutil.rmtree(shared / "chain", ignore_errors=True)
-            (shared / "chain").mkdir()
-            train_chain(shared / "chain" / "own place")
-            (shared / "chain" / "trained").touch()
-    return shutil.copytree(shared / "chain" / "own place", own / "own place", symlinks=True)
+    trained = _made_once(tmp_path_factory, "chain", lambda folder: train_chain(folder / "place"))
+    return shutil.copytree(trained / "place", tmp_path_factory.mktemp("chain") / "own place", symlinks=True)
 
 
 @pytest.fixture(scope="session")
 def _whole_place(tmp_path_factory, small_frame, small_tokenizer) -> Path:
-    """A working place in miniature, made once; tests get copies."""
-    from tests.bad_inputs.place import build
+    """A working place in miniature; tests get copies."""
 
-    folder, earlier = tmp_path_factory.mktemp("place"), Path.cwd()
-    os.chdir(folder)
-    try:
-        build(folder, small_frame, small_tokenizer)
-    finally:
-        os.chdir(earlier)
-    return folder
+    def make(folder: Path) -> None:
+        from tests.bad_inputs.place import build
+
+        with contextlib.chdir(folder):
+            build(folder, small_frame, small_tokenizer)
+
+    return _made_once(tmp_path_factory, "place", make)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def attended(folder: Path, *arguments: str, seconds: float = 400, **environment:
     return process.wait(30), said.decode("utf-8", "replace")
 
 
-def test_an_attended_run_has_a_live_line_with_the_time_left(chain, tmp_path):
+def test_an_attended_run_has_a_live_line_and_trains_the_same_bytes(chain, tmp_path):
     folder = tmp_path / "place"
     shutil.copytree(chain, folder, symlinks=True, ignore=shutil.ignore_patterns("cache", "saves", "outputs"))
     code, said = attended(folder, "prepare", "-e", "demo", "--train", "arena/train.csv", "--test", "arena/test.csv")
@@ -44,22 +44,24 @@ def test_an_attended_run_has_a_live_line_with_the_time_left(chain, tmp_path):
     code, said = attended(folder, "sft", "-e", "demo", "--fresh")
     assert code == 0, said
     bare = CONTROL.sub("", said)
-    assert re.search(r"sft: training.*\d+/12  loss \d+\.\d+.*\d:\d\d:\d\d left", bare)
+    assert re.search(r"sft: \d+%.*\d:\d\d:\d\d left  step \d+/12  loss \d+\.\d+", bare)
     assert "sft: merging" in bare
-    assert re.search(r"scoring the validation fold.*[\d,]+/[\d,]+  [\d,]+ tokens/s, \d:\d\d:\d\d left", bare)
+    assert re.search(r"scoring the validation fold.*\d:\d\d:\d\d left  [\d,]+/[\d,]+, [\d,]+ tokens/s", bare)
     assert "\x1b[2K" in said and COLOUR.search(said), "the line is drawn again in its place, in colours"
     for said_once in ("sft: trained in", "sft: merged in", "sft: scored"):
         assert sum(line.startswith(said_once) for line in bare.splitlines()) == 1
     for word in ("report:", "submission:", "next:"):
         assert word in bare
+    (adapter,) = folder.glob("saves/*/lora/demo_sft/adapter_model.safetensors")
+    assert adapter.read_bytes() == (chain / adapter.relative_to(folder)).read_bytes(), "same seed, same bytes"
 
 
 def test_a_piped_run_says_plain_lines(chain):
     said = (chain / "sft.said").read_text(encoding="utf-8")
     assert "\x1b" not in said and "\r" not in said and "━" not in said
-    assert re.search(r"^sft: step 10/12  loss \d+\.\d+  lr \S+  \d:\d\d:\d\d left$", said, re.MULTILINE)
-    assert re.search(r"^sft: scoring the validation fold[^:]*: ([\d,]+)/\1  [\d,]+ tokens/s", said, re.MULTILINE)
-    for line in ("sft: training", "sft: merging"):
+    assert re.search(r"^sft: 83% .* left  step 10/12  loss \d+\.\d+  lr \S+$", said, re.MULTILINE)
+    assert re.search(r"^sft: scoring the validation fold: 100%.* ([\d,]+)/\1, [\d,]+ tokens/s", said, re.MULTILINE)
+    for line in ("sft: training", "sft: merging", "sft: 100%  of the merged model written"):
         assert said.splitlines().count(line) == 1
 
 

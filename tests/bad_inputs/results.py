@@ -161,7 +161,7 @@ JSON_DAMAGE = {
     },
 }
 JSON_FILES = {
-    MANIFEST: (SCORE, "manifest.json: "),
+    MANIFEST: (SCORE, AGAIN),
     INFO: (SFT, "dataset_info.json: is not "),
     STATE: (SCORE, NO_STATE, "--fresh"),
     JUDGE: (load_judge, "judge.json: is damaged"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chain import ROOT, run_py
+from chain import place as lay_out
 
-ROOT = Path(__file__).resolve().parents[2]
+from data_prep.synthetic import write_arena
+
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
@@ -135,23 +137,11 @@ def environment(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def place(browser, tmp_path_factory, tiny_base) -> Path:
     """A folder with an exported arena and a recipe of a minute at most, evaluated and saved on the way."""
-    from omegaconf import OmegaConf
-
-    from data_prep.synthetic import write_arena
-
-    folder = tmp_path_factory.mktemp("pages")
-    shutil.copytree(ROOT / "templates", folder / "templates")
-    target = folder / "factory_configs" / "demo"
-    target.mkdir(parents=True)
-    content = OmegaConf.to_container(OmegaConf.load(ROOT / "factory_configs" / "demo" / "experiment.yaml"))
-    content["recipes"]["sft"].update(RECIPE)
-    OmegaConf.save(OmegaConf.create(content), target / "experiment.yaml")
+    folder = lay_out(tmp_path_factory.mktemp("pages") / "place", sft=RECIPE)
     (folder / "models").mkdir()
     (folder / "models" / "arena-tiny").symlink_to(tiny_base)
     write_arena(folder / "arena", seed=11, train_rows=700, test_rows=20)
-    votes = ["--train", "arena/train.csv", "--truth", "arena/truth.csv"]
-    call = [sys.executable, str(ROOT / "run.py"), "prepare", "-e", "demo", *votes]
-    done = subprocess.run(call, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    done = run_py(folder, "prepare", "-e", "demo", "--train", "arena/train.csv", "--truth", "arena/truth.csv")
     assert done.returncode == 0, done.stderr
     return folder
 
