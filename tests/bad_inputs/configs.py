@@ -140,10 +140,6 @@ PLACES = [
     Case(
         "no_experiment", lambda p: None, ("sft", "-e", "nowhere"), ("no experiment 'nowhere'", "choose one of: exam"), 2
     ),
-    *(
-        Case(f"name_{i}", lambda p: None, ("sft", "-e", name), ("is not an experiment's name",), 2)
-        for i, name in enumerate(["../exam", "/etc", "a/b", ".exam", "x" * 70, "a\x1b[2J"])
-    ),
     Case("no_judge_prompt", key("prompt_template: none.j2\n"), PREPARE, ("none.j2: the judge prompt cannot be read",)),
     Case("judge_prompt_a_folder", key("prompt_template: models\n"), PREPARE, ("the judge prompt cannot be read",)),
     Case(

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pyarrow.parquet import read_table, write_table
+
+from common.experiment import load_experiment
+from common.progress import Show
+from factory.merge import merge
+from factory.stage_context import StageContext
+from scoring.checks.run_checks import shared_prompts, submission_ids
+from scoring.judge import load_judge
+from scoring.model_loading import TrainedAdapter, load_model
+from scoring.predictions import check_submission
+from scoring.score_store import RowStore
+from scoring.watch import baseline_losses
 from tests.bad_inputs.place import (
     COMPARE,
     SCORE,
@@ -60,13 +73,7 @@ def anew(breaks: Breaks) -> Breaks:
 
 def reduced(path: str, columns: list[str] | None = None, rows: int | None = None) -> Breaks:
     """Return what leaves a parquet table some of its columns or rows."""
-
-    def breaks(place: Place) -> None:
-        from pyarrow.parquet import read_table, write_table
-
-        write_table(read_table(path, columns=columns).slice(0, rows), path)
-
-    return breaks
+    return lambda place: write_table(read_table(path, columns=columns).slice(0, rows), path)
 
 
 def truth_of_others(place: Place) -> None:
@@ -74,69 +81,29 @@ def truth_of_others(place: Place) -> None:
 
 
 # What is called other than by a command.
-def load_judge() -> None:
-    from scoring.judge import load_judge
-
-    load_judge(Path(MERGED))
-
-
-def load_model() -> None:
-    from scoring.model_loading import load_model
-
-    load_model(Path(MERGED), "cpu")
+LOAD_JUDGE = partial(load_judge, Path(MERGED))
+LOAD_MODEL = partial(load_model, Path(MERGED), "cpu")
+LOAD_ADAPTER = partial(TrainedAdapter(Path(ADAPTER), "models/tiny").load, "cpu")
+FIRST_PROMPTS = partial(shared_prompts, Path(DATA))
+TEST_IDS = partial(submission_ids, Path(DATA), [])
+SUBMISSION = partial(check_submission, Path("mine.csv"), ["1", "2", "3"])
 
 
-def load_adapter() -> None:
-    from scoring.model_loading import TrainedAdapter
-
-    TrainedAdapter(Path(ADAPTER), "models/tiny").load("cpu")
-
-
-def merge() -> None:
-    from common.experiment import load_experiment
-    from common.progress import Show
-    from factory.merge import merge
-    from factory.stage_context import StageContext
-
+def merge_again() -> None:
     merge(StageContext(load_experiment("exam"), "sft"), lambda folder: None, Show())
 
 
 def ladder() -> None:
-    from common.experiment import load_experiment
-    from scoring.watch import baseline_losses
-
     baseline_losses(load_experiment("exam"))
 
 
-def first_prompts() -> None:
-    from scoring.checks.run_checks import shared_prompts
-
-    shared_prompts(Path(DATA))
-
-
-def test_ids() -> None:
-    from scoring.checks.run_checks import submission_ids
-
-    submission_ids(Path(DATA), [])
-
-
 def half_store(place: Place) -> None:
-    from scoring.score_store import RowStore
-
     RowStore.write(Path("store"), iter(()))
     Path("store/rows.parquet").write_bytes(b"PAR1")
 
 
 def stored_ids() -> None:
-    from scoring.score_store import RowStore
-
     list(RowStore(Path("store"), checked=False).ids())
-
-
-def submission() -> None:
-    from scoring.predictions import check_submission
-
-    check_submission(Path("mine.csv"), ["1", "2", "3"])
 
 
 def mine(content: str | bytes) -> Breaks:
@@ -164,12 +131,12 @@ JSON_FILES = {
     MANIFEST: (SCORE, AGAIN),
     INFO: (SFT, "dataset_info.json: is not "),
     STATE: (SCORE, NO_STATE, "--fresh"),
-    JUDGE: (load_judge, "judge.json: is damaged"),
-    TOKENIZER: (load_judge, "tokenizer.json: is damaged"),
-    MODEL_CONFIG: (load_model, NO_MODEL, "merge again"),
-    CONFIG: (load_adapter, ADAPTER, "adapter_config.json is damaged"),
+    JUDGE: (LOAD_JUDGE, "judge.json: is damaged"),
+    TOKENIZER: (LOAD_JUDGE, "tokenizer.json: is damaged"),
+    MODEL_CONFIG: (LOAD_MODEL, NO_MODEL, "merge again"),
+    CONFIG: (LOAD_ADAPTER, ADAPTER, "adapter_config.json is damaged"),
     REPORT: (SCORE_INPUT, "no readable report"),
-    AUDIT: (test_ids, "audit.json: is damaged"),
+    AUDIT: (TEST_IDS, "audit.json: is damaged"),
 }
 TABLE_DAMAGE = {
     "gone": remove,
@@ -177,8 +144,8 @@ TABLE_DAMAGE = {
     "of_words": lambda path: write(path, "hello"),
 }
 TABLES = [
-    *((ROWS, call, "rows.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, first_prompts)),
-    *((BATTLES, call, "battles.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, COMPARE, first_prompts)),
+    *((ROWS, call, "rows.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, FIRST_PROMPTS)),
+    *((BATTLES, call, "battles.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, COMPARE, FIRST_PROMPTS)),
     (SCORES, COMPARE, UNREADABLE),
     (CHANCES, COMPARE, UNREADABLE),
 ]
@@ -189,7 +156,7 @@ COMPUTED = (STATE, f"{OUT}/scoring/", f"{OUT}/merge_gate.json")
 def damage(path: str, call, words, ways: dict[str, Callable[[str], Breaks]]) -> list[Case]:
     """Return the cases of a file that is damaged in each way; scoring reads it only where nothing was scored yet."""
     to_score = call is SCORE and path != STATE
-    prefix = f"{Path(path).stem}_for_{call[0] if isinstance(call, tuple) else call.__name__}"
+    prefix = f"{Path(path).stem}_for_{call[0] if isinstance(call, tuple) else 'reading'}"
     rows = [
         (f"{prefix}_{name}", anew(way(path)) if to_score else way(path), call, *words) for name, way in ways.items()
     ]
@@ -200,201 +167,172 @@ DAMAGED = [
     *(case for path, (call, *words) in JSON_FILES.items() for case in damage(path, call, words, JSON_DAMAGE)),
     *(case for path, call, *words in TABLES for case in damage(path, call, words, TABLE_DAMAGE)),
 ]
-FAULTS = cases(
-    [
-        ("manifest_missing", anew(remove(MANIFEST)), SCORE, "there is no exported data", "prepare -e exam"),
-        ("manifest_other_format", anew(edited(MANIFEST, format=1)), SCORE, "was exported by another version"),
-        ("manifest_no_frame", anew(edited(MANIFEST, frame=...)), SCORE, "is damaged"),
-        ("manifest_files_a_list", anew(edited(MANIFEST, files=[1])), SCORE, "is damaged"),
-        ("manifest_files_lead_out", anew(edited(MANIFEST, files={"../x": "0"})), SCORE, "is damaged"),
-        ("manifest_no_sources", anew(edited(MANIFEST, sources=...)), SCORE, "is damaged"),
-        ("manifest_source_a_word", anew(edited(MANIFEST, sources={"train": "x"})), SCORE, "is damaged"),
-        ("manifest_other_tokenizer", anew(frame(MANIFEST, before="x")), SCORE, "another tokenizer or chat template"),
-        ("info_missing", remove(INFO), SFT, "there is no exported data"),
-        ("info_entry_a_word", write(INFO, '{"exam_sft_train": "x"}'), SFT, "does not name a file"),
-        (
-            "info_leads_out",
-            write(INFO, '{"exam_sft_train": {"file_name": "../../../etc/passwd"}}'),
-            SFT,
-            "does not name a file",
-        ),
-        ("state_no_parts", write(STATE, '{"version": 1}'), SCORE, NO_STATE),
-        ("state_part_a_word", write(STATE, '{"parts": {"score": "x"}}'), SCORE, NO_STATE),
-        ("state_unknown_key", write(STATE, '{"parts": {"score": {"x": 1}}}'), SCORE, NO_STATE),
-        (
-            "state_inputs_a_list",
-            write(STATE, '{"parts": {"score": {"inputs": [], "outputs": [], "started_at": "x"}}}'),
-            SCORE,
-            NO_STATE,
-        ),
-        (
-            "state_outputs_numbers",
-            write(STATE, '{"parts": {"score": {"inputs": {}, "outputs": [1], "started_at": "x"}}}'),
-            SCORE,
-            NO_STATE,
-        ),
-        ("judge_missing", remove(JUDGE), load_judge, "is not a judge: judge.json is missing", "train and merge first"),
-        ("judge_other_format", edited(JUDGE, format=99), load_judge, "was made by another version"),
-        ("judge_other_classes", edited(JUDGE, classes=["tie", "a", "b"]), load_judge, "was made by another version"),
-        ("judge_no_frame", edited(JUDGE, frame=...), load_judge, "is damaged: 'frame'"),
-        ("judge_frame_a_list", edited(JUDGE, frame=[1]), load_judge, "is damaged"),
-        ("judge_frame_lacks_a_key", frame(JUDGE, before=...), load_judge, "is damaged"),
-        ("judge_frame_words_for_ids", frame(JUDGE, label_ids=["A", "B", "C"]), load_judge, "is damaged"),
-        ("judge_frame_foreign_id", frame(JUDGE, label_ids=[1, 2, 10**9]), load_judge, "token 1000000000 is not among"),
-        ("judge_frame_negative_id", frame(JUDGE, suffix_ids=[-5]), load_judge, "token -5 is not among"),
-        ("judge_labels_equal", edited(JUDGE, labels={"a": "A", "b": "A", "tie": "C"}), load_judge, "is damaged"),
-        ("judge_cutoff_a_word", edited(JUDGE, cutoff_len="many"), load_judge, "cutoff_len is not of type int"),
-        ("judge_prompt_broken", edited(JUDGE, judge_prompt="{{"), load_judge, "is not a valid Jinja template"),
-        (
-            "judge_prompt_hostile",
-            edited(JUDGE, judge_prompt="{{ lipsum(9) }}"),
-            load_judge,
-            "does more than place texts",
-        ),
-        ("judge_shares", edited(JUDGE, budget_shares={"prompt": 1}), load_judge, "is damaged"),
-        ("judge_canaries_a_list", edited(JUDGE, canaries=[]), load_judge, "canaries is not of type dict"),
-        ("judge_other_tokenizer", edited(JUDGE, canaries={"x": [1, 2, 3]}), load_judge, "the tokenizer in this folder"),
-        ("judge_no_tokenizer", remove(TOKENIZER), load_judge, "tokenizer.json is missing"),
-        ("judge_tokenizer_other_json", write(TOKENIZER, '{"a": 1}'), load_judge, "is damaged"),
-        ("model_no_config", remove(MODEL_CONFIG), load_model, NO_MODEL),
-        ("config_unknown_type", write(MODEL_CONFIG, '{"model_type": "nonsense"}'), load_model, NO_MODEL),
-        ("config_negative_size", edited(MODEL_CONFIG, hidden_size=-3), load_model, NO_MODEL),
-        ("config_size_a_word", edited(MODEL_CONFIG, hidden_size="big"), load_model, NO_MODEL),
-        (
-            "config_own_code",
-            edited(MODEL_CONFIG, model_type="x", auto_map={"AutoModelForCausalLM": "e.E"}),
-            load_model,
-            NO_MODEL,
-        ),
-        ("model_no_weights", remove(WEIGHTS), load_model, NO_MODEL),
-        ("model_weights_cut_off", change(WEIGHTS, cut(0.5)), load_model, NO_MODEL),
-        ("model_weights_huge_header", write(WEIGHTS, header(b"{}", 2**62)), load_model, NO_MODEL),
-        ("model_weights_broken_header", write(WEIGHTS, header(b"{" * 100)), load_model, NO_MODEL),
-        ("adapter_no_config", remove(CONFIG), load_adapter, ADAPTER, "is no finished adapter", "adapter_config.json"),
-        (
-            "adapter_no_weights",
-            remove(TENSORS),
-            load_adapter,
-            ADAPTER,
-            "is no finished adapter",
-            "adapter_model.safetensors",
-        ),
-        ("adapter_base_a_number", edited(CONFIG, base_model_name_or_path=7), load_adapter, "is no text"),
-        (
-            "adapter_of_another_base",
-            edited(CONFIG, base_model_name_or_path="other/model"),
-            load_adapter,
-            "was trained on other/model",
-        ),
-        ("adapter_no_type", edited(CONFIG, peft_type=...), load_adapter, "cannot be put on models/tiny"),
-        ("adapter_unknown_type", edited(CONFIG, peft_type="NONSENSE"), load_adapter, "cannot be put on"),
-        ("adapter_foreign_weights", edited(CONFIG, target_modules=["v_proj"]), load_adapter, "lacks 2 weights"),
-        ("adapter_weights_cut_off", change(TENSORS, cut(0.6)), load_adapter, ADAPTER, "cannot be put on"),
-        ("merge_no_config", remove(CONFIG), merge, "no finished adapter to merge", "--until train"),
-        ("merge_no_weights", remove(TENSORS), merge, "no finished adapter to merge"),
-        ("report_missing", remove(REPORT), SCORE_INPUT, "no readable report of this stage", "run.py sft -e exam"),
-        ("report_no_calibration", edited(REPORT, calibration=...), SCORE_INPUT, "no readable report"),
-        (
-            "report_calibration_empty",
-            edited(REPORT, calibration={}),
-            SCORE_INPUT,
-            "the saved calibration lacks a value",
-        ),
-        (
-            "report_calibration_of_words",
-            edited(REPORT, calibration={"source_prior": "x"}),
-            SCORE_INPUT,
-            "source_prior",
-            "give a share",
-        ),
-        ("compare_nothing_scored", remove(REPORT), COMPARE, "no stage of this experiment was scored yet"),
-        ("compare_no_scores", remove(SCORES), COMPARE, UNREADABLE, "score again"),
-        ("compare_chances_of_words", change(CHANCES, lambda d: d.replace(b"0.", b"x.")), COMPARE, UNREADABLE),
-        ("compare_chances_no_column", change(CHANCES, lambda d: d.replace(b"_tie", b"_tea")), COMPARE, UNREADABLE),
-        ("compare_flags_of_words", edited(REPORT, flags="red"), COMPARE, "its flags cannot be read", "--fresh"),
-        ("compare_truth_of_others", truth_of_others, COMPARE, "have no true probabilities", "prepare again"),
-        (
-            "compare_other_rows",
-            change(CHANCES, lambda d: b"\n".join(d.splitlines()[:-1])),
-            COMPARE,
-            "hold different rows",
-        ),
-        ("show_rows_lack_a_column", reduced(ROWS, ["id"]), SHOW, "rows.parquet: is damaged", AGAIN),
-        ("show_battles_lack_a_column", reduced(BATTLES, ["id"]), SHOW, "battles.parquet: is damaged"),
-        ("show_battles_without_rows", reduced(BATTLES, rows=0), SHOW, "has fewer rows than rows.parquet"),
-        ("show_no_judge_prompt", remove(f"{DATA}/judge_prompt.j2"), SHOW, "judge_prompt.j2: is damaged", AGAIN),
-        ("show_judge_prompt_not_utf8", write(f"{DATA}/judge_prompt.j2", b"\xff"), SHOW, "judge_prompt.j2: is damaged"),
-        ("show_manifest_without_settings", edited(MANIFEST, experiment=...), SHOW, "is damaged", AGAIN),
-        (
-            "show_scores_of_words",
-            write(TEST_SCORES, "hello"),
-            SHOW,
-            "scores_test.parquet: is damaged",
-            "score the stage",
-        ),
-        ("show_scores_lack_the_id", reduced(TEST_SCORES, ["group"]), SHOW, "scores_test.parquet: is damaged"),
-        ("show_chances_not_utf8", write(TEST_CHANCES, b"\xff\xfe"), SHOW, "probabilities_test.csv: is damaged"),
-        ("show_chances_cut_off", write(TEST_CHANCES, f"{HEAD}9000,0.5\n"), SHOW, "probabilities_test.csv: is damaged"),
-        ("show_chances_without_the_row", write(TEST_CHANCES, HEAD), SHOW, "lacks a row that was scored"),
-        ("pairs_of_words", write(f"{DATA}/pairs.parquet", "hello"), SHOW_PAIR, "pairs.parquet: is damaged", AGAIN),
-        ("no_pairs", remove(f"{DATA}/pairs.parquet"), SHOW_PAIR, "the reward view", "--pairs"),
-        ("reads_fewer_battles", reduced(BATTLES, rows=0), first_prompts, "battles.parquet: is damaged"),
-        ("reads_no_test_ids", reduced(ROWS, ["id"]), test_ids, "rows.parquet: is damaged"),
-        ("reads_no_audit", remove(AUDIT), test_ids, "audit.json: is damaged", AGAIN),
-        ("reads_truth_of_others", truth_of_others, ladder, "data/exam/truth.csv", "have no true probabilities"),
-        ("reads_half_a_row_store", half_store, stored_ids, "rows.parquet: is damaged", "score again"),
-        ("submission_missing", nothing, submission, "mine.csv: cannot be read"),
-        ("submission_empty", mine(""), submission, "the header must be"),
-        ("submission_other_header", mine(HEAD.replace("winner_tie", "tie") + GOOD), submission, "the header must be"),
-        (
-            "submission_other_order",
-            mine("id,winner_tie,winner_model_a,winner_model_b\n" + GOOD),
-            submission,
-            "the header must be",
-        ),
-        ("submission_not_utf8", mine(b"\xff" + HEAD.encode()), submission, "cannot be read"),
-        ("submission_open_quote", mine(HEAD + '"1'), submission, "line 2 does not have 4 cells"),
-        ("submission_missing_id", mine(HEAD + GOOD[:13]), submission, "2 id(s) are missing: 2, 3"),
-        ("submission_unknown_id", mine(HEAD + GOOD + "9,1,0,0\n"), submission, "1 id(s) are not in the test set: 9"),
-        ("submission_double_id", mine(HEAD + GOOD + "3,1,0,0\n"), submission, "ids occur twice"),
-        (
-            "submission_shuffled",
-            mine(HEAD + "2,.5,.25,.25\n1,.5,.25,.25\n3,.5,.25,.25\n"),
-            submission,
-            "not in the test set's order",
-        ),
-        ("submission_nan", mine(HEAD + GOOD.replace("1,.5", "1,nan")), submission, "1 row(s) NaN or infinite: id 1"),
-        ("submission_negative", mine(HEAD + GOOD.replace("1,.5,.25", "1,1.5,-.75")), submission, "outside 0..1"),
-        ("submission_sum", mine(HEAD + GOOD.replace("3,.5", "3,.6")), submission, "not summing to 1: id 3"),
-        (
-            "submission_formula_id",
-            mine(HEAD + GOOD.replace("1,", '"=1+\n\x1b[2J",', 1)),
-            submission,
-            "not in the test set: '=1+\\n\\x1b[2J'",
-        ),
-    ]
-)
-EXPORT = cases(
-    [
-        ("battles_empty", anew(write(BATTLES, b"PAR1PAR1")), SCORE, "battles.parquet: is damaged"),
-        ("battles_are_rows", anew(lambda p: Path(ROWS).replace(BATTLES)), SCORE, "is damaged"),
-    ],
-    writes=COMPUTED,
-)
-OUTPUTS = cases(
-    [
-        ("output_is_a_truth", write("truth.csv", f"{HEAD}1,1,0,0\n"), into("truth.csv"), "is not an earlier output"),
-        (
-            "output_is_a_sample",
-            write("sample_submission.csv", HEAD),
-            into("sample_submission.csv"),
-            "is not an earlier output",
-        ),
-        ("output_is_the_votes", nothing, into("votes.csv"), "which exam was prepared from"),
-        ("output_was_the_votes", remove("votes.csv"), into("votes.csv"), "which exam was prepared from"),
-        ("output_is_exported", nothing, into("data/exam/rows.parquet"), "lies in data/"),
-        ("output_is_in_an_arena", nothing, into("data/synthetic_arena/truth.csv"), "lies in data/"),
-    ],
-    code=2,
-)
-CASES = [*DAMAGED, *FAULTS, *EXPORT, *OUTPUTS]
+FAULTS = [
+    ("manifest_missing", anew(remove(MANIFEST)), SCORE, "there is no exported data", "prepare -e exam"),
+    ("manifest_other_format", anew(edited(MANIFEST, format=1)), SCORE, "was exported by another version"),
+    ("manifest_no_frame", anew(edited(MANIFEST, frame=...)), SCORE, "is damaged"),
+    ("manifest_files_a_list", anew(edited(MANIFEST, files=[1])), SCORE, "is damaged"),
+    ("manifest_files_lead_out", anew(edited(MANIFEST, files={"../x": "0"})), SCORE, "is damaged"),
+    ("manifest_no_sources", anew(edited(MANIFEST, sources=...)), SCORE, "is damaged"),
+    ("manifest_source_a_word", anew(edited(MANIFEST, sources={"train": "x"})), SCORE, "is damaged"),
+    ("manifest_other_tokenizer", anew(frame(MANIFEST, before="x")), SCORE, "another tokenizer or chat template"),
+    ("info_missing", remove(INFO), SFT, "there is no exported data"),
+    ("info_entry_a_word", write(INFO, '{"exam_sft_train": "x"}'), SFT, "does not name a file"),
+    (
+        "info_leads_out",
+        write(INFO, '{"exam_sft_train": {"file_name": "../../../etc/passwd"}}'),
+        SFT,
+        "does not name a file",
+    ),
+    ("state_no_parts", write(STATE, '{"version": 1}'), SCORE, NO_STATE),
+    ("state_part_a_word", write(STATE, '{"parts": {"score": "x"}}'), SCORE, NO_STATE),
+    ("state_unknown_key", write(STATE, '{"parts": {"score": {"x": 1}}}'), SCORE, NO_STATE),
+    (
+        "state_inputs_a_list",
+        write(STATE, '{"parts": {"score": {"inputs": [], "outputs": [], "started_at": "x"}}}'),
+        SCORE,
+        NO_STATE,
+    ),
+    (
+        "state_outputs_numbers",
+        write(STATE, '{"parts": {"score": {"inputs": {}, "outputs": [1], "started_at": "x"}}}'),
+        SCORE,
+        NO_STATE,
+    ),
+    ("judge_missing", remove(JUDGE), LOAD_JUDGE, "is not a judge: judge.json is missing", "train and merge first"),
+    ("judge_other_format", edited(JUDGE, format=99), LOAD_JUDGE, "was made by another version"),
+    ("judge_other_classes", edited(JUDGE, classes=["tie", "a", "b"]), LOAD_JUDGE, "was made by another version"),
+    ("judge_no_frame", edited(JUDGE, frame=...), LOAD_JUDGE, "is damaged: 'frame'"),
+    ("judge_frame_a_list", edited(JUDGE, frame=[1]), LOAD_JUDGE, "is damaged"),
+    ("judge_frame_lacks_a_key", frame(JUDGE, before=...), LOAD_JUDGE, "is damaged"),
+    ("judge_frame_words_for_ids", frame(JUDGE, label_ids=["A", "B", "C"]), LOAD_JUDGE, "is damaged"),
+    ("judge_frame_foreign_id", frame(JUDGE, label_ids=[1, 2, 10**9]), LOAD_JUDGE, "token 1000000000 is not among"),
+    ("judge_frame_negative_id", frame(JUDGE, suffix_ids=[-5]), LOAD_JUDGE, "token -5 is not among"),
+    ("judge_labels_equal", edited(JUDGE, labels={"a": "A", "b": "A", "tie": "C"}), LOAD_JUDGE, "is damaged"),
+    ("judge_cutoff_a_word", edited(JUDGE, cutoff_len="many"), LOAD_JUDGE, "cutoff_len is not of type int"),
+    ("judge_prompt_broken", edited(JUDGE, judge_prompt="{{"), LOAD_JUDGE, "is not a valid Jinja template"),
+    ("judge_prompt_hostile", edited(JUDGE, judge_prompt="{{ lipsum(9) }}"), LOAD_JUDGE, "does more than place texts"),
+    ("judge_shares", edited(JUDGE, budget_shares={"prompt": 1}), LOAD_JUDGE, "is damaged"),
+    ("judge_canaries_a_list", edited(JUDGE, canaries=[]), LOAD_JUDGE, "canaries is not of type dict"),
+    ("judge_other_tokenizer", edited(JUDGE, canaries={"x": [1, 2, 3]}), LOAD_JUDGE, "the tokenizer in this folder"),
+    ("judge_no_tokenizer", remove(TOKENIZER), LOAD_JUDGE, "tokenizer.json is missing"),
+    ("judge_tokenizer_other_json", write(TOKENIZER, '{"a": 1}'), LOAD_JUDGE, "is damaged"),
+    ("model_no_config", remove(MODEL_CONFIG), LOAD_MODEL, NO_MODEL),
+    ("config_unknown_type", write(MODEL_CONFIG, '{"model_type": "nonsense"}'), LOAD_MODEL, NO_MODEL),
+    ("config_negative_size", edited(MODEL_CONFIG, hidden_size=-3), LOAD_MODEL, NO_MODEL),
+    ("config_size_a_word", edited(MODEL_CONFIG, hidden_size="big"), LOAD_MODEL, NO_MODEL),
+    (
+        "config_own_code",
+        edited(MODEL_CONFIG, model_type="x", auto_map={"AutoModelForCausalLM": "e.E"}),
+        LOAD_MODEL,
+        NO_MODEL,
+    ),
+    ("model_no_weights", remove(WEIGHTS), LOAD_MODEL, NO_MODEL),
+    ("model_weights_cut_off", change(WEIGHTS, cut(0.5)), LOAD_MODEL, NO_MODEL),
+    ("model_weights_huge_header", write(WEIGHTS, header(b"{}", 2**62)), LOAD_MODEL, NO_MODEL),
+    ("model_weights_broken_header", write(WEIGHTS, header(b"{" * 100)), LOAD_MODEL, NO_MODEL),
+    ("adapter_no_config", remove(CONFIG), LOAD_ADAPTER, ADAPTER, "is no finished adapter", "adapter_config.json"),
+    (
+        "adapter_no_weights",
+        remove(TENSORS),
+        LOAD_ADAPTER,
+        ADAPTER,
+        "is no finished adapter",
+        "adapter_model.safetensors",
+    ),
+    ("adapter_base_a_number", edited(CONFIG, base_model_name_or_path=7), LOAD_ADAPTER, "is no text"),
+    (
+        "adapter_of_another_base",
+        edited(CONFIG, base_model_name_or_path="other/model"),
+        LOAD_ADAPTER,
+        "was trained on other/model",
+    ),
+    ("adapter_no_type", edited(CONFIG, peft_type=...), LOAD_ADAPTER, "cannot be put on models/tiny"),
+    ("adapter_unknown_type", edited(CONFIG, peft_type="NONSENSE"), LOAD_ADAPTER, "cannot be put on"),
+    ("adapter_foreign_weights", edited(CONFIG, target_modules=["v_proj"]), LOAD_ADAPTER, "lacks 2 weights"),
+    ("adapter_weights_cut_off", change(TENSORS, cut(0.6)), LOAD_ADAPTER, ADAPTER, "cannot be put on"),
+    ("merge_no_config", remove(CONFIG), merge_again, "no finished adapter to merge", "--until train"),
+    ("merge_no_weights", remove(TENSORS), merge_again, "no finished adapter to merge"),
+    ("report_missing", remove(REPORT), SCORE_INPUT, "no readable report of this stage", "run.py sft -e exam"),
+    ("report_no_calibration", edited(REPORT, calibration=...), SCORE_INPUT, "no readable report"),
+    ("report_calibration_empty", edited(REPORT, calibration={}), SCORE_INPUT, "the saved calibration lacks a value"),
+    (
+        "report_calibration_of_words",
+        edited(REPORT, calibration={"source_prior": "x"}),
+        SCORE_INPUT,
+        "source_prior",
+        "give a share",
+    ),
+    ("compare_nothing_scored", remove(REPORT), COMPARE, "no stage of this experiment was scored yet"),
+    ("compare_no_scores", remove(SCORES), COMPARE, UNREADABLE, "score again"),
+    ("compare_chances_of_words", change(CHANCES, lambda d: d.replace(b"0.", b"x.")), COMPARE, UNREADABLE),
+    ("compare_chances_no_column", change(CHANCES, lambda d: d.replace(b"_tie", b"_tea")), COMPARE, UNREADABLE),
+    ("compare_flags_of_words", edited(REPORT, flags="red"), COMPARE, "its flags cannot be read", "--fresh"),
+    ("compare_truth_of_others", truth_of_others, COMPARE, "have no true probabilities", "prepare again"),
+    ("compare_other_rows", change(CHANCES, lambda d: b"\n".join(d.splitlines()[:-1])), COMPARE, "hold different rows"),
+    ("show_rows_lack_a_column", reduced(ROWS, ["id"]), SHOW, "rows.parquet: is damaged", AGAIN),
+    ("show_battles_lack_a_column", reduced(BATTLES, ["id"]), SHOW, "battles.parquet: is damaged"),
+    ("show_battles_without_rows", reduced(BATTLES, rows=0), SHOW, "has fewer rows than rows.parquet"),
+    ("show_no_judge_prompt", remove(f"{DATA}/judge_prompt.j2"), SHOW, "judge_prompt.j2: is damaged", AGAIN),
+    ("show_judge_prompt_not_utf8", write(f"{DATA}/judge_prompt.j2", b"\xff"), SHOW, "judge_prompt.j2: is damaged"),
+    ("show_manifest_without_settings", edited(MANIFEST, experiment=...), SHOW, "is damaged", AGAIN),
+    ("show_scores_of_words", write(TEST_SCORES, "hello"), SHOW, "scores_test.parquet: is damaged", "score the stage"),
+    ("show_scores_lack_the_id", reduced(TEST_SCORES, ["group"]), SHOW, "scores_test.parquet: is damaged"),
+    ("show_chances_not_utf8", write(TEST_CHANCES, b"\xff\xfe"), SHOW, "probabilities_test.csv: is damaged"),
+    ("show_chances_cut_off", write(TEST_CHANCES, f"{HEAD}9000,0.5\n"), SHOW, "probabilities_test.csv: is damaged"),
+    ("show_chances_without_the_row", write(TEST_CHANCES, HEAD), SHOW, "lacks a row that was scored"),
+    ("pairs_of_words", write(f"{DATA}/pairs.parquet", "hello"), SHOW_PAIR, "pairs.parquet: is damaged", AGAIN),
+    ("no_pairs", remove(f"{DATA}/pairs.parquet"), SHOW_PAIR, "the reward view", "--pairs"),
+    ("reads_fewer_battles", reduced(BATTLES, rows=0), FIRST_PROMPTS, "battles.parquet: is damaged"),
+    ("reads_no_test_ids", reduced(ROWS, ["id"]), TEST_IDS, "rows.parquet: is damaged"),
+    ("reads_no_audit", remove(AUDIT), TEST_IDS, "audit.json: is damaged", AGAIN),
+    ("reads_truth_of_others", truth_of_others, ladder, "data/exam/truth.csv", "have no true probabilities"),
+    ("reads_half_a_row_store", half_store, stored_ids, "rows.parquet: is damaged", "score again"),
+    ("submission_missing", nothing, SUBMISSION, "mine.csv: cannot be read"),
+    ("submission_empty", mine(""), SUBMISSION, "the header must be"),
+    ("submission_other_header", mine(HEAD.replace("winner_tie", "tie") + GOOD), SUBMISSION, "the header must be"),
+    (
+        "submission_other_order",
+        mine("id,winner_tie,winner_model_a,winner_model_b\n" + GOOD),
+        SUBMISSION,
+        "the header must be",
+    ),
+    ("submission_not_utf8", mine(b"\xff" + HEAD.encode()), SUBMISSION, "cannot be read"),
+    ("submission_open_quote", mine(HEAD + '"1'), SUBMISSION, "line 2 does not have 4 cells"),
+    ("submission_missing_id", mine(HEAD + GOOD[:13]), SUBMISSION, "2 id(s) are missing: 2, 3"),
+    ("submission_unknown_id", mine(HEAD + GOOD + "9,1,0,0\n"), SUBMISSION, "1 id(s) are not in the test set: 9"),
+    ("submission_double_id", mine(HEAD + GOOD + "3,1,0,0\n"), SUBMISSION, "ids occur twice"),
+    (
+        "submission_shuffled",
+        mine(HEAD + "2,.5,.25,.25\n1,.5,.25,.25\n3,.5,.25,.25\n"),
+        SUBMISSION,
+        "not in the test set's order",
+    ),
+    ("submission_nan", mine(HEAD + GOOD.replace("1,.5", "1,nan")), SUBMISSION, "1 row(s) NaN or infinite: id 1"),
+    ("submission_negative", mine(HEAD + GOOD.replace("1,.5,.25", "1,1.5,-.75")), SUBMISSION, "outside 0..1"),
+    ("submission_sum", mine(HEAD + GOOD.replace("3,.5", "3,.6")), SUBMISSION, "not summing to 1: id 3"),
+    (
+        "submission_formula_id",
+        mine(HEAD + GOOD.replace("1,", '"=1+\n\x1b[2J",', 1)),
+        SUBMISSION,
+        "not in the test set: '=1+\\n\\x1b[2J'",
+    ),
+]
+EXPORT = [
+    ("battles_empty", anew(write(BATTLES, b"PAR1PAR1")), SCORE, "battles.parquet: is damaged"),
+    ("battles_are_rows", anew(lambda p: Path(ROWS).replace(BATTLES)), SCORE, "is damaged"),
+]
+OUTPUTS = [
+    ("output_is_a_truth", write("truth.csv", f"{HEAD}1,1,0,0\n"), into("truth.csv"), "is not an earlier output"),
+    (
+        "output_is_a_sample",
+        write("sample_submission.csv", HEAD),
+        into("sample_submission.csv"),
+        "is not an earlier output",
+    ),
+    ("output_is_the_votes", nothing, into("votes.csv"), "which exam was prepared from"),
+    ("output_was_the_votes", remove("votes.csv"), into("votes.csv"), "which exam was prepared from"),
+    ("output_is_exported", nothing, into("data/exam/rows.parquet"), "lies in data/"),
+    ("output_is_in_an_arena", nothing, into("data/synthetic_arena/truth.csv"), "lies in data/"),
+]
+CASES = [*DAMAGED, *cases(FAULTS), *cases(EXPORT, writes=COMPUTED), *cases(OUTPUTS, code=2)]
