@@ -33,6 +33,7 @@ def library(monkeypatch, tmp_path):
     return constants
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_one_error_without_retries(tmp_path):
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     call = [sys.executable, "-c", _SCRIPT]
