@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ArenaError
+from common.stages import TRAININGS
 from factory.board import BoardModel, board_models, log_lines, publish_run, readable_experiments
 from factory.process import child_environment, llamafactory
 from factory.serve_page import serve_gradio
@@ -40,23 +41,18 @@ def build() -> Any:
     experiments, _ = readable_experiments()
     models = board_models(experiments)
     register(dict.fromkeys(models.values()))
-    adapters = {
-        experiment.adapter_folder(stage): (experiment, stage)
-        for experiment in experiments
-        for name, stage in models
-        if name == experiment.name
-    }
+    runs = {each.adapter_folder(stage): (each, stage) for each in experiments for stage in TRAININGS}
 
     def refresh(folder: Path) -> None:
         """Publish a run again: it may have begun or ended after the page was laid out."""
-        for adapter, (experiment, stage) in adapters.items():
+        for adapter, (experiment, stage) in runs.items():
             if adapter.resolve() == folder.resolve():
                 with suppress(ArenaError):  # reported when the board began; the page shows the rest of the folder
                     publish_run(StageContext(experiment, stage), models[experiment.name, stage])
 
     engine.Runner = runner_class(refresh)
     runner.Popen = Job
-    bases = {adapter: models[experiment.name, stage].name for adapter, (experiment, stage) in adapters.items()}
+    bases = {adapter: models[experiment.name, stage].name for adapter, (experiment, stage) in runs.items()}
     top.list_checkpoints = train.list_checkpoints = on_own_base(train.list_checkpoints, bases)
     page = interface.create_ui()
     (check,) = (function for function in page.fns.values() if function.name == "check_output_dir")

@@ -9,7 +9,7 @@ changes nothing in a causal model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -20,7 +20,6 @@ from scoring.packed_attention import NAME, Span, UnknownAttention, packed_attent
 if TYPE_CHECKING:
     import torch
 
-MODES = ("trimmed", "packed", "padded")  # fastest first
 # The largest difference of hidden states, in their standard deviations, that packing may make on the probe.
 _TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 2e-1, "int8": 2e-1}
 _FAILURES = (UnknownAttention, AttributeError, TypeError, KeyError, RuntimeError, NotImplementedError)
@@ -81,8 +80,8 @@ def pack(pieces: Sequence[Piece]) -> Pack:
 class PackedModel:
     """A causal model, possibly in PEFT's wrapper, that reads packs of pieces; the module's docstring says how."""
 
-    def __init__(self, model: Any, *, mode: str | None = None):
-        """Choose the fastest of `MODES` that gives the model's own hidden states, unless `mode` names one.
+    def __init__(self, model: Any, *, pads: bool | None = None):
+        """Try whether packing gives the model's own hidden states, unless `pads` says whether rows are padded instead.
 
         Raises ArenaError for a model whose body and head cannot be told apart.
         """
@@ -102,7 +101,8 @@ class PackedModel:
         AttentionInterface.register(NAME, packed_attention)
         # Layers that attend neither to everything nor to a window may pass a short probe and fail on long rows.
         kinds = set(getattr(self._config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        self.mode = mode or ("padded" if self._by_length or kinds else self._fastest())
+        self.pads = False  # else each wanted piece is read as a row with its prefix, padded to the longest
+        self.pads = bool(self._by_length or kinds or not self._packs_exactly()) if pads is None else pads
 
     @classmethod
     def of(cls, model: Any) -> PackedModel:
@@ -114,19 +114,12 @@ class PackedModel:
         """Where the model's inputs are expected."""
         return self.model.device
 
-    @property
-    def pads(self) -> bool:
-        """Whether each wanted piece is read as a row with its prefix, and rows are padded to the longest."""
-        return self.mode == "padded"
-
     def states(self, pack: Pack) -> torch.Tensor:
         """Return the wanted hidden states behind the last norm, [wanted in all, hidden], in the pieces' order."""
         if self.pads:
             return self._padded(pack)
-        trims = self.mode == "trimmed"
-        with self._attention(NAME), self._trimmed(pack) if trims else nullcontext():
-            hidden = self._hidden(input_ids=pack.ids, position_ids=pack.positions, spans=pack.spans)[0]
-        return hidden if trims else hidden[pack.places]
+        with self._attention(NAME), self._trimmed(pack):
+            return self._hidden(input_ids=pack.ids, position_ids=pack.positions, spans=pack.spans)[0]
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return the logits [n, vocabulary] of hidden states [n, hidden]: the model's own forward without its body.
@@ -208,7 +201,7 @@ class PackedModel:
         wanted = [span.queries.stop - span.queries.start for span in pack.wanted_spans]
         return torch.cat([h[len(r) - n : len(r)] for h, r, n in zip(hidden, rows, wanted, strict=True)])
 
-    def _fastest(self) -> str:
+    def _packs_exactly(self) -> bool:
         import torch
 
         tokens = torch.arange(72).mul(7919).remainder(self._config.vocab_size).tolist()
@@ -219,11 +212,9 @@ class PackedModel:
             # int8 finds its outliers over a whole batch, so its results are never quite those of another batch
             kind = "int8" if getattr(self.causal, "is_loaded_in_8bit", False) else str(expected.dtype)
             limit = _TOLERANCE[kind.removeprefix("torch.")] * float(expected.float().std())
-            for self.mode in MODES[:-1]:
-                with suppress(*_FAILURES):
-                    if float((self.states(probe) - expected).abs().max()) <= limit:
-                        return self.mode
-        return MODES[-1]
+            with suppress(*_FAILURES):
+                return float((self.states(probe) - expected).abs().max()) <= limit
+        return False
 
 
 class _Found(Exception):

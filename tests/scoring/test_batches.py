@@ -14,21 +14,21 @@ from scoring.packed_model import PackedModel
 from tests.scoring.fakes import LABELS, token_rows
 
 
-def watched(model, before, mode=None) -> PackedModel:
+def watched(model, before, pads=None) -> PackedModel:
     """Return a packed model that calls `before(input_ids)` before every pass."""
-    packed = PackedModel(model, mode=mode)
+    packed = PackedModel(model, pads=pads)
     packed.body.get_input_embeddings().register_forward_pre_hook(lambda _, args: before(args[0]))
     return packed
 
 
-@pytest.mark.parametrize("mode", ["trimmed", "padded"])
-def test_a_batch_never_exceeds_the_budget_and_every_row_is_read_once(tiny_model, mode):
+@pytest.mark.parametrize("pads", [False, True])
+def test_a_batch_never_exceeds_the_budget_and_every_row_is_read_once(tiny_model, pads):
     shapes, shares, rows = [], [], token_rows(40)
-    packed = watched(tiny_model(), lambda ids: shapes.append(tuple(ids.shape)), mode)
+    packed = watched(tiny_model(), lambda ids: shapes.append(tuple(ids.shape)), pads)
     score_labels(packed, rows, LABELS, token_budget=128, progress=shares.append)
     assert all(batch * length <= 128 for batch, length in shapes)
     tokens = sum(map(len, rows))
-    if mode == "trimmed":
+    if not pads:
         assert sum(length for _, length in shapes) == tokens, "no padding"
         assert len(shapes) <= tokens / 128 * 2
     else:

@@ -11,15 +11,15 @@ from data_prep.readers import VoteReader
 from scoring.engines.torch_engine import score_labels
 from scoring.links import softmax
 from scoring.packed_attention import UnknownAttention, attend, packed_attention
-from scoring.packed_model import MODES, PackedModel, Piece, pack
+from scoring.packed_model import PackedModel, Piece, pack
 from tests.scoring.conftest import FAMILIES
 from tests.scoring.fakes import LABELS, token_rows
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_states_are_those_of_a_plain_pass_and_the_model_is_left_as_it_was(family_model, mode):
+@pytest.mark.parametrize("pads", [False, True])
+def test_states_are_those_of_a_plain_pass_and_the_model_is_left_as_it_was(family_model, pads):
     import torch
 
     shared, one, other, alone = (token_rows(1, seed, 60)[0] + [seed] * 9 for seed in (1, 2, 3, 4))
@@ -31,32 +31,32 @@ def test_states_are_those_of_a_plain_pass_and_the_model_is_left_as_it_was(family
 
     with torch.inference_mode():
         expected = [plain(shared)[-1:], plain(shared + one)[-9:], plain(shared + other)[-5:], plain(alone)[-2:]]
-        found = PackedModel(family_model, mode=mode).states(pack(pieces))
+        found = PackedModel(family_model, pads=pads).states(pack(pieces))
     torch.testing.assert_close(found, torch.cat(expected), atol=2e-4, rtol=1e-3)
-    assert PackedModel(family_model).mode == "trimmed", "every family takes the fastest way"
+    assert not PackedModel(family_model).pads, "every family takes the fast way"
     assert family_model.config._attn_implementation == attention
     assert all("forward" not in module.__dict__ for module in family_model.modules())
 
 
 def test_a_soft_cap_counts_whatever_attention_the_model_was_loaded_with(tiny_model):
-    expected = score_labels(PackedModel(tiny_model("gemma2"), mode="padded"), token_rows(1), LABELS)
+    expected = score_labels(PackedModel(tiny_model("gemma2"), pads=True), token_rows(1), LABELS)
     loaded = tiny_model("gemma2", attn_implementation="sdpa")  # drops the cap silently
-    for mode in MODES:
-        found = score_labels(PackedModel(loaded, mode=mode), token_rows(1), LABELS)
+    for pads in (False, True):
+        found = score_labels(PackedModel(loaded, pads=pads), token_rows(1), LABELS)
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "name, more, mode",
+    "name, more",
     [
-        ("olmo2", {}, "packed"),  # its norms are elsewhere: the last layer cannot be trimmed
-        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}, "padded"),  # attention sinks
-        ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, "padded"),  # longer rows: other angles
+        ("olmo2", {}),  # its norms are elsewhere: the last layer cannot be trimmed
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # attention sinks
+        ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),  # longer rows have other angles
     ],
 )
-def test_a_family_that_cannot_be_packed_is_padded(name, more, mode, tiny_model, plain_logits):
+def test_a_family_that_cannot_be_packed_is_padded(name, more, tiny_model, plain_logits):
     packed = PackedModel(model := tiny_model(name, attn_implementation="eager", **more))
-    assert packed.mode == mode
+    assert packed.pads
     found = score_labels(packed, token_rows(5), LABELS)
     expected = [plain_logits(model, row)[-1, list(LABELS)].numpy() for row in token_rows(5)]
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -107,11 +107,11 @@ def test_real_rows_have_the_probabilities_of_one_row_at_a_time(real_prompts, tin
     model = tiny_model(name, initializer_range=0.1)
     expected = softmax(np.array([plain_logits(model, row)[-1, list(LABELS)].numpy() for row in real_prompts]))
     assert len(expected) == 500
-    for mode in MODES:
+    for pads in (False, True):
         for budget in (1, 700):
-            found = softmax(score_labels(PackedModel(model, mode=mode), real_prompts, LABELS, token_budget=budget))
-            assert np.abs(found - expected).max() < 1e-4, (mode, budget)
+            found = softmax(score_labels(PackedModel(model, pads=pads), real_prompts, LABELS, token_budget=budget))
+            assert np.abs(found - expected).max() < 1e-4, (pads, budget)
     half = PackedModel(model.to(torch.bfloat16))
-    assert half.mode == "trimmed"
+    assert not half.pads
     found = softmax(score_labels(half, real_prompts, LABELS, token_budget=700))
     assert 1e-6 < np.abs(found - expected).max() < 1e-2
