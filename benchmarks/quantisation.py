@@ -17,9 +17,9 @@ from common.experiment import load_experiment
 from common.progress import Show
 from data_prep.export_reader import read_battles, read_rows
 from factory.stage_context import StageContext
+from scoring.engines import open_engine
 from scoring.engines.gguf import export_gguf
 from scoring.engines.llama_cpp import gguf_path
-from scoring.engines.protocol import open_engine
 from scoring.judge import load_judge
 from scoring.links import softmax
 from scoring.metrics import log_loss, paired_difference, verdict_codes

@@ -33,7 +33,7 @@ from common.errors import ArenaError
 from common.experiment import BudgetShares, Labels
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import Fitter
-from scoring.engines.protocol import open_engine
+from scoring.engines import open_engine
 from scoring.links import softmax
 from scoring.model_loading import device_name, load_model
 

@@ -31,7 +31,7 @@ from data_prep.truncation import in_chunks
 from factory.fingerprint import model_files
 from factory.stage_context import StageContext
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
-from scoring.engines.protocol import open_engine, require_engine
+from scoring.engines import open_engine, require_engine
 from scoring.judge import MANIFEST, load_judge, require_golden_answers, require_judge
 from scoring.links import softmax
 from scoring.model_loading import TrainedAdapter, device_name, float_precision, load_model, trained_adapter

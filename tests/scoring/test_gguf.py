@@ -15,10 +15,9 @@ from common.battle import Battle
 from common.errors import ArenaError, UsageError
 from common.progress import Show
 from factory.stage_context import StageContext
-from scoring.engines import gguf
+from scoring.engines import gguf, open_engine
 from scoring.engines.gguf import check_agreement, export_gguf, find_converter, plain_byte_level
 from scoring.engines.gguf_converter import SCRIPT
-from scoring.engines.protocol import open_engine
 from scoring.judge import load_judge, write_judge
 from scoring.links import softmax
 

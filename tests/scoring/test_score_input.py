@@ -13,7 +13,7 @@ import pytest
 from common import command_line
 from common.errors import ArenaError, UsageError
 from factory.stage_context import StageContext
-from scoring.engines.protocol import ENGINES
+from scoring.engines import ENGINES
 from scoring.predictions import scored_file
 from scoring.score_input import score_input
 from scoring.score_stage import ScoreOptions

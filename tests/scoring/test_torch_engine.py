@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from common.errors import ArenaError, UsageError
-from scoring.engines import protocol
-from scoring.engines.protocol import open_engine, require_engine
+from scoring import engines
+from scoring.engines import open_engine, require_engine
 from scoring.engines.torch_engine import score_labels
 from scoring.links import softmax
 from scoring.model_loading import TrainedAdapter
@@ -67,7 +67,7 @@ def test_an_unknown_or_missing_engine_comes_with_its_remedy(monkeypatch):
         with pytest.raises(UsageError, match=said) as caught:
             require_engine(engine, precision)
         assert "choose one of: " in caught.value.remedy
-    monkeypatch.setattr(protocol, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(ArenaError, match="is not installed") as caught:
         require_engine("llama.cpp", "auto")
     assert caught.value.remedy == "make extra-gguf"
