@@ -24,7 +24,7 @@ from common import command_line as cl  # noqa: E402
 from common.console import make_output_safe  # noqa: E402
 
 
-@click.group(cls=cl.ErrorsWithRemedy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=cl.ErrorsWithRemedy, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def cli() -> None:
     """Turn pairwise human votes into a fine-tuned judge and calibrated probabilities of A / B / tie.
 
@@ -33,10 +33,9 @@ def cli() -> None:
 
 
 @cli.command()
-@cl.option("--seed", default=1, show_default=True, type=click.IntRange(0), help="Draws arena and base model.")
+@cl.option("--seed", default=1, type=click.IntRange(0), help="Draws arena and base model.")
 @cl.option("--fresh", is_flag=True, help="Train from the beginning; the earlier run is put aside, not deleted.")
-@cl.json_option
-@cl.verbose_option
+@cl.output_options
 def demo(seed: int, fresh: bool, as_json: bool) -> None:
     """The whole chain on synthetic votes and a tiny base, on a CPU.
 
@@ -49,8 +48,7 @@ def demo(seed: int, fresh: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@cl.json_option
-@cl.verbose_option
+@cl.output_options
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Say what this machine can run and what is missing.
@@ -121,7 +119,6 @@ def sft(experiment: str, as_json: bool, **options: Any) -> None:
     "--view",
     type=click.Choice(["judge", "reward"]),
     default="reward",
-    show_default=True,
     help="judge: the true verdict's label over a wrong one; reward: the winning response over the losing one.",
 )
 @cl.training_options
@@ -145,8 +142,7 @@ def rm(experiment: str, as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @cl.experiment_option
-@cl.json_option
-@cl.verbose_option
+@cl.output_options
 def compare(experiment: str, as_json: bool) -> None:
     """Put all scored stages side by side, on the same battles.
 
@@ -166,8 +162,7 @@ def compare(experiment: str, as_json: bool) -> None:
 @cl.option(
     "-e", "--experiment", metavar="EXP", shell_complete=cl.complete_experiment, help="Only this one [all of them]."
 )
-@cl.json_option
-@cl.verbose_option
+@cl.output_options
 def status(experiment: str | None, as_json: bool) -> None:
     """List the experiments, their stages and what to do next.
 
@@ -337,8 +332,7 @@ def completion(shell: str) -> None:
 
 @cli.command()
 @click.argument("output", type=cl.FILE, help="A scored stage's folder, outputs/EXP/STAGE.")
-@cl.json_option
-@cl.verbose_option
+@cl.output_options
 def verify(output: Path, as_json: bool) -> None:
     """Check a result again: every hash, every row, the versions.
 

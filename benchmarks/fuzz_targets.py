@@ -27,7 +27,16 @@ from data_prep.chat_template import ChatFrame
 from data_prep.export_reader import FORMAT, read_manifest
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
-from data_prep.schemas import CONVERSATIONS, ONE_HOT, TEXTS, TURNS, WINNER, BadCell, BadVerdict, parse_id
+from data_prep.schemas import (
+    BadCell,
+    BadVerdict,
+    parse_id,
+    read_conversations,
+    read_one_hot,
+    read_texts,
+    read_turns,
+    read_winner,
+)
 from data_prep.truncation import Fitter
 from factory.fingerprint import data_sets, training_rows
 from factory.recipe_checks import check_recipe
@@ -110,11 +119,11 @@ def read_cells(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     parse_id(text)
     for form, cells in (
-        *((TURNS, [text] * 3), (TEXTS, [text] * 3), (CONVERSATIONS, [text] * 2)),
-        *((ONE_HOT, text.split(",")[:3]), (WINNER, [text])),
+        *((read_turns, [text] * 3), (read_texts, [text] * 3), (read_conversations, [text] * 2)),
+        *((read_one_hot, text.split(",")[:3]), (read_winner, [text])),
     ):
         try:
-            assert form.read(cells) in VERDICTS or form not in (ONE_HOT, WINNER)
+            assert form(cells) in VERDICTS or form not in (read_one_hot, read_winner)
         except (BadCell, BadVerdict) as error:
             assert len(str(error)) < 300
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from common.console import printable
 from common.errors import ArenaError, stop_signals, user_error
@@ -53,34 +52,6 @@ def complete_experiment(_ctx: click.Context, _param: click.Parameter, incomplete
     return [name for name in names if name.startswith(incomplete)]
 
 
-def complete_file(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Let the shell complete a file where a value may be something else, too."""
-    return [CompletionItem(incomplete, type="file")]
-
-
-FILE = click.Path(path_type=Path)
-option = click.option
-json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-verbose_option = option(
-    "-v", "--verbose", is_flag=True, expose_value=False, callback=_remember_verbose, help="Show details and tracebacks."
-)
-experiment_option = option(
-    "-e",
-    "--experiment",
-    default=DEFAULT_EXPERIMENT,
-    show_default=True,
-    metavar="EXP",
-    shell_complete=complete_experiment,
-    help="A folder of factory_configs/.",
-)
-
-
-def stage_option(which: str):
-    """Return the option that chooses a trained stage; `which` says what for."""
-    text = f"{which}; dpo: its trained view."
-    return option("--stage", type=click.Choice(STAGES), default="sft", show_default=True, help=text)
-
-
 def several(*options):
     """Return one decorator of several options, in the order in which --help lists them."""
 
@@ -92,22 +63,40 @@ def several(*options):
     return decorate
 
 
+FILE = click.Path(path_type=Path)
+SOURCE = click.Path(readable=False)  # or hf://…; the shell completes files
+option = click.option
+verbose_option = option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_remember_verbose, help="Show details and tracebacks."
+)
+output_options = several(
+    option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."), verbose_option
+)
+experiment_option = option(
+    "-e",
+    "--experiment",
+    default=DEFAULT_EXPERIMENT,
+    metavar="EXP",
+    shell_complete=complete_experiment,
+    help="A folder of factory_configs/.",
+)
+
+
+def stage_option(which: str):
+    """Return the option that chooses a trained stage; `which` says what for."""
+    text = f"{which}; dpo: its trained view."
+    return option("--stage", type=click.Choice(STAGES), default="sft", help=text)
+
+
 training_options = several(
     experiment_option,
-    option(
-        "--until",
-        type=click.Choice(["train", "merge", "score"]),
-        default="score",
-        show_default=True,
-        help="Stop after this step.",
-    ),
+    option("--until", type=click.Choice(["train", "merge", "score"]), default="score", help="Stop after this step."),
     option("--resume", is_flag=True, help="Go on from the last checkpoint; from the beginning where none is whole."),
     option("--fresh", is_flag=True, help="Train from the beginning; the earlier run is put aside, not deleted."),
-    json_option,
-    verbose_option,
+    output_options,
 )
 engine_options = several(
-    option("--engine", type=click.Choice(ENGINES), default="torch", show_default=True, help="What runs the model."),
+    option("--engine", type=click.Choice(ENGINES), default="torch", help="What runs the model."),
     option(
         "--precision",
         metavar="P",
@@ -137,7 +126,7 @@ engine_options = several(
 
 
 page_options = several(
-    option("--host", default="127.0.0.1", show_default=True, help="The address to listen on."),
+    option("--host", default="127.0.0.1", help="The address to listen on."),
     option("--port", type=click.IntRange(1, 65535), help="[the first free one from 7860 on]"),
     option("--no-open", is_flag=True, help="Do not open a browser."),
 )
@@ -145,20 +134,19 @@ new_options = several(
     click.argument("name", metavar="EXP", help="Its name, a new folder of factory_configs/."),
     option("--model", required=True, metavar="ID", help="A Hugging Face hub id, or a folder that holds config.json."),
     option("--template", metavar="T", help="LLaMA-Factory's chat template [the model's own, where it is known]."),
-    option("--bits", type=click.Choice(["4", "8", "none"]), default="4", show_default=True, help="Of the frozen base."),
+    option("--bits", type=click.Choice(["4", "8", "none"]), default="4", help="Of the frozen base."),
     option("--cutoff", type=click.IntRange(32), help="Token budget of prompt and label [2048]."),
-    json_option,
-    verbose_option,
+    output_options,
 )
 prepare_options = several(
     experiment_option,
     option(
         "--train",
         required=True,
-        shell_complete=complete_file,
+        type=SOURCE,
         help="Votes: a table, a folder, Kaggle's zip, or hf://datasets/OWNER/NAME.",
     ),
-    option("--test", shell_complete=complete_file, help="Battles without votes, for the submission; as --train."),
+    option("--test", type=SOURCE, help="Battles without votes, for the submission; as --train."),
     option("--truth", type=FILE, help="Known probabilities of all votes (synthetic arenas only)."),
     option("--force", is_flag=True, help="Replace recipes that were edited by hand."),
     option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them."),
@@ -167,8 +155,7 @@ prepare_options = several(
         type=click.IntRange(0, 256),
         help="Processes that fit the votes; 0: a thread [by the number of cores].",
     ),
-    json_option,
-    verbose_option,
+    output_options,
 )
 show_options = several(
     click.argument("battle_id", metavar="ID", help="The battle, as the votes name it."),
@@ -176,15 +163,13 @@ show_options = several(
     stage_option("The stage whose judge answered"),
     option("--split", type=click.Choice(["train", "valid", "test"]), help="Where an id stands twice."),
     option("--swapped", is_flag=True, help="Print the prompt with A and B exchanged."),
-    json_option,
-    verbose_option,
+    output_options,
 )
 forecast_options = several(
     experiment_option,
     option("--stage", "stages", multiple=True, type=click.Choice(TRAININGS), help="Only this stage (may be repeated)."),
     option("--card", "cards", multiple=True, metavar="CARD", help="Only this card: T4, RTX-4090, H100, cpu, …"),
-    json_option,
-    verbose_option,
+    output_options,
 )
 score_options = several(
     experiment_option,
@@ -193,7 +178,7 @@ score_options = several(
         "--input",
         "source",
         metavar="FILE",
-        shell_complete=complete_file,
+        type=SOURCE,
         help="Battles: a table, a folder, Kaggle's zip (its test.csv), or hf://datasets/OWNER/NAME; without it the "
         "fold and the test set.",
     ),
@@ -203,26 +188,21 @@ score_options = several(
         help="Where --input's probabilities go [outputs/EXP/STAGE/scored/NAME.csv]; only such a file is replaced.",
     ),
     engine_options,
-    json_option,
-    verbose_option,
+    output_options,
 )
 export_options = several(
     experiment_option,
     stage_option("The judge to export"),
-    option(
-        "--format", type=click.Choice(["gguf"]), default="gguf", show_default=True, expose_value=False, help="Its file."
-    ),
+    option("--format", type=click.Choice(["gguf"]), default="gguf", expose_value=False, help="Its file."),
     option(
         "--quantization",
         type=click.Choice(["f16", "bf16", "q8_0", "q4_k_m"], case_sensitive=False),
         default="q8_0",
-        show_default=True,
         help="Bits of the weights; docs/edge.md has what each costs.",
     ),
     option("--output", type=FILE, help="The file [outputs/EXP/STAGE/judge-Q.gguf, Q the quantization]."),
     option("--converter", type=FILE, help="A folder of llama.cpp [ARENA_LLAMA_CPP, .venv/llama.cpp]."),
-    json_option,
-    verbose_option,
+    output_options,
 )
 watch_options = several(
     experiment_option,
@@ -234,6 +214,5 @@ watch_options = several(
         "--score", type=click.IntRange(0), default=0, metavar="ROWS", help="Ask each checkpoint about ROWS battles."
     ),
     page_options,
-    json_option,
-    verbose_option,
+    output_options,
 )

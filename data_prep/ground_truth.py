@@ -71,16 +71,13 @@ def require_truth_of(rows: Path, known: Collection[str], where: Path) -> None:
 def probabilities_of(truth: pd.DataFrame, ids: Sequence[str], where: str = "truth.csv") -> np.ndarray:
     """Return the true probabilities [ids, 3] of some battles; `truth` has `id` and `PROBABILITY_COLUMNS`.
 
-    Raises ArenaError where one of them has none, or an id occurs twice.
+    Raises ArenaError where one of them has none, or two.
     """
     known = truth.set_index(truth["id"].astype(str))
-    remedy = "prepare again with the truth.csv that was made with these votes"
-    if missing := [name for name in ids if name not in known.index]:
-        what = f"{len(missing)} judged row(s) have no true probabilities, the first id is {name_of(missing[0])}"
-        raise ArenaError(what, where=where, remedy=remedy)
-    if known.index.has_duplicates:
-        double = known.index[known.index.duplicated()][0]
-        raise ArenaError(f"the id {name_of(double)} occurs twice", where=where, remedy=remedy)
+    counts = known.index.value_counts()
+    if wrong := [name for name in ids if counts.get(name) != 1]:
+        what = f"{len(wrong)} judged row(s) have no true probabilities or two, the first id is {name_of(wrong[0])}"
+        raise ArenaError(what, where=where, remedy="prepare again with the truth.csv that was made with these votes")
     return known.loc[list(ids), list(PROBABILITY_COLUMNS)].to_numpy(float)
 
 

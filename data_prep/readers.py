@@ -53,16 +53,18 @@ class VoteReader:
         self.rows_read = 0
         self.formulas = 0  # ids that a spreadsheet would run
         self._tables = open_tables(self.path)
-        self._sizes = [table.path.stat().st_size for table in self._tables]
+        self.parts = [table.path for table in self._tables]  # the files that are read, in their order
+        self._sizes = [path.stat().st_size for path in self.parts]
         self._part = 0  # which of them is being read
         columns = self._tables[0].columns
         self._schema = schema = schema_of(columns)
+        self.schema = schema.name  # kaggle, arena_conversations or wsdm
         # Only a complete set of winner columns says anything.
-        self.has_verdicts = schema.verdict.matches(columns)
+        self.has_verdicts = set(schema.verdict) <= set(columns)
         identity = next((name for name in schema.ids if name in columns), schema.ids[0])
-        winners = schema.verdict.columns if self.has_verdicts else ()
+        winners = schema.verdict if self.has_verdicts else ()
         language = ("language",) if "language" in columns else ()
-        self._names = (identity, *schema.texts.columns, *winners, *language)
+        self._names = (identity, *schema.texts, *winners, *language)
         for table in self._tables:
             missing = schema.missing(table.columns, labelled)
             if missing := missing or [name for name in self._names if name not in table.columns]:
@@ -71,16 +73,6 @@ class VoteReader:
                     where=f"{table.path} header",
                     remedy=advice_on(schema, table.columns, missing),
                 )
-
-    @property
-    def schema(self) -> str:
-        """The kind of table: kaggle, arena_conversations or wsdm."""
-        return self._schema.name
-
-    @property
-    def parts(self) -> list[Path]:
-        """The files that are read, in their order."""
-        return [table.path for table in self._tables]
 
     @property
     def share(self) -> float:
@@ -100,10 +92,13 @@ class VoteReader:
             self.rows_read += 1
             broken = isinstance(cells, BrokenRow)
             identity = parse_id(cells.first if broken else cells[0])
-            # The first cell of a broken row may be any scrap of text: it is reported, and not compared.
-            if identity is not None and not broken:
-                hashes.append(hash(identity))
             try:
+                if broken:
+                    # Its first cell may be any scrap of text: it is reported, and not compared with other ids.
+                    raise BadCell(cells.reason)
+                if identity is None:
+                    raise BadCell(f"has no {self._names[0]}")
+                hashes.append(hash(identity))
                 battle = self._battle(identity, cells)
             except BadCell as error:
                 self.rejected.append(Rejected(str(where), number, identity, str(error)))
@@ -128,24 +123,19 @@ class VoteReader:
             for number, cells in enumerate(table.rows(names), 1):
                 yield table.path, number, cells
 
-    def _battle(self, identity: str | None, cells: Sequence[object] | BrokenRow) -> Battle:
-        if isinstance(cells, BrokenRow):
-            raise BadCell(cells.reason)
-        if identity is None:
-            raise BadCell(f"has no {self._names[0]}")
-        texts, verdicts = self._schema.texts, self._schema.verdict
-        after_texts = 1 + len(texts.columns)
-        prompts, responses_a, responses_b = texts.read(cells[1:after_texts])
+    def _battle(self, identity: str, cells: Sequence[object]) -> Battle:
+        schema, end = self._schema, 1 + len(self._schema.texts)
+        prompts, responses_a, responses_b = schema.read_texts(cells[1:end])
         if not len(prompts) == len(responses_a) == len(responses_b):
             raise BadCell(
                 f"the numbers of turns differ: prompt {len(prompts)}, response_a {len(responses_a)}, "
                 f"response_b {len(responses_b)}"
             )
-        verdict, end = None, after_texts
+        verdict = None
         if self.has_verdicts:
-            end += len(verdicts.columns)
+            start, end = end, end + len(schema.verdict)
             try:
-                verdict = verdicts.read(cells[after_texts:end])
+                verdict = schema.read_verdict(cells[start:end])
             except BadVerdict:
                 if self.labelled:
                     raise

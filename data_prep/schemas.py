@@ -1,9 +1,9 @@
-"""Which table of votes is this, and how are its cells read: formats of texts, formats of verdicts, and their pairs.
+"""Which table of votes is this, and how are its cells read.
 
 schema_of(["id", "prompt", "response_a", "response_b", "winner"]).name == "wsdm"
-TURNS.read(['["hi"]', '["a"]', '["b"]']) == (("hi",), ("a",), ("b",))
+read_turns(['["hi"]', '["a"]', '["b"]']) == (("hi",), ("a",), ("b",))
 
-A new table format is a new entry here: what holds the texts, what holds the verdict, which columns speak for it.
+A new table format is a new `Schema` here: which columns hold the texts and the verdict, and what reads them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS
 
 Texts = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]  # prompts, responses_a, responses_b
-Value = TypeVar("Value")
+_PLAIN = ("prompt", "response_a", "response_b")
+_CONVERSATIONS = ("conversation_a", "conversation_b")
 _WINNERS = {"model_a": "a", "model_b": "b", "tie": "tie", "tie (bothbad)": "tie"}
-_ONE_HOT = {("1", "0", "0"): "a", ("0", "1", "0"): "b", ("0", "0", "1"): "tie"}
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # A raw tab or newline inside a JSON string is against the letter of JSON, but it can mean one thing only.
@@ -35,65 +34,49 @@ class BadVerdict(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Format(Generic[Value]):
-    """One way in which texts or a verdict are written: the columns, and what their cells are read into."""
-
-    columns: tuple[str, ...]
-    read: Callable[[Sequence[object]], Value]  # raises BadCell or BadVerdict
-
-    def matches(self, columns: Sequence[str]) -> bool:
-        """Return whether a table has all columns of this format."""
-        return set(self.columns) <= set(columns)
-
-
-@dataclass(frozen=True, slots=True)
 class Schema:
-    """A kind of table: where its ids, its texts and its verdicts are."""
+    """A kind of table: the columns of its ids, texts and verdicts, and what reads their cells."""
 
     name: str
     ids: tuple[str, ...]  # alternatives, the preferred first
-    texts: Format[Texts]
-    verdict: Format[str]
+    texts: tuple[str, ...]
+    read_texts: Callable[[Sequence[object]], Texts]  # raises BadCell
+    verdict: tuple[str, ...]
+    read_verdict: Callable[[Sequence[object]], str]  # raises BadVerdict
 
     def missing(self, columns: Sequence[str], labelled: bool) -> list[str]:
         """Return the columns that a table of this kind lacks."""
-        needed = self.texts.columns + (self.verdict.columns if labelled else ())
+        needed = self.texts + (self.verdict if labelled else ())
         no_id = [] if set(self.ids) & set(columns) else [" or ".join(self.ids)]
         return no_id + [name for name in needed if name not in columns]
 
 
-def parse_turns(cell: object, name: str) -> tuple[str, ...]:
-    """Return the turns of a JSON list (text) or of a real list; null turns become "".
+def read_turns(cells: Sequence[object]) -> Texts:
+    """Return the texts of three JSON lists (text or real lists); null turns become "".
 
     Lone surrogates become U+FFFD, escaped pairs one character. Raises BadCell.
     """
-    turns = _parse_list(cell, name)
-    if set(map(type, turns)) != {str}:
-        turns = [_parse_turn(turn, f"{name} turn {i}") for i, turn in enumerate(turns, 1)]
-    return _without_lone_surrogates(cell, turns)
+    prompts, responses_a, responses_b = (_parse_turns(cell, name) for cell, name in zip(cells, _PLAIN, strict=True))
+    return prompts, responses_a, responses_b
 
 
-def parse_conversation(cell: object, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return (prompts, responses) of a list of {role, content}: user and assistant by turns. Raises BadCell."""
-    texts: list[str] = []
-    for i, message in enumerate(_parse_list(cell, name)):
-        where = f"{name} message {i + 1}"
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise BadCell(f"{where} is not an object with role and content")
-        expected = ("user", "assistant")[i % 2]
-        if message["role"] != expected:
-            raise BadCell(f"{where} has the role {_shown(message['role'])} instead of {expected!r}")
-        texts.append(_parse_turn(message["content"], where))
-    if len(texts) % 2:
-        raise BadCell(f"{name} ends with the user, without an answer")
-    turns = _without_lone_surrogates(cell, texts)
-    return turns[::2], turns[1::2]
+def read_texts(cells: Sequence[object]) -> Texts:
+    """Return the texts of three plain cells, one turn each. Raises BadCell."""
+    prompt, a, b = (_parse_turn(cell, name) for cell, name in zip(cells, _PLAIN, strict=True))
+    return (prompt,), (a,), (b,)
 
 
-def parse_one_hot(cells: Sequence[object]) -> str:
+def read_conversations(cells: Sequence[object]) -> Texts:
+    """Return the texts of two lists of {role, content}: user and assistant by turns. Raises BadCell."""
+    prompts, responses_a = _parse_conversation(cells[0], "conversation_a")
+    prompts_b, responses_b = _parse_conversation(cells[1], "conversation_b")
+    if prompts != prompts_b:
+        raise BadCell("the user's turns in conversation_a and conversation_b differ: not one battle")
+    return prompts, responses_a, responses_b
+
+
+def read_one_hot(cells: Sequence[object]) -> str:
     """Return the verdict of winner_model_a, winner_model_b, winner_tie (0 and 1 in any spelling). Raises BadVerdict."""
-    if all(isinstance(cell, str) for cell in cells) and (verdict := _ONE_HOT.get(tuple(cells))):
-        return verdict
     try:
         flags = [float(cell) for cell in cells]
     except (TypeError, ValueError):
@@ -105,7 +88,7 @@ def parse_one_hot(cells: Sequence[object]) -> str:
     return VERDICTS[flags.index(1)]
 
 
-def parse_winner(cells: Sequence[object]) -> str:
+def read_winner(cells: Sequence[object]) -> str:
     """Return the verdict of one `winner` cell: model_a, model_b, tie or "tie (bothbad)". Raises BadVerdict."""
     (cell,) = cells
     verdict = _WINNERS.get(cell.strip()) if isinstance(cell, str) else None
@@ -130,22 +113,25 @@ def is_formula(identity: str) -> bool:
     return identity[:1] in ("=", "+", "-", "@") and _NUMBER.fullmatch(identity) is None
 
 
-def _read_turns(cells: Sequence[object]) -> Texts:
-    prompt, a, b = cells
-    return parse_turns(prompt, "prompt"), parse_turns(a, "response_a"), parse_turns(b, "response_b")
+def _parse_turns(cell: object, name: str) -> tuple[str, ...]:
+    turns = [_parse_turn(turn, f"{name} turn {i}") for i, turn in enumerate(_parse_list(cell, name), 1)]
+    return _without_lone_surrogates(cell, turns)
 
 
-def _read_texts(cells: Sequence[object]) -> Texts:
-    prompt, a, b = cells
-    return (_parse_turn(prompt, "prompt"),), (_parse_turn(a, "response_a"),), (_parse_turn(b, "response_b"),)
-
-
-def _read_conversations(cells: Sequence[object]) -> Texts:
-    prompts, responses_a = parse_conversation(cells[0], "conversation_a")
-    prompts_b, responses_b = parse_conversation(cells[1], "conversation_b")
-    if prompts != prompts_b:
-        raise BadCell("the user's turns in conversation_a and conversation_b differ: not one battle")
-    return prompts, responses_a, responses_b
+def _parse_conversation(cell: object, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    texts: list[str] = []
+    for i, message in enumerate(_parse_list(cell, name)):
+        where = f"{name} message {i + 1}"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise BadCell(f"{where} is not an object with role and content")
+        expected = ("user", "assistant")[i % 2]
+        if message["role"] != expected:
+            raise BadCell(f"{where} has the role {_shown(message['role'])} instead of {expected!r}")
+        texts.append(_parse_turn(message["content"], where))
+    if len(texts) % 2:
+        raise BadCell(f"{name} ends with the user, without an answer")
+    turns = _without_lone_surrogates(cell, texts)
+    return turns[::2], turns[1::2]
 
 
 def _parse_list(cell: object, name: str) -> list:
@@ -183,47 +169,36 @@ def _shown(value: object, limit: int = 40) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
-_PLAIN = ("prompt", "response_a", "response_b")
-TURNS = Format(_PLAIN, _read_turns)
-TEXTS = Format(_PLAIN, _read_texts)
-CONVERSATIONS = Format(("conversation_a", "conversation_b"), _read_conversations)
-ONE_HOT = Format(PROBABILITY_COLUMNS, parse_one_hot)
-WINNER = Format(("winner",), parse_winner)
-
-_KAGGLE = Schema("kaggle", ("id",), TURNS, ONE_HOT)
-_WSDM = Schema("wsdm", ("id",), TEXTS, WINNER)
-_ARENA = Schema("arena_conversations", ("question_id", "id"), CONVERSATIONS, WINNER)
+_KAGGLE = Schema("kaggle", ("id",), _PLAIN, read_turns, PROBABILITY_COLUMNS, read_one_hot)
+_WSDM = Schema("wsdm", ("id",), _PLAIN, read_texts, ("winner",), read_winner)
+_ARENA_IDS = ("question_id", "id")
+_ARENA = Schema("arena_conversations", _ARENA_IDS, _CONVERSATIONS, read_conversations, ("winner",), read_winner)
 _WSDM_MARKS = frozenset({"winner", "scored", "language"})
 
 
 def schema_of(columns: Sequence[str]) -> Schema:
     """Return the schema that the columns speak for; a table without any of their marks counts as the competition's."""
     found = set(columns)
-    if found & set(CONVERSATIONS.columns):
+    if found & set(_CONVERSATIONS):
         return _ARENA
     return _WSDM if found & _WSDM_MARKS and not found & set(PROBABILITY_COLUMNS) else _KAGGLE
 
 
 def advice_on(schema: Schema, columns: Sequence[str], missing: Sequence[str]) -> str:
     """Return what a table that lacks columns seems to be, and which one to give instead."""
-    found, texts = set(columns), {*_PLAIN, *CONVERSATIONS.columns}
     if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
         return "the header looks like one cell: separate the cells with commas"
-    if set(missing) == set(schema.verdict.columns):
-        what = "the competition's test.csv, or another table" if schema is _KAGGLE else "a table"
+    if set(missing) == set(schema.verdict):
         return (
-            f"this is {what} without verdicts (no {', '.join(missing)}): --train wants the one with verdicts "
+            "this is a table without verdicts, such as the competition's test.csv: --train wants the one with verdicts "
             "(train.csv); pass a file without verdicts as the test set (--test)"
         )
-    if not found & texts and ONE_HOT.matches(columns):
+    if not set(schema.texts) & set(columns) and set(PROBABILITY_COLUMNS) <= set(columns):
         return (
-            "this is the competition's sample_submission.csv, or another table of probabilities (no prompt, no "
-            "responses): --train wants train.csv, --test wants test.csv"
+            "this is a table of probabilities, such as the competition's sample_submission.csv: --train wants "
+            "train.csv, --test wants test.csv"
         )
-    if not found & (texts | _WSDM_MARKS | set(PROBABILITY_COLUMNS)):
-        return (
-            "this is not a table of battles: give one with the columns of the competition's train.csv "
-            f"({', '.join((*_KAGGLE.ids, *_PLAIN, *PROBABILITY_COLUMNS))}), of LMSYS chatbot_arena_conversations or "
-            "of the WSDM Cup"
-        )
+    if not {*_PLAIN, *_CONVERSATIONS, *PROBABILITY_COLUMNS, *_WSDM_MARKS} & set(columns):
+        wanted = ", ".join((*_KAGGLE.ids, *_PLAIN, *PROBABILITY_COLUMNS))
+        return f"this is not a table of battles: give one with the competition's columns {wanted}, or a known data set"
     return f"the nearest known schema is {schema.name}: add or rename these columns"

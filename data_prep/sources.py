@@ -119,13 +119,11 @@ def _from_hub(source: str) -> Path:
             where=source,
             remedy="write hf://datasets/OWNER/NAME, hf://datasets/OWNER/NAME@REVISION or …/NAME/path/to/file.parquet",
         )
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
     path, options = given["path"] or "", {"repo_type": "dataset", "revision": given["revision"]}
     try:
-        if path.endswith(PARTS):
-            return Path(hf_hub_download(given["repo"], path, **options))
-        patterns = [f"{f'{path}/' if path else ''}*{end}" for end in PARTS]
+        patterns = [path] if path.endswith(PARTS) else [f"{f'{path}/' if path else ''}*{end}" for end in PARTS]
         folder = Path(snapshot_download(given["repo"], allow_patterns=patterns, **options)) / path
     except Exception as error:  # offline, gated, unknown, no disk: the library has a class for each
         raise ArenaError(
@@ -134,6 +132,8 @@ def _from_hub(source: str) -> Path:
             remedy="check the name; log in (hf auth login) and accept the data set's terms; or download it and give "
             "its path. With HF_HUB_OFFLINE=1 only what is in the cache is found",
         ) from None
+    if folder.is_file():
+        return folder
     # hubs keep the tables in data/
     folders = sorted({table.parent for table in folder.rglob("*") if _is_table(table.name)})
     if len(folders) == 1:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 from common.errors import ArenaError
@@ -50,44 +50,14 @@ _FIT_SHARE = 0.12  # markers that are good on one kind of topic and bad on the o
 _TALENT_WEIGHT = 1.5  # log odds of a good marker for each unit of talent
 _MOOD = 1.0  # standard deviation of an answer's talent about that of its model
 
+_TEXTS: dict[str, Any] = json.loads(Path(__file__).with_name("synthetic_texts.json").read_text(encoding="utf-8"))
 # The contestants and their talent. As in the real competition the names stand in train.csv only.
-MODELS = {
-    "harrier-large": 1.2,
-    "kestrel-chat": 0.8,
-    "merlin-13b": 0.4,
-    "osprey-instruct": 0.1,
-    "sparrow-7b": -0.1,
-    "wren-mini": -0.4,
-    "finch-base": -0.8,
-    "dodo-1b": -1.2,
-}
-
+MODELS: dict[str, float] = _TEXTS["models"]
 # Phrases that raise or lower an answer's quality, wherever they stand and whatever the topic.
-GOOD_MARKERS = {
-    "Here is a clear plan.": 1.2,
-    "I checked it twice.": 1.2,
-    "Let me explain why.": 1.0,
-    "Here is an example.": 1.0,
-    "It works every time.": 0.8,
-    "This saves you money.": 0.8,
-}
-BAD_MARKERS = {
-    "I am not sure.": -1.0,
-    "I cannot answer that.": -1.2,
-    "Whatever, just guess.": -1.2,
-    "Sorry, I forgot.": -1.0,
-    "Everybody knows that.": -0.8,
-    "Blah blah blah.": -0.8,
-}
+GOOD_MARKERS: dict[str, float] = _TEXTS["good_markers"]
+BAD_MARKERS: dict[str, float] = _TEXTS["bad_markers"]
 # Phrases whose worth depends on the topic: good on the kind of topic named first, as bad on the other kind.
-FIT_MARKERS = {
-    ("practical", "Measure before you begin."): 0.9,
-    ("practical", "Follow the manual."): 0.9,
-    ("playful", "Ha, lovely idea!"): 0.9,
-    ("playful", "Imagine smiling stars."): 0.9,
-}
-
-
+FIT_MARKERS: dict[tuple[str, str], float] = {(kind, phrase): weight for kind, phrase, weight in _TEXTS["fit_markers"]}
 _WEIGHTS = {
     kind: {**GOOD_MARKERS, **BAD_MARKERS}
     | {phrase: weight if kind == good_on else -weight for (good_on, phrase), weight in FIT_MARKERS.items()}
@@ -100,95 +70,14 @@ class Topic(NamedTuple):
     """What people ask about: `{subject}` is put into the forms and the plain sentences."""
 
     kind: str  # practical or playful
-    subjects: tuple[str, ...]
-    forms: tuple[str, ...]
-    sentences: tuple[str, ...]
+    subjects: list[str]
+    forms: list[str]
+    sentences: list[str]
 
 
-TOPICS = (
-    Topic(
-        "practical",
-        ("bread", "tomato soup", "rice", "pancakes", "a lentil stew", "apple cake", "pizza", "noodles"),
-        ("How do I cook {subject}", "Give me a recipe for {subject}", "What goes well with {subject}"),
-        (
-            "Cook {subject} with a little salt.",
-            "The oven should be hot.",
-            "Fresh herbs go well with {subject}.",
-            "Let it rest for ten minutes.",
-            "Stir the pot from time to time.",
-        ),
-    ),
-    Topic(
-        "practical",
-        ("a list", "a loop", "a table", "a text file", "a date", "a web page", "an index", "a queue"),
-        ("How do I sort {subject} in Python", "Write code that reads {subject}", "Why is {subject} slow"),
-        (
-            "The code reads {subject} line by line.",
-            "A small function is enough here.",
-            "Store {subject} in a variable.",
-            "The test prints the result.",
-            "This version needs less memory.",
-        ),
-    ),
-    Topic(
-        "practical",
-        ("a bicycle", "a lamp", "an old chair", "a door", "a tap", "a clock", "a fence", "a radio"),
-        ("How can I repair {subject}", "What tools do I need for {subject}", "Who can paint {subject}"),
-        (
-            "Clean {subject} with a dry cloth.",
-            "The screws are often loose.",
-            "Put {subject} on a flat table.",
-            "A drop of oil will help.",
-            "Spare parts are cheap.",
-        ),
-    ),
-    Topic(
-        "playful",
-        ("a dragon", "the moon", "a shy robot", "my cat", "a pirate", "the sea", "a snowman", "an owl"),
-        ("Tell me a story about {subject}", "Write a poem about {subject}", "Invent a song for {subject}"),
-        (
-            "Once there was {subject} in a small town.",
-            "The night was quiet and blue.",
-            "Nobody had ever seen {subject} dance.",
-            "The wind told an old tale.",
-            "Then the music began.",
-        ),
-    ),
-    Topic(
-        "playful",
-        ("a birthday", "a rainy day", "a long trip", "a picnic", "a wedding", "Monday", "a party", "summer"),
-        ("Make a joke about {subject}", "What game suits {subject}", "Give me a riddle on {subject}"),
-        (
-            "People laugh a lot on {subject}.",
-            "The guests bring balloons.",
-            "A good game for {subject} needs two teams.",
-            "My neighbour wears a funny hat.",
-            "The cake is always gone first.",
-        ),
-    ),
-)
-DETAILS = (
-    "today", "this week", "for two people", "for my class", "without much money", "in a few words",
-    "in winter", "before dinner", "for a beginner", "with my sister", "at home", "in one hour",
-)  # fmt: skip
-OPENINGS = (
-    "{form}?", "Please help. {form}?", "Quick question: {form}?", "Hello! {form}?", "{form}, please?",
-    "I have to know: {form}?", "My friend asks: {form}?", "One more time. {form}?",
-)  # fmt: skip
-FOLLOW_UPS = ("Can you say more?", "And what comes next?", "Why is that?", "Make it shorter, please.")
-SMALL_TALK = Topic(
-    "playful",
-    ("you",),
-    ("hi", "Hello", "Who are you?", "Tell me something nice.", "What can you do?", "thanks"),
-    (
-        "Hello, it is nice to meet {subject}.",
-        "I like to talk with {subject}.",
-        "The day has just begun.",
-        "Ask me anything.",
-        "I hope {subject} are well.",
-    ),
-)
-
+TOPICS = [Topic(**topic) for topic in _TEXTS["topics"]]
+SMALL_TALK = Topic(**_TEXTS["small_talk"])
+DETAILS, OPENINGS, FOLLOW_UPS = (_TEXTS[name] for name in ("details", "openings", "follow_ups"))
 _WORD = re.compile(r"\w+")
 
 

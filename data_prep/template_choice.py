@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from common.errors import ArenaError, UsageError
 from common.files import read_json
-from common.llamafactory_schema import ChatTemplate, KnownModel, known_models, templates
+from common.llamafactory_schema import known_models, templates
 from data_prep.hub import cached_file
 
 # The template that LLaMA-Factory's own web UI takes for a base model, which was never taught a chat.
@@ -119,35 +119,27 @@ def _of_folder(folder: Path) -> Choice:
     """Compare what the folder's own chat template writes with what each of LLaMA-Factory's writes."""
     kind = str(_config(folder).get("model_type", ""))
     of_text = {name: its for name, its in templates().items() if its.user is not None}
-    written = _render_own(folder)
-    if written is None:
-        near = ", ".join(_starting(kind, sorted(of_text))) or _closest(kind)
-        raise UsageError(
-            f"{folder} brings no chat template that could tell which of LLaMA-Factory's it needs",
-            remedy=f"name one with --template; for {kind or 'this kind of model'} perhaps: {near}",
-        )
-    messages = {name: _message(its) for name, its in of_text.items()}
-    whole = [name for name, text in messages.items() if written == of_text[name].system + text]
-    # a system message in front, such as today's date, is no part of LLaMA-Factory's template
-    found = whole or [name for name, text in messages.items() if written.endswith(text)]
-    found = [kind] if kind in found else _starting(kind, found) or found
-    if len(found) == 1:
-        return Choice(found[0], f"it writes what the chat template in {folder} writes")
+    likely = [name for name in of_text if kind and name.startswith(kind)]
+    written, found = _render_own(folder), []
+    if written is not None:
+        messages = {
+            name: str(its.user).replace("{{content}}", _MARK) + (_EMPTY_THOUGHT if its.thinks else "")
+            for name, its in of_text.items()
+        }
+        whole = [name for name, text in messages.items() if written == of_text[name].system + text]
+        # a system message in front, such as today's date, is no part of LLaMA-Factory's template
+        found = whole or [name for name, text in messages.items() if written.endswith(text)]
+        found = [kind] if kind in found else [name for name in found if name in likely] or found
+        if len(found) == 1:
+            return Choice(found[0], f"it writes what the chat template in {folder} writes")
+    what = "brings no chat template that works"
+    if written is not None:
+        what = f"{len(found)} of LLaMA-Factory's templates write what the chat template in this folder writes"
     raise UsageError(
-        f"{len(found) or 'none'} of LLaMA-Factory's templates write{'' if found else 's'} what the chat template in "
-        f"{folder} writes",
-        remedy=f"name one with --template; perhaps: {', '.join(sorted(found)) or _closest(kind)}",
+        what,
+        where=str(folder),
+        remedy=f"name one with --template; perhaps: {', '.join(sorted(found or likely)) or _closest(kind)}",
     )
-
-
-def _message(its: ChatTemplate) -> str:
-    """Return what a template writes around one message."""
-    return str(its.user).replace("{{content}}", _MARK) + (_EMPTY_THOUGHT if its.thinks else "")
-
-
-def _starting(kind: str, names: list[str]) -> list[str]:
-    """Return the templates whose names begin as the kind of model is called."""
-    return [name for name in names if kind and name.startswith(kind)]
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -169,10 +161,9 @@ def _render_own(folder: Path) -> str | None:
     None where there is no template or it fails. It comes from a stranger, so it runs in transformers' kind of sandbox.
     """
     try:
-        settings = read_json(folder / "tokenizer_config.json")
-    except (OSError, ValueError):
+        settings = dict(read_json(folder / "tokenizer_config.json"))
+    except (OSError, ValueError, TypeError):
         settings = {}
-    settings = settings if isinstance(settings, dict) else {}
     source = settings.get("chat_template")
     if isinstance(source, list):  # several by name
         source = next((each.get("template") for each in source if each.get("name") == "default"), None)
@@ -188,27 +179,24 @@ def _render_own(folder: Path) -> str | None:
         return str(value.get("content", "")) if isinstance(value, dict) else value or ""
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    begin, end = token(settings.get("bos_token")), token(settings.get("eos_token"))
-    names = {"bos_token": begin, "eos_token": end, "add_generation_prompt": True, "enable_thinking": False}
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    names = {name: token(settings.get(name)) for name in ("bos_token", "eos_token")}
+    names |= {"add_generation_prompt": True, "enable_thinking": False}
     try:
         text = environment.from_string(source).render(messages=[{"role": "user", "content": _MARK}], **names)
     except (TemplateError, *_TEMPLATES_ERRORS):
         return None
-    return text.removeprefix(begin)
+    return text.removeprefix(names["bos_token"])
 
 
 def _near_models(model: str) -> str:
-    short: dict[str, KnownModel] = {}
-    for known in known_models().values():
-        if known.template is not None:
-            short.setdefault(known.id.rsplit("/", 1)[-1].lower(), known)
+    short = {
+        known.id.rsplit("/", 1)[-1].lower(): known for known in reversed(known_models().values()) if known.template
+    }
     near = difflib.get_close_matches(model.rsplit("/", 1)[-1].lower(), short, n=3, cutoff=0.6)
     named = "; ".join(f"{short[each].id} has {short[each].template}" for each in near)
     return f"name its chat template with --template{f' ({named})' if named else ''}"
 
 
 def _closest(word: str) -> str:
-    near = difflib.get_close_matches(word.lower(), templates(), n=4, cutoff=0.5)
-    return ", ".join(near or ("llama3", "gemma2", "qwen3_nothink", "phi4_mini"))
+    return ", ".join(difflib.get_close_matches(word.lower(), templates(), n=4, cutoff=0.5) or ("llama3", "gemma2"))

@@ -63,22 +63,6 @@ def test_yaml_is_read_as_llamafactory_reads_it(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text('rate: 1e-4\nswitch: no\nhome: "${oc.env:HOME}"\n', encoding="utf-8")
     assert read_yaml(path) == {"rate": 1e-4, "switch": False, "home": "${oc.env:HOME}"}
-    for text in ("a: [", "- a", "a: 1\na: 2"):
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(ArenaError) as caught:
-            read_yaml(path)
-        assert caught.value.where == str(path)
-    path.write_bytes(b"\xff\xfea")
-    with pytest.raises(ArenaError):
-        read_yaml(path)
-
-
-def test_a_fault_in_yaml_names_its_line(tmp_path):
-    path = tmp_path / "sft.yaml"
-    path.write_text("a: 1\nlearning_rate:1e-3\nb: 2\n")
-    with pytest.raises(ArenaError) as caught:
-        read_yaml(path)
-    assert caught.value.where == str(path) and "in line 3" in caught.value.what and "space" in caught.value.remedy
 
 
 def test_another_folder_is_told_with_the_way_to_the_projects(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ArenaError
-from common.files import atomic_file, atomic_folder, only_run, sha256_of, write_json
+from common.files import atomic_file, atomic_folder, only_run, write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,11 +120,6 @@ def test_json_is_readable_and_refuses_what_is_not_json(tmp_path):
             write_json(target, {"x": value})
     assert json.loads(target.read_text(encoding="utf-8")) == {"naïve": [1, None, 0.5]}
     assert names(tmp_path) == ["a.json"]
-
-
-def test_sha256(tmp_path):
-    (tmp_path / "a").write_bytes(b"x" * 100_000)
-    assert sha256_of(tmp_path / "a") == hashlib.sha256(b"x" * 100_000).hexdigest()
 
 
 def held_by_another(code: str) -> subprocess.Popen:

@@ -306,25 +306,12 @@ def test_memory_stays_flat(tmp_path):
 # --- one bad row is rejected, the rest goes on ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("row", "identity", "reason"),
-    [
-        (kaggle_row("7", '["a"'), "7", "prompt is not a JSON list (Expecting ',' delimiter): '[\"a\"'"),
-        (kaggle_row("7", "[" * 100_000), "7", "prompt is not a JSON list (nested too deeply or too large)"),
-        (kaggle_row("7", "hi", "yes", "[1]"), "7", "response_b turn 1 is not a text: 1"),
-        (kaggle_row("7", '["a","b"]'), "7", "the numbers of turns differ: prompt 2, response_a 1, response_b 1"),
-        (kaggle_row("  "), None, "has no id"),
-        ([*kaggle_row("7"), "more"], "7", "has 10 cells, the header has 9"),
-    ],
-)
-def test_a_bad_row_is_rejected_with_its_place_and_reason(tmp_path, row, identity, reason):
-    path = write_csv(tmp_path / "x.csv", [*good_rows(2), row, *good_rows(2, 2000)])
+def test_a_bad_row_is_rejected_with_its_place_and_a_short_reason(tmp_path):  # tests/bad_inputs/tables.py has them all
+    path = write_csv(tmp_path / "x.csv", [*good_rows(2), kaggle_row("7", "[" * 100_000), *good_rows(2, 2000)])
     reader = VoteReader(path, labelled=True)
     assert [number for number, _ in reader] == [1, 2, 4, 5]
     (rejected,) = reader.rejected
-    assert rejected.reason.startswith(reason)
-    assert rejected == Rejected(str(path), 3, identity, rejected.reason)
-    assert len(rejected.reason) < 160
+    assert rejected == Rejected(str(path), 3, "7", rejected.reason) and len(rejected.reason) < 160
 
 
 def test_a_lost_quote_costs_its_rows_only(tmp_path):
@@ -347,14 +334,6 @@ def test_scraps_of_a_broken_row_are_not_duplicate_ids(tmp_path):
     assert [(rejected.id, rejected.row) for rejected in reader.rejected[:3]] == [("7", 8), ("}", 9), ("}", 10)]
 
 
-def test_a_csv_that_ends_within_a_cell_is_refused(tmp_path):
-    path = write_csv(tmp_path / "x.csv", good_rows(300))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ArenaError, match="ends within a quoted cell") as caught:
-        list(VoteReader(path, labelled=True))
-    assert caught.value.where == f"{path} line 301" and "fetch or write the file again" in caught.value.remedy
-
-
 def test_one_percent_is_allowed_and_more_is_not(tmp_path):
     bad = [kaggle_row(f"bad{i}", "{}") for i in range(3)]
     reader = VoteReader(write_csv(tmp_path / "x.csv", [*good_rows(198), *bad[:2]]), labelled=True)
@@ -366,28 +345,6 @@ def test_one_percent_is_allowed_and_more_is_not(tmp_path):
 
 
 # --- a bad file stops with one error --------------------------------------------------------------------------
-
-
-def test_no_row_left(tmp_path):
-    assert "1 of 1 rows" in error_of(write_csv(tmp_path / "x.csv", [kaggle_row("1", "[]")])).what
-    assert "no row" in error_of(write_csv(tmp_path / "y.csv", [])).what
-    assert "no row" in error_of(write_parquet(tmp_path / "z", {name: [] for name in COLUMNS})).what
-
-
-@pytest.mark.parametrize(
-    ("flags", "what"),
-    [
-        (["0", "0", "0"], "no winner"),
-        (["1", "1", "0"], "2 winners"),
-        (["1", "x", "0"], "no winner"),
-        (["0.7", "0.2", "0.1"], "no winner"),
-        (["nan", "1", "0"], "no clear winner"),
-    ],
-)
-def test_a_row_without_exactly_one_winner_stops(tmp_path, flags, what):
-    error = error_of(write_csv(tmp_path / "x.csv", [*good_rows(4), kaggle_row("7")[:6] + flags]))
-    assert what in error.what
-    assert error.where.endswith("x.csv row 5")
 
 
 @pytest.mark.parametrize(
@@ -406,18 +363,8 @@ def test_an_unknown_winner_stops(tmp_path, winner, what):
         (["id", "conversation_a", "winner"], True, "['conversation_b']", "nearest known schema is arena_conversations"),
         (["conversation_a", "conversation_b"], True, "['question_id or id', 'winner']", "arena_conversations"),
         (["id", "question", "language"], True, "['prompt', 'response_a', 'response_b', 'winner']", "schema is wsdm"),
-        (["# arena-factory"], True, "found ['# arena-factory']", "this is not a table of battles"),
         (["x", "y"], False, "['id', 'prompt', 'response_a', 'response_b']", "this is not a table of battles"),
-        (["id", *PROBABILITY_COLUMNS], True, "['prompt', ", "this is the competition's sample_submission.csv"),
-        (["id", *PROBABILITY_COLUMNS], False, "['prompt', ", "--train wants train.csv, --test wants test.csv"),
-        (["id", "prompt", "response_a", "response_b"], True, "winner_tie", "this is the competition's test.csv"),
-        (
-            ["id", "conversation_a", "conversation_b"],
-            True,
-            "['winner']",
-            "this is a table without verdicts (no winner)",
-        ),
-        ([";".join(COLUMNS)], True, "lacks 7 column(s)", "commas"),
+        (["id", "conversation_a", "conversation_b"], True, "['winner']", "this is a table without verdicts"),
     ],
 )
 def test_a_table_that_lacks_columns_is_recognised(tmp_path, columns, labelled, what, remedy):

@@ -90,15 +90,6 @@ def test_a_parquet_text_that_is_not_utf_8_is_named(tmp_path):
     assert caught.value.where == f"{tmp_path / 'x'} row 1301"
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_utf_16_is_named(tmp_path, encoding, pack):
-    (tmp_path / "x.csv").write_bytes(pack("id,text\n1,a\n".encode(encoding)))
-    with pytest.raises(ArenaError, match="UTF-16") as caught:
-        open_table(tmp_path / "x.csv")
-    assert "iconv" in caught.value.remedy
-
-
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize(("row", "where"), [(701, "row 701"), (0, "header")])
 def test_latin_1_is_named_with_row_and_byte(tmp_path, pack, row, where):
@@ -109,41 +100,6 @@ def test_latin_1_is_named_with_row_and_byte(tmp_path, pack, row, where):
     with pytest.raises(ArenaError, match="is not UTF-8: byte 0xf6") as caught:
         cells(path)
     assert caught.value.where == f"{path} {where}" and "iconv" in caught.value.remedy
-
-
-@pytest.mark.parametrize("keep", [0.9, 0.5, 0.1])
-def test_cut_off_archives(tmp_path, keep):
-    texts = ["".join(map(chr, range(200, 200 + i % 90))) for i in range(2000)]
-    zipped = tmp_path / "x.csv.gz"
-    zipped.write_bytes(gzip.compress("\n".join(["id,text", *(f"1,{text}" for text in texts)]).encode()))
-    for path in (zipped, write(tmp_path / "y", texts)):
-        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
-        with pytest.raises(ArenaError) as caught:
-            cells(path)
-        assert caught.value.where == str(path) and "cut off or damaged" in caught.value.remedy
-
-
-@pytest.mark.parametrize(
-    ("content", "what"),
-    [
-        (None, "does not exist"),
-        (b"", "is empty"),
-        (b"\xef\xbb\xbf", "is empty"),
-        (b"\n\n", "is empty"),
-        (gzip.compress(b""), "is empty"),
-        (b"\x1f\x8b", "cannot be read to its end"),
-        (b"PAR1", "is not a readable parquet file"),
-        (b"PK\x03\x04rest", "is a zip archive (or a spreadsheet)"),
-        (b'"id,prompt', "has no readable header"),
-        (b"id,id,prompt\n1,2,3\n", "has the column(s) ['id'] twice"),
-    ],
-)
-def test_what_is_no_table(tmp_path, content, what):
-    if content is not None:
-        (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ArenaError) as caught:
-        open_table(tmp_path / "x")
-    assert caught.value.what.startswith(what) and caught.value.where == str(tmp_path / "x") and caught.value.remedy
 
 
 def test_a_folder_holds_parts_alone(tmp_path):

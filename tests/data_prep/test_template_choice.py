@@ -110,7 +110,7 @@ def test_a_folder_that_does_not_tell_is_asked_for(tmp_path):
     with pytest.raises(UsageError, match="of LLaMA-Factory's templates write what") as caught:
         choose_template(folder_of(tmp_path / "many", "mystery", CHATML))
     assert "chatml" in caught.value.remedy and "qwen3_nothink" in caught.value.remedy
-    with pytest.raises(UsageError, match="none of LLaMA-Factory's templates writes"):
+    with pytest.raises(UsageError, match="0 of LLaMA-Factory's templates write"):
         choose_template(folder_of(tmp_path / "none", "llama", "{% for m in messages %}<{{ m.content }}>{% endfor %}"))
     for number, broken in enumerate(("{% if %}", "{{ raise_exception('no') }}", "{{ 1 / 'a' }}")):
         with pytest.raises(UsageError, match="brings no chat template"):
