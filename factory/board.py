@@ -62,7 +62,7 @@ _SLIDERS = {
     "neftune_noise_alpha": Slider("neftune_alpha", 0, 10, 0, whole=False),
 }
 # Keys that it sets after them: the page cannot pass a value that the element does not take.
-LATE_SLIDERS = {
+_LATE_SLIDERS = {
     "lora_rank": Slider("lora_rank", 1, 1024, 8),
     "lora_alpha": Slider("lora_alpha", 1, 2048, 16),
     "lora_dropout": Slider("lora_dropout", 0, 1, 0, whole=False),
@@ -86,7 +86,7 @@ _NOT_EXTRA = {
     *_SWITCHES,
     *_TEXTS,
     *_SLIDERS,
-    *LATE_SLIDERS,
+    *_LATE_SLIDERS,
 }
 
 
@@ -139,7 +139,7 @@ def _numbers(recipe: dict[str, Any], extra: dict[str, Any]) -> tuple[dict[str, A
     """Return the sliders' values; what a slider does not take is added to `extra`, or named as left out."""
     values, left_out = {}, []
     alpha = 2 * (recipe.get("lora_rank") or 8)  # LLaMA-Factory's own rule
-    for key, slider in {**_SLIDERS, **LATE_SLIDERS}.items():
+    for key, slider in {**_SLIDERS, **_LATE_SLIDERS}.items():
         value = recipe.get(key)
         if value is None:
             value = alpha if key == "lora_alpha" else slider.default

@@ -1,14 +1,13 @@
 """LLaMA Board's folder: configurations, runs and models, and what stays of the user's."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 
 from common.errors import UsageError
 from common.experiment import load_experiment, read_yaml
-from factory.board import LATE_SLIDERS, BoardModel, board_config, board_models, lay_out
+from factory.board import BoardModel, board_config, board_models, lay_out
 from factory.fingerprint import model_files
 from factory.recipes import write_recipe
 from factory.stage_context import StageContext
@@ -110,12 +109,6 @@ def test_what_no_element_takes_is_an_extra_argument_or_left_out(make_experiment)
     assert [each.split(":")[0] for each in left_out] == ["pref_beta", "double_quantization"]
     assert values["top.quantization_bit"] == "8" and "pref_beta" not in extra
     assert yaml.safe_load(yaml.safe_dump(values)) == values
-
-
-def test_the_page_on_watching_names_every_value_that_the_board_cannot_be_given():
-    text = " ".join((Path(__file__).resolve().parents[2] / "docs" / "watching.md").read_text("utf-8").split())
-    limits = {key: slider for key, slider in LATE_SLIDERS.items() if key != "lora_dropout"}  # below 1 in any recipe
-    assert all(f"`{key}` above {slider.high:g}" in text for key, slider in limits.items())
 
 
 def test_every_base_has_its_own_name_and_folder(make_experiment):
