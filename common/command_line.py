@@ -18,8 +18,21 @@ STAGES = (*TRAININGS, "dpo")
 ENGINES = ("torch", "llama.cpp")
 
 
+class OnceEach(click.Command):
+    """Refuses an option that is given twice, where click would silently use the last one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for each in given:
+            if isinstance(each, click.Option) and not (each.multiple or each.is_flag) and given.count(each) > 1:
+                raise click.UsageError(f"{each.opts[-1]} is given {given.count(each)} times: give it once", ctx)
+        return super().parse_args(ctx, args)
+
+
 class ErrorsWithRemedy(click.Group):
     """Turns our errors into a message with its remedy and an exit code; -v shows where they come from."""
+
+    command_class = OnceEach
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

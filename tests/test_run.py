@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from chain import place, run_py
 from click.testing import CliRunner
@@ -261,3 +262,17 @@ def test_real_votes_go_through_to_a_submission(tmp_path, real_data):
     if not report["beats_prior"]:
         assert any(flag["level"] == "red" for flag in report["flags"])
     assert report["calibration"]["kept"] is False, "30 rows are too few for a calibration"
+
+
+SINGLE = [
+    (name, option.opts[-1])
+    for name, command in run.cli.commands.items()
+    for option in command.params
+    if isinstance(option, click.Option) and not (option.multiple or option.is_flag)
+]
+
+
+@pytest.mark.parametrize(("command", "option"), SINGLE, ids=lambda value: value)
+def test_an_option_that_is_given_twice_is_refused(command, option):
+    done = CliRunner().invoke(run.cli, [command, option, "1", option, "1"])
+    assert done.exit_code == 2 and f"{option} is given 2 times" in done.output

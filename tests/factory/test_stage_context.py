@@ -42,13 +42,17 @@ def prepare_others(place, test: bool = True):
     return call("prepare", "-e", "exam", "--train", "others.csv", *more, "--pairs")
 
 
-def test_nothing_is_outdated_while_the_export_is_the_same(place):
+@pytest.mark.parametrize("pairs", [["--pairs"], []], ids=["with --pairs", "without"])
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_nothing_is_outdated_while_the_export_is_the_same(place, stage, pairs):
     trained_on_today(place)
-    exam = load_experiment("exam")
-    assert call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs").exit_code == 0
-    assert StageContext(exam, "sft").outdated_files() == []
-    StageContext(exam, "sft").require_current_training()
-    assert status(exam, "sft").state == "scored"
+    assert call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", *pairs).exit_code == 0
+    context = StageContext(load_experiment("exam"), stage)
+    assert context.outdated_files() == []
+    context.require_current_training()
+    if stage == "sft":
+        assert status(context.experiment, "sft").state == "scored"
+    assert (DATA / "pairs.parquet").is_file(), "what was trained on pairs stays valid"
 
 
 @pytest.mark.parametrize("changed", ["sft_train.jsonl", "sft_valid.jsonl", None])
