@@ -18,7 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from figures import ROOT
+
 CRASHES = ROOT / "benchmarks" / "fuzz_crashes"
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
 LONGEST_SECONDS, LARGEST_MIB, LONGEST_INPUT = 10, 2048, 8192
@@ -28,9 +29,8 @@ def fuzz_one(name: str, limits: list[str]) -> None:
     """Fuzz one target in this process, which ends with it."""
     import atheris
 
-    sys.path.insert(0, str(ROOT))
     with atheris.instrument_imports(include=["common", "data_prep", "factory", "scoring"]):
-        from benchmarks.fuzz_targets import TARGETS, never_crashes
+        from fuzz_targets import TARGETS, never_crashes
     target = TARGETS[name]
     corpus = Path("corpus")
     corpus.mkdir(exist_ok=True)
@@ -76,8 +76,7 @@ def main() -> None:
     parser.add_argument("--target", action="append", help="only this one (may be given again)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.fuzz_targets import TARGETS
+    from fuzz_targets import TARGETS
 
     limits = [f"-runs={options.runs}"] if options.runs else [f"-max_total_time={options.seconds}"]
     found = []

@@ -1,7 +1,7 @@
-"""What the fuzzer throws bytes at: everything that reads files of strangers, of users, of trainers and of earlier runs.
+"""What the fuzzer feeds bytes to: all that reads files of strangers, of users, of trainers and of earlier runs.
 
-A target takes bytes and returns, or raises one of our own errors; anything else is a crash. Each brings seeds, good
-inputs from which a fuzzer finds its way. No fuzzer is needed to import this: the tests replay seeds and crashes.
+A target takes bytes and returns, or raises one of our own errors; anything else is a crash. Each has seeds, good
+inputs to start from. No fuzzer is needed to import this: the tests replay seeds and crashes.
 Targets write to the current folder, which the driver makes a scratch folder.
 """
 
@@ -16,7 +16,10 @@ from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
+from figures import ROOT
 from pyarrow.parquet import write_table
+from tokenizers import Tokenizer
+from workbench import frame_of, train_tokenizer
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
 from common.error_hints import all_errors, clean_lines, remedy_for
@@ -38,6 +41,7 @@ from data_prep.schemas import (
     read_winner,
 )
 from data_prep.truncation import Fitter
+from factory.base_model import SPECIAL_TOKENS
 from factory.fingerprint import data_sets, training_rows
 from factory.recipe_checks import check_recipe
 from factory.recipes import render_recipe
@@ -46,7 +50,6 @@ from factory.trainer_log import loss_curve
 from scoring.judge import load_judge
 from scoring.predictions import check_submission
 
-ROOT = Path(__file__).resolve().parents[1]
 OUR_ERRORS = (ArenaError, BadCell, BadVerdict)
 _FILE = Path("fuzzed")
 _CSV = """id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie
@@ -54,7 +57,6 @@ _CSV = """id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_
 2,m,n,"[""hi"", null]","[""a"", ""b""]","[""c\\ud83d"", ""d""]",0,1.0,0
 3,m,n,"[""hi"", null]","[""a"", ""b""]","[""c\\ud83d"", ""d""]",0,0,1
 """
-_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _KEYS = {"model": "models/none", "template": "qwen3_nothink", "cutoff_len": 512, "quantization_bit": None}
 _LOOP = "{% for turn in turns %}{{ turn.prompt }}{{ turn.a }}{{ turn.b }}{% endfor %}"
 
@@ -129,28 +131,9 @@ def read_cells(data: bytes) -> None:
 
 
 @cache
-def _tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    options = {"vocab_size": 400, "initial_alphabet": alphabet, "show_progress": False}
-    trainer = trainers.BpeTrainer(special_tokens=list(_SPECIALS), **options)
+def _tokenizer() -> Tokenizer:
     text = "### User\n### Assistant A\nWhich assistant do people prefer? Verdict:"
-    tokenizer.train_from_iterator([text] * 3, trainer)
-    return tokenizer
-
-
-@cache
-def _frame() -> ChatFrame:
-    before, after, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
-    ids = {"prefix_ids": (), "suffix_ids": (), "answer_prefix_ids": (), "answer_suffix_ids": ()}
-    answer = {"answer_len": 3, "answer_before": "", "answer_after": end}
-    labels = tuple(_tokenizer().encode(label).ids[0] for label in "ABC")
-    texts = {"template": "qwen3_nothink", "before": before, "after": after, "special_strings": _SPECIALS}
-    return ChatFrame(label_ids=labels, **texts, **ids, **answer)
+    return train_tokenizer([text] * 3, 400)
 
 
 @cache
@@ -167,13 +150,13 @@ def _fit_seeds() -> list[str]:
 def fit(data: bytes) -> None:
     """Fit texts from the bytes, split at NUL, to a budget from their first byte; nothing is ever longer."""
     cutoff = 300 + 4 * (data[0] if data else 0)
-    fitter = Fitter(_frame(), _tokenizer(), _prompt(), cutoff_len=cutoff, shares=BudgetShares())
+    fitter = Fitter(frame_of(_tokenizer()), _tokenizer(), _prompt(), cutoff_len=cutoff, shares=BudgetShares())
     texts = data[1:].decode("utf-8", "replace").split("\0")
     turns = max(1, len(texts) // 3)
     texts = (texts + [""] * 3)[: 3 * turns]
     battle = Battle("1", tuple(texts[::3]), tuple(texts[1::3]), tuple(texts[2::3]), "a")
     (fitted,) = fitter.fit([battle], both_orders=True)
-    special = {_tokenizer().token_to_id(name) for name in _SPECIALS}
+    special = {_tokenizer().token_to_id(name) for name in SPECIAL_TOKENS}
     for order, tokens in zip((fitted.battle, swap(fitted.battle)), fitted.lengths, strict=True):
         message = _prompt().message(order, fitted.dropped)
         ids = _tokenizer().encode(message, add_special_tokens=False).ids
@@ -229,13 +212,15 @@ def read_state(data: bytes) -> None:
     Path("state.json").write_bytes(data)
     state = StageState(Path())
     for part in ("train", "merge", "score"):
-        state.finished(part, {"x": 1}, fresh_remedy="--fresh")
+        standing = state.standing(part, {"x": 1})
+        if standing.is_finished:
+            standing.require_same_inputs(part, Path(), "--fresh")
 
 
 def _manifest_seeds() -> list[str]:
     source = {"file": "votes.csv", "sha256": "0" * 64}
     content = {"format": FORMAT, "views": ["judge"], "sources": {"train": source}, "files": {"rows.parquet": "0"}}
-    return [json.dumps({**content, "experiment": {"name": "exam"}, "frame": asdict(_frame())})]
+    return [json.dumps({**content, "experiment": {"name": "exam"}, "frame": asdict(frame_of(_tokenizer()))})]
 
 
 @target("manifest", _manifest_seeds)
@@ -258,7 +243,12 @@ def read_dataset_info(data: bytes) -> None:
 
 
 def _judge_seeds() -> list[str]:
-    content = {"format": 1, "classes": list(VERDICTS), "labels": Labels().model_dump(), "frame": asdict(_frame())}
+    content = {
+        "format": 1,
+        "classes": list(VERDICTS),
+        "labels": Labels().model_dump(),
+        "frame": asdict(frame_of(_tokenizer())),
+    }
     content |= {"judge_prompt": _prompt().source, "cutoff_len": 512, "budget_shares": BudgetShares().model_dump()}
     golden = {"Verdict:": _tokenizer().encode("Verdict:").ids}
     return [json.dumps({**content, "canaries": golden, "source": {}})]

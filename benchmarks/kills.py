@@ -3,242 +3,364 @@
     python benchmarks/kills.py --minutes 8      # again and again until it says that all 200 kills were tried
 
 prepare -> sft (train, merge, score, report) -> score --input, on the embedded tiny base and some hundred battles.
-After each kill every finished step must be whole and no process left; in the end data, adapter, merged model and
-probabilities must be those of a run that nobody disturbed, byte for byte. Results go to benchmarks/results/kills.json.
+A round copies the project in the state before a step (and so moves it to another folder), runs the step again and
+again, kills it, and lets it end at last. After each kill every finished step must be whole and no process left; in the
+end data, adapter, merged model and probabilities must be those of an undisturbed run, byte for byte. Calls of run.py
+are forked from one process that has imported everything: a kill costs the work, not the imports.
+Results go to benchmarks/results/kills.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import random
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 from figures import ROOT
-from killing import CHILD, RUN, WORKER, Call, Round, Work, rounds
+from omegaconf import OmegaConf
 
 RESULTS = ROOT / "benchmarks" / "results" / "kills.json"
-STATES = ("laid", "prepared", "trained", "merged", "scored")
-VOTES = ("--train", "arena/train.csv", "--test", "arena/test.csv")
+RUN, CHILD, WORKER = "run.py", "child", "worker"
+# What the command line of a victim other than run.py holds.
+MARKS = {CHILD: "factory.launcher", WORKER: "spawn_main"}
 ADAPTER, OUT = "saves/arena-tiny/lora/demo_sft", "outputs/demo/sft"
-_DATA = ("data/demo/*", "data/dataset_info.json", "factory_configs/demo/*")
-_FIXED = ("models/**/*", "arena/*")
-_ADAPTER = (f"{ADAPTER}/adapter_*",)
-_MERGED = (f"{OUT}/merged/*",)
-_SCORES = (f"{OUT}/*.csv", f"{OUT}/scores_*.parquet", f"{OUT}/report.json")
-_IMPORTS = (
-    "run",
-    "pandas",
-    "pyarrow.parquet",
-    "sklearn.feature_extraction.text",
-    "scoring.pipeline",
+# Each state of the project, in their order, with the files that the step before it made.
+STATES = {
+    "laid": ("models/**/*", "arena/*"),
+    "prepared": ("data/demo/*", "data/dataset_info.json", "factory_configs/demo/*"),
+    "trained": (f"{ADAPTER}/adapter_*",),
+    "merged": (f"{OUT}/merged/*",),
+    "scored": (f"{OUT}/*.csv", f"{OUT}/scores_*.parquet", f"{OUT}/report.json"),
+    "given": ("mine.csv",),
+}
+# What differs between two undisturbed runs, too.
+VOLATILE = frozenset({"started_at", "finished_at", "seconds", "scoring_seconds", "created_at", "date", "git_commit"})
+IMPORTS = ("run", "pandas", "pyarrow.parquet", "sklearn.feature_extraction.text", "scoring.pipeline")
+IMPORTS += ("transformers.models.qwen3.modeling_qwen3",)
+LONGEST = 300.0  # seconds that one call may take
+ORPHANS = 20.0  # seconds that the descendants of a killed process have to end
+
+
+class Step(NamedTuple):
+    """One command under test: its state before and after, how many of 200 kills it gets, who is killed and when."""
+
+    name: str
+    kills: int
+    arguments: tuple[str, ...]
+    start: str
+    end: str
+    # Patterns of files that appear in the course of it and how many do: half of the kills follow one of them.
+    signs: tuple[tuple[str, int], ...] = ()
+    victims: tuple[str, ...] = (RUN,)
+    most: int = 5  # kills in a row, before it may end
+
+
+PREPARE = ("prepare", "-e", "demo", "--train", "arena/train.csv", "--test", "arena/test.csv")
+SFT = ("sft", "-e", "demo")
+GIVEN = ("score", "-e", "demo", "--input", "arena/test.csv", "--output", "mine.csv")
+TABLES = (("data/.demo.*.tmp", 1), ("data/.demo.*.tmp/*.parquet", 2), ("data/.demo.*.tmp/*.jsonl", 2))
+SAVING = ((f"{ADAPTER}/checkpoint-*", 2), (f"{ADAPTER}/checkpoint-*/*.pt", 2), (f"{ADAPTER}/*.safetensors", 1))
+MERGING = (("saves/arena-tiny/dequantised/.*.tmp", 1), (f"{OUT}/.merged.*.tmp/*", 3), (f"{OUT}/merged", 1))
+SHARDS = ((f"{OUT}/scoring/*/*.scores", 6), (f"{OUT}/scoring/*/rows.*", 4))
+WRITTEN = ((f"{OUT}/scores_*.parquet", 1), (f"{OUT}/probabilities_*.csv", 1), (f"{OUT}/report.html", 1))
+CHILDREN = (RUN, RUN, CHILD)
+STEPS = (
+    Step("prepare", 58, PREPARE, "laid", "prepared", TABLES),
+    Step("prepare --workers", 6, PREPARE, "laid", "prepared", victims=(WORKER,), most=3),
+    Step("train", 20, (*SFT, "--until", "train", "--resume"), "prepared", "trained", SAVING, CHILDREN, most=7),
+    Step("merge", 14, (*SFT, "--until", "merge"), "trained", "merged", MERGING, CHILDREN),
+    Step("score", 34, SFT, "merged", "scored", SHARDS),
+    Step("report", 26, SFT, "merged", "scored", WRITTEN),  # only after a sign
+    Step("score --input", 36, GIVEN, "scored", "given", SHARDS),
+    Step("score --input --workers", 6, GIVEN, "scored", "given", victims=(WORKER,), most=3),
 )
-_IMPORTS += ("transformers.models.qwen3.modeling_qwen3",)
-# How many kills of each work, of 200.
-SHARES = {"prepare": 58, "prepare --workers": 6, "train": 20, "merge": 14, "score": 34, "report": 26}
-SHARES |= {"score --input": 36, "score --input --workers": 6}
 
 
-def works(score: tuple[str, ...], states: dict[str, str]) -> list[Work]:
-    """Return the works; `score` are the arguments that score a stage, `states` what each starts from."""
-    prepare = ("prepare", "-e", "demo", *VOTES)
-    judged = (*_FIXED, *_DATA, *_ADAPTER, *_MERGED)
-    scored = (*judged, *_SCORES)
-    given = ("score", "-e", "demo", "--input", "arena/test.csv", "--output", "mine.csv")
-    shards = ((f"{OUT}/scoring/*/*.scores", 6), (f"{OUT}/scoring/*/rows.*", 4))
-    written = tuple((f"{OUT}/{name}", 1) for name in ("scores_*.parquet", "probabilities_*.csv", "report.html"))
-    training = ("sft", "-e", "demo", "--until", "train", "--resume")
-    saving = ((f"{ADAPTER}/checkpoint-*", 2), (f"{ADAPTER}/checkpoint-*/*.pt", 2), (f"{ADAPTER}/*.safetensors", 1))
-    merging = (("saves/arena-tiny/dequantised/.*.tmp", 1), (f"{OUT}/.merged.*.tmp/*", 3), (f"{OUT}/merged", 1))
-    tables = (("data/.demo.*.tmp", 1), ("data/.demo.*.tmp/*.parquet", 2), ("data/.demo.*.tmp/*.jsonl", 2))
-    return [
-        Work("prepare", prepare, states["laid"], _DATA, _FIXED, signs=tables),
-        Work("prepare --workers", prepare, states["laid"], _DATA, _FIXED, victims=(WORKER,), most=3),
-        Work("train", training, states["prepared"], _ADAPTER, (*_FIXED, *_DATA), (RUN, RUN, CHILD), saving, most=7),
-        Work("merge", ("sft", "-e", "demo", "--until", "merge"), states["trained"], (*_ADAPTER, *_MERGED),
-             (*_FIXED, *_DATA, *_ADAPTER), (RUN, RUN, CHILD), merging, most=5),
-        Work("score", score, states["merged"], _SCORES, judged, signs=shards),
-        Work("report", score, states["merged"], _SCORES, judged, signs=written, only_signs=True),
-        Work("score --input", given, states["scored"], ("mine.csv",), scored, signs=shards),
-        Work("score --input --workers", given, states["scored"], ("mine.csv",), scored, victims=(WORKER,), most=3),
-    ]  # fmt: skip
+class Call(get_context("fork").Process):
+    """One call of run.py in a process of its own, forked from this one; `exitcode` is negative for a signal."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str], log: Path):
+        super().__init__()
+        self._folder, self._arguments, self._log, self._started = folder, arguments, log, time.monotonic()
+        self.start()
+
+    def run(self) -> None:
+        """Be run.py, in the forked process."""
+        os.setsid()
+        os.chdir(self._folder)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        output = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        import_module("run").cli.main(list(self._arguments), prog_name="run.py")
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been running."""
+        return time.monotonic() - self._started
+
+    @property
+    def printed(self) -> str:
+        """What it printed."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def wait(self) -> int:
+        """Wait for its end and return its exit code; raises TimeoutError."""
+        self.join(max(0.0, LONGEST - self.seconds))
+        if self.is_alive():
+            self.kill()
+            raise TimeoutError(f"{self._log}: not ended after {LONGEST:.0f} s")
+        return self.exitcode
+
+    def process(self, victim: str) -> int | None:
+        """Return the process to kill: run.py itself, LLaMA-Factory's, or one of the workers; None if there is none."""
+        if victim == RUN:
+            return self.pid
+        return next((each.pid for each in self.children() if MARKS[victim] in command_of(each)), None)
+
+    def children(self) -> list[psutil.Process]:
+        """Return all processes below it."""
+        with suppress(psutil.Error):
+            return psutil.Process(self.pid).children(recursive=True)
+        return []
 
 
-class Grounds:
-    """The folder where all this happens: a state of the project a step, each made once by an undisturbed run."""
+def command_of(process: psutil.Process) -> str:
+    """Return a process's command line, empty where it has ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
-    def __init__(self, folder: Path, finished: Path | None):
-        self.folder = folder.absolute()
-        self._finished = finished
-        self._times = self.folder / "seconds.json"
-        if finished:  # one state that is all of them: only what needs no training is killed
-            states = dict.fromkeys(STATES, "scored")
-            if not (self.folder / "scored").exists():
-                shutil.copytree(finished, self.folder / "scored", symlinks=True)
-            score = ("score", "-e", "demo", "--fresh")
-        else:
-            states = {name: name for name in STATES}
-            score = ("sft", "-e", "demo")
-        self.works = {work.name: work for work in works(score, states)}
 
-    def lay(self) -> None:
-        """Make the first state: templates, a demo experiment of a few steps, an arena, the base, an earlier export."""
-        from omegaconf import OmegaConf
+def state(place: Path, name: str) -> Path:
+    """Return the folder of a state of the project; made now, by undisturbed runs, where it is missing."""
+    folder, fresh = place / name, place / f".{name}"
+    if folder.exists():
+        return folder
+    shutil.rmtree(fresh, ignore_errors=True)
+    if name == "laid":
+        arguments = lay(fresh)
+    else:
+        step = next(step for step in STEPS if step.end == name)
+        shutil.copytree(state(place, step.start), fresh, symlinks=True)
+        arguments = step.arguments
+    call = Call(fresh, arguments, place / "undisturbed.log")
+    if call.wait():
+        raise SystemExit(f"the undisturbed run.py {' '.join(arguments)} failed: {call.printed[-3000:]}")
+    (fresh / "seconds").write_text(f"{call.seconds}")
+    return fresh.rename(folder)
 
-        from data_prep.synthetic import write_arena
 
-        laid = self.folder / "laid"
-        if self._finished or laid.exists():
-            return
-        shutil.copytree(ROOT / "templates", laid / "templates")
-        content = OmegaConf.to_container(OmegaConf.load(ROOT / "factory_configs" / "demo" / "experiment.yaml"))
-        steps = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "logging_steps": 1}
-        content["recipes"]["sft"] = {**content["recipes"]["sft"], **steps, "per_device_train_batch_size": 4}
-        (laid / "factory_configs" / "demo").mkdir(parents=True)
-        OmegaConf.save(OmegaConf.create(content), laid / "factory_configs" / "demo" / "experiment.yaml")
-        write_arena(laid / "arena", seed=11, train_rows=120, test_rows=30)
-        write_arena(laid / "other", seed=12, train_rows=80, test_rows=9)
-        self._undisturbed(laid, ("prepare", "-e", "demo", "--train", "other/train.csv"))
+def lay(folder: Path) -> tuple[str, ...]:
+    """Make templates, a demo experiment of a few steps and arenas; return the arguments that make an earlier export."""
+    from data_prep.synthetic import write_arena
 
-    def reference(self, work: Work) -> Path:
-        """Return the folder of the undisturbed run of a work; made now, with all before it, where it is missing."""
-        target = self.folder / f"{work.name.replace(' ', '_')}.reference"
-        place = {"prepare": "prepared", "train": "trained", "merge": "merged", "score": "scored"}.get(work.name)
-        if not self._finished and place:
-            target = self.folder / place
-        if target.exists():
-            return target
-        before = {"prepared": "prepare", "trained": "train", "merged": "merge", "scored": "score"}.get(work.start)
-        if before and not self._finished:
-            self.reference(self.works[before])
-        growing = target.with_name(f".{target.name}.growing")
-        shutil.rmtree(growing, ignore_errors=True)
-        shutil.copytree(self.folder / work.start, growing, symlinks=True)
-        beside = ("--workers", "2") if work.workers else ()
-        self._remember(work.name, self._undisturbed(growing, (*work.arguments, *beside)))
-        growing.rename(target)
-        return target
+    shutil.copytree(ROOT / "templates", folder / "templates")
+    content = OmegaConf.to_container(OmegaConf.load(ROOT / "factory_configs" / "demo" / "experiment.yaml"))
+    steps = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "logging_steps": 1}
+    content["recipes"]["sft"] |= {**steps, "per_device_train_batch_size": 4}
+    (folder / "factory_configs" / "demo").mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(content), folder / "factory_configs" / "demo" / "experiment.yaml")
+    write_arena(folder / "arena", seed=11, train_rows=120, test_rows=30)
+    write_arena(folder / "other", seed=12, train_rows=80, test_rows=9)
+    return ("prepare", "-e", "demo", "--train", "other/train.csv")
 
-    def round(self, work: Work, number: int, seed: int) -> Round:
-        """Return a round of kills of a work."""
-        reference = self.reference(work)
-        seconds = json.loads(self._times.read_text())[work.name]
-        folder = self.folder / f"round_{work.name.replace(' ', '_')}_{number}"
-        return Round(work, folder, reference, self.folder / work.start, seconds, f"{seed} {work.name} {number}")
 
-    def _undisturbed(self, folder: Path, arguments: tuple[str, ...]) -> float:
-        call = Call(folder, arguments, self.folder / "undisturbed.log")
-        if call.wait(600):
-            raise SystemExit(f"the undisturbed run.py {' '.join(arguments)} failed: {call.said()[-3000:]}")
-        return call.seconds
+class Round:
+    """One round of kills of one step, in a folder of its own."""
 
-    def _remember(self, name: str, seconds: float) -> None:
-        known = json.loads(self._times.read_text()) if self._times.exists() else {}
-        self._times.write_text(json.dumps({**known, name: seconds}))
+    def __init__(self, step: Step, place: Path, number: int, seed: int):
+        name = f"{step.name} {number}"
+        self.step, self.kills, self._draw = step, [], random.Random(f"{seed} {name}")
+        self._start, self._reference = state(place, step.start), state(place, step.end)
+        self._seconds = float((self._reference / "seconds").read_text())
+        self.folder, self.log = (place / f"round_{name.replace(' ', '_')}{end}" for end in ("", ".log"))
+        names = list(STATES)
+        self._kept = [pattern for each in names[: names.index(step.start) + 1] for pattern in STATES[each]]
+
+    def run(self, wanted: int) -> str | None:
+        """Kill at most `wanted` times, then let the step end; return what was wrong, None if nothing."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.copytree(self._start, self.folder, symlinks=True)
+        before = sums(self.folder, self._kept)
+        for _ in range(min(self._draw.randint(2, self.step.most), wanted)):
+            if not self._kill():
+                break
+            if fault := self._fault(before):
+                return fault
+        call = Call(self.folder, self.step.arguments, self.log)
+        if call.wait():
+            return f"the last call ended with {call.exitcode}: {call.printed[-2000:]}"
+        return self._fault(before) or difference(self.folder, self._reference, STATES[self.step.end])
+
+    def _kill(self) -> bool:
+        """Run the step and kill a process of it at a random moment; return False if the step ended before."""
+        victim, sign, count = self._draw.choice(self.step.victims), None, 0
+        if self.step.signs and (self.step.name == "report" or self._draw.random() < 0.5):
+            sign, most = self._draw.choice(self.step.signs)
+            count = len(list(self.folder.glob(sign))) + self._draw.randint(1, most)
+        # The undisturbed run was the first and so the slowest; a file that is a sign is soon followed by the next.
+        delay = self._draw.random() * self._seconds * (0.15 if sign else 0.8)
+        call = Call(self.folder, (*self.step.arguments, *(["--workers", "2"] if victim == WORKER else [])), self.log)
+        since = None
+        while call.is_alive() and call.seconds < LONGEST:
+            begun = len(list(self.folder.glob(sign))) >= count if sign else call.process(victim) is not None
+            since = since or (time.monotonic() if begun else None)
+            if since and time.monotonic() - since >= delay:
+                break
+            time.sleep(0.003)
+        family, target, after = call.children(), call.process(victim), call.seconds
+        if target is None or not call.is_alive() or call.seconds >= LONGEST:
+            call.wait()
+            require_good_end(call, victim=None)
+            return False
+        os.kill(target, signal.SIGKILL)
+        code = call.wait()
+        require_good_end(call, victim)
+        _, alive = psutil.wait_procs(family, timeout=ORPHANS)
+        if alive:
+            raise RuntimeError(f"{len(alive)} process(es) outlived a killed one: {[command_of(p)[:80] for p in alive]}")
+        self.kills.append({"victim": victim, "after_seconds": round(after, 3), "sign": sign, "exit_code": code})
+        return True
+
+    def _fault(self, before: dict[str, str]) -> str | None:
+        """Return which finished file of an earlier step changed, or that an export is neither the old nor the new."""
+        now = sums(self.folder, self._kept)
+        if changed := [name for name, digest in before.items() if now.get(name) != digest]:
+            return f"files of finished steps changed: {', '.join(changed[:5])}"
+        data = self.folder / "data"
+        # Between two renames the earlier export is put aside.
+        export = data / "demo" if (data / "demo" / "manifest.json").is_file() else data / ".demo.old"
+        roots = [self._start, self._reference]
+        if all(difference(export, root / "data" / "demo", ("*",)) for root in roots):
+            return "the export is neither the earlier one nor the new one"
+        return None
+
+
+def require_good_end(call: Call, victim: str | None) -> None:
+    """Raise RuntimeError where a call that was not killed itself ended without success or an error with a remedy."""
+    if victim == RUN and call.exitcode == -signal.SIGKILL:
+        return
+    good = call.exitcode == 0 or (victim and call.exitcode == 1 and "remedy:" in call.printed)
+    if not good or "Traceback" in call.printed:
+        raise RuntimeError(f"killed: {victim}, exit code {call.exitcode}: {call.printed[-2000:]}")
+
+
+def sums(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of every file that a pattern names, by its relative path."""
+    files = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def difference(folder: Path, reference: Path, patterns: Sequence[str]) -> str | None:
+    """Return which files are not those of the undisturbed run: others in bytes, JSON in what is not a time."""
+    mine, theirs = sums(folder, patterns), sums(reference, patterns)
+    if not theirs:
+        return f"nothing to compare: {patterns}"
+    if lost := sorted(mine.keys() ^ theirs.keys()):
+        return f"not in both: {', '.join(lost[:5])}"
+    others = [name for name in sorted(mine) if mine[name] != theirs[name]]
+    others = [name for name in others if contents(folder / name) != contents(reference / name)]
+    return f"differ from the undisturbed run: {', '.join(others[:5])}" if others else None
+
+
+def contents(path: Path) -> Any:
+    """Return a file's bytes; of JSON the value without what differs between two undisturbed runs."""
+    return json.loads(path.read_bytes(), object_hook=timeless) if path.suffix == ".json" else path.read_bytes()
+
+
+def timeless(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object without times; peft writes target_modules, a set, in any order."""
+    kept = {key: value for key, value in entry.items() if key not in VOLATILE}
+    return {key: sorted(value) if key == "target_modules" else value for key, value in kept.items()}
+
+
+def try_round(tried: Round, wanted: int) -> dict[str, Any]:
+    """Run one round and return what came of it; the folder of a bad one is kept."""
+    started = time.monotonic()
+    try:
+        fault = tried.run(wanted)
+    except (RuntimeError, TimeoutError, OSError, ValueError) as error:
+        fault = f"{type(error).__name__}: {error}"
+    seconds = round(time.monotonic() - started, 1)
+    print(f"{tried.folder.name}: {len(tried.kills)} kills, {seconds} s, {fault or 'survived'}", file=sys.stderr)
+    if fault is None:
+        shutil.rmtree(tried.folder)
+        tried.log.unlink()
+    return {"step": tried.step.name, "kills": tried.kills, "fault": fault, "seconds": seconds}
+
+
+def write_results(path: Path, found: dict[str, Any]) -> None:
+    """Write all rounds with their totals."""
+    from common.files import write_json
+    from scoring.checks.provenance import git_commit, hardware
+
+    found["tried"] = sum(len(each["kills"]) for each in found["rounds"])
+    found["survived"] = sum(len(each["kills"]) for each in found["rounds"] if not each["fault"])
+    write_json(path, found | {"date": str(date.today()), "hardware": hardware(), "git_commit": git_commit()})
 
 
 def main() -> int:
     """Go on with the kills until all were tried or the minutes are over; exit code 1 if one was not survived."""
-    asked = _arguments()
-    _import_everything()
-    shutil.rmtree(asked.place, ignore_errors=True) if asked.anew else None
-    asked.place.mkdir(parents=True, exist_ok=True)
-    grounds = Grounds(asked.place, asked.finished)
-    found = _begun(asked)
-    left = {name: round(share * asked.kills / 200) for name, share in SHARES.items() if name in asked.steps}
-    for each in found["rounds"]:
-        left[each["step"]] = left.get(each["step"], 0) - len(each["kills"])
-    until = time.monotonic() + 60 * asked.minutes
-    grounds.lay()
-    done = {(each["step"], each["round"]) for each in found["rounds"]}
-    for work, number in rounds([grounds.works[name] for name in asked.steps], left):
-        if (work.name, number) in done:
-            continue
-        if time.monotonic() > until:
-            break
-        _try(grounds.round(work, number, asked.seed), number, left, found)
-        _write(asked.results, found)
-    _write(asked.results, found)
-    print(json.dumps({key: found[key] for key in ("tried", "survived", "by_step")}, indent=2))
-    print("all kills were tried" if not any(count > 0 for count in left.values()) else "again, to go on")
-    return int(found["survived"] < found["tried"])
-
-
-def _try(tried: Round, number: int, left: dict[str, int], found: dict[str, Any]) -> None:
-    """Run one round and note what came of it; the folder of a bad one is kept."""
-    name, started = tried.work.name, time.monotonic()
-    try:
-        fault = tried.run(left[name])
-    except (RuntimeError, TimeoutError, OSError, ValueError) as error:
-        fault = f"{type(error).__name__}: {error}"
-    left[name] -= len(tried.kills)
-    seconds = round(time.monotonic() - started, 1)
-    found["rounds"].append({"step": name, "round": number, "kills": tried.kills, "fault": fault, "seconds": seconds})
-    print(
-        f"{name} {number}: {len(tried.kills)} kills in {seconds} s, {fault or 'survived'}", file=sys.stderr, flush=True
-    )
-    if fault is None:
-        shutil.rmtree(tried.folder)
-        tried.log.unlink()
-
-
-def _begun(asked: argparse.Namespace) -> dict[str, Any]:
-    """Return the results so far of the same seed and number, or empty ones."""
-    if asked.results.is_file() and not asked.anew:
-        found = json.loads(asked.results.read_text(encoding="utf-8"))
-        if (found["seed"], found["wanted"]) == (asked.seed, asked.kills):
-            return found
-    return {"seed": asked.seed, "wanted": asked.kills, "rounds": []}
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    from common.files import write_json
-    from scoring.checks.provenance import git_commit, hardware
-
-    by_step: dict[str, Any] = {}
-    for each in found["rounds"]:
-        tally = by_step.setdefault(each["step"], {"tried": 0, "survived": 0, "rounds": 0, "killed": {}})
-        tally["rounds"] += 1
-        tally["tried"] += len(each["kills"])
-        tally["survived"] += 0 if each["fault"] else len(each["kills"])
-        for kill in each["kills"]:
-            tally["killed"][kill["victim"]] = tally["killed"].get(kill["victim"], 0) + 1
-    totals = {key: sum(tally[key] for tally in by_step.values()) for key in ("tried", "survived")}
-    about = {"date": str(date.today()), "hardware": hardware(), "git_commit": git_commit()}
-    found.update({**totals, "by_step": by_step, **about})
-    write_json(path, found)
-
-
-def _import_everything() -> None:
-    """Import what calls of run.py need, and set what they inherit."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NO_COLOR": "1"}
-    for name in _IMPORTS:
-        import_module(name)
-    import torch
-
-    from scoring import score_store as shard_plan
-
-    torch.set_num_threads(1)
-    shard_plan.SHARD_TOKENS = 1500  # several shards of few rows
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=60, help="begin no round after this time")
-    parser.add_argument("--steps", type=lambda text: text.split(","), default=list(SHARES), help="only these")
+    names = [step.name for step in STEPS]
+    parser.add_argument("--steps", nargs="+", choices=names, default=names, help="only these")
     parser.add_argument("--place", type=Path, default=ROOT / "outputs" / ".kills", help="where the states are kept")
-    parser.add_argument("--finished", type=Path, help="a place where demo was scored: no training, only what follows")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--anew", action="store_true", help="forget the earlier rounds and states")
-    return parser.parse_args()
+    parser.add_argument("--fresh", action="store_true", help="forget the earlier rounds and states")
+    asked = parser.parse_args()
+    if asked.fresh:
+        shutil.rmtree(asked.place, ignore_errors=True)
+        asked.results.unlink(missing_ok=True)
+    place, steps = asked.place.absolute(), [step for step in STEPS if step.name in asked.steps]
+    place.mkdir(parents=True, exist_ok=True)
+    found = {"seed": asked.seed, "wanted": asked.kills, "rounds": []}
+    if asked.results.is_file():
+        earlier = json.loads(asked.results.read_text(encoding="utf-8"))
+        if (earlier["seed"], earlier["wanted"]) == (asked.seed, asked.kills):
+            found = earlier
+    import_everything()
+    until, left = time.monotonic() + 60 * asked.minutes, {}
+    for step in steps:
+        tried = sum(len(each["kills"]) for each in found["rounds"] if each["step"] == step.name)
+        left[step.name] = round(step.kills * asked.kills / 200) - tried
+    while any(count > 0 for count in left.values()) and time.monotonic() < until:
+        for step in steps:
+            if left[step.name] > 0 and time.monotonic() < until:
+                number = sum(each["step"] == step.name for each in found["rounds"])
+                found["rounds"].append(try_round(Round(step, place, number, asked.seed), left[step.name]))
+                left[step.name] -= len(found["rounds"][-1]["kills"])
+                write_results(asked.results, found)
+    write_results(asked.results, found)
+    print(f"{found['survived']} of {found['tried']} kills survived")
+    print("call again, to go on" if any(count > 0 for count in left.values()) else "all kills were tried")
+    return int(found["survived"] < found["tried"])
+
+
+def import_everything() -> None:
+    """Import what calls of run.py need, and set what they inherit."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NO_COLOR": "1"}
+    for name in IMPORTS:
+        import_module(name)
+    import_module("torch").set_num_threads(1)
+    import_module("scoring.score_store").SHARD_TOKENS = 1500  # several shards of few rows
 
 
 if __name__ == "__main__":

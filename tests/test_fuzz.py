@@ -10,11 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from fuzz import CRASHES, LONGEST_SECONDS
+from fuzz_targets import OUR_ERRORS, TARGETS, never_crashes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from benchmarks.fuzz import CRASHES, LONGEST_SECONDS
-from benchmarks.fuzz_targets import OUR_ERRORS, TARGETS, never_crashes
 
 ROOT = Path(__file__).resolve().parents[1]
 _MUTANTS = 40
