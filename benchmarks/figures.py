@@ -28,14 +28,13 @@ def options(doc: str, *, votes: bool = False, work: bool = False) -> argparse.Ar
     return parser
 
 
-def measured_on(command: str | None = None) -> str:
-    """Return one line: hardware, versions, date and command (by default that of this process)."""
+def measured_on() -> str:
+    """Return one line: hardware, versions, date and command."""
     from scoring.checks.provenance import hardware
 
-    if command is None:
-        words = [word for word in sys.argv[1:] if word != "--write"]
-        words = ["FOLDER" if last in _FOLDERS else Path(word).name for last, word in pairwise(["", *words])]
-        command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    words = [word for word in sys.argv[1:] if word != "--write"]
+    words = ["FOLDER" if last in _FOLDERS else Path(word).name for last, word in pairwise(["", *words])]
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     machine = hardware()
     gpus = ", ".join(machine["gpus"]) or "no GPU"
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("llamafactory", "torch", "transformers"))
@@ -45,12 +44,12 @@ def measured_on(command: str | None = None) -> str:
     )
 
 
-def publish(mark: str, text: str, write: bool = False, command: str | None = None) -> None:
+def publish(mark: str, text: str, write: bool = False) -> None:
     """Print figures with their machine and command; `write` puts them between a document's `<!-- mark -->` lines.
 
     No mark: the documents name single figures of them only.
     """
-    text = f"{text.strip()}\n\n{measured_on(command)}"
+    text = f"{text.strip()}\n\n{measured_on()}"
     print(text, end="\n\n")
     if write and mark:
         put(mark, text)

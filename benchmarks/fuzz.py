@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -41,7 +40,7 @@ def fuzz_one(name: str, limits: list[str]) -> None:
 
 
 def fuzz(name: str, limits: list[str]) -> dict[str, object]:
-    """Fuzz one target in a child in a scratch folder; return its executions, coverage and new crashes."""
+    """Fuzz one target in a child in a scratch folder; return its executions and new crashes."""
     crashes = CRASHES / name
     crashes.mkdir(parents=True, exist_ok=True)
     before = set(crashes.iterdir())
@@ -53,13 +52,11 @@ def fuzz(name: str, limits: list[str]) -> dict[str, object]:
         done = subprocess.run(call, cwd=scratch, capture_output=True, text=True, errors="replace", check=False)
     log = done.stdout + done.stderr
     runs = re.search(r"stat::number_of_executed_units:\s*(\d+)", log) or re.search(r"Done (\d+) runs", log)
-    coverage = re.findall(r"cov: (\d+)", log)
     if done.returncode:
         print(log[-4000:], file=sys.stderr)
     return {
         "target": name,
         "executions": int(runs[1]) if runs else 0,
-        "coverage": int(coverage[-1]) if coverage else 0,
         "crashes": sorted(path.name for path in set(crashes.iterdir()) - before),
         "ended_well": done.returncode == 0,
     }
@@ -70,17 +67,17 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         fuzz_one(sys.argv[2], sys.argv[3:])
         return
+    from fuzz_targets import TARGETS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=60, help="for each target")
     parser.add_argument("--runs", type=int, help="so many inputs for each target, instead of seconds")
-    parser.add_argument("--target", action="append", help="only this one (may be given again)")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="only these")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    from fuzz_targets import TARGETS
-
     limits = [f"-runs={options.runs}"] if options.runs else [f"-max_total_time={options.seconds}"]
     found = []
-    for name in options.target or TARGETS:
+    for name in options.target:
         found.append(fuzz(name, limits))
         line = f"{found[-1]['executions']:,} executions, {len(found[-1]['crashes'])} crashes"
         print(f"{name:<14} {line}, ended {'well' if found[-1]['ended_well'] else 'BADLY'}", flush=True)
@@ -91,5 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONPATH", str(ROOT))
     main()

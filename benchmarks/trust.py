@@ -48,7 +48,7 @@ def main() -> None:
         ["hostile cases guarded / tried", tests("tests/test_hostile.py", "test_")],
         [what, f"{executions:,}; {crashes}"],
     ]
-    publish("trust", table(["what", "figure"], rows), asked.write, command="make trust")
+    publish("trust", table(["what", "figure"], rows), asked.write)
 
 
 if __name__ == "__main__":
