@@ -214,7 +214,7 @@ export_options = several(
         help="Bits of the weights; docs/edge.md has what each costs.",
     ),
     option("--output", type=FILE, help="The file [outputs/EXP/STAGE/judge-Q.gguf, Q the quantization]."),
-    option("--converter", type=FILE, help="A folder of llama.cpp [ARENA_LLAMA_CPP, .venv/llama.cpp]."),
+    option("--converter", type=FILE, help="A folder of llama.cpp [.venv/llama.cpp]."),
     output_options,
 )
 watch_options = several(
