@@ -26,20 +26,12 @@ from common.error_hints import all_errors, clean_lines, remedy_for
 from common.errors import ArenaError
 from common.experiment import BudgetShares, Experiment, Labels, parse_experiment, read_yaml
 from common.stages import STEPS
+from data_prep import schemas
 from data_prep.chat_template import ChatFrame
 from data_prep.export_reader import FORMAT, read_manifest
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
-from data_prep.schemas import (
-    BadCell,
-    BadVerdict,
-    parse_id,
-    read_conversations,
-    read_one_hot,
-    read_texts,
-    read_turns,
-    read_winner,
-)
+from data_prep.schemas import BadCell, BadVerdict, parse_id
 from data_prep.truncation import Fitter
 from factory.base_model import SPECIAL_TOKENS
 from factory.fingerprint import data_sets, training_rows
@@ -120,12 +112,11 @@ def read_votes(data: bytes) -> None:
 def read_cells(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     parse_id(text)
-    for form, cells in (
-        *((read_turns, [text] * 3), (read_texts, [text] * 3), (read_conversations, [text] * 2)),
-        *((read_one_hot, text.split(",")[:3]), (read_winner, [text])),
-    ):
+    verdicts = ((schemas.read_one_hot, text.split(",")[:3]), (schemas.read_winner, [text]))
+    numbers = {schemas.read_turns: 3, schemas.read_texts: 3, schemas.read_conversations: 2}
+    for read, cells in (*((read, [text] * number) for read, number in numbers.items()), *verdicts):
         try:
-            assert form(cells) in VERDICTS or form not in (read_one_hot, read_winner)
+            assert read(cells) in VERDICTS or read in numbers
         except (BadCell, BadVerdict) as error:
             assert len(str(error)) < 300
 
@@ -243,13 +234,9 @@ def read_dataset_info(data: bytes) -> None:
 
 
 def _judge_seeds() -> list[str]:
-    content = {
-        "format": 1,
-        "classes": list(VERDICTS),
-        "labels": Labels().model_dump(),
-        "frame": asdict(frame_of(_tokenizer())),
-    }
-    content |= {"judge_prompt": _prompt().source, "cutoff_len": 512, "budget_shares": BudgetShares().model_dump()}
+    content = {"format": 1, "classes": list(VERDICTS), "labels": Labels().model_dump(), "cutoff_len": 512}
+    content |= {"judge_prompt": _prompt().source, "budget_shares": BudgetShares().model_dump()}
+    content |= {"frame": asdict(frame_of(_tokenizer()))}
     golden = {"Verdict:": _tokenizer().encode("Verdict:").ids}
     return [json.dumps({**content, "canaries": golden, "source": {}})]
 

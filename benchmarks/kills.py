@@ -130,20 +130,15 @@ class Call(get_context("fork").Process):
         """Return the process to kill: run.py itself, LLaMA-Factory's, or one of the workers; None if there is none."""
         if victim == RUN:
             return self.pid
-        return next((each.pid for each in self.children() if MARKS[victim] in command_of(each)), None)
+        with suppress(psutil.Error):  # one that ended meanwhile
+            return next((each.pid for each in self.children() if MARKS[victim] in " ".join(each.cmdline())), None)
+        return None
 
     def children(self) -> list[psutil.Process]:
         """Return all processes below it."""
         with suppress(psutil.Error):
             return psutil.Process(self.pid).children(recursive=True)
         return []
-
-
-def command_of(process: psutil.Process) -> str:
-    """Return a process's command line, empty where it has ended."""
-    with suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
 
 
 def state(place: Path, name: str) -> Path:
@@ -233,7 +228,7 @@ class Round:
         require_good_end(call, victim)
         _, alive = psutil.wait_procs(family, timeout=ORPHANS)
         if alive:
-            raise RuntimeError(f"{len(alive)} process(es) outlived a killed one: {[command_of(p)[:80] for p in alive]}")
+            raise RuntimeError(f"processes outlived a killed one: {alive}")
         self.kills.append({"victim": victim, "after_seconds": round(after, 3), "sign": sign, "exit_code": code})
         return True
 

@@ -1,6 +1,6 @@
 """What each method is worth on the synthetic arena, whose truth is known, and what each ingredient adds.
 
-    python benchmarks/methods.py --work FOLDER [--seeds 1 2 3] [--collect] [--write]
+    python benchmarks/methods.py --work FOLDER [--seeds 1 2 3] [--write]
 
 Runs every stage of the demo experiment for each seed (its own arena, its own base model), then the ablations:
 without swapped copies, averaging both orders, without calibration, and (first seed only: it is the longest training)
@@ -15,10 +15,11 @@ import math
 
 import pandas as pd
 from figures import options, publish, table
-from workbench import STAGES, Workbench, interval
+from workbench import Workbench, interval
 
 from common.battle import VERDICTS
 from common.experiment import read_yaml
+from common.stages import TRAININGS
 from data_prep.synthetic import TRUTH
 from scoring.links import softmax
 from scoring.metrics import paired_difference, verdict_codes
@@ -36,7 +37,7 @@ def run_seed(bench: Workbench, seed: int, from_base: bool) -> None:
     """Run all stages of one seed and then its ablations; what is finished is kept."""
     if not bench.has("demo", "sft"):
         bench.run("demo", "--seed", str(seed))
-    for stage in STAGES:
+    for stage in TRAININGS:
         bench.stage("demo", stage)
     if not (bench.output("demo", "compare") / "compare.json").is_file():
         bench.run("compare", "-e", "demo")
@@ -59,7 +60,7 @@ def run_seed(bench: Workbench, seed: int, from_base: bool) -> None:
 
 def method_losses(bench: Workbench) -> dict[str, str]:
     """Return log loss, interval and share learned of each method, and the log loss of each baseline."""
-    reports = {NAMES[stage]: bench.report("demo", stage) for stage in STAGES}
+    reports = {NAMES[stage]: bench.report("demo", stage) for stage in TRAININGS}
     comparison = json.loads((bench.output("demo", "compare") / "compare.json").read_text(encoding="utf-8"))
     baselines, bayes = comparison["baselines"], comparison["bayes"]
     blend = next(row for row in comparison["table"] if row["name"] == "blend")
@@ -126,12 +127,10 @@ def by_seed(heading: str, found: dict[int, dict[str, str]]) -> str:
 def main() -> None:
     parser = options(__doc__, work=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--collect", action="store_true", help="run nothing, tabulate what FOLDER holds")
     asked = parser.parse_args()
     benches = {seed: Workbench(asked.work / f"seed{seed}") for seed in asked.seeds}
     for seed, bench in benches.items():
-        if not asked.collect:
-            run_seed(bench, seed, from_base=seed == asked.seeds[0])
+        run_seed(bench, seed, from_base=seed == asked.seeds[0])
     methods, added, links = (
         {seed: of(bench) for seed, bench in benches.items()} for of in (method_losses, ablations, links_of)
     )

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from figures import options, publish, table
-from workbench import STAGES, Workbench, battles_of, interval, texts_of, write_votes
+from workbench import Workbench, battles_of, interval, texts_of, write_votes
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from common.stages import TRAININGS
 from data_prep.folds import prompt_group
 from scoring.metrics import bootstrap_interval, paired_difference, row_losses, verdict_codes
 
@@ -39,7 +40,7 @@ def own_methods(bench: Workbench, natural: Path) -> list[list[str]]:
     """Train every stage on the natural votes; return one row a method and baseline."""
     bench.prepare("real", "--train", str(natural))
     rows = []
-    for stage in STAGES:
+    for stage in TRAININGS:
         bench.stage("real", stage)
         report = bench.report("real", stage)
         gain = f"{report['gain_over_prior']:+.4f} {interval(report['gain_over_prior_ci95'])}"

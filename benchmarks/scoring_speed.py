@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -29,7 +28,6 @@ import numpy as np
 from figures import ROOT, options, publish, table
 from workbench import alone, battles_of, frame_of, matrix_rate, texts_of, train_tokenizer
 
-from common.errors import ArenaError
 from common.experiment import BudgetShares, Labels
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import Fitter
@@ -78,8 +76,8 @@ def make_model(folder: Path, shape: str, device: str) -> None:
     model.save_pretrained(folder / "merged")
 
 
-def make_rows(folder: Path, votes: list[Path], count: int) -> list[list[int]]:
-    """Save and return the token ids of a random sample of real rows, fitted as `prepare` fits them."""
+def make_rows(folder: Path, votes: list[Path], count: int) -> None:
+    """Save the token ids of a random sample of real rows, fitted as `prepare` fits them."""
     battles = battles_of(*votes)
     tokenizer = train_tokenizer(texts_of(battles[:4000]), VOCABULARY)
     frame, prompt = frame_of(tokenizer), JudgePrompt.load(ROOT / "templates" / "judge_prompt.j2", Labels())
@@ -88,12 +86,17 @@ def make_rows(folder: Path, votes: list[Path], count: int) -> list[list[int]]:
     texts = [frame.wrap(prompt.message(f.battle, f.dropped)) for f in fitted]
     rows = [frame.surround(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
     (folder / "rows.json").write_text(json.dumps({"rows": rows, "labels": list(frame.label_ids)}), encoding="utf-8")
-    return rows
+
+
+def rows_of(folder: Path) -> tuple[list[list[int]], list[int]]:
+    """Return the saved rows and the labels' token ids."""
+    content = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    return content["rows"], content["labels"]
 
 
 def open_way(folder: Path, way: Way) -> Score:
     """Load a way of scoring; its function returns label logits [rows, labels]."""
-    labels = json.loads((folder / "rows.json").read_text(encoding="utf-8"))["labels"]
+    _, labels = rows_of(folder)
     if way.engine == WAYS[0].engine:
         return usual_loop(one_model(folder, way.precision), labels)
     judge = SimpleNamespace(folder=folder / "merged", frame=SimpleNamespace(label_ids=tuple(labels)))
@@ -146,17 +149,6 @@ def floor_speed(rows: list[list[int]], shape: str, precision: str) -> float:
     return sum(map(len, rows)) / seconds
 
 
-def open_all(folder: Path, ways: list[Way]) -> dict[Way, Score]:
-    """Open the ways that are installed here; the others are reported."""
-    opened: dict[Way, Score] = {}
-    for way in ways:
-        try:
-            opened[way] = open_way(folder, way)
-        except (ArenaError, ImportError) as error:
-            print(f"left out: {way}: {error}", file=sys.stderr)
-    return opened
-
-
 def speeds(opened: dict[Way, Score], rows: list[list[int]], runs: int) -> tuple[dict[Way, list[float]], dict]:
     """Score all rows in every way in turn; return each way's tokens a second of every run, and its logits."""
     found, logits = {way: [] for way in opened}, {}
@@ -177,16 +169,14 @@ def ratio(found: dict[Way, list[float]], way: Way) -> float:
 
 def one_peak(folder: Path, way: Way) -> None:
     """Score some rows in one way, the longest among them."""
-    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))["rows"]
-    open_way(folder, way)(sorted(rows, key=len)[-8:])
+    open_way(folder, way)(sorted(rows_of(folder)[0], key=len)[-8:])
 
 
 def on_cpu(asked: Namespace, folder: Path) -> None:
     """Publish the table of the engines."""
-    rows = make_rows(folder, asked.votes, asked.rows)
+    make_rows(folder, asked.votes, asked.rows)
     make_model(folder, asked.shape, "cpu")
-    opened = open_all(folder, WAYS)
-    labels = json.loads((folder / "rows.json").read_text(encoding="utf-8"))["labels"]
+    opened, (rows, labels) = {way: open_way(folder, way) for way in WAYS}, rows_of(folder)
     exact = softmax(usual_loop(one_model(folder, "fp32"), labels, size=1)(rows))
     (found, logits), lines = speeds(opened, rows, asked.runs), []
     floors = {
@@ -212,12 +202,13 @@ def on_gpu(asked: Namespace, folder: Path) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("--gpu needs a GPU")
     draw, lines, rate = np.random.default_rng(2), [], matrix_rate(gpu=True)
-    sets = {"real lengths": make_rows(folder, asked.votes, asked.rows)}
+    make_rows(folder, asked.votes, asked.rows)
+    sets = {"real lengths": rows_of(folder)[0]}
     sets["2,048 tokens"] = [draw.integers(0, VOCABULARY, CUTOFF).tolist() for _ in range(max(8, asked.rows // 4))]
     make_model(folder, "8B", "cuda")
     hidden, inner, layers, heads, keys = SHAPES["8B"].values()
     weights = layers * (2 * hidden * (hidden + hidden // heads * keys) + 3 * hidden * inner)
-    opened = open_all(folder, GPU_WAYS)
+    opened = {way: open_way(folder, way) for way in GPU_WAYS}
     for name, rows in sets.items():
         found, _ = speeds(opened, rows, asked.runs)
         for way, each in found.items():

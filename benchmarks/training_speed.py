@@ -4,9 +4,9 @@
 
 The base has random weights of the true shape (speed and memory do not depend on their values) and a tokenizer of the
 votes, so no download is needed. Both recipes train on the same exported rows, with the same rows in a step, adapter and
-seed; what differs is what ours may choose: batches of like lengths, the batch that fits, liger, no needless
-checkpointing. Tokens are those of the texts, without padding. Peak memory is what the trainer's own tracker saw on the
-GPU. Wants a GPU of 40 GB or more for `8b`; `--shape tiny` tries the script out.
+seed; what differs is what ours may choose: batches of like lengths, the batch that fits, liger. Tokens are those of the
+texts, without padding. Peak memory is what the trainer's own tracker saw on the GPU. `8b` needs a GPU of 40 GB or more;
+`--shape tiny` tries the script out.
 """
 
 from __future__ import annotations
@@ -36,19 +36,18 @@ EXAMPLE = {
     "gradient_accumulation_steps": 16,
     "train_sampling_strategy": "random",
     "enable_liger_kernel": False,
-    "disable_gradient_checkpointing": False,
 }
 OURS = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 2,
     "train_sampling_strategy": "group_by_length",
     "enable_liger_kernel": True,
-    "disable_gradient_checkpointing": False,
 }
 # Two sequences a row, and logits that liger does not take away.
 PAIRS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "enable_liger_kernel": False}
 # What both recipes share for the measurement.
 COMMON = {
+    "disable_gradient_checkpointing": False,
     "lora_rank": 64,
     "lora_alpha": 16,
     "learning_rate": 1.0e-4,

@@ -22,18 +22,11 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from common.stages import STEPS
 from data_prep.chat_template import ChatFrame
 from data_prep.readers import VoteReader
 from data_prep.synthetic import TRAIN_COLUMNS, cell
 from factory.base_model import SPECIAL_TOKENS, BaseModelSize, build_base_model
-
-# Each stage's outputs and the arguments of run.py that make them.
-STAGES = {
-    "sft": ["sft"],
-    "dpo_judge": ["dpo", "--view", "judge"],
-    "dpo_reward": ["dpo", "--view", "reward"],
-    "rm": ["rm"],
-}
 
 
 class Workbench:
@@ -56,7 +49,7 @@ class Workbench:
     def stage(self, experiment: str, stage: str) -> None:
         """Run a stage to its report, unless the report is there already."""
         if not self.has(experiment, stage):
-            self.run(*STAGES[stage], "-e", experiment)
+            self.run(*STEPS[stage].command.split(), "-e", experiment)
 
     def has(self, experiment: str, stage: str) -> bool:
         """Return whether a stage was run to its report."""
