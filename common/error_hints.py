@@ -53,8 +53,9 @@ REMEDIES = {
         f"bitsandbytes does not fit this machine's CUDA: run `python -m bitsandbytes`, {_INSTALL}, or remove "
         "quantization_bit from the recipe"
     ),
-    r"requires bitsandbytes|No module named 'bitsandbytes'|No package metadata was found for bitsandbytes": (
-        f"bitsandbytes is missing: {_INSTALL}"
+    r"requires bitsandbytes|No module named 'bitsandbytes'": f"bitsandbytes is missing: {_INSTALL}",
+    r"No package metadata was found": (
+        f"{_INSTALL}; a package that it does not hold comes by `python -m pip install`, or remove the key that needs it"
     ),
     r"driver version is insufficient|driver on your system is too old|no kernel image is available": (
         "this torch build does not fit the GPU or its driver: update the driver, or run without the GPU "

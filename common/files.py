@@ -66,6 +66,9 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     fresh.chmod(0o777 & ~_umask())
     try:
         yield fresh
+        for file in fresh.iterdir():
+            if file.is_file() and not file.is_symlink():  # safetensors writes files that only their owner may read
+                file.chmod(0o666 & ~_umask())
         if path.exists():
             if not replace:
                 raise FileExistsError(path)

@@ -44,14 +44,10 @@ def build_base_model(folder: Path, texts: Iterable[str], *, seed: int, size: Bas
 
     tokenizer = _train_tokenizer(texts, size)
     model = _random_model(tokenizer, seed, size)
+    logging.disable_progress_bar()  # of two megabytes
     with atomic_folder(folder) as fresh:
         tokenizer.save_pretrained(fresh)
-        logging.disable_progress_bar()  # of two megabytes
         model.save_pretrained(fresh)
-        card = _CARD.format(seed=seed, parameters=model.num_parameters(), vocabulary=len(tokenizer), size=size)
-        (fresh / "README.md").write_text(card, encoding="utf-8")
-        for path in fresh.iterdir():  # safetensors writes files that only their owner may read
-            path.chmod((fresh / "README.md").stat().st_mode)
 
 
 def _train_tokenizer(texts: Iterable[str], size: BaseModelSize) -> Any:
@@ -101,15 +97,3 @@ def _random_model(tokenizer: Any, seed: int, size: BaseModelSize) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(config)
-
-
-_CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
----
-# An embedded base model without knowledge
-
-A Qwen3 of {parameters:,} random weights (seed {seed}, {size.layers} layers, hidden size {size.hidden},
-{size.heads} heads) with a byte-level BPE vocabulary of {vocabulary} tokens. It exists so that the whole chain
-can be run in minutes on a machine without a GPU and without a download. Its answers mean nothing before training.
-"""

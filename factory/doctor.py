@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -28,13 +27,7 @@ _GIB = 2**30
 # default experiment's has 4 billion. Merging an 8B model needs RAM of its size.
 _DISK_FAULT, _DISK_WARNING, _CACHE_WARNING, _MEMORY_WARNING = 5, 25, 10, 20  # GiB
 _GIB_A_BILLION = 2e9 / _GIB
-PORTS = {
-    7860: (
-        "the pages of run.py",
-        "nothing to do: `run.py board` and `watch` use the next free port, or that of --port",
-    ),
-    6006: ("a TensorBoard of your own", "start that one with tensorboard --port"),
-}
+PORT = 7860  # of the pages of `run.py board` and `watch`
 _FOLDERS = ("data", "saves", "outputs", "factory_configs")
 
 
@@ -63,7 +56,7 @@ def examine(show: Show | None = None) -> list[Finding]:
         seen = devices(products=True)
         of_torch = (_torch(seen), *_gpus(seen), _driver(seen), *map(_bitsandbytes, seen.products))
         hub = (_hub_token(), *_hub_cache())
-        return [_python(), *packages(), *of_torch, cpu(), _memory(), _disk(), *hub, *_ports(), _folders()]
+        return [packages(), *of_torch, cpu(), _memory(), _disk(), *hub, _port(), _folders()]
 
 
 def as_report(findings: list[Finding]) -> dict[str, Any]:
@@ -84,34 +77,23 @@ def as_lines(findings: list[Finding]) -> list[str]:
     return [*lines, f"{report['faults']} fault(s), {report['warnings']} warning(s)"]
 
 
-def _python() -> Finding:
-    return _finding("python", ".".join(map(str, sys.version_info[:3])))  # an older one cannot read this file
-
-
-def packages(root: Path = _PROJECT) -> Iterator[Finding]:
-    """Compare what is installed with the lock; a package that pyproject.toml names must be as locked."""
+def packages(root: Path = _PROJECT) -> Finding:
+    """Compare with the lock what is installed of the packages that pyproject.toml names."""
+    remedy = "make install"
     try:
-        pins = dict(_pins((root / "requirements.lock").read_text(encoding="utf-8")))
+        lock = (root / "requirements.lock").read_text(encoding="utf-8")
         project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
         named = {_normal(re.split(r"[^\w.-]", each)[0]) for each in project["project"]["dependencies"]}
     except (OSError, ValueError, KeyError) as error:
-        yield Finding("packages", "fault", f"the lock cannot be read: {error}", "restore requirements.lock from git")
-        return
-    apart = {name: found for name, pin in pins.items() if (found := _installed(name)) != pin}
-    for name in sorted(apart.keys() & named):
-        yield Finding("packages", "fault", f"{name} {apart[name] or 'is missing'}, locked {pins[name]}", "make install")
-    if others := [f"{name} {apart[name] or 'missing'} (locked {pins[name]})" for name in sorted(apart.keys() - named)]:
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        yield Finding("packages", "warning", f"not as locked: {', '.join(others[:5])}{more}", "make install")
-    if not apart:
-        yield _finding("packages", f"all {len(pins)} as locked, llamafactory {pins.get('llamafactory', '?')}")
-
-
-def _pins(lock: str) -> Iterator[tuple[str, str]]:
-    """Yield name and version of each pin that is for this machine."""
-    for name, version, marker in re.findall(r"^([\w.-]+)==([^\s;\\]+)(?: ; ([^\\\n]+))?", lock, re.MULTILINE):
-        if not marker or Marker(marker.strip()).evaluate():
-            yield _normal(name), version
+        return Finding("packages", "fault", f"the lock cannot be read: {error}", "restore requirements.lock from git")
+    lines = re.findall(r"^([\w.-]+)==([^\s;\\]+)(?: ; ([^\\\n]+))?", lock, re.MULTILINE)
+    pins = {
+        _normal(name): version for name, version, marker in lines if not marker or Marker(marker.strip()).evaluate()
+    }
+    found = {name: _installed(name) for name in sorted(named & pins.keys())}
+    apart = [f"{name} {got or 'is missing'} (locked {pins[name]})" for name, got in found.items() if got != pins[name]]
+    said = ", ".join(apart) or f"all {len(found)} as locked, llamafactory {pins.get('llamafactory', '?')}"
+    return _finding("packages", said, remedy, fault=bool(apart))
 
 
 def _normal(name: str) -> str:
@@ -158,34 +140,25 @@ def _driver(seen: Devices) -> Finding:
         versions = sorted(set(done.stdout.split())) if done.returncode == 0 else []
     except (OSError, subprocess.TimeoutExpired):
         versions = []
-    if not versions:
-        return _finding("driver", "not NVIDIA's" if seen.gpus else "no NVIDIA driver; needed only with an NVIDIA GPU")
-    if not seen.gpus and not _hidden():
-        remedy = f"update the driver for CUDA {seen.cuda or '13'}, or install the locked torch (`make install`)"
-        return Finding("driver", "fault", f"{versions[0]}, but torch sees no GPU", remedy)
-    return _finding("driver", ", ".join(versions))
+    unseen = bool(versions) and not seen.gpus and not _hidden()
+    said = ", ".join(versions) or "no NVIDIA driver; needed only with an NVIDIA GPU"
+    remedy = f"update the driver for CUDA {seen.cuda or '13'}, or install the locked torch (`make install`)"
+    return _finding("driver", f"{said}, but torch sees no GPU" if unseen else said, remedy, fault=unseen)
 
 
 def _bitsandbytes(product: Product) -> Finding:
-    if product.failure:
-        said = product.failure
-    else:
-        said = f"a 4-bit product is {product.nf4_error:.1%} from fp32, {product.kernel_error:.1%} from its own weights"
+    said = product.failure or f"a 4-bit product is {product.kernel_error:.1%} from that of its own weights"
     remedy = "run `python -m bitsandbytes`, then `make install`; or --bits none, which needs no bitsandbytes"
     return _finding(f"bitsandbytes {product.device}", said, remedy, fault=not product.works)
 
 
 def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
     try:
-        text = cpuinfo.read_text(encoding="utf-8")
+        flags = cpuinfo.read_text(encoding="utf-8").split()
     except OSError:
         return _finding("cpu", f"{os.cpu_count()} cores; its flags cannot be read here")
-    flags = set((re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE) or ["", ""])[1].split())
-    fast = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
-    said = f"{os.cpu_count()} cores, {' and '.join(fast) or 'no avx512_bf16, no amx_bf16: bf16 is emulated, use fp32'}"
-    if "sse2" in flags and "avx2" not in flags:
-        return Finding("cpu", "warning", f"{said}, no avx2", "expect a CPU to score many times slower; use a GPU")
-    return _finding("cpu", said)
+    fast = " and ".join(flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags)
+    return _finding("cpu", f"{os.cpu_count()} cores, {fast or 'bf16 is emulated: use fp32'}")
 
 
 def _memory() -> Finding:
@@ -217,29 +190,26 @@ def _hub_token() -> Finding:
 def _hub_cache() -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if constants.is_offline_mode():
         remedy = "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to download models"
         yield Finding("hub", "warning", "switched off", remedy)
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(there).free / _GIB
     said = f"{cache}: {len(list(cache.glob('models--*')))} model(s), {free:.1f} GiB free"
+    remedy = "a model of 4 billion weights is 8 GB to download: free some, or set HF_HOME to a folder of your own"
     if not writable(there):
-        yield Finding("hub cache", "fault", f"{said}, not writable", "set HF_HOME to a folder of your own")
+        yield Finding("hub cache", "fault", f"{said}, not writable", remedy)
     else:
-        remedy = "a model of 4 billion weights is 8 GB to download: free some, or set HF_HOME to another disk's folder"
         yield _finding("hub cache", said, remedy, warning=free < _CACHE_WARNING)
 
 
-def _ports() -> Iterator[Finding]:
-    for port, (purpose, remedy) in PORTS.items():
-        with socket.socket() as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just left is free
-            try:
-                trial.bind(("127.0.0.1", port))
-                yield _finding(f"port {port}", f"free for {purpose}")
-            except OSError:
-                yield Finding(f"port {port}", "warning", "in use", remedy)
+def _port() -> Finding:
+    with socket.socket() as trial:
+        in_use = trial.connect_ex(("127.0.0.1", PORT)) == 0
+    remedy = "nothing to do: `run.py board` and `watch` use the next free port, or that of --port"
+    said = "in use" if in_use else "free for the pages of run.py"
+    return _finding(f"port {PORT}", said, remedy, warning=in_use)
 
 
 def _folders() -> Finding:

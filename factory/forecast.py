@@ -39,7 +39,7 @@ def forecast(experiment: Experiment, stages: Iterable[str], devices: Iterable[st
     devices = devices or [*CARDS, *([CPU] if size.parameters <= _SMALL else [])]
     left_out = {} if stages else _left_out(experiment)
     stages = stages or [name for name in TRAININGS if name not in left_out]
-    check_recipes(experiment, stages, installed=False)  # the forecast may be for another machine
+    check_recipes(experiment, stages)
     return {
         "experiment": experiment.name,
         "model": experiment.model,

@@ -7,8 +7,6 @@ folder that holds the rounded weights. One such copy serves all trainings from t
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,20 +14,17 @@ from typing import Any
 from common.console import duration
 from common.errors import ArenaError, same_command
 from common.files import atomic_folder, only_run, read_json, write_json
-from common.progress import Line, Show
+from common.progress import Show
 from factory.fingerprint import local_models, model_files
 from factory.process import llamafactory, run_child
 from factory.stage_context import StageContext
 from factory.state import archive
-from factory.train import ADAPTER_FILES, ChildOutput, require_files
+from factory.train import ADAPTER_FILES, require_files, show_phase
 
 MANIFEST = "dequantised.json"
-FORMAT = 1
 VALUE_HEAD = "value_head.safetensors"
 # LLaMA-Factory's own values where a recipe leaves them out (hparams/model_args.py).
 _QUANTISATION = {"quantization_type": "nf4", "double_quantization": True}
-# transformers' own bar, as tqdm writes it into a file: Loading weights:  43%|████  | 125/290 [00:05<00:07, 23.1it/s]
-_LOADING = re.compile(r"Loading weights:\s+(\d+)%\|")
 
 
 def merge(context: StageContext, complete: Callable[[Path], None], show: Show) -> Path:
@@ -57,7 +52,7 @@ def merge(context: StageContext, complete: Callable[[Path], None], show: Show) -
             standing.require_same_inputs("merge", context.folder, f"move {merged} away to merge again")
             show.note(f"{name}: merge kept, finished {standing.record.finished_at}")
             return merged
-        for old in archive(merged, places=(context.adapter, context.folder)):
+        for old in archive(merged):
             show.note(f"{name}: the earlier merge is now {old}")
         context.state.begin("merge", inputs)
         with context.state.failures_of("merge"):
@@ -70,58 +65,20 @@ def merge(context: StageContext, complete: Callable[[Path], None], show: Show) -
 
 
 def _run(context: StageContext, complete: Callable[[Path], None], show: Show) -> float:
-    log, what, recipe = context.folder / "merge.log", f"merging {context.name}", context.merge_recipe
+    log, what = context.folder / "merge.log", f"merging {context.name}"
     with atomic_folder(context.merged) as folder, show.line(context.name) as line:
         line.update("starting LLaMA-Factory")
-        command = llamafactory("export", str(context.merge_recipe_path), f"export_dir={folder}")
-        again = f"start {same_command()} again; the training is kept"
         seconds = run_child(
-            command,
+            llamafactory("export", str(context.merge_recipe_path), f"export_dir={folder}"),
             log,
             what=what,
-            on_line=ChildOutput(line, show, lambda text: _show_loading(text, line)),
-            on_look=lambda: _show_written(folder, _base_weights(recipe), line),
-            interrupted_remedy=again,
+            on_line=lambda text: show_phase(text, line, show),
+            interrupted_remedy=f"start {same_command()} again; the training is kept",
         )
-        head = (VALUE_HEAD,) if recipe.get("stage") == "rm" else ()
+        head = (VALUE_HEAD,) if context.merge_recipe.get("stage") == "rm" else ()
         require_files(folder, ("config.json", "tokenizer_config.json", "*.safetensors", *head), log, what)
         complete(folder)
     return seconds
-
-
-def _show_loading(text: str, line: Line) -> None:
-    if (found := _LOADING.search(text)) and found[1] != "100":
-        line.update("of the weights loaded", int(found[1]) / 100)
-
-
-def _show_written(folder: Path, base: Path, line: Line) -> None:
-    """Show how much of the merged weights is written: they are as many bytes as the base's."""
-    written, total = _weight_bytes(folder), _weight_bytes(base)
-    if written and total:
-        line.update("of the merged model written", min(written / total, 1.0))
-
-
-def _weight_bytes(folder: Path) -> int:
-    try:
-        return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    except OSError:  # a file that was renamed between the list and the look
-        return 0
-
-
-def _base_weights(recipe: dict[str, Any]) -> Path:
-    """Return the folder of the model that is merged into: its own, or the hub's cache."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    name = recipe["model_name_or_path"]
-    if Path(name).exists():
-        return Path(name)
-    try:
-        repos = [repo for repo in scan_cache_dir().repos if repo.repo_id == name]
-    except CacheNotFound:
-        repos = []
-    revisions = [revision.snapshot_path for repo in repos for revision in repo.revisions]
-    return revisions[0] if revisions else Path(name)
 
 
 class DequantisedBase:
@@ -145,7 +102,7 @@ class DequantisedBase:
         try:
             manifest = read_json(self.folder / MANIFEST)
             sizes = {name: (self.folder / name).stat().st_size for name in manifest["sizes"]}
-            return (manifest["format"], manifest["source"], manifest["sizes"]) == (FORMAT, self.source, sizes)
+            return (manifest["source"], manifest["sizes"]) == (self.source, sizes)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -155,24 +112,20 @@ class DequantisedBase:
         with only_run(self.folder, wait=lambda who: show.note(f"{self.folder} is being made by {who}: waiting")):
             if self.is_whole:
                 return
-            started = time.monotonic()
             with show.line("dequantised base") as line:
                 line.update(f"{self._bits}-bit weights of {self._model} as an ordinary model")
-                model = self._load(show)
-                with atomic_folder(self.folder) as folder:
-                    self._save(model, folder)
-            seconds = duration(time.monotonic() - started)
-            show.note(f"dequantised the {self._bits}-bit base in {seconds}: {self.folder}")
+                self._make(show)
+            show.note(f"dequantised the {self._bits}-bit base: {self.folder}")
 
-    def _save(self, model: Any, folder: Path) -> None:
+    def _make(self, show: Show) -> None:
         from transformers import AutoTokenizer
 
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(self._model, revision=self._revision).save_pretrained(folder)
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        write_json(folder / MANIFEST, {"format": FORMAT, "source": self.source, "sizes": sizes})
-        for path in folder.iterdir():  # safetensors writes for the owner alone
-            path.chmod((folder / MANIFEST).stat().st_mode)
+        model = self._load(show)
+        with atomic_folder(self.folder) as folder:
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(self._model, revision=self._revision).save_pretrained(folder)
+            sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+            write_json(folder / MANIFEST, {"source": self.source, "sizes": sizes})
 
     def _load(self, show: Show) -> Any:
         """Return the quantised and dequantised model, on the device where it was trained if it fits there."""

@@ -10,9 +10,8 @@ import difflib
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +19,11 @@ from typing import Any, Literal
 from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from common.errors import ArenaError, UsageError
+from common.errors import ArenaError
 from common.experiment import Experiment
 from common.files import atomic_file
 from common.llamafactory_schema import arguments, key_fault, value_fault
-from common.stages import STEPS, Step
+from common.stages import STEPS
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 State = Literal["written", "unchanged", "updated", "hand-edited", "replaced"]
@@ -32,17 +31,8 @@ State = Literal["written", "unchanged", "updated", "hand-edited", "replaced"]
 # What a template can raise beside Jinja's own errors: it may be of another encoding, too deep, or compute nonsense.
 _TEMPLATES_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError)
 _HASH_LINE = re.compile(r"^# .*\bsha256:([0-9a-f]{64})\b.*\n?", re.MULTILINE)
-_REST_LINE = re.compile(r"^@rest (.*)\n", re.MULTILINE)  # @ begins no line of YAML
 _PLAIN_STRING = re.compile(r"[A-Za-z][A-Za-z0-9_./@,-]*")
 _YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
-# The section to which a key goes that a template does not name, by the dataclass that owns it.
-_SECTIONS = {
-    "ModelArguments": "model",
-    "FinetuningArguments": "method",
-    "DataArguments": "dataset",
-    "TrainingArguments": "train",
-    "GeneratingArguments": "eval",
-}
 
 
 @dataclass(frozen=True)
@@ -54,19 +44,12 @@ class RecipeOutcome:
     diff: str = ""
 
 
-def step_of(name: str) -> Step:
-    """Return a step by its name; raises UsageError that lists the names."""
-    if name not in STEPS:
-        raise UsageError(f"there is no step {name!r}", remedy=f"choose one of: {', '.join(STEPS)}")
-    return STEPS[name]
-
-
 def shared_values(experiment: Experiment, step: str) -> dict[str, Any]:
     """Return the keys of a recipe that follow from experiment.yaml, with the values that they must have.
 
     Paths are relative to the repository root. A key that LLaMA-Factory would ignore or refuse in this step is left out.
     """
-    its = step_of(step)
+    its = STEPS[step]
     start = experiment.merge_model(its.trains) if its.merges else experiment.start_model(its.trains)
     values: dict[str, Any] = {
         "model_name_or_path": start,
@@ -103,7 +86,7 @@ def check_first_values(experiment: Experiment, steps: Iterable[str] = tuple(STEP
             if key in shared:
                 fault = "follows from experiment.yaml's own keys and names; change it there, for all stages at once"
             else:
-                fault = key_fault(key, not step_of(step).merges) or value_fault(arguments()[key], value)
+                fault = key_fault(key, not STEPS[step].merges) or value_fault(arguments()[key], value)
             if fault:
                 faults.append(f"  - recipes.{step}.{key}: {fault}")
     if faults:
@@ -117,42 +100,34 @@ def check_first_values(experiment: Experiment, steps: Iterable[str] = tuple(STEP
 def render_recipe(experiment: Experiment, step: str, templates: Path = TEMPLATES) -> str:
     """Return the text of a recipe, header and hash included.
 
-    `experiment.recipes[step]` replaces values in their place; keys that the template does not name are appended to
-    the section of their dataclass. Raises ArenaError for a key that is unknown, of a wrong value or experiment.yaml's
-    own, and for a faulty template.
+    `experiment.recipes[step]` replaces values in their place; keys that the template does not name follow at the end.
+    Raises ArenaError for a key that is unknown, of a wrong value or experiment.yaml's own, and for a faulty template.
     """
-    its, where = step_of(step), f"{templates.name}/{step_of(step).template}"
+    its, first, shared = STEPS[step], experiment.recipes.get(step, {}), shared_values(experiment, step)
     check_first_values(experiment, [step])
-    values = _Values(experiment.recipes.get(step, {}), shared_values(experiment, step))
-    text = render_template(
-        its.template,
-        {
-            "experiment": experiment,
-            "description": " ".join(experiment.description.split()),
-            "step": its,
-            "path": experiment.recipe(step).as_posix(),
-            "merged": experiment.merged_folder(its.trains).as_posix(),
-            "from_sft": experiment.start_model(its.trains) != experiment.model,
-            "dequantised": experiment.merges_dequantised,
-            "key": values.key,
-            "shared": values.of_experiment,
-            "rest": lambda *sections: f"@rest {' '.join(sections)}\n",
-        },
-        templates,
-    )
-    text, unplaced = _place_rest(_normal(text), values)
-    if twice := sorted(key for key, times in Counter(re.findall(r"^(\w+):", text, re.MULTILINE)).items() if times > 1):
-        raise ArenaError(
-            f"writes twice: {', '.join(twice)}",
-            where=where,
-            remedy="let the template write these keys by {{ key(name, value) }}, which `recipes:` may replace",
-        )
-    if unplaced:
-        raise ArenaError(
-            f"has no place for the first value(s) of: {', '.join(sorted(unplaced))}",
-            where=where,
-            remedy="give each section of the template a {{ rest(…) }}",
-        )
+    named = set()
+
+    def key(name: str, default: Any, why: str = "", note: str = "") -> str:
+        """`name: value  # why; note`; `why` speaks for the template's value, so another value goes without it."""
+        named.add(name)
+        value = first.get(name, default)
+        comment = "; ".join(part for part in (why if value == default else "", note) if part)
+        return f"{name}: {as_yaml(value)}{f'  # {comment}' if comment else ''}"
+
+    values = {
+        "experiment": experiment,
+        "description": " ".join(experiment.description.split()),
+        "step": its,
+        "path": experiment.recipe(step).as_posix(),
+        "merged": experiment.merged_folder(its.trains).as_posix(),
+        "from_sft": experiment.start_model(its.trains) != experiment.model,
+        "dequantised": experiment.merges_dequantised,
+        "key": key,
+        "shared": lambda name: f"{name}: {as_yaml(shared[name])}",
+    }
+    text = _normal(render_template(its.template, values, templates))
+    if unnamed := [f"{name}: {as_yaml(value)}\n" for name, value in first.items() if name not in named]:
+        text += f"\n### more\n{''.join(unnamed)}"
     lines = text.splitlines(keepends=True)
     top = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     line = f"# Rendered from templates/{its.template}; an edited recipe is kept as it is. sha256:{_digest(text)}\n"
@@ -207,54 +182,6 @@ def is_as_rendered(text: str) -> bool:
     text = _normal(text)
     hashes = _HASH_LINE.findall(text)
     return len(hashes) == 1 and hashes[0] == _digest(_HASH_LINE.sub("", text))
-
-
-@dataclass
-class _Values:
-    """The values that a template places, and a record of the keys that it names."""
-
-    first: Mapping[str, Any]
-    shared: Mapping[str, Any]
-    named: set[str] = field(default_factory=set)
-
-    def key(self, name: str, default: Any, why: str = "", note: str = "") -> str:
-        """`name: value  # why; note`; `why` speaks for the template's value, so another value goes without it."""
-        self.named.add(name)
-        value = self.first.get(name, default)
-        comment = "; ".join(part for part in (why if value == default else "", note) if part)
-        return f"{name}: {as_yaml(value)}{f'  # {comment}' if comment else ''}"
-
-    def of_experiment(self, name: str) -> str:
-        """`name: value` for a key that all stages share; raises ArenaError for any other."""
-        if name not in self.shared:
-            raise ArenaError(
-                f"a recipe template asks for shared({name!r}), which does not follow from experiment.yaml",
-                where="templates",
-                remedy=f"choose one of: {', '.join(self.shared)}; or write key({name!r}, value)",
-            )
-        return f"{name}: {as_yaml(self.shared[name])}"
-
-
-def _place_rest(text: str, values: _Values) -> tuple[str, list[str]]:
-    """Write the first values that the template does not name where it has a rest(…) for their section.
-
-    The second result lists the keys that have no place.
-    """
-    unnamed = {key: value for key, value in values.first.items() if key not in values.named}
-
-    def lines(match: re.Match[str]) -> str:
-        keys = [key for key in unnamed if _section(key) in match[1].split()]
-        return "".join(f"{key}: {as_yaml(unnamed.pop(key))}\n" for key in keys)
-
-    return _REST_LINE.sub(lines, text), list(unnamed)
-
-
-def _section(key: str) -> str:
-    if key.startswith("export_"):
-        return "export"
-    if key.startswith(("eval_", "per_device_eval_")):
-        return "eval"
-    return _SECTIONS[arguments()[key].group]
 
 
 def as_yaml(value: Any, *, in_list: bool = False) -> str:

@@ -115,7 +115,9 @@ class StageContext:
     @property
     def training_inputs(self) -> dict[str, Any]:
         """What a training depends on, but for the weights of local models and the files of an engine."""
-        return {str(self.recipe_path): self.recipe, "data": data_sets(self.recipe, self.exported)}
+        engine = self.experiment.distributed
+        inputs = {str(self.recipe_path): self.recipe, "data": data_sets(self.recipe, self.exported)}
+        return inputs if engine == "auto" else {**inputs, "distributed": engine}
 
     @property
     def scoring_inputs(self) -> dict[str, Any]:
@@ -132,8 +134,11 @@ class StageContext:
 
     def standing(self, part: str) -> Standing:
         """Return how a part stands by what can be compared at once; the weights of local models are not read."""
-        inputs = {"train": self._cheap_training, "merge": self._cheap_merge, "score": lambda: self.scoring_inputs}
-        return self.state.standing(part, inputs[part](), partial=True)
+        if part == "merge":
+            inputs = {str(self.merge_recipe_path): self.merge_recipe}
+        else:
+            inputs = self.training_inputs if part == "train" else self.scoring_inputs
+        return self.state.standing(part, inputs, partial=True)
 
     def changed_settings(self) -> list[str]:
         """Return one line for each setting that the exported rows depend on and that changed since `prepare`."""
@@ -198,19 +203,11 @@ class StageContext:
         return list(dict.fromkeys(name for record in records for name in self._other_files(record)))
 
     def _other_files(self, record: Record) -> list[str]:
-        folder, known = self.experiment.data_folder, exported_files(self.manifest, self.experiment.data_folder)
-        files = {
-            Path(path): content for path, content in record.inputs.get("data", {}).items() if isinstance(content, str)
-        }
-        own = [path for path in files if path.is_relative_to(folder) and known.get(path.as_posix()) != files[path]]
-        return [path.relative_to(folder).as_posix() for path in own]
-
-    def _cheap_training(self) -> dict[str, Any]:
-        engine = self.experiment.distributed
-        return {**self.training_inputs, **({} if engine == "auto" else {"distributed": engine})}
-
-    def _cheap_merge(self) -> dict[str, Any]:
-        return {str(self.merge_recipe_path): self.merge_recipe}
+        folder = self.experiment.data_folder
+        known, used = exported_files(self.manifest, folder), record.inputs.get("data", {})
+        own = {Path(path): digest for path, digest in used.items() if isinstance(digest, str)}
+        changed = [path for path, digest in own.items() if known.get(path.as_posix()) != digest]
+        return [path.relative_to(folder).as_posix() for path in changed if path.is_relative_to(folder)]
 
 
 def prepare_again(manifest: Mapping[str, Any], name: str) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -51,13 +51,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a part stands against its inputs of today.
+    """How a part stands against its inputs of today: its record, and one line for each input that changed since."""
 
-    new: it never began. finished: made from these inputs, and its outputs exist. unfinished: begun from these inputs.
-    outdated: begun or finished from other inputs; `changes` says which, one line each.
-    """
-
-    answer: Literal["new", "finished", "unfinished", "outdated"]
     record: Record | None = None
     changes: tuple[str, ...] = ()
 
@@ -89,11 +84,9 @@ class StageState:
         """Return how a part stands; `partial` inputs are compared with the recorded ones of the same names only."""
         record = self.record(part)
         if record is None:
-            return Standing("new")
+            return Standing()
         recorded = {k: v for k, v in record.inputs.items() if k in inputs} if partial else record.inputs
-        if changes := differences(recorded, inputs):
-            return Standing("outdated", record, tuple(changes))
-        return Standing("unfinished" if record.finished_at is None or record.missing else "finished", record)
+        return Standing(record, tuple(differences(recorded, inputs)))
 
     def begin(self, part: str, inputs: Mapping[str, Any]) -> None:
         """Record that a part begins; what was made from its earlier result counts as not made."""
@@ -144,21 +137,14 @@ def listed(what: str, lines: Sequence[str]) -> str:
     return "\n".join([what, *(f"  - {line}" for line in lines)])
 
 
-def archive(*paths: Path, places: Sequence[Path] = ()) -> list[Path]:
+def archive(*paths: Path) -> list[Path]:
     """Rename the given files and folders that exist to '<name>.earlier-N', one N for all; return the new names.
 
-    N is one more than the highest beside them and in `places` (a stage's folders): equal numbers belong together.
+    N is one more than the highest beside them: the highest number is the newest.
     """
-    beside = [each for path in (*paths, *places) for each in path.parent.glob(f"{glob.escape(path.name)}.earlier-*")]
-    within = [each for place in places for each in place.glob("*.earlier-*")]
-    number = max((int(m[1]) for each in (*beside, *within) if (m := _EARLIER.search(each.name))), default=0) + 1
+    beside = [each for path in paths for each in path.parent.glob(f"{glob.escape(path.name)}.earlier-*")]
+    number = max((int(m[1]) for each in beside if (m := _EARLIER.search(each.name))), default=0) + 1
     return [p.rename(p.with_name(f"{p.name}.earlier-{number}")) for p in paths if p.exists() or p.is_symlink()]
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the folders checkpoint-N of a trainer's folder, whole or not, the highest first."""
-    numbered = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -167,7 +153,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     trainer_state.json is written last; a kill or a full disk leaves a folder without it, or files that end early, which
     LLaMA-Factory would choose and then fail on.
     """
-    return next((path for path in checkpoints(folder) if _is_whole(path)), None)
+    numbered = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))]
+    return next((path for _, path in sorted(numbered, reverse=True) if _is_whole(path)), None)
 
 
 def is_occupied(folder: Path) -> bool:

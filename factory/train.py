@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from common.console import duration
@@ -13,23 +12,22 @@ from common.files import only_run, read_json
 from common.progress import Line, Show
 from data_prep.export_reader import MANIFEST, SPLITS, require_intact
 from factory.distributed import Launch, plan_launch
-from factory.fingerprint import dataset_files, local_models, training_rows
+from factory.fingerprint import local_models, training_rows
 from factory.process import llamafactory, run_child
-from factory.stage_context import StageContext, some
-from factory.state import archive, checkpoints, flag_to_go_on, is_occupied, last_checkpoint
-from factory.trainer_log import LogPoint, TrainerLog, loss_curve, show_points
+from factory.stage_context import StageContext
+from factory.state import archive, flag_to_go_on, is_occupied, last_checkpoint
+from factory.trainer_log import TrainerLog, loss_curve, show_points
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What the child's log says when it comes to something new, and what the live line says then.
 _PHASES = {
     "reading the data": re.compile(r"Loading dataset|Converting format|Running tokenizer"),
-    "loading the model": re.compile(r"loading (weights|configuration) file|Loading checkpoint shards|Loading weights"),
+    "loading the model": re.compile(r"loading weights file|Loading checkpoint shards|Loading weights"),
     "training": re.compile(r"\*\*\*\*\* Running training"),
     "validating": re.compile(r"\*\*\*\*\* Running [Ee]valuation"),
     "saving": re.compile(r"Saving model checkpoint"),
     "merging": re.compile(r"Merged \d+ adapter"),
 }
-_WHILE_TRAINING = ("validating", "saving")  # a file that is loaded then is not the model
 _ROWS = re.compile(r"Num examples = ([\d,]+)")
 _FRESH = "--fresh puts that run aside and trains from the beginning"
 
@@ -50,13 +48,13 @@ def train(context: StageContext, *, resume: bool = False, fresh: bool = False, s
         return _train_along(context, launch, resume, show)
     with only_run(context.folder):
         if fresh:
-            _put_aside(show, context.adapter, context.folder, places=(context.adapter, context.folder))
+            _put_aside(show, context.adapter, context.folder)
             vars(context).pop("state", None)  # it was put aside, too
         inputs = {**context.training_inputs, **local_models(context.recipe), **launch.inputs}
         standing = context.state.standing("train", inputs)
         damaged = standing.record.damaged if standing.record else []
-        for name in damaged:
-            show.note(f"{name} is not what the training wrote: the training counts as unfinished")
+        if damaged:
+            show.note(f"{', '.join(damaged)}: not what the training wrote; the training counts as unfinished")
         if standing.is_finished:
             standing.require_same_inputs("train", context.folder, _FRESH)
             if not damaged:
@@ -69,17 +67,18 @@ def train(context: StageContext, *, resume: bool = False, fresh: bool = False, s
         with context.state.failures_of("train"):
             seconds = _run(context, checkpoint, launch, show)
         context.state.finish("train", [context.adapter / name for name in ADAPTER_FILES], seconds)
-    show.note(f"{context.name}: trained in {duration(seconds)}{_summary(context.adapter)}")
+    losses = [row["loss"] for row in loss_curve(context.adapter / "trainer_log.jsonl") if row["loss"] is not None]
+    summary = f", loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
+    show.note(f"{context.name}: trained in {duration(seconds)}{summary}")
     return context.adapter
 
 
 def trained_rows(log: Path) -> int | None:
     """Return on how many rows a training's log says that LLaMA-Factory trained, None where it does not say it."""
-    rows = RowsCheck(None)
+    rows = RowsCheck()
     try:
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            for text in lines:
-                rows.read(text)
+        for text in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            rows.read(text)
     except OSError:
         return None
     return rows.seen
@@ -109,8 +108,8 @@ def _require_data(context: StageContext) -> None:
         )
 
 
-def _put_aside(show: Show, *paths: Path, places: tuple[Path, ...]) -> None:
-    for old in archive(*paths, places=places):
+def _put_aside(show: Show, *paths: Path) -> None:
+    for old in archive(*paths):
         show.note(f"the earlier run is now {old}")
 
 
@@ -119,31 +118,23 @@ def _checkpoint(context: StageContext, resume: bool, show: Show) -> Path | None:
 
     Raises ArenaError where an earlier run lies in the adapter's folder and --resume was not given or is not possible.
     """
-    adapter = context.adapter
+    adapter, checkpoint = context.adapter, last_checkpoint(context.adapter)
     if not is_occupied(adapter):
-        if resume:
-            show.note(f"nothing to resume in {adapter}: training starts at the beginning")
         return None
-    checkpoint = last_checkpoint(adapter)
-    if not resume:
+    can_resume = flag_to_go_on(adapter, context.step.stage) == "--resume"
+    if not resume or (checkpoint and not can_resume):
         has = f"its last whole checkpoint is {checkpoint.name}" if checkpoint else "it has no whole checkpoint"
-        go_on = flag_to_go_on(adapter, context.step.stage) == "--resume"
+        if checkpoint and not can_resume:
+            has += ", but LLaMA-Factory 0.9.5 cannot resume a reward model: it does not read the value head back"
         raise ArenaError(
             f"holds an unfinished run, or one that `run.py` did not start; {has}",
             where=str(adapter),
-            remedy=f"{'--resume goes on from it; ' if go_on else ''}{_FRESH}",
+            remedy=f"{'--resume goes on from it; ' if can_resume else ''}{_FRESH}",
         )
     if checkpoint is None:
         show.note(f"{adapter} holds no whole checkpoint: training starts at the beginning")
-        _put_aside(show, adapter, places=(adapter, context.folder))
+        _put_aside(show, adapter)
         return None
-    if context.step.stage == "rm":
-        what = "LLaMA-Factory 0.9.5 cannot resume a reward model: it does not read the value head back"
-        raise ArenaError(what, where=str(checkpoint), remedy=_FRESH)
-    if context.state.record("train") is None:
-        show.note(f"`run.py` did not start the run in {adapter}: whether its inputs were the same is unknown")
-    for later in checkpoints(adapter)[: checkpoints(adapter).index(checkpoint)]:
-        show.note(f"{later} is not whole (a kill or a full disk while it was saved): skipped")
     show.note(f"going on from {checkpoint}")
     return checkpoint
 
@@ -152,11 +143,14 @@ def _train_along(context: StageContext, launch: Launch, resume: bool, show: Show
     """Train as another node than the first, which keeps state, log and adapter; this one keeps its own log only."""
     checkpoint = last_checkpoint(context.adapter) if resume else None  # on a disk that the nodes share
     log, what = context.folder / f"train.node-{launch.node}.log", f"{context.name}, node {launch.node}"
-    command, environment = _command(context, launch, checkpoint), launch.environment
     with show.line(what) as line:
-        line.update("starting LLaMA-Factory")
-        reader = ChildOutput(line, show)
-        seconds = run_child(command, log, what=f"training {what}", on_line=reader, environment=environment)
+        seconds = run_child(
+            _command(context, launch, checkpoint),
+            log,
+            what=f"training {what}",
+            on_line=lambda text: show_phase(text, line, show),
+            environment=launch.environment,
+        )
     show.note(f"{what}: done in {duration(seconds)}; node 0 goes on")
 
 
@@ -166,27 +160,37 @@ def _run(context: StageContext, checkpoint: Path | None, launch: Launch, show: S
     rows = RowsCheck(training_rows(context.recipe), context.recipe_path)
     if rows.expected is None:
         show.note(f"{context.name}: this recipe leaves open how many rows are trained, so they are not compared")
-    step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
-    read = {path: _stamp(path) for path in (context.recipe_path, *dataset_files(context.recipe))}
-
-    def begins() -> None:
-        if changed := [str(path) for path in read if _stamp(path) != read[path]]:
-            what = f"changed while LLaMA-Factory was starting: {some(changed)}"
-            raise ArenaError(what, where=str(context.recipe_path), remedy="start again with --fresh")
-
+    points = TrainerLog(adapter / "trainer_log.jsonl", skip_existing=True)
     with show.line(context.name) as line:
         line.update("starting LLaMA-Factory")
+        show_point = show_points(line, int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
+
+        def read(text: str) -> None:
+            show_phase(text, line, show)
+            rows.read(text)
+
+        def look() -> None:
+            for point in points.read_new():
+                if not point.finite:
+                    raise _not_finite(f"the loss is NaN or infinite at step {point.step}", adapter)
+                show_point(point)
+
         seconds = run_child(
             _command(context, launch, checkpoint),
             log,
             what=what,
-            on_line=ChildOutput(line, show, rows.read, begins),
-            on_look=_points_checked(adapter, show_points(line, step)),
+            on_line=read,
+            on_look=look,
             interrupted_remedy=lambda: _way_on(context),
             environment=launch.environment,
         )
     require_files(adapter, ADAPTER_FILES, log, what)
-    rows.require_seen(log)
+    if rows.expected is not None and rows.seen is None:
+        raise ArenaError(
+            "does not say on how many rows LLaMA-Factory trained, so that dropped rows would go unnoticed",
+            where=str(log),
+            remedy="remove `log_level` from the recipe, then --fresh",
+        )
     _require_finite(adapter, log)
     return seconds
 
@@ -198,46 +202,28 @@ def _command(context: StageContext, launch: Launch, checkpoint: Path | None) -> 
 
 
 def _way_on(context: StageContext) -> str:
-    """Return how an interrupted training goes on, which depends on what it had saved."""
-    checkpoint, flag = last_checkpoint(context.adapter), flag_to_go_on(context.adapter, context.step.stage)
-    if flag == "--resume":  # the whole call, since `demo` trains too and has no --resume
-        return f"go on from {checkpoint.name}: {context.command} --resume"
-    if checkpoint:
-        return "LLaMA-Factory 0.9.5 cannot resume a reward model: start again with --fresh"
-    when = "no checkpoint was saved so far (save_strategy and save_steps in the recipe decide when one is)"
-    return f"{when}: start again with {flag or 'the same command'}"
+    """Return how an interrupted training goes on: from its last checkpoint, or from the beginning."""
+    # The whole call, since `demo` trains too and has no --resume.
+    flag = flag_to_go_on(context.adapter, context.step.stage)
+    return (
+        f"go on from the last checkpoint: {context.command} {flag}"
+        if flag == "--resume"
+        else (f"there is no checkpoint to go on from: {context.command} {flag}".rstrip())
+    )
 
 
-class ChildOutput:
-    """Reads the child's output line by line: phases for the live line, everything for a verbose user."""
-
-    def __init__(
-        self,
-        line: Line,
-        show: Show,
-        then: Callable[[str], None] = lambda _: None,
-        begins: Callable[[], None] = lambda: None,
-    ):
-        """`then` gets every line, `begins` is called when the child has read everything and starts to train."""
-        self._line, self._show, self._then, self._begins = line, show, then, begins
-        self._training = False
-
-    def __call__(self, text: str) -> None:
-        if self._show.verbose and text.strip():
-            self._show.note(text)
-        names = _WHILE_TRAINING if self._training else _PHASES
-        if phase := next((name for name in names if _PHASES[name].search(text)), None):
-            self._line.update(phase)
-            if phase == "training":
-                self._training = True
-                self._begins()
-        self._then(text)
+def show_phase(text: str, line: Line, show: Show) -> None:
+    """Show what one line of the child's output says about its work; a verbose user sees the line itself."""
+    if show.verbose and text.strip():
+        show.note(text)
+    if phase := next((name for name, pattern in _PHASES.items() if pattern.search(text)), None):
+        line.update(phase)
 
 
 class RowsCheck:
     """Compares the rows that the child says it trains on with those that were exported, before any time is spent."""
 
-    def __init__(self, expected: int | None, recipe_path: Path = Path()):
+    def __init__(self, expected: int | None = None, recipe_path: Path = Path()):
         self.expected, self.seen = expected, None
         self._recipe_path, self._training = recipe_path, False
 
@@ -256,35 +242,6 @@ class RowsCheck:
                     "`tokenized_path` in the recipe",
                 )
 
-    def require_seen(self, log: Path) -> None:
-        """Raise ArenaError if a number was expected and the log has none."""
-        if self.expected is not None and self.seen is None:
-            raise ArenaError(
-                "does not say on how many rows LLaMA-Factory trained, so that dropped rows would go unnoticed",
-                where=str(log),
-                remedy="remove `log_level` from the recipe, then --fresh",
-            )
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        return path.stat().st_size, path.stat().st_mtime_ns
-    except OSError:
-        return None
-
-
-def _points_checked(adapter: Path, show_point: Callable[[LogPoint], None]) -> Callable[[], None]:
-    """Return a callback that shows the points a training has logged since the last call; raises ArenaError for NaN."""
-    log = TrainerLog(adapter / "trainer_log.jsonl", skip_existing=True)
-
-    def look() -> None:
-        for point in log.read_new():
-            if not point.finite:
-                raise _not_finite(f"the loss is NaN or infinite at step {point.step}", adapter)
-            show_point(point)
-
-    return look
-
 
 def _require_finite(adapter: Path, log: Path) -> None:
     """Raise ArenaError if a loss or a trained weight is not finite; the trainer hides a NaN loss from its own log."""
@@ -293,8 +250,7 @@ def _require_finite(adapter: Path, log: Path) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise ArenaError(f"cannot read the losses: {error}", where=str(adapter / "trainer_state.json")) from None
     for entry in history:
-        values = [entry.get(key) for key in ("loss", "eval_loss", "train_loss")]
-        if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+        if not all(math.isfinite(entry.get(key) or 0) for key in ("loss", "eval_loss", "train_loss")):
             raise _not_finite(f"the loss is NaN or infinite at step {entry.get('step')}", log)
     import torch
     from safetensors import SafetensorError, safe_open
@@ -322,12 +278,3 @@ def require_files(folder: Path, files: tuple[str, ...], log: Path, what: str) ->
             where=str(folder),
             remedy=f"read the end of {log}, then --fresh",
         )
-
-
-def _summary(adapter: Path) -> str:
-    """Return first and last loss for the closing line, nothing if none was logged."""
-    curve = loss_curve(adapter / "trainer_log.jsonl")
-    losses = [row["loss"] for row in curve if row["loss"] is not None]
-    judged = [row["eval_loss"] for row in curve if row["eval_loss"] is not None]
-    trained = f", loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
-    return trained + (f", validation loss {judged[-1]:.4f}" if judged else "")

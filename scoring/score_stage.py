@@ -126,7 +126,7 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
         started = time.monotonic()
         with closing(options.open(spec, scorer, show)) as executor:
             # Only now: a model that cannot be loaded leaves the earlier result as it is.
-            for old in archive(folder / REPORT, places=(context.adapter, folder)) if options.fresh else ():
+            for old in archive(folder / REPORT) if options.fresh else ():
                 show.note(f"{stage}: the earlier report is now {old}")
             context.state.begin("score", inputs)
             jobs, scoring = _score_splits(context, scorer, executor, inputs["model"], options, show)

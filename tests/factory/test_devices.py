@@ -54,8 +54,7 @@ def test_a_4_bit_product_is_near_and_a_broken_kernel_is_not(monkeypatch):
     from bitsandbytes.nn import Linear4bit
 
     good = four_bit_product("cpu")
-    assert good.works
-    assert 0.05 < good.nf4_error < module.NF4_ERROR, "4 bits cost something: the weights were quantized"
+    assert good.works and good.kernel_error > 0
     true = Linear4bit.forward
     monkeypatch.setattr(Linear4bit, "forward", lambda self, x: true(self, x) * 1.1)
     assert not four_bit_product("cpu").works
@@ -84,7 +83,7 @@ def test_a_child_that_dies_or_hangs_is_a_finding(monkeypatch):
 
 def test_what_the_child_prints_is_read_back(monkeypatch):
     content = {"torch": "2", "cuda": "13", "accelerator": "cuda", "failure": ""}
-    content |= {"gpus": [vars(Gpu("A", 1.0, 0.5, True))], "products": [vars(Product("cpu", 0.1, 0.001))]}
+    content |= {"gpus": [vars(Gpu("A", 1.0, 0.5, True))], "products": [vars(Product("cpu", 0.001))]}
     calls = []
 
     def run(command, **options):

@@ -20,6 +20,7 @@ from common.progress import Show
 from factory import train as steps
 from factory.base_model import BaseModelSize, build_base_model
 from factory.recipes import TEMPLATES, write_recipe
+from factory.stage_context import StageContext
 from factory.trainer_log import loss_curve
 
 RECIPE = {
@@ -84,7 +85,7 @@ def make(tmp_path, monkeypatch):
 
 def train(experiment, **options) -> tuple[Path, str]:
     stream = io.StringIO()
-    adapter = steps.train(experiment, "sft", show=Show(stream), **options)
+    adapter = steps.train(StageContext(experiment, "sft"), show=Show(stream), **options)
     return adapter, stream.getvalue()
 
 

@@ -36,10 +36,9 @@ def trained_on_today(place) -> None:
     (OUT / "state.json").write_text(json.dumps(state))
 
 
-def prepare_others(place, test: bool = True):
+def prepare_others(place):
     place.table(place.rows(40, start=5000)[::-1], "others.csv")
-    more = ["--test", "test.csv"] if test else []
-    return call("prepare", "-e", "exam", "--train", "others.csv", *more, "--pairs")
+    return call("prepare", "-e", "exam", "--train", "others.csv", "--test", "test.csv", "--pairs")
 
 
 @pytest.mark.parametrize("pairs", [["--pairs"], []], ids=["with --pairs", "without"])
@@ -60,11 +59,11 @@ def test_each_file_that_was_trained_on_counts_and_no_other(place, changed):
     trained_on_today(place)
     manifest = json.loads((DATA / "manifest.json").read_text())
     manifest["files"][changed or "dpo_judge_train.jsonl"] = "0" * 64
-    (DATA / "manifest.json").write_text(json.dumps(manifest))
-    assert StageContext(load_experiment("exam"), "sft").outdated_files(("train",)) == ([changed] if changed else [])
     gone = {name: digest for name, digest in manifest["files"].items() if name != changed}
-    (DATA / "manifest.json").write_text(json.dumps({**manifest, "files": gone}))
-    assert StageContext(load_experiment("exam"), "sft").outdated_files(("train",)) == ([changed] if changed else [])
+    for files in (manifest["files"], gone):
+        (DATA / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+        found = StageContext(load_experiment("exam"), "sft").outdated_files(("train",))
+        assert found == ([changed] if changed else [])
 
 
 def test_another_export_is_refused_by_scoring_comparing_and_what_starts_from_the_judge(place):
@@ -103,11 +102,6 @@ def test_another_test_set_outdates_the_scores_alone(place):
     view = status(load_experiment("exam"), "sft")
     assert view.state == "outdated" and view.next == "python run.py score -e exam --stage sft --fresh"
     StageContext(load_experiment("exam"), "sft").require_current_training()
-
-
-def test_a_lost_test_set_is_told(place):
-    done = prepare_others(place, test=False)
-    assert "it had a test set, this one has none" in done.output and "--test FILE" in done.output
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm"])

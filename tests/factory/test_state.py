@@ -31,55 +31,49 @@ def finish(folder, part="train", inputs=INPUTS, output="saves/adapter.safetensor
 def test_a_finished_part_is_known_to_a_later_process_with_relative_paths():
     folder = Path("outputs/demo/sft")
     finish(folder)
-    assert StageState(folder).standing("train", INPUTS).answer == "finished"
+    standing = StageState(folder).standing("train", INPUTS)
+    assert standing.is_finished and not standing.changes
     record = json.loads((folder / "state.json").read_text())["parts"]["train"]
     assert record["outputs"] == ["saves/adapter.safetensors"] and record["inputs"] == INPUTS
     assert record["seconds"] == 1.235 and record["started_at"] <= record["finished_at"]
     assert [p.name for p in folder.iterdir()] == ["state.json"], "nothing half-written beside it"
 
 
-def test_a_part_that_began_or_lost_its_outputs_is_unfinished():
+def test_a_part_that_began_or_lost_its_outputs_is_unfinished_and_a_changed_output_is_damaged():
     folder = Path("outputs/demo/sft")
     state = StageState(folder)
-    assert state.standing("train", INPUTS).answer == "new"
+    assert state.standing("train", INPUTS).record is None
     state.begin("train", INPUTS)
-    assert StageState(folder).standing("train", INPUTS).answer == "unfinished"
+    assert not StageState(folder).standing("train", INPUTS).is_finished
     state.finish("train", [made("saves/a")], 1)
+    assert state.standing("train", INPUTS).is_finished and state.record("train").damaged == []
+    Path("saves/a").write_text("y")
+    assert state.record("train").damaged == ["saves/a"]
     Path("saves/a").unlink()
-    assert state.standing("train", INPUTS).answer == "unfinished"
-    assert not state.standing("train", {"sft.yaml": {}}).is_finished, "nothing is lost by making it again"
-
-
-def test_outputs_that_changed_are_damaged():
-    state = finish(Path("outputs/demo/sft"))
-    assert state.record("train").damaged == []
-    Path("saves/adapter.safetensors").write_text("y")
-    assert state.record("train").damaged == ["saves/adapter.safetensors"]
+    assert not state.standing("train", INPUTS).is_finished
 
 
 def test_changed_inputs_are_listed_one_by_one():
     folder = Path("outputs/demo/sft")
     changed = {"sft.yaml": {"learning_rate": 2.0e-4, "seed": 1}, "data": {"train.jsonl": "sha256:bb"}}
     standing = finish(folder).standing("train", changed)
-    assert standing.answer == "outdated" and standing.is_finished
+    assert standing.is_finished
     with pytest.raises(ArenaError) as caught:
         standing.require_same_inputs("train", folder, REMEDY)
-    assert caught.value.what.splitlines() == [
-        "train was finished with other inputs; since then changed:",
+    assert caught.value.what.splitlines()[1:] == [
         "  - sft.yaml: learning_rate 0.0001 -> 0.0002",
         "  - sft.yaml: epochs 2 -> (absent)",
         "  - data: train.jsonl has other content",
         "  - sft.yaml: seed (absent) -> 1",
     ]
-    assert caught.value.remedy == f"undo the change, or {REMEDY}" and caught.value.where == "outputs/demo/sft"
+    assert REMEDY in caught.value.remedy and caught.value.where == "outputs/demo/sft"
 
 
 def test_partial_inputs_are_compared_with_those_of_the_same_name():
-    state = finish(Path("outputs/demo/sft"))
-    data = {"data": INPUTS["data"]}
-    assert state.standing("train", data).answer == "outdated"
-    assert state.standing("train", data, partial=True).answer == "finished"
-    assert state.standing("train", {**data, "distributed": "ddp"}, partial=True).answer == "outdated"
+    state, data = finish(Path("outputs/demo/sft")), {"data": INPUTS["data"]}
+    assert state.standing("train", data).changes
+    assert not state.standing("train", data, partial=True).changes
+    assert state.standing("train", {**data, "distributed": "ddp"}, partial=True).changes
 
 
 def test_what_was_made_from_a_training_is_forgotten_when_it_begins_again():
@@ -112,9 +106,9 @@ def test_archives_are_numbered_together_and_delete_nothing():
     assert Path("saves/x.earlier-1/adapter").read_text() == "run 1"
     assert Path("saves/x.earlier-2/adapter").read_text() == "run 2"
     made("saves/x/adapter")
-    made("outputs/y.earlier-3/other")
-    made("outputs/y/other")
-    assert {p.name for p in archive(Path("saves/x"), Path("outputs/y"))} == {"x.earlier-4", "y.earlier-4"}
+    made("outputs/y[1].earlier-3/other")  # a gap is not filled: the highest number is the newest
+    made("outputs/y[1]/other")
+    assert {p.name for p in archive(Path("saves/x"), Path("outputs/y[1]"))} == {"x.earlier-4", "y[1].earlier-4"}
 
 
 def test_the_last_whole_checkpoint_is_found_by_number():
@@ -143,30 +137,3 @@ def test_a_checkpoint_whose_file_ends_early_is_not_whole(name, kept):
     path = Path("saves/x/checkpoint-2") / name
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     assert last_checkpoint(Path("saves/x")) == Path("saves/x/checkpoint-1")
-
-
-def test_what_is_put_aside_is_numbered_over_both_places_of_a_stage(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    adapter, folder = Path("saves/x[1]_sft"), Path("outputs/x/sft")
-    places = (adapter, folder)
-
-    def made(*paths):
-        for path in paths:
-            path.mkdir(parents=True)
-
-    def aside(*paths):
-        return {path.name for path in archive(*paths, places=places)}
-
-    made(adapter)
-    assert aside(adapter) == {"x[1]_sft.earlier-1"}, "an adapter alone, as --resume does without a checkpoint"
-    made(adapter, folder)
-    assert aside(adapter, folder) == {"x[1]_sft.earlier-2", "sft.earlier-2"}
-    made(folder / "report.json")
-    assert aside(folder / "report.json") == {"report.json.earlier-3"}
-    made(adapter)
-    assert aside(adapter, folder) == {"x[1]_sft.earlier-4", "sft.earlier-4"}
-    made(folder)
-    assert aside(adapter, folder) == {"sft.earlier-5"}
-    Path("outputs/x/sft.earlier-1").mkdir()
-    made(folder)
-    assert aside(folder) == {"sft.earlier-6"}, "a gap is not filled: the highest number is the newest"

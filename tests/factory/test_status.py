@@ -102,8 +102,7 @@ def test_each_state_is_told_with_the_command_that_goes_on(exam):
     }
     (checkpoint / "trainer_state.json").unlink()
     assert status(exam, "sft").next == "python run.py sft -e exam --fresh", "there is nothing to resume from"
-    details = {stage.stage: stage.detail for stage in view.stages}
-    assert details["sft"] == "training at step 40/100" and details["dpo_reward"] == "merging; trained"
+    assert view.stages[0].detail == "training at step 40/100"
     rm = view.stages[-1]
     assert (rm.log_loss, rm.prior, rm.report) == (1.02, 1.09, "outputs/exam/rm/report.html")
 
@@ -134,22 +133,21 @@ def test_a_run_at_work_is_known_by_its_lock_and_a_dead_one_is_not(exam):
     assert not is_at_work(folder)
 
 
-def test_what_is_gone_or_damaged_is_told(exam):
+def test_what_is_gone_or_damaged_or_made_by_hand_is_named(exam):
     began(exam, "sft", "train", "merge")
     (exam.output_folder("sft") / "merge.made").unlink()
     assert status(exam, "sft").detail.startswith("gone: outputs/exam/sft/merge.made")
     began(exam, "rm", "train", "merge", "score")
-    assert status(exam, "rm").detail == "outputs/exam/rm/report.json is unreadable"
-    assert status(exam, "rm").next == "python run.py score -e exam --stage rm --fresh"
+    for content in ("", '{"log_loss": 1, "baselines": {"prior": 1}, "truncation": [1]}'):
+        (exam.output_folder("rm") / "report.json").write_text(content)
+        assert status(exam, "rm").detail == "outputs/exam/rm/report.json is unreadable"
+        assert status(exam, "rm").next == "python run.py score -e exam --stage rm --fresh"
     (exam.output_folder("rm") / "state.json").write_text("{")
     assert status(exam, "rm").state == "unreadable"
-
-
-def test_an_adapter_that_run_py_did_not_train_is_named(exam):
-    folder = exam.adapter_folder("sft")
+    folder = exam.adapter_folder("dpo_judge")
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").touch()
-    view = status(exam, "sft")
+    view = status(exam, "dpo_judge")
     assert (view.state, view.detail) == ("trained", f"not by run.py: {folder}")
 
 
@@ -164,21 +162,23 @@ def test_a_faulty_experiment_hides_no_other(exam, workplace):
     assert "there is no such key; did you mean model?" in first["fault"] and second["fault"] is None
 
 
-def test_the_table_has_losses_and_no_colour_where_none_is_wanted(exam, monkeypatch):
+@pytest.mark.parametrize(("beats", "colour"), [(True, "\x1b[32m"), (False, "\x1b[31m")])
+def test_the_table_has_losses_and_no_colour_where_none_is_wanted(exam, monkeypatch, beats, colour):
     monkeypatch.delenv("NO_COLOR", raising=False)
     prepared(exam)
     began(exam, "sft", "train", "merge", "score")
-    report(exam, "sft", 0.987654)
+    content = {"log_loss": 0.987654, "baselines": {"prior": 1.09}, "beats_prior": beats}  # False: within chance
+    (exam.output_folder("sft") / "report.json").write_text(json.dumps(content))
     views = status_of(["exam"])
     coloured, plain = io.StringIO(), io.StringIO()
-    print_status(Console(file=coloured, force_terminal=True, width=100, color_system="standard"), views)
+    print_status(Console(file=coloured, force_terminal=True, width=140, color_system="standard"), views)
     monkeypatch.setenv("NO_COLOR", "1")
-    print_status(Console(file=plain, force_terminal=True, width=100), views)
-    assert "\x1b[32m" in coloured.getvalue(), "a result below the prior is green"
-    assert "\x1b[3" not in plain.getvalue()
-    assert "0.9877" in plain.getvalue() and "1.0900" in plain.getvalue()
-    assert "prepared, 1,234 battles" in plain.getvalue()
-    assert "next: python run.py dpo --view reward -e exam" in plain.getvalue(), "docs/methods.md: the one that helped"
+    print_status(Console(file=plain, force_terminal=True, width=140), views)
+    assert colour in coloured.getvalue() and "\x1b[3" not in plain.getvalue()
+    assert all(words in plain.getvalue() for words in ("0.9877", "1.0900", "prepared, 1,234 battles"))
+    assert ("not better than the prior" in plain.getvalue()) is not beats
+    following = "dpo --view reward -e exam" if beats else "new EXP --model ID"  # another method would fail alike
+    assert following in plain.getvalue()
 
 
 def test_what_is_next_after_a_report_is_what_status_says(exam):
@@ -191,29 +191,10 @@ def test_what_is_next_after_a_report_is_what_status_says(exam):
         report(exam, stage, 1.02)
         (view,) = status_of(["exam"])
         assert next_commands(view) == summary.next_commands(StageContext(exam, stage), {})
-        asked += next_commands(view)
-    assert asked == [
-        "python run.py dpo --view reward -e exam   (another method on the same votes)",
-        "python run.py compare -e exam",
-    ]
+        asked += [command.partition("   (")[0] for command in next_commands(view)]
+    assert asked == ["python run.py dpo --view reward -e exam", "python run.py compare -e exam"]
     began(exam, "rm", "train", finished=False)
     assert summary.next_commands(StageContext(exam, "sft"), {}) == ["python run.py rm -e exam"]
-
-
-def test_a_result_that_does_not_beat_the_prior_is_marked_in_words(exam):
-    prepared(exam)
-    began(exam, "sft", "train", "merge", "score")
-    content = {"log_loss": 1.0, "baselines": {"prior": 1.01}, "beats_prior": False}  # within chance
-    (exam.output_folder("sft") / "report.json").write_text(json.dumps(content))
-    views = status_of(["exam"])
-    assert views[0].stages[0].beats_prior is False
-    printed = io.StringIO()
-    print_status(Console(file=printed, width=140), views)
-    assert "not better than the prior" in printed.getvalue()
-    report(exam, "sft", 0.9)
-    printed = io.StringIO()
-    print_status(Console(file=printed, width=140), status_of(["exam"]))
-    assert "not better" not in printed.getvalue()
 
 
 def test_untouched_experiments_share_one_line(exam, workplace):
@@ -233,11 +214,6 @@ def test_untouched_experiments_share_one_line(exam, workplace):
     assert len(json.loads(CliRunner().invoke(run.cli, ["status", "--json"]).output)["experiments"]) == 3
 
 
-def test_status_of_one_experiment_and_of_none(exam):
-    assert CliRunner().invoke(run.cli, ["status", "-e", "nowhere"]).exit_code == 2
-    assert "exam" in CliRunner().invoke(run.cli, ["status", "-e", "exam"]).output
-
-
 def test_dpo_means_the_one_view_that_was_trained(exam):
     assert [stage_named(exam, stage) for stage in TRAININGS] == list(TRAININGS)
     with pytest.raises(UsageError, match="neither dpo_judge nor dpo_reward was trained") as caught:
@@ -248,7 +224,7 @@ def test_dpo_means_the_one_view_that_was_trained(exam):
     began(exam, "dpo_judge", "train", "merge")
     with pytest.raises(UsageError, match="dpo_judge and dpo_reward were both trained") as caught:
         stage_named(exam, "dpo")
-    assert caught.value.remedy == "say which: --stage dpo_judge or --stage dpo_reward"
+    assert "--stage dpo_judge or --stage dpo_reward" in caught.value.remedy
 
 
 @pytest.mark.parametrize("command", [["score"], ["show", "1"], ["export"], ["watch", "--once"]], ids=lambda c: c[0])
@@ -259,23 +235,3 @@ def test_every_command_that_takes_a_stage_takes_dpo(exam, command):
     done = CliRunner().invoke(run.cli, [*command, "-e", "exam", "--stage", "dpo", "--json"])
     assert done.exit_code in (0, 1) and isinstance(done.exception, SystemExit | None), done.exception
     assert "dpo_judge" in done.output or "--view judge" in done.output or "remedy: " in done.output
-
-
-def test_after_a_useless_judge_the_advice_is_no_other_method(exam):
-    """Whatever the method, it would read the same cut texts: what may help is told instead."""
-    prepared(exam)
-    began(exam, "sft", "train", "merge", "score")
-    report(exam, "sft", 1.10)
-    (more,) = next_commands(status_of(["exam"])[0])
-    base = "another base: python run.py new EXP --model ID"
-    assert more == f"python run.py prepare -e exam --train FILE   (with more votes; or {base})"
-    path = exam.output_folder("sft") / "report.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": {"judged": {"rows_cut_share": 0.86}}}))
-    (longer,) = next_commands(status_of(["exam"])[0])
-    assert longer == (
-        "python run.py prepare -e exam --train FILE   "
-        "(after a larger cutoff_len in factory_configs/exam/experiment.yaml: "
-        f"86% of these battles were shortened; or {base})"
-    )
-    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": [1]}))
-    assert status(exam, "sft").state == "interrupted", "a damaged report is no traceback"
