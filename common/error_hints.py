@@ -11,6 +11,7 @@ _LESS_MEMORY = (
 _INSTALL = "install the locked set of libraries (`make install`)"
 
 # Pattern of an error's text and the remedy. The first that fits is shown, so the particular come before the general.
+# What our own checks refuse before anything starts is not here.
 REMEDIES = {
     r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED": _LESS_MEMORY,
     r"can't allocate memory|Cannot allocate memory|Unable to allocate|\bMemoryError\b": (
@@ -65,38 +66,12 @@ REMEDIES = {
         "this device has no bf16: set `bf16: false` (and `fp16: true` on a GPU) in the recipe; on a CPU bf16 "
         "needs `use_cpu: true` and no visible GPU"
     ),
-    r"Template .+ does not exist": (
-        "set `template` in experiment.yaml to one of LLaMA-Factory's names (llama3, qwen3_nothink, gemma2, …)"
-    ),
-    r"not used by the HfArgumentParser|unknown_args|unexpected keyword argument": (
-        "LLaMA-Factory 0.9.5 does not know a key of the recipe: correct its spelling or remove it"
-    ),
-    r"is not a valid \w+, please select one of|Invalid literal|Unknown (finetuning type|task|optim)"
-    r"|Unknown attention type|invalid choice": (
-        "a value in the recipe is not one of the choices: use one that the message or the recipe's comment names"
-    ),
     r"Cannot find (valid|sufficient) samples": (
         "no exported row fits this stage: run `run.py prepare` again and read data/<exp>/audit.json"
     ),
     r"Undefined dataset|File .+ not found|Cannot open .*dataset_info\.json|DatasetGenerationError": (
         "the recipe's dataset is not in dataset_dir, or damaged: run `run.py prepare` again, and let `dataset` "
         "and `dataset_dir` name what it wrote"
-    ),
-    r"dataset is not applicable in the current training stage": (
-        "this stage reads another form of data (rm and dpo: pairs with `ranking: true`): run `run.py prepare` for it"
-    ),
-    r"Output directory already exists": (
-        "output_dir holds an earlier run: --resume goes on with it, --fresh archives it and starts over"
-    ),
-    r"Cannot merge adapters to a quantized model": (
-        "remove quantization_bit from the merge recipe: adapters are merged into the 16-bit base model"
-    ),
-    r"Can't find 'adapter_config\.json'|adapter_model\.safetensors.*(not|No such)": (
-        "the adapter to merge is missing: train the stage first, and let adapter_name_or_path of the merge "
-        "recipe equal output_dir of the training recipe"
-    ),
-    r"Target modules .+ not found in the base model|No modules were targeted": (
-        "`lora_target` does not fit this model: use `lora_target: all`"
     ),
     r"size mismatch for": (
         "adapter and base model do not belong together: train again with --fresh, or set the base model back"
@@ -107,10 +82,6 @@ REMEDIES = {
     r"trust_remote_code": (
         "the model brings its own code: read it, then set `trust_remote_code: true` in experiment.yaml, or "
         "choose a model that needs none"
-    ),
-    r"FORCE_TORCHRUN=1": "set FORCE_TORCHRUN=1 in the environment: DeepSpeed runs under torchrun only",
-    r"No such file or directory: 'torchrun'": (
-        "torchrun must be on the PATH for several GPUs: activate the environment (`source .venv/bin/activate`)"
     ),
     r"EADDRINUSE|address already in use": "another run uses the port: wait for it, or set MASTER_PORT to a free one",
     r"Bus error|insufficient shared memory|/dev/shm": (
@@ -150,7 +121,6 @@ _WRAPPER = re.compile(
 )
 _COMPLAINT = re.compile(
     r"\b\w*Error\b|\berror:|^Fatal|terminate called|what\(\):|\b[Kk]illed\b|[Cc]annot |Bus error|Segmentation fault"
-    r"|Unknown command"
 )
 _SIGNAL = re.compile(r"Signal \d+ \(SIG\w+\) received")  # torchrun about a worker that was killed
 _MESSAGE_LINES = 12

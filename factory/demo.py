@@ -69,9 +69,7 @@ def ensure_embedded_base(experiment: Experiment, show: Show) -> None:
     """Build the embedded base if the experiment names it and it is not there yet: that of the arena, if one is."""
     if experiment.model != EMBEDDED_BASE or Path(experiment.model).is_dir():
         return
-    drawn = _read(ARENA / "drawn.json")
-    seed = drawn.get("seed") if isinstance(drawn, dict) else None
-    _draw(experiment, seed if isinstance(seed, int) and seed >= 0 else DEFAULT_SEED, show)
+    _draw(experiment, (_read(ARENA / "drawn.json") or _drawn(DEFAULT_SEED))["seed"], show)
 
 
 def _draw(experiment: Experiment, seed: int, show: Show) -> None:
@@ -107,7 +105,4 @@ def _drawn(seed: int) -> dict[str, int]:
 
 
 def _read(path: Path) -> dict | None:
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return None
+    return read_json(path) if path.is_file() else None

@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import tempfile
 import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,7 +27,6 @@ _GIB = 2**30
 _DISK_FAULT, _DISK_WARNING, _CACHE_WARNING, _MEMORY_WARNING = 5, 25, 10, 20  # GiB
 _GIB_A_BILLION = 2e9 / _GIB
 PORT = 7860  # of the pages of `run.py board` and `watch`
-_FOLDERS = ("data", "saves", "outputs", "factory_configs")
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ def examine(show: Show | None = None) -> list[Finding]:
             line.update("importing torch, multiplying in 4 bits")
         seen = devices(products=True)
         of_torch = (_torch(seen), *_gpus(seen), _driver(seen), *map(_bitsandbytes, seen.products))
-        hub = (_hub_token(), *_hub_cache())
-        return [packages(), *of_torch, cpu(), _memory(), _disk(), *hub, _port(), _folders()]
+        return [packages(), *of_torch, cpu(), _memory(), _disk(), _hub_token(), _hub_cache(), _port()]
 
 
 def as_report(findings: list[Finding]) -> dict[str, Any]:
@@ -115,18 +112,17 @@ def _torch(seen: Devices) -> Finding:
 
 def _gpus(seen: Devices) -> Iterator[Finding]:
     if not seen.gpus:
-        hidden = f" (CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides them)" if _hidden() else ""
-        other = f"; torch offers {seen.accelerator}" if seen.accelerator else ""
+        hidden = " (CUDA_VISIBLE_DEVICES hides them)" if _hidden() else ""
         remedy = "`-e demo` and models of some million weights train on a CPU; the presets need a GPU"
-        yield Finding("gpu", "warning", f"none{hidden}{other}", remedy)
+        yield Finding("gpu", "warning", f"none{hidden}", remedy)
     for number, gpu in enumerate(seen.gpus):
-        said = f"{number}: {gpu.name}, {gpu.memory_gib:.1f} GiB, {gpu.free_gib:.1f} free"
-        if gpu.free_gib < gpu.memory_gib / 2:
-            remedy = "see `nvidia-smi` for what runs there"
-            yield Finding("gpu", "warning", f"{said}: more than half is in use", remedy)
-        else:
-            remedy = "give each step under `recipes:` of experiment.yaml fp16: true and bf16: false"
-            yield _finding("gpu", f"{said}, {'bf16' if gpu.bf16 else 'no bf16'}", remedy, warning=not gpu.bf16)
+        said = (
+            f"{number}: {gpu.name}, {gpu.memory_gib:.1f} GiB, {gpu.free_gib:.1f} free, {'' if gpu.bf16 else 'no '}bf16"
+        )
+        remedy = "give each step under `recipes:` of experiment.yaml fp16: true and bf16: false"
+        if gpu.bf16:
+            remedy = "more than half of its memory is in use: see `nvidia-smi` for what runs there"
+        yield _finding("gpu", said, remedy, warning=not gpu.bf16 or gpu.free_gib < gpu.memory_gib / 2)
 
 
 def _hidden() -> bool:
@@ -187,21 +183,16 @@ def _hub_token() -> Finding:
     return _finding("hub token", f"present in {places[0]}" if places else "absent", remedy, warning=not places)
 
 
-def _hub_cache() -> Iterator[Finding]:
+def _hub_cache() -> Finding:
     from huggingface_hub import constants
 
-    if constants.is_offline_mode():
-        remedy = "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to download models"
-        yield Finding("hub", "warning", "switched off", remedy)
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    free = shutil.disk_usage(there).free / _GIB
+    free, closed = shutil.disk_usage(there).free / _GIB, not os.access(there, os.W_OK)
     said = f"{cache}: {len(list(cache.glob('models--*')))} model(s), {free:.1f} GiB free"
+    said += f"{', not writable' if closed else ''}{', HF_HUB_OFFLINE is set' if constants.is_offline_mode() else ''}"
     remedy = "a model of 4 billion weights is 8 GB to download: free some, or set HF_HOME to a folder of your own"
-    if not writable(there):
-        yield Finding("hub cache", "fault", f"{said}, not writable", remedy)
-    else:
-        yield _finding("hub cache", said, remedy, warning=free < _CACHE_WARNING)
+    return _finding("hub cache", said, remedy, fault=closed, warning=free < _CACHE_WARNING)
 
 
 def _port() -> Finding:
@@ -210,18 +201,3 @@ def _port() -> Finding:
     remedy = "nothing to do: `run.py board` and `watch` use the next free port, or that of --port"
     said = "in use" if in_use else "free for the pages of run.py"
     return _finding(f"port {PORT}", said, remedy, warning=in_use)
-
-
-def _folders() -> Finding:
-    closed = [name for name in _FOLDERS if not writable(Path(name) if Path(name).exists() else Path())]
-    said = f"not writable: {', '.join(closed)}" if closed else f"{', '.join(_FOLDERS)} are writable"
-    return _finding("folders", said, "make them writable, or run from a folder of your own", fault=bool(closed))
-
-
-def writable(folder: Path) -> bool:
-    """Try it: permission bits say little about network disks and containers."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False

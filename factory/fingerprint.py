@@ -102,12 +102,6 @@ def dataset_entries(recipe: Mapping[str, Any], *keys: str) -> dict[str, dict[str
     return entries
 
 
-def dataset_files(recipe: Mapping[str, Any]) -> list[Path]:
-    """Return the local files of the recipe's training and validation sets, those that exist."""
-    entries = dataset_entries(recipe, *DATA_KEYS).values()
-    return [path for entry in entries for path in entry_files(recipe, entry)]
-
-
 def entry_files(recipe: Mapping[str, Any], entry: Mapping[str, Any]) -> list[Path]:
     """Return the files of one entry of dataset_info.json that exist; of a folder its parts in order."""
     path = dataset_info(recipe).parent / entry.get("file_name", "")

@@ -21,12 +21,11 @@ LIFELINE = "ARENA_FACTORY_LIFELINE"
 # Names accelerate's config file: then accelerate starts the workers instead of torchrun (FSDP).
 ACCELERATE_CONFIG = "ARENA_FACTORY_ACCELERATE"
 RAY_CORES = 10  # that LLaMA-Factory asks of Ray for each worker, whatever the machine has
-COMMANDS = ("train", "export", "chat", "api", "webchat", "webui", "env", "version", "help")
 _GRACE = 5.0  # seconds that descendants get to end by themselves
 
 
 def main(arguments: list[str]) -> int:
-    """Run one LLaMA-Factory command and return the exit code; 2 for a command that does not exist."""
+    """Run one LLaMA-Factory command and return the exit code."""
     follow_parent()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a worker of torchrun, see `_run_workers`
         guard_worker()
@@ -34,10 +33,6 @@ def main(arguments: list[str]) -> int:
 
         run_exp()
         return 0
-    if not arguments or arguments[0] not in COMMANDS:  # llamafactory-cli would exit with 0
-        given = arguments[0] if arguments else "(none)"
-        print(f"Unknown command: {given}. Choose one of: {', '.join(COMMANDS)}.", file=sys.stderr)
-        return 2
     from llamafactory.cli import main as llamafactory_cli
     from llamafactory.extras.misc import get_current_device, get_device_count, is_env_enabled, use_kt, use_ray
 
@@ -169,9 +164,7 @@ def _end_at_the_last_step() -> None:
     # every resume again, with a learning rate that rises behind its end.
     from transformers import Trainer
 
-    run_epoch = getattr(Trainer, "_run_epoch", None)
-    if run_epoch is None:
-        return
+    run_epoch = Trainer._run_epoch
 
     @wraps(run_epoch)
     def run_epoch_if_steps_are_left(self, *arguments, **options):

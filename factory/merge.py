@@ -73,7 +73,7 @@ def _run(context: StageContext, complete: Callable[[Path], None], show: Show) ->
             log,
             what=what,
             on_line=lambda text: show_phase(text, line, show),
-            interrupted_remedy=f"start {same_command()} again; the training is kept",
+            interrupted_remedy=lambda: f"start {same_command()} again; the training is kept",
         )
         head = (VALUE_HEAD,) if context.merge_recipe.get("stage") == "rm" else ()
         require_files(folder, ("config.json", "tokenizer_config.json", "*.safetensors", *head), log, what)

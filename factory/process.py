@@ -57,7 +57,7 @@ def run_child(
     what: str,
     on_line: Callable[[str], None] = lambda line: None,
     on_look: Callable[[], None] = lambda: None,
-    interrupted_remedy: str | Callable[[], str] = "go on with --resume",
+    interrupted_remedy: Callable[[], str] = lambda: "go on with --resume",
     grace: float = 10.0,
     environment: Mapping[str, str] | None = None,
 ) -> float:
@@ -92,12 +92,10 @@ def run_child(
         try:
             _follow(family, log, begins_at, on_line, on_look)
             family.end((signal.SIGTERM, 2.0))  # what the child left behind
-        except (KeyboardInterrupt, Stopped):
+        except BaseException as error:
             family.end((signal.SIGINT, grace), (signal.SIGTERM, grace))
-            remedy = interrupted_remedy() if callable(interrupted_remedy) else interrupted_remedy
-            raise Interrupted(f"{what} was interrupted", where=str(log), remedy=remedy) from None
-        except BaseException:
-            family.end((signal.SIGINT, grace), (signal.SIGTERM, grace))
+            if isinstance(error, KeyboardInterrupt | Stopped):
+                raise Interrupted(f"{what} was interrupted", where=str(log), remedy=interrupted_remedy()) from None
             raise
         finally:
             _hide_secrets(log)

@@ -1,18 +1,18 @@
 """The check of recipes before anything starts; each fault names file, key, reason and remedy.
 
-factory/recipe_rules.py holds the values that are refused. Here are the checks that need more than a recipe's values:
-experiment.yaml, installed packages, the model's weights, the devices of this machine.
+Refused is what LLaMA-Factory 0.9.5 would do otherwise than the recipe says, or notice only late: what its own parser
+refuses at once is left to it. A new refusal of a value is one more row of a table below.
 """
 
 from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -23,7 +23,6 @@ from common.stages import STEPS, Step
 from data_prep.hub import cached_file
 from factory.devices import Devices, devices
 from factory.fingerprint import names
-from factory.recipe_rules import MERGING, RANGES, TRAINING, Rule
 from factory.recipes import shared_values
 
 Recipe = Mapping[str, Any]
@@ -36,6 +35,80 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # What a trainer writes of itself beside the weights, and what no loader of weights opens.
 _NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
 _REPORTER_PACKAGES = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio", "comet_ml")
+_REMOVE = "remove it"
+
+
+class Rule(NamedTuple):
+    """Refuses each of `keys` (separated by spaces) for which `when(v, x)` holds: `x` is the key's own value, `v` has
+    the values of all keys, LLaMA-Factory's defaults included. `reason` continues the value: "'fa3' is not …".
+    """
+
+    keys: str
+    when: Callable[[SimpleNamespace, Any], Any]
+    reason: str
+    remedy: str = ""
+
+
+def _is_set(v: SimpleNamespace, x: Any) -> bool:
+    return bool(x)
+
+
+def _below(limit: float) -> Callable[[SimpleNamespace, Any], bool]:
+    return lambda v, x: x is not None and x < limit
+
+
+_RANGES = (
+    Rule("learning_rate num_train_epochs logging_steps pref_beta", lambda v, x: x <= 0, "must be above 0"),
+    Rule("per_device_train_batch_size per_device_eval_batch_size", _below(1), "must be at least 1"),
+    Rule("gradient_accumulation_steps lora_rank preprocessing_num_workers", _below(1), "must be at least 1"),
+    Rule("save_total_limit max_samples", _below(1), "must be at least 1"),
+    Rule("warmup_steps weight_decay max_grad_norm seed dataloader_num_workers", _below(0), "must not be negative"),
+    Rule("lora_dropout", lambda v, x: not 0 <= x < 1, "must lie in [0, 1)"),
+    Rule("dpo_label_smoothing", lambda v, x: not 0 <= x < 0.5, "must lie in [0, 0.5)"),
+)
+_TRAINING = (
+    Rule("do_train", lambda v, x: not x, "trains nothing", "write true"),
+    Rule("do_predict", _is_set, "writes texts, not probabilities", f"{_REMOVE}: run.py scores"),
+    Rule("finetuning_type", lambda v, x: x != "lora", "cannot be merged, which needs a LoRA adapter", "write lora"),
+    Rule(
+        "val_size",
+        _is_set,
+        "splits by row, so that copies of one prompt land on both sides, and excludes eval_dataset",
+        f"{_REMOVE}: valid_share of experiment.yaml splits by prompt",
+    ),
+    Rule("tokenized_path", _is_set, "silently overrides every other key about data once it exists", _REMOVE),
+    Rule("packing", lambda v, x: x and not v.neat_packing, "lets battles attend to each other", _REMOVE),
+    Rule("neat_packing", _is_set, "takes one token off cutoff_len and drops the rows that fill it", _REMOVE),
+    Rule(
+        "streaming",
+        lambda v, x: x and v.dataloader_num_workers < 1,
+        "streams nothing: LLaMA-Factory shares a local file out among the loader's processes",
+        "write dataloader_num_workers of 1 or more",
+    ),
+    Rule("use_dora", lambda v, x: x and v.quantization_bit, "is refused on a quantized model", "take use_rslora"),
+    Rule("flash_attn", lambda v, x: x == "fa3", "is not implemented in LLaMA-Factory", "write fa2, sdpa or auto"),
+    Rule(
+        "adapter_name_or_path",
+        lambda v, x: v.stage == "dpo" and x and not (v.ref_model and v.ref_model_adapters),
+        "under dpo has silently the base model as its reference",
+        f"{_REMOVE} and write start_from: {{dpo_judge: sft}} in experiment.yaml: the merged SFT judge",
+    ),
+    Rule(
+        "pref_loss",
+        lambda v, x: v.stage == "dpo" and x in ("hinge", "kto_pair", "ipo"),
+        "is refused: LLaMA-Factory 0.9.5 silently trains plain sigmoid for it (for ipo on averaged log-probabilities)",
+        "choices: sigmoid, orpo, simpo",
+    ),
+    Rule(
+        "overwrite_output_dir",
+        _is_set,
+        "leaves old checkpoints in place, and a checkpoint in output_dir is resumed without being asked",
+        f"{_REMOVE}, and the folder if it is not wanted",
+    ),
+)
+_MERGING = (
+    Rule("quantization_bit", _is_set, "allows no merge: an adapter cannot be merged into a quantized model", _REMOVE),
+)
 
 
 def check_recipes(
@@ -72,7 +145,7 @@ def check_recipe(experiment: Experiment, step: str, root: Path = Path(), *, reci
         *own.items(),
         *weight_faults(sound, root),
         *_disagreements(experiment, its, recipe, sound),
-        *_refusals((*RANGES, *(MERGING if its.merges else TRAINING)), sound),
+        *_refusals((*_RANGES, *(_MERGING if its.merges else _TRAINING)), sound),
     ]
     first = dict(reversed(faults))  # the first fault of a key says enough
     order = {key: number for number, key in enumerate(recipe)}

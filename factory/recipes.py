@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -128,6 +129,9 @@ def render_recipe(experiment: Experiment, step: str, templates: Path = TEMPLATES
     text = _normal(render_template(its.template, values, templates))
     if unnamed := [f"{name}: {as_yaml(value)}\n" for name, value in first.items() if name not in named]:
         text += f"\n### more\n{''.join(unnamed)}"
+    if twice := [name for name, times in Counter(re.findall(r"^(\w+):", text, re.MULTILINE)).items() if times > 1]:
+        where, remedy = f"{templates.name}/{its.template}", "let it write them once, by {{ key(name, value) }}"
+        raise ArenaError(f"writes twice: {', '.join(twice)}", where=where, remedy=remedy)
     lines = text.splitlines(keepends=True)
     top = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     line = f"# Rendered from templates/{its.template}; an edited recipe is kept as it is. sha256:{_digest(text)}\n"

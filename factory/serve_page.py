@@ -86,7 +86,7 @@ def serve_page(
 
     command = [sys.executable, "-m", module, *arguments, "--host", host, "--port", str(port)]
     try:
-        run_child(command, log, what=label, on_line=read, interrupted_remedy="")
+        run_child(command, log, what=label, on_line=read, interrupted_remedy=str)
     except ArenaError as error:
         if "was interrupted" not in error.what:  # Ctrl-C is how one leaves a page
             raise

@@ -202,14 +202,8 @@ def _command(context: StageContext, launch: Launch, checkpoint: Path | None) -> 
 
 
 def _way_on(context: StageContext) -> str:
-    """Return how an interrupted training goes on: from its last checkpoint, or from the beginning."""
-    # The whole call, since `demo` trains too and has no --resume.
-    flag = flag_to_go_on(context.adapter, context.step.stage)
-    return (
-        f"go on from the last checkpoint: {context.command} {flag}"
-        if flag == "--resume"
-        else (f"there is no checkpoint to go on from: {context.command} {flag}".rstrip())
-    )
+    """Return the whole command by which an interrupted training goes on, since `demo` trains too."""
+    return f"go on with {context.command} {flag_to_go_on(context.adapter, context.step.stage)}".rstrip()
 
 
 def show_phase(text: str, line: Line, show: Show) -> None:

@@ -106,14 +106,8 @@ def seconds_left(point: LogPoint, start_step: int = 0) -> float | None:
 
 def describe(point: LogPoint) -> str:
     """Return loss, validation loss and learning rate of a point as one short text."""
-    parts = []
-    if point.loss is not None:
-        parts.append(f"loss {point.loss:.4f}")
-    if point.eval_loss is not None:
-        parts.append(f"validation loss {point.eval_loss:.4f}")
-    if point.lr is not None:
-        parts.append(f"lr {point.lr:.2e}")
-    return "  ".join(parts)
+    parts = {"loss {:.4f}": point.loss, "validation loss {:.4f}": point.eval_loss, "lr {:.2e}": point.lr}
+    return "  ".join(text.format(value) for text, value in parts.items() if value is not None)
 
 
 def show_points(line: Line, start_step: int = 0) -> Callable[[LogPoint], None]:

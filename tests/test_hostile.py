@@ -41,7 +41,7 @@ from data_prep.sources import votes_at
 from data_prep.template_choice import choose_template
 from data_prep.truncation import Fitter
 from factory import board_page, launcher, serve_page
-from factory.fingerprint import dataset_files
+from factory.fingerprint import data_sets
 from factory.merge import dequantise
 from factory.process import run_child
 from factory.recipe_checks import weight_faults
@@ -441,7 +441,7 @@ def test_an_experiments_name_is_no_path(name, tmp_path):
 def test_a_data_sets_file_lies_in_its_folder(tmp_path, file):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"one": {"file_name": file}}))
     with pytest.raises(ArenaError, match="does not name a file"):
-        dataset_files({"dataset": "one", "dataset_dir": str(tmp_path)})
+        data_sets({"dataset": "one", "dataset_dir": str(tmp_path)}, {})
 
 
 def test_an_archives_paths_mean_nothing(place):

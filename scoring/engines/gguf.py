@@ -69,7 +69,7 @@ def export_gguf(
             options = [str(judge.folder), str(fresh), quantization, "--converter", str(converter), *pre]
             command = [sys.executable, "-m", "scoring.engines.gguf_converter", *options]
             log = context.folder / "export.log"
-            run_child(command, log, what="llama.cpp's converter", interrupted_remedy="export again")
+            run_child(command, log, what="llama.cpp's converter", interrupted_remedy=lambda: "export again")
         with show.line(f"{stage}: comparing with the merged model"):
             checked = compare(judge, fresh, read_battles(context.experiment.data_folder, "valid"))
         for text in check_agreement(checked, quantization):

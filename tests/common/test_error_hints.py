@@ -4,7 +4,7 @@ from common.error_hints import all_errors, last_lines, remedy_for
 
 TRACE = 'Traceback (most recent call last):\n  File "x.py", line 5, in <module>\n    run_exp()\n'
 TORCHRUN = f"""
-[rank0]: {TRACE.replace(chr(10), chr(10) + "[rank0]: ")}ValueError: Template qwen33 does not exist.
+[rank0]: {TRACE.replace(chr(10), chr(10) + "[rank0]: ")}ValueError: Undefined dataset x.
 W1123 17:00:00.000 1 torch/distributed/elastic/multiprocessing/api.py:1010] Sending process 2 closing signal SIGTERM
 {TRACE}torch.distributed.DistBackendError: NCCL error: remote process exited
 {TRACE}torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
@@ -47,10 +47,10 @@ WORKER = (
 @pytest.mark.parametrize(
     ("log", "error", "remedy"),
     [
-        (TORCHRUN, "ValueError: Template qwen33 does not exist.", "qwen3_nothink"),
+        (TORCHRUN, "ValueError: Undefined dataset x.", "prepare"),
         (KILLED_WORKER, "traceback : Signal 9 (SIGKILL) received by PID 4242", "out of memory"),
         (CHATTER_AFTER, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "batch_size"),
-        ("loading\nerror: invalid choice\nbye\n", "error: invalid choice", "choices"),
+        ("loading\nerror: Permission denied\nbye\n", "error: Permission denied", "writable"),
     ],
     ids=("wrappers and other ranks", "a killed worker", "bars, colours and shutdown", "no traceback"),
 )
@@ -92,21 +92,11 @@ KNOWN = [
     ("RuntimeError: CUDA Setup failed despite GPU being available.", "python -m bitsandbytes"),
     ("ImportError: Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip", "bitsandbytes is missing"),
     ("ValueError: Your setup doesn't support bf16/gpu.", "bf16: false"),
-    ("ValueError: Template qwen33 does not exist.", "qwen3_nothink"),
-    ("ValueError: Some specified arguments are not used by the HfArgumentParser: ['lr']", "spelling"),
-    ("ValueError: 'cosin' is not a valid SchedulerType, please select one of ['linear'", "choices"),
     ("RuntimeError: Cannot find valid samples, check `data/README.md` for the data format.", "audit.json"),
     ("ValueError: Undefined dataset demo_sft in dataset_info.json.", "prepare"),
-    ("ValueError: The dataset is not applicable in the current training stage.", "ranking"),
-    ("ValueError: Output directory already exists and is not empty. Please set", "--fresh"),
-    ("ValueError: Cannot merge adapters to a quantized model.", "quantization_bit"),
-    ("ValueError: Can't find 'adapter_config.json' at 'saves/x'", "train the stage first"),
-    ("ValueError: Target modules {'q'} not found in the base model.", "lora_target: all"),
     ("RuntimeError: size mismatch for base_model.model.lm_head", "do not belong together"),
     ("ValueError: The checkpoint you are trying to load has model type `x` but Transformers does not", "newer"),
     ("ValueError: x requires you to execute the file; set the option `trust_remote_code=True`", "own code"),
-    ("ValueError: Please use `FORCE_TORCHRUN=1` to launch DeepSpeed training.", "FORCE_TORCHRUN=1"),
-    ("FileNotFoundError: [Errno 2] No such file or directory: 'torchrun'", "PATH"),
     ("torch.distributed.DistNetworkError: port: 29500, useIpv6: 0, code: -98, name: EADDRINUSE", "MASTER_PORT"),
     ("RuntimeError: DataLoader worker is killed by signal: Bus error.", "shm-size"),
     ("the loss is NaN or infinite at step 3", "learning_rate"),

@@ -65,17 +65,6 @@ def test_each_engine_uses_its_shipped_file():
     assert "FULL_STATE_DICT" in made.inputs["fsdp.yaml"]
 
 
-def test_accelerate_knows_every_key_of_the_shipped_file():
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    config = load_config_from_file("templates/distributed/fsdp.yaml")
-    assert config.fsdp_config["fsdp_offload_params"] is True
-    known = {f"fsdp_{name}" for name in FullyShardedDataParallelPlugin.__dataclass_fields__}
-    told = {"fsdp_sharding_strategy", "fsdp_backward_prefetch", "fsdp_offload_params", "fsdp_version"}
-    assert set(config.fsdp_config) - told <= known | {"fsdp_forward_prefetch", "fsdp_cpu_ram_efficient_loading"}
-
-
 def test_ray_is_told_of_the_cores_that_llamafactory_asks_for():
     made = plan("ray", NPROC_PER_NODE="2")
     assert made.environment == {"USE_RAY": "1"} and made.options[0] == "ray_num_workers=2"
@@ -86,34 +75,23 @@ def test_ray_is_told_of_the_cores_that_llamafactory_asks_for():
 
 
 @pytest.mark.parametrize(
-    ("engine", "given", "words"),
+    ("engine", "keys", "given", "words"),
     [
-        ("ddp", {"NNODES": "2", **PLACE}, "NNODES=2 needs a NODE_RANK"),
-        ("ddp", {"NNODES": "2", "NODE_RANK": "2", **PLACE}, "NNODES=2 needs a NODE_RANK below it"),
-        ("zero2", {"NNODES": "2", "NODE_RANK": "1"}, "MASTER_ADDR and MASTER_PORT missing"),
-        ("ddp", {"NNODES": "two"}, "NNODES='two' is not a whole number of 1 or more"),
-        ("ddp", {"RDZV_ID": "run", "MASTER_ADDR": "x"}, "MASTER_PORT missing"),
-        ("fsdp", {"MAX_RESTARTS": "2"}, "MAX_RESTARTS without RDZV_ID"),
+        ("ddp", {}, {"NNODES": "2", **PLACE}, "NNODES=2 needs a NODE_RANK"),
+        ("ddp", {}, {"NNODES": "2", "NODE_RANK": "2", **PLACE}, "NNODES=2 needs a NODE_RANK below it"),
+        ("zero2", {}, {"NNODES": "2", "NODE_RANK": "1"}, "MASTER_ADDR and MASTER_PORT missing"),
+        ("ddp", {}, {"NNODES": "two"}, "NNODES='two' is not a whole number of 1 or more"),
+        ("ddp", {}, {"RDZV_ID": "run", "MASTER_ADDR": "x"}, "MASTER_PORT missing"),
+        ("fsdp", {}, {"MAX_RESTARTS": "2"}, "MAX_RESTARTS without RDZV_ID"),
+        ("zero3", {"quantization_bit": 8}, {}, "zero3 shards 4-bit or 16-bit weights, not 8-bit"),
+        ("fsdp", {"quantization_bit": 8}, {}, "fsdp shards 4-bit or 16-bit weights, not 8-bit"),
+        ("zero3", {"pure_bf16": True}, {}, "zero3 does not go with pure_bf16"),
+        ("zero2", {"deepspeed": "x.json"}, {}, "zero2 excludes the recipe's own deepspeed"),
+        ("fsdp", {"fsdp": "full_shard"}, {}, "remove the key fsdp"),
     ],
 )
-def test_a_cluster_that_does_not_fit_together_is_refused(engine, given, words):
-    assert words in faults_of(engine, **given)
-
-
-@pytest.mark.parametrize(
-    ("engine", "keys", "words"),
-    [
-        ("zero3", {"quantization_bit": 8}, "zero3 shards 4-bit or 16-bit weights, not 8-bit"),
-        ("fsdp", {"quantization_bit": 8}, "fsdp shards 4-bit or 16-bit weights, not 8-bit"),
-        ("zero3", {"pure_bf16": True}, "zero3 does not go with pure_bf16"),
-        ("zero3", {"pissa_init": True, "quantization_bit": None}, "zero3 does not go with pissa_init"),
-        ("fsdp", {"deepspeed": "x.json"}, "fsdp excludes the recipe's own deepspeed"),
-        ("zero2", {"deepspeed": "x.json"}, "zero2 excludes the recipe's own deepspeed"),
-        ("fsdp", {"fsdp": "full_shard"}, "remove the key fsdp"),
-    ],
-)
-def test_what_an_engine_cannot_do_is_refused(engine, keys, words):
-    assert words in faults_of(engine, {**RECIPE, **keys})
+def test_what_does_not_fit_together_is_refused(engine, keys, given, words):
+    assert words in faults_of(engine, {**RECIPE, **keys}, **given)
 
 
 def test_all_faults_come_together_and_missing_packages_have_a_remedy(monkeypatch):

@@ -57,12 +57,17 @@ def plain(folder):
 
 
 def test_the_4_bit_copy_is_the_quantised_base_and_the_base_is_not(place):
+    from transformers import AutoTokenizer
+
     copy = place()
     copy.ensure(Show(io.StringIO()))
     assert copy.folder.as_posix() == "saves/tiny/dequantised/base_4bit"
     trained = trained_function(4)
     assert (plain(copy.folder) - trained).abs().max() < 1e-5
     assert (plain("models/tiny") - trained).abs().max() > 1e-2, "nf4 rounds, or this test shows nothing"
+    assert "quantization_config" not in json.loads((copy.folder / "config.json").read_text())
+    one, other = (AutoTokenizer.from_pretrained(folder) for folder in (copy.folder, "models/tiny"))
+    assert one("Which, <|im_end|>?").input_ids == other("Which, <|im_end|>?").input_ids
 
 
 def test_the_8_bit_copy_is_nearer_than_the_base(place):
@@ -71,18 +76,6 @@ def test_the_8_bit_copy_is_nearer_than_the_base(place):
     trained = trained_function(8)
     # The activations are rounded too, which no weights can imitate.
     assert (plain(copy.folder) - trained).abs().mean() < (plain("models/tiny") - trained).abs().mean()
-
-
-def test_the_copy_is_an_ordinary_model_with_the_same_tokenizer(place):
-    from transformers import AutoTokenizer
-
-    copy = place()
-    copy.ensure(Show(io.StringIO()))
-    config = json.loads((copy.folder / "config.json").read_text())
-    assert "quantization_config" not in config and config["dtype"] == "float32"
-    one, other = (AutoTokenizer.from_pretrained(folder) for folder in (copy.folder, "models/tiny"))
-    assert one("Which, <|im_end|>?").input_ids == other("Which, <|im_end|>?").input_ids
-    assert not list(copy.folder.parent.glob("*.tmp")), "nothing half-made is left"
 
 
 def test_it_is_made_once_and_again_when_its_source_or_a_file_changed(place, monkeypatch):
@@ -100,14 +93,11 @@ def test_it_is_made_once_and_again_when_its_source_or_a_file_changed(place, monk
     assert not copy.is_whole
     weights.write_bytes(whole)
     assert copy.is_whole
+    config = Path("models/tiny/config.json")
+    config.write_text(config.read_text() + " ")
+    assert not place().is_whole
     (copy.folder / MANIFEST).write_text("{")
     assert not copy.is_whole
-
-
-def test_a_changed_base_needs_another_copy(place):
-    place().ensure(Show(io.StringIO()))
-    Path("models/tiny/config.json").write_text(Path("models/tiny/config.json").read_text() + " ")
-    assert not place().is_whole
 
 
 def test_a_base_that_cannot_be_loaded_is_told_and_the_earlier_copy_stays(place):
@@ -119,10 +109,3 @@ def test_a_base_that_cannot_be_loaded_is_told_and_the_earlier_copy_stays(place):
         DequantisedBase(StageContext(experiment(), "sft")).ensure(Show(io.StringIO()))
     assert "merge_onto: base" in caught.value.remedy
     assert sorted(path.name for path in copy.folder.iterdir()) == before
-
-
-def test_a_judge_that_a_training_starts_from_has_its_own_copy():
-    its = experiment(start_from={"dpo_judge": "sft"})
-    assert its.merge_model("sft") == its.merge_model("rm") == "saves/tiny/dequantised/base_4bit"
-    assert its.merge_model("dpo_judge") == "saves/tiny/dequantised/exam_sft_4bit"
-    assert experiment(merge_onto="base").merge_model("dpo_judge") == "outputs/exam/sft/merged"

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from common.errors import ArenaError, UsageError
+from common.errors import ArenaError
 from common.experiment import load_experiment
 from common.stages import STEPS
 from factory.new_experiment import NewExperiment, new_experiment
@@ -50,29 +50,17 @@ def test_the_defaults_are_4_bits_and_2048_tokens(workplace):
     assert "HF_TOKEN" in text and "hf auth login" in text
 
 
-def test_no_bits_mean_no_quantization(workplace):
-    assert call("plain", "--model", "Qwen/Qwen2.5-7B-Instruct", "--bits", "none").exit_code == 0
-    assert load_experiment("plain").quantization_bit is None
-    for step in STEPS:
-        assert "quantization_bit:" not in Path(f"factory_configs/plain/{step}.yaml").read_text(encoding="utf-8")
-
-
-def test_a_local_folder_is_a_model(workplace, tiny_base):
-    result = call("local", "--model", str(tiny_base))
-    assert result.exit_code == 2 and "perhaps: qwen3, qwen3_nothink" in result.output
-    result = call("local", "--model", str(tiny_base), "--template", "qwen3_nothink")
+def test_a_local_folder_is_a_model_and_a_template_whose_tokens_it_lacks_is_refused(workplace, tiny_base):
+    for template in ([], ["--template", "llama3"]):
+        result = call("local", "--model", str(tiny_base), *template)
+        assert result.exit_code == 2 and "perhaps: qwen3, qwen3_nothink" in result.output
+        assert not Path("factory_configs/local").exists()
+    assert f"the tokenizer of {tiny_base} lacks <|eot_id|>" in result.output
+    result = call("local", "--model", str(tiny_base), "--template", "qwen3_nothink", "--bits", "none")
     assert result.exit_code == 0, result.output
     its = load_experiment("local")
-    assert its.model == str(tiny_base)
+    assert (its.model, its.quantization_bit) == (str(tiny_base), None)
     assert "revision" not in (its.folder / "experiment.yaml").read_text(encoding="utf-8")
-
-
-def test_a_template_whose_tokens_the_model_lacks_is_refused(workplace, tiny_base):
-    result = call("local", "--model", str(tiny_base), "--template", "llama3")
-    assert result.exit_code == 2 and not Path("factory_configs/local").exists()
-    assert f"the tokenizer of {tiny_base} lacks <|eot_id|>, which this template writes" in result.output
-    assert "--template llama3: " in result.output
-    assert "give the model's own: for qwen3 perhaps: qwen3, qwen3_nothink" in result.output
 
 
 def test_a_hubs_model_is_looked_at_where_it_was_downloaded(workplace, tiny_base, tmp_path, monkeypatch):
@@ -94,21 +82,6 @@ def test_nothing_is_ever_overwritten(workplace):
     result = call("mine", "--model", "google/gemma-2-9b-it")
     assert result.exit_code == 2 and "exists already" in result.output and "remedy" in result.output
     assert {path.name: path.read_bytes() for path in Path("factory_configs/mine").iterdir()} == before
-    Path("factory_configs/file").write_text("mine")
-    assert call("file", "--model", "Qwen/Qwen3-8B").exit_code == 2
-    assert Path("factory_configs/file").read_text() == "mine"
-
-
-def test_a_folder_that_appears_meanwhile_stays(workplace, monkeypatch):
-    def slow(experiment, step):
-        Path("factory_configs/mine").mkdir(exist_ok=True)
-        Path("factory_configs/mine/other").write_text("theirs")
-        return ""
-
-    monkeypatch.setattr("factory.new_experiment.render_recipe", slow)
-    with pytest.raises(UsageError, match="exists already"):
-        new_experiment(NewExperiment("mine", "Qwen/Qwen3-8B"))
-    assert [path.name for path in Path("factory_configs").rglob("*")] == ["mine", "other"]
 
 
 def test_a_failure_leaves_nothing(workplace, monkeypatch):

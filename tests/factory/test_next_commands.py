@@ -78,21 +78,11 @@ def starts_by(command: str) -> bool:
     return isinstance(done.exception, Started)
 
 
-def other_votes(place) -> str:
-    return str(place.table(place.rows(44, start=5000), "others.csv"))
-
-
-def test_prepare_of_other_votes_recommends_what_is_not_refused(place):
-    trained()
-    told = prepare(other_votes(place))
-    assert told == ["python run.py sft -e exam --fresh"] and starts_by(told[0])
-
-
 def test_prepare_after_a_run_that_was_left_recommends_what_is_not_refused(place):
     trained(checkpoint="checkpoint-4")
     told = prepare()
     assert told == ["python run.py sft -e exam --resume"] and starts_by(told[0])
-    told = prepare(other_votes(place))
+    told = prepare(str(place.table(place.rows(44, start=5000), "others.csv")))
     assert told == ["python run.py sft -e exam --fresh"] and starts_by(told[0])
 
 
@@ -107,7 +97,6 @@ def test_a_changed_recipe_makes_a_stage_outdated(place):
     assert seen.state == "outdated" and seen.next == "python run.py sft -e exam --fresh"
     assert 'sft.yaml: optim "adamw_torch_fused" -> "adamw_torch"' in seen.detail
     assert starts_by(seen.next)
-
     place.edit_experiment("distributed: ddp")
     assert 'distributed (absent) -> "ddp"' in status(load_experiment("exam"), "sft").detail
 

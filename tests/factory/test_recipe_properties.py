@@ -45,18 +45,3 @@ def test_first_values_are_placed_or_refused(first, tmp_path_factory):
     path.write_text(text, encoding="utf-8")
     content = read_yaml(path)
     assert {key: content[key] for key in first} == first and is_as_rendered(text)
-
-
-@given(
-    changed=st.dictionaries(
-        st.sampled_from(["model", "cutoff_len", "labels", "seed", "recipes", "start_from", "swap_tta", "x"]),
-        st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXTS, inner, max_size=2)),
-        max_size=3,
-    )
-)
-@settings(deadline=None, max_examples=100)
-def test_any_content_of_an_experiment_is_taken_or_refused(changed):
-    try:
-        assert parse_experiment({**KEYS, **changed}, "exam", where="experiment.yaml").name == "exam"
-    except ArenaError as error:
-        assert error.where == "experiment.yaml" and error.remedy

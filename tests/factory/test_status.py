@@ -225,13 +225,3 @@ def test_dpo_means_the_one_view_that_was_trained(exam):
     with pytest.raises(UsageError, match="dpo_judge and dpo_reward were both trained") as caught:
         stage_named(exam, "dpo")
     assert "--stage dpo_judge or --stage dpo_reward" in caught.value.remedy
-
-
-@pytest.mark.parametrize("command", [["score"], ["show", "1"], ["export"], ["watch", "--once"]], ids=lambda c: c[0])
-def test_every_command_that_takes_a_stage_takes_dpo(exam, command):
-    done = CliRunner().invoke(run.cli, [*command, "-e", "exam", "--stage", "dpo"])
-    assert done.exit_code == 2 and "neither dpo_judge nor dpo_reward was trained" in done.output
-    began(exam, "dpo_judge", "train")
-    done = CliRunner().invoke(run.cli, [*command, "-e", "exam", "--stage", "dpo", "--json"])
-    assert done.exit_code in (0, 1) and isinstance(done.exception, SystemExit | None), done.exception
-    assert "dpo_judge" in done.output or "--view judge" in done.output or "remedy: " in done.output

@@ -268,11 +268,6 @@ def test_a_training_that_went_wrong_is_not_finished_and_called_failed(experiment
     assert status(experiment, "sft").state == "trained"
 
 
-def test_a_recipe_that_takes_fewer_rows_is_counted_so(experiment):
-    write_recipe(experiment, max_samples=5)
-    run(experiment, "dropped")
-
-
 def names(folder):
     return {path.name for path in Path(folder).iterdir()}
 
@@ -434,12 +429,3 @@ def test_a_training_in_8_bits_and_one_without_learn_as_well(real, bits, said):
     log = Path("outputs/demo/sft/train.log").read_text(encoding="utf-8")
     assert said in log and ("Quantizing model" in log) == bool(bits)
     assert any("lora_A" in name for name in weights_in(adapter / "adapter_model.safetensors"))
-
-
-@pytest.mark.slow
-def test_the_error_of_llamafactory_itself_is_told(real):
-    Path("data/demo/sft_train.jsonl").write_text("{broken\n")
-    with pytest.raises(ArenaError, match=r"JSON parse error|Missing a name|Expecting") as caught:
-        train(StageContext(real, "sft"), show=Show(io.StringIO()))
-    assert "run.py prepare" in caught.value.remedy
-    assert caught.value.where == "outputs/demo/sft/train.log"

@@ -60,24 +60,14 @@ def test_a_damaged_line_is_left_out_whatever_is_in_it(path, line):
     assert len(loss_curve(path)) == 1
 
 
-def test_nan_is_read_and_recognised(path):
-    path.write_text('{"current_steps": 1, "total_steps": 2, "loss": NaN}\n')
-    (found,) = TrainerLog(path).read_new()
-    assert math.isnan(found.loss) and not found.finite
-    assert LogPoint(1, 2).finite
-
-
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [
-        ("0:00:07", 7),
-        ("1 day, 2:00:05", 86400 + 7200 + 5),
-        *((text, None) for text in ("inf:00:00", "nan:00:00", "1e300:00:00", "-5:00:00", "inf days, 0:00:00", "", 7)),
-    ],
+    [("0:00:07", 7), ("1 day, 2:00:05", 93605), ("inf:00:00", None), ("-5:00:00", None), ("", None), (7, None)],
 )
 def test_the_elapsed_time_is_read_and_nonsense_is_none(path, text, seconds):
-    write(path, point(5, elapsed_time=text))
-    assert TrainerLog(path).read_new()[0].elapsed == seconds
+    write(path, point(5, elapsed_time=text, loss=math.nan))
+    (found,) = TrainerLog(path).read_new()
+    assert found.elapsed == seconds and not found.finite and LogPoint(1, 2).finite
 
 
 def test_the_curve_joins_training_and_validation_and_keeps_the_resumed_run(path):
