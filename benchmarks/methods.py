@@ -15,14 +15,14 @@ import math
 
 import pandas as pd
 from figures import options, publish, table
-from workbench import Workbench, interval
+from workbench import Workbench, interval, paired_difference
 
 from common.battle import VERDICTS
 from common.experiment import read_yaml
 from common.stages import TRAININGS
 from data_prep.synthetic import TRUTH
 from scoring.links import softmax
-from scoring.metrics import paired_difference, verdict_codes
+from scoring.metrics import verdict_codes
 
 NAMES = {
     "sft": "SFT on the label",

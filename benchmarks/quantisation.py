@@ -12,6 +12,7 @@ import os
 
 import numpy as np
 from figures import options, publish, table
+from workbench import paired_difference
 
 from common.experiment import load_experiment
 from common.progress import Show
@@ -22,7 +23,7 @@ from scoring.engines.gguf import export_gguf
 from scoring.engines.llama_cpp import gguf_path
 from scoring.judge import load_judge
 from scoring.links import softmax
-from scoring.metrics import log_loss, paired_difference, verdict_codes
+from scoring.metrics import log_loss, verdict_codes
 
 PRECISIONS = {"torch": ("fp32", "bf16", "8bit", "4bit"), "llama.cpp": ("f16", "bf16", "q8_0", "q4_k_m")}
 HEADINGS = ["engine", "precision", "MiB", "log loss", "minus fp32 [95%]", "largest difference", "mean difference"]

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from figures import options, publish, table
-from workbench import Workbench, battles_of, interval, texts_of, write_votes
+from workbench import Workbench, battles_of, bootstrap_interval, interval, paired_difference, texts_of, write_votes
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 from common.stages import TRAININGS
 from data_prep.folds import prompt_group
-from scoring.metrics import bootstrap_interval, paired_difference, row_losses, verdict_codes
+from scoring.metrics import row_losses, verdict_codes
 
 BASE = {"vocabulary": 2048, "hidden": 64, "layers": 2, "heads": 4, "feed_forward": 128}
 HELD_OUT = 500

@@ -27,6 +27,7 @@ from data_prep.chat_template import ChatFrame
 from data_prep.readers import VoteReader
 from data_prep.synthetic import TRAIN_COLUMNS, cell
 from factory.base_model import SPECIAL_TOKENS, BaseModelSize, build_base_model
+from scoring.metrics import GroupBootstrap, as_groups, row_losses
 
 
 class Workbench:
@@ -176,3 +177,14 @@ def matrix_rate(gpu: bool) -> float:
 def interval(ends: list[float] | None, digits: int = 3) -> str:
     """Return an interval as text, empty without one."""
     return f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
+
+
+def bootstrap_interval(values, groups, *, seed: int) -> list[float] | None:
+    """Return the 95% interval [low, high] of the mean of `values` [rows] over resampled prompt groups."""
+    return GroupBootstrap(as_groups(groups), seed).interval(values)
+
+
+def paired_difference(first, second, truth, groups, *, seed: int) -> dict[str, float | list[float] | None]:
+    """Return log loss of `first` minus that of `second` on the same rows: `difference` and its paired interval `ci95`."""
+    gaps = row_losses(first, truth) - row_losses(second, truth)
+    return {"difference": float(gaps.mean()), "ci95": bootstrap_interval(gaps, groups, seed=seed)}

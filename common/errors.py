@@ -14,9 +14,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from common.console import printable
 
@@ -31,6 +33,9 @@ class ArenaError(Exception):
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None):
         self.what, self.where, self.remedy = what, where, remedy
         super().__init__(str(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), where=self.where, remedy=self.remedy), (self.what,)  # for another process
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what

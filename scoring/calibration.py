@@ -18,7 +18,7 @@ from sklearn.model_selection import GroupKFold
 from common.battle import VERDICTS
 from common.errors import ArenaError
 from scoring.links import (
-    TIE,
+    LARGEST_SCORE,
     DavidsonLink,
     Link,
     SoftmaxLink,
@@ -39,13 +39,13 @@ REWARD_COLUMNS = ("reward_a", "reward_b")
 LENGTH_COLUMNS = ("chars_a", "chars_b")
 FEWEST_ROWS = 50
 PARTS = 5
-# Far beyond float32; sums of larger ones would overflow float64.
-_LARGEST_LOGIT = 1e150
+# The link of each kind, what a row gets where it is not kept, and what it must beat. The latter is not the baselines'
+# prior, which comes from the training rows: both sides of the choice see the other parts of the fold only.
 _LINK_NAMES = {"logits": "temperature and class bias", "rewards": "Davidson link"}
-# What a row gets where no link is kept; and what a link must beat. The latter is not the baselines' prior, which comes
-# from the training rows: both sides of the choice see the other parts of the fold only.
 _WITHOUT = {"logits": "the plain softmax stays", "rewards": "every row gets the class prior"}
-_RIVALS = {"logits": "the plain softmax", "rewards": "a class prior fitted in the same way, on the other parts"}
+_RIVALS = {"logits": "the plain softmax", "rewards": "a class prior fitted in the same way"}
+# What a fitted link and its JSON hold alike.
+_PLAIN = ("kept", "reason", "log_loss_before", "log_loss_cross_fitted", "rows", "source_prior", "target_prior")
 _ORDERS = {"one_order": 1, "both_orders": 2}  # as report.json names them
 
 
@@ -59,11 +59,6 @@ class RawScores:
     def at(self, rows: np.ndarray) -> RawScores:
         """Return the scores of some rows (a mask or positions)."""
         return RawScores(self.kind, tuple(column[rows] for column in self.inputs))
-
-    @property
-    def says_anything(self) -> bool:
-        """Whether any battle has scores that differ between its sides."""
-        return bool((np.ptp(self.inputs[0], axis=1) if self.kind == "logits" else self.inputs[0]).any())
 
     def fit(self, truth: np.ndarray) -> Link:
         """Fit the link of this kind on class codes [rows]."""
@@ -107,10 +102,7 @@ def raw_scores(scores: pd.DataFrame, orders: int = 1) -> RawScores:
             logits = np.logaddexp(log_softmax(logits), log_softmax(_finite(scores, BA_COLUMNS))) - np.log(2)
         return RawScores(kind, (logits,))
     rewards, lengths = _finite(scores, REWARD_COLUMNS), _finite(scores, LENGTH_COLUMNS)
-    with np.errstate(over="ignore"):
-        difference = rewards[:, 0] - rewards[:, 1]
-    _refuse(scores, ~np.isfinite(difference), "reward differences that overflow")
-    return RawScores(kind, (difference, np.log1p(lengths[:, 0]) - np.log1p(lengths[:, 1])))
+    return RawScores(kind, (rewards[:, 0] - rewards[:, 1], np.log1p(lengths[:, 0]) - np.log1p(lengths[:, 1])))
 
 
 @dataclass(frozen=True)
@@ -152,16 +144,10 @@ class FittedLink:
         return {
             "kind": _LINK_NAMES[self.kind],
             "scores": self.kind,
-            "kept": self.kept,
-            "reason": self.reason,
             "parameters": self.link.parameters() if self.link else None,
             "link": self.link.to_json() if self.link else None,
-            "log_loss_before": self.log_loss_before,
-            "log_loss_cross_fitted": self.log_loss_cross_fitted,
-            "rows": self.rows,
             "swap_tta": self.swap_tta,
-            "source_prior": self.source_prior,
-            "target_prior": self.target_prior,
+            **{name: getattr(self, name) for name in _PLAIN},
         }
 
 
@@ -221,9 +207,8 @@ def _fitted_from_json(value: Mapping[str, Any]) -> FittedLink:
         for key in ("source_prior", "target_prior"):
             if value[key]:
                 checked_prior(value[key], key)
-        names = ("kept", "reason", "log_loss_before", "log_loss_cross_fitted", "rows", "source_prior", "target_prior")
         return FittedLink(
-            **{name: value[name] for name in names},
+            **{name: value[name] for name in _PLAIN},
             kind=value["scores"],
             orders=2 if value["swap_tta"] else 1,
             link=link_from_json(value["link"]) if value["link"] else None,
@@ -273,8 +258,6 @@ def _fit(scores: pd.DataFrame, orders: int, seed: int, train: Shares | None, tar
     judged, codes, parts = raw.at(known), truth[known], groups[known]
     # Without a tie, Davidson's link is Bradley and Terry's.
     reason = too_few_to_fit(codes, parts, VERDICTS if raw.kind == "logits" else ("a", "b"))
-    if not reason and not judged.says_anything:
-        reason = "every battle has the same score for all its sides"
     before = log_loss(judged.probabilities(None, prior), codes) if len(known) else None
     kept, link, crossed, after = False, None, None, None
     if reason:
@@ -284,7 +267,9 @@ def _fit(scores: pd.DataFrame, orders: int, seed: int, train: Shares | None, tar
         before, after = log_loss(base, codes), log_loss(crossed, codes)
         kept = after < before
         link = judged.fit(codes) if kept else None
-        reason = _decision(raw.kind, kept, before, after, ties=bool((codes == TIE).any()))
+        figures = f"cross-fitted log loss {after:.4f} against {before:.4f} of {_RIVALS[raw.kind]}"
+        verb, then = ("kept", "") if kept else ("did not keep", f"; {_WITHOUT[raw.kind]}")
+        reason = f"{verb} {_LINK_NAMES[raw.kind]}: {figures}{then}"
     probabilities = raw.probabilities(link, prior)
     if kept:
         probabilities[known] = crossed
@@ -332,15 +317,6 @@ def too_few_to_fit(truth: np.ndarray, groups: np.ndarray, classes: Iterable[str]
     return None
 
 
-def _decision(kind: Kind, kept: bool, before: float, after: float, *, ties: bool) -> str:
-    """Return what was decided and on which figures."""
-    figures = f"cross-fitted log loss {after:.4f} against {before:.4f} of {_RIVALS[kind]}"
-    if not ties:
-        figures += "; no tie was seen, so ties get the share of one imagined row"
-    name = _LINK_NAMES[kind]
-    return f"kept {name}: {figures}" if kept else f"did not keep {name}: {figures}; {_WITHOUT[kind]}"
-
-
 def _marginal(probabilities: np.ndarray) -> Shares:
     """Return the mean of probabilities [rows, 3], no class below machine epsilon.
 
@@ -358,8 +334,7 @@ def _finite(scores: pd.DataFrame, columns: tuple[str, ...]) -> np.ndarray:
         raise ArenaError(f"column(s) {', '.join(absent)} are missing", where="scores", remedy="score the stage again")
     values = scores[list(columns)].to_numpy(dtype=np.float64, na_value=np.nan)
     _refuse(scores, ~np.isfinite(values).all(axis=1), f"NaN or infinite {', '.join(columns)}")
-    if columns in (AB_COLUMNS, BA_COLUMNS):
-        _refuse(scores, (np.abs(values) > _LARGEST_LOGIT).any(axis=1), "logits that no model gives")
+    _refuse(scores, (np.abs(values) > LARGEST_SCORE).any(axis=1), f"{', '.join(columns)} that no model gives")
     return values
 
 

@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from common.battle import PROBABILITY_COLUMNS, VERDICTS
+from common.battle import VERDICTS
 from common.errors import ArenaError
 from common.experiment import Experiment
-from common.files import read_json, write_json
+from common.files import write_json
 from common.stages import TRAININGS
-from data_prep.export_reader import truth_of
+from data_prep.export_reader import readable, truth_of
 from data_prep.ground_truth import probabilities_of
 from factory.stage_context import StageContext
 from scoring import metrics
 from scoring.baselines import baseline_probabilities
 from scoring.calibration import grouped_parts, too_few_to_fit
 from scoring.links import fit_conditional_logit, softmax
-from scoring.predictions import REPORT
+from scoring.predictions import REPORT, read_probabilities
 from scoring.report.page import write_compare_page
-from scoring.score_stage import texts
+from scoring.score_stage import read_report, texts
 
 CHANCES = tuple(f"p_{name}" for name in VERDICTS)
 BLEND = "blend"
@@ -57,7 +57,7 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
     truth = truth_of(data)
     bayes = None if truth is None else probabilities_of(truth, rows["id"].tolist(), str(data / "truth.csv"))
     result = {"experiment": experiment.name, **compare(frames, experiment.seed, baselines=baselines, bayes=bayes)}
-    result["flags"] = {context.name: _red_flags(context) for context in contexts}
+    result["flags"] = {context.name: _red_flags(context) for context in contexts}  # no comparison hides them
     write_compare_page(result, folder / "compare.html")
     write_json(folder / "compare.json", result)
     return result
@@ -73,10 +73,10 @@ def compare(
     """Return rows, `table` (a row each, blend last), `differences` of all pairs, `blend`, `baselines` and `bayes`.
 
     Frames have the columns id, verdict, group, p_a, p_b, p_tie; `baselines` and `bayes` are [rows, 3]. All intervals
-    are 95%, by prompt group, from the same draws. Raises ArenaError where the frames do not hold the same rows, a
-    verdict is missing, or probabilities are invalid.
+    are 95%, by prompt group, from the same draws. Raises ArenaError where the frames do not hold the same rows, or a
+    verdict is missing.
     """
-    _require_same_rows(frames)
+    _require_comparable(frames)
     first, baselines = next(iter(frames.values())), dict(baselines or {})
     truth, groups = metrics.verdict_codes(first["verdict"]), metrics.as_groups(first["group"])
     models = {name: frame[list(CHANCES)].to_numpy(np.float64) for name, frame in frames.items()}
@@ -147,8 +147,8 @@ def _blend(
     return mixed, {"weights": weights, "reason": "cross-fitted; the weights shown are those of all rows"}
 
 
-def _require_same_rows(frames: Mapping[str, pd.DataFrame]) -> None:
-    """Raise ArenaError that lists every frame which does not hold the first one's rows, or no valid probabilities."""
+def _require_comparable(frames: Mapping[str, pd.DataFrame]) -> None:
+    """Raise ArenaError that lists every frame whose rows are not the first one's, or that lacks a verdict."""
     reference, first = next(iter(frames.items()))
     faults = []
     for name, frame in frames.items():
@@ -157,12 +157,6 @@ def _require_same_rows(frames: Mapping[str, pd.DataFrame]) -> None:
                 faults.append(f"{name} and {reference} hold different rows (column {column})")
         if not len(frame) or (metrics.verdict_codes(frame["verdict"]) < 0).any():
             faults.append(f"{name}: there are no rows, or rows without a verdict")
-        values = frame[list(CHANCES)].to_numpy(np.float64)
-        with np.errstate(invalid="ignore"):
-            broken = ~(np.abs(values.sum(axis=1) - 1) < 1e-3) | (values < 0).any(axis=1)
-        if broken.any():
-            example = frame["id"].to_numpy()[broken][0]
-            faults.append(f"{name}: the probabilities of {broken.sum()} row(s) are invalid, the first id is {example}")
     if faults:
         raise ArenaError(
             "\n".join(["the stages cannot be compared:", *(f"  - {fault}" for fault in faults)]),
@@ -174,19 +168,9 @@ def _require_same_rows(frames: Mapping[str, pd.DataFrame]) -> None:
 def _scored_frame(context: StageContext, ids: list[str]) -> pd.DataFrame:
     """Return a stage's verdicts, groups and final probabilities; raises ArenaError where they are not of `ids`."""
     context.require_scored()
-    folder, name = context.folder, context.experiment.name
-    again = f"move {folder / REPORT} away and score again: run.py score -e {name} --stage {context.name}"
-    try:
+    folder = context.folder
+    with readable(folder / "scores_valid.parquet", "score the stage again"):
         scores = pd.read_parquet(folder / "scores_valid.parquet", columns=["id", "verdict", "group"])
-        chances = pd.read_csv(folder / "probabilities_valid.csv", dtype={"id": str}, keep_default_na=False)
-        scores[list(CHANCES)] = chances[list(PROBABILITY_COLUMNS)].astype(float)
-        same = scores["id"].tolist() == chances["id"].tolist()
-    except (OSError, ValueError, KeyError) as error:  # pandas' and pyarrow's own errors are among them
-        reason = str(error).splitlines()[0][:200]
-        raise ArenaError(f"its scores cannot be read: {reason}", where=str(folder), remedy=again) from None
-    if not same:
-        what = "scores_valid.parquet and probabilities_valid.csv hold different rows"
-        raise ArenaError(what, where=str(folder), remedy=again)
     if context.outdated_files() or scores["id"].tolist() != ids:
         raise ArenaError(
             f"{context.name} was trained or scored on another export than {context.experiment.data_folder} holds now",
@@ -194,14 +178,9 @@ def _scored_frame(context: StageContext, ids: list[str]) -> pd.DataFrame:
             remedy=f"prepare the earlier votes again; or {context.command} --fresh; a stage whose folder is moved out "
             "of outputs/ is left out",
         )
+    scores[list(CHANCES)] = read_probabilities(folder / "probabilities_valid.csv", ids)
     return scores
 
 
 def _red_flags(context: StageContext) -> list[str]:
-    """Return what the stage's report flags in red, so that no comparison hides it."""
-    path = context.folder / REPORT
-    try:
-        return [str(flag["text"]) for flag in read_json(path).get("flags", []) if flag["level"] == "red"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        again = f"python run.py score -e {context.experiment.name} --stage {context.name} --fresh"
-        raise ArenaError(f"its flags cannot be read: {error!r}", where=str(path), remedy=again) from None
+    return [flag["text"] for flag in read_report(context).get("flags", []) if flag["level"] == "red"]

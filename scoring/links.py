@@ -23,8 +23,9 @@ from common.errors import ArenaError
 PRIOR_DEVIATION = 10.0
 # A standardised score beyond this is set to it: one reward that exploded must not rule the fit.
 CLIP = 100.0
-# Spreads below these are rounding: dividing by them would overflow or blow noise up.
-_SMALLEST, _SMALLEST_LENGTH = 1e-290, 1e-9
+# A larger score is refused: no model gives it. Smaller spreads are rounding: dividing by them would blow noise up.
+LARGEST_SCORE = 1e150
+_SMALLEST, _SMALLEST_LENGTH = 1e-150, 1e-9
 TIE = VERDICTS.index("tie")
 # Where no tie was seen, one imagined tie between equal rewards (Laplace's rule) keeps the tie parameter above 0.
 _IMAGINED_TIE = np.array([[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
@@ -97,8 +98,6 @@ def robust_scale(values: np.ndarray) -> float:
     0.0 where every value is as good as 0. The factor makes it the standard deviation for normal values (Huber 1981).
     """
     sizes = np.abs(values)
-    if not len(sizes):
-        return 0.0
     typical = 1.4826 * float(np.median(sizes)) or float((sizes / len(sizes)).sum())
     return typical if typical > _SMALLEST else 0.0
 
@@ -108,13 +107,7 @@ class Link:
     """What both links share. `errors`: the standard errors of the fitted values; None where nothing was fitted."""
 
     kind: ClassVar[str]
-    slope: ClassVar[str]  # the parameter by which the scores count
     errors: Mapping[str, float] | None = field(default=None, kw_only=True)
-
-    @property
-    def learned(self) -> bool | None:
-        """Whether the scores count: their slope is over two standard errors; None where it was not fitted."""
-        return getattr(self, self.slope) > 2 * self.errors[self.slope] if self.errors else None
 
     def parameters(self) -> dict[str, Any]:
         """Return the fitted values as a person reads them, each with its standard error where it has one."""
@@ -138,7 +131,6 @@ class SoftmaxLink(Link):
     """
 
     kind: ClassVar[str] = "softmax"
-    slope: ClassVar[str] = "inverse_temperature"
     inverse_temperature: float = 1.0
     bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
     limit: float | None = None
@@ -149,8 +141,7 @@ class SoftmaxLink(Link):
         centred = _centred(logits)
         unit = robust_scale(centred.ravel()) or 1.0
         design = np.zeros((len(truth), 3, 3))
-        with np.errstate(over="ignore"):  # what overflows is clipped
-            design[:, :, 0] = np.clip(centred / unit, -CLIP, CLIP)
+        design[:, :, 0] = np.clip(centred / unit, -CLIP, CLIP)
         design[:, 0, 1], design[:, 1, 2], design[:, 2, 1:] = 1.0, 1.0, -1.0
         (slope, first, second), covariance = fit_conditional_logit(design, truth, np.array([0.0, -np.inf, -np.inf]))
         deviations = [*np.sqrt(np.diag(covariance)), np.sqrt(covariance[1:, 1:].sum())]
@@ -158,7 +149,7 @@ class SoftmaxLink(Link):
         errors = dict(zip(names, map(float, deviations), strict=True))
         errors["inverse_temperature"] /= unit
         bias = (float(first), float(second), float(-first - second))
-        return cls(float(slope / unit), bias, _limit(unit), errors=errors)
+        return cls(float(slope / unit), bias, CLIP * unit, errors=errors)
 
     @property
     def temperature(self) -> float | None:
@@ -175,10 +166,6 @@ class SoftmaxLink(Link):
         bias = dict(zip(("bias_a", "bias_b", "bias_tie"), self.bias, strict=True))
         return {"temperature": self.temperature, "inverse_temperature": self.inverse_temperature, **bias}
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the link as plain values, the temperature for readers among them."""
-        return {**super().to_json(), "temperature": self.temperature}
-
 
 @dataclass(frozen=True)
 class DavidsonLink(Link):
@@ -191,7 +178,6 @@ class DavidsonLink(Link):
     """
 
     kind: ClassVar[str] = "davidson"
-    slope: ClassVar[str] = "scale"
     scale: float
     position_bias: float
     length: float
@@ -208,9 +194,7 @@ class DavidsonLink(Link):
         unit = robust_scale(difference) or 1.0
         length_unit = float(np.std(log_lengths))
         length_unit = length_unit if length_unit > _SMALLEST_LENGTH else 1.0
-        with np.errstate(over="ignore"):  # what overflows is clipped
-            standardised = np.clip(difference / unit, -CLIP, CLIP)
-        columns = standardised, np.ones(len(truth)), log_lengths / length_unit
+        columns = np.clip(difference / unit, -CLIP, CLIP), np.ones(len(truth)), log_lengths / length_unit
         design = np.zeros((len(truth), 3, 4))
         design[:, 0, :3] = np.column_stack(columns) / 2
         design[:, 1, :3] = -design[:, 0, :3]
@@ -224,7 +208,7 @@ class DavidsonLink(Link):
         errors["scale"] /= unit
         tie = float(np.exp(log_tie))
         errors["tie"] = tie * errors["log_tie"]  # delta method
-        return cls(scale / unit, position, length, tie, length_unit, _limit(unit), errors=errors)
+        return cls(scale / unit, position, length, tie, length_unit, CLIP * unit, errors=errors)
 
     def probabilities(self, difference: np.ndarray, log_lengths: np.ndarray) -> np.ndarray:
         """Return [rows, 3] probabilities of reward differences [rows] and log-length differences [rows]."""
@@ -254,27 +238,21 @@ def correct_prior(probabilities: np.ndarray, source: Mapping[str, float], target
     p'(c) ∝ p(c) · target(c) / source(c): Saerens, Latinne & Decaestecker, Neural Computation 14 (2002), eq. 2.4.
     Raises ArenaError where a prior is not three shares that sum to 1, or a source share is 0.
     """
-    old, new = checked_prior(source, "source prior"), checked_prior(target, "target prior")
-    if (old <= 0).any():
-        raise ArenaError(
-            "a class with share 0 cannot be corrected",
-            where="source prior",
-            remedy="smooth the counts, or train on rows that have every class",
-        )
+    old, new = checked_prior(source, "source prior", above=0.0), checked_prior(target, "target prior")
     weighted = np.asarray(probabilities, dtype=np.float64) * (new / old)
     return weighted / weighted.sum(axis=1, keepdims=True)
 
 
-def checked_prior(prior: Mapping[str, float], where: str) -> np.ndarray:
-    """Return the shares [3] in the order of `VERDICTS`; raises ArenaError unless they are ≥ 0 and sum to 1."""
+def checked_prior(prior: Mapping[str, float], where: str, above: float = -1e-300) -> np.ndarray:
+    """Return the shares [3] in the order of `VERDICTS`; raises ArenaError unless all are > `above` and sum to 1."""
     try:
         shares = np.array([float(prior[name]) for name in VERDICTS])
-        good = len(prior) == len(shares) and (shares >= 0).all() and abs(shares.sum() - 1) <= 1e-6
+        good = len(prior) == len(shares) and (shares > above).all() and abs(shares.sum() - 1) <= 1e-6
     except (TypeError, ValueError, KeyError):
         good = False
     if not good:
         raise ArenaError(
-            f"must be three shares, each at least 0, that sum to 1, and not {prior!r}",
+            f"must be three shares {'above' if above == 0 else 'of at least'} 0 that sum to 1, and not {prior!r}",
             where=where,
             remedy=f"give a share for each of {', '.join(VERDICTS)}, for example a: 0.35, b: 0.35, tie: 0.30",
         )
@@ -285,12 +263,6 @@ def smoothed_prior(truth: np.ndarray) -> np.ndarray:
     """Return [3] class shares with one pseudo-row a class (Laplace), so that none is 0; rows of code −1 are ignored."""
     counts = np.bincount(truth[truth >= 0], minlength=3) + 1.0
     return counts / counts.sum()
-
-
-def _limit(unit: float) -> float:
-    """Return `CLIP` in raw units, finite whatever the unit."""
-    largest = float(np.finfo(np.float64).max)
-    return CLIP * unit if unit < largest / CLIP else largest
 
 
 def _centred(logits: np.ndarray) -> np.ndarray:

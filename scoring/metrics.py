@@ -175,25 +175,6 @@ def percentile_interval(
     return [float(low), float(high)]
 
 
-def bootstrap_interval(values: np.ndarray, groups: Iterable, *, seed: int, draws: int = DRAWS) -> list[float] | None:
-    """Return the 95% interval [low, high] of the mean of `values` [rows] over resampled prompt groups."""
-    return GroupBootstrap(as_groups(groups), seed, draws).interval(values)
-
-
-def paired_difference(
-    first: np.ndarray, second: np.ndarray, truth: np.ndarray, groups: Iterable, *, seed: int, draws: int = DRAWS
-) -> dict[str, float | list[float] | None]:
-    """Return log loss of `first` minus that of `second` on the same rows, with its paired 95% interval.
-
-    Keys `difference` and `ci95`; negative means that `first` is better.
-    """
-    gaps = row_losses(first, truth) - row_losses(second, truth)
-    return {
-        "difference": float(gaps.mean()),
-        "ci95": bootstrap_interval(gaps, groups, seed=seed, draws=draws),
-    }
-
-
 def position_bias(ab: np.ndarray, ba: np.ndarray) -> dict[str, float]:
     """Compare the probabilities of both orders of presentation, `ba` already mapped back to the classes of `ab`.
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+from pyarrow.csv import ConvertOptions, ParseOptions, read_csv
 
 from common.battle import PROBABILITY_COLUMNS
 from common.console import name_of, printable
@@ -31,7 +33,6 @@ HEADER = ("id", *PROBABILITY_COLUMNS)
 SUM_TOLERANCE = 1e-6
 # Rounding of float32 sums stays far below this; larger differences are faults.
 _INPUT_TOLERANCE = 1e-3
-_CHUNK = 8192
 _AGAIN = "score the stage again; please report it if it comes back"
 # A folder of its own: test.csv and valid.csv are the names of a result's own tables, and Kaggle's.
 FOLDER = "scored"
@@ -42,11 +43,11 @@ _ENDING = re.compile(r"\.(csv\.gz|csv|parquet|zip)$", re.IGNORECASE)
 
 
 def write_probabilities(path: Path, ids: Iterable, probabilities: np.ndarray) -> None:
-    """Write one row an id in the given order, whole or not at all; ids are text or integers and stay as they are.
+    """Write one row an id in the given order, whole or not at all; ids stay as they are.
 
     `probabilities` [rows, 3] in the order of `VERDICTS`.
-    Raises ArenaError, with all faults together, for NaN, numbers outside 0..1, rows that do not sum to 1,
-    ids that are floats, missing or not unique.
+    Raises ArenaError, with all faults together, for NaN, numbers outside 0..1, rows that do not sum to 1, and ids that
+    are not unique.
     """
     with probability_file(path) as add:
         add(ids, probabilities)
@@ -63,14 +64,9 @@ def probability_file(path: Path) -> Iterator[Callable[[Iterable, np.ndarray], No
         writer.writerow(HEADER)
 
         def add(ids: Iterable, probabilities: np.ndarray) -> None:
-            names, values = list(ids), np.asarray(probabilities, dtype=np.float64)
-            if values.shape != (len(names), 3):
-                what = f"{len(names)} ids but probabilities of shape {values.shape}"
-                raise ArenaError(what, where=str(path), remedy=_AGAIN)
-            faults = _value_faults([str(name) for name in names], values, _INPUT_TOLERANCE)
-            if not_text := [name for name in names if isinstance(name, float | np.floating) or name is None]:
-                faults.append(f"{len(not_text)} id(s) are floats or missing ({_some(not_text)}): read ids as text")
-            elif twice := _repeated(names):
+            names, values = [str(name) for name in ids], np.asarray(probabilities, dtype=np.float64)
+            faults = _value_faults(names, values, _INPUT_TOLERANCE)
+            if twice := sorted(name for name, times in Counter(names).items() if times > 1):
                 faults.append(f"{len(twice)} id(s) occur twice: {_some(twice)}")
             _raise(faults, path)
             values = values / values.sum(axis=1, keepdims=True)
@@ -80,52 +76,41 @@ def probability_file(path: Path) -> Iterator[Callable[[Iterable, np.ndarray], No
 
 
 def check_submission(path: Path, ids: Iterable) -> int:
-    """Check a written table against the test set's ids in its order, and return the number of rows.
+    """Check a written table as `read_probabilities` does, and return the number of rows."""
+    return len(read_probabilities(path, ids))
+
+
+def read_probabilities(path: Path, ids: Iterable) -> np.ndarray:
+    """Return the probabilities [rows, 3] of a written table that must hold exactly these ids, in their order.
 
     Raises ArenaError, with all faults together: header, ids missing, unknown or out of order, NaN, sums.
     """
-    wanted, names, faults = [str(name) for name in ids], [], []
-    for found, values in _chunks(path):
-        names += found
-        faults += _value_faults(found, values, SUM_TOLERANCE)
+    wanted, (names, values) = [str(name) for name in ids], _table(path)
+    faults = _value_faults(names, values, SUM_TOLERANCE)
     if names != wanted:
         missing, unknown = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
-        order = []
-        if missing:
-            order.append(f"{len(missing)} id(s) are missing: {_some(missing)}")
-        if unknown:
-            order.append(f"{len(unknown)} id(s) are not in the test set: {_some(unknown)}")
-        if _repeated(names):
-            order.append("ids occur twice")
-        faults = [*(order or ["the rows are not in the test set's order"]), *faults]
+        other = [f"{len(missing)} id(s) are missing: {_some(missing)}"] if missing else []
+        other += [f"{len(unknown)} id(s) are not among the exported: {_some(unknown)}"] if unknown else []
+        faults = [*(other or ["ids occur twice, or the rows are not in the export's order"]), *faults]
     _raise(faults, path)
-    return len(names)
+    return values
 
 
-def _chunks(path: Path) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yield (ids, probabilities [rows, 3]) of some thousand lines of a table at a time."""
+def _table(path: Path) -> tuple[list[str], np.ndarray]:
+    """Return ids and probabilities [rows, 3] of a table; an empty cell is NaN."""
+    types = pa.schema([("id", pa.string()), *((name, pa.float64()) for name in PROBABILITY_COLUMNS)])
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.reader(file)
-            if tuple(next(reader, ())) != HEADER:
-                raise ArenaError(f"the header must be {','.join(HEADER)}", where=str(path), remedy=_AGAIN)
-            line = 2
-            while rows := list(islice(reader, _CHUNK)):
-                for number, row in enumerate(rows, line):
-                    if len(row) != len(HEADER):
-                        what = f"line {number} does not have {len(HEADER)} cells"
-                        raise ArenaError(what, where=str(path), remedy=_AGAIN)
-                line += len(rows)
-                yield [row[0] for row in rows], np.array([[_number(cell) for cell in row[1:]] for row in rows])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        table = read_csv(
+            path,
+            parse_options=ParseOptions(newlines_in_values=True, ignore_empty_lines=False),
+            convert_options=ConvertOptions(column_types=types),
+        )
+        names = tuple(table.column_names)  # fails where they are not UTF-8
+    except (OSError, ValueError) as error:  # Arrow's own errors are ValueErrors
         raise ArenaError(f"cannot be read: {error}", where=str(path), remedy=_AGAIN) from None
-
-
-def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return float("nan")
+    if names != HEADER:
+        raise ArenaError(f"the header must be {','.join(HEADER)}", where=str(path), remedy=_AGAIN)
+    return table["id"].to_pylist(), np.column_stack([table[name].to_numpy() for name in PROBABILITY_COLUMNS])
 
 
 def _value_faults(names: list[str], values: np.ndarray, tolerance: float) -> list[str]:
@@ -139,14 +124,6 @@ def _value_faults(names: list[str], values: np.ndarray, tolerance: float) -> lis
     return [
         f"{broken.sum()} row(s) {what}: id {_some(array[broken])}" for what, broken in kinds.items() if broken.any()
     ]
-
-
-def _repeated(names: list) -> list:
-    """Return the names that were there before, each as often as it is repeated."""
-    if len(set(names)) == len(names):
-        return []
-    seen: set = set()
-    return [name for name in names if name in seen or seen.add(name)]
 
 
 def _some(names: Iterable) -> str:
@@ -179,6 +156,8 @@ def require_replaceable(output: Path, source: str | Path, experiment: Experiment
             raise _refused(output, "is the input itself")
         if not output.is_file():
             raise _refused(output, "exists and is not a file")
+    if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
+        raise _refused(output, f"lies in the folder that is read ({source}), and would be a part of it the next time")
     if is_within(output, DATA):
         raise _refused(output, f"lies in {DATA}/, which holds inputs and exports")
     manifest = earlier_manifest(experiment.data_folder) or {"sources": {}}
@@ -190,12 +169,6 @@ def require_replaceable(output: Path, source: str | Path, experiment: Experiment
     above = next(folder for folder in output.absolute().parents if folder.exists())
     if not above.is_dir():
         raise _refused(output, f"cannot be created: {above} is not a folder")
-
-
-def require_outside(output: Path, table: Path) -> None:
-    """Raise UsageError where `output` would become one more part of the folder that is read."""
-    if table.is_dir() and output.resolve().is_relative_to(table.resolve()):
-        raise _refused(output, f"lies in the folder that is read ({table}), and would be a part of it the next time")
 
 
 def record_output(output: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import islice
@@ -48,7 +49,10 @@ class RayActors:
         gpus = int(ray.cluster_resources().get("GPU", 0)) if spec.engine == "torch" else 0
         self._actors, self._gpu = actors or max(gpus, 1), float(bool(gpus))
         probe = ray.remote(num_gpus=self._gpu)(_probe)
-        self.engine, self.precision, self.device = self._told(ray.get(probe.remote(spec, str(Path.cwd()))))
+        found = ray.get(probe.remote(spec, str(Path.cwd())))
+        if isinstance(found, ArenaError):
+            raise found
+        self.engine, self.precision, self.device = found
         note(f"Ray: {self._actors} actor(s) on {len(ray.nodes())} machine(s)")
 
     def run(self, store: RowStore, shards: Iterator[Shard], progress: Progress) -> Iterator[tuple[Shard, np.ndarray]]:
@@ -58,7 +62,7 @@ class RayActors:
                 for text in json.loads(row["notes"]):
                     self._note(f"Ray: {text}")
                 if row["fault"]:
-                    raise ArenaError(**json.loads(row["fault"]))
+                    raise pickle.loads(row["fault"])
                 shard = together[row["name"]]
                 yield shard, np.frombuffer(row["scores"], "<f8").reshape(len(shard.rows), -1)
 
@@ -83,25 +87,15 @@ class RayActors:
 
     def _connect(self, address: str, actors: int | None) -> None:
         os.environ.update(_ENVIRONMENT)
-        if address == LOCAL:
-            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's name for: listen on 127.0.0.1 only
         import ray
         import ray.data
 
+        options: dict[str, Any] = {"runtime_env": {"env_vars": _ENVIRONMENT}}
         if address == LOCAL:
-            # That name is read when Ray is imported, which another library may have done before.
-            ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if address == LOCAL:
-            options |= {
-                "address": "local",
-                "num_cpus": max(actors or 1, os.cpu_count() or 1),
-                "include_dashboard": False,
-            }
-        else:
-            options |= {"address": address, "runtime_env": {"env_vars": _ENVIRONMENT}}
+            ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's name for: listen on 127.0.0.1 only
+            options = {"num_cpus": max(actors or 1, os.cpu_count() or 1), "include_dashboard": False}
         try:
-            ray.init(**options)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
             raise ArenaError(
                 f"Ray cannot be reached: {str(error).strip().splitlines()[0]}",
@@ -113,11 +107,6 @@ class RayActors:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-    def _told(self, answer: dict[str, Any]) -> tuple[str, str, str]:
-        if "what" in answer:
-            raise ArenaError(**answer)
-        return answer["engine"], answer["precision"], answer["device"]
 
 
 class _Actor:
@@ -138,31 +127,27 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return name and scores of the one shard in `batch`, or in `fault` what went wrong."""
         name = str(batch["name"][0])
-        shard, scores, fault = Shard(name, np.frombuffer(batch["rows"][0], "<i8"), 0), b"", ""
+        shard, scores, fault = Shard(name, np.frombuffer(batch["rows"][0], "<i8"), 0), b"", b""
         try:
             if self._fault:
                 raise self._fault
             found = ask(self._scorer, shard, prepare(self._scorer, self._store, shard), lambda *_: None)
             scores = np.ascontiguousarray(found, "<f8").tobytes()
         except ArenaError as error:
-            fault = json.dumps(_parts(error))
+            fault = pickle.dumps(error)
         notes = json.dumps(self._notes)
         self._notes.clear()
         return {"name": [name], "scores": [scores], "fault": [fault], "notes": [notes]}
 
 
-def _probe(spec: ScorerSpec, folder: str) -> dict[str, Any]:
-    """Load the model once, where the actors will, and tell what it computes in, or what is wrong."""
+def _probe(spec: ScorerSpec, folder: str) -> tuple[str, str, str] | ArenaError:
+    """Load the model once, where the actors will; return its engine, precision and device, or what is wrong."""
     os.chdir(folder)
     try:
         scorer = spec.scorer()
         scorer.open()
     except ArenaError as error:
-        return _parts(error)
-    found = {"engine": scorer.engine, "precision": scorer.precision, "device": device_of(scorer.engine)}
+        return error
+    found = scorer.engine, scorer.precision, device_of(scorer.engine)
     scorer.close()
     return found
-
-
-def _parts(error: ArenaError) -> dict[str, Any]:
-    return {"what": error.what, "where": error.where, "remedy": error.remedy}

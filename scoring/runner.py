@@ -126,6 +126,10 @@ class Job:
                 count.finish(shard)
         if count.kept:
             self._show.note(f"{label}: {count.kept:,} rows were scored by an earlier call, and kept")
+        if count.rows < self.rows:
+            self._show.note(
+                f"{label}: {count.rows:,} of {self.rows:,} rows within the time limit, the most uncertain first"
+            )
         return count.rows
 
     def _missing(self, order: str, plan: Iterator[Shard], count: _Count, whole: bool) -> Iterator[Shard]:

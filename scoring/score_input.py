@@ -14,10 +14,11 @@ from data_prep.sources import votes_at
 from factory.stage_context import StageContext
 from scoring.calibration import Calibration
 from scoring.executor import Executor
-from scoring.predictions import record_output, require_outside, require_replaceable
+from scoring.predictions import record_output, require_replaceable
 from scoring.runner import open_job
-from scoring.score_stage import ScoreOptions, read_report, unfinished_scores, write_table
+from scoring.score_stage import ScoreOptions, read_report, write_table
 from scoring.score_store import remove_empty
+from scoring.time_limit import Pace
 
 
 def score_input(
@@ -37,11 +38,10 @@ def score_input(
     if wanted and options.time_limit is not None:
         calibration.require(1)
     scorer, path = spec.scorer(), votes_at(source, labelled=False)
-    require_outside(output, path)
     VoteReader(path, labelled=False)  # refuses what is not a table of battles before the model is loaded
     model = scorer.inputs()
     context.require_scored(model)
-    base, target = unfinished_scores(context), f"input-{output.name}"
+    base, target = context.folder / "scoring", f"input-{output.name}"
     with only_run(base / target):
         with closing(options.open(spec, scorer, show)) as executor:
             _note_other_engine(report, executor, stage, show)
@@ -56,10 +56,10 @@ def score_input(
                 show=show,
                 fresh=options.fresh,
             )
-            pace = options.pace([job], show)
+            pace = Pace(job.tokens, options.time_limit, started=options.started)
             job.straight(executor, pace)
             if wanted or (options.time_limit is not None and 2 in calibration.links):
-                options.note_partial(job.swapped(executor, pace), job.rows, stage, show)
+                job.swapped(executor, pace)
         rows = write_table(output, job, calibration)
         record_output(output)
         formulas, cut = sum(map(is_formula, job.ids())), job.cut_rows()

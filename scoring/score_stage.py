@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,18 +81,6 @@ class ScoreOptions:
         count = self.workers or default_workers(spec.engine)
         return Workers(spec, show.note, count) if count > 1 else InProcess(scorer, show.note)
 
-    def pace(self, jobs: Iterable[Job], show: Show) -> Pace:
-        """Start to measure the speed of these jobs against the time limit."""
-        pace = Pace(show.note, sum(job.tokens for job in jobs), self.time_limit, started=self.started)
-        pace.begin()
-        return pace
-
-    def note_partial(self, both: int, rows: int, stage: str, show: Show) -> None:
-        """Print how many rows a time limit allowed to score in both orders."""
-        if self.time_limit is not None and rows:
-            share = f"{both:,} of {rows:,} rows ({both / rows:.0%})"
-            show.note(f"{stage}: within the time limit {share} were scored in both orders, the most uncertain first")
-
 
 def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | None = None) -> dict[str, Any]:
     """Score the validation fold and the test set of one stage and write its report; return the report.
@@ -146,7 +133,7 @@ def read_report(context: StageContext, *, remedy: str | None = None) -> dict[str
     path = context.folder / REPORT
     try:
         report = read_json(path)
-        if not isinstance(report["calibration"], dict):
+        if not isinstance(report["calibration"], dict) or not all(f["text"] for f in report.get("flags", [])):
             raise TypeError
         return report
     except (OSError, ValueError, KeyError, TypeError):
@@ -185,11 +172,6 @@ def write_table(path: Path, job: Job, calibration: Calibration) -> int:
     return check_submission(path, job.ids())
 
 
-def unfinished_scores(context: StageContext) -> Path:
-    """Return the folder of scores that are not in a final file yet."""
-    return context.folder / "scoring"
-
-
 def _score_splits(
     context: StageContext,
     scorer: Scorer,
@@ -201,7 +183,7 @@ def _score_splits(
     """Score both splits; return their jobs, and what the report says of how they were scored."""
     jobs = {
         split: open_job(
-            unfinished_scores(context),
+            context.folder / "scoring",
             split,
             scorer,
             executor,
@@ -214,7 +196,7 @@ def _score_splits(
         for split, label in _LABELS.items()
     }
     valid, test = jobs.values()
-    pace = options.pace(jobs.values(), show)
+    pace = Pace(valid.tokens + test.tokens, options.time_limit, started=options.started)
     for job in jobs.values():
         job.straight(executor, pace)
     both = {"valid": 0, "test": 0}
@@ -223,7 +205,6 @@ def _score_splits(
             both["valid"] = valid.swapped(executor, pace, whole=True)
             if context.experiment.swap_tta or options.time_limit is not None:
                 both["test"] = test.swapped(executor, pace)
-                options.note_partial(both["test"], test.rows, context.name, show)
         else:
             show.note(f"{context.name}: the time limit leaves no room for the other order of the answers")
     scoring = {"engine": executor.engine, "precision": executor.precision, "device": executor.device}
@@ -267,9 +248,8 @@ def _report(
         test_ids=list(test.ids()),
         loss_curve=curve,
         compared=compared,
-        precision=scoring["precision"],
     )
-    report, probabilities, calibration = build_report(
+    return build_report(
         experiment=experiment.name,
         stage=stage,
         scores=valid,
@@ -284,13 +264,9 @@ def _report(
         target_prior=prior,
         merge_gate=compared and compared["merge_gate"],
         checks=[check.to_json() for check in checks],
+        scoring=scoring,
+        test_rows=test.rows,
     )
-    report["scoring"] = scoring
-    both = scoring["rows_in_both_orders"]["test"]
-    if both < test.rows and (both or experiment.swap_tta):
-        text = f"{both:,} of {test.rows:,} test rows were scored in both orders, the others in one: a time limit."
-        report["flags"].append({"level": "info", "code": "one_order", "text": text})
-    return report, probabilities, calibration
 
 
 def _write_scores(path: Path, job: Job) -> None:

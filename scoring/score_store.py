@@ -25,7 +25,7 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetFile, ParquetWriter, read_table
 
 from common.errors import ArenaError
-from common.files import atomic_file, sha256_of, write_json
+from common.files import atomic_file, read_json, sha256_of, write_json
 from data_prep.export_reader import readable
 
 Facts, ModelInput = dict[str, Any], dict[str, Any]
@@ -53,7 +53,7 @@ class RowStore:
         """Open a store; raises ArenaError if it was not written to its end or, `checked`, its files changed since."""
         self.folder = folder
         try:
-            sums = dict(json.loads((folder / _MARKER).read_text(encoding="utf-8"))["sha256"])
+            sums = dict(read_json(folder / _MARKER)["sha256"])
             changed = [name for name in _FILES if checked and sha256_of(folder / name) != sums.get(name)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArenaError(f"is no finished set of rows ({error})", where=str(folder), remedy=_AGAIN) from None
@@ -174,12 +174,10 @@ class ShardFolder:
             names = ", ".join(sorted(map(str, others)))
             note(f"unfinished scores of earlier calls with other inputs are not used; delete them if unwanted: {names}")
         self.resumed = manifest.is_file()
-        if self.resumed and _read(manifest) != self._inputs:
-            raise ArenaError(
-                "the manifest of these unfinished scores was changed",
-                where=str(manifest),
-                remedy="move the folder away: scoring then starts again",
-            )
+        if self.resumed:
+            with readable(manifest, "move the folder away: scoring then starts again"):
+                if read_json(manifest) != self._inputs:
+                    raise ValueError("these unfinished scores are of other inputs")
         write_json(manifest, self._inputs)
 
     def read(self, shard: Shard, columns: int) -> np.ndarray | None:
@@ -223,10 +221,3 @@ def remove_empty(base: Path) -> None:
     """Remove a folder of unfinished scores unless other runs have something in it."""
     with suppress(OSError):
         base.rmdir()
-
-
-def _read(manifest: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -107,16 +107,13 @@ def _row(experiment: Experiment, battle_id: str, split: str | None) -> tuple[int
     found = [(place, row) for place, row in rows.items() if split in (None, row["split"])]
     if len(found) == 1:
         return found[0]
-    splits = [row["split"] for row in rows.values()]
-    if found:
+    if splits := [row["split"] for row in rows.values()]:
         remedy = f"python run.py show {battle_id} -e {experiment.name} --split {splits[0]}"
         raise UsageError(f"{battle_id!r} is an id of {' and '.join(splits)}", remedy=remedy)
-    other = f"; it is one of {splits[0]}" if splits else ""
     raise UsageError(
-        f"{battle_id!r} is not an id of {split or 'train, valid or test'}{other}",
+        f"{battle_id!r} is not an id of train, valid or test",
         where=str(experiment.data_folder),
-        remedy="take an id of the exported table; report.html lists the worst ones, unless it is of an earlier export "
-        "(see run.py status). Rejected rows are in audit.json",
+        remedy="take an id of the exported table; rejected rows are in audit.json",
     )
 
 
@@ -206,16 +203,14 @@ def _scores(folder: Path, split: str, battle_id: str) -> tuple[dict[str, Shares]
         if not np.isnan(logits).any():
             shares[name] = dict(zip(VERDICTS, softmax(logits).tolist(), strict=True))
     if table.is_file():
-        shares["final"] = _final(table, battle_id)
+        with readable(table, _AGAIN), table.open(newline="", encoding="utf-8") as file:
+            final = next((line for line in csv.DictReader(file) if line["id"] == battle_id), None)
+            if final is None:
+                raise ValueError(f"lacks the row {battle_id}, which was scored")
+            shares["final"] = {
+                v: float(final[name] or "") for v, name in zip(VERDICTS, PROBABILITY_COLUMNS, strict=True)
+            }
     return shares, {x: row[f"reward_{x}"] for x in ("a", "b") if f"reward_{x}" in row}
-
-
-def _final(path: Path, battle_id: str) -> Shares:
-    with readable(path, _AGAIN), path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["id"] == battle_id:
-                return {v: float(row[column] or "") for v, column in zip(VERDICTS, PROBABILITY_COLUMNS, strict=True)}
-    raise ArenaError("lacks a row that was scored", where=f"{path} id {battle_id}", remedy=_AGAIN)
 
 
 def print_battle(console: Console, shown: ShownBattle, *, swapped: bool = False) -> None:
@@ -249,8 +244,6 @@ def _facts(shown: ShownBattle) -> list[str]:
     if shown.dropped:
         lines.append(f"left out: the {shown.dropped} oldest turn(s)")
     lines += [f"cut: {line}" for line in shown.cuts]
-    if shown.dropped or shown.cuts:
-        lines.append(f"the whole texts are in {shown.source}")
     if shown.rewards:
         lines.append("rewards: " + ", ".join(f"{x.upper()} {value:+.4f}" for x, value in shown.rewards.items()))
     if not shown.probabilities:

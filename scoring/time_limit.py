@@ -1,6 +1,6 @@
 """The pace of scoring: its own speed, what that makes of the time left, and what a time limit still allows.
 
-pace = Pace(show.note, must=9_000_000, limit=parse_duration("9h"))
+pace = Pace(must=9_000_000, limit=parse_duration("9h"))
 pace.update(tokens_done)     # raises ArenaError early where even one order of the answers does not fit
 pace.allows(tokens)          # whether the other order of some more rows does
 """
@@ -38,31 +38,27 @@ def parse_duration(text: str) -> float:
 class Pace:
     """How fast this call scores, over all that it scores; `must` are the tokens of every row in one order.
 
-    `started` is when the time limit began to run, on `clock` in seconds.
+    Speed is measured from now on, when the model is loaded; `started` is when the time limit began to run, on `clock`
+    in seconds.
     """
 
     def __init__(
         self,
-        note: Callable[[str], None],
         must: int,
         limit: float | None = None,
         *,
         started: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._note, self._clock, self.limit = note, clock, limit
-        self._started = clock() if started is None else started
+        self._clock, self.limit, self._begun = clock, limit, clock()
+        self._started = self._begun if started is None else started
         self._must = self._total = must
         self._tokens = self._in_flight = 0.0
-        self._measuring_since: float | None = None
-        self._told = False
 
     @property
     def speed(self) -> float | None:
         """Tokens a second so far in this call, None before anything was measured."""
-        if self._measuring_since is None or not self._tokens:
-            return None
-        return self._tokens / max(self._clock() - self._measuring_since, 1e-6)
+        return self._tokens / max(self._clock() - self._begun, 1e-6) if self._tokens else None
 
     @property
     def seconds_left(self) -> float:
@@ -72,14 +68,17 @@ class Pace:
         reserve = min(_RESERVE * self.limit, _RESERVE_SECONDS)
         return self._started + self.limit - reserve - self._clock()
 
-    def begin(self) -> None:
-        """Say that the model is loaded: from now on speed is measured."""
-        if self._measuring_since is None:
-            self._measuring_since = self._clock()
+    def forecast(self, tokens: float) -> float | None:
+        """Return the seconds that so many more tokens take, None before anything was measured."""
+        return None if self.speed is None else tokens / self.speed
 
     def skip(self, tokens: int) -> None:
         """Count tokens that every row needs as done by an earlier call."""
         self._must -= tokens
+
+    def send(self, tokens: float) -> None:
+        """Count tokens as being worked on, until `update` counts them as done."""
+        self._in_flight += tokens
 
     def update(self, tokens: float, *, must: bool) -> None:
         """Count tokens as done, `must` where every row needs them; raises ArenaError where the limit cannot be kept."""
@@ -88,15 +87,7 @@ class Pace:
         if must:
             self._must -= tokens
         if self.limit is not None and self._must > 0.5:
-            self._check()
-
-    def forecast(self, tokens: float) -> float | None:
-        """Return the seconds that so many more tokens take, None before anything was measured."""
-        return None if self.speed is None else tokens / self.speed
-
-    def send(self, tokens: float) -> None:
-        """Count tokens as being worked on, until `update` counts them as done."""
-        self._in_flight += tokens
+            self._require_possible()
 
     def allows(self, tokens: float) -> bool:
         """Return whether so many tokens, after those being worked on, still fit in the limit."""
@@ -105,36 +96,19 @@ class Pace:
         needed = self.forecast(tokens + self._in_flight)
         return self.seconds_left > 0 if needed is None else needed * _SAFETY <= self.seconds_left
 
-    def _check(self) -> None:
-        now = self._clock()
-        measured = now - (now if self._measuring_since is None else self._measuring_since)
-        enough = measured >= min(_MEASURED * self.limit, _MEASURED_SECONDS)
-        if self.seconds_left <= 0:
-            raise self._over("the time limit has passed before every row was scored once")
-        if not enough or self.speed is None:
-            return
+    def _require_possible(self) -> None:
+        """Raise ArenaError where the rows cannot all be scored once within the limit."""
         needed, left = self.forecast(self._must), self.seconds_left
+        measured = self._clock() - self._begun >= min(_MEASURED * self.limit, _MEASURED_SECONDS)
         early = self._total and 1 - self._must / self._total < _EARLY_UNTIL
-        if needed > (_EARLY if early else _LATE) * left:
-            raise self._over(
-                f"every row once takes {duration(needed)} more at {self.speed:,.0f} tokens/s, "
-                f"and the limit leaves {duration(left)}"
-            )
-        if not self._told:
-            self._told = True
-            self._tell(needed, left)
-
-    def _tell(self, needed: float, left: float) -> None:
-        spare = max(left - needed, 0)
-        share = min(spare * self.speed / _SAFETY / self._total, 1)
-        self._note(
-            f"measured {self.speed:,.0f} tokens/s: every row once takes {duration(needed)} more; of the limit "
-            f"{duration(spare)} stay for the other order of the answers, "
-            + ("all rows" if share >= 1 else f"about {share:.0%} of the rows, the most uncertain first")
-        )
-
-    def _over(self, what: str) -> ArenaError:
-        return ArenaError(
+        if left <= 0:
+            what = "the time limit has passed before every row was scored once"
+        elif measured and needed is not None and needed > (_EARLY if early else _LATE) * left:
+            takes = f"every row once takes {duration(needed)} more at {self.speed:,.0f} tokens/s"
+            what = f"{takes}, and the limit leaves {duration(left)}"
+        else:
+            return
+        raise ArenaError(
             f"{what}; no table of probabilities is written",
             where=f"--time-limit {duration(self.limit)}",
             remedy="a smaller or quantised model (--precision 8bit), more GPUs (--workers), a lower cutoff_len, or a "

@@ -8,12 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty
@@ -46,7 +44,7 @@ class Workers:
         self.device = device_of(spec.engine)
         self._start()
         try:
-            self.engine, self.precision = _value(self._pool.submit(_loaded).result())
+            self.engine, self.precision = self._pool.submit(_loaded).result()
         except BrokenProcessPool:
             raise self._died("while the model was loaded") from None
         finally:
@@ -69,7 +67,7 @@ class Workers:
             for future in done:
                 shard = working.pop(future)
                 try:
-                    yield shard, _value(future.result())
+                    yield shard, future.result()
                 except BrokenProcessPool:
                     lost = [shard, *working.values()]
                     working.clear()
@@ -92,8 +90,7 @@ class Workers:
         self._reports, gpus = context.Queue(), context.Queue()
         for number in range(self._count):
             gpus.put(self._gpus[number] if self._gpus else None)
-        place = _Place(str(Path.cwd()), self._count, self._spec)
-        arguments = (place, lifeline, self._reports, gpus)
+        arguments = (str(Path.cwd()), self._count, self._spec, lifeline, self._reports, gpus)
         self._pool = ProcessPoolExecutor(self._count, context, initializer=_begin, initargs=arguments)
 
     def _read_reports(self, progress: Progress) -> None:
@@ -128,31 +125,22 @@ def visible_gpus() -> list[str]:
     return named[:count] if named else [str(number) for number in range(count)]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a worker works: the current folder, among how many workers, and which scorer it opens."""
-
-    folder: str
-    workers: int
-    spec: ScorerSpec
+_worker: dict[str, Any] = {}  # of this process, where it is a worker: its spec, reports, scorer and stores
 
 
-_worker: dict[str, Any] = {}  # of this process, where it is a worker: its place, reports, scorer and stores
-
-
-def _begin(place: _Place, lifeline: Connection, reports: Any, gpus: Any) -> None:
+def _begin(folder: str, workers: int, spec: ScorerSpec, lifeline: Connection, reports: Any, gpus: Any) -> None:
     """Begin as a worker: a folder, a GPU or a share of the cores, and a thread that ends with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    os.chdir(place.folder)
+    os.chdir(folder)
     if (gpu := gpus.get()) is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch looks
     else:
         import torch
 
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(cores // place.workers, 1))
-    _worker.update(place=place, reports=reports, stores={})
+        torch.set_num_threads(max(cores // workers, 1))
+    _worker.update(spec=spec, reports=reports, stores={})
 
 
 def _end_with(lifeline: Connection) -> None:
@@ -161,46 +149,26 @@ def _end_with(lifeline: Connection) -> None:
     os._exit(1)
 
 
-def _loaded() -> Any:
-    """Return engine and precision of this worker's model, or the error that kept it from being loaded."""
-    return _or_error(lambda: (_scorer().engine, _scorer().precision))
+def _loaded() -> tuple[str, str]:
+    """Return engine and precision of this worker's model."""
+    return _scorer().engine, _scorer().precision
 
 
-def _score(folder: Path, shard: Shard) -> Any:
-    """Return the scores [rows, columns] of a shard, or the error in their place."""
-
-    def scores() -> np.ndarray:
-        stores = _worker["stores"]
-        if folder not in stores:  # its sums were checked by the parent
-            stores[folder] = RowStore(folder, checked=False)
-        prepared = prepare(_scorer(), stores[folder], shard)
-        return ask(_scorer(), shard, prepared, lambda _, share: _worker["reports"].put((shard.name, share)))
-
-    return _or_error(scores)
+def _score(folder: Path, shard: Shard) -> np.ndarray:
+    """Return the scores [rows, columns] of a shard."""
+    stores = _worker["stores"]
+    if folder not in stores:  # its sums were checked by the parent
+        stores[folder] = RowStore(folder, checked=False)
+    prepared = prepare(_scorer(), stores[folder], shard)
+    return ask(_scorer(), shard, prepared, lambda _, share: _worker["reports"].put((shard.name, share)))
 
 
 def _scorer() -> Scorer:
     """Return this worker's scorer, its model loaded on the first call."""
     if "scorer" not in _worker:
-        scorer = _worker["place"].spec.scorer()
+        scorer = _worker["spec"].scorer()
         name = multiprocessing.current_process().name
         scorer.note = lambda text: _worker["reports"].put((None, f"{name}: {text}"))
         scorer.open()
         _worker["scorer"] = scorer
     return _worker["scorer"]
-
-
-def _or_error(work: Callable[[], Any]) -> Any:
-    """Return what `work` returns, or the parts of its error: exceptions with keywords do not survive pickling."""
-    try:
-        return work()
-    except ArenaError as error:
-        return {"what": error.what, "where": error.where, "remedy": error.remedy}
-    except Exception:
-        return {"what": f"a worker failed:\n{traceback.format_exc()}", "remedy": "please report it"}
-
-
-def _value(found: Any) -> Any:
-    if isinstance(found, dict):
-        raise ArenaError(**found)
-    return found

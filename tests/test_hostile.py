@@ -208,7 +208,7 @@ def test_a_battle_that_is_shown_cannot_steer_a_terminal():
     console = Console(file=io.StringIO(), width=100)
     print_battle(console, ShownBattle(**names, **counts, **texts, probabilities={}, rewards={}))
     said = console.file.getvalue()
-    assert said.count("␛[31mred") == 6 and not set(said) & CONTROL
+    assert said.count("␛[31mred") == 5 and not set(said) & CONTROL
 
 
 def test_an_id_cannot_forge_a_line_of_an_error():

@@ -189,7 +189,6 @@ def test_preference_stages_end_in_the_same_report(chain, stage, call):
     assert checked["step-1 DPO reward about 0"] is (None if stage == "rm" else True)
     gate = report["merge_gate"]
     assert gate is None if stage == "dpo_reward" else gate["max_abs_diff"] < 1e-4
-    assert checked["golden prompts"] is (None if stage == "dpo_reward" else True)
     if stage == "rm":
         assert (output / "merged" / "value_head.safetensors").is_file()
     kept = run_py(chain, "sft", "-e", "demo")

@@ -189,8 +189,7 @@ def _kept(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _in_words(found: dict[str, Any]) -> str:
-    none = found["max_abs_diff"] is None
-    largest = "not a number" if none else f"{points(found['max_abs_diff'])} percentage points"
+    largest = "not a number" if found["max_abs_diff"] is None else f"{points(found['max_abs_diff'])} percentage points"
     return f"merged model against trained adapter: largest difference {largest} on {found['rows']} battles"
 
 
@@ -203,10 +202,7 @@ def _require_passed(context: StageContext, found: dict[str, Any], path: Path) ->
             f"merge_onto: dequantised in experiment.yaml merges into the weights that were trained on; prepare, {again}"
         )
     else:
-        remedy = (
-            f"infer_dtype: float32 in the merge recipe rounds less, {again}; or accept it by merge_gate in "
-            "experiment.yaml"
-        )
+        remedy = f"infer_dtype: float32 in the merge recipe rounds less, {again}; or raise merge_gate.max_abs_diff"
     raise ArenaError(
         f"the merged model is not the trained adapter: {_in_words(found)}, allowed {found['threshold']} "
         f"(log loss: adapter {found['log_loss_adapter']}, merged {found['log_loss_merged']})",

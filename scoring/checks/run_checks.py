@@ -27,7 +27,6 @@ from factory.fingerprint import training_rows
 from factory.stage_context import StageContext
 from factory.train import trained_rows
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
-from scoring.judge import golden_tolerance
 from scoring.links import softmax
 from scoring.report.formatting import points
 
@@ -63,15 +62,13 @@ def run_checks(
     test_ids: Sequence[str],
     loss_curve: Sequence[Mapping[str, Any]],
     compared: Mapping[str, Any] | None,
-    precision: str,
 ) -> list[Check]:
     """Return every check of one scored stage, in a fixed order.
 
     `scores` are the validation fold's raw scores, `test_ids` the scored test rows in their order, `compared` the
-    record of the merge check, `precision` what the scores were computed in.
+    record of the merge check.
     """
     recipe, data = context.recipe, context.experiment.data_folder
-    rewards_only = context.name == "dpo_reward"
     return [
         rows_trained(training_rows(recipe), trained_rows(context.folder / "train.log")),
         labels_distinct(context.manifest["frame"]["label_ids"]),
@@ -80,8 +77,6 @@ def run_checks(
         loss_not_rising(loss_curve),
         dpo_start(recipe, _first_rewards(Path(recipe["output_dir"]))),
         adapter_applied(compared, _implicit_rewards(scores, recipe)),
-        merge_compared(compared, context.name),
-        golden_prompts(None if rewards_only else golden_tolerance(context.merged, precision)),
         not_constant(scores),
         submission_ids(data, test_ids),
     ]
@@ -181,25 +176,6 @@ def adapter_applied(compared: Mapping[str, Any] | None, rewards: np.ndarray | No
         f"on average, and the merged model is {points(left)} away from it"
     )
     return Check(name, moved > NOTHING and left < moved, detail, remedy)
-
-
-def merge_compared(compared: Mapping[str, Any] | None, stage: str) -> Check:
-    """Repeat what the merge check found; where it failed, the run has stopped before this."""
-    if compared is None:
-        scored = "nothing merged is scored" if stage == "dpo_reward" else "adapter and merged model were not compared"
-        return Check("merge check", None, scored)
-    found = compared["merge_gate"]
-    largest = "not a number" if found["max_abs_diff"] is None else points(found["max_abs_diff"])
-    allowed = points(found["threshold"])
-    detail = f"largest difference {largest} percentage points on {found['rows']} battles, allowed {allowed}"
-    return Check("merge check", found["passed"], detail, "merge_onto: dequantised in experiment.yaml; then merge again")
-
-
-def golden_prompts(limit: float | None) -> Check:
-    """Report how near the answers to the golden prompts are; a model that is further away is not opened."""
-    if limit is None:
-        return Check("golden prompts", None, "no answers to golden prompts were written with this model")
-    return Check("golden prompts", True, f"every loaded model answered the golden prompts within {limit}")
 
 
 def not_constant(scores: pd.DataFrame) -> Check:

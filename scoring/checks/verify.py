@@ -1,7 +1,7 @@
 """Checking an output folder again against what was recorded when it was made: report.json and state.json beside it.
 
-Every file that provenance or a finished part names is hashed again; tables of probabilities are checked row by row;
-versions and hardware are compared with those of today.
+Every file that provenance or a finished part names is hashed again; versions and hardware are compared with those of
+today.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 
 from common.errors import ArenaError, UsageError
 from common.files import read_json, sha256_of
-from data_prep.export_reader import read_rows
 from factory.state import PARTS, StageState
 from scoring.checks.provenance import git_commit, hardware, versions
-from scoring.predictions import REPORT, TABLES, check_submission
+from scoring.predictions import REPORT
 
 # `changed` and `missing` mean that the folder is no longer what was made, `failed` that it was wrong when it was made;
 # a warning is for a person to weigh.
@@ -65,7 +64,6 @@ def verify(folder: Path) -> Verification:
     findings = [
         *_files("made from", root, hashes),
         *_parts(root, folder),
-        *_tables(root / "data" / stage.parent.name, folder),
         *_checks(report.get("checks", [])),
         *_today(provenance),
     ]
@@ -80,11 +78,10 @@ def _stage_folder(folder: Path) -> Path:
     remedy = "give a scored stage's folder, such as outputs/EXP/sft"
     if not (folder / REPORT).is_file():
         raise UsageError(f"holds no {REPORT}", where=str(folder), remedy=remedy)
-    paths = [Path(os.path.normpath(folder.absolute())), folder.resolve()]
-    same = [path for path in paths if len(path.parents) > 2 and path.exists() and path.samefile(folder)]
-    if not same:
-        raise UsageError("is not the folder of a stage", where=str(folder), remedy=remedy)
-    return next((path for path in same if path.parents[1].name == "outputs"), same[0])
+    for path in (Path(os.path.normpath(folder.absolute())), folder.resolve()):
+        if len(path.parents) > 2 and path.parents[1].name == "outputs" and path.exists() and path.samefile(folder):
+            return path
+    raise UsageError("is not the folder of a stage", where=str(folder), remedy=remedy)
 
 
 def _files(role: str, root: Path, hashes: Mapping[str, str]) -> Iterator[Finding]:
@@ -113,19 +110,6 @@ def _parts(root: Path, folder: Path) -> Iterator[Finding]:
         if record.finished_at is None:
             yield Finding(f"{part}: finished", "changed", f"{part} was started again and did not end: run it again")
         yield from _files(part, root, record.sha256)
-
-
-def _tables(data: Path, folder: Path) -> Iterator[Finding]:
-    """Yield whether each table's rows sum to 1 and its ids are those of the exported rows, in their order."""
-    for name, split in TABLES.items():
-        if not (folder / name).is_file():
-            continue
-        try:
-            rows = check_submission(folder / name, read_rows(data, split)["id"])
-        except ArenaError as error:
-            yield Finding(f"rows: {name}", "changed", error.what)
-        else:
-            yield Finding(f"rows: {name}", "ok", f"{rows} rows, ids in order, each sums to 1")
 
 
 def _checks(checks: Any) -> Iterator[Finding]:

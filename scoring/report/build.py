@@ -7,7 +7,7 @@ write_json(folder / "report.json", report)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +54,16 @@ def build_report(
     target_prior: Mapping[str, float] | None = None,
     merge_gate: Mapping[str, Any] | None = None,
     checks: Sequence[Mapping[str, Any]] = (),
+    scoring: Mapping[str, Any] | None = None,
+    test_rows: int = 0,
 ) -> tuple[dict[str, Any], np.ndarray, Calibration]:
     """Judge one stage's scores and return (report.json's content, probabilities [rows, 3], calibration).
 
     `scores` one row a battle; `train_rows` and `valid_texts` as `baselines` describes, `valid_texts` with every id
     of `scores`; `truth` (synthetic arena): id and the true probabilities, in `PROBABILITY_COLUMNS`.
     The rows are judged by the calibration's cross-fitted probabilities, before any `target_prior`, because these
-    rows have their own prior; what the correction would reach is estimated by weighting. `beats_prior` is true
+    rows have their own prior; what the correction would reach is estimated by weighting. `scoring`: how the rows were
+    scored (engine, precision, time limit), `test_rows` how many the test set has. `beats_prior` is true
     where the paired 95% interval of the gain over the class prior lies above 0 and the log loss is below that of a
     third for each class.
     Raises ArenaError for broken scores (naming ids), rows without text, or no row with a verdict.
@@ -88,8 +91,9 @@ def build_report(
         "baseline_notes": baseline_notes(int((train_truth >= 0).sum())),
         "loss_curve": loss_curve,
         "provenance": {**provenance, "report": {"seed": seed, "bootstrap_draws": metrics.DRAWS}},
+        "scoring": dict(scoring or {}),
     }
-    report["flags"] = flags_of(report, fitted, train_prior)
+    report["flags"] = flags_of(report, test_rows)
     return _jsonable(report), fitted.probabilities, calibration
 
 
@@ -107,9 +111,6 @@ class _Judged:
     bayes: np.ndarray | None
     orders: tuple[np.ndarray, np.ndarray] | None
     bootstrap: metrics.GroupBootstrap
-
-    def named(self, row: int) -> dict[str, str]:
-        return {"id": str(self.table["id"].iloc[row]), "verdict": self.table["verdict"].iloc[row]}
 
     def losses(self, probabilities: np.ndarray) -> np.ndarray:
         return metrics.row_losses(probabilities, self.truth)
@@ -213,11 +214,8 @@ def _position(judged: _Judged, fitted: FittedLink, intervals: Mapping[str, list 
     `final_flip_rate` is the share of rows whose first choice by the final probabilities changes with the order.
     """
     if judged.orders is None:
-        reasons = {
-            "rewards": "each answer is rewarded alone, so the order cannot matter",
-            "logits": "the swapped order was not scored (swap_tta: false)",
-        }
-        return {"position_bias": None, "position_bias_reason": reasons[kind_of(judged.table)]}
+        alone, missing = "each answer is rewarded alone", "the swapped order was not scored"
+        return {"position_bias": None, "position_bias_reason": missing if fitted.kind == "logits" else alone}
     ab, ba = judged.orders
     single, both = metrics.log_loss(ab, judged.truth), metrics.log_loss((ab + ba) / 2, judged.truth)
     bias = {
@@ -245,23 +243,25 @@ def _final_flip_rate(table: pd.DataFrame, fitted: FittedLink) -> float:
     return float((final.argmax(axis=1) != swapped.argmax(axis=1)).mean())
 
 
-def _worst(judged: _Judged) -> list[dict]:
-    """Return the rows that cost most, highest loss first."""
+def _listed(judged: _Judged, cost: np.ndarray, describe: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return id, verdict and what `describe` says of the rows with the highest `cost` [n], highest first."""
+    ids, verdicts = judged.table["id"].astype(str), judged.table["verdict"]
+    rows = np.argsort(-cost, kind="stable")[:LISTED]
+    return [{"id": ids.iloc[row], "verdict": verdicts.iloc[row], **describe(row)} for row in rows]
+
+
+def _worst(judged: _Judged) -> list[dict[str, Any]]:
     losses = judged.losses(judged.model)
-    rows = np.argsort(-losses, kind="stable")[:LISTED]
-    return [
-        {**judged.named(row), "probabilities": _by_class(judged.model[row]), "log_loss": losses[row]} for row in rows
-    ]
+    return _listed(judged, losses, lambda row: {"probabilities": _by_class(judged.model[row]), "log_loss": losses[row]})
 
 
-def _most_biased(judged: _Judged) -> list[dict]:
+def _most_biased(judged: _Judged) -> list[dict[str, Any]]:
     """Return the rows whose probability of A moved most when the answers changed places."""
     if judged.orders is None:
         return []
     ab, ba = judged.orders
     moved = np.abs(ab[:, 0] - ba[:, 0])
-    rows = np.argsort(-moved, kind="stable")[:LISTED]
-    return [{**judged.named(row), "change": moved[row], "a_first": ab[row], "b_first": ba[row]} for row in rows]
+    return _listed(judged, moved, lambda row: {"change": moved[row], "a_first": ab[row], "b_first": ba[row]})
 
 
 def _truncation(judged: _Judged, audit: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def _weighted_to_target(judged: _Judged, fitted: FittedLink) -> dict[str, Any] |
     found = {"declared": fitted.target_prior, "source": fitted.source_prior}
     unseen = [name for code, name in enumerate(VERDICTS) if observed[code] == 0 and target[code] > 0]
     if unseen:
-        reason = f"no judged row of class {', '.join(unseen)}: the corrected log loss cannot be estimated here"
+        reason = f"no judged row of class {', '.join(unseen)}"
         return {**found, "log_loss": None, "log_loss_ci95": None, "prior": None, "reason": reason}
     with np.errstate(divide="ignore", invalid="ignore"):
         weights = np.where(observed > 0, target / observed, 0.0)[judged.truth]
@@ -309,15 +309,12 @@ def _weighted_to_target(judged: _Judged, fitted: FittedLink) -> dict[str, Any] |
 
 def _require_texts(scores: pd.DataFrame, texts: pd.DataFrame) -> None:
     """Raise ArenaError where ids repeat or a scored row has no text."""
-    ids, have = scores["id"].astype(str), texts["id"].astype(str)
-    if ids.duplicated().any():
-        raise ArenaError(
-            f"id {name_of(ids[ids.duplicated()].iloc[0])} occurs twice", where="scores", remedy="score the stage again"
-        )
-    absent = ids[~ids.isin(have)]
-    if len(absent) or have.duplicated().any():
-        what = f"no text for id {name_of(absent.iloc[0])}" if len(absent) else "an id occurs twice"
-        raise ArenaError(what, where="battles", remedy="prepare the data again, then score again")
+    for frame, what in ((scores, "scores"), (texts, "battles")):
+        if len(twice := frame["id"][frame["id"].duplicated()]):
+            raise ArenaError(f"id {name_of(twice.iloc[0])} occurs twice", where=what, remedy="score the stage again")
+    if len(absent := scores["id"][~scores["id"].isin(texts["id"])]):
+        what, remedy = f"no text for id {name_of(absent.iloc[0])}", "prepare the data again, then score again"
+        raise ArenaError(what, where="battles", remedy=remedy)
 
 
 def _counts(truth: np.ndarray) -> dict[str, int]:

@@ -90,11 +90,8 @@ def _advice(experiment: Experiment, result: dict[str, Any]) -> Iterable[str]:
         yield "no stage is fit to score with: its report says why, docs/recipes.md what to change"
         return
     best = min(sound, key=lambda row: row["log_loss"])
-    better = [
-        f"{BASELINE_NAMES[name]} ({loss:.4f})" for name, loss in result["baselines"].items() if loss <= best["log_loss"]
-    ]
-    if better:
-        yield f"as good as the best stage, {best['name']} ({best['log_loss']:.4f}), or better: {', '.join(better)}"
+    if better := [BASELINE_NAMES[name] for name, loss in result["baselines"].items() if loss <= best["log_loss"]]:
+        yield f"as good as the best stage, {best['name']}, or better: {', '.join(better)}"
     command = f"python run.py score -e {shlex.quote(experiment.name)} --stage {best['name']} --input FILE"
     yield f"next: {command}   (the best single stage on any battles)"
 

@@ -13,10 +13,8 @@ from typing import Any
 
 from scoring.report.formatting import BASELINES
 
-# More points than this are averaged in groups: a screen shows no more, and the page stays small.
-CURVE_POINTS = 400
-# How many neighbours on each side the smoothed loss averages, as a share of all points.
-SMOOTHING = 0.03
+# More points than this are averaged in groups, which smooths the curve and keeps the page small.
+CURVE_POINTS = 100
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def report_chart(report: Mapping[str, Any]) -> Intervals:
 
 
 def curve(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the loss curve's drawing: raw and smoothed training loss, evaluation dots, axes; None if empty.
+    """Return the loss curve's drawing: training loss, evaluation dots, axes; None if empty.
 
     Polylines are "x,y x,y …" in a 100 × 100 box with y downwards.
     """
@@ -115,8 +113,7 @@ def curve(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {
         "steps": steps,
         "losses": losses,
-        "raw": polyline(train),
-        "smooth": polyline(smoothed(train)),
+        "train": polyline(train),
         "evals": evals,
         "eval_line": polyline(evals),
     }
@@ -133,20 +130,6 @@ def _thinned(rows: list[tuple[float, float]]) -> list[tuple[float, float]]:
         return rows
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
     return [tuple(sum(column) / len(group) for column in zip(*group, strict=True)) for group in groups]
-
-
-def smoothed(rows: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the centred running mean; nothing for fewer than 12 points, where the raw line is clear enough."""
-    if len(rows) < 12:
-        return []
-    reach = max(1, round(SMOOTHING * len(rows)))
-    result = []
-    for index, (step, _) in enumerate(rows):
-        # The window shrinks at both ends alike, so that the line is not pulled to one side there.
-        near = min(reach, index, len(rows) - 1 - index)
-        window = rows[index - near : index + near + 1]
-        result.append((step, sum(loss for _, loss in window) / len(window)))
-    return result
 
 
 def reliability(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

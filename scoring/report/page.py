@@ -12,7 +12,6 @@ from typing import Any
 
 import jinja2
 
-from common.battle import VERDICTS
 from common.console import visible
 from common.files import atomic_file
 from common.stages import STEPS
@@ -32,7 +31,6 @@ def write_page(report: Mapping[str, Any], path: Path, battles: Sequence[Mapping[
 
     `report` is what `build_report` returned; `battles` are the listed rows with their texts (`shown_battles`).
     """
-    cells = figures.confusion(report["confusion"])
     view = {
         "title": f"{report['experiment']} · {report['stage']}: report",
         "report": report,
@@ -40,8 +38,7 @@ def write_page(report: Mapping[str, Any], path: Path, battles: Sequence[Mapping[
         "findings": findings(report),
         "main_figures": main_figures(report),
         "log_losses": figures.report_chart(report),
-        "confusion": cells,
-        "classes": _classes(report, cells),
+        "confusion": figures.confusion(report["confusion"]),
         "reliability": [
             (name, figures.reliability(report["reliability"][key]))
             for key, name in {"top": "Its first choice", **CLASS_NAMES}.items()
@@ -149,24 +146,6 @@ def _shortened(text: str) -> str:
     if len(text) > LONGEST:
         text = f"{text[:half]} [… {len(text) - 2 * half:,} characters are not shown here …] {text[-half:]}"
     return visible(text)
-
-
-def _classes(report: Mapping[str, Any], cells: list[list[dict]]) -> list[dict[str, Any]]:
-    """Return one row a class: battles, share, log loss, how often it is found and how often it is right."""
-    rows = []
-    for code, key in enumerate(VERDICTS):
-        size, hits, chosen = report["class_counts"][key], cells[code][code], sum(row[code]["count"] for row in cells)
-        rows.append(
-            {
-                "name": CLASS_NAMES[key],
-                "rows": size,
-                "share": size / report["rows"],
-                "log_loss": report["per_class_log_loss"][key],
-                "found": hits["share"],
-                "right": hits["count"] / chosen if chosen else None,
-            }
-        )
-    return rows
 
 
 def _slices(rows: Sequence[Mapping[str, Any]], log_loss: float) -> figures.Intervals:

@@ -21,11 +21,12 @@ LANGUAGES = 8
 def slice_losses(
     table: pd.DataFrame, losses: np.ndarray, prior: np.ndarray, bootstrap: GroupBootstrap
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the log loss of each slice, its interval, and the prior's on the same rows, by family.
+    """Return the log loss of each slice that has rows, its interval, and the prior's on the same rows, by family.
 
     `table` one row a battle; `losses` and `prior` [rows]: what the judge and the class prior lose on each.
     """
-    families = _row_slices(table)
+    families = {"length": _by_length(table), "turns": _by_turns(table), "language": _by_language(table)}
+    families = {name: {key: mask for key, mask in masks.items() if mask.any()} for name, masks in families.items()}
     masks = [mask for slices in families.values() for mask in slices.values()]
     weights = np.column_stack(masks).astype(np.float64)
     samples = iter(bootstrap.samples(np.tile(losses[:, None], len(masks)), weights).T)
@@ -42,15 +43,6 @@ def slice_losses(
         ]
         for family, slices in families.items()
     }
-
-
-def _row_slices(table: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
-    """Return masks [rows] by family (length, turns, language) and name.
-
-    Every row is in one slice of a family. Empty slices are left out; language is empty where no row states one.
-    """
-    families = {"length": _by_length(table), "turns": _by_turns(table), "language": _by_language(table)}
-    return {family: {name: mask for name, mask in slices.items() if mask.any()} for family, slices in families.items()}
 
 
 def _by_length(table: pd.DataFrame) -> dict[str, np.ndarray]:

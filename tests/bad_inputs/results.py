@@ -49,7 +49,7 @@ CONFIG, TENSORS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.sa
 SCORES, CHANCES = f"{OUT}/scores_valid.parquet", f"{OUT}/probabilities_valid.csv"
 TEST_SCORES, TEST_CHANCES = f"{OUT}/scores_test.parquet", f"{OUT}/probabilities_test.csv"
 NO_MODEL, NO_STATE = "the model cannot be loaded", "state.json: is not a state"
-AGAIN, UNREADABLE = "run prepare again", "its scores cannot be read"
+AGAIN = "run prepare again"
 GOOD = "1,.5,.25,.25\n2,.5,.25,.25\n3,.5,.25,.25\n"
 HEAD = "id,winner_model_a,winner_model_b,winner_tie\n"
 
@@ -146,8 +146,8 @@ TABLE_DAMAGE = {
 TABLES = [
     *((ROWS, call, "rows.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, FIRST_PROMPTS)),
     *((BATTLES, call, "battles.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, COMPARE, FIRST_PROMPTS)),
-    (SCORES, COMPARE, UNREADABLE),
-    (CHANCES, COMPARE, UNREADABLE),
+    (SCORES, COMPARE, "scores_valid.parquet: is damaged"),
+    (CHANCES, COMPARE, "probabilities_valid.csv: "),
 ]
 # What was computed before the fault showed waits for the next run.
 COMPUTED = (STATE, f"{OUT}/scoring/", f"{OUT}/merge_gate.json")
@@ -264,12 +264,12 @@ FAULTS = [
         "give a share",
     ),
     ("compare_nothing_scored", remove(REPORT), COMPARE, "no stage of this experiment was scored yet"),
-    ("compare_no_scores", remove(SCORES), COMPARE, UNREADABLE, "score again"),
-    ("compare_chances_of_words", change(CHANCES, lambda d: d.replace(b"0.", b"x.")), COMPARE, UNREADABLE),
-    ("compare_chances_no_column", change(CHANCES, lambda d: d.replace(b"_tie", b"_tea")), COMPARE, UNREADABLE),
-    ("compare_flags_of_words", edited(REPORT, flags="red"), COMPARE, "its flags cannot be read", "--fresh"),
+    ("compare_no_scores", remove(SCORES), COMPARE, "scores_valid.parquet: is damaged", "score the stage again"),
+    ("compare_chances_of_words", change(CHANCES, lambda d: d.replace(b"0.", b"x.")), COMPARE, "cannot be read"),
+    ("compare_chances_no_column", change(CHANCES, lambda d: d.replace(b"_tie", b"_x")), COMPARE, "the header must be"),
+    ("compare_flags_of_words", edited(REPORT, flags="red"), COMPARE, "no readable report"),
     ("compare_truth_of_others", truth_of_others, COMPARE, "have no true probabilities", "prepare again"),
-    ("compare_other_rows", change(CHANCES, lambda d: b"\n".join(d.splitlines()[:-1])), COMPARE, "hold different rows"),
+    ("compare_other_rows", change(CHANCES, lambda d: b"\n".join(d.splitlines()[:-1])), COMPARE, "1 id(s) are missing"),
     ("show_rows_lack_a_column", reduced(ROWS, ["id"]), SHOW, "rows.parquet: is damaged", AGAIN),
     ("show_battles_lack_a_column", reduced(BATTLES, ["id"]), SHOW, "battles.parquet: is damaged"),
     ("show_battles_without_rows", reduced(BATTLES, rows=0), SHOW, "has fewer rows than rows.parquet"),
@@ -280,7 +280,7 @@ FAULTS = [
     ("show_scores_lack_the_id", reduced(TEST_SCORES, ["group"]), SHOW, "scores_test.parquet: is damaged"),
     ("show_chances_not_utf8", write(TEST_CHANCES, b"\xff\xfe"), SHOW, "probabilities_test.csv: is damaged"),
     ("show_chances_cut_off", write(TEST_CHANCES, f"{HEAD}9000,0.5\n"), SHOW, "probabilities_test.csv: is damaged"),
-    ("show_chances_without_the_row", write(TEST_CHANCES, HEAD), SHOW, "lacks a row that was scored"),
+    ("show_chances_without_the_row", write(TEST_CHANCES, HEAD), SHOW, "lacks the row 9000"),
     ("pairs_of_words", write(f"{DATA}/pairs.parquet", "hello"), SHOW_PAIR, "pairs.parquet: is damaged", AGAIN),
     ("no_pairs", remove(f"{DATA}/pairs.parquet"), SHOW_PAIR, "the reward view", "--pairs"),
     ("reads_fewer_battles", reduced(BATTLES, rows=0), FIRST_PROMPTS, "battles.parquet: is damaged"),
@@ -289,7 +289,7 @@ FAULTS = [
     ("reads_truth_of_others", truth_of_others, ladder, "data/exam/truth.csv", "have no true probabilities"),
     ("reads_half_a_row_store", half_store, stored_ids, "rows.parquet: is damaged", "score again"),
     ("submission_missing", nothing, SUBMISSION, "mine.csv: cannot be read"),
-    ("submission_empty", mine(""), SUBMISSION, "the header must be"),
+    ("submission_empty", mine(""), SUBMISSION, "cannot be read"),
     ("submission_other_header", mine(HEAD.replace("winner_tie", "tie") + GOOD), SUBMISSION, "the header must be"),
     (
         "submission_other_order",
@@ -298,15 +298,15 @@ FAULTS = [
         "the header must be",
     ),
     ("submission_not_utf8", mine(b"\xff" + HEAD.encode()), SUBMISSION, "cannot be read"),
-    ("submission_open_quote", mine(HEAD + '"1'), SUBMISSION, "line 2 does not have 4 cells"),
+    ("submission_open_quote", mine(HEAD + '"1'), SUBMISSION, "cannot be read"),
     ("submission_missing_id", mine(HEAD + GOOD[:13]), SUBMISSION, "2 id(s) are missing: 2, 3"),
-    ("submission_unknown_id", mine(HEAD + GOOD + "9,1,0,0\n"), SUBMISSION, "1 id(s) are not in the test set: 9"),
+    ("submission_unknown_id", mine(HEAD + GOOD + "9,1,0,0\n"), SUBMISSION, "1 id(s) are not among the exported: 9"),
     ("submission_double_id", mine(HEAD + GOOD + "3,1,0,0\n"), SUBMISSION, "ids occur twice"),
     (
         "submission_shuffled",
         mine(HEAD + "2,.5,.25,.25\n1,.5,.25,.25\n3,.5,.25,.25\n"),
         SUBMISSION,
-        "not in the test set's order",
+        "not in the export's order",
     ),
     ("submission_nan", mine(HEAD + GOOD.replace("1,.5", "1,nan")), SUBMISSION, "1 row(s) NaN or infinite: id 1"),
     ("submission_negative", mine(HEAD + GOOD.replace("1,.5,.25", "1,1.5,-.75")), SUBMISSION, "outside 0..1"),
@@ -315,7 +315,7 @@ FAULTS = [
         "submission_formula_id",
         mine(HEAD + GOOD.replace("1,", '"=1+\n\x1b[2J",', 1)),
         SUBMISSION,
-        "not in the test set: '=1+\\n\\x1b[2J'",
+        "not among the exported: '=1+\\n\\x1b[2J'",
     ),
 ]
 EXPORT = [

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scoring.report import figures
-from scoring.report.figures import Intervals, Mark
 
 REAL = st.floats(-1e6, 1e6).filter(lambda value: value == 0 or abs(value) > 1e-6)
 
@@ -20,13 +19,6 @@ def test_an_axis_holds_its_values_in_order_with_round_ticks(values):
     assert len(set(labels)) == len(labels), "the decimals tell the ticks apart"
 
 
-def test_dots_intervals_and_the_line_share_one_axis():
-    axis = Intervals([Mark("a", 1.0, [0.9, 1.1]), Mark("b", 2.0)], reference=1.5).axis
-    places = [axis.at(value) for value in (0.9, 1.0, 1.1, 1.5, 2.0)]
-    assert places == sorted(set(places)) and places[0] > 0 and places[-1] < 100
-    assert axis.at(1.5) == pytest.approx((axis.at(1.0) + axis.at(2.0)) / 2, abs=0.01)
-
-
 def test_the_chart_has_every_baseline_the_model_and_bayes():
     report = {"stage": "sft", "log_loss": 0.9, "log_loss_ci95": None, "bayes": 0.8}
     report |= {"baselines": {"uniform": 1.0986, "prior": 1.09}, "baselines_ci95": {"uniform": [1.0986, 1.09861]}}
@@ -39,19 +31,12 @@ def test_the_chart_has_every_baseline_the_model_and_bayes():
 def test_the_curve_is_drawn_in_step_order_and_thinned():
     points = [{"step": step, "loss": 3 - step / 1000} for step in range(2000, 0, -1)]
     drawing = figures.curve([*points, {"step": 500, "eval_loss": 2.0}])
-    raw = [tuple(map(float, point.split(","))) for point in drawing["raw"].split()]
-    assert len(raw) <= figures.CURVE_POINTS and raw == sorted(raw)
-    assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y in raw)
-    assert drawing["smooth"] and drawing["evals"] == [(500, 2.0)]
+    line = [tuple(map(float, point.split(","))) for point in drawing["train"].split()]
+    assert len(line) <= figures.CURVE_POINTS and line == sorted(line)
+    assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y in line) and drawing["evals"] == [(500, 2.0)]
     assert figures.curve([{"step": 1, "loss": None}]) is None
-    x, y = map(float, figures.curve([{"step": 10, "loss": 1.2}])["raw"].split(","))
+    x, y = map(float, figures.curve([{"step": 10, "loss": 1.2}])["train"].split(","))
     assert x == 50 and 40 < y < 60, "one point lies in the middle"
-
-
-def test_smoothing_keeps_a_straight_line_and_both_ends():
-    line = [(float(step), 2.0 - 0.01 * step) for step in range(100)]
-    assert figures.smoothed(line) == [pytest.approx(point) for point in line]
-    assert figures.smoothed(line[:5]) == []
 
 
 def test_the_area_of_a_reliability_dot_is_its_count():
@@ -62,8 +47,3 @@ def test_the_area_of_a_reliability_dot_is_its_count():
     bins = figures.reliability(points)
     assert [(row["x"], row["y"]) for row in bins] == [(40.0, 75.0), (80.0, 50.0)]
     assert bins[1]["radius"] == pytest.approx(2 * bins[0]["radius"])
-
-
-def test_confusion_shares_are_of_the_row():
-    cells = figures.confusion([[3, 1, 0], [0, 0, 0], [1, 1, 2]])
-    assert [[cell["share"] for cell in row] for row in cells[:2]] == [[0.75, 0.25, 0.0], [None] * 3]

@@ -1,7 +1,7 @@
 """The sentences: they say no more than the figures do."""
 
 import pytest
-from scored_arena import arena, as_rewards, built
+from scored_arena import arena, built
 
 from scoring.report.findings import findings, headline
 
@@ -31,7 +31,7 @@ def test_a_gain_of_averaging_that_is_chance_is_called_so(report):
     report["position_bias"] |= {"tta_gain": 0.002, "tta_gain_ci95": [-0.001, 0.005]}
     assert "lowers the log loss by 0.002 (within chance)" in said(report, "position")
     report["position_bias"] |= {"tta_gain": -0.033, "tta_gain_ci95": [-0.056, -0.007]}
-    assert said(report, "position").endswith("raises the log loss by 0.033.")
+    assert "raises the log loss by 0.033." in said(report, "position")
 
 
 @pytest.mark.parametrize(("averaged", "how"), [(True, "averages both orders"), (False, "swap_tta is false")])
@@ -40,23 +40,6 @@ def test_the_flips_of_the_raw_and_of_the_final_answer(report, averaged, how):
     report["calibration"]["swap_tta"] = averaged
     text = said(report, "position")
     assert "29% of its first choices" in text and "2.0% in the final answer" in text and how in text
-
-
-@pytest.mark.parametrize(
-    ("confidence", "frequency", "words"),
-    [(0.6, 0.5, "overconfident by 10"), (0.5, 0.6, "too timid by 10"), (0.5, 0.51, "mean what they say")],
-)
-def test_reliability_names_the_fault(report, confidence, frequency, words):
-    report["reliability"]["top"] = [{"confidence": confidence, "frequency": frequency, "count": report["rows"]}]
-    assert words in said(report, "reliability")
-
-
-@pytest.mark.parametrize(("temperature", "words"), [(1.18, "too sure"), (0.8, "too timid"), (1.01, ""), (None, "")])
-def test_a_temperature_is_explained(report, temperature, words):
-    report["calibration"]["link"] = {"temperature": temperature}
-    text = said(report, "calibration")
-    assert report["calibration"]["reason"][1:] in text
-    assert words in text if words else "raw model" not in text
 
 
 def test_the_target_prior_and_its_unknown_effect(report):
@@ -68,27 +51,11 @@ def test_the_target_prior_and_its_unknown_effect(report):
     assert all(figure in said(report, "calibration") for figure in ("1.030", "1.500", "1.090"))
 
 
-def test_confusion_truncation_merge_and_checks(report):
-    report["confusion"] = [[50, 9, 0], [20, 60, 0], [31, 30, 0]]
-    assert "“Tie” taken for “A wins”, in 31" in said(report, "confusion")
-    assert "never puts “Tie” first" in said(report, "confusion")
+def test_truncation_merge_and_checks(report):
     judged = {"rows_cut": 61, "rows_cut_share": 0.049, "log_loss_cut": 1.056, "log_loss_whole": 1.008}
     report["truncation"]["judged"] = judged
     assert all(figure in said(report, "truncation") for figure in ("61", "4.9%", "1.056", "1.008"))
     assert "No judged" in said(report | {"truncation": {"judged": judged | {"rows_cut": 0}}}, "truncation")
     assert all(part in said(report, "merge") for part in ("200", "0.41", "1.0103", "saves/x"))
     assert "not compared" in said(report | {"merge_gate": None}, "merge")
-    assert "Nothing merged" in said(report | {"merge_gate": None, "stage": "dpo_reward"}, "merge")
     assert said(report, "checks") == "1 passed, 0 failed, 1 not applicable."
-
-
-def test_rewards_have_no_position_bias_and_no_temperature():
-    scores, texts, truth = arena(300, 8)
-    report = built(as_rewards(scores), texts, truth, stage="rm")[0]
-    assert "rewarded alone" in said(report, "position") and "raw model" not in said(report, "calibration")
-
-
-def test_the_loss_from_first_to_last(report):
-    assert "from 3.000 at step 10 to 0.075 at step 400" in said(report, "training")
-    assert "Validation loss from 0.200 at step 100" in said(report, "training")
-    assert said(report | {"loss_curve": []}, "training") == ""

@@ -25,10 +25,6 @@ def test_a_number_has_one_form(write, texts):
     assert {value: write(value) for value in texts} == texts
 
 
-def test_a_nested_value_is_one_text():
-    assert formatting.plain({"a_b": [1, None, True]}) == "a b 1, –, yes"
-
-
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text() | st.integers(), st.lists))
 def test_any_value_has_a_text(value):
     assert isinstance(formatting.plain(value), str)

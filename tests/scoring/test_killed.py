@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -55,14 +56,11 @@ print("KILLED", killed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("swap_tta", [True])
 def test_killed_again_and_again_the_bytes_are_the_same(
-    workplace, make_experiment, tiny_model, small_tokenizer, small_frame, judge_prompt, swap_tta
+    workplace, make_experiment, tiny_model, small_tokenizer, small_frame, judge_prompt
 ):
-    import pickle
-
-    experiment = make_experiment(cutoff_len=400, swap_tta=swap_tta)
-    judged_place(experiment, tiny_model(), small_tokenizer, small_frame, judge_prompt, swap_tta=swap_tta)
+    experiment = make_experiment(cutoff_len=400, swap_tta=True)
+    judged_place(experiment, tiny_model(), small_tokenizer, small_frame, judge_prompt, swap_tta=True)
     write_battles(Path("battles.csv"), 250)
     Path("experiment.pickle").write_bytes(pickle.dumps(experiment))
     done = subprocess.run(

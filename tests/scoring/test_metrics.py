@@ -45,34 +45,15 @@ def test_log_loss_and_accuracy_agree_with_scikit_learn(rows):
         assert sum(point["count"] for point in points) == len(truth)
 
 
-def test_a_certain_mistake_costs_36_nats_and_not_infinity():
-    assert metrics.log_loss(np.array([[0.0, 1.0, 0.0]]), np.array([0])) == pytest.approx(-np.log(2.0**-52))
-
-
-def test_per_class_log_loss_is_null_for_a_class_without_rows():
+def test_hand_made_rows():
     p = np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]])
     found = metrics.per_class_log_loss(p, np.array([0, 0]))
     assert found == {"a": pytest.approx((np.log(2) + np.log(4)) / 2), "b": None, "tie": None}
-
-
-def test_verdict_codes_map_missing_to_minus_one_and_refuse_other_words():
+    assert metrics.log_loss(np.array([[0.0, 1.0, 0.0]]), np.array([0])) == pytest.approx(-np.log(2.0**-52))
+    assert metrics.ece(np.tile([0.5, 0.3, 0.2], (1000, 1)), np.array([0] * 400 + [1] * 600)) == pytest.approx(0.1)
     assert metrics.verdict_codes(["a", None, "tie", "b", float("nan")]).tolist() == [0, -1, 2, 1, -1]
     with pytest.raises(ArenaError, match="model_a"):
         metrics.verdict_codes(["a", "model_a"])
-
-
-def test_ece_of_a_constant_forecast_is_its_one_gap():
-    p = np.tile([0.5, 0.3, 0.2], (1000, 1))
-    truth = np.array([0] * 400 + [1] * 600)
-    assert metrics.ece(p, truth) == pytest.approx(0.1)
-    assert len(metrics.reliability(p, truth)["top"]) == 1
-
-
-def test_ece_sees_overconfidence_and_forgives_honesty():
-    p, truth = simulated(20_000)
-    sharp = p**3 / (p**3).sum(axis=1, keepdims=True)
-    assert metrics.ece(p, truth) < 0.015
-    assert metrics.ece(sharp, truth) > 0.15
 
 
 def test_the_ece_of_an_honest_judge_is_below_its_chance_level_19_times_in_20():
@@ -92,17 +73,20 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
     for draw in range(200):
         effects = random.normal(size=80)
         values = np.repeat(effects, 3) + random.normal(size=240)
-        low, high = metrics.bootstrap_interval(values, np.repeat(np.arange(80), 3), seed=draw, draws=400)
+        low, high = metrics.GroupBootstrap(np.repeat(np.arange(80), 3), draw, draws=400).interval(values)
         inside += low < 0 < high
     assert 0.90 <= inside / 200 <= 0.99
 
 
 def test_rows_of_one_prompt_do_not_count_as_independent():
     values = np.random.default_rng(0).normal(size=100).repeat(10)
-    by_group = metrics.bootstrap_interval(values, np.arange(100).repeat(10), seed=1)
-    by_row = metrics.bootstrap_interval(values, np.arange(1000), seed=1)
-    assert (by_group[1] - by_group[0]) > 2.5 * (by_row[1] - by_row[0])
-    assert metrics.bootstrap_interval(values, ["one"] * 1000, seed=1) is None
+    by_group, by_row, one = (
+        metrics.GroupBootstrap(groups, 1).interval(values)
+        for groups in (np.arange(100).repeat(10), np.arange(1000), np.zeros(1000))
+    )
+    assert (by_group[1] - by_group[0]) > 2.5 * (by_row[1] - by_row[0]) and one is None
+    halves = np.array([1.0, 1.0, 5.0, 5.0])
+    assert metrics.GroupBootstrap(np.arange(4), 0).interval(halves, np.array([0, 0, 1, 1])) == [5.0, 5.0], "a mask"
 
 
 def test_chunked_draws_do_not_depend_on_the_number_of_columns():
@@ -111,21 +95,6 @@ def test_chunked_draws_do_not_depend_on_the_number_of_columns():
     alone = metrics.GroupBootstrap(groups, 1).samples(values[:, 1])
     assert np.allclose(both[:, 1], alone[:, 0])
     assert both.shape == (2000, 2)
-
-
-def test_a_mask_restricts_the_mean_to_its_rows():
-    values = np.array([1.0, 1.0, 5.0, 5.0])
-    low, high = metrics.GroupBootstrap(np.arange(4), 0).interval(values, np.array([0, 0, 1, 1]))
-    assert (low, high) == (5.0, 5.0)
-
-
-def test_paired_difference_is_narrower_than_the_separate_intervals():
-    p, truth = simulated(2_000)
-    worse = 0.6 * p + 0.4 / 3
-    found = metrics.paired_difference(p, worse, truth, np.arange(2_000), seed=0)
-    assert found["ci95"][0] < found["difference"] < found["ci95"][1] < 0
-    alone = metrics.bootstrap_interval(metrics.row_losses(p, truth), np.arange(2_000), seed=0)
-    assert found["ci95"][1] - found["ci95"][0] < (alone[1] - alone[0]) / 2
 
 
 def test_position_bias_of_a_judge_that_prefers_the_first_answer():

@@ -1,6 +1,5 @@
 """scoring.show: one battle as the model read it, whatever its text, with what was scored of it."""
 
-import csv
 import io
 import json
 import math
@@ -52,12 +51,11 @@ def place(tmp_path_factory, tiny_base):
 
 
 def table(path, battles, *, labelled):
-    verdicts = ["winner_model_a", "winner_model_b", "winner_tie"] if labelled else []
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "prompt", "response_a", "response_b", *verdicts])
-        for i, (name, texts) in enumerate(battles.items()):
-            writer.writerow([name, *map(json.dumps, texts), *([int(i % 3 == k) for k in range(3)] if labelled else [])])
+    texts = [[name, *map(json.dumps, cells)] for name, cells in battles.items()]
+    made = pd.DataFrame(texts, columns=["id", "prompt", "response_a", "response_b"])
+    for k, verdict in enumerate(("winner_model_a", "winner_model_b", "winner_tie") if labelled else ()):
+        made[verdict] = (made.index % 3 == k).astype(int)
+    made.to_csv(path, index=False)
 
 
 @pytest.fixture
@@ -99,7 +97,7 @@ def test_cut_places_and_dropped_turns_are_named(shown):
     turns = shown("turns")
     assert turns.turns == 3 and turns.dropped >= 1
     text = printed(turns)
-    assert f"left out: the {turns.dropped} oldest turn(s)" in text and "the whole texts are in votes.csv" in text
+    assert f"left out: the {turns.dropped} oldest turn(s)" in text
     assert "first" not in turns.prompts["prompt"] and "TWO" in turns.prompts["prompt"]
 
 
@@ -153,14 +151,14 @@ def test_a_pair_is_shown_as_the_model_reads_it_and_has_cuts_and_lengths_of_its_o
     assert (pair.dropped, pair.cut, pair.cuts, pair.tokens) == (0, False, [], max(a, b))
     text = printed(pair)
     assert f"turns: 1; pair: of 300 tokens {a} with answer A and {b} with answer B" in text
-    assert "judge prompt" not in text and "cut:" not in text and "the whole texts" not in text
+    assert "judge prompt" not in text and "cut:" not in text
     assert shown("turns", "dpo_reward").dropped == rows["turns"]["dropped"] > 0
 
 
 def test_an_id_that_is_not_there_a_stage_without_scores_and_a_missing_export(shown, monkeypatch, tmp_path):
     with pytest.raises(UsageError, match="'none' is not an id of train, valid or test"):
         shown("none")
-    with pytest.raises(UsageError, match="it is one of test"):
+    with pytest.raises(UsageError, match="is an id of test"):
         shown("t1", split="train")
     assert "probabilities: none" in printed(shown("plain1", "dpo_judge"))
     monkeypatch.chdir(tmp_path)

@@ -38,8 +38,6 @@ def test_a_fresh_output_is_as_it_was_made(place):
         "made from: saves/tiny/lora/exam_sft/adapter_model.safetensors",
         "score: outputs/exam/sft/report.json",
         "score: outputs/exam/sft/submission.csv",
-        "rows: submission.csv",
-        "rows: probabilities_valid.csv",
         "version of torch",
     }
     assert "as it was made" in call(str(OUT)).output
@@ -49,8 +47,6 @@ def test_a_fresh_output_is_as_it_was_made(place):
     ("path", "what"),
     [
         ("data/exam/battles.parquet", "made from"),
-        ("factory_configs/exam/sft.yaml", "made from"),
-        ("saves/tiny/lora/exam_sft/adapter_model.safetensors", "made from"),
         ("outputs/exam/sft/merged/model.safetensors", "made from"),
         ("outputs/exam/sft/submission.csv", "score"),
         ("outputs/exam/sft/report.json", "score"),
@@ -68,26 +64,12 @@ def test_a_changed_and_a_missing_file_are_found(place, path, what):
     assert not bad()
 
 
-def test_rows_are_checked_too(place):
-    path = OUT / "submission.csv"
-    path.write_text(path.read_text().replace("9000,", "9999,"))
-    assert bad()["rows: submission.csv"] == "changed"
-
-
 def test_another_version_is_a_warning_and_no_fault(place, monkeypatch):
     monkeypatch.setattr("scoring.checks.verify.versions", lambda: {"torch": "0.1"})
     result = verify(OUT)
     assert result.sound
     (told,) = [finding for finding in result.findings if finding.what == "version of torch"]
     assert told.state == "warning" and told.detail.endswith("0.1 now")
-
-
-def test_a_path_that_leads_out_is_not_opened(place):
-    report = json.loads((OUT / "report.json").read_text())
-    report["provenance"]["sha256"] = {"/etc/hostname": "0" * 64, "../x": "0" * 64}
-    (OUT / "report.json").write_text(json.dumps(report))
-    found = bad()
-    assert found["made from: /etc/hostname"] == found["made from: ../x"] == "changed"
 
 
 @pytest.mark.parametrize(
@@ -101,35 +83,23 @@ def test_what_is_no_output_is_told(place, folder, code, words):
     assert done.exit_code == code and words in done.output and "remedy" in done.output
 
 
-@pytest.mark.parametrize("checks", [["x"], [None], "x", {"passed": False}, None])
-def test_checks_that_no_run_wrote_are_a_change(place, checks):
-    place.edit_json(str(OUT / "report.json"), checks=checks)
+@pytest.mark.parametrize(
+    "changes", [{"checks": ["x"]}, {"checks": "x"}, {"provenance": {"sha256": {"../x": "0" * 64}}}]
+)
+def test_what_no_run_wrote_is_a_change(place, changes):
+    place.edit_json(str(OUT / "report.json"), **changes)
     done = call(str(OUT))
     assert isinstance(done.exception, SystemExit) and done.exit_code == 1
-    assert bad()["run checks"] == "changed"
+    assert bad().get("run checks" if "checks" in changes else "made from: ../x") == "changed"
 
 
-@pytest.mark.parametrize("name", ["sft/../sft", "./sft/", "../exam/sft", "link"])
-def test_a_folder_may_be_named_in_any_way(place, monkeypatch, name):
+@pytest.mark.parametrize("name", ["sft/../sft", "../exam/sft", "link"])
+def test_a_folder_may_be_named_in_any_way(place, monkeypatch, tmp_path, name):
+    root = Path.cwd()
     monkeypatch.chdir("outputs/exam")
     Path("link").symlink_to("sft")
-    plain, other = verify(Path("sft")), verify(Path(name))
-    assert plain.sound and other.findings == plain.findings
-
-
-def test_outputs_may_be_a_link_to_another_disk(place, tmp_path):
+    assert verify(Path(name)).sound
+    monkeypatch.chdir(root)
     Path("outputs").rename(tmp_path / "disk")
     Path("outputs").symlink_to(tmp_path / "disk")
     assert verify(OUT).sound and verify(OUT / ".." / "sft").sound
-
-
-def test_the_same_votes_give_the_same_bytes(place):
-    before = place.snapshot()
-    again = ["prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs"]
-    assert CliRunner().invoke(run.cli, again).exit_code == 0
-    (OUT / "report.json").unlink()
-    assert CliRunner().invoke(run.cli, ["score", "-e", "exam", "--json"]).exit_code == 0
-    after = place.snapshot()
-    times = {"outputs/exam/sft/report.json", "outputs/exam/sft/report.html", "outputs/exam/sft/state.json"}
-    assert set(before) == set(after)
-    assert {name for name in before if before[name] != after[name]} <= times

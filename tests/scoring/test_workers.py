@@ -23,8 +23,7 @@ def scored(base, executor, show):
     scorer = FakeScorer()
     scorer.open()
     job = open_job(base, "valid", scorer, executor, inputs={}, rows=lambda: rows(200), label="sft", show=show)
-    pace = Pace(show.note, job.tokens)
-    pace.begin()
+    pace = Pace(job.tokens)
     try:
         job.straight(executor, pace)
         job.swapped(executor, pace)
