@@ -185,6 +185,6 @@ def bootstrap_interval(values, groups, *, seed: int) -> list[float] | None:
 
 
 def paired_difference(first, second, truth, groups, *, seed: int) -> dict[str, float | list[float] | None]:
-    """Return log loss of `first` minus that of `second` on the same rows: `difference` and its paired interval `ci95`."""
+    """Return `difference`, the log loss of `first` minus that of `second` on the same rows, and its interval `ci95`."""
     gaps = row_losses(first, truth) - row_losses(second, truth)
     return {"difference": float(gaps.mean()), "ci95": bootstrap_interval(gaps, groups, seed=seed)}
