@@ -162,6 +162,10 @@ class SoftmaxLink(Link):
         centred = np.clip(_centred(logits), -limit, limit)
         return softmax(centred * self.inverse_temperature + np.array(self.bias))
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the link as plain values, the temperature for readers among them."""
+        return {**super().to_json(), "temperature": self.temperature}
+
     def _values(self) -> dict[str, Any]:
         bias = dict(zip(("bias_a", "bias_b", "bias_tie"), self.bias, strict=True))
         return {"temperature": self.temperature, "inverse_temperature": self.inverse_temperature, **bias}

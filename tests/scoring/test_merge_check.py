@@ -12,7 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from common.errors import ArenaError
+from common.files import write_json
 from common.progress import Show
+from data_prep.export_reader import FORMAT
 from data_prep.preference_pairs import PairFitter, flatten
 from factory.stage_context import StageContext
 from scoring.checks.merge_check import RECORD, check_merge, compared
@@ -56,6 +58,8 @@ def laid_out(workplace, make_experiment, tiny_model, small_tokenizer, small_fram
     rows.assign(language=None).to_parquet(data / "rows.parquet")
     pd.DataFrame([asdict(battle) for battle in battles]).to_parquet(data / "battles.parquet")
     pd.DataFrame(pairs).to_parquet(data / "pairs.parquet")
+    manifest = {"format": FORMAT, "frame": asdict(small_frame), "files": {}, "sources": {}, "views": []}
+    write_json(data / "manifest.json", manifest)
     experiment.folder.mkdir(parents=True)
 
     def lay_out(stage="sft", *, merged=True):
@@ -81,7 +85,6 @@ def checked(experiment, stage="sft", **gate):
     """Return the record and what was shown."""
     changed = experiment.model_copy(update={"merge_gate": experiment.merge_gate.model_copy(update=gate)})
     context, stream = StageContext(changed, stage), io.StringIO()
-    context.manifest = {"files": {"battles.parquet": "1"}}
     return check_merge(context, show=Show(stream, attended=False, interval=0)), stream.getvalue()
 
 

@@ -137,7 +137,7 @@ def test_a_time_limit_swaps_as_many_rows_as_it_allows_the_most_uncertain_first(t
     pace = Pace(job.tokens, 46.0, clock=lambda: now[0])
     job.straight(executor, pace)
     both = job.swapped(executor, pace)
-    assert f"{both} of 300 rows fit in the time limit" in show.stream.getvalue()
+    assert f"{both} of 300 rows within the time limit" in show.stream.getvalue()
     assert 80 <= both <= 160 and now[0] - 100 <= 46
     table = pd.concat(job.tables(), ignore_index=True)
     assert table[["ab_a", "ab_b", "ab_tie"]].notna().all(axis=None)
