@@ -58,8 +58,8 @@ def laid_out(workplace, make_experiment, tiny_model, small_tokenizer, small_fram
     rows.assign(language=None).to_parquet(data / "rows.parquet")
     pd.DataFrame([asdict(battle) for battle in battles]).to_parquet(data / "battles.parquet")
     pd.DataFrame(pairs).to_parquet(data / "pairs.parquet")
-    manifest = {"format": FORMAT, "frame": asdict(small_frame), "files": {}, "sources": {}, "views": []}
-    write_json(data / "manifest.json", manifest)
+    manifest = {"format": FORMAT, "experiment": {}, "files": {}, "sources": {}, "views": []}
+    write_json(data / "manifest.json", {**manifest, "frame": asdict(small_frame)})
     experiment.folder.mkdir(parents=True)
 
     def lay_out(stage="sft", *, merged=True):
