@@ -240,7 +240,7 @@ def parse_experiment(content: dict[str, Any], name: str, where: str) -> Experime
     raise ArenaError(
         "\n".join([f"{len(faults)} fault(s) in the experiment:", *faults]),
         where=where,
-        remedy="mend these keys; the comments in factory_configs/demo/experiment.yaml explain each",
+        remedy="fix these keys; the comments in factory_configs/demo/experiment.yaml explain each",
     )
 
 

@@ -59,7 +59,7 @@ def listed_sets(path: Path) -> dict[str, Any]:
         raise ArenaError(
             f"is not readable JSON ({error})",
             where=str(path),
-            remedy="mend it, or move it away where it holds no entries of your own; prepare then writes a new one",
+            remedy="fix it, or move it away where it holds no entries of your own; prepare then writes a new one",
         ) from None
     return entries
 

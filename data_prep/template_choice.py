@@ -158,7 +158,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _render_own(folder: Path) -> str | None:
     """Return what the folder's chat template writes around one message, without the token that begins a text.
 
-    None where there is no template or it fails. It comes from a stranger, so it runs in transformers' kind of sandbox.
+    None where there is no template or it fails. It comes with a downloaded model: it runs in transformers' sandbox.
     """
     try:
         settings = dict(read_json(folder / "tokenizer_config.json"))

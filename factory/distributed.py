@@ -63,7 +63,7 @@ def plan_launch(
         raise ArenaError(
             "\n".join([f"{len(faults)} fault(s) in the distributed training:", *(f"  - {each}" for each in faults)]),
             where=f"{recipe_path}, distributed: {engine}",
-            remedy="mend these settings; docs/distributed.md shows each way with its commands",
+            remedy="fix these settings; docs/distributed.md shows each way with its commands",
         )
     inputs: dict[str, Any] = {} if engine == "auto" else {"distributed": engine}
     if chosen == "auto":

@@ -125,7 +125,7 @@ def check_recipes(
         prepare = f"python run.py prepare -e {experiment.name} --train FILE"
         raise ArenaError(
             "\n".join([f"{len(listed)} fault(s), found before anything was started:", *listed]),
-            remedy=f"mend these keys; or render the recipes again from {experiment.folder / 'experiment.yaml'}: "
+            remedy=f"fix these keys; or render the recipes again from {experiment.folder / 'experiment.yaml'}: "
             f"`{prepare}`, with --force for a recipe with hand edits, which drops them",
         )
 
@@ -161,7 +161,7 @@ def check_device(path: Path, recipe: Recipe) -> None:
         listed = [f"  - {path}: {key}: {fault}" for key, fault in faults]
         raise ArenaError(
             "\n".join([f"{len(faults)} fault(s) of this recipe on this machine:", *listed]),
-            remedy="mend these keys, in the recipe or for good under `recipes:` of experiment.yaml; "
+            remedy="fix these keys, in the recipe or for good under `recipes:` of experiment.yaml; "
             "`run.py doctor` shows what this machine has",
         )
 

@@ -1,7 +1,8 @@
 """A recipe: one native LLaMA-Factory YAML file, rendered from templates/ once and then the user's to edit.
 
 Its header carries the SHA-256 of all its other lines, so that a hand edit is recognised: an edited recipe is kept,
-an unedited one follows its template and experiment.yaml.
+an unedited one follows its template and experiment.yaml. A value is that of the edited recipe, else of `recipes:` in
+experiment.yaml, else of the template.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def check_first_values(experiment: Experiment, steps: Iterable[str] = tuple(STEP
         raise ArenaError(
             "\n".join([f"{len(faults)} fault(s) in the first values of a recipe:", *faults]),
             where=str(experiment.folder / "experiment.yaml"),
-            remedy="mend or remove these keys",
+            remedy="fix or remove these keys",
         )
 
 
@@ -155,7 +156,7 @@ def render_template(name: str, values: Mapping[str, Any], folder: Path = TEMPLAT
         raise ArenaError(
             f"the template fails: {error}",
             where=f"{folder.name}/{getattr(error, 'name', None) or name}{f' line {line}' if line else ''}",
-            remedy="mend the template, or restore it from git",
+            remedy="fix the template, or restore it from git",
         ) from None
 
 

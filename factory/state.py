@@ -1,4 +1,8 @@
-"""state.json: what of a stage began, from which inputs, what ended and what it wrote; checkpoints; runs put aside."""
+"""state.json: what of a stage began, from which inputs, what ended and what it wrote; checkpoints; runs put aside.
+
+`StageState.standing` decides whether a part is finished or outdated: it compares what state.json recorded with today's
+inputs, which factory.train, factory.merge and scoring.score_stage pass in.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A link is fitted on the validation fold, judged by cross-fitting on prompt-grouped parts, and kept only where that
 lowers the log loss. Rows that were scored in one order of the answers and rows that were scored in both have a link
-each, because the mean of two orders is less sure of itself than one.
+each, because the mean of two orders is less sure of itself than one. The formulas are in scoring.links.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class TrainedAdapter:
 
         try:
             with warnings.catch_warnings():
-                # PEFT warns of missing weights, which are an error below, and of tied ones where there are none.
+                # PEFT warns of missing weights (an error below) and of tied weights that do not exist.
                 warnings.simplefilter("ignore", UserWarning)
                 policy = PeftModel.from_pretrained(model, str(self.folder)).eval()
         except loading_errors() as error:

@@ -27,7 +27,7 @@ LOCAL = "local"
 # Shards that are one data set of Ray's: what is planned ahead is kept in memory.
 _TOGETHER = 4096
 _ROOT = Path(__file__).resolve().parents[1]
-# What every process of Ray is told: our modules, and no statistics to anybody.
+# What every process of Ray needs: our modules, and no usage statistics sent.
 _ENVIRONMENT = {"PYTHONPATH": str(_ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
 
 

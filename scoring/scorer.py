@@ -306,7 +306,7 @@ def battles_to_score(path: Path) -> Iterator[Battle]:
         raise ArenaError(
             f"{len(reader.rejected)} row(s) cannot be scored; the first{named}: {first.reason}",
             where=f"{path} row {first.row}",
-            remedy="mend or remove these rows: every row needs its own probabilities",
+            remedy="fix or remove these rows: every row needs its own probabilities",
         )
 
 

@@ -207,7 +207,7 @@ def submission_ids(data: Path, found: Sequence[str]) -> Check:
         return Check(name, False, detail, "score again with --fresh")
     if rejected:
         detail = f"{rejected:,} test rows were rejected by prepare and lack an answer"
-        remedy = f"mend the rows that {data / 'audit.json'} names, then prepare again"
+        remedy = f"fix the rows that {data / 'audit.json'} names, then prepare again"
         return Check(name, False, detail, remedy, stops=False)
     return Check(name, True, f"{len(expected):,} rows in the test's order")
 

@@ -86,7 +86,7 @@ def load_gguf(path: Path, *, context: int, threads: int | None = None) -> Any:
     usual = llama_cpp.llama_model_default_params
 
     def keep_weights() -> Any:
-        # On a processor with AMX llama.cpp packs quantised weights anew, and for narrow layers (64 inputs) then reads
+        # On a processor with AMX llama.cpp packs quantised weights again, and for narrow layers (64 inputs) then reads
         # past them and kills the process. Llama has no argument for this switch.
         parameters = usual()
         parameters.use_extra_bufts = False
