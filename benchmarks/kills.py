@@ -319,7 +319,7 @@ def main() -> int:
     parser.add_argument("--steps", nargs="+", choices=names, default=names, help="only these")
     parser.add_argument("--place", type=Path, default=ROOT / "outputs" / ".kills", help="where the states are kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--fresh", action="store_true", help="forget the earlier rounds and states")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier rounds and states: after a change of the code")
     asked = parser.parse_args()
     if asked.fresh:
         shutil.rmtree(asked.place, ignore_errors=True)
