@@ -222,6 +222,8 @@ class Round:
         if target is None or not call.is_alive() or call.seconds >= LONGEST:
             call.wait()
             require_good_end(call, victim=None)
+            if not self.kills:  # the whole step, perhaps on a machine that is less busy than it was
+                (self._reference / "seconds").write_text(f"{call.seconds}")
             return False
         os.kill(target, signal.SIGKILL)
         code = call.wait()
@@ -319,7 +321,7 @@ def main() -> int:
     parser.add_argument("--steps", nargs="+", choices=names, default=names, help="only these")
     parser.add_argument("--place", type=Path, default=ROOT / "outputs" / ".kills", help="where the states are kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--fresh", action="store_true", help="forget earlier rounds and states: after a change of the code")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier rounds and states (other code)")
     asked = parser.parse_args()
     if asked.fresh:
         shutil.rmtree(asked.place, ignore_errors=True)
