@@ -87,8 +87,8 @@ def prepare(experiment: str, as_json: bool, **options: Any) -> None:
     earlier export there is replaced; files in that folder that no export wrote are never deleted, but must be moved
     first.
     """
+    from factory.prepare import prepare
     from factory.status import experiment_status, next_commands
-    from scoring.pipeline import prepare
 
     context, show = _start(experiment)
     audit = prepare(context.experiment, **options, show=show)

@@ -1,0 +1,87 @@
+"""Preparing an experiment: its votes exported as data sets, its missing recipes rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.experiment import Experiment
+from common.progress import Show
+from common.stages import STEPS
+from data_prep.audit import warnings_of
+from data_prep.export import export
+from data_prep.export_reader import earlier_manifest, read_manifest
+from data_prep.overwrite_check import check_overwrite
+from data_prep.readers import VoteReader
+from data_prep.sources import votes_at
+from factory.demo import ensure_embedded_base
+from factory.recipes import check_first_values, write_recipe
+from factory.status import refuse_while_at_work
+
+
+def prepare(
+    experiment: Experiment,
+    train: Path | str,
+    test: Path | str | None,
+    truth: Path | None,
+    *,
+    force: bool = False,
+    pairs: bool = False,
+    workers: int | None = None,
+    show: Show,
+) -> dict[str, Any]:
+    """Export the votes of an experiment and render its missing recipes; return the audit.
+
+    An earlier export is replaced, with the pairs of responses if it had them. `force` replaces recipes edited by hand.
+    """
+    check_first_values(experiment)
+    refuse_while_at_work(experiment)
+    check_overwrite(experiment.data_folder, (train, test, truth))
+    train = votes_at(train, labelled=True)
+    test = votes_at(test, labelled=False) if test else None
+    for table, labelled in ((train, True), (test, False)):
+        if table is not None:
+            VoteReader(table, labelled=labelled)  # refuses what is not a table of votes before a base is built
+    ensure_embedded_base(experiment, show)
+    before = earlier_manifest(experiment.data_folder)
+    had_pairs = before is not None and "pairs.parquet" in before["files"]
+    views = ("judge", "reward") if pairs or had_pairs else ("judge",)
+    with show.line(f"prepare {experiment.name}") as line:
+        audit = export(experiment, train, test, truth, progress=line.update, views=views, workers=workers)
+    replaced = _replaced(before, read_manifest(experiment.data_folder))
+    show.note(_summary(experiment, audit))
+    for text in (*warnings_of(audit), *([f"{experiment.data_folder}: {replaced}"] if replaced else [])):
+        show.note(text)
+    for outcome in (write_recipe(experiment, step, force=force) for step in STEPS):
+        if outcome.state == "hand-edited" and outcome.diff:
+            show.note(f"{outcome.path}: edited by hand, kept; --force would replace it by:\n{outcome.diff}")
+        elif outcome.state != "unchanged":
+            show.note(f"{outcome.path}: {outcome.state}")
+    return audit
+
+
+def _summary(experiment: Experiment, audit: dict[str, Any]) -> str:
+    read, rows, where = audit["sources"]["train"], audit["exported"], f"data/{experiment.name}/audit.json"
+    cut = audit["truncation"]["train"]["rows_cut_share"]
+    rejected = f", {read['rows_rejected']} rejected ({where})" if read["rows_rejected"] else ""
+    lost = audit["sources"].get("test", {}).get("rows_rejected")
+    lacking = f" ({lost} rejected: the submission will lack them, see {where})" if lost else ""
+    return (
+        f"prepare {experiment.name}: {read['rows_kept']:,} battles kept{rejected}; "
+        f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation, {rows['test']:,} to submit"
+        f"{lacking}; {cut:.1%} shortened to {experiment.cutoff_len} tokens"
+    )
+
+
+def _replaced(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
+    """Return what a person should know of an export that took another one's place, from both manifests."""
+    sums = [{name: each["sha256"] for name, each in m["sources"].items()} for m in (before, now) if m is not None]
+    if before is None or sums[0] == sums[1]:
+        return None
+    words = f"the earlier export, of {before['sources']['train']['file']}, is replaced"
+    if "test" in before["sources"] and "test" not in now["sources"]:
+        words += "; it had a test set, this one has none, so that there will be no submission.csv (--test FILE)"
+    if before["files"].get("sft_train.jsonl") != now["files"].get("sft_train.jsonl"):
+        words += "; what was trained on it is outdated: train with --fresh"
+    return words
