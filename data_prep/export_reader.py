@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import pandas as pd
 import pyarrow as pa
 from pyarrow import compute
-from pyarrow.parquet import ParquetFile, read_table
+from pyarrow.parquet import ParquetFile
 from pydantic import AfterValidator, BaseModel, ValidationError
 
 from common.battle import PROBABILITY_COLUMNS, Battle
@@ -120,10 +120,22 @@ def read_audit(folder: Path) -> dict[str, Any]:
     return audit
 
 
+def read_columns(path: Path, columns: list[str] | None = None, where: tuple[str, str] | None = None) -> pa.Table:
+    """Return columns of a parquet file (None: all), of every row or where a column has a value.
+
+    Without threads: where memory is too short to start them, Arrow waits for them all the same.
+    """
+    wanted = columns and list(dict.fromkeys([*columns, *(where or ())[:1]]))
+    with ParquetFile(path, pre_buffer=False) as file:
+        table = file.read(columns=wanted, use_threads=False)
+    table = table if where is None else table.filter(compute.equal(table[where[0]], where[1]))
+    return table.select(columns) if columns else table
+
+
 def read_rows(folder: Path, split: str) -> pd.DataFrame:
     """Return rows.parquet's rows of one split, in the order of the input, one row a battle."""
     with readable(folder / "rows.parquet"):
-        return read_table(folder / "rows.parquet", filters=[("split", "==", split)]).to_pandas()
+        return read_columns(folder / "rows.parquet", where=("split", split)).to_pandas()
 
 
 def read_battles(folder: Path, split: str) -> list[tuple[Battle, int]]:
@@ -172,10 +184,10 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one split of a table, which lies row by row beside rows.parquet, with `known` columns of it."""
     with readable(folder / "rows.parquet"):
-        rows = read_table(folder / "rows.parquet", columns=["split", *known])
+        rows = read_columns(folder / "rows.parquet", ["split", *known])
     at = 0
-    with readable(folder / table), ParquetFile(folder / table) as file:
-        for batch in file.iter_batches(batch_size=_BATCH, columns=list(columns)):
+    with readable(folder / table), ParquetFile(folder / table, pre_buffer=False) as file:
+        for batch in file.iter_batches(batch_size=_BATCH, columns=list(columns), use_threads=False):
             beside = rows.slice(at, len(batch)).combine_chunks()
             for name in known:
                 batch = batch.append_column(name, beside[name].combine_chunks())

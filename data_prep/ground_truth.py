@@ -54,7 +54,7 @@ def require_truth_of(rows: Path, known: Collection[str], where: Path) -> None:
     """Raise ArenaError where a battle of a rows.parquet that has a verdict is not among the `known` ids."""
     battles, missing, first = 0, 0, None
     with ParquetFile(rows) as file:
-        for batch in file.iter_batches(columns=["split", "id"]):
+        for batch in file.iter_batches(columns=["split", "id"], use_threads=False):
             splits, ids = (batch.column(name).to_pylist() for name in ("split", "id"))
             judged = [identity for split, identity in zip(splits, ids, strict=True) if split != "test"]
             absent = [identity for identity in judged if identity not in known]

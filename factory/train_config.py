@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pyarrow.parquet import read_table
 
 from common.errors import ArenaError
 from common.llamafactory_schema import arguments
-from data_prep.export_reader import how_to_export, readable, require_pairs
+from data_prep.export_reader import how_to_export, read_columns, readable, require_pairs
 from factory.stage_context import StageContext
 
 # LLaMA-Factory's collators pad the longest sequence of a batch to a multiple of this.
@@ -118,5 +117,5 @@ def _read(path: Path, columns: list[str]) -> dict[str, np.ndarray]:
             remedy=how_to_export(path.parent),
         )
     with readable(path):
-        table = read_table(path, columns=columns)
+        table = read_columns(path, columns)
     return {name: table[name].to_numpy(zero_copy_only=False) for name in columns}

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from pyarrow.parquet import ParquetFile, ParquetWriter, read_table
+from pyarrow.parquet import ParquetFile, ParquetWriter
 
 from common.errors import ArenaError
 from common.files import atomic_file, read_json, sha256_of, write_json
-from data_prep.export_reader import readable
+from data_prep.export_reader import read_columns, readable
 
 Facts, ModelInput = dict[str, Any], dict[str, Any]
 ROW_FACTS = ("id", "group", "verdict", "language", "turns", "chars_prompt", "chars_a", "chars_b", "tokens", "cut")
@@ -60,7 +60,7 @@ class RowStore:
         if changed:
             raise ArenaError(f"{' and '.join(changed)} changed on disk", where=str(folder), remedy=_AGAIN)
         with readable(folder / "rows.parquet", _AGAIN):
-            places = read_table(folder / "rows.parquet", columns=["tokens", "begin"])
+            places = read_columns(folder / "rows.parquet", ["tokens", "begin"])
         self.lengths, self._begins = (places[name].to_numpy() for name in ("tokens", "begin"))
         self.rows, self.tokens = len(self.lengths), int(self.lengths.sum(dtype=np.int64))
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pyarrow.parquet import read_table
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +20,7 @@ from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, Labels
 from common.stages import STEPS
 from data_prep.chat_template import ChatFrame, load_frame
-from data_prep.export_reader import readable, require_pairs
+from data_prep.export_reader import read_columns, readable, require_pairs
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import MARKER
 from factory.stage_context import StageContext
@@ -101,7 +100,7 @@ def _row(experiment: Experiment, battle_id: str, split: str | None) -> tuple[int
     """Return the battle's place in rows.parquet (and so in battles.parquet and pairs.parquet) and its row."""
     path = experiment.data_folder / "rows.parquet"
     with readable(path):
-        table = read_table(path, columns=list(_ROW))
+        table = read_columns(path, list(_ROW))
         places = [place for place, name in enumerate(table["id"].to_pylist()) if name == battle_id]
         rows = {place: table.slice(place, 1).to_pylist()[0] for place in places}
     found = [(place, row) for place, row in rows.items() if split in (None, row["split"])]
@@ -120,7 +119,7 @@ def _row(experiment: Experiment, battle_id: str, split: str | None) -> tuple[int
 def _row_at(path: Path, place: int, columns: Sequence[str]) -> dict[str, Any]:
     """Return one row of a table whose rows are those of rows.parquet."""
     with readable(path):
-        rows = read_table(path, columns=list(columns)).slice(place, 1).to_pylist()
+        rows = read_columns(path, list(columns)).slice(place, 1).to_pylist()
     if not rows:
         raise ArenaError("has fewer rows than rows.parquet", where=str(path), remedy="run prepare again")
     return rows[0]
@@ -194,7 +193,7 @@ def _scores(folder: Path, split: str, battle_id: str) -> tuple[dict[str, Shares]
     if not path.is_file():
         return {}, {}
     with readable(path, _AGAIN):
-        row = next(iter(read_table(path, filters=[("id", "==", battle_id)]).to_pylist()), None)
+        row = next(iter(read_columns(path, where=("id", battle_id)).to_pylist()), None)
     if row is None:
         return {}, {}
     shares = {}

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pyarrow.parquet import ParquetFile, read_table
+from pyarrow.parquet import ParquetFile
 
 from common.errors import ArenaError
 from common.files import read_json
-from data_prep.export_reader import read_audit, readable
+from data_prep.export_reader import read_audit, read_columns, readable
 from data_prep.folds import prompt_group
 from data_prep.truncation import MARKER
 from factory.fingerprint import training_rows
@@ -197,7 +197,7 @@ def submission_ids(data: Path, found: Sequence[str]) -> Check:
     """Require an answer for exactly the exported test rows, in their order; warn of rows that prepare rejected."""
     name = "submission ids = test ids"
     with readable(data / "rows.parquet"):
-        expected = read_table(data / "rows.parquet", filters=[("split", "==", "test")])["id"].to_pylist()
+        expected = read_columns(data / "rows.parquet", ["id"], where=("split", "test"))["id"].to_pylist()
     rejected = read_audit(data)["sources"].get("test", {}).get("rows_rejected", 0)
     if not expected and not rejected:
         return Check(name, None, "there is no test set")
@@ -219,7 +219,7 @@ def shared_prompts(data: Path) -> dict[str, int]:
     table was read; and the texts that a model reads, where nothing was left out of them.
     """
     with readable(data / "rows.parquet"):
-        rows = read_table(data / "rows.parquet", columns=["split", "dropped", "group", "first_prompt"]).to_pydict()
+        rows = read_columns(data / "rows.parquet", ["split", "dropped", "group", "first_prompt"]).to_pydict()
     battles, pairs = data / "battles.parquet", data / "pairs.parquet"
     sources = {"the folds' groups": rows["group"], "the votes": rows["first_prompt"]}
     with readable(battles):

@@ -244,7 +244,7 @@ HOSTS = [
     for name, host, words in [
         ("empty_label", "a..b", ("'a..b' is no address of this machine", "--host 127.0.0.1")),
         ("long_label", "a" * 70, ("is no address of this machine",)),
-        ("with_port", "127.0.0.1:80", ("is no address of this machine", "--host 127.0.0.1 --port 80")),
+        ("with_port", "127.0.0.1:80", ("is no address of this machine", "--port")),
     ]
 ]
 WATCHES = [

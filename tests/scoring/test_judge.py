@@ -12,8 +12,10 @@ from click.testing import CliRunner
 import run
 from common.battle import Battle, swap
 from common.errors import ArenaError
+from common.experiment import load_experiment
 from common.files import only_run
 from data_prep.truncation import Fitter
+from factory.stage_context import StageContext
 from factory.state import StageState
 from scoring.judge import (
     GOLDEN_ANSWERS,
@@ -123,7 +125,8 @@ def test_a_judge_that_does_not_exist_yet_comes_with_the_command_that_makes_it(pl
     assert "outputs/exam/sft/merged: is not a judge yet: sft is not trained" in (said := refused(*call)), said
     assert "remedy: python run.py sft -e exam\n" in said
     with only_run(Path("outputs/exam/sft")):
-        StageState(Path("outputs/exam/sft")).begin("train", {})
+        inputs = StageContext(load_experiment("exam"), "sft").training_inputs
+        StageState(Path("outputs/exam/sft")).begin("train", inputs)
         assert "is not a judge yet: sft is training" in (said := refused(*call)), said
         assert "python run.py watch -e exam --stage sft" in said
     assert "is not a judge yet: sft is interrupted training\n" in refused(*call)
