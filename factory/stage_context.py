@@ -122,11 +122,11 @@ class StageContext:
     @property
     def scoring_inputs(self) -> dict[str, Any]:
         """What a report depends on, but for the model: the exported rows, and what is made of the scores."""
-        experiment, folder = self.experiment, self.experiment.data_folder
+        experiment, folder, exported = self.experiment, self.experiment.data_folder, self.exported
         pairs = ["pairs.parquet"] if self.step.data == "dpo_reward" else []
         paths = [(folder / name).as_posix() for name in ("rows.parquet", "battles.parquet", "truth.csv", *pairs)]
         return {
-            "data": {path: self.exported[path] for path in paths if path in self.exported},
+            "data": {path: exported[path] for path in paths if path in exported},
             "swap_tta": experiment.swap_tta,
             "seed": experiment.seed,
             "target_prior": experiment.target_prior and experiment.target_prior.model_dump(),
