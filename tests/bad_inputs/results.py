@@ -66,7 +66,7 @@ def frame(path: str, **changed: Any) -> Breaks:
     return breaks
 
 
-def anew(breaks: Breaks) -> Breaks:
+def unscored(breaks: Breaks) -> Breaks:
     """Return the same fault in a place where nothing was scored yet."""
     return lambda place: (remove(STATE)(place), breaks(place))
 
@@ -158,7 +158,7 @@ def damage(path: str, call, words, ways: dict[str, Callable[[str], Breaks]]) -> 
     to_score = call is SCORE and path != STATE
     prefix = f"{Path(path).stem}_for_{call[0] if isinstance(call, tuple) else 'reading'}"
     rows = [
-        (f"{prefix}_{name}", anew(way(path)) if to_score else way(path), call, *words) for name, way in ways.items()
+        (f"{prefix}_{name}", unscored(way(path)) if to_score else way(path), call, *words) for name, way in ways.items()
     ]
     return cases(rows, writes=COMPUTED if to_score else ())
 
@@ -168,14 +168,14 @@ DAMAGED = [
     *(case for path, call, *words in TABLES for case in damage(path, call, words, TABLE_DAMAGE)),
 ]
 FAULTS = [
-    ("manifest_missing", anew(remove(MANIFEST)), SCORE, "there is no exported data", "prepare -e exam"),
-    ("manifest_other_format", anew(edited(MANIFEST, format=1)), SCORE, "was exported by another version"),
-    ("manifest_no_frame", anew(edited(MANIFEST, frame=...)), SCORE, "is damaged"),
-    ("manifest_files_a_list", anew(edited(MANIFEST, files=[1])), SCORE, "is damaged"),
-    ("manifest_files_lead_out", anew(edited(MANIFEST, files={"../x": "0"})), SCORE, "is damaged"),
-    ("manifest_no_sources", anew(edited(MANIFEST, sources=...)), SCORE, "is damaged"),
-    ("manifest_source_a_word", anew(edited(MANIFEST, sources={"train": "x"})), SCORE, "is damaged"),
-    ("manifest_other_tokenizer", anew(frame(MANIFEST, before="x")), SCORE, "another tokenizer or chat template"),
+    ("manifest_missing", unscored(remove(MANIFEST)), SCORE, "there is no exported data", "prepare -e exam"),
+    ("manifest_other_format", unscored(edited(MANIFEST, format=1)), SCORE, "was exported by another version"),
+    ("manifest_no_frame", unscored(edited(MANIFEST, frame=...)), SCORE, "is damaged"),
+    ("manifest_files_a_list", unscored(edited(MANIFEST, files=[1])), SCORE, "is damaged"),
+    ("manifest_files_lead_out", unscored(edited(MANIFEST, files={"../x": "0"})), SCORE, "is damaged"),
+    ("manifest_no_sources", unscored(edited(MANIFEST, sources=...)), SCORE, "is damaged"),
+    ("manifest_source_a_word", unscored(edited(MANIFEST, sources={"train": "x"})), SCORE, "is damaged"),
+    ("manifest_other_tokenizer", unscored(frame(MANIFEST, before="x")), SCORE, "another tokenizer or chat template"),
     ("info_missing", remove(INFO), SFT, "there is no exported data"),
     ("info_entry_a_word", write(INFO, '{"exam_sft_train": "x"}'), SFT, "does not name a file"),
     (
@@ -319,8 +319,8 @@ FAULTS = [
     ),
 ]
 EXPORT = [
-    ("battles_empty", anew(write(BATTLES, b"PAR1PAR1")), SCORE, "battles.parquet: is damaged"),
-    ("battles_are_rows", anew(lambda p: Path(ROWS).replace(BATTLES)), SCORE, "is damaged"),
+    ("battles_empty", unscored(write(BATTLES, b"PAR1PAR1")), SCORE, "battles.parquet: is damaged"),
+    ("battles_are_rows", unscored(lambda p: Path(ROWS).replace(BATTLES)), SCORE, "is damaged"),
 ]
 OUTPUTS = [
     ("output_is_a_truth", write("truth.csv", f"{HEAD}1,1,0,0\n"), into("truth.csv"), "is not an earlier output"),
