@@ -17,7 +17,10 @@ SWAPPED_ORDER = (1, 0, 2)
 
 @dataclass(frozen=True, slots=True)
 class Battle:
-    """A prompt (one string a turn), two answers to it (one string a turn each) and the verdict, or None."""
+    """A prompt (one string a turn), two answers to it (one string a turn each) and the verdict, or None.
+
+    `shares` are the votes' shares in the order of VERDICTS, where the table had them instead of one verdict.
+    """
 
     id: str
     prompts: tuple[str, ...]
@@ -25,6 +28,7 @@ class Battle:
     responses_b: tuple[str, ...]
     verdict: str | None = None
     language: str | None = None
+    shares: tuple[float, float, float] | None = None
 
     @property
     def turns(self) -> int:
@@ -44,4 +48,5 @@ def swap(battle: Battle) -> Battle:
         responses_a=battle.responses_b,
         responses_b=battle.responses_a,
         verdict=swap_verdict(battle.verdict),
+        shares=battle.shares and tuple(battle.shares[place] for place in SWAPPED_ORDER),
     )

@@ -166,7 +166,7 @@ def _audit(
         "sources": {
             name: {
                 "file": str(reader.path),
-                "schema": reader.schema,
+                **reader.facts,
                 "rows_read": reader.rows_read,
                 "rows_kept": written.counts[name, "battles"]["rows"],
                 "rows_rejected": len(reader.rejected),

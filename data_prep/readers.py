@@ -12,9 +12,10 @@ Which columns mean what: `data_prep.schemas`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from common.battle import Battle
 from common.console import name_of
 from common.errors import ArenaError
 from data_prep.schemas import BadCell, BadVerdict, advice_on, is_formula, parse_id, schema_of
-from data_prep.tables import BrokenRow, open_tables
+from data_prep.tables import BrokenRow, CsvTable, ParquetTable, open_tables
 
 _MOST_BAD = 0.01
 # Bad rows that, more than half of those read so far, end the reading: they wait in memory for the audit.
@@ -47,8 +48,9 @@ class VoteReader:
     Raises ArenaError for a file that is not a table of votes or that lacks columns.
     """
 
-    def __init__(self, path: Path, *, labelled: bool):
-        self.path, self.labelled = Path(path), labelled
+    def __init__(self, path: Path, *, labelled: bool, columns: Mapping[str, str] | None = None):
+        """`columns` are the table's own names for ours, as --columns gives them."""
+        self.path, self.labelled, self._named = Path(path), labelled, dict(columns or {})
         self.rejected: list[Rejected] = []
         self.rows_read = 0
         self.formulas = 0  # ids that a spreadsheet would run
@@ -56,7 +58,7 @@ class VoteReader:
         self.parts = [table.path for table in self._tables]  # the files that are read, in their order
         self._sizes = [path.stat().st_size for path in self.parts]
         self._part = 0  # which of them is being read
-        columns = self._tables[0].columns
+        columns = self._columns(self._tables[0])
         self._schema = schema = schema_of(columns)
         self.schema = schema.name  # kaggle, arena_conversations or wsdm
         # Only a complete set of winner columns says anything.
@@ -66,13 +68,29 @@ class VoteReader:
         language = ("language",) if "language" in columns else ()
         self._names = (identity, *schema.texts, *winners, *language)
         for table in self._tables:
-            missing = schema.missing(table.columns, labelled)
-            if missing := missing or [name for name in self._names if name not in table.columns]:
+            columns = self._columns(table)
+            missing = schema.missing(columns, labelled)
+            if missing := missing or [name for name in self._names if name not in columns]:
                 raise ArenaError(
                     f"lacks {len(missing)} column(s) {missing}; found {table.columns[:30]}",
                     where=f"{table.path} header",
                     remedy=advice_on(schema, table.columns, missing),
                 )
+
+    @property
+    def is_wsdm(self) -> bool:
+        """Whether this is a test set of the WSDM Cup, whose submission is `id,winner`."""
+        return self.schema == "wsdm" and "scored" in self._tables[0].columns
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How the table is read, for the audit and for a line of `prepare`; the counts are known after reading."""
+        return {"schema": self.schema, "columns": self._named}
+
+    def _columns(self, table: CsvTable | ParquetTable) -> list[str]:
+        """Return a table's columns by our names."""
+        ours = {theirs: name for name, theirs in self._named.items()}
+        return [ours.get(name, name) for name in table.columns if name in ours or name not in self._named]
 
     @property
     def share(self) -> float:
@@ -120,7 +138,7 @@ class VoteReader:
         """Yield (file, row number in it, cells) of all parts."""
         for part, table in enumerate(self._tables):
             self._part = part
-            for number, cells in enumerate(table.rows(names), 1):
+            for number, cells in enumerate(table.rows([self._named.get(name, name) for name in names]), 1):
                 yield table.path, number, cells
 
     def _battle(self, identity: str, cells: Sequence[object]) -> Battle:
