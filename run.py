@@ -7,11 +7,15 @@ Heavy imports stay inside the commands, so that every --help answers at once.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+if sys.flags.safe_path:
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common.errors import require_packages
 
@@ -25,7 +29,8 @@ from common.console import make_output_safe  # noqa: E402
 
 
 @click.group(cls=cl.ErrorsWithRemedy, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-def cli() -> None:
+@click.option("--here", is_flag=True, envvar="ARENA_FACTORY_HERE", help="Work in a folder that is not this project's.")
+def cli(here: bool) -> None:
     """Turn pairwise human votes into a fine-tuned judge and calibrated probabilities of A / B / tie.
 
     The first steps: `run.py demo`, then `run.py prepare -e EXP --train votes.csv` and `run.py sft -e EXP`.
@@ -381,5 +386,6 @@ def _finish(context: Any, report: dict[str, Any] | None, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["PYTHONSAFEPATH"] = "1"  # workers import nothing from the current folder
     make_output_safe()
     sys.exit(cli())

@@ -353,7 +353,7 @@ def main() -> int:
 
 def import_everything() -> None:
     """Import what calls of run.py need, and set what they inherit."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NO_COLOR": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NO_COLOR": "1", "ARENA_FACTORY_HERE": "1"}
     for name in IMPORTS:
         import_module(name)
     import_module("torch").set_num_threads(1)

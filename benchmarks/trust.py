@@ -17,12 +17,14 @@ from xml.etree import ElementTree
 
 from figures import ROOT, options, publish, table
 
+HOSTILE = ("tests/test_hostile.py", "tests/test_hostile_servers.py")
 
-def tests(path: str, prefix: str) -> str:
-    """Run a test file and return passed / tried of the tests whose name begins with `prefix`."""
+
+def tests(prefix: str, *paths: str) -> str:
+    """Run test files and return passed / tried of the tests whose name begins with `prefix`."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.xml"
-        call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path, f"--junitxml={found}"]
+        call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths, f"--junitxml={found}"]
         subprocess.run(call, cwd=ROOT, check=False)
         cases = [case for case in ElementTree.parse(found).iter("testcase") if case.get("name").startswith(prefix)]
     passed = [case for case in cases if not any(child.tag in ("failure", "error", "skipped") for child in case)]
@@ -44,8 +46,8 @@ def main() -> None:
     what = f"fuzz executions, {len(fuzz['targets'])} targets, {limit} each; new crashes"
     rows = [
         [f"kills survived / tried, seed {kills['seed']}, {kills['date']}", f"{kills['survived']} / {kills['tried']}"],
-        ["bad inputs handled / tried", tests("tests/test_bad_inputs.py", "test_bad_input[")],
-        ["hostile cases guarded / tried", tests("tests/test_hostile.py", "test_")],
+        ["bad inputs handled / tried", tests("test_bad_input[", "tests/test_bad_inputs.py")],
+        ["hostile cases guarded / tried", tests("test_", *HOSTILE)],
         [what, f"{executions:,}; {crashes}"],
     ]
     publish("trust", table(["what", "figure"], rows), asked.write)

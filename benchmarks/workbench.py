@@ -29,6 +29,8 @@ from data_prep.synthetic import TRAIN_COLUMNS, cell
 from factory.base_model import SPECIAL_TOKENS, BaseModelSize, build_base_model
 from scoring.metrics import GroupBootstrap, as_groups, row_losses
 
+os.environ["ARENA_FACTORY_HERE"] = "1"  # run.py is called in folders of the measurements
+
 
 class Workbench:
     """A copy of templates and experiments in which run.py works without touching the checkout's own runs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import click
 
 from common.console import printable
-from common.errors import ArenaError, stop_signals, user_error
+from common.errors import ArenaError, UsageError, stop_signals, user_error
 from common.stages import DEFAULT_EXPERIMENT, TRAININGS
 
 # A stage by its own name, or as the command that trains it is called.
@@ -18,8 +20,13 @@ STAGES = (*TRAININGS, "dpo")
 ENGINES = ("torch", "llama.cpp")
 
 
-class OnceEach(click.Command):
-    """Refuses an option that is given twice, where click would silently use the last one."""
+class OwnFolder(click.Command):
+    """Refuses an option that is given twice, where click would silently use the last one, and a stranger's folder."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if self.name not in ("completion", "doctor") and not ctx.find_root().params["here"]:
+            require_own_folder()
+        return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
@@ -32,7 +39,7 @@ class OnceEach(click.Command):
 class ErrorsWithRemedy(click.Group):
     """Turns our errors into a message with its remedy and an exit code; -v shows where they come from."""
 
-    command_class = OnceEach
+    command_class = OwnFolder
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -74,6 +81,20 @@ def several(*options):
         return command
 
     return decorate
+
+
+def require_own_folder() -> None:
+    """Raise UsageError where the current folder does not hold this project."""
+    here = Path.cwd()
+    # On Kaggle the project's files are links in a folder of one's own.
+    roots = Path(__file__).resolve().parents[1], Path(sys.argv[0]).absolute().parent
+    if here not in roots and here not in [root.resolve() for root in roots]:
+        raise UsageError(
+            "is not this project's folder: experiments, recipes and settings of libraries are read from it",
+            where=str(here),
+            remedy=f"cd {shlex.quote(str(roots[0]))}; or, where all files here are yours, "
+            "`run.py --here COMMAND` or ARENA_FACTORY_HERE=1",
+        )
 
 
 FILE = click.Path(path_type=Path)

@@ -96,6 +96,8 @@ def user_error(error: BaseException, command: str | None = None) -> ArenaError |
         return None
     where = str(error.filename) if isinstance(error, (OSError, SyntaxError)) and error.filename else None
     number = _number(error)
+    if isinstance(error, FileNotFoundError) and error.args == (errno.ENOENT, os.strerror(errno.ENOENT)):  # os.getcwd
+        return UsageError("the current folder was deleted", remedy="change to a folder that exists")
     if number in _REMEDIES:
         return ArenaError(os.strerror(number).lower(), where=where, remedy=f"{_REMEDIES[number]}; {again}")
     if isinstance(error, OSError) and where and error.strerror:

@@ -11,9 +11,9 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[1]
+from factory.process import child_environment, module
+
 _TIMEOUT = 300  # seconds; importing torch from a cold disk can take a minute
 _FIRST_BF16 = (8, 0)  # NVIDIA's compute capability of Ampere; torch emulates bf16 on older cards, slowly
 # A sound kernel is as near to its own dequantised weights as bf16 rounds: 0.2% were measured.
@@ -59,10 +59,16 @@ class Devices:
 @cache
 def devices(*, products: bool = False) -> Devices:
     """Ask a child process; `products` also tries bitsandbytes on every kind of device."""
-    command = [sys.executable, "-m", "factory.devices", *(["--products"] if products else [])]
+    command = module("factory.devices", *(["--products"] if products else []))
     try:
         done = subprocess.run(
-            command, cwd=_ROOT, capture_output=True, text=True, timeout=_TIMEOUT, check=False, errors="replace"
+            command,
+            env=child_environment(),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            check=False,
+            errors="replace",
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return Devices(failure=f"torch did not answer: {type(error).__name__}")

@@ -195,6 +195,7 @@ def _make_ray_start(*, on_cpus: bool) -> None:
 
 
 if __name__ == "__main__":
-    if not __package__:  # run as a file by torchrun: our modules' names must not hide other packages' modules
+    # Run as a file by torchrun: our modules' names must not hide other packages' modules.
+    if not __package__ and not sys.flags.safe_path:
         sys.path.pop(0)
     sys.exit(main(sys.argv[1:]))

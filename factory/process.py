@@ -19,7 +19,7 @@ from common.error_hints import all_errors, clean_lines, last_lines, remedy_for
 from common.errors import ArenaError, Interrupted, Stopped, stop_signals
 from factory.launcher import LIFELINE
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).resolve().parents[1]
 _POLL = 0.2  # seconds between two looks at the child
 _CENSUS = 2.0  # seconds between two lists of its descendants
 _TAIL = 400_000  # bytes of the log that are searched for the error
@@ -32,15 +32,22 @@ _REMOVED = (
 )
 
 
+def module(name: str, *arguments: str) -> list[str]:
+    """Return the command that runs a module of ours or of a library, never one in the current folder."""
+    return [sys.executable, "-P", "-m", name, *arguments]
+
+
 def llamafactory(*arguments: str) -> list[str]:
     """Return the command that runs one command of LLaMA-Factory, e.g. train recipe.yaml key=value."""
-    return [sys.executable, "-m", "factory.launcher", *arguments]
+    return module("factory.launcher", *arguments)
 
 
 def child_environment() -> dict[str, str]:
     """Return our environment as LLaMA-Factory may see it: its switches removed, tokens and hub settings kept."""
     environment = {key: value for key, value in os.environ.items() if key not in _REMOVED}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), environment.get("PYTHONPATH")]))
+    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if Path(path) != Path()]
+    environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *paths])
+    environment["PYTHONSAFEPATH"] = "1"  # nor do grandchildren import from the current folder
     # torchrun lies beside the interpreter, and is looked for on the PATH
     beside = str(Path(sys.executable).parent)
     environment["PATH"] = os.pathsep.join(filter(None, [beside, environment.get("PATH")]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-import sys
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
 from common.progress import Show
 from factory.launcher import follow_parent
-from factory.process import run_child
+from factory.process import module, run_child
 from factory.status import running_stages
 
 FIRST_PORT = 7860  # Gradio's
@@ -54,7 +53,7 @@ def exposure(host: str) -> str | None:
 
 
 def serve_page(
-    module: str,
+    name: str,
     arguments: list[str],
     label: str,
     log: Path,
@@ -84,7 +83,7 @@ def serve_page(
             if open_browser:
                 webbrowser.open(url)
 
-    command = [sys.executable, "-m", module, *arguments, "--host", host, "--port", str(port)]
+    command = module(name, *arguments, "--host", host, "--port", str(port))
     try:
         run_child(command, log, what=label, on_line=read, interrupted_remedy=str)
     except ArenaError as error:

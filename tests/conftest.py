@@ -16,6 +16,8 @@ from hypothesis import settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+os.environ["ARENA_FACTORY_HERE"] = "1"  # run.py is called in folders of the tests
+
 from common.experiment import Labels, parse_experiment
 from data_prep.chat_template import ChatFrame
 from data_prep.prompt import JudgePrompt

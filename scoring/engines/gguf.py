@@ -15,7 +15,7 @@ import numpy as np
 from common.errors import ArenaError, UsageError
 from common.files import read_json, sha256_of, write_json
 from data_prep.export_reader import read_battles
-from factory.process import run_child
+from factory.process import module, run_child
 from scoring.engines.gguf_converter import SCRIPT
 from scoring.engines.llama_cpp import (
     FORMAT,
@@ -67,7 +67,7 @@ def export_gguf(
         with show.line(f"{stage}: converting to {quantization}"):
             pre = ["--pre", "gpt-2"] if plain_byte_level(judge.folder / "tokenizer.json") else []
             options = [str(judge.folder), str(fresh), quantization, "--converter", str(converter), *pre]
-            command = [sys.executable, "-m", "scoring.engines.gguf_converter", *options]
+            command = module("scoring.engines.gguf_converter", *options)
             log = context.folder / "export.log"
             run_child(command, log, what="llama.cpp's converter", interrupted_remedy=lambda: "export again")
         with show.line(f"{stage}: comparing with the merged model"):

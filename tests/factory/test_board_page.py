@@ -159,6 +159,6 @@ def test_a_job_is_our_launcher_and_ends_although_nobody_reads_what_it_prints(tmp
     assert job.wait(20) == 3
     out, said = job.communicate(timeout=1)
     assert out is None and said.rstrip().endswith("the last word")
-    assert "called: -m factory.launcher train x.yaml" in said
+    assert "called: -P -m factory.launcher train x.yaml" in said
     assert "LLAMABOARD_ENABLED=1" in said and "FORCE_TORCHRUN=1" in said and "USE_V1" not in said
     assert (tmp_path / "board_job.log").stat().st_size > 500_000
