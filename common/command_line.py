@@ -12,10 +12,8 @@ import click
 
 from common.console import printable
 from common.errors import ArenaError, UsageError, stop_signals, user_error
-from common.stages import DEFAULT_EXPERIMENT, TRAININGS
+from common.stages import DEFAULT_EXPERIMENT, STAGES, TRAININGS
 
-# A stage by its own name, or as the command that trains it is called.
-STAGES = (*TRAININGS, "dpo")
 # Those of scoring.engines; its import would cost --help its speed, a test compares them.
 ENGINES = ("torch", "llama.cpp")
 
@@ -117,9 +115,9 @@ experiment_option = option(
 
 
 def stage_option(which: str):
-    """Return the option that chooses a trained stage; `which` says what for."""
-    text = f"{which}; dpo: its trained view."
-    return option("--stage", type=click.Choice(STAGES), default="sft", help=text)
+    """Return the option that chooses a stage; `which` says what for."""
+    text = f"{which}; dpo: its trained view; base: untrained."
+    return option("--stage", type=click.Choice((*STAGES, "dpo")), default="sft", help=text)
 
 
 training_options = several(
@@ -240,7 +238,9 @@ export_options = several(
 )
 watch_options = several(
     experiment_option,
-    option("--stage", type=click.Choice(STAGES), help="The stage to watch [the one that runs]; dpo: its view."),
+    option(
+        "--stage", type=click.Choice((*STAGES, "dpo")), help="The stage to watch [the one that runs]; dpo: its view."
+    ),
     option("--terminal", is_flag=True, help="Here instead of in a browser, until the run ends."),
     option("--once", is_flag=True, help="Print how far the run is, and end."),
     option("--tensorboard", is_flag=True, help="TensorBoard over all runs on this base model."),

@@ -11,7 +11,7 @@ from typing import Any
 from common.errors import ArenaError
 from common.experiment import Experiment, read_yaml
 from common.files import sha256_of
-from common.stages import STEPS, Step, merge_of
+from common.stages import STAGES, UNTRAINED, Step, merge_of
 from data_prep.export_reader import MANIFEST, read_manifest
 from factory.fingerprint import data_sets, differences, exported_files
 from factory.state import Record, StageState, Standing, listed
@@ -39,7 +39,12 @@ class StageContext:
     @property
     def step(self) -> Step:
         """The training step: LLaMA-Factory's stage, its data set, the command that runs it."""
-        return STEPS[self.name]
+        return STAGES[self.name]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the stage trains: has recipes, and an adapter once it was run."""
+        return self.name not in UNTRAINED
 
     @property
     def command(self) -> str:
@@ -58,8 +63,8 @@ class StageContext:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """The training recipe as it stands in its file."""
-        return read_yaml(self.recipe_path)
+        """The training recipe as it stands in its file; empty where nothing is trained."""
+        return read_yaml(self.recipe_path) if self.is_trained else {}
 
     @cached_property
     def merge_recipe(self) -> dict[str, Any]:

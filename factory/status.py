@@ -19,7 +19,7 @@ from rich.text import Text
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, load_experiment, require_project
 from common.files import read_json
-from common.stages import STEPS, TRAININGS
+from common.stages import STAGES, TRAININGS
 from factory.stage_context import StageContext, prepare_again, some
 from factory.state import PARTS, flag_to_go_on
 from factory.trainer_log import TrainerLog
@@ -100,9 +100,9 @@ def stage_named(experiment: Experiment, name: str) -> str:
 
     Raises UsageError, which names both, where that was none of them or both.
     """
-    if name in TRAININGS:
+    if name in STAGES:
         return name
-    views = {stage: StageContext(experiment, stage) for stage in TRAININGS if STEPS[stage].stage == name}
+    views = {stage: StageContext(experiment, stage) for stage in TRAININGS if STAGES[stage].stage == name}
     begun = [stage for stage, context in views.items() if stage_status(context).state != "new"]
     if len(begun) == 1:
         return begun[0]
@@ -115,7 +115,7 @@ def stage_named(experiment: Experiment, name: str) -> str:
 
 def running_stages(experiment: Experiment) -> list[str]:
     """Return the stages of an experiment on which a run is at work on this machine."""
-    return [stage for stage in TRAININGS if is_at_work(experiment.output_folder(stage))]
+    return [stage for stage in STAGES if is_at_work(experiment.output_folder(stage))]
 
 
 def refuse_while_at_work(experiment: Experiment) -> None:
@@ -148,7 +148,7 @@ def experiment_status(context: StageContext) -> ExperimentStatus:
     experiment, context = context.experiment, context.other("sft")
     name = experiment.name
     prepared = (experiment.data_folder / "manifest.json").is_file()
-    stages = [stage_status(context.other(stage), prepared) for stage in TRAININGS]
+    stages = [stage_status(context.other(stage), prepared) for stage in STAGES]
     changed, following = _changed_settings(context), ""
     if not prepared:
         following = "python run.py demo" if name == "demo" else _prepare(name)
@@ -313,9 +313,10 @@ def next_commands(found: ExperimentStatus) -> list[str]:
     scored = [stage for stage in found.stages if stage.state == "scored"]
     if begun or len(scored) > 1:
         return begun or [scored[-1].next]
-    if scored and scored[0].beats_prior is False:  # another method would fail for the same reason
+    trained = [stage for stage in scored if stage.stage in TRAININGS]
+    if trained and trained[0].beats_prior is False:  # another method would fail for the same reason
         base = "another base: python run.py new EXP --model ID"
         return [f"{_prepare(found.name)}   (with more votes or a larger cutoff_len; or {base})"]
     new = {stage.stage: stage.next for stage in found.stages if stage.state == "new"}
-    why = "   (another method on the same votes)" if scored else ""
+    why = "   (another method on the same votes)" if trained else ""
     return [f"{new[name]}{why}" for name in _WORTH_TRYING if name in new][:1]

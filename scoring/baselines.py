@@ -57,6 +57,7 @@ def baseline_notes(train_rows: int) -> dict[str, str]:
         "length": "logistic regression on the whole lengths of prompt, A and B, their gap and the number of turns",
         "tfidf": f"logistic regression on TF-IDF of A minus TF-IDF of B, and the lengths; {rows}, "
         f"{TFIDF_CHARS} characters of each answer as the judge reads it, {TFIDF_TERMS} words",
+        "base": "the stage base: the untrained base model, calibrated on these rows by cross-fitting",
     }
 
 

@@ -16,7 +16,7 @@ from common.battle import VERDICTS
 from common.errors import ArenaError
 from common.experiment import Experiment
 from common.files import write_json
-from common.stages import TRAININGS
+from common.stages import STAGES
 from data_prep.export_reader import readable, truth_of
 from data_prep.ground_truth import probabilities_of
 from factory.stage_context import StageContext
@@ -43,7 +43,7 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
     folder, data = experiment.output_folder("compare"), experiment.data_folder
     for name in ("compare.json", "compare.html"):
         (folder / name).unlink(missing_ok=True)
-    contexts = [StageContext(experiment, stage) for stage in TRAININGS]
+    contexts = [StageContext(experiment, stage) for stage in STAGES]
     contexts = [context for context in contexts if (context.folder / REPORT).is_file()]
     if not contexts:
         raise ArenaError(

@@ -17,14 +17,14 @@ from tokenizers import Tokenizer
 from common.battle import VERDICTS, Battle, swap
 from common.errors import ArenaError
 from common.experiment import BudgetShares, Experiment, Labels
-from common.files import read_json, sha256_of, write_json
+from common.files import atomic_folder, only_run, read_json, sha256_of, write_json
 from data_prep.chat_template import ChatFrame, load_frame
 from data_prep.export_reader import readable
 from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import Fitted, Fitter
 from factory.status import experiment_status, is_at_work, stage_status
-from scoring.model_loading import BROKEN_WEIGHTS
+from scoring.model_loading import BROKEN_WEIGHTS, base_folder
 
 if TYPE_CHECKING:
     from factory.stage_context import StageContext
@@ -134,7 +134,7 @@ def write_judge_manifest(folder: Path, context: StageContext) -> None:
         "stage": context.name,
         "model": experiment.model,
         "data": manifest["files"],
-        "recipe": sha256_of(context.recipe_path),
+        **({"recipe": sha256_of(context.recipe_path)} if context.is_trained else {}),
     }
     _, trained = load_frame(experiment)
     own = _tokenizer(folder)
@@ -147,6 +147,21 @@ def write_judge_manifest(folder: Path, context: StageContext) -> None:
         exported = Experiment.model_validate({**experiment.model_dump(mode="json"), **learned})
     prompt = (experiment.data_folder / "judge_prompt.j2").read_text(encoding="utf-8")
     write_judge(folder, exported, ChatFrame.from_dict(manifest["frame"]), prompt, source)
+
+
+def make_base_judge(context: StageContext) -> None:
+    """Make the untrained base a judge: a folder of links to its files, with the manifest of today's export.
+
+    Raises ArenaError where the base cannot be had.
+    """
+    _, tokenizer = load_frame(context.experiment)
+    base = base_folder(context.experiment)
+    with only_run(context.folder), atomic_folder(context.merged) as fresh:
+        for file in base.iterdir():
+            if file.is_file() and file.name not in ("tokenizer.json", MANIFEST, GOLDEN_ANSWERS):
+                (fresh / file.name).symlink_to(file.resolve())
+        tokenizer.save(str(fresh / "tokenizer.json"))
+        write_judge_manifest(fresh, context)
 
 
 def load_judge(folder: Path) -> Judge:
@@ -192,7 +207,11 @@ def require_judge(context: StageContext) -> None:
     if (context.merged / MANIFEST).is_file():
         return
     view, whole = stage_status(context), experiment_status(context)
-    state = "not trained" if view.state == "new" else f"{view.state} {view.detail}".rstrip()
+    state = (
+        f"not {'trained' if context.is_trained else 'scored'}"
+        if view.state == "new"
+        else f"{view.state} {view.detail}".rstrip()
+    )
     what, remedy = f"is not a judge yet: {context.name} is {state}", view.next
     if context.merged.is_dir() and not is_at_work(context.folder):
         what = f"is not a judge: {MANIFEST} is missing"

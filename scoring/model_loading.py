@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import ArenaError
 from common.files import read_json
+from data_prep.hub import offline_if_unreachable
 
 if TYPE_CHECKING:
     import torch
@@ -146,6 +147,26 @@ def load_model(folder: Path, device: str, *, precision: str | None = None) -> An
         what = f"the model cannot be loaded: {_first_line(error)}"
         remedy = "move the folder away and merge again: python run.py sft (dpo, rm) -e EXP --until merge"
         raise ArenaError(what, where=str(folder), remedy=remedy) from None
+
+
+def base_folder(experiment: Experiment) -> Path:
+    """Return the folder of the base model, which is downloaded where it is not on this disk; raises ArenaError."""
+    from huggingface_hub import snapshot_download
+    from llamafactory.extras.misc import try_download_model_from_other_hub
+    from llamafactory.hparams import ModelArguments
+
+    name, revision = experiment.model, experiment.revision
+    try:
+        with offline_if_unreachable(name, revision):
+            asked = ModelArguments(model_name_or_path=name, model_revision=revision)
+            folder = Path(try_download_model_from_other_hub(asked))  # ModelScope and others, where they are asked for
+            if not folder.is_dir():
+                kinds = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+                folder = Path(snapshot_download(name, revision=revision, allow_patterns=kinds))
+    except loading_errors() as error:
+        remedy = "check the key model in experiment.yaml; a gated model needs its licence accepted and HF_TOKEN set"
+        raise ArenaError(f"cannot be loaded: {_first_line(error)}", where=name, remedy=remedy) from None
+    return folder
 
 
 def device_name() -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pyarrow.parquet import ParquetWriter
@@ -16,7 +17,7 @@ from common.console import duration
 from common.errors import ArenaError, UsageError
 from common.files import atomic_file, only_run, read_json, write_json
 from common.progress import Show
-from common.stages import STEPS
+from common.stages import STAGES, UNTRAINED
 from data_prep.export_reader import read_audit, read_battles, read_rows, readable, require_intact, truth_of
 from factory.stage_context import StageContext
 from factory.state import archive
@@ -26,8 +27,8 @@ from scoring.checks.merge_check import check_merge
 from scoring.checks.provenance import provenance
 from scoring.checks.run_checks import require_sound, run_checks, stopping
 from scoring.executor import Executor, InProcess
-from scoring.judge import MANIFEST
-from scoring.predictions import REPORT, check_submission, probability_file, write_probabilities
+from scoring.judge import MANIFEST, make_base_judge
+from scoring.predictions import REPORT, check_submission, probability_file, read_probabilities, write_probabilities
 from scoring.ray_scoring import RayActors
 from scoring.report.build import build_report
 from scoring.report.page import shown_battles, write_page
@@ -90,6 +91,8 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
     not what they should be.
     """
     options, folder, stage = options or ScoreOptions(), context.folder, context.name
+    if stage == "base":
+        make_base_judge(context)
     spec = options.spec(context)
     scorer = spec.scorer()
     names = [Path(path).name for path in context.scoring_inputs["data"]]
@@ -158,7 +161,7 @@ def texts(data: Path, split: str) -> pd.DataFrame:
 def audit_for(data: Path, stage: str) -> dict[str, Any]:
     """Return the export's audit with the truncation of what this stage reads, the judge prompt or the pair."""
     audit = read_audit(data)
-    if STEPS[stage].data != "dpo_reward":
+    if STAGES[stage].data != "dpo_reward":
         return audit
     with readable(data / "audit.json"):
         return {**audit, "truncation": audit["pairs"]["reward"]["truncation"]}
@@ -266,7 +269,16 @@ def _report(
         checks=[check.to_json() for check in checks],
         scoring=scoring,
         test_rows=test.rows,
+        untrained=_untrained(context, valid["id"].tolist()),
     )
+
+
+def _untrained(context: StageContext, ids: list[str]) -> dict[str, np.ndarray]:
+    """Return what the stages without training say of these rows, [rows, 3], where they were scored on this export."""
+    others = [context.other(name) for name in UNTRAINED if name != context.name]
+    scored = [each for each in others if (each.folder / REPORT).is_file()]
+    current = [each for each in scored if not (each.earlier_scores() or each.outdated_files())]
+    return {each.name: read_probabilities(each.folder / "probabilities_valid.csv", ids) for each in current}
 
 
 def _write_scores(path: Path, job: Job) -> None:

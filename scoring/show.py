@@ -18,7 +18,7 @@ from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
 from common.console import visible
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, Labels
-from common.stages import STEPS
+from common.stages import STAGES
 from data_prep.chat_template import ChatFrame, load_frame
 from data_prep.export_reader import read_columns, readable, require_pairs
 from data_prep.prompt import JudgePrompt
@@ -248,7 +248,7 @@ def _facts(shown: ShownBattle) -> list[str]:
     if not shown.probabilities:
         why = "training rows are not scored"
         if shown.split != "train":
-            command = f"python run.py {STEPS[shown.stage].command} -e {shown.experiment}"
+            command = f"python run.py {STAGES[shown.stage].command} -e {shown.experiment}"
             why = f"{shown.stale or 'this stage was not scored yet'} ({command})"
         lines.append(f"probabilities: none; {why}")
     return lines

@@ -14,7 +14,7 @@ import pandas as pd
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
 from common.progress import Show
-from common.stages import STEPS, TRAININGS
+from common.stages import STAGES, TRAININGS
 from data_prep.chat_template import load_frame
 from data_prep.export_reader import read_battles, truth_of
 from data_prep.ground_truth import probabilities_of
@@ -41,7 +41,7 @@ def stage_to_watch(experiment: Experiment, stage: str | None, score_rows: int = 
     """
     running = [stage] if stage else running_stages(experiment)
     if len(running) == 1:
-        if score_rows and STEPS[running[0]].data == "dpo_reward":
+        if score_rows and STAGES[running[0]].data == "dpo_reward":
             remedy = "leave --score out: scoring fits their link"
             raise UsageError(f"{running[0]} has rewards and no labels", remedy=remedy)
         return running[0]

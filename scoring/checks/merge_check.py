@@ -6,6 +6,7 @@
 sft, dpo_judge   the three label probabilities after the judge prompt, answers in their own order
 rm               P(A beats B) = sigmoid(reward A - reward B) from the value head; its log loss leaves ties out
 dpo_reward       nothing: its score needs the adapter on and off, and no merged model is scored
+base             nothing: no adapter
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def check_merge(context: StageContext, *, show: Show) -> dict[str, Any] | None:
     the merged folder gets its answers to the golden prompts. Raises ArenaError, after the record is written, if a
     probability differs by more than the experiment's `merge_gate.max_abs_diff`, or while another run works there.
     """
-    if context.name == "dpo_reward":
+    if context.name == "dpo_reward" or not context.is_trained:
         return None
     with only_run(context.folder):
         path, inputs = context.folder / RECORD, _inputs(context)

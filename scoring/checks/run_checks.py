@@ -75,7 +75,7 @@ def run_checks(
         folds_apart(shared_prompts(data)),
         loss_finite(loss_curve),
         loss_not_rising(loss_curve),
-        dpo_start(recipe, _first_rewards(Path(recipe["output_dir"]))),
+        dpo_start(recipe, _first_rewards(context.adapter)),
         adapter_applied(compared, _implicit_rewards(scores, recipe)),
         not_constant(scores),
         submission_ids(data, test_ids),

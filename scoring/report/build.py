@@ -56,6 +56,7 @@ def build_report(
     checks: Sequence[Mapping[str, Any]] = (),
     scoring: Mapping[str, Any] | None = None,
     test_rows: int = 0,
+    untrained: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, Any], np.ndarray, Calibration]:
     """Judge one stage's scores and return (report.json's content, probabilities [rows, 3], calibration).
 
@@ -63,9 +64,9 @@ def build_report(
     of `scores`; `truth` (synthetic arena): id and the true probabilities, in `PROBABILITY_COLUMNS`.
     The rows are judged by the calibration's cross-fitted probabilities, before any `target_prior`, because these
     rows have their own prior; what the correction would reach is estimated by weighting. `scoring`: how the rows were
-    scored (engine, precision, time limit), `test_rows` how many the test set has. `beats_prior` is true
-    where the paired 95% interval of the gain over the class prior lies above 0 and the log loss is below that of a
-    third for each class.
+    scored (engine, precision, time limit), `test_rows` how many the test set has. `untrained`: what other stages say of
+    the rows [rows, 3], which joins the baselines. `beats_prior` is true where the paired 95% interval of the gain over
+    the class prior lies above 0 and the log loss is below that of a third for each class.
     Raises ArenaError for broken scores (naming ids), rows without text, or no row with a verdict.
     """
     _require_texts(scores, valid_texts)
@@ -75,7 +76,7 @@ def build_report(
         scores, seed=seed, swap_tta=swap_tta, train_prior=_by_class(train_prior), target_prior=target_prior
     )
     fitted = calibration.used
-    judged = _judged(scores, fitted.probabilities, train_rows, valid_texts, truth, seed)
+    judged = _judged(scores, fitted.probabilities, train_rows, valid_texts, truth, seed, untrained or {})
     report = {
         "experiment": experiment,
         "stage": stage,
@@ -88,7 +89,9 @@ def build_report(
         "checks": list(checks),
         "truncation": _truncation(judged, audit),
         "train_class_counts": _counts(train_truth),
-        "baseline_notes": baseline_notes(int((train_truth >= 0).sum())),
+        "baseline_notes": {
+            k: v for k, v in baseline_notes(int((train_truth >= 0).sum())).items() if k in judged.baselines
+        },
         "loss_curve": loss_curve,
         "provenance": {**provenance, "report": {"seed": seed, "bootstrap_draws": metrics.DRAWS}},
         "scoring": dict(scoring or {}),
@@ -126,6 +129,7 @@ def _judged(
     texts: pd.DataFrame,
     truth: pd.DataFrame | None,
     seed: int,
+    untrained: Mapping[str, np.ndarray],
 ) -> _Judged:
     """Return the rows with a verdict beside the baselines' and the true probabilities."""
     codes = metrics.verdict_codes(scores["verdict"])
@@ -138,6 +142,8 @@ def _judged(
         )
     table = scores[known].reset_index(drop=True)
     ids = table["id"].astype(str).tolist()
+    texts = texts.set_index(texts["id"].astype(str)).loc[ids]
+    baselines = baseline_probabilities(train_rows, texts, seed) | {name: p[known] for name, p in untrained.items()}
     orders = None
     if kind_of(table) == "logits" and has_both_orders(table):
         raw_scores(table, orders=2)  # raises for rows that lack one of the orders
@@ -146,7 +152,7 @@ def _judged(
         table=table,
         truth=codes[known],
         model=probabilities[known],
-        baselines=baseline_probabilities(train_rows, texts.set_index(texts["id"].astype(str)).loc[ids], seed),
+        baselines=baselines,
         bayes=None if truth is None else probabilities_of(truth, ids),
         orders=orders,
         bootstrap=metrics.GroupBootstrap(metrics.as_groups(table["group"]), seed),

@@ -13,7 +13,7 @@ from rich.table import Table
 from common.battle import PROBABILITY_COLUMNS
 from common.console import printable
 from common.experiment import Experiment
-from common.stages import STEPS
+from common.stages import STAGES
 from factory import status
 from factory.stage_context import StageContext
 from scoring.report import figures
@@ -85,7 +85,7 @@ def print_comparison(console: Console, experiment: Experiment, result: dict[str,
 
 def _advice(experiment: Experiment, result: dict[str, Any]) -> Iterable[str]:
     """Yield what to do after a comparison: score with the best stage that has no red flag, if there is one."""
-    sound = [row for row in result["table"] if row["name"] in STEPS and not result["flags"].get(row["name"])]
+    sound = [row for row in result["table"] if row["name"] in STAGES and not result["flags"].get(row["name"])]
     if not sound:
         yield "no stage is fit to score with: its report says why, docs/recipes.md what to change"
         return

@@ -53,7 +53,8 @@ def _cautions(report: Mapping[str, Any], test_rows: int) -> Iterator[tuple[str, 
     """Yield what limits a result, and how its probabilities were calibrated."""
     loss, bias, cut = report["log_loss"], report["position_bias"], report["truncation"].get("judged")
     calibration, scoring = report["calibration"], report["scoring"]
-    better = {name: report["baselines"][name] for name in ("length", "tfidf") if report["baselines"][name] < loss}
+    ignorant = ("uniform", "prior")  # these read no text
+    better = {name: its for name, its in report["baselines"].items() if its < loss and name not in ignorant}
     if better:
         named = ", ".join(f"{BASELINE_NAMES[name]} ({value:.3f})" for name, value in better.items())
         yield "amber", "baseline_ahead", f"A simple baseline is better ({loss:.3f} here): {named}."
@@ -178,7 +179,8 @@ def _cut(judged: Mapping[str, Any]) -> str:
 def _merge(report: Mapping[str, Any]) -> Iterator[str]:
     merge = report["merge_gate"]
     if not merge:
-        scored = "no merged model is scored" if report["stage"] == "dpo_reward" else "an adapter on a base is needed"
+        why = {"dpo_reward": "no merged model is scored", "base": "there is none"}
+        scored = why.get(report["stage"], "an adapter on a base is needed")
         yield f"The merged model was not compared with the trained adapter: {scored}."
         return
     losses = [number(merge[f"log_loss_{model}"], 4) for model in ("adapter", "merged")]

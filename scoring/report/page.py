@@ -14,7 +14,7 @@ import jinja2
 
 from common.console import visible
 from common.files import atomic_file
-from common.stages import STEPS
+from common.stages import STAGES
 from data_prep.export_reader import iter_battles, iter_pairs
 from scoring.report import figures, formatting
 from scoring.report.findings import findings, headline, main_figures, outcome
@@ -124,7 +124,7 @@ def shown_battles(data: Path, split: str, report: Mapping[str, Any], stage: str)
     one turn, its answers hold the later ones.
     """
     listed = dict.fromkeys(row["id"] for row in (*report["worst"], *report["most_biased"]))
-    pairs = STEPS[stage].data == "dpo_reward"
+    pairs = STAGES[stage].data == "dpo_reward"
     found = {}
     for row, dropped in iter_pairs(data, split) if pairs else iter_battles(data, split):
         if row.id in listed:

@@ -99,11 +99,12 @@ def test_each_state_is_told_with_the_command_that_goes_on(exam):
         "dpo_judge": ("trained", "python run.py dpo --view judge -e exam"),
         "dpo_reward": ("interrupted", "python run.py dpo --view reward -e exam"),
         "rm": ("scored", "python run.py compare -e exam"),
+        "base": ("new", "python run.py score --stage base -e exam"),
     }
     (checkpoint / "trainer_state.json").unlink()
     assert status(exam, "sft").next == "python run.py sft -e exam --fresh", "there is nothing to resume from"
     assert view.stages[0].detail == "training at step 40/100"
-    rm = view.stages[-1]
+    rm = view.stages[3]
     assert (rm.log_loss, rm.prior, rm.report) == (1.02, 1.09, "outputs/exam/rm/report.html")
 
 
