@@ -58,7 +58,7 @@ def export(folder: Path, votes: Path) -> float:
     tokenizer = Tokenizer.from_file("tokenizer.json")
     export_module.load_frame = lambda _: (frame_of(tokenizer), tokenizer)  # no model is needed
     keys = {"model": "none", "template": "qwen3_nothink", "cutoff_len": 2048, "swap_copies": False}
-    template = str(ROOT / "templates" / "judge_prompt.j2")
+    template = shutil.copy(ROOT / "templates" / "judge_prompt.j2", "judge_prompt.j2")
     started = time.perf_counter()
     export_module.export(Experiment(name="scale", prompt_template=template, **keys), votes, workers=0)
     return time.perf_counter() - started

@@ -125,6 +125,12 @@ training_options = several(
     option("--until", type=click.Choice(["train", "merge", "score"]), default="score", help="Stop after this step."),
     option("--resume", is_flag=True, help="Go on from the last checkpoint; from the beginning where none is whole."),
     option("--fresh", is_flag=True, help="Train from the beginning; the earlier run is put aside, not deleted."),
+    option(
+        "--allow",
+        multiple=True,
+        metavar="NAME",
+        help="A hub id, tracker, address or path that a recipe may reach beyond the project (may be repeated).",
+    ),
     output_options,
 )
 engine_options = several(

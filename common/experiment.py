@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from common.battle import VERDICTS
 from common.errors import ArenaError, UsageError
+from common.files import read_regular
 from common.stages import STEPS, Start
 
 _PROJECT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,28 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Far more than any experiment or recipe has, and far less than hurts.
 _LARGEST, _MOST_VALUES, _DEEPEST = 1 << 18, 10_000, 32
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _printable(text: str) -> str:
+    """Return a text that goes into comments of YAML files as it is; raises ValueError for one that would end a line."""
+    if not " ".join(text.split()).replace("\u200d", "").isprintable():
+        raise ValueError("must hold no control characters")
+    return text
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be one line without control characters")
+    return text
+
+
+def _within(path: str) -> str:
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError("must be a path inside the project, relative to its folder")
+    return path
+
+
+Line = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_one_line)]
 
 Engine = Literal["auto", "ddp", "zero2", "zero3", "fsdp", "ray"]
 
@@ -35,14 +58,14 @@ class _Strict(BaseModel):
 class Labels(_Strict):
     """The single token that stands for each class, as the judge answers it."""
 
-    a: str = "A"
-    b: str = "B"
-    tie: str = "C"
+    a: Line = "A"
+    b: Line = "B"
+    tie: Line = "C"
 
     @model_validator(mode="after")
     def _distinct(self) -> Labels:
-        if len(set(self.in_order())) != len(VERDICTS) or not all(self.in_order()):
-            raise ValueError("the three verdict labels must be distinct and not empty")
+        if len(set(self.in_order())) != len(VERDICTS):
+            raise ValueError("the three verdict labels must be distinct")
         return self
 
     def in_order(self) -> tuple[str, str, str]:
@@ -83,7 +106,7 @@ class Prior(_Strict):
 class MergeGate(_Strict):
     """How the merged model is held against the trained adapter: on how many battles, and how far it may differ."""
 
-    rows: int = Field(default=200, ge=1)
+    rows: int = Field(default=200, ge=1, le=1_000_000)
     max_abs_diff: Annotated[float, Field(gt=0, le=1)] = 0.05
 
 
@@ -99,16 +122,16 @@ class Experiment(_Strict):
     """The checked content of one `experiment.yaml`, and the places where its work goes (relative paths)."""
 
     name: str
-    description: str = ""
-    model: str = Field(min_length=1)  # hub id or folder
-    revision: str = "main"
-    template: str = Field(min_length=1)  # LLaMA-Factory's chat template
+    description: Annotated[str, Field(max_length=1000), AfterValidator(_printable)] = ""
+    model: Line  # hub id or folder
+    revision: str = Field(default="main", max_length=255, pattern=r"^\w[\w+-]*([./][\w+-]+)*$")
+    template: Line  # LLaMA-Factory's chat template
     enable_thinking: bool | None = None
     trust_remote_code: StrictBool = False
-    cutoff_len: int = Field(ge=32)
+    cutoff_len: int = Field(ge=32, le=1 << 20)
     quantization_bit: Literal[4, 8] | None = 4
     labels: Labels = Labels()
-    prompt_template: str = "templates/judge_prompt.j2"
+    prompt_template: Annotated[Line, AfterValidator(_within)] = "templates/judge_prompt.j2"
     budget_shares: BudgetShares = BudgetShares()
     valid_share: float = Field(default=0.1, gt=0, lt=0.9)
     swap_copies: bool = True
@@ -117,7 +140,7 @@ class Experiment(_Strict):
     swap_tta: bool = False  # score both orders and average
     precision: Literal["auto", "fp32", "bf16", "fp16", "8bit", "4bit", "adapter"] = "auto"  # of the scoring
     distributed: Engine = "auto"  # what starts the training's processes
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=1 << 32)  # NumPy's bound
     target_prior: Prior | None = None  # corrects the test set's probabilities where the votes' shares are not natural
     start_from: StartFrom = StartFrom()
     merge_onto: Literal["dequantised", "base"] = "dequantised"  # docs/merge.md has the figures
@@ -260,8 +283,7 @@ def _fault_text(fault: Mapping[str, Any]) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping exactly as LLaMA-Factory does: OmegaConf, `${…}` left as text; raises ArenaError."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(_LARGEST + 1)
+        text = read_regular(path, 4 * _LARGEST).decode("utf-8-sig")
         too_large = _size_fault(text)
         content = {} if too_large else OmegaConf.to_container(OmegaConf.load(StringIO(text)))
     except Exception as error:  # PyYAML's constructors raise nearly anything for values such as `!!int ""`

@@ -6,12 +6,14 @@ of the same name removes what a killed one left.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,6 +29,9 @@ from filelock import FileLock, Timeout
 from common.errors import ArenaError
 
 _LARGE = 16 * 2**20  # bytes; hashes of larger files are remembered
+_LARGEST_JSON = 2**30
+# Folders of the project that a person may keep on another disk, by a link.
+_FOLDERS = ("data", "factory_configs", "models", "outputs", "saves", "templates")
 
 
 @contextmanager
@@ -89,10 +94,26 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
+def read_regular(path: Path, most: int) -> bytes:
+    """Return the bytes of a regular file; raises OSError for a device, a pipe or more than `most` bytes.
+
+    Those that a configuration names may be anything: a device has no end, and a pipe waits for a writer.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+        status = os.fstat(file.fileno())
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"longer than {most:,} bytes", str(path))
+        return file.read(most)
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; raises OSError, or ValueError for any fault in its text."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_regular(path, _LARGEST_JSON).decode())
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -148,6 +169,16 @@ def is_within(path: str | Path, folder: Path) -> bool:
     """Tell whether a path is the folder or leads into it, by its text or through links."""
     ways = (os.path.abspath, os.path.realpath)  # neither raises for loops and names that are too long
     return any(Path(way(path)).is_relative_to(way(folder)) for way in ways)
+
+
+def is_in_project(path: str | Path) -> bool:
+    """Tell whether a path leads to a place in the current folder, by its text and through links."""
+    text = Path(os.path.abspath(path))  # noqa: PTH100
+    if not text.is_relative_to(Path.cwd()):
+        return False
+    top = text.relative_to(Path.cwd()).parts[:1]
+    root = Path.cwd() / top[0] if top and top[0] in _FOLDERS else Path.cwd()
+    return Path(os.path.realpath(text)).is_relative_to(os.path.realpath(root))
 
 
 @contextmanager

@@ -29,6 +29,32 @@ _SECRETS = {
     "swanlab_lark_webhook_url": None,
     "swanlab_lark_secret": None,
 }
+# Keys of earlier releases, and of the trainers below LLaMA-Factory, with what they are called today.
+_RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "new_special_tokens": "add_special_tokens",
+    "max_source_length": "cutoff_len",
+    "max_target_length": "cutoff_len",
+    "max_seq_length": "cutoff_len",
+    "dpo_beta": "pref_beta",
+    "dpo_ftx": "pref_ftx",
+    "dpo_loss": "pref_loss",
+    "orpo_beta": "pref_beta",
+    "beta": "pref_beta",
+    "checkpoint_dir": "adapter_name_or_path",
+    "cache_path": "tokenized_path",
+    "lora_r": "lora_rank",
+    "target_modules": "lora_target",
+    "load_in_4bit": "quantization_bit: 4",
+    "load_in_8bit": "quantization_bit: 8",
+    "use_flash_attn": "flash_attn: fa2",
+    "no_cuda": "use_cpu",
+    "adafactor": "optim: adafactor",
+}
+# What a merge reads besides the arguments of the model.
+_MERGE_READS = ("template", "stage", "finetuning_type")
+_LARGEST_WHOLE = 2**63 - 1
 # What YAML reads as a value of its own unless it is quoted, and what to write for anything else.
 _UNQUOTED = {
     "bool": re.compile(r"true|false|yes|no|on|off", re.IGNORECASE),
@@ -122,6 +148,8 @@ def key_fault(key: str, training: bool) -> str | None:
     """Return what is wrong with a key of a recipe, with the nearest known key; None for a valid one."""
     argument = arguments().get(key)
     if argument is None:
+        if key in _RENAMED:
+            return f"is called {_RENAMED[key]} today: write that"
         near = difflib.get_close_matches(key, arguments(), n=1, cutoff=0.6)
         return f"LLaMA-Factory has no such key{f'; did you mean {near[0]}?' if near else ''}"
     if key in _SECRETS:
@@ -131,6 +159,8 @@ def key_fault(key: str, training: bool) -> str | None:
         return "LLaMA-Factory derives this value itself; remove the key"
     if not training and argument.group == "TrainingArguments":
         return "belongs to training; `llamafactory-cli export` rejects it, remove the key"
+    if not training and argument.group != "ModelArguments" and key not in _MERGE_READS:
+        return "does nothing in a merge, remove the key"
     return None
 
 
@@ -144,6 +174,8 @@ def value_fault(argument: Argument, value: Any) -> str | None:
         return None if isinstance(value, str) and value in argument.choices else _choice_fault(argument, value)
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not a finite number"
+    if isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
+        return f"{str(value)[:9]}… has {len(str(abs(value)))} digits: write a smaller number"
     kind = type(value).__name__
     if "other" in argument.kinds or kind in argument.kinds or (kind == "int" and "float" in argument.kinds):
         return None

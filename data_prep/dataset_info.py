@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SET = r"(?:sft|dpo_judge|dpo_reward)_(?:train|valid)"
 _OF_AN_EXPORT = re.compile(rf"(?P<experiment>[^/]+)/(?P<set>{SET})\.jsonl")
 # What LLaMA-Factory heeds before file_name.
-_ELSEWHERE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+ELSEWHERE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
 
 
@@ -78,7 +78,7 @@ def entries_of_others(entries: Mapping[str, Any], experiment: Experiment, data: 
 
 def _is_gone(name: str, entry: Any, data: Path) -> bool:
     """Tell whether an entry is that of an export whose file was deleted since."""
-    if not isinstance(entry, dict) or any(entry.get(key) for key in _ELSEWHERE):
+    if not isinstance(entry, dict) or any(entry.get(key) for key in ELSEWHERE):
         return False
     file = _OF_AN_EXPORT.fullmatch(str(entry.get("file_name")))
     return file is not None and name == f"{file['experiment']}_{file['set']}" and not (data / file[0]).exists()

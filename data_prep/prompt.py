@@ -19,6 +19,7 @@ from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.errors import ArenaError
+from common.files import is_in_project, read_regular
 from data_prep.sanitize import Lines
 
 if TYPE_CHECKING:
@@ -83,9 +84,11 @@ class JudgePrompt:
 
     @classmethod
     def load(cls, path: Path, labels: Labels) -> JudgePrompt:
-        """Read the template from a file; raises ArenaError if it is missing or not UTF-8."""
+        """Read the template from a file; raises ArenaError if it is missing, not UTF-8, or a link out of the project."""
         try:
-            source = path.read_text(encoding="utf-8")
+            if not path.is_absolute() and not is_in_project(path):
+                raise OSError("it lies outside of the project")
+            source = "\n".join(read_regular(path, 4 * _LARGEST).decode().replace("\r\n", "\n").split("\r"))
         except (OSError, UnicodeDecodeError) as error:
             what, remedy = f"the judge prompt cannot be read: {error}", "correct the key prompt_template"
             raise ArenaError(what, where=str(path), remedy=remedy) from None

@@ -15,6 +15,7 @@ from typing import Any
 
 from common.errors import ArenaError
 from common.files import read_json, sha256_of
+from data_prep.dataset_info import ELSEWHERE
 
 # Recipe keys that change neither weights nor probabilities.
 NEUTRAL_KEYS = frozenset(
@@ -92,6 +93,12 @@ def dataset_entries(recipe: Mapping[str, Any], *keys: str) -> dict[str, dict[str
         raise ArenaError("is not a JSON object", where=str(path), remedy=remedy)
     entries = {name: info[name] for name in wanted if name in info}
     for name, entry in entries.items():
+        if isinstance(entry, dict) and (other := next((key for key in ELSEWHERE if entry.get(key)), None)):
+            raise ArenaError(
+                f"{other}: LLaMA-Factory would train on that instead of the exported file",
+                where=f"{path}: {name}",
+                remedy="remove the key; `run.py prepare --train hf://datasets/OWNER/NAME` reads votes from the hub",
+            )
         file = entry.get("file_name", "") if isinstance(entry, dict) else None
         if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
             raise ArenaError(

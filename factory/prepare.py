@@ -18,6 +18,7 @@ from data_prep.sources import votes_at
 from factory.demo import ensure_embedded_base
 from factory.recipes import check_first_values, write_recipe
 from factory.status import refuse_while_at_work
+from factory.weight_checks import require_fit_base
 
 
 def prepare(
@@ -44,6 +45,7 @@ def prepare(
         if table is not None:
             VoteReader(table, labelled=labelled)  # refuses what is not a table of votes before a base is built
     ensure_embedded_base(experiment, show)
+    require_fit_base(experiment)
     before = earlier_manifest(experiment.data_folder)
     had_pairs = before is not None and "pairs.parquet" in before["files"]
     views = ("judge", "reward") if pairs or had_pairs else ("judge",)

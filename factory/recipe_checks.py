@@ -6,34 +6,25 @@ refuses at once is left to it. A new refusal of a value is one more row of a tab
 
 from __future__ import annotations
 
-import json
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
 from common.errors import ArenaError
 from common.experiment import Experiment, read_yaml
 from common.llamafactory_schema import arguments, key_fault, reporters, templates, value_fault
 from common.stages import STEPS, Step
-from data_prep.hub import cached_file
 from factory.devices import Devices, devices
 from factory.fingerprint import names
+from factory.reach import Fault, Recipe, reach_faults
 from factory.recipes import shared_values
-
-Recipe = Mapping[str, Any]
-Fault = tuple[str, str]  # key, what is wrong and the remedy
+from factory.weight_checks import weight_faults
 
 _PATHS = frozenset({"model_name_or_path", "adapter_name_or_path", "dataset_dir", "output_dir", "export_dir"})
-# Keys whose value may name a local folder of weights.
-_WEIGHTS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# What a trainer writes of itself beside the weights, and what no loader of weights opens.
-_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
 _REPORTER_PACKAGES = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio", "comet_ml")
 _REMOVE = "remove it"
 
@@ -68,7 +59,7 @@ _RANGES = (
 )
 _TRAINING = (
     Rule("do_train", lambda v, x: not x, "trains nothing", "write true"),
-    Rule("do_predict", _is_set, "writes texts, not probabilities", f"{_REMOVE}: run.py scores"),
+    Rule("do_predict predict_with_generate", _is_set, "writes texts, not probabilities", f"{_REMOVE}: run.py scores"),
     Rule("finetuning_type", lambda v, x: x != "lora", "cannot be merged, which needs a LoRA adapter", "write lora"),
     Rule(
         "val_size",
@@ -106,20 +97,140 @@ _TRAINING = (
         f"{_REMOVE}, and the folder if it is not wanted",
     ),
 )
+# What changes the trained model or its prompts behind the back of merge and scoring, which know nothing of it.
+_BEHIND = (
+    Rule(
+        "default_system",
+        _is_set,
+        "is a system message that scoring does not send",
+        f"{_REMOVE} and write it into the judge prompt (prompt_template of experiment.yaml)",
+    ),
+    Rule(
+        "split_special_tokens",
+        _is_set,
+        "trains on the chat template's tokens in pieces, scoring reads them whole",
+        _REMOVE,
+    ),
+    Rule(
+        "add_tokens add_special_tokens new_special_tokens_config resize_vocab",
+        _is_set,
+        "changes the vocabulary, so that the adapter fits neither the base nor the prompts of scoring",
+        f"{_REMOVE}; labels of experiment.yaml takes any words that are one token each",
+    ),
+    Rule(
+        "rope_scaling",
+        _is_set,
+        "stretches the positions in training alone",
+        f"{_REMOVE}; lower cutoff_len of experiment.yaml, or take a base with more positions",
+    ),
+    Rule("shift_attn mixture_of_depths", _is_set, "changes the model in training alone", _REMOVE),
+    Rule("train_from_scratch", _is_set, "trains on random weights; merge and scoring take the base's own", _REMOVE),
+    Rule("cache_dir", _is_set, "is where training alone looks for the base", f"{_REMOVE}; set HF_HOME in your shell"),
+    Rule("pissa_init", _is_set, "changes the base that the adapter belongs to, merge and scoring do not", _REMOVE),
+    Rule(
+        "create_new_adapter",
+        _is_set,
+        "trains a second adapter, and the merge holds that one alone",
+        f"{_REMOVE}: the adapter that adapter_name_or_path names is then trained further",
+    ),
+    Rule(
+        "adapter_name_or_path",
+        lambda v, x: len(names(x)) > 1,
+        "are several adapters, of which the merge holds the last alone",
+        "merge all but the last into a folder, and write that as model of experiment.yaml",
+    ),
+    Rule(
+        "resume_from_checkpoint",
+        _is_set,
+        "goes on from whatever it names, and trains nothing where that has more steps",
+        f"{_REMOVE}: --resume goes on from the last whole checkpoint of this training",
+    ),
+    Rule(
+        "early_stopping_steps",
+        lambda v, x: x and not ((v.metric_for_best_model or v.load_best_model_at_end) and v.eval_strategy != "no"),
+        "stops nothing, and the training fails at its first step",
+        "write load_best_model_at_end: true (rm: metric_for_best_model: eval_loss) and eval_strategy: steps",
+    ),
+)
 _MERGING = (
     Rule("quantization_bit", _is_set, "allows no merge: an adapter cannot be merged into a quantized model", _REMOVE),
+    Rule("export_quantization_bit", _is_set, "writes quantized weights, which run.py cannot score", _REMOVE),
+)
+
+
+class Idle(NamedTuple):
+    """Keys (a pattern of their names) that do nothing, and without a word, where `works(v)` is false."""
+
+    keys: str
+    works: Callable[[SimpleNamespace], Any]
+    where: str
+
+
+def _with(keys: str, switch: str) -> Idle:
+    return Idle(keys, lambda v: getattr(v, switch), f"without {switch}")
+
+
+_IDLE = (
+    Idle("freeze_(trainable|extra)_.*", lambda v: v.use_llama_pro, "with finetuning_type: lora"),
+    Idle(
+        "(oft|galore|apollo|badam)_.*|use_(galore|apollo|badam|hyper_parallel)|hyper_parallel_args|module_dropout",
+        lambda v: False,
+        "with finetuning_type: lora",
+    ),
+    Idle(
+        "lora_(rank|alpha|dropout|target)|use_(rslora|dora)|additional_target",
+        lambda v: not v.adapter_name_or_path,
+        "beside adapter_name_or_path, whose adapter_config.json decides",
+    ),
+    Idle("pref_.*|dpo_.*|ld_alpha", lambda v: v.stage == "dpo", "but for stage: dpo"),
+    Idle("ref_model.*", lambda v: v.stage == "dpo" or v.use_asft_loss, "but for stage: dpo"),
+    Idle("simpo_gamma", lambda v: v.stage == "dpo" and v.pref_loss == "simpo", "but for pref_loss: simpo"),
+    Idle("(kto|ppo)_.*|reward_model.*", lambda v: False, "in sft, dpo and rm"),
+    Idle(
+        "use_(dft|asft|eaft)_loss|compute_accuracy|label_smoothing_factor",
+        lambda v: v.stage == "sft",
+        "but for stage: sft",
+    ),
+    Idle(
+        "(image|video|audio)_.*|use_audio_in_video|crop_to_patches|freeze_(vision|multi|lang).*",
+        lambda v: False,
+        "here",
+    ),
+    Idle("(vllm|sglang)_.*|generation_.*|eval_num_beams|sortish_sampler", lambda v: False, "in a training"),
+    Idle("export_.*|infer_dtype", lambda v: False, "in a training; it belongs to the merge recipe"),
+    Idle("interleave_probs|mix_strategy", lambda v: False, "with a single data set"),
+    Idle("quantization_type|double_quantization", lambda v: v.quantization_bit, "without quantization_bit"),
+    Idle("hub_.*", lambda v: v.push_to_hub or "trackio" in names(v.report_to), "without push_to_hub"),
+    Idle("trackio_.*", lambda v: "trackio" in names(v.report_to), "without report_to: trackio"),
+    _with("swanlab_.*", "use_swanlab"),
+    _with("kt_.*", "use_kt"),
+    _with("profile.*", "enable_torch_profiler"),
+    _with("loraplus_lr_embedding", "loraplus_lr_ratio"),
+    _with("pissa_(iter|convert)", "pissa_init"),
+    _with("asft_alpha", "use_asft_loss"),
+    _with("eaft_alpha", "use_eaft_loss"),
+    _with("fp8_.*", "fp8"),
+    _with("fsdp_config", "fsdp"),
+    _with("liger_kernel_config", "use_liger_kernel"),
+    _with("buffer_size", "streaming"),
 )
 
 
 def check_recipes(
-    experiment: Experiment, steps: Iterable[str], root: Path = Path(), *, read: Mapping[str, Recipe] | None = None
+    experiment: Experiment,
+    steps: Iterable[str],
+    root: Path = Path(),
+    *,
+    read: Mapping[str, Recipe] | None = None,
+    allowed: Collection[str] = (),
 ) -> None:
     """Raise one ArenaError that lists every fault of these steps' recipes.
 
-    `read` holds recipes by step that the caller has read already; the others are read.
+    `read` holds recipes by step that the caller has read already; the others are read. `allowed` names what they may
+    reach beyond the project.
     """
     read = read or {}
-    faults = {step: check_recipe(experiment, step, root, recipe=read.get(step)) for step in steps}
+    faults = {step: check_recipe(experiment, step, root, recipe=read.get(step), allowed=allowed) for step in steps}
     listed = [f"  - {fault}" for of_step in faults.values() for fault in of_step]
     if listed:
         prepare = f"python run.py prepare -e {experiment.name} --train FILE"
@@ -130,10 +241,17 @@ def check_recipes(
         )
 
 
-def check_recipe(experiment: Experiment, step: str, root: Path = Path(), *, recipe: Recipe | None = None) -> list[str]:
+def check_recipe(
+    experiment: Experiment,
+    step: str,
+    root: Path = Path(),
+    *,
+    recipe: Recipe | None = None,
+    allowed: Collection[str] = (),
+) -> list[str]:
     """Return every fault of one recipe as "file: key: what is wrong and the remedy", in the order of its keys."""
     its, path = STEPS[step], experiment.recipe(step)
-    if not (root / path).is_file():
+    if recipe is None and not (root / path).exists():
         return [f"{path}: is missing; `python run.py prepare -e {experiment.name} --train FILE` renders it"]
     try:
         recipe = read_yaml(root / path) if recipe is None else recipe
@@ -141,11 +259,14 @@ def check_recipe(experiment: Experiment, step: str, root: Path = Path(), *, reci
         return [f"{path}: {error.what}; {error.remedy}"]
     own = dict(_own_faults(recipe, not its.merges))
     sound = {key: value for key, value in recipe.items() if key not in own}  # a wrong type is not judged further
+    further = {key: value for key, value in sound.items() if key not in shared_values(experiment, step)}
     faults = [
         *own.items(),
         *weight_faults(sound, root),
         *_disagreements(experiment, its, recipe, sound),
-        *_refusals((*_RANGES, *(_MERGING if its.merges else _TRAINING)), sound),
+        *_refusals((*_BEHIND, *_RANGES, *(_MERGING if its.merges else _TRAINING)), sound),
+        *(() if its.merges else _idle_faults(sound)),
+        *reach_faults(further, experiment.model, allowed),
     ]
     first = dict(reversed(faults))  # the first fault of a key says enough
     order = {key: number for number, key in enumerate(recipe)}
@@ -189,80 +310,6 @@ def device_faults(recipe: Recipe, seen: Devices) -> Iterator[Fault]:
             yield key, f"there is no GPU here; write {key}: false, or use_cpu: true beside it (fast with avx512_bf16)"
 
 
-def weight_faults(recipe: Recipe, root: Path = Path()) -> Iterator[Fault]:
-    """Yield what is wrong with the weights that a recipe names, as far as they are on this disk."""
-    for key in _WEIGHTS:
-        for name in names(recipe.get(key)):
-            if (root / name).is_dir() and (pickles := _pickles(root / name)):
-                yield (
-                    key,
-                    f"{name} holds its weights as a pickle ({', '.join(pickles[:3])}), which runs its maker's code "
-                    "when it is loaded; use a model with *.safetensors, or, if you trust its maker, load it once "
-                    "elsewhere with transformers and save_pretrained() it",
-                )
-            elif (root / name).is_file():
-                yield key, f"{name} is a file; give the folder with config.json in it"
-    model = recipe.get("model_name_or_path")
-    if isinstance(model, str) and _is_quantized(root / model):
-        yield (
-            "model_name_or_path",
-            f"{model} holds quantized weights, into which no adapter can be merged; use the model's 16-bit weights: "
-            "quantization_bit of experiment.yaml quantizes them while training",
-        )
-    if isinstance(model, str) and (fault := _target_fault(recipe, model, root)):
-        yield "lora_target", fault
-
-
-def _pickles(folder: Path) -> list[str]:
-    """Return the pickled weights of a folder; none where safetensors lie beside them, which are loaded then."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    if any(path.suffix == ".safetensors" and path.name != "value_head.safetensors" for path in files):
-        return []
-    return [path.name for path in files if path.suffix in _PICKLES and path.name not in _NO_WEIGHTS]
-
-
-def _is_quantized(folder: Path) -> bool:
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # a hub id, or a folder that LLaMA-Factory will name
-    return isinstance(content, dict) and bool(content.get("quantization_config"))
-
-
-def _target_fault(recipe: Recipe, model: str, root: Path) -> str | None:
-    """Return which names of `lora_target` match no module of the model: PEFT leaves such a name out silently."""
-    targets = names(recipe.get("lora_target"))
-    if not targets or targets == ["all"]:
-        return None
-    modules = _modules(str(root / model) if (root / model).is_dir() else model, recipe.get("model_revision") or "main")
-    known = {*modules, "lm_head"}  # which has no tensor of its own where it shares the embedding's
-    lacking = [name for name in targets if not any(each == name or each.endswith(f".{name}") for each in known)]
-    if not modules or not lacking:
-        return None
-    ends = {each.rsplit(".", 1)[-1] for each in modules if any(p.isdigit() for p in each.split("."))}
-    its = ", ".join(sorted(name for name in ends if "norm" not in name))
-    return f"{model} has no module {', '.join(map(repr, lacking))}; its layers hold {its} (all takes every linear one)"
-
-
-def _modules(model: str, revision: str) -> set[str]:
-    """Return the names of the modules that have weights; none where the weights are not on this disk or damaged."""
-
-    def find(name: str) -> Path | None:
-        path = Path(model) / name if Path(model).is_dir() else cached_file(model, name, revision)
-        return path if path and path.is_file() else None
-
-    tensors: list[str] = []
-    try:
-        if index := find("model.safetensors.index.json"):
-            tensors = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        elif whole := find("model.safetensors"):
-            with safe_open(whole, framework="np") as file:
-                tensors = list(file.keys())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):
-        return set()  # whoever loads damaged weights reports them
-    return {key.rsplit(".", 1)[0] for key in tensors}
-
-
 def _own_faults(recipe: Recipe, training: bool) -> Iterator[Fault]:
     """Yield unknown keys, wrong types and wrong choices."""
     for key, value in recipe.items():
@@ -302,8 +349,23 @@ def _comparable(key: str, value: Any) -> Any:
     return posixpath.normpath(value) if key in _PATHS and isinstance(value, str) else value
 
 
+def _values(recipe: Recipe) -> SimpleNamespace:
+    return SimpleNamespace(**{a.name: a.default for a in arguments().values()} | dict(recipe))
+
+
+def _idle_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield the keys of a training recipe that do nothing, where they differ from LLaMA-Factory's defaults."""
+    values = _values(recipe)
+    for key, value in recipe.items():
+        where = next((its.where for its in _IDLE if re.fullmatch(its.keys, key) and not its.works(values)), None)
+        if arguments()[key].group == "GeneratingArguments":
+            where = "in a training"
+        if where and value != arguments()[key].default:
+            yield key, f"{value!r} does nothing {where}; {_REMOVE}"
+
+
 def _refusals(rules: Iterable[Rule], recipe: Recipe) -> Iterator[Fault]:
-    values = SimpleNamespace(**{a.name: a.default for a in arguments().values()} | dict(recipe))
+    values = _values(recipe)
     for rule in rules:
         for key in rule.keys.split():
             value = getattr(values, key)

@@ -151,14 +151,14 @@ def archive(*paths: Path) -> list[Path]:
     return [p.rename(p.with_name(f"{p.name}.earlier-{number}")) for p in paths if p.exists() or p.is_symlink()]
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the highest whole checkpoint-N, None without one.
+def last_checkpoint(folder: Path, *, to_go_on: bool = True) -> Path | None:
+    """Return the highest whole checkpoint-N, None without one; one `to_go_on` from has optimizer and scheduler, too.
 
     trainer_state.json is written last; a kill or a full disk leaves a folder without it, or files that end early, which
-    LLaMA-Factory would choose and then fail on.
+    LLaMA-Factory would choose and then fail on. Without optimizer and scheduler it would begin both anew, silently.
     """
     numbered = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))]
-    return next((path for _, path in sorted(numbered, reverse=True) if _is_whole(path)), None)
+    return next((path for _, path in sorted(numbered, reverse=True) if _is_whole(path, to_go_on)), None)
 
 
 def is_occupied(folder: Path) -> bool:
@@ -174,9 +174,13 @@ def flag_to_go_on(adapter: Path, llamafactory_stage: str) -> str:
     return "--resume" if llamafactory_stage != "rm" and last_checkpoint(adapter) else "--fresh"
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_whole(checkpoint: Path, to_go_on: bool) -> bool:
     try:
         read_json(checkpoint / "trainer_state.json")
+        # DeepSpeed has both in a folder of its own, FSDP the optimizer.
+        plain = any(checkpoint.glob("optimizer*")) and (checkpoint / "scheduler.pt").is_file()
+        if to_go_on and not (plain or any(checkpoint.glob("global_step*"))):
+            return False
         return all(_is_complete(file) for file in checkpoint.iterdir() if file.is_file())
     except (OSError, ValueError):
         return False

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from common.console import duration
 from common.errors import ArenaError, UsageError
 from common.files import only_run, read_json
 from common.progress import Line, Show
-from data_prep.export_reader import MANIFEST, SPLITS, require_intact
+from data_prep.chat_template import load_frame
+from data_prep.export_reader import MANIFEST, SPLITS, readable, require_intact
 from factory.distributed import Launch, plan_launch
 from factory.fingerprint import local_models, training_rows
 from factory.process import llamafactory, run_child
@@ -29,6 +32,9 @@ _PHASES = {
     "merging": re.compile(r"Merged \d+ adapter"),
 }
 _ROWS = re.compile(r"Num examples = ([\d,]+)")
+# LLaMA-Factory prints its first rows, token ids in the line below: "training example:", "input_ids:", "[1, 2, 3]".
+_EXAMPLE, _IDS = re.compile(r"\b(training|eval) example:"), re.compile(r"\b(\w*input_ids):$")
+_SHOWN = 12  # tokens on either side of the first that differs
 _FRESH = "--fresh puts that run aside and trains from the beginning"
 
 
@@ -124,6 +130,8 @@ def _checkpoint(context: StageContext, resume: bool, show: Show) -> Path | None:
     can_resume = flag_to_go_on(adapter, context.step.stage) == "--resume"
     if not resume or (checkpoint and not can_resume):
         has = f"its last whole checkpoint is {checkpoint.name}" if checkpoint else "it has no whole checkpoint"
+        if not checkpoint and any(adapter.glob("checkpoint-*")):
+            has += " (one is whole with its optimizer and scheduler, which save_only_model leaves out)"
         if checkpoint and not can_resume:
             has += ", but LLaMA-Factory 0.9.5 cannot resume a reward model: it does not read the value head back"
         raise ArenaError(
@@ -160,6 +168,7 @@ def _run(context: StageContext, checkpoint: Path | None, launch: Launch, show: S
     rows = RowsCheck(training_rows(context.recipe), context.recipe_path)
     if rows.expected is None:
         show.note(f"{context.name}: this recipe leaves open how many rows are trained, so they are not compared")
+    example = FirstExample(context)
     points = TrainerLog(adapter / "trainer_log.jsonl", skip_existing=True)
     with show.line(context.name) as line:
         line.update("starting LLaMA-Factory")
@@ -167,6 +176,7 @@ def _run(context: StageContext, checkpoint: Path | None, launch: Launch, show: S
 
         def read(text: str) -> None:
             show_phase(text, line, show)
+            example.read(text)
             rows.read(text)
 
         def look() -> None:
@@ -191,7 +201,14 @@ def _run(context: StageContext, checkpoint: Path | None, launch: Launch, show: S
             where=str(log),
             remedy="remove `log_level` from the recipe, then --fresh",
         )
-    _require_finite(adapter, log)
+    if example.expected:
+        raise ArenaError(
+            f"does not show {' and '.join(example.expected)} of the first row, so that prompts other than scoring's "
+            "would go unnoticed",
+            where=str(log),
+            remedy="start it by run.py with the recipe alone, then --fresh",
+        )
+    _require_sound(adapter, log, context.recipe)
     return seconds
 
 
@@ -237,12 +254,74 @@ class RowsCheck:
                 )
 
 
-def _require_finite(adapter: Path, log: Path) -> None:
-    """Raise ArenaError if a loss or a trained weight is not finite; the trainer hides a NaN loss from its own log."""
+class FirstExample:
+    """Compares the first row that the child tokenized with what prepare wrote and scoring would feed, token by token.
+
+    Whatever changes the prompts of training alone, a key, a variable or another version, stops the run here, before
+    its first step. `expected` holds what the child has not shown yet.
+    """
+
+    def __init__(self, context: StageContext):
+        self._recipe_path, self.expected, self._training, self._key = context.recipe_path, {}, False, ""
+        # A shuffled stream begins with any row, and data sets of one's own are not ours to know.
+        if (context.experiment.data_folder / MANIFEST).is_file() and not context.recipe.get("streaming"):
+            self._tokenizer, self.expected = _first_example(context)
+
+    def read(self, text: str) -> None:
+        """Take one line of the log; raises ArenaError where it shows other tokens."""
+        if found := _EXAMPLE.search(text):
+            self._training = found[1] == "training"
+        elif self._key and "[" in text:
+            self._compare(self.expected.pop(self._key), json.loads(text[text.index("[") :]))
+            self._key = ""
+        elif self._training and (found := _IDS.search(text)) and found[1] in self.expected:
+            self._key = found[1]
+
+    def _compare(self, ours: list[int], theirs: list[int]) -> None:
+        if ours == theirs:
+            return
+        at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1), len(ours))
+        here = slice(max(at - _SHOWN, 0), at + _SHOWN)
+        shown = [self._tokenizer.decode(ids[here], skip_special_tokens=False) for ids in (theirs, ours)]
+        raise ArenaError(
+            f"LLaMA-Factory trains on other prompts than scoring would ask: the first row's {self._key} has "
+            f"{len(theirs)} tokens, ours {len(ours)}; from token {at} on it is\n  {shown[0]!r}, not\n  {shown[1]!r}",
+            where=str(self._recipe_path),
+            remedy="remove the key of the recipe, or the variable of your shell, that changes the prompt; `prepare "
+            "--force` renders the recipe again",
+        )
+
+
+def _first_example(context: StageContext) -> tuple[Any, dict[str, list[int]]]:
+    """Return the tokenizer, and what the stage's first exported row is as token ids, by LLaMA-Factory's names."""
+    frame, tokenizer = load_frame(context.experiment)
+    path = context.experiment.data_folder / f"{context.step.data}_{SPLITS[0]}.jsonl"
+    with readable(path), path.open(encoding="utf-8") as file:
+        row = json.loads(file.readline())
+        prompt, *answer = (turn["value"] for turn in row["conversations"])
+        answers = {"": answer[0]} if answer else {f"{kind}_": row[kind]["value"] for kind in ("chosen", "rejected")}
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    asked = frame.surround(ids(frame.wrap(prompt)))
+    found = {kind: [*asked, *frame.answer(ids(frame.wrap_answer(text)))] for kind, text in answers.items()}
+    return tokenizer, {f"{kind}input_ids": each for kind, each in found.items()}
+
+
+def _require_sound(adapter: Path, log: Path, recipe: dict[str, Any]) -> None:
+    """Raise ArenaError if steps are missing, or a loss or a trained weight is not finite: the trainer says neither."""
     try:
-        history = read_json(adapter / "trainer_state.json")["log_history"]
+        state = read_json(adapter / "trainer_state.json")
+        history, steps, planned = state["log_history"], state.get("global_step"), state.get("max_steps")
     except (OSError, ValueError, KeyError) as error:
         raise ArenaError(f"cannot read the losses: {error}", where=str(adapter / "trainer_state.json")) from None
+    if steps != planned and not recipe.get("early_stopping_steps"):
+        raise ArenaError(
+            f"the training ended at step {steps} of {planned} planned ones, so it is not finished",
+            where=str(log),
+            remedy="read the end of the log, then --fresh",
+        )
     for entry in history:
         if not all(math.isfinite(entry.get(key) or 0) for key in ("loss", "eval_loss", "train_loss")):
             raise _not_finite(f"the loss is NaN or infinite at step {entry.get('step')}", log)

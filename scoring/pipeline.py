@@ -9,6 +9,7 @@ score      scoring.score_stage           judge -> probabilities, report, submiss
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from common.progress import Show
@@ -38,15 +39,24 @@ def demo(context: StageContext, seed: int, *, fresh: bool, show: Show) -> dict[s
 
 
 def run_stage(
-    context: StageContext, *, until: str = "score", resume: bool = False, fresh: bool = False, show: Show
+    context: StageContext,
+    *,
+    until: str = "score",
+    resume: bool = False,
+    fresh: bool = False,
+    allow: Collection[str] = (),
+    show: Show,
 ) -> dict[str, Any] | None:
-    """Train, merge and score one stage as far as asked; return its report, None before scoring."""
+    """Train, merge and score one stage as far as asked; return its report, None before scoring.
+
+    `allow` names what its recipes may reach beyond the project.
+    """
     experiment, stage = context.experiment, context.name
     merges = until != "train" and (stage != "dpo_reward" or until == "merge")  # implicit rewards need no merge
     read = {stage: context.recipe} if context.recipe_path.is_file() else {}
     if merges and context.merge_recipe_path.is_file():
         read[merge_of(stage)] = context.merge_recipe
-    check_recipes(experiment, [stage, *([merge_of(stage)] if merges else [])], read=read)
+    check_recipes(experiment, [stage, *([merge_of(stage)] if merges else [])], read=read, allowed=allow)
     check_device(context.recipe_path, context.recipe)
     if context.step.data == "dpo_reward" and "pairs.parquet" not in context.manifest["files"]:
         context.require_current_settings()

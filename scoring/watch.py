@@ -154,7 +154,7 @@ class Watcher:
         return self._scorer is not None
 
     def _score_newest(self, adapter: Path) -> None:
-        checkpoint = last_checkpoint(adapter)
+        checkpoint = last_checkpoint(adapter, to_go_on=False)
         if checkpoint is None or checkpoint in self._seen:
             return
         self._seen.add(checkpoint)

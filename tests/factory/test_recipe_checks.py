@@ -10,8 +10,9 @@ from common.errors import ArenaError
 from common.experiment import load_experiment, parse_experiment, read_yaml
 from common.stages import STEPS
 from factory.devices import Devices, Gpu
-from factory.recipe_checks import check_device, check_recipe, check_recipes, device_faults, weight_faults
+from factory.recipe_checks import check_device, check_recipe, check_recipes, device_faults
 from factory.recipes import write_recipe
+from factory.weight_checks import weight_faults
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,128 @@
+"""The check of the weights that a recipe names, as far as they are on this disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from common.errors import ArenaError
+from common.experiment import Experiment
+from common.files import read_json
+from data_prep.hub import cached_file
+from factory.fingerprint import names
+from factory.reach import Fault, Recipe
+
+# Keys whose value may name a local folder of weights.
+_WEIGHTS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# What a trainer writes of itself beside the weights, and what no loader of weights opens.
+_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
+
+
+def weight_faults(recipe: Recipe, root: Path = Path()) -> Iterator[Fault]:
+    """Yield what is wrong with the weights that a recipe names, as far as they are on this disk."""
+    for key in _WEIGHTS:
+        for name in names(recipe.get(key)):
+            if (root / name).is_dir() and (pickles := _pickles(root / name)):
+                yield (
+                    key,
+                    f"{name} holds its weights as a pickle ({', '.join(pickles[:3])}), which runs its maker's code "
+                    "when it is loaded; use a model with *.safetensors, or, if you trust its maker, load it once "
+                    "elsewhere with transformers and save_pretrained() it",
+                )
+            elif (root / name).is_file():
+                yield key, f"{name} is a file; give the folder with config.json in it"
+    model = recipe.get("model_name_or_path")
+    if not isinstance(model, str):
+        return
+    config = _config(model, recipe.get("model_revision"), root)
+    if config.get("quantization_config"):
+        yield (
+            "model_name_or_path",
+            f"{model} holds quantized weights, into which no adapter can be merged; use the model's 16-bit weights: "
+            "quantization_bit of experiment.yaml quantizes them while training",
+        )
+    if (cutoff := recipe.get("cutoff_len")) and (most := _positions(config)) and cutoff > most:
+        yield (
+            "cutoff_len",
+            f"{cutoff:,} is more than the {most:,} positions of {model}, which was taught nothing beyond them; lower "
+            "cutoff_len in experiment.yaml and prepare again, or take a base with more",
+        )
+    if fault := _target_fault(recipe, model, root):
+        yield "lora_target", fault
+
+
+def _pickles(folder: Path) -> list[str]:
+    """Return the pickled weights of a folder; none where safetensors lie beside them, which are loaded then."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    if any(path.suffix == ".safetensors" and path.name != "value_head.safetensors" for path in files):
+        return []
+    return [path.name for path in files if path.suffix in _PICKLES and path.name not in _NO_WEIGHTS]
+
+
+def _config(model: str, revision: str | None, root: Path) -> dict[str, Any]:
+    """Return a model's config.json; nothing where it is not on this disk or damaged: whoever loads it reports that."""
+    folder = root / model
+    path = folder / "config.json" if folder.is_dir() else cached_file(model, "config.json", revision or "main")
+    try:
+        content = read_json(path) if path else {}
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model was made for, None where its config does not say."""
+    config = {**config, **(config.get("text_config") or {})}
+    most, scaling = config.get("max_position_embeddings"), config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(most, int):
+        return None
+    if isinstance(scaling, dict) and "original_max_position_embeddings" not in scaling:
+        return int(most * (scaling.get("factor") or 1))
+    return most
+
+
+def require_fit_base(experiment: Experiment) -> None:
+    """Raise ArenaError where the base is on this disk and no judge can be trained on it, or not with this budget."""
+    base = {"model_name_or_path": experiment.model, "model_revision": experiment.revision}
+    for _, fault in weight_faults({**base, "cutoff_len": experiment.cutoff_len}):
+        what, _, remedy = fault.partition("; ")
+        raise ArenaError(what, where=f"{experiment.folder / 'experiment.yaml'}", remedy=remedy)
+
+
+def _target_fault(recipe: Recipe, model: str, root: Path) -> str | None:
+    """Return which names of `lora_target` match no module of the model: PEFT leaves such a name out silently."""
+    targets = names(recipe.get("lora_target"))
+    if not targets or targets == ["all"]:
+        return None
+    modules = _modules(str(root / model) if (root / model).is_dir() else model, recipe.get("model_revision") or "main")
+    known = {*modules, "lm_head"}  # which has no tensor of its own where it shares the embedding's
+    lacking = [name for name in targets if not any(each == name or each.endswith(f".{name}") for each in known)]
+    if not modules or not lacking:
+        return None
+    ends = {each.rsplit(".", 1)[-1] for each in modules if any(p.isdigit() for p in each.split("."))}
+    its = ", ".join(sorted(name for name in ends if "norm" not in name))
+    return f"{model} has no module {', '.join(map(repr, lacking))}; its layers hold {its} (all takes every linear one)"
+
+
+def _modules(model: str, revision: str) -> set[str]:
+    """Return the names of the modules that have weights; none where the weights are not on this disk or damaged."""
+
+    def find(name: str) -> Path | None:
+        path = Path(model) / name if Path(model).is_dir() else cached_file(model, name, revision)
+        return path if path and path.is_file() else None
+
+    tensors: list[str] = []
+    try:
+        if index := find("model.safetensors.index.json"):
+            tensors = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        elif whole := find("model.safetensors"):
+            with safe_open(whole, framework="np") as file:
+                tensors = list(file.keys())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):
+        return set()  # whoever loads damaged weights reports them
+    return {key.rsplit(".", 1)[0] for key in tensors}
