@@ -84,7 +84,7 @@ class JudgePrompt:
 
     @classmethod
     def load(cls, path: Path, labels: Labels) -> JudgePrompt:
-        """Read the template from a file; raises ArenaError if it is missing, not UTF-8, or a link out of the project."""
+        """Read the template from a file; raises ArenaError if it cannot be read or lies outside."""
         try:
             if not path.is_absolute() and not is_in_project(path):
                 raise OSError("it lies outside of the project")

@@ -192,9 +192,7 @@ _IDLE = (
         "but for stage: sft",
     ),
     Idle(
-        "(image|video|audio)_.*|use_audio_in_video|crop_to_patches|freeze_(vision|multi|lang).*",
-        lambda v: False,
-        "here",
+        "(image|video|audio)_.*|use_audio.*|crop_to_patches|freeze_(vision|multi|lang).*", lambda v: False, "on texts"
     ),
     Idle("(vllm|sglang)_.*|generation_.*|eval_num_beams|sortish_sampler", lambda v: False, "in a training"),
     Idle("export_.*|infer_dtype", lambda v: False, "in a training; it belongs to the merge recipe"),
@@ -261,10 +259,11 @@ def check_recipe(
     sound = {key: value for key, value in recipe.items() if key not in own}  # a wrong type is not judged further
     further = {key: value for key, value in sound.items() if key not in shared_values(experiment, step)}
     faults = [
+        *_refusals(_BEHIND, recipe),  # first: of another type they are as wrong
         *own.items(),
         *weight_faults(sound, root),
         *_disagreements(experiment, its, recipe, sound),
-        *_refusals((*_BEHIND, *_RANGES, *(_MERGING if its.merges else _TRAINING)), sound),
+        *_refusals((*_RANGES, *(_MERGING if its.merges else _TRAINING)), sound),
         *(() if its.merges else _idle_faults(sound)),
         *reach_faults(further, experiment.model, allowed),
     ]

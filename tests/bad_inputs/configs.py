@@ -32,6 +32,14 @@ def prompt(text: str | bytes) -> Callable[[Place], None]:
     return breaks
 
 
+def prompt_link(target: str) -> Callable[[Place], None]:
+    def breaks(place: Place) -> None:
+        Path("mine.j2").symlink_to(target)
+        place.edit_experiment("prompt_template: mine.j2\n")
+
+    return breaks
+
+
 def check(step: str) -> Callable[[], Any]:
     def call() -> None:
         from common.experiment import load_experiment
@@ -122,6 +130,18 @@ KEYS = [
         ("recipes_a_list", "recipes: [sft]\n", ("recipes:",)),
         ("unknown_step", "recipes: {ppo: {}}\n", ("no such step: ppo",)),
         ("two_faults", "seed: x\ncutoff_len: y\n", ("2 fault(s)", "seed", "cutoff_len")),
+        ("seed_of_32_digits", f"seed: {'9' * 32}\n", ("seed: must be less than 4294967296",)),
+        ("cutoff_endless", "cutoff_len: 999999999999\n", ("cutoff_len: must be less than or equal to 1048576",)),
+        ("gate_endless", "merge_gate: {rows: 99999999999}\n", ("merge_gate.rows: must be less",)),
+        ("revision_a_path", "revision: ../../x\n", ("revision:", "pattern")),
+        ("revision_absolute", "revision: /x\n", ("revision:", "pattern")),
+        ("description_steers", 'description: "a\\e[2Jb"\n', ("description: must hold no control characters",)),
+        ("description_nul", 'description: "a\\0b"\n', ("description: must hold no control characters",)),
+        ("description_endless", f"description: {'x' * 2000}\n", ("description: String should have at most 1000",)),
+        ("model_of_two_lines", 'model: "x\\npush_to_hub: true"\n', ("model: must be one line",)),
+        ("label_of_two_lines", 'labels: {a: "A\\nB"}\n', ("labels.a: must be one line",)),
+        ("prompt_above", "prompt_template: ../mine.j2\n", ("prompt_template: must be a path inside the project",)),
+        ("prompt_absolute", "prompt_template: /dev/zero\n", ("prompt_template: must be a path inside",)),
     ]
 ]
 FIRST_VALUES = [
@@ -141,6 +161,14 @@ PLACES = [
         "no_experiment", lambda p: None, ("sft", "-e", "nowhere"), ("no experiment 'nowhere'", "choose one of: exam"), 2
     ),
     Case("no_judge_prompt", key("prompt_template: none.j2\n"), PREPARE, ("none.j2: the judge prompt cannot be read",)),
+    Case("judge_prompt_a_link_out", prompt_link("/etc/hostname"), PREPARE, ("it lies outside of the project",)),
+    Case("judge_prompt_a_device", prompt_link("/dev/zero"), PREPARE, ("it lies outside of the project",)),
+    Case(
+        "cutoff_above_the_positions",
+        key("cutoff_len: 600\n"),
+        PREPARE,
+        ("600 is more than the 512 positions of models/tiny", "lower cutoff_len"),
+    ),
     Case("judge_prompt_a_folder", key("prompt_template: models\n"), PREPARE, ("the judge prompt cannot be read",)),
     Case(
         "cutoff_below_the_prompt",

@@ -12,9 +12,15 @@ from common.stages import STEPS
 from factory.devices import Devices, Gpu
 from factory.recipe_checks import check_device, check_recipe, check_recipes, device_faults
 from factory.recipes import write_recipe
-from factory.weight_checks import weight_faults
+from factory.weight_checks import require_fit_base, weight_faults
 
 ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared" / "cases" / "recipes"
+CASES = sorted(path.name for path in SHARED.glob("*.yaml")) or [
+    pytest.param("", marks=pytest.mark.skip("the folder of cases is not beside this checkout"))
+]
+# An adapter to train further: its own adapter_config.json decides its shape.
+ADAPTER = {"adapter_name_or_path": "saves/a", "lora_rank": None, "lora_alpha": None}
 
 
 def experiment(**values):
@@ -87,11 +93,70 @@ def test_a_rendered_recipe_has_no_fault(faults, step):
         ("use_dora", "true", "is refused on a quantized model"),
         ("swanlab_api_key", "0123456789", "set SWANLAB_API_KEY in your shell"),
         ("flash_attn", "fa3", "not implemented"),
+        ("seed", "9" * 30, "has 30 digits"),
+        # what acts behind the back of merge and scoring
+        ("default_system", "Be kind.", "is a system message that scoring does not send"),
+        ("split_special_tokens", "true", "tokens in pieces"),
+        *((key, "<win>,<lose>", "changes the vocabulary") for key in ("add_tokens", "add_special_tokens")),
+        ("resize_vocab", "true", "changes the vocabulary"),
+        ("rope_scaling", "linear", "in training alone"),
+        ("shift_attn", "true", "in training alone"),
+        ("train_from_scratch", "true", "trains on random weights"),
+        ("cache_dir", "models/cache", "set HF_HOME"),
+        ("pissa_init", "true", "changes the base that the adapter belongs to"),
+        ("resume_from_checkpoint", "true", "--resume goes on from the last whole checkpoint"),
+        ("resume_from_checkpoint", "saves/a/checkpoint-675", "trains nothing where that has more steps"),
+        ("early_stopping_steps", "3", "write load_best_model_at_end: true"),
+        # what does nothing
+        ("freeze_trainable_layers", "1", "does nothing with finetuning_type: lora"),
+        ("freeze_trainable_modules", "self_attn", "does nothing with finetuning_type: lora"),
+        *((f"{name}_{key}", "7", "with finetuning_type: lora") for name, key in [("galore", "rank"), ("oft", "rank")]),
+        ("badam_switch_interval", "7", "with finetuning_type: lora"),
+        ("pref_beta", "0.5", "does nothing but for stage: dpo"),
+        ("simpo_gamma", "0.7", "but for pref_loss: simpo"),
+        ("kto_chosen_weight", "2.0", "in sft, dpo and rm"),
+        ("asft_alpha", "0.3", "does nothing without use_asft_loss"),
+        ("swanlab_project", "mine", "without use_swanlab"),
+        ("hub_strategy", "end", "without push_to_hub"),
+        ("temperature", "0.2", "does nothing in a training"),
+        ("video_maxlen", "9", "does nothing on texts"),
+        ("export_size", "2", "it belongs to the merge recipe"),
+        # what is called otherwise today
+        ("evaluation_strategy", "steps", "is called eval_strategy today"),
+        ("group_by_length", "true", "is called train_sampling_strategy: group_by_length today"),
+        ("new_special_tokens", "x", "is called add_special_tokens today"),
+        ("dpo_beta", "0.1", "is called pref_beta today"),
     ],
 )
 def test_a_fault_is_found_by_its_key(faults, key, value, part):
     found = faults(**{key: value})
     assert list(found) == [key] and part in found[key]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_recipes_that_went_wrong_in_silence_are_refused(faults, name):
+    lines = read_yaml(SHARED / name)
+    wanted = {"cutoff_and_rope.yaml": "rope_scaling", "create_new_adapter.yaml": "create_new_adapter"}
+    assert wanted.get(name, next(iter(lines))) in faults(its=experiment(quantization_bit=None), **lines)
+
+
+def test_a_budget_above_the_bases_positions_is_refused(faults, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for config, most in [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"text_config": {"max_position_embeddings": 4096}}, 4096),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"factor": 2.0}}, 8192),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"original_max_position_embeddings": 9}}, 4096),
+        ({"hidden_size": 64}, None),
+    ]:
+        (base / "config.json").write_text(json.dumps(config))
+        assert faults(its=experiment(model=str(base), cutoff_len=most or 9999)) == {}
+        if most:
+            its = experiment(model=str(base), cutoff_len=most + 1)
+            assert f"is more than the {most:,} positions" in faults(its=its)["cutoff_len"]
+            with pytest.raises(ArenaError, match="positions"):
+                require_fit_base(its)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +171,10 @@ def test_a_fault_is_found_by_its_key(faults, key, value, part):
         ("max_samples", "100"),
         ("lora_alpha", "null"),
         ("lr_scheduler_kwargs", "{num_cycles: 2}"),
+        ("pref_beta", "0.1"),  # LLaMA-Factory's default misleads nobody
+        ("freeze_trainable_layers", "2"),
+        ("neftune_noise_alpha", "5.0"),
+        ("train_on_prompt", "true"),
     ],
 )
 def test_what_a_user_may_choose_is_no_fault(faults, key, value):
@@ -122,8 +191,24 @@ def test_what_a_user_may_choose_is_no_fault(faults, key, value):
         *(("dpo_reward", {"pref_loss": loss}, None) for loss in ("sigmoid", "orpo", "simpo")),
         ("dpo_judge", {"dpo_label_smoothing": "0.1"}, None),
         ("dpo_judge", {"dpo_label_smoothing": "0.5"}, ("dpo_label_smoothing", "[0, 0.5)")),
-        ("dpo_judge", {"adapter_name_or_path": "saves/a"}, ("adapter_name_or_path", "the base model as its reference")),
-        ("dpo_judge", {"adapter_name_or_path": "a", "ref_model": "b", "ref_model_adapters": "a"}, None),
+        ("dpo_judge", ADAPTER, ("adapter_name_or_path", "the base model as its reference")),
+        ("dpo_judge", {**ADAPTER, "ref_model": "org/base-4b", "ref_model_adapters": "saves/a"}, None),
+        ("sft", ADAPTER, None),
+        ("sft", {**ADAPTER, "lora_rank": 32}, ("lora_rank", "whose adapter_config.json decides")),
+        ("sft", {**ADAPTER, "create_new_adapter": "true"}, ("create_new_adapter", "the merge holds that one alone")),
+        (
+            "sft",
+            {**ADAPTER, "adapter_name_or_path": "saves/a,saves/a"},
+            ("adapter_name_or_path", "are several adapters"),
+        ),
+        ("sft", {"early_stopping_steps": 3, "load_best_model_at_end": "true"}, None),
+        ("rm", {"early_stopping_steps": 3, "metric_for_best_model": "eval_loss"}, None),
+        ("rm", {"compute_accuracy": "true"}, ("compute_accuracy", "does nothing but for stage: sft")),
+        ("dpo_reward", {"simpo_gamma": 1.0, "pref_loss": "simpo"}, None),
+        ("merge_sft", {"lora_rank": 32}, ("lora_rank", "does nothing in a merge")),
+        ("merge_sft", {"cutoff_len": 9}, ("cutoff_len", "does nothing in a merge")),
+        ("merge_sft", {"add_tokens": "x"}, ("add_tokens", "changes the vocabulary")),
+        ("merge_sft", {"export_quantization_bit": 4}, ("export_quantization_bit", "cannot score")),
         ("dpo_judge", {"model_name_or_path": "org/base-4b"}, ("model_name_or_path", "'outputs/exp/sft/merged'")),
         ("merge_sft", {"adapter_name_or_path": "saves/other"}, ("adapter_name_or_path", "it is 'saves/")),
         ("merge_sft", {"output_dir": "saves/x"}, ("output_dir", "`llamafactory-cli export` rejects it")),
@@ -134,7 +219,8 @@ def test_what_a_user_may_choose_is_no_fault(faults, key, value):
         ("sft", {"streaming": "true", "dataloader_num_workers": "2"}, None),
     ],
 )
-def test_keys_that_do_not_go_together(faults, step, lines, fault):
+def test_keys_that_do_not_go_together(faults, step, lines, fault, workplace):
+    Path("saves/a").mkdir(parents=True)
     found = faults(step, **lines)
     assert list(found) == ([fault[0]] if fault else [])
     assert not fault or fault[1] in found[fault[0]]

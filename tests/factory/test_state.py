@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -113,12 +114,16 @@ def test_archives_are_numbered_together_and_delete_nothing():
 
 def test_the_last_whole_checkpoint_is_found_by_number():
     assert last_checkpoint(Path("saves/x")) is None
-    for step in (9, 100, 20):
+    for step in (9, 100, 20, 400):
         made(f"saves/x/checkpoint-{step}/trainer_state.json").write_text("{}")
+        for name in ("optimizer.pt", "scheduler.pt"):
+            ZipFile(f"saves/x/checkpoint-{step}/{name}", "w").close()
+    Path("saves/x/checkpoint-400/scheduler.pt").unlink()
     made("saves/x/checkpoint-200/adapter_model.safetensors")  # killed while it saved
     made("saves/x/checkpoint-300/trainer_state.json").write_text('{"half')
     made("saves/x/checkpoint-best/trainer_state.json").write_text("{}")
     assert last_checkpoint(Path("saves/x")) == Path("saves/x/checkpoint-100")
+    assert last_checkpoint(Path("saves/x"), to_go_on=False) == Path("saves/x/checkpoint-400")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth"])
@@ -131,7 +136,7 @@ def test_a_checkpoint_whose_file_ends_early_is_not_whole(name, kept):
         made(f"saves/x/checkpoint-{step}/trainer_state.json").write_text("{}")
         tensors = {"a": torch.ones(40, 40), "b": torch.ones(3)}
         save_file(tensors, f"saves/x/checkpoint-{step}/adapter_model.safetensors", metadata={"format": "pt"})
-        for other in ("optimizer.pt", "rng_state.pth", "training_args.bin"):
+        for other in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
             torch.save(tensors, f"saves/x/checkpoint-{step}/{other}")
     assert last_checkpoint(Path("saves/x")) == Path("saves/x/checkpoint-2")
     path = Path("saves/x/checkpoint-2") / name

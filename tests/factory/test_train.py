@@ -24,7 +24,7 @@ from factory.trainer_log import loss_curve
 
 # Stands for llamafactory-cli: writes what it writes, as far as our half reads it, and fails on demand.
 FAKE = """
-import json, os, struct, sys, time
+import json, os, struct, sys, time, zipfile
 from pathlib import Path
 command, recipe_path, *options = sys.argv[1:]
 lines = (line.split(": ", 1) for line in Path(recipe_path).read_text().splitlines() if line)
@@ -66,12 +66,15 @@ for step in range(first + 1, 5):
         kept = out / f"checkpoint-{step}"
         kept.mkdir(exist_ok=True)
         (kept / "trainer_state.json").write_text("{}")
-    if mode == "stops" and step == 3 or mode == "stops early" and step == 1:
+        for name in () if mode == "weights only" else ("optimizer.pt", "scheduler.pt"):
+            zipfile.ZipFile(kept / name, "w").close()
+    if mode in ("stops", "weights only") and step == 3 or mode == "stops early" and step == 1:
         sys.exit("RuntimeError: CUDA out of memory")
     if mode == f"interrupted at {step}":
         os.kill(os.getppid(), 2)
         time.sleep(60)
-(out / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+ended = {"log_history": history, "global_step": 3 if mode == "short" else 4, "max_steps": 4}
+(out / "trainer_state.json").write_text(json.dumps(ended))
 (out / "adapter_config.json").write_text("{}")
 if mode != "no adapter":
     weights(out / "adapter_model.safetensors", float("nan") if mode == "nan weights" else 1.0)
@@ -225,9 +228,13 @@ def test_after_an_interrupt_the_advice_is_what_the_next_call_takes(experiment, m
     assert run(experiment, **{flag.removeprefix("--"): True})[0] == experiment.adapter_folder("sft")
 
 
-def test_resume_without_a_checkpoint_begins_again_after_archiving(experiment):
+@pytest.mark.parametrize("mode", ["stops early", "weights only"])
+def test_resume_without_a_checkpoint_begins_again_after_archiving(experiment, mode):
     with pytest.raises(ArenaError):
-        run(experiment, "stops early")
+        run(experiment, mode)
+    if mode == "weights only":
+        with pytest.raises(ArenaError, match=r"no whole checkpoint \(one is whole with its optimizer and scheduler"):
+            run(experiment)
     _, shown = run(experiment, resume=True)
     assert "holds no whole checkpoint: training starts at the beginning" in shown
     assert Path("saves/tiny/lora/demo_sft.earlier-1/trainer_log.jsonl").is_file()
@@ -254,6 +261,7 @@ def test_an_adapter_that_was_damaged_later_is_not_kept_and_written_again_by_resu
         ("mute", "does not say on how many rows"),
         ("nan", "NaN or infinite at step 2"),
         ("nan weights", "1 trained weights are NaN or infinite, the first is lora_A"),
+        ("short", "the training ended at step 3 of 4 planned ones"),
         ("no adapter", r"ended without an error, but did not write adapter_model\.safetensors"),
         ("error", "Template qwen33 does not exist."),
     ],
