@@ -1,6 +1,6 @@
 """The comparison: every stage that was scored, on identical rows, with paired differences and a blend.
 
-compare({"sft": frame, "dpo_judge": frame}, seed=42)   # frames: id, verdict, group, p_a, p_b, p_tie
+compare(rows, {"sft": probabilities, "dpo_judge": probabilities}, seed=42)
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from common.battle import VERDICTS
 from common.errors import ArenaError
 from common.experiment import Experiment
 from common.files import write_json
 from common.stages import STAGES
-from data_prep.export_reader import readable, truth_of
+from data_prep.export_reader import truth_of
 from data_prep.ground_truth import probabilities_of
 from factory.stage_context import StageContext
 from scoring import metrics
@@ -28,7 +27,6 @@ from scoring.predictions import REPORT, read_probabilities
 from scoring.report.page import write_compare_page
 from scoring.score_stage import read_report, texts
 
-CHANCES = tuple(f"p_{name}" for name in VERDICTS)
 BLEND = "blend"
 # The smallest probability whose logarithm enters the blend: one certain mistake must not rule the weights.
 _FLOOR = 1e-6
@@ -52,11 +50,13 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
             remedy=f"python run.py sft -e {experiment.name}, then dpo and rm",
         )
     rows = texts(data, "valid")
-    frames = {context.name: _scored_frame(context, rows["id"].tolist()) for context in contexts}
+    ids = rows["id"].tolist()
+    models = {context.name: _probabilities(context, ids) for context in contexts}
     baselines = baseline_probabilities(texts(data, "train"), rows, experiment.seed)
     truth = truth_of(data)
-    bayes = None if truth is None else probabilities_of(truth, rows["id"].tolist(), str(data / "truth.csv"))
-    result = {"experiment": experiment.name, **compare(frames, experiment.seed, baselines=baselines, bayes=bayes)}
+    bayes = None if truth is None else probabilities_of(truth, ids, str(data / "truth.csv"))
+    compared = compare(rows, models, experiment.seed, baselines=baselines, bayes=bayes)
+    result = {"experiment": experiment.name, **compared}
     result["flags"] = {context.name: _red_flags(context) for context in contexts}  # no comparison hides them
     write_compare_page(result, folder / "compare.html")
     write_json(folder / "compare.json", result)
@@ -64,7 +64,8 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
 
 
 def compare(
-    frames: Mapping[str, pd.DataFrame],
+    rows: pd.DataFrame,
+    stages: Mapping[str, np.ndarray],
     seed: int,
     *,
     baselines: Mapping[str, np.ndarray] | None = None,
@@ -72,14 +73,14 @@ def compare(
 ) -> dict[str, Any]:
     """Return rows, `table` (a row each, blend last), `differences` of all pairs, `blend`, `baselines` and `bayes`.
 
-    Frames have the columns id, verdict, group, p_a, p_b, p_tie; `baselines` and `bayes` are [rows, 3]. All intervals
-    are 95%, by prompt group, from the same draws. Raises ArenaError where the frames do not hold the same rows, or a
-    verdict is missing.
+    `rows` have the columns verdict and group; `stages`, `baselines` and `bayes` are probabilities [rows, 3] of these
+    rows. All intervals are 95%, by prompt group, from the same draws. Raises ArenaError where a verdict is missing.
     """
-    _require_comparable(frames)
-    first, baselines = next(iter(frames.values())), dict(baselines or {})
-    truth, groups = metrics.verdict_codes(first["verdict"]), metrics.as_groups(first["group"])
-    models = {name: frame[list(CHANCES)].to_numpy(np.float64) for name, frame in frames.items()}
+    models, baselines = dict(stages), dict(baselines or {})
+    truth, groups = metrics.verdict_codes(rows["verdict"]), metrics.as_groups(rows["group"])
+    if not len(truth) or (truth < 0).any():
+        what, remedy = "there are no rows to compare on, or rows without a verdict", "prepare, then score every stage"
+        raise ArenaError(what, where="the validation fold", remedy=remedy)
     mixed, blend = _blend(models, truth, groups, seed)
     if mixed is not None:
         models[BLEND] = mixed
@@ -147,39 +148,17 @@ def _blend(
     return mixed, {"weights": weights, "reason": "cross-fitted; the weights shown are those of all rows"}
 
 
-def _require_comparable(frames: Mapping[str, pd.DataFrame]) -> None:
-    """Raise ArenaError that lists every frame whose rows are not the first one's, or that lacks a verdict."""
-    reference, first = next(iter(frames.items()))
-    faults = []
-    for name, frame in frames.items():
-        for column in ("id", "verdict", "group"):
-            if frame[column].tolist() != first[column].tolist():
-                faults.append(f"{name} and {reference} hold different rows (column {column})")
-        if not len(frame) or (metrics.verdict_codes(frame["verdict"]) < 0).any():
-            faults.append(f"{name}: there are no rows, or rows without a verdict")
-    if faults:
-        raise ArenaError(
-            "\n".join(["the stages cannot be compared:", *(f"  - {fault}" for fault in faults)]),
-            where="compare",
-            remedy="score every stage again on the same prepared data",
-        )
-
-
-def _scored_frame(context: StageContext, ids: list[str]) -> pd.DataFrame:
-    """Return a stage's verdicts, groups and final probabilities; raises ArenaError where they are not of `ids`."""
+def _probabilities(context: StageContext, ids: list[str]) -> np.ndarray:
+    """Return a stage's final probabilities [rows, 3]; raises ArenaError where they are not of `ids`."""
     context.require_scored()
-    folder = context.folder
-    with readable(folder / "scores_valid.parquet", "score the stage again"):
-        scores = pd.read_parquet(folder / "scores_valid.parquet", columns=["id", "verdict", "group"])
-    if context.outdated_files() or scores["id"].tolist() != ids:
+    if context.outdated_files():
         raise ArenaError(
             f"{context.name} was trained or scored on another export than {context.experiment.data_folder} holds now",
-            where=str(folder),
+            where=str(context.folder),
             remedy=f"prepare the earlier votes again; or {context.command} --fresh; a stage whose folder is moved out "
             "of outputs/ is left out",
         )
-    scores[list(CHANCES)] = read_probabilities(folder / "probabilities_valid.csv", ids)
-    return scores
+    return read_probabilities(context.folder / "probabilities_valid.csv", ids)
 
 
 def _red_flags(context: StageContext) -> list[str]:

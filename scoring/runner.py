@@ -150,9 +150,9 @@ class _Count:
 
     def __init__(self, line: Line, pace: Pace, job: Job, must: bool):
         self.pace, self._must, self._line = pace, must, line
-        self._total, self._left = job.rows, float(job.tokens)
+        self._total, self._tokens, self._left = job.rows, max(job.tokens, 1), float(job.tokens)
         self.rows = self.kept = 0
-        self._begun: dict[Shard, float] = {}  # the share of each shard that is being computed
+        self._begun = 0.0  # tokens that are counted of a shard that is being computed
 
     def keep(self, shard: Shard) -> None:
         """Count a shard of an earlier call."""
@@ -163,22 +163,20 @@ class _Count:
             self.pace.skip(shard.tokens)
 
     def progress(self, shard: Shard, share: float) -> None:
-        """Count what was done of a shard since the last time; one that is computed again counts from where it was."""
-        before = self._begun.get(shard, 0.0)
-        if before < share < 1:  # the end is counted once the scores are kept
-            self._begun[shard] = share
-            self._add((share - before) * shard.tokens)
+        """Count what is done of a shard."""
+        if share < 1:  # the end is counted once the scores are kept
+            self._count(share * shard.tokens)
 
     def finish(self, shard: Shard) -> None:
         """Count a shard as computed and kept."""
-        before = self._begun.pop(shard, 0.0)
         self.rows += len(shard.rows)
-        self._add((1 - before) * shard.tokens)
+        self._count(shard.tokens)
+        self._begun = 0.0
 
-    def _add(self, tokens: float) -> None:
-        self._left -= tokens
-        self.pace.update(tokens, must=self._must)
-        rows = self.rows + sum(int(share * len(shard.rows)) for shard, share in self._begun.items())
+    def _count(self, tokens: float) -> None:
+        self._left -= tokens - self._begun
+        self.pace.update(tokens - self._begun, must=self._must)
+        self._begun = tokens
         speed = f", {self.pace.speed:,.0f} tokens/s" if self.pace.speed else ""
         left = self.pace.forecast(max(self._left, 0)) or 0
-        self._line.update(f"{rows:,}/{self._total:,}{speed}", rows / max(self._total, 1), left)
+        self._line.update(f"{self.rows:,}/{self._total:,}{speed}", 1 - max(self._left, 0) / self._tokens, left)

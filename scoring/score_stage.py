@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetWriter
 
 from common.console import duration
-from common.errors import ArenaError, UsageError
+from common.errors import ArenaError
 from common.files import atomic_file, only_run, read_json, write_json
 from common.progress import Show
 from common.stages import STAGES, UNTRAINED
@@ -56,14 +56,6 @@ class ScoreOptions:
     fresh: bool = False
     started: float = field(default_factory=time.monotonic)
 
-    def __post_init__(self) -> None:
-        if self.time_limit is not None and self.ray is not None:
-            raise UsageError(
-                "a time limit gives shards out one by one, and Ray takes all of them at once",
-                where="--time-limit --ray",
-                remedy="give one of the two",
-            )
-
     @classmethod
     def of(cls, *, time_limit: str | None = None, **options: Any) -> ScoreOptions:
         """Return the options of a command line, where a time limit is text such as 1h30m; raises UsageError."""
@@ -101,8 +93,7 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
     context.require_current_training()
     scorer.require_own_export()
     compared = check_merge(context, show=show)
-    usual = {"engine": (spec.engine, "torch"), "precision": (spec.precision, "auto")}
-    asked = {name: value for name, (value, default) in usual.items() if value != default}
+    asked = {"engine": spec.engine, "precision": spec.precision}
     inputs = {"model": scorer.inputs(), **context.scoring_inputs, **asked}
     again = f"python run.py score -e {context.experiment.name} --stage {stage} --fresh"
     with only_run(folder):
@@ -145,7 +136,7 @@ def read_report(context: StageContext, *, remedy: str | None = None) -> dict[str
 
 
 def texts(data: Path, split: str) -> pd.DataFrame:
-    """Return the frame that the baselines learn from (see scoring.baselines).
+    """Return the frame that the baselines learn from (see scoring.baselines), with each row's prompt group.
 
     The answers are as they were fitted to the judge prompt, lengths and turns as in the vote.
     """
@@ -155,7 +146,7 @@ def texts(data: Path, split: str) -> pd.DataFrame:
     ]
     fitted = pd.DataFrame(rows, columns=["id", "verdict", "text_a", "text_b"])
     with readable(data / "rows.parquet"):
-        return fitted.join(read_rows(data, split)[["chars_prompt", "chars_a", "chars_b", "turns"]])
+        return fitted.join(read_rows(data, split)[["group", "chars_prompt", "chars_a", "chars_b", "turns"]])
 
 
 def audit_for(data: Path, stage: str) -> dict[str, Any]:
@@ -243,31 +234,26 @@ def _report(
 ) -> tuple[dict[str, Any], Any, Calibration]:
     """Return the report, the validation rows' probabilities and the calibration."""
     experiment, stage, data = context.experiment, context.name, context.experiment.data_folder
-    curve = loss_curve(context.adapter / "trainer_log.jsonl")
-    prior = context.scoring_inputs["target_prior"]
-    checks = run_checks(
-        context,
-        scores=valid,
-        test_ids=list(test.ids()),
-        loss_curve=curve,
-        compared=compared,
-    )
+    curve, seconds = loss_curve(context.adapter / "trainer_log.jsonl"), scoring.pop("seconds")
+    checks = run_checks(context, scores=valid, test_ids=list(test.ids()), loss_curve=curve, compared=compared)
     return build_report(
-        experiment=experiment.name,
-        stage=stage,
+        about={
+            "experiment": experiment.name,
+            "stage": stage,
+            "merge_gate": compared and compared["merge_gate"],
+            "checks": [check.to_json() for check in checks],
+            "loss_curve": curve,
+            "provenance": {**_provenance(context), "scoring_seconds": seconds},
+            "scoring": scoring,
+        },
         scores=valid,
         train_rows=texts(data, "train"),
         valid_texts=texts(data, "valid"),
         truth=truth_of(data),
-        audit=audit_for(data, stage),
-        loss_curve=curve,
-        provenance=_provenance(context, scoring.pop("seconds")),
+        truncation=audit_for(data, stage)["truncation"],
         swap_tta=experiment.swap_tta and bool(scoring["rows_in_both_orders"]["valid"]),
         seed=experiment.seed,
-        target_prior=prior,
-        merge_gate=compared and compared["merge_gate"],
-        checks=[check.to_json() for check in checks],
-        scoring=scoring,
+        target_prior=context.scoring_inputs["target_prior"],
         test_rows=test.rows,
         untrained=_untrained(context, valid["id"].tolist()),
     )
@@ -289,18 +275,10 @@ def _write_scores(path: Path, job: Job) -> None:
             writer.write_table(pa.Table.from_pandas(table, schema=schema, preserve_index=False))
 
 
-def _provenance(context: StageContext, seconds: float) -> dict[str, Any]:
-    data, step = context.experiment.data_folder, context.step
+def _provenance(context: StageContext) -> dict[str, Any]:
     files = [
-        context.experiment.folder / "experiment.yaml",
-        context.recipe_path,
-        context.merge_recipe_path,
-        *(data / name for name in ("rows.parquet", "battles.parquet", "truth.csv", "judge_prompt.j2")),
-        *(data / f"{step.data}_{split}.jsonl" for split in ("train", "valid")),
-        *sorted((data / f"{step.data}_train").glob("*.jsonl")),  # a large set is a folder of parts
-        *((data / "pairs.parquet",) if step.data == "dpo_reward" else ()),
-        context.merged / MANIFEST,
-        *sorted(context.adapter.glob("*.safetensors")),
+        *(context.experiment.folder / "experiment.yaml", context.recipe_path, context.merge_recipe_path),
+        *(context.merged / MANIFEST, *sorted(context.adapter.glob("*.safetensors"))),
         *sorted(context.merged.glob("*.safetensors")),
     ]
-    return {**provenance(seed=context.experiment.seed, files=files), "scoring_seconds": round(seconds, 2)}
+    return provenance(seed=context.experiment.seed, files=files, known=context.exported)

@@ -56,17 +56,18 @@ def as_rewards(scores: pd.DataFrame) -> pd.DataFrame:
 
 def built(scores, texts, truth=None, *, train=None, **more):
     """Return what `build_report` returns of an arena's parts."""
-    settings = {
+    about = {
         "experiment": "demo",
         "stage": "sft",
-        "audit": {"truncation": {"train": {"rows": 3, "rows_cut": 1, "rows_cut_share": 1 / 3, "fields_cut": {"a": 1}}}},
         "loss_curve": CURVE,
         "provenance": {"versions": {"torch": "2"}, "sha256": {"data": "4e5a0b8f"}},
-        "swap_tta": False,
-        "seed": 7,
         "merge_gate": MERGE,
         "checks": CHECKS,
+        "scoring": {},
     }
+    about |= {name: more.pop(name) for name in about if name in more}
+    truncation = {"train": {"rows": 3, "rows_cut": 1, "rows_cut_share": 1 / 3, "fields_cut": {"a": 1}}}
+    settings = {"about": about, "truncation": truncation, "swap_tta": False, "seed": 7}
     train = arena(600, 1_000)[1] if train is None else train
     return build_report(scores=scores, train_rows=train, valid_texts=texts, truth=truth, **(settings | more))
 
@@ -76,11 +77,6 @@ def comparison() -> dict:
     scores, _, truth = arena(300, 5)
     chances = truth[list(PROBABILITY_COLUMNS)].to_numpy()
     uniform = np.full((300, 3), 1 / 3)
-    columns = [f"p_{name}" for name in VERDICTS]
-    rows = scores[["id", "verdict", "group"]]
-    frames = {
-        "sft": rows.assign(**dict(zip(columns, chances.T, strict=True))),
-        "rm": rows.assign(**dict(zip(columns, uniform.T, strict=True))),
-    }
-    found = compare(frames, seed=1, baselines={"prior": uniform, "tfidf": uniform}, bayes=chances)
+    models = {"sft": chances, "rm": uniform}
+    found = compare(scores, models, seed=1, baselines={"prior": uniform, "tfidf": uniform}, bayes=chances)
     return {"experiment": "demo", **found, "flags": {"sft": [], "rm": []}}

@@ -1,6 +1,6 @@
 """The report of one stage as numbers: what it reached, beside its baselines, and where it is weak.
 
-report, probabilities, calibration = build_report(experiment="demo", stage="sft", scores=…, …)
+report, probabilities, calibration = build_report(about={"stage": "sft", …}, scores=…, …)
 write_json(folder / "report.json", report)
 """
 
@@ -40,61 +40,49 @@ LISTED = 20
 
 def build_report(
     *,
-    experiment: str,
-    stage: str,
+    about: Mapping[str, Any],
     scores: pd.DataFrame,
     train_rows: pd.DataFrame,
     valid_texts: pd.DataFrame,
     truth: pd.DataFrame | None,
-    audit: Mapping[str, Any],
-    loss_curve: list[dict],
-    provenance: Mapping[str, Any],
+    truncation: Mapping[str, Any],
     swap_tta: bool,
     seed: int,
     target_prior: Mapping[str, float] | None = None,
-    merge_gate: Mapping[str, Any] | None = None,
-    checks: Sequence[Mapping[str, Any]] = (),
-    scoring: Mapping[str, Any] | None = None,
     test_rows: int = 0,
     untrained: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, Any], np.ndarray, Calibration]:
     """Judge one stage's scores and return (report.json's content, probabilities [rows, 3], calibration).
 
-    `scores` one row a battle; `train_rows` and `valid_texts` as `baselines` describes, `valid_texts` with every id
-    of `scores`; `truth` (synthetic arena): id and the true probabilities, in `PROBABILITY_COLUMNS`.
+    `about` goes into the report as it is: experiment, stage, merge_gate, checks, loss_curve, provenance, and scoring:
+    how the rows were scored. `scores` one row a battle; `train_rows` and `valid_texts` as `baselines` describes,
+    `valid_texts` with every id of `scores`; `truth` (synthetic arena): id and the true probabilities, in
+    `PROBABILITY_COLUMNS`; `truncation` the audit's, `test_rows` the size of the test set.
     The rows are judged by the calibration's cross-fitted probabilities, before any `target_prior`, because these
-    rows have their own prior; what the correction would reach is estimated by weighting. `scoring`: how the rows were
-    scored (engine, precision, time limit), `test_rows` how many the test set has. `untrained`: what other stages say of
-    the rows [rows, 3], which joins the baselines. `beats_prior` is true where the paired 95% interval of the gain over
-    the class prior lies above 0 and the log loss is below that of a third for each class.
+    rows have their own prior; what the correction would reach is estimated by weighting. `untrained`: what other
+    stages say of the rows [rows, 3], which joins the baselines. `beats_prior` is true where the paired 95% interval of
+    the gain over the class prior lies above 0 and the log loss is below that of a third for each class.
     Raises ArenaError for broken scores (naming ids), rows without text, or no row with a verdict.
     """
     _require_texts(scores, valid_texts)
     train_truth = metrics.verdict_codes(train_rows["verdict"])
-    train_prior = smoothed_prior(train_truth)
-    calibration = calibrate(
-        scores, seed=seed, swap_tta=swap_tta, train_prior=_by_class(train_prior), target_prior=target_prior
-    )
+    train_prior = _by_class(smoothed_prior(train_truth))
+    calibration = calibrate(scores, seed=seed, swap_tta=swap_tta, train_prior=train_prior, target_prior=target_prior)
     fitted = calibration.used
     judged = _judged(scores, fitted.probabilities, train_rows, valid_texts, truth, seed, untrained or {})
     report = {
-        "experiment": experiment,
-        "stage": stage,
+        **about,
         "set": "valid",
         **_quality(judged, fitted),
         "ece_by_chance": metrics.ece_by_chance(judged.model, seed=seed),
         **calibration.to_json(),
         "target_prior": _weighted_to_target(judged, fitted),
-        "merge_gate": merge_gate,
-        "checks": list(checks),
-        "truncation": _truncation(judged, audit),
+        "truncation": _truncation(judged, truncation),
         "train_class_counts": _counts(train_truth),
         "baseline_notes": {
             k: v for k, v in baseline_notes(int((train_truth >= 0).sum())).items() if k in judged.baselines
         },
-        "loss_curve": loss_curve,
-        "provenance": {**provenance, "report": {"seed": seed, "bootstrap_draws": metrics.DRAWS}},
-        "scoring": dict(scoring or {}),
+        "provenance": {**about["provenance"], "report": {"seed": seed, "bootstrap_draws": metrics.DRAWS}},
     }
     report["flags"] = flags_of(report, test_rows)
     return _jsonable(report), fitted.probabilities, calibration
@@ -270,9 +258,9 @@ def _most_biased(judged: _Judged) -> list[dict[str, Any]]:
     return _listed(judged, moved, lambda row: {"change": moved[row], "a_first": ab[row], "b_first": ba[row]})
 
 
-def _truncation(judged: _Judged, audit: Mapping[str, Any]) -> dict[str, Any]:
+def _truncation(judged: _Judged, audited: Mapping[str, Any]) -> dict[str, Any]:
     """Return the audit's truncation, and how many of the judged rows were cut and what they cost."""
-    found = dict(audit.get("truncation") or {})
+    found = dict(audited)
     if "cut" in judged.table:
         cut = judged.table["cut"].fillna(False).to_numpy(dtype=bool)
         losses = judged.losses(judged.model)

@@ -77,11 +77,10 @@ def scores_of(number: int, swapped: bool) -> list[float]:
 
 @dataclass(frozen=True)
 class FakeSpec:
-    """What a worker is told: it may be one that dies on the row `deadly`, as often as `flag` does not exist."""
+    """What a worker is told: it may be one that dies on the row `deadly` unless the file `flag` exists."""
 
     deadly: int = -1
     flag: str = ""
-    always: bool = False
     fault: bool = False
     engine: str = "fake"
 
@@ -91,7 +90,7 @@ class FakeSpec:
         def before(prepared):
             if self.fault:
                 raise ArenaError("has no finite score", where="id r7", remedy="look at the weights")
-            if self.deadly in [number for number, _ in prepared] and (self.always or not Path(self.flag).exists()):
+            if self.deadly in [number for number, _ in prepared] and not Path(self.flag).exists():
                 Path(self.flag).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -116,9 +116,7 @@ def test_nobody_else_s_file_is_replaced_and_no_model_loaded(judged):
     assert len(probabilities()) == 40, "an earlier output is replaced"
 
 
-def test_options_that_exclude_each_other_are_wrong_use(judged):
-    with pytest.raises(UsageError, match="Ray takes all of them at once"):
-        scored(judged, time_limit=60.0, ray="local")
+def test_engines_and_precisions_that_a_stage_lacks_are_wrong_use(judged):
     with pytest.raises(UsageError, match="gives rewards and cannot be scored in auto"):
         ScorerSpec(StageContext(judged, "rm"), "llama.cpp").scorer()
     with pytest.raises(UsageError, match="cannot be scored in adapter by torch") as caught:
