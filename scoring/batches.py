@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from common.errors import ArenaError
 from factory.gpu import TOKEN_BUDGET
 from scoring.packed_model import Pack, PackedModel, Piece, pack
 
-_Item = TypeVar("_Item")
 Group = Sequence[Piece]  # pieces that share a batch, such as a prompt and its answers
 
 
@@ -42,19 +38,18 @@ def run_batches(
     done = tokens = 0
     while done < len(order):
         failed: list[int] = []
-        with closing(_packs(model, groups, order[done:], budget)) as packs:
-            for batch, ready in packs:
-                try:
-                    with torch.inference_mode():
-                        work(batch, ready)
-                except RuntimeError as error:
-                    if not _is_out_of_memory(error):
-                        raise
-                    failed = batch
-                    break
-                done += len(batch)
-                tokens += sum(sizes[i] for i in batch)
-                progress(tokens / sum(sizes))
+        for batch in _plan(model, groups, order[done:], budget):
+            try:
+                with torch.inference_mode():
+                    work(batch, pack(_joined([groups[i] for i in batch])).to(model.device))
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                failed = batch
+                break
+            done += len(batch)
+            tokens += sum(sizes[i] for i in batch)
+            progress(tokens / sum(sizes))
         if failed:
             # Only here, where the exception and with it the failed pass's frames are gone, can memory be freed.
             torch.cuda.empty_cache()
@@ -66,25 +61,6 @@ def run_batches(
                 )
             budget = max(1, min(budget, sum(sizes[i] for i in failed)) // 2)
             note(f"out of memory: continuing with {budget:,} tokens a batch")
-
-
-def prefetch(items: Iterable[_Item]) -> Generator[_Item, None, None]:
-    """Yield the items in their order; a thread makes the next one while the caller works on the present one."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, iterator, end)
-        while (item := following.result()) is not end:
-            following = pool.submit(next, iterator, end)
-            yield item
-
-
-def _packs(
-    model: PackedModel, groups: Sequence[Group], order: list[int], budget: int
-) -> Generator[tuple[list[int], Pack], None, None]:
-    plan = _plan(model, groups, order, budget)
-    packs = ((batch, pack(_joined([groups[i] for i in batch])).to(model.device)) for batch in plan)
-    # On a CPU a pack takes no time and is not copied; a thread would only take a core from the model.
-    return packs if model.device.type == "cpu" else prefetch(packs)
 
 
 def _plan(model: PackedModel, groups: Sequence[Group], order: list[int], budget: int) -> Iterator[list[int]]:

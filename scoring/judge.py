@@ -230,20 +230,15 @@ def write_golden_answers(judge: Judge, answers: np.ndarray, precision: str) -> N
     write_json(judge.folder / GOLDEN_ANSWERS, {"format": FORMAT, "precision": precision, "answers": content})
 
 
-def golden_tolerance(folder: Path, precision: str) -> float | None:
-    """Return how far answers in a precision may lie from a judge's golden answers; None where it has none.
+def require_golden_answers(folder: Path, precision: str, answer: Callable[[], np.ndarray]) -> None:
+    """Raise ArenaError unless `answer()`, a loaded model's answers [n, classes], are near the golden answers.
 
-    Raises ArenaError if their file is damaged.
+    A folder may have no golden answers; raises ArenaError if their file is damaged.
     """
     golden = _golden_answers(folder)
-    return golden and max(TOLERANCE.get(name, COARSEST) for name in (golden["precision"], precision))
-
-
-def require_golden_answers(folder: Path, precision: str, answer: Callable[[], np.ndarray]) -> None:
-    """Raise ArenaError unless `answer()`, a loaded model's answers [n, classes], are near the golden answers."""
-    golden, tolerance = _golden_answers(folder), golden_tolerance(folder, precision)
     if golden is None:
         return
+    tolerance = max(TOLERANCE.get(name, COARSEST) for name in (golden["precision"], precision))
     expected = np.array([golden["answers"][battle.id] for battle in GOLDEN_PROMPTS], dtype=np.float64)
     distance = float(np.abs(expected - answer()).max())
     if not distance <= tolerance:  # also where it is NaN

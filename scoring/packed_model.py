@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -48,12 +48,9 @@ class Pack:
     places: torch.Tensor
 
     def to(self, device: torch.device) -> Pack:
-        """Return the pack on a CPU or a GPU, to which it is copied while earlier work there goes on."""
-        if device.type == "cpu":
-            return self
-        tensors = (self.ids, self.positions, self.places)
-        ids, positions, places = (x.pin_memory().to(device, non_blocking=True) for x in tensors)
-        return Pack(ids, positions, self.spans, self.wanted_spans, places)
+        """Return the pack on a CPU or a GPU."""
+        ids, positions, places = (x.to(device) for x in (self.ids, self.positions, self.places))
+        return replace(self, ids=ids, positions=positions, places=places)
 
 
 def pack(pieces: Sequence[Piece]) -> Pack:

@@ -22,7 +22,7 @@ from common.battle import PROBABILITY_COLUMNS
 from common.console import name_of, printable
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
-from common.files import atomic_file, is_within, only_run, read_json, sha256_of, write_json
+from common.files import atomic_file, is_within, sha256_of
 from data_prep.export_reader import earlier_manifest
 
 REPORT = "report.json"
@@ -37,8 +37,8 @@ _AGAIN = "score the stage again; please report it if it comes back"
 # A folder of its own: test.csv and valid.csv are the names of a result's own tables, and Kaggle's.
 FOLDER = "scored"
 DATA = Path("data")
-# What all stages wrote with --output, by content.
-RECORD = Path("outputs") / "scored.json"
+# What all stages wrote with --output, by content: lines as sha256sum writes them.
+RECORD = Path("outputs") / "scored.sha256"
 _ENDING = re.compile(r"\.(csv\.gz|csv|parquet|zip)$", re.IGNORECASE)
 
 
@@ -173,32 +173,16 @@ def require_replaceable(output: Path, source: str | Path, experiment: Experiment
 
 def record_output(output: Path) -> None:
     """Record the content of an output, so that a later call may replace it as long as it is unchanged."""
-    name = printable(str(output))  # a file's name need not be valid UTF-8
-    with only_run(RECORD, wait=lambda _: None):  # other runs hold it for a moment only
-        others = {digest: place for digest, place in _recorded().items() if place != name}
-        write_json(RECORD, {**others, sha256_of(output): name})
-
-
-def _recorded() -> dict[str, str]:
-    """Return the SHA-256 of every output with its place, newest last; empty where the list is missing or damaged."""
-    try:
-        recorded = read_json(RECORD)
-    except (OSError, ValueError):
-        return {}
-    return recorded if isinstance(recorded, dict) else {}
+    RECORD.parent.mkdir(exist_ok=True)
+    with RECORD.open("a", encoding="utf-8") as file:
+        file.write(f"{sha256_of(output)}  {printable(str(output))}\n")  # a file's name need not be valid UTF-8
 
 
 def _is_earlier(output: Path) -> bool:
-    header = (",".join(HEADER) + "\n").encode()
-    try:
-        with output.open("rb") as file:
-            if file.read(len(header)) != header:
-                return False
-    except OSError:
-        return False
     place, outputs = (Path(os.path.realpath(path)) for path in (output, RECORD.parent))
-    in_our_folder = place.is_relative_to(outputs) and place.relative_to(outputs).parts[2:-1] == (FOLDER,)
-    return in_our_folder or sha256_of(output) in _recorded()
+    if place.is_relative_to(outputs) and place.relative_to(outputs).parts[2:-1] == (FOLDER,):
+        return True
+    return RECORD.is_file() and sha256_of(output) in RECORD.read_text(encoding="utf-8", errors="replace")
 
 
 def _is_same(output: Path, source: Path) -> bool:

@@ -50,11 +50,10 @@ class RunStatus:
     curve: list[dict[str, float | None]]  # step, loss, lr, eval_loss
     evaluations: list[dict[str, Any]]  # step, eval_loss, log_loss: its upper bound, None without one
     why_no_log_loss: str | None
-    evaluates: str | None = None  # when the recipe evaluates, None where it does not
+    evaluates: bool = False  # whether the recipe asks for evaluations
     start_step: int = 0  # the step from which a resumed run goes on
     measured: list[dict[str, Any]] = field(default_factory=list)  # checkpoints: step, log_loss, rows, ladder on these
     ladder: dict[str, float] | None = None  # the log loss of each baseline
-    how_to_evaluate: str = ""
     faults: list[str] = field(default_factory=list)  # why the ladder or a checkpoint's score is missing
     reached: dict[str, Any] | None = None  # a scored stage's report: log_loss, rows, beats_prior, ladder
 
@@ -98,10 +97,9 @@ def run_status(context: StageContext) -> RunStatus:
             if (loss := row["eval_loss"]) is not None
         ],
         why_no_log_loss=why,
-        evaluates=evaluation_times(recipe),
+        evaluates=recipe.get("eval_strategy", "no") != "no",
         start_step=start,
         ladder=reached["ladder"] if reached else None,
-        how_to_evaluate=_HOW_TO_EVALUATE,
         reached=reached,
     )
 
@@ -115,14 +113,6 @@ def _reached(context: StageContext, view: StageStatus) -> dict[str, Any] | None:
     ladder = {name: float(known[name]) for name in BASELINE_NAMES if isinstance(known.get(name), int | float)}
     beats = bool(view.beats_prior)
     return {"log_loss": view.log_loss, "rows": report.get("rows"), "beats_prior": beats, "ladder": ladder}
-
-
-def evaluation_times(recipe: dict[str, Any]) -> str | None:
-    """Return in words when a recipe evaluates during training, None where it does not."""
-    every = recipe.get("eval_steps") or recipe.get("logging_steps", 500)  # as transformers chooses
-    # A whole number counts steps, a fraction is a share of them; the recipe of a watched run was never checked.
-    steps = f"every {every} steps" if isinstance(every, int) else f"every {every} of the steps"
-    return {"steps": steps, "epoch": "after each epoch"}.get(str(recipe.get("eval_strategy", "no")))
 
 
 def answer_tokens(context: StageContext) -> tuple[int | None, str | None]:
@@ -182,8 +172,7 @@ def in_words(status: RunStatus) -> list[str]:
     elif status.why_no_log_loss:
         lines.append(f"no log loss yet: {status.why_no_log_loss}")
     elif not (status.evaluations or status.measured):
-        when = f"the recipe evaluates {status.evaluates}" if status.evaluates else status.how_to_evaluate
-        lines.append(f"no evaluation yet: {when}")
+        lines.append("no evaluation yet" + ("" if status.evaluates else f": {_HOW_TO_EVALUATE}"))
     if status.ladder:
         lines.append(f"to beat: {_listed(status.ladder)}")
     lines += status.faults

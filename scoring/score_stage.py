@@ -276,9 +276,17 @@ def _write_scores(path: Path, job: Job) -> None:
 
 
 def _provenance(context: StageContext) -> dict[str, Any]:
+    data, step = context.experiment.data_folder, context.step
     files = [
-        *(context.experiment.folder / "experiment.yaml", context.recipe_path, context.merge_recipe_path),
-        *(context.merged / MANIFEST, *sorted(context.adapter.glob("*.safetensors"))),
+        context.experiment.folder / "experiment.yaml",
+        context.recipe_path,
+        context.merge_recipe_path,
+        *(data / name for name in ("rows.parquet", "battles.parquet", "truth.csv", "judge_prompt.j2")),
+        *(data / f"{step.data}_{split}.jsonl" for split in ("train", "valid")),
+        *sorted((data / f"{step.data}_train").glob("*.jsonl")),  # a large set is a folder of parts
+        *((data / "pairs.parquet",) if step.data == "dpo_reward" else ()),
+        context.merged / MANIFEST,
+        *sorted(context.adapter.glob("*.safetensors")),
         *sorted(context.merged.glob("*.safetensors")),
     ]
-    return provenance(seed=context.experiment.seed, files=files, known=context.exported)
+    return provenance(seed=context.experiment.seed, files=files)

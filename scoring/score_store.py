@@ -164,8 +164,8 @@ class ShardFolder:
         self, base: Path, target: str, inputs: Mapping[str, Any], note: Callable[[str], None], *, fresh: bool = False
     ):
         """Open the folder of these inputs with what an earlier call left there, or empty where `fresh`."""
-        self._inputs = json.loads(json.dumps(inputs))
-        self._run = hashlib.sha256(json.dumps(self._inputs, sort_keys=True).encode()).hexdigest()
+        written = json.loads(json.dumps(inputs))
+        self._run = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
         self.path, self._note = base / f"{target}-{self._run[:12]}", note
         manifest = self.path / _MANIFEST
         if fresh:
@@ -174,11 +174,7 @@ class ShardFolder:
             names = ", ".join(sorted(map(str, others)))
             note(f"unfinished scores of earlier calls with other inputs are not used; delete them if unwanted: {names}")
         self.resumed = manifest.is_file()
-        if self.resumed:
-            with readable(manifest, "move the folder away: scoring then starts again"):
-                if read_json(manifest) != self._inputs:
-                    raise ValueError("these unfinished scores are of other inputs")
-        write_json(manifest, self._inputs)
+        write_json(manifest, written)
 
     def read(self, shard: Shard, columns: int) -> np.ndarray | None:
         """Return a shard's scores [rows, columns]; None if the file is missing or, which is noted, damaged."""

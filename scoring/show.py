@@ -60,7 +60,6 @@ class ShownBattle:
     tokens_full: int | None
     cutoff_len: int
     prompts: dict[str, str]
-    cuts: list[str]
     probabilities: dict[str, Shares]
     rewards: dict[str, float]
     source: str
@@ -126,7 +125,7 @@ def _row_at(path: Path, place: int, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _judge_read(context: StageContext, place: int, row: dict[str, Any]) -> dict[str, Any]:
-    """Return the judge prompt in both orders, and where it was cut."""
+    """Return the judge prompt in both orders."""
     data, dropped = context.experiment.data_folder, row["dropped"]
     cells = _row_at(data / "battles.parquet", place, ["id", "prompts", "responses_a", "responses_b"])
     battle = Battle(cells.pop("id"), *map(tuple, cells.values()))
@@ -136,17 +135,8 @@ def _judge_read(context: StageContext, place: int, row: dict[str, Any]) -> dict[
     frame = ChatFrame.from_dict(context.manifest["frame"])
     orders = {"prompt": battle, "prompt, A and B exchanged": swap(battle)}
     wrapped = {name: frame.wrap(prompt.message(each, dropped)) for name, each in orders.items()}
-    columns = {"user": battle.prompts, "response A": battle.responses_a, "response B": battle.responses_b}
-    texts = {
-        f"turn {turn + dropped + 1}, {name}": texts[turn]
-        for turn in range(battle.turns)
-        for name, texts in columns.items()
-    }
     ids = frame.prefix_ids, frame.suffix_ids
-    return {
-        "prompts": {name: _whole(context.experiment, text, *ids) for name, text in wrapped.items()},
-        "cuts": _cuts(texts) if row["cut"] else [],
-    }
+    return {"prompts": {name: _whole(context.experiment, text, *ids) for name, text in wrapped.items()}}
 
 
 def _pair_read(context: StageContext, place: int, row: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +147,6 @@ def _pair_read(context: StageContext, place: int, row: dict[str, Any]) -> dict[s
     start = _whole(context.experiment, frame.wrap(pair["prompt"]), frame.prefix_ids, frame.suffix_ids)
     ids = frame.answer_prefix_ids, frame.answer_suffix_ids
     ends = {x: _whole(context.experiment, frame.wrap_answer(answer), *ids) for x, answer in answers.items()}
-    texts = {"prompt": pair["prompt"], **{f"response {x}": answer for x, answer in answers.items()}}
     return {
         "dropped": pair["dropped"],
         "cut": pair["cut"],
@@ -165,7 +154,6 @@ def _pair_read(context: StageContext, place: int, row: dict[str, Any]) -> dict[s
         "tokens_full": None,
         "tokens_with": {"A": pair["tokens_a"], "B": pair["tokens_b"]},
         "prompts": {f"prompt and answer {x}": start + end for x, end in ends.items()},
-        "cuts": _cuts(texts) if pair["cut"] else [],
     }
 
 
@@ -176,15 +164,6 @@ def _whole(experiment: Experiment, text: str, before: Sequence[int], after: Sequ
     _, tokenizer = load_frame(experiment)
     first, last = (tokenizer.decode(list(ids), skip_special_tokens=False) for ids in (before, after))
     return first + text + last
-
-
-def _cuts(texts: dict[str, str]) -> list[str]:
-    """Return one line for each text whose middle was cut out."""
-    parts = {name: text.split(MARKER, 1) for name, text in texts.items() if MARKER in text}
-    return [
-        f"{name}: {len(head):,} characters kept before the cut, {len(tail):,} behind it"
-        for name, (head, tail) in parts.items()
-    ]
 
 
 def _scores(folder: Path, split: str, battle_id: str) -> tuple[dict[str, Shares], dict[str, float]]:
@@ -242,7 +221,8 @@ def _facts(shown: ShownBattle) -> list[str]:
     lines.append(f"turns: {shown.turns}; {lengths}")
     if shown.dropped:
         lines.append(f"left out: the {shown.dropped} oldest turn(s)")
-    lines += [f"cut: {line}" for line in shown.cuts]
+    if shown.cut:
+        lines.append(f"cut: the places are marked with {MARKER.strip()!r}")
     if shown.rewards:
         lines.append("rewards: " + ", ".join(f"{x.upper()} {value:+.4f}" for x, value in shown.rewards.items()))
     if not shown.probabilities:

@@ -204,11 +204,11 @@ def test_a_battle_that_is_shown_cannot_steer_a_terminal():
 
     names = {"id": ESCAPES, "experiment": "exam", "stage": "sft", "split": "train", "source": ESCAPES}
     counts = dict.fromkeys(("turns", "dropped", "tokens", "tokens_full", "cutoff_len"), 1)
-    texts = {"verdict": "a", "language": ESCAPES, "cut": True, "cuts": [ESCAPES], "prompts": {"prompt": ESCAPES}}
+    texts = {"verdict": "a", "language": ESCAPES, "cut": True, "prompts": {"prompt": ESCAPES}}
     console = Console(file=io.StringIO(), width=100)
     print_battle(console, ShownBattle(**names, **counts, **texts, probabilities={}, rewards={}))
     said = console.file.getvalue()
-    assert said.count("␛[31mred") == 5 and not set(said) & CONTROL
+    assert said.count("␛[31mred") == 4 and not set(said) & CONTROL
 
 
 def test_an_id_cannot_forge_a_line_of_an_error():
@@ -283,7 +283,7 @@ def test_a_token_or_foreign_code_in_a_configuration_is_refused(place, edit, text
 def test_provenance_holds_no_secret(secrets):
     from scoring.checks.provenance import provenance
 
-    told = json.dumps(provenance(seed=1, files=[], known={}))
+    told = json.dumps(provenance(seed=1, files=[]))
     assert not [value for value in secrets.values() if value in told]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ _PACKAGES = (
 )
 
 
-def provenance(*, seed: int, files: list[Path], known: Mapping[str, str]) -> dict[str, Any]:
-    """Return versions, the seed, hardware, commit, and sums by relative path: `known` ones, and of `files` that exist."""
+def provenance(*, seed: int, files: list[Path]) -> dict[str, Any]:
+    """Return versions, the seed, SHA-256 of `files` (relative paths; missing ones left out), hardware and commit."""
     return {
         "versions": versions(),
         "seed": seed,
-        "sha256": {**known, **{path.as_posix(): sha256_of(path) for path in files if path.is_file()}},
+        "sha256": {path.as_posix(): sha256_of(path) for path in files if path.is_file()},
         "hardware": hardware(),
         "git_commit": git_commit(),
     }

@@ -1,12 +1,10 @@
 """Checking an output folder again against what was recorded when it was made: report.json and state.json beside it.
 
-Every file that provenance or a finished part names is hashed again; versions and hardware are compared with those of
-today.
+Every file that provenance or a finished part names is hashed again; versions are compared with those of today.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +14,8 @@ from typing import Any
 from common.errors import ArenaError, UsageError
 from common.files import read_json, sha256_of
 from factory.state import PARTS, StageState
-from scoring.checks.provenance import git_commit, hardware, versions
+from scoring.checks.provenance import versions
+from scoring.checks.run_checks import stopping
 from scoring.predictions import REPORT
 
 # `changed` and `missing` mean that the folder is no longer what was made, `failed` that it was wrong when it was made;
@@ -56,17 +55,12 @@ def verify(folder: Path) -> Verification:
     root, path = stage.parents[2], folder / REPORT
     try:
         report = read_json(path)
-        provenance, hashes = report["provenance"], report["provenance"]["sha256"]
-        if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in hashes.values()):
-            raise TypeError("it names no hashes")
+        made_from, recorded = (dict[str, str](report["provenance"][key]) for key in ("sha256", "versions"))
+        failed = stopping(report.get("checks", []))
+        failures = [Finding(f"run check: {check['name']}", "failed", check["detail"]) for check in failed]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArenaError(f"cannot be read: {error}", where=str(path), remedy="score the stage again") from None
-    findings = [
-        *_files("made from", root, hashes),
-        *_parts(root, folder),
-        *_checks(report.get("checks", [])),
-        *_today(provenance),
-    ]
+    findings = [*_files("made from", root, made_from), *_parts(root, folder), *failures, *_versions(recorded)]
     return Verification(folder.as_posix(), findings)
 
 
@@ -112,34 +106,11 @@ def _parts(root: Path, folder: Path) -> Iterator[Finding]:
         yield from _files(part, root, record.sha256)
 
 
-def _checks(checks: Any) -> Iterator[Finding]:
-    """Yield the run checks that failed when the result was made."""
-    if not (isinstance(checks, list) and all(isinstance(check, dict) for check in checks)):
-        yield Finding("run checks", "changed", f"{REPORT} does not hold them as a run writes them")
-        return
-    for check in checks:
-        if check.get("passed") is False and check.get("stops"):
-            yield Finding(f"run check: {check.get('name')}", "failed", str(check.get("detail", "")))
-
-
-def _today(provenance: Mapping[str, Any]) -> Iterator[Finding]:
-    """Yield where versions, commit or hardware are not those that the result was made with."""
-    before, now = (
-        {f"version of {name}": value for name, value in _mapping(made.get("versions")).items()}
-        | {"git commit": made.get("git_commit")}
-        | _mapping(made.get("hardware"))
-        for made in (provenance, {"versions": versions(), "git_commit": git_commit(), "hardware": hardware()})
-    )
-    for name, value in before.items():
-        if now.get(name) == value:
-            yield Finding(name, "ok", _shown(value))
+def _versions(recorded: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield where the versions of today are not those that the result was made with."""
+    today = versions()
+    for name, value in recorded.items():
+        if today.get(name) == value:
+            yield Finding(f"version of {name}", "ok", value)
         else:
-            yield Finding(name, "warning", f"{_shown(value)} when it was made, {_shown(now.get(name))} now")
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+            yield Finding(f"version of {name}", "warning", f"{value} when it was made, {today.get(name)} now")

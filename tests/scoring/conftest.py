@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+from tests.scoring.places import save_adapter
 
 FAMILIES = {
     "llama": {},
@@ -62,3 +66,17 @@ def plain_logits():
             return model(input_ids=torch.tensor([list(ids)])).logits[0].float()
 
     return logits
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tiny_model) -> Path:
+    """A saved base model."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("qwen3", seed=3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory, base) -> Path:
+    """An adapter that changes every linear layer, the embeddings and the head."""
+    return save_adapter(base, tmp_path_factory.mktemp("adapter"))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 
 from common.errors import ArenaError
-from scoring.batches import prefetch
 from scoring.engines.torch_engine import score_labels
 from scoring.packed_model import PackedModel
 from tests.scoring.fakes import LABELS, token_rows
@@ -60,19 +57,3 @@ def test_out_of_memory_halves_the_batch_reports_it_and_loses_nothing(tiny_model,
     with pytest.raises(ArenaError, match="prompt 1: its 150 tokens alone do not fit") as caught:
         score_labels(packed, [[1] * 20, [1] * 150], LABELS, note=notes.append)
     assert "cutoff_len" in caught.value.remedy
-
-
-def test_prefetch_makes_the_next_item_while_the_present_one_is_used():
-    second, before = threading.Event(), threading.active_count()
-
-    def items():
-        yield 0
-        second.set()
-        yield 1
-        raise KeyError("broken")
-
-    stream = prefetch(items())
-    assert next(stream) == 0 and second.wait(5) and next(stream) == 1
-    with pytest.raises(KeyError, match="broken"):
-        next(stream)
-    assert list(prefetch(range(9))) == list(range(9)) and threading.active_count() == before

@@ -21,7 +21,6 @@ from scoring.judge import (
     GOLDEN_ANSWERS,
     GOLDEN_PROMPTS,
     MANIFEST,
-    golden_tolerance,
     load_judge,
     require_golden_answers,
     write_golden_answers,
@@ -162,7 +161,6 @@ def test_golden_answers_may_be_missing_but_not_damaged(folder):
     judge = load_judge(folder)
     assert judge.golden_sequences() == judge.sequences([(battle, 0) for battle in GOLDEN_PROMPTS]), "none is cut"
     assert len(judge.golden_triples()) == len(GOLDEN_PROMPTS)
-    assert golden_tolerance(folder, "fp32") is None
     require_golden_answers(folder, "fp32", lambda: pytest.fail("asked"))
     with pytest.raises(ArenaError, match="no finite answer"):
         write_golden_answers(judge, ANSWERS * np.nan, "fp32")
@@ -172,4 +170,4 @@ def test_golden_answers_may_be_missing_but_not_damaged(folder):
     for text in (json.dumps(content), "{", "[]", json.dumps(content | {"format": 9})):
         (folder / GOLDEN_ANSWERS).write_text(text)
         with pytest.raises(ArenaError, match="is damaged"):
-            golden_tolerance(folder, "fp32")
+            require_golden_answers(folder, "fp32", lambda: ANSWERS)

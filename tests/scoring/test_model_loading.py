@@ -16,20 +16,6 @@ from tests.scoring.fakes import LABELS, token_rows
 from tests.scoring.places import save_adapter
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_model) -> Path:
-    """A saved base model."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model("qwen3", seed=3).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, base) -> Path:
-    """An adapter that changes every linear layer, the embeddings and the head."""
-    return save_adapter(base, tmp_path_factory.mktemp("adapter"))
-
-
 def changed(adapter: Path, folder: Path, change) -> Path:
     """Copy an adapter with other tensors."""
     from safetensors.torch import load_file, save_file

@@ -12,7 +12,6 @@ from scoring.model_loading import TrainedAdapter
 from scoring.packed_model import PackedModel
 from scoring.rewards import VALUE_HEAD, Triple, implicit_rewards, load_value_head, value_rewards
 from tests.scoring.fakes import token_rows
-from tests.scoring.places import save_adapter
 
 BETA = 0.3
 OPTIONS = {"beta": BETA, "length_normalised": False, "reference": True}
@@ -30,20 +29,6 @@ def plain_sum(plain_logits):
         return sum(float(logits[len(prompt) + t - 1, token]) for t, token in enumerate(answer))
 
     return log_probability
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory, tiny_model) -> Path:
-    """A saved base model."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model("qwen3", seed=3).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def adapter(tmp_path_factory, base) -> Path:
-    """An adapter that changes every linear layer, the embeddings and the head."""
-    return save_adapter(base, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="session")

@@ -25,14 +25,14 @@ from factory.stage_context import StageContext
 from factory.state import StageState
 from factory.status import OUTDATED, next_commands
 from scoring import watch as watching
-from scoring.run_status import evaluation_times, in_words, run_status
+from scoring.run_status import in_words, run_status
 from scoring.watch import CheckpointScorer, Watcher, baseline_losses, follow, stage_to_watch
 from scoring.watch_page import ladder_plot
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = (  # what programs read
     "experiment stage state detail next point seconds_left curve evaluations why_no_log_loss evaluates start_step "
-    "measured ladder how_to_evaluate faults reached"
+    "measured ladder faults reached"
 )
 
 
@@ -93,22 +93,11 @@ def test_an_evaluation_loss_becomes_an_upper_bound_of_the_log_loss(exam):
     assert "step 4/10  loss 0.4000" in text, "an evaluation's line keeps the last loss in sight"
 
 
-@pytest.mark.parametrize(
-    ("recipe", "when"),
-    [
-        ({"eval_strategy": "steps", "eval_steps": 20}, "every 20 steps"),
-        ({"eval_strategy": "steps", "eval_steps": 0.1}, "every 0.1 of the steps"),
-        ({"eval_strategy": "steps", "logging_steps": 5}, "every 5 steps"),
-        ({"eval_strategy": "epoch"}, "after each epoch"),
-        ({"eval_steps": 20}, None),
-        ({"eval_strategy": ["steps"]}, None),
-    ],
-)
-def test_a_status_says_when_the_recipe_evaluates(exam, recipe, when):
-    assert evaluation_times(recipe) == when
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_status_says_how_to_get_evaluations(exam, evaluates):
     log(exam, "sft", (2, {"loss": 0.5}))
-    text = "\n".join(in_words(replace(status_of(exam), evaluates=when)))
-    assert (f"the recipe evaluates {when}" if when else "set eval_strategy: steps in the recipe") in text
+    text = "\n".join(in_words(replace(status_of(exam), evaluates=evaluates)))
+    assert "no evaluation yet" in text and ("set eval_strategy: steps in the recipe" in text) == (not evaluates)
 
 
 @pytest.mark.parametrize(
