@@ -250,6 +250,19 @@ def score(experiment: str, stage: str, source: str | None, output: Path | None, 
 
 
 @cli.command()
+@cl.serve_options
+def serve(experiment: str, stage: str, **options: Any) -> None:
+    """Answer battles over HTTP with calibrated probabilities.
+
+    POST /v1/judge; a page to try it at /. It ends with Ctrl-C or SIGTERM, after what it took is answered.
+    """
+    from scoring.service_app import serve_stage
+
+    context, show = _start(experiment, stage)
+    serve_stage(context, **options, show=show)
+
+
+@cli.command()
 @cl.page_options
 @cl.verbose_option
 def board(host: str, port: int | None, no_open: bool) -> None:
@@ -284,42 +297,18 @@ def export(experiment: str, stage: str, quantization: str, as_json: bool, **plac
 
 @cli.command()
 @cl.watch_options
-def watch(
-    experiment: str,
-    stage: str | None,
-    host: str,
-    port: int | None,
-    no_open: bool,
-    as_json: bool,
-    terminal: bool,
-    once: bool,
-    tensorboard: bool,
-    score: int,
-) -> None:
+def watch(experiment: str, stage: str | None, as_json: bool, **options: Any) -> None:
     """Watch a run: progress, losses, log loss beside the baselines.
 
     A run of the command line, in the browser or in the terminal.
     """
-    from factory.serve_page import serve_tensorboard
     from scoring.run_status import in_words
-    from scoring.watch import Watcher, follow, serve_watch_page, stage_to_watch
+    from scoring.watch import watch
 
     context, show = _start(experiment, stage)
-    exp, stage, page = context.experiment, stage and context.name, {"open_browser": not no_open, "show": show}
-    if tensorboard:
-        if once or terminal or as_json or score:
-            raise click.UsageError("--tensorboard has its own page: leave out --terminal, --once, --score and --json")
-        serve_tensorboard(exp, host, port, **page)
-        return
-    stage = stage_to_watch(exp, stage, score)
-    if not (once or terminal or as_json):
-        serve_watch_page(exp, stage, score, host, port, **page)
-        return
-    watcher = Watcher(exp, stage, score)
-    seen = watcher.finish().status() if once or as_json else follow(watcher.start(), show)
-    click.echo(json.dumps(asdict(seen), indent=2) if as_json else "\n".join(in_words(seen)))
-    for fault in seen.faults if as_json else ():
-        show.note(fault)
+    seen = watch(context.experiment, stage and context.name, as_json=as_json, **options, show=show)
+    if seen is not None:
+        click.echo(json.dumps(asdict(seen), indent=2) if as_json else "\n".join(in_words(seen)))
 
 
 @cli.command()

@@ -168,6 +168,23 @@ page_options = several(
     option("--port", type=click.IntRange(1, 65535), help="[the first free one from 7860 on]"),
     option("--no-open", is_flag=True, help="Do not open a browser."),
 )
+agree_option = option(
+    "--agree",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="0.9",
+    help="Abstain from battles, so that the first choice agrees with people in this share of the others.",
+)
+serve_options = several(
+    experiment_option,
+    stage_option("The stage whose judge answers"),
+    agree_option,
+    option("--token-file", type=FILE, help="Answer only requests with the bearer token in this file."),
+    option("--host", default="127.0.0.1", help="The address to listen on."),
+    option("--port", type=click.IntRange(1, 65535), help="[the first free one from 7860 on]"),
+    option("--engine", type=click.Choice(ENGINES), default="torch", help="What runs the model."),
+    option("--precision", metavar="P", help="As for score [experiment.yaml]."),
+    verbose_option,
+)
 new_options = several(
     click.argument("name", metavar="EXP", help="Its name, a new folder of factory_configs/."),
     option("--model", required=True, metavar="ID", help="A Hugging Face hub id, or a folder that holds config.json."),

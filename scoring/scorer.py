@@ -74,11 +74,11 @@ class Scorer:
     def read(self, path: Path) -> Iterator[tuple[Facts, ModelInput]]:
         """Yield the rows of any table of battles, fitted as the training rows were; raises ArenaError for a bad row."""
         for chunk in in_chunks(battles_to_score(path), _CHUNK):
-            for battle, (fitted, texts) in zip(chunk, self._fit(chunk), strict=True):
+            for battle, (fitted, texts) in zip(chunk, self.fit(chunk), strict=True):
                 # the facts are those of the battle before it was fitted
                 yield {**row_statistics(battle), "tokens": fitted.tokens, "cut": fitted.cut}, texts
 
-    def _fit(self, battles: list[Battle]) -> Iterator[tuple[Any, ModelInput]]:
+    def fit(self, battles: list[Battle]) -> Iterator[tuple[Any, ModelInput]]:
         """Yield each battle as it was fitted, and what the model reads of it."""
 
     def open(self) -> None:
@@ -160,7 +160,7 @@ class LabelScorer(Scorer):
         for row in rows_of(data, split, "battles.parquet", _BATTLE, known):
             yield _of(row, ROW_FACTS), _of(row, (*_BATTLE, "dropped"))
 
-    def _fit(self, battles: list[Battle]) -> Iterator[tuple[Any, ModelInput]]:
+    def fit(self, battles: list[Battle]) -> Iterator[tuple[Any, ModelInput]]:
         for fitted in self._fitter.fit(battles, both_orders=False):
             texts = {name: getattr(fitted.battle, name) for name in _BATTLE}
             yield fitted, {**texts, "dropped": fitted.dropped}
@@ -202,9 +202,9 @@ class RewardScorer(Scorer):
         """Load the frame and the tokenizer that the export was made with."""
         super().__init__(context, precision)
         experiment = context.experiment
-        self._frame, self._tokenizer = load_frame(experiment)
+        self._frame, self.tokenizer = load_frame(experiment)
         shares, cutoff = experiment.budget_shares, experiment.cutoff_len
-        self._fitter = PairFitter(self._frame, self._tokenizer, cutoff_len=cutoff, shares=shares)
+        self._fitter = PairFitter(self._frame, self.tokenizer, cutoff_len=cutoff, shares=shares)
         # What pairs are fitted by, in an export and in any other table.
         self._fitting = {"template": experiment.template, "cutoff_len": cutoff, "shares": shares.model_dump()}
 
@@ -223,13 +223,13 @@ class RewardScorer(Scorer):
             row["tokens"] = max(row["tokens_a"], row["tokens_b"])
             yield _of(row, ROW_FACTS), _of(row, _PAIR)
 
-    def _fit(self, battles: list[Battle]) -> Iterator[tuple[Any, ModelInput]]:
+    def fit(self, battles: list[Battle]) -> Iterator[tuple[Any, ModelInput]]:
         for fitted in self._fitter.fit(battles):
             pair = flatten(fitted.battle)
             yield fitted, {name: getattr(pair, name) for name in _PAIR}
 
     def prepare(self, inputs: Sequence[ModelInput], *, swapped: bool) -> list:
-        return pair_sequences(self._frame, self._tokenizer, [Pair(**row) for row in inputs])
+        return pair_sequences(self._frame, self.tokenizer, [Pair(**row) for row in inputs])
 
 
 class ImplicitRewardScorer(RewardScorer):

@@ -19,7 +19,7 @@ from data_prep.chat_template import load_frame
 from data_prep.export_reader import read_battles, truth_of
 from data_prep.ground_truth import probabilities_of
 from data_prep.prompt import JudgePrompt
-from factory.serve_page import serve_page
+from factory.serve_page import serve_page, serve_tensorboard
 from factory.stage_context import StageContext
 from factory.state import last_checkpoint
 from factory.status import OUTDATED, running_stages
@@ -170,14 +170,41 @@ class Watcher:
         self._measured.append({"step": step, "log_loss": loss, "rows": len(ids), "ladder": ladder})
 
 
-def serve_watch_page(
-    experiment: Experiment, stage: str, score_rows: int, host: str, port: int | None, *, open_browser: bool, show: Show
-) -> None:
-    """Serve the watch page of one stage until Ctrl-C."""
-    label = f"watch {experiment.name} {stage}"
-    arguments = ["--experiment", experiment.name, "--stage", stage, "--score", str(score_rows)]
-    log = experiment.output_folder(stage).with_name(f"{stage}_watch.log")
-    serve_page("scoring.watch_page", arguments, label, log, host, port, open_browser=open_browser, show=show)
+def watch(
+    experiment: Experiment,
+    stage: str | None,
+    *,
+    host: str,
+    port: int | None,
+    no_open: bool,
+    terminal: bool,
+    once: bool,
+    tensorboard: bool,
+    score: int,
+    as_json: bool,
+    show: Show,
+) -> RunStatus | None:
+    """Watch a stage, or the one that runs, in a page until Ctrl-C; or in the terminal, or once, and return its status.
+
+    Raises UsageError for options that do not go together, and as `stage_to_watch`.
+    """
+    page = {"open_browser": not no_open, "show": show}
+    if tensorboard:
+        if once or terminal or as_json or score:
+            raise UsageError("--tensorboard has its own page", remedy="leave out --terminal, --once, --score and --json")
+        serve_tensorboard(experiment, host, port, **page)
+        return None
+    stage = stage_to_watch(experiment, stage, score)
+    if not (once or terminal or as_json):
+        arguments = ["--experiment", experiment.name, "--stage", stage, "--score", str(score)]
+        log = experiment.output_folder(stage).with_name(f"{stage}_watch.log")
+        serve_page("scoring.watch_page", arguments, f"watch {experiment.name} {stage}", log, host, port, **page)
+        return None
+    watcher = Watcher(experiment, stage, score)
+    seen = watcher.finish().status() if once or as_json else follow(watcher.start(), show)
+    for fault in seen.faults if as_json else ():
+        show.note(fault)
+    return seen
 
 
 def follow(watcher: Watcher, show: Show, *, pause: float = 1.0) -> RunStatus:

@@ -1,0 +1,218 @@
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.battle import VERDICTS
+from common.errors import ArenaError
+from common.experiment import load_experiment
+from data_prep.readers import VoteReader
+from factory.stage_context import StageContext
+from scoring import service as service_module
+from scoring.calibration import AB_COLUMNS, Calibration
+from scoring.score_stage import read_report
+from scoring.service import Service
+from scoring.service_app import LARGEST_BODY, build_app, read_token
+from tests.conftest import ROOT
+
+LINK = {"kind": "softmax", "errors": {}, "inverse_temperature": 1.0, "bias": [0.0, 0.0, 0.0], "limit": 50.0}
+CALIBRATION = {"scores": "logits", "kept": True, "link": LINK | {"temperature": 1.0}, "swap_tta": False, "reason": ""}
+CALIBRATION |= {"log_loss_before": 1.0, "log_loss_cross_fitted": 1.0, "rows": 9, "target_prior": None}
+REPORT = {"log_loss": 0.9, "rows": 9, "calibration": CALIBRATION | {"source_prior": {"a": 0.4, "b": 0.3, "tie": 0.3}}}
+BATTLE = {"prompt": "Which?", "response_a": "this one", "response_b": "that"}
+
+
+class LengthScorer:
+    """Scores an answer by its length; `asked` keeps how many rows each call had."""
+
+    columns, label_ids, precision = AB_COLUMNS, (1, 2, 3), "fp32"
+
+    def __init__(self, seconds=0.0):
+        self.asked, self._seconds = [], seconds
+
+    def fit(self, battles):
+        if any("unfit" in battle.prompts[0] for battle in battles):
+            raise ArenaError("cannot be fitted", where="battle x", remedy="shorten it")
+        facts = SimpleNamespace(tokens=9, tokens_full=12, cut=True, dropped=1)
+        return [(facts, (len("".join(b.responses_a)), len("".join(b.responses_b)))) for b in battles]
+
+    def prepare(self, inputs, *, swapped):
+        return [row[::-1] if swapped else row for row in inputs]
+
+    def ask(self, prepared, *, progress, name):
+        time.sleep(self._seconds)
+        if any(9_999 in row for row in prepared):
+            raise ArenaError("has no finite score", where="a row", remedy="look at the weights")
+        self.asked.append(len(prepared))
+        return np.array([[a / 10, b / 10, 0.0] for a, b in prepared])
+
+    def close(self):
+        """Nothing was opened."""
+
+
+def ask(calls, *, scorer=None, token=None, experiment=None):
+    """Return the answers to calls of (method, path, options of httpx) that are all made at once."""
+
+    async def run():
+        experiment_ = experiment or SimpleNamespace(name="exam", model="m", cutoff_len=99)
+        service = Service(SimpleNamespace(name="sft", experiment=experiment_), scorer or LengthScorer(), REPORT)
+        transport = httpx.ASGITransport(build_app(service, token))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            found = await asyncio.gather(*(client.request(method, path, **more) for method, path, more in calls))
+        await service.close()
+        return found
+
+    return asyncio.run(run())
+
+
+def judge(body, **options):
+    return ask([("POST", "/v1/judge", {"json": body})], **options)[0]
+
+
+def test_an_answer_has_probabilities_both_orders_and_what_was_cut():
+    found = judge({**BATTLE, "id": "x"}).json()
+    assert found["id"] == "x" and abs(found["a"] + found["b"] + found["tie"] - 1) < 1e-9 and found["choice"] == "a"
+    # the judge answers by the answers alone, so the other order says the same
+    assert np.allclose(found["orders"]["ab"], found["orders"]["ba"]) and found["disagreement"] < 1e-9
+    assert found["cut"] and (found["tokens"], found["tokens_uncut"], found["turns_dropped"]) == (9, 12, 1)
+    several = judge([BATTLE, {**BATTLE, "response_b": "x" * 30}]).json()
+    assert [each["choice"] for each in several] == ["a", "b"]
+
+
+def test_messages_and_turns_are_the_same_battle():
+    turns = {"prompt": ["one", "two"], "response_a": ["A", "AA"], "response_b": ["A", "B"]}
+    roles = [("user", "one"), ("assistant", "A"), ("user", "two")]
+    messages = [{"role": role, "content": text} for role, text in roles]
+    assert judge(turns).json() == judge({"messages": messages, "response_a": "AA", "response_b": "B"}).json()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "response_a"),
+        ({"response_a": "x", "response_b": "y"}, "either prompt or messages"),
+        ({**BATTLE, "prompt": ["a", "b"]}, "one of each a turn"),
+        ({**BATTLE, "promt": "x"}, "promt"),
+        ({**BATTLE, "prompt": None, "messages": [{"role": "assistant", "content": "x"}]}, "role user"),
+        ({**BATTLE, "prompt": "unfit"}, "cannot be fitted"),
+        ([], "at least 1"),
+        ([BATTLE] * 300, "at most 256"),
+        ("text", "valid"),
+    ],
+)
+def test_a_wrong_body_is_answered_with_what_is_wrong(body, words):
+    found = judge(body)
+    assert found.status_code == 422 and words in found.json()["detail"]
+
+
+@settings(max_examples=300)
+@given(
+    st.binary(max_size=200)
+    | st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists).map(
+        lambda value: json.dumps({**BATTLE, "prompt": value, "id": value}).encode()
+    )
+)
+def test_no_body_makes_the_service_fail(body):
+    found = ask([("POST", "/v1/judge", {"content": body, "headers": {"content-type": "application/json"}})])[0]
+    assert found.status_code in (200, 400, 422) and "Traceback" not in found.text
+
+
+def test_requests_that_come_together_are_one_pass_and_one_bad_row_hurts_only_itself():
+    scorer = LengthScorer(seconds=0.05)
+    found = ask([("POST", "/v1/judge", {"json": BATTLE})] * 20, scorer=scorer)
+    assert {each.status_code for each in found} == {200} and len(scorer.asked) <= 3 and sum(scorer.asked) == 40
+    bad = {**BATTLE, "response_a": "x" * 9_999}
+    found = ask([("POST", "/v1/judge", {"json": each}) for each in (BATTLE, bad, BATTLE)], scorer=LengthScorer())
+    assert [each.status_code for each in found] == [200, 422, 200]
+
+
+def test_a_full_queue_says_when_to_come_again(monkeypatch):
+    monkeypatch.setattr(service_module, "_MOST_WAITING", 5)
+    found = ask([("POST", "/v1/judge", {"json": BATTLE})] * 30, scorer=LengthScorer(seconds=0.05))
+    codes = [each.status_code for each in found]
+    assert set(codes) == {200, 503} and codes.count(200) >= 5
+    assert all(each.headers["retry-after"] for each in found if each.status_code == 503)
+
+
+def test_a_token_is_asked_for_everywhere_but_at_the_page(tmp_path):
+    (tmp_path / "token").write_text("s3cret\n")
+    token = read_token(tmp_path / "token")
+    paths = ["/v1/model", "/v1/judge", "/openapi.json", "/docs", "/nothing"]
+    wrong = [{}, {"Authorization": "Bearer s3cre"}, {"Authorization": "Bearer s3cret2"}, {"Authorization": "s3cret"}]
+    calls = [("GET", path, {"headers": headers}) for path in paths for headers in wrong]
+    assert {each.status_code for each in ask(calls, token=token)} == {401}
+    right = {"Authorization": "Bearer s3cret"}
+    calls = [("GET", "/v1/model", {"headers": right}), ("GET", "/", {}), ("GET", "/healthz", {})]
+    assert [each.status_code for each in ask(calls, token=token)] == [200, 200, 200]
+
+
+def test_a_body_is_read_up_to_its_bound():
+    async def endless():
+        while True:
+            yield b" " * 65_536
+
+    assert ask([("POST", "/v1/judge", {"content": endless()})])[0].status_code == 413
+    assert ask([("POST", "/v1/judge", {"content": b" " * (LARGEST_BODY + 1)})])[0].status_code == 413
+
+
+@contextmanager
+def served(folder, *options):
+    """Start `run.py serve` in a folder; yield (process, address)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "run.py"), "serve", "-e", "demo", "--port", str(port), *options]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            for _ in range(600):
+                try:
+                    urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5)
+                    break
+                except OSError:
+                    assert process.poll() is None, process.stdout.read()
+                    time.sleep(0.1)
+            yield process, f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+def post(address, body):
+    headers = {"Content-Type": "application/json"}
+    return json.load(urlopen(Request(address, json.dumps(body).encode(), headers), timeout=60))
+
+
+def test_a_real_server_answers_as_the_table_was_scored_and_ends_in_order(chain, monkeypatch):
+    monkeypatch.chdir(chain)
+    context = StageContext(load_experiment("demo"), "sft")
+    scores = pd.read_parquet(context.folder / "scores_valid.parquet")[:40]
+    expected = Calibration.from_json(read_report(context)).used.apply(scores)
+    votes = VoteReader(context.manifest["sources"]["train"]["file"], labelled=True)
+    battles = {battle.id: battle for _, battle in votes}
+    names = {"prompt": "prompts", "response_a": "responses_a", "response_b": "responses_b"}
+    bodies = [{"id": i, **{k: list(getattr(battles[i], v)) for k, v in names.items()}} for i in scores["id"]]
+    with served(chain, "--agree", "0.5") as (process, address):
+        answers = post(f"{address}/v1/judge", bodies)
+        assert [each["id"] for each in answers] == list(scores["id"])
+        assert np.allclose([[each[name] for name in VERDICTS] for each in answers], expected, atol=1e-4)
+        assert post(f"{address}/v1/judge", bodies[3])["a"] == pytest.approx(answers[3]["a"], abs=1e-4)
+        for name in ("openapi.json", "v1/model", "v1/examples", ""):
+            assert urlopen(f"{address}/{name}").status == 200
+        with pytest.raises(HTTPError, match="404"):
+            post(f"{address}/v1/reward", {"prompt": "x", "response": "y"})
+        process.send_signal(signal.SIGTERM)
+        output = process.stdout.read()
+        assert process.wait(30) == 0 and "Traceback" not in output and bodies[0]["prompt"][0] not in output
