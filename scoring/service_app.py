@@ -284,7 +284,9 @@ def serve_stage(
         show.note(f"{context.name}: {service.agreement.in_words()}")
     quiet = {"access_log": False, "log_level": "warning", "server_header": False}
     app = build_app(service, token)
-    server = uvicorn.Server(uvicorn.Config(app, host, port, limit_concurrency=_MOST_CONNECTIONS, lifespan="on", **quiet))
+    server = uvicorn.Server(
+        uvicorn.Config(app, host, port, limit_concurrency=_MOST_CONNECTIONS, lifespan="on", **quiet)
+    )
     show.note(f"{context.name}: judging at http://{host}:{port}/   (Ctrl-C ends it)")
     # uvicorn raises the signal again once it has ended in order, which is the usual end here, and no failure
     usual = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -191,7 +191,9 @@ def watch(
     page = {"open_browser": not no_open, "show": show}
     if tensorboard:
         if once or terminal or as_json or score:
-            raise UsageError("--tensorboard has its own page", remedy="leave out --terminal, --once, --score and --json")
+            raise UsageError(
+                "--tensorboard has its own page", remedy="leave out --terminal, --once, --score and --json"
+            )
         serve_tensorboard(experiment, host, port, **page)
         return None
     stage = stage_to_watch(experiment, stage, score)
