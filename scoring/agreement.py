@@ -5,8 +5,10 @@ The judge answers a battle where its largest probability reaches a threshold, an
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,22 +17,19 @@ from scipy.stats import beta
 
 from common.battle import VERDICTS
 from common.errors import ArenaError, UsageError
-from data_prep.export_reader import readable
+from common.files import atomic_file
 from factory.stage_context import StageContext
-from scoring.metrics import verdict_codes
-from scoring.predictions import read_probabilities
+from scoring.predictions import read_table
 
 CONFIDENCE = 0.95  # how sure the promise is, over the draw of the battles that it is fitted on
 COVERAGES = tuple(share / 10 for share in range(1, 11))  # the shares of answered battles that are tried
 ABSTAIN = "abstain"
+_HEADER = b"id,choice\n"
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The promise and what it rests on; `threshold` is None where no share of the battles can be promised.
-
-    `curve`: of each share of answered battles that was tried, its threshold, rows, agreement and the bound below it.
-    """
+    """The promise of one target; `threshold` is None where no share of the battles can be promised."""
 
     target: float
     confidence: float
@@ -38,8 +37,14 @@ class Agreement:
     coverage: float
     agreement: float | None
     bound: float | None
-    rows: int
-    curve: tuple[Mapping[str, float], ...]
+
+    @classmethod
+    def of(cls, curve: Mapping[str, Any], target: float) -> Agreement:
+        """Return the largest share of battles of a report's `agreement` whose bound reaches the target."""
+        reached = [point for point in curve["curve"] if point["bound"] >= target]
+        best = max(reached, key=lambda point: point["coverage"], default=None)
+        kept = {key: best and best[key] for key in ("threshold", "agreement", "bound")}
+        return cls(target, curve["confidence"], coverage=best["coverage"] if best else 0.0, **kept)
 
     def answers(self, probabilities: np.ndarray) -> np.ndarray:
         """Return for probabilities [rows, 3] whether each battle is answered."""
@@ -52,10 +57,6 @@ class Agreement:
         first = probabilities.argmax(axis=1)
         return [VERDICTS[i] if yes else ABSTAIN for i, yes in zip(first, self.answers(probabilities), strict=True)]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as plain values, as report.json keeps it under `agreement`."""
-        return {**asdict(self), "curve": [dict(point) for point in self.curve]}
-
     def in_words(self) -> str:
         """Return the promise, or that there is none, as a sentence."""
         wanted = f"agreement with people of {self.target:.0%} (at {self.confidence:.0%} confidence)"
@@ -67,55 +68,53 @@ class Agreement:
         )
 
 
-def fit_agreement(
-    probabilities: np.ndarray, verdicts: pd.Series, groups: pd.Series, target: float, *, seed: int
-) -> Agreement:
-    """Return the largest tried share of battles whose first choice agrees with people at least `target` of the time.
+def agreement_curve(probabilities: np.ndarray, truth: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, Any]:
+    """Return how often the first choice agrees with people on the surest battles, as report.json keeps it.
 
-    `probabilities` [rows, 3] must not have been fitted on their own row. One battle of each prompt group, drawn by
-    `seed`, counts, so that the counted battles are independent. A share is promised where the lower bound of Clopper
-    and Pearson (1934) on its agreement reaches the target; the error of 1 - CONFIDENCE is split evenly among the shares
-    (Bonferroni; Angelopoulos et al. 2021, "Learn then Test", section 2). Raises ArenaError without a labelled row.
+    `probabilities` [rows, 3] must not have been fitted on their own row; `truth` [rows] are class codes. One battle of
+    each prompt group, drawn by `seed`, counts, so that the counted battles are independent. `bound` is the lower one of
+    Clopper and Pearson (1934); the error of 1 - CONFIDENCE is split evenly among the shares of COVERAGES, so that all
+    bounds hold together (Bonferroni; Angelopoulos et al. 2021, "Learn then Test", section 2).
     """
-    truth = verdict_codes(verdicts)
-    table = pd.DataFrame({"p": probabilities.max(axis=1), "first": probabilities.argmax(axis=1), "truth": truth})
-    table = table.assign(group=groups.to_numpy())[truth >= 0]  # rows without a verdict say nothing
-    if table.empty:
-        what = "an agreement with people can only be fitted on battles with a verdict, and there is none"
-        raise ArenaError(what, where="--agree", remedy="prepare with votes whose validation fold has verdicts")
-    drawn = table.sample(frac=1, random_state=seed).drop_duplicates("group")
-    confidence, agrees = drawn["p"].to_numpy(), (drawn["first"] == drawn["truth"]).to_numpy()
-    share, curve = (1 - CONFIDENCE) / len(COVERAGES), []
+    table = pd.DataFrame({"p": probabilities.max(axis=1), "right": probabilities.argmax(axis=1) == truth})
+    drawn = table.assign(group=groups).sample(frac=1, random_state=seed).drop_duplicates("group")
+    sure, agrees = drawn["p"].to_numpy(), drawn["right"].to_numpy()
+    error, curve = (1 - CONFIDENCE) / len(COVERAGES), []
     for coverage in COVERAGES:
-        threshold = float(np.quantile(confidence, 1 - coverage, method="lower"))
-        answered = confidence >= threshold
-        right, rows = int(agrees[answered].sum()), int(answered.sum())
-        bound = float(beta.ppf(share, right, rows - right + 1)) if right else 0.0
+        threshold = float(np.quantile(sure, 1 - coverage, method="lower"))
+        answered = sure >= threshold
+        rows, right = int(answered.sum()), int(agrees[answered].sum())
+        bound = float(beta.ppf(error, right, rows - right + 1)) if right else 0.0
         point = {"threshold": threshold, "coverage": rows / len(drawn), "rows": rows}
         curve.append({**point, "agreement": right / rows, "bound": bound})
-    kept = max((point for point in curve if point["bound"] >= target), key=lambda p: p["coverage"], default=None)
-    return Agreement(
-        target=target,
-        confidence=CONFIDENCE,
-        threshold=kept and kept["threshold"],
-        coverage=kept["coverage"] if kept else 0.0,
-        agreement=kept and kept["agreement"],
-        bound=kept and kept["bound"],
-        rows=len(drawn),
-        curve=tuple(curve),
-    )
+    return {"confidence": CONFIDENCE, "rows": len(drawn), "curve": curve}
 
 
-def stage_agreement(context: StageContext, target: float) -> Agreement:
-    """Return the promise that a scored stage's validation fold allows; raises ArenaError if the stage has no scores."""
+def stage_agreement(context: StageContext, report: Mapping[str, Any], target: float) -> Agreement:
+    """Return the promise that a scored stage's report allows; raises UsageError or ArenaError where it allows none."""
     if context.scoring_inputs["target_prior"]:
         raise UsageError(
             "the promise holds for battles like those of the validation fold, and target_prior says that others come",
             where="--agree",
             remedy="remove target_prior from experiment.yaml and score again",
         )
-    path = context.folder / "scores_valid.parquet"
-    with readable(path, context.command):
-        rows = pd.read_parquet(path, columns=["id", "verdict", "group"])
-    probabilities = read_probabilities(context.folder / "probabilities_valid.csv", rows["id"])
-    return fit_agreement(probabilities, rows["verdict"], rows["group"], target, seed=context.experiment.seed)
+    if not report.get("agreement"):
+        again = f"{context.score_command} --fresh"
+        raise ArenaError("the report has no agreement with people", where=str(context.folder), remedy=again)
+    return Agreement.of(report["agreement"], target)
+
+
+def write_choices(table: Path, agreement: Agreement) -> tuple[Path, int]:
+    """Write the first choice or "abstain" of each row of a table of probabilities beside it; return (path, answered).
+
+    Raises ArenaError where a file of that name is not an earlier output.
+    """
+    path = table.with_name(f"{table.stem}_choices.csv")
+    if path.exists() and path.read_bytes()[: len(_HEADER)] != _HEADER:
+        raise ArenaError("exists and is not an earlier output", where=str(path), remedy="move it away")
+    ids, probabilities = read_table(table)
+    choices = agreement.choices(probabilities)
+    with atomic_file(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("id", "choice"), *zip(ids, choices, strict=True)])
+    return path, len(choices) - choices.count(ABSTAIN)
