@@ -225,12 +225,21 @@ def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], a
 
 @cli.command()
 @cl.score_options
-def score(experiment: str, stage: str, source: str | None, output: Path | None, as_json: bool, **how: Any) -> None:
+def score(
+    experiment: str,
+    stage: str,
+    source: str | None,
+    output: Path | None,
+    agree: float | None,
+    as_json: bool,
+    **how: Any,
+) -> None:
     """Write the probabilities of A / B / tie for any battles.
 
     Without --input again those of the fold and the test set. What is scored is kept: after an interruption the
     same command goes on, without --fresh.
     """
+    from scoring.agreement import note_choices
     from scoring.predictions import scored_file
     from scoring.report.console import input_lines
     from scoring.score_input import score_input
@@ -242,11 +251,14 @@ def score(experiment: str, stage: str, source: str | None, output: Path | None, 
     options = ScoreOptions.of(**how)
     if source is None:
         _finish(context, score_stage(context, show=show, options=options), as_json)
-        return
-    output = output or scored_file(context.experiment, context.name, source)
-    rows = score_input(context, source, output, show=show, options=options)
-    made = {"rows": rows, "output": str(output)}
-    click.echo(json.dumps(made) if as_json else "\n".join(input_lines(rows, output)))
+        output = context.folder / "probabilities_test.csv"
+    else:
+        output = output or scored_file(context.experiment, context.name, source)
+        rows = score_input(context, source, output, show=show, options=options)
+        made = {"rows": rows, "output": str(output)}
+        click.echo(json.dumps(made) if as_json else "\n".join(input_lines(rows, output)))
+    if agree:
+        note_choices(context, output, agree, show)
 
 
 @cli.command()

@@ -242,6 +242,7 @@ score_options = several(
         type=FILE,
         help="Where --input's probabilities go [outputs/EXP/STAGE/scored/NAME.csv]; only such a file is replaced.",
     ),
+    agree_option,
     engine_options,
     output_options,
 )

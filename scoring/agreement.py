@@ -17,9 +17,11 @@ from scipy.stats import beta
 
 from common.battle import VERDICTS
 from common.errors import ArenaError, UsageError
-from common.files import atomic_file
+from common.files import atomic_file, read_json
+from common.progress import Show
+from data_prep.export_reader import readable
 from factory.stage_context import StageContext
-from scoring.predictions import read_table
+from scoring.predictions import REPORT, read_table
 
 CONFIDENCE = 0.95  # how sure the promise is, over the draw of the battles that it is fitted on
 COVERAGES = tuple(share / 10 for share in range(1, 11))  # the shares of answered battles that are tried
@@ -90,7 +92,16 @@ def agreement_curve(probabilities: np.ndarray, truth: np.ndarray, groups: np.nda
     return {"confidence": CONFIDENCE, "rows": len(drawn), "curve": curve}
 
 
-def stage_agreement(context: StageContext, report: Mapping[str, Any], target: float) -> Agreement:
+def note_choices(context: StageContext, table: Path, target: float, show: Show) -> None:
+    """Write the choices for a table of probabilities of a scored stage, and say what is promised of them."""
+    agreement = stage_agreement(context, target)
+    show.note(f"{context.name}: {agreement.in_words()}")
+    if table.is_file():
+        path, answered, rows = write_choices(table, agreement)
+        show.note(f"{context.name}: {answered:,} of {rows:,} battles answered: {path}")
+
+
+def stage_agreement(context: StageContext, target: float) -> Agreement:
     """Return the promise that a scored stage's report allows; raises UsageError or ArenaError where it allows none."""
     if context.scoring_inputs["target_prior"]:
         raise UsageError(
@@ -98,14 +109,13 @@ def stage_agreement(context: StageContext, report: Mapping[str, Any], target: fl
             where="--agree",
             remedy="remove target_prior from experiment.yaml and score again",
         )
-    if not report.get("agreement"):
-        again = f"{context.score_command} --fresh"
-        raise ArenaError("the report has no agreement with people", where=str(context.folder), remedy=again)
-    return Agreement.of(report["agreement"], target)
+    path = context.folder / REPORT
+    with readable(path, context.command):
+        return Agreement.of(read_json(path)["agreement"], target)
 
 
-def write_choices(table: Path, agreement: Agreement) -> tuple[Path, int]:
-    """Write the first choice or "abstain" of each row of a table of probabilities beside it; return (path, answered).
+def write_choices(table: Path, agreement: Agreement) -> tuple[Path, int, int]:
+    """Write each row's first choice, or "abstain", beside a table of probabilities; return (path, answered, rows).
 
     Raises ArenaError where a file of that name is not an earlier output.
     """
@@ -117,4 +127,4 @@ def write_choices(table: Path, agreement: Agreement) -> tuple[Path, int]:
     with atomic_file(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([("id", "choice"), *zip(ids, choices, strict=True)])
-    return path, len(choices) - choices.count(ABSTAIN)
+    return path, len(choices) - choices.count(ABSTAIN), len(choices)

@@ -85,7 +85,7 @@ def read_probabilities(path: Path, ids: Iterable) -> np.ndarray:
 
     Raises ArenaError, with all faults together: header, ids missing, unknown or out of order, NaN, sums.
     """
-    wanted, (names, values) = [str(name) for name in ids], _table(path)
+    wanted, (names, values) = [str(name) for name in ids], read_table(path)
     faults = _value_faults(names, values, SUM_TOLERANCE)
     if names != wanted:
         missing, unknown = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
@@ -96,8 +96,8 @@ def read_probabilities(path: Path, ids: Iterable) -> np.ndarray:
     return values
 
 
-def _table(path: Path) -> tuple[list[str], np.ndarray]:
-    """Return ids and probabilities [rows, 3] of a table; an empty cell is NaN."""
+def read_table(path: Path) -> tuple[list[str], np.ndarray]:
+    """Return ids and probabilities [rows, 3] of a table, an empty cell as NaN; raises ArenaError if it is none."""
     types = pa.schema([("id", pa.string()), *((name, pa.float64()) for name in PROBABILITY_COLUMNS)])
     try:
         table = read_csv(

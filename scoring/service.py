@@ -41,9 +41,7 @@ class Busy(Exception):
     """The queue is full: the caller should come again later."""
 
 
-def open_service(
-    context: StageContext, options: ScoreOptions, show: Show, agreement: Agreement | None = None
-) -> Service:
+def open_service(context: StageContext, options: ScoreOptions, show: Show) -> Service:
     """Return the service of a scored stage, its model loaded.
 
     Raises ArenaError where the stage was not scored, or its judge has changed since.
@@ -53,17 +51,17 @@ def open_service(
     show.note(f"{context.name}: loading the trained model")
     scorer.note = show.note
     scorer.open()
-    return Service(context, scorer, report, agreement)
+    return Service(context, scorer, report)
 
 
 class Service:
     """The judge of one scored stage, its model loaded; one event loop uses it."""
 
-    def __init__(
-        self, context: StageContext, scorer: Scorer, report: Mapping[str, Any], agreement: Agreement | None = None
-    ):
+    agreement: Agreement | None = None  # the promise, where one was asked for
+
+    def __init__(self, context: StageContext, scorer: Scorer, report: Mapping[str, Any]):
         """Keep an opened scorer, and the report of its stage; raises ArenaError for a broken calibration."""
-        self.context, self.scorer, self.report, self.agreement = context, scorer, report, agreement
+        self.context, self.scorer, self.report = context, scorer, report
         self.calibration = Calibration.from_json(report)
         # One thread: a model works on one batch at a time, and the event loop stays free.
         self._model = ThreadPoolExecutor(1)

@@ -6,6 +6,7 @@ import hmac
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -159,7 +160,7 @@ def build_app(service: Service, token: str | None = None) -> Any:
             "cutoff_len": experiment.cutoff_len,
             "precision": service.scorer.precision,
             **{key: report.get(key) for key in ("rows", "log_loss", "log_loss_ci95", "calibration")},
-            "agreement": service.agreement and service.agreement.to_json(),
+            "agreement": service.agreement and asdict(service.agreement),
         }
 
     @app.get("/v1/examples")
@@ -279,8 +280,9 @@ def serve_stage(
     if exposure(host):
         show.note(f"warning: everybody who reaches this machine at {host} can ask the judge; --token-file limits that")
     options = ScoreOptions(engine=engine, precision=precision)
-    service = open_service(context, options, show, agree and stage_agreement(context, agree))
-    if service.agreement:
+    service = open_service(context, options, show)
+    if agree:
+        service.agreement = stage_agreement(context, agree)
         show.note(f"{context.name}: {service.agreement.in_words()}")
     quiet = {"access_log": False, "log_level": "warning", "server_header": False}
     app = build_app(service, token)

@@ -19,6 +19,7 @@ from common.console import name_of
 from common.errors import ArenaError
 from data_prep.ground_truth import probabilities_of
 from scoring import metrics
+from scoring.agreement import agreement_curve
 from scoring.baselines import baseline_notes, baseline_probabilities
 from scoring.calibration import (
     AB_COLUMNS,
@@ -77,6 +78,7 @@ def build_report(
         "ece_by_chance": metrics.ece_by_chance(judged.model, seed=seed),
         **calibration.to_json(),
         "target_prior": _weighted_to_target(judged, fitted),
+        "agreement": agreement_curve(judged.model, judged.truth, judged.bootstrap.groups, seed),
         "truncation": _truncation(judged, truncation),
         "train_class_counts": _counts(train_truth),
         "baseline_notes": {
