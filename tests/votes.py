@@ -1,4 +1,4 @@
-"""Votes on disk: battles as the competition's table."""
+"""Votes on disk: battles as the competition's table, and the data sets that are made from one."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def write_votes(path: Path, battles: Iterable[Battle]) -> Path:
             texts = [json.dumps(list(each)) for each in (battle.prompts, battle.responses_a, battle.responses_b)]
             writer.writerow([battle.id, "m", "n", *texts, *(int(battle.verdict == v) for v in VERDICTS)])
     return path
+
+
+def lines(folder: Path, data_set: str) -> list[dict]:
+    """Return the rows of an exported data set."""
+    return [json.loads(line) for line in (folder / f"{data_set}.jsonl").read_text(encoding="ascii").splitlines()]

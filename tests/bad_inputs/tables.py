@@ -222,7 +222,7 @@ TRAIN = [
     ("row_cut_off", altered(lambda d: d[:-20]), "votes.csv line 41", "is cut off"),
 ]
 CELLS = [
-    ("cell_not_json", one("prompt", "hello"), "prompt is not a JSON list (Expecting value)"),
+    ("cell_not_json", one("prompt", "hello"), '"row": 5, "id": "1004"', "prompt is not a JSON list (Expecting value)"),
     ("cell_object", one("response_a", '{"a": 1}'), "response_a is not a JSON list"),
     ("cell_no_turn", one("response_b", "[]"), "response_b has no turn"),
     ("cell_open_list", one("prompt", '["a"'), "Expecting ',' delimiter"),
@@ -270,6 +270,11 @@ OTHERS = [
         (*PREPARE, "--pairs"),
         "no row is left for dpo_reward",
         "with a winner",
+    ),
+    *(
+        (f"list_of_sets_{name}_{folder}", write(f"{folder}/dataset_info.json", text), PREPARE, "is not readable JSON")
+        for folder in ("data", "data/exam")
+        for name, text in (("comma", '{"mine": {"hf_hub_url": "a/b"},}'), ("list", "[]"), ("deep", "[" * 100_000))
     ),
     ("zip_deflated_flipped", packed(zipfile.ZIP_DEFLATED, flipped), ZIP, *UNPACKED),
     ("zip_stored_flipped", packed(zipfile.ZIP_STORED, flipped), ZIP, *UNPACKED),
