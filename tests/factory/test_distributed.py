@@ -1,9 +1,8 @@
-"""Two processes for real, as far as a CPU goes: torchrun with gloo, and Ray workers; in a folder with a blank."""
+"""Two processes for real, as far as a CPU goes: torchrun with gloo, and Ray workers."""
 
 from __future__ import annotations
 
 import io
-import json
 import re
 import signal
 import threading
@@ -15,72 +14,17 @@ import psutil
 import pytest
 
 from common.errors import ArenaError
-from common.experiment import parse_experiment
 from common.progress import Show
 from factory import train as steps
-from factory.base_model import BaseModelSize, build_base_model
-from factory.recipes import TEMPLATES, write_recipe
 from factory.stage_context import StageContext
 from factory.trainer_log import loss_curve
 
-RECIPE = {
-    "max_steps": 40,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "save_total_limit": None,
-    "eval_strategy": "no",
-    "logging_steps": 1,
-    "lora_rank": 4,
-    "additional_target": "embed_tokens,lm_head",
-    "preprocessing_num_workers": 1,
-    "dataloader_num_workers": 0,
-    "learning_rate": 1.0e-2,
-    "bf16": False,
-    "plot_loss": False,
-    "report_to": "none",
-}
+FORTY = {"max_steps": 40, "eval_strategy": "no"}
 
 
-def turn(speaker: str, text: str) -> dict[str, str]:
-    return {"from": speaker, "value": text}
-
-
-@pytest.fixture
-def make(tmp_path, monkeypatch):
-    """A function that makes an experiment which LLaMA-Factory trains in seconds: a tiny base, 16 battles, nf4."""
-    place = tmp_path / "my own place"
-    place.mkdir()
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.fixture(autouse=True)
+def two_processes(monkeypatch):
     monkeypatch.setenv("NPROC_PER_NODE", "2")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
-    Path("templates").symlink_to(TEMPLATES)
-    rows = [{"conversations": [turn("human", f"Which is better, {i}?"), turn("gpt", "ABC"[i % 3])]} for i in range(20)]
-    size = BaseModelSize(vocabulary=300, hidden=32, layers=2, heads=2, feed_forward=64, positions=256)
-    build_base_model(Path("models/a tiny one"), [json.dumps(row) for row in rows], seed=1, size=size)
-    data = Path("data/demo")
-    (data / "sft_train").mkdir(parents=True)  # a folder of parts
-    for name, kept in (
-        ("sft_train/part-00000", rows[:9]),
-        ("sft_train/part-00001", rows[9:16]),
-        ("sft_valid", rows[16:]),
-    ):
-        (data / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in kept))
-    shape = {"formatting": "sharegpt", "columns": {"messages": "conversations"}}
-    files = {"demo_sft_train": "sft_train", "demo_sft_valid": "sft_valid.jsonl"}
-    info = {name: {"file_name": file, **shape} for name, file in files.items()}
-    (data / "dataset_info.json").write_text(json.dumps(info))
-
-    def experiment(engine: str, **recipe):
-        values = {"model": "models/a tiny one", "template": "qwen3_nothink", "cutoff_len": 128, "distributed": engine}
-        made = parse_experiment({**values, "recipes": {"sft": {**RECIPE, **recipe}}}, "demo", where="here")
-        write_recipe(made, "sft", force=True)
-        return made
-
-    return experiment
 
 
 def train(experiment, **options) -> tuple[Path, str]:
@@ -104,8 +48,8 @@ def kill_rank_one_after(checkpoint: Path, killed: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_told_and_the_run_resumes_to_its_end(make):
-    experiment, killed = make("ddp"), []
+def test_a_killed_worker_is_told_and_the_run_resumes_to_its_end(trainable):
+    experiment, killed = trainable(FORTY, distributed="ddp"), []
     adapter = experiment.adapter_folder("sft")
     killer = threading.Thread(target=kill_rank_one_after, args=(adapter / "checkpoint-2", killed))
     killer.start()
@@ -131,8 +75,8 @@ def test_a_killed_worker_is_told_and_the_run_resumes_to_its_end(make):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: make extra-ray")
-def test_ray_workers_train_together(make):
-    experiment = make("ray", max_steps=4, save_steps=4)
+def test_ray_workers_train_together(trainable):
+    experiment = trainable(distributed="ray")
     adapter, _ = train(experiment)
     log = Path("outputs/demo/sft/train.log").read_text()
     assert "Using ray.remote mode with 2 workers" in log

@@ -12,10 +12,8 @@ from common.experiment import StartFrom, parse_experiment
 from common.files import sha256_of
 from common.progress import Show
 from common.stages import STEPS
-from factory.base_model import BaseModelSize, build_base_model
 from factory.fingerprint import local_models
 from factory.merge import merge
-from factory.recipes import write_recipe as render
 from factory.stage_context import StageContext
 from factory.state import StageState
 from factory.status import stage_status
@@ -329,51 +327,6 @@ def test_a_merge_follows_a_new_adapter(experiment):
     assert [call.split()[0] for call in calls()] == ["train", "export", "train", "export"]
 
 
-QUICK = {
-    "max_steps": 4,
-    "save_steps": 2,
-    "eval_steps": 2,
-    "logging_steps": 1,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "lora_rank": 4,
-    "lora_dropout": 0.1,  # makes the random state matter
-    "additional_target": "embed_tokens,lm_head",
-    "preprocessing_num_workers": 1,
-    "dataloader_num_workers": 0,
-    "learning_rate": 1.0e-2,
-    "bf16": False,
-    "plot_loss": False,
-    "report_to": "none",
-}
-
-
-@pytest.fixture
-def real(tmp_path, monkeypatch):
-    """An experiment that LLaMA-Factory itself can train in seconds: a tiny base, 12 battles, 4 steps of nf4."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    rows = [{"conversations": [turn("human", f"Which is better, {i}?"), turn("gpt", "ABC"[i % 3])]} for i in range(12)]
-    size = BaseModelSize(vocabulary=300, hidden=32, layers=2, heads=2, feed_forward=64, positions=256)
-    build_base_model(Path("models/tiny"), [json.dumps(row) for row in rows], seed=1, size=size)
-    values = {"model": "models/tiny", "template": "qwen3_nothink", "cutoff_len": 128, "recipes": {"sft": QUICK}}
-    experiment = parse_experiment(values, "demo", where="here")
-    Path("data/demo").mkdir(parents=True)
-    info = {}
-    for part, kept in (("train", rows[:8]), ("valid", rows[8:])):
-        Path(f"data/demo/sft_{part}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in kept))
-        columns = {"messages": "conversations"}
-        info[f"demo_sft_{part}"] = {"file_name": f"sft_{part}.jsonl", "formatting": "sharegpt", "columns": columns}
-    Path("data/demo/dataset_info.json").write_text(json.dumps(info))
-    for step in ("sft", "merge_sft"):
-        render(experiment, step)
-    return experiment
-
-
-def turn(speaker, text):
-    return {"from": speaker, "value": text}
-
-
 def real_inputs(experiment):
     context = StageContext(experiment, "sft")
     return {**context.training_inputs, **local_models(context.recipe)}
@@ -386,10 +339,11 @@ def weights_in(path):
 
 
 @pytest.mark.slow
-def test_llamafactory_trains_resumes_and_merges(real):
+def test_llamafactory_trains_resumes_and_merges(trainable):
     import numpy as np
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    real = trainable({"eval_steps": 2, "lora_dropout": 0.1})  # dropout makes the random state matter
     stream = io.StringIO()
     adapter = train(StageContext(real, "sft"), show=Show(stream))
     whole = weights_in(adapter / "adapter_model.safetensors")
@@ -398,7 +352,7 @@ def test_llamafactory_trains_resumes_and_merges(real):
     assert [row["step"] for row in curve if row["eval_loss"] is not None] == [2, 4]
     assert curve[-1]["loss"] < curve[0]["loss"]
     assert "sft: training\n" in stream.getvalue()
-    assert "Num examples = 8" in Path("outputs/demo/sft/train.log").read_text()
+    assert "Num examples = 16" in Path("outputs/demo/sft/train.log").read_text()
 
     # As if it had been killed after step 2: the resumed run must end with the very same weights.
     adapter.rename("saves/whole")
@@ -421,16 +375,15 @@ def test_llamafactory_trains_resumes_and_merges(real):
     trained = {name: value for name, value in resumed.items() if "embed_tokens" in name}
     (embedding,) = trained.values()
     assert np.allclose(model.get_input_embeddings().weight.detach().float().numpy(), embedding, atol=1e-2)
-    assert AutoTokenizer.from_pretrained(merged).encode("A") == AutoTokenizer.from_pretrained("models/tiny").encode("A")
+    assert AutoTokenizer.from_pretrained(merged).encode("A") == AutoTokenizer.from_pretrained(real.model).encode("A")
     assert merge(StageContext(real, "sft"), lambda folder: None, Show(stream)) == merged
     assert "sft: merge kept" in stream.getvalue()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "said"), [(8, "Quantizing model to 8 bit with bitsandbytes"), (None, "")])
-def test_a_training_in_8_bits_and_one_without_learn_as_well(real, bits, said):
-    experiment = real.model_copy(update={"quantization_bit": bits})
-    render(experiment, "sft")
+def test_a_training_in_8_bits_and_one_without_learn_as_well(trainable, bits, said):
+    experiment = trainable(quantization_bit=bits)
     adapter = train(StageContext(experiment, "sft"), show=Show(io.StringIO()))
     curve = [row["loss"] for row in loss_curve(adapter / "trainer_log.jsonl") if row["loss"] is not None]
     assert len(curve) == 4 and curve[-1] < curve[0]
