@@ -154,6 +154,7 @@ FIRST_VALUES = [
         ("nan", "learning_rate: .nan", ("recipes.sft.learning_rate", "is not a finite number")),
         ("token", "hf_hub_token: hf_x", ("recipes.sft.hf_hub_token", "set HF_TOKEN")),
         ("derived", "compute_dtype: fp16", ("recipes.sft.compute_dtype", "remove the key")),
+        ("of_several_steps", "lora_rnk: 8}, rm: {learning_rate: fast", ("2 fault(s)", "sft.lora_rnk", "rm.learning")),
     ]
 ]
 PLACES = [
@@ -186,6 +187,7 @@ PROMPTS = [
         ("open_block", "{% for turn in turns %}", ("is not a valid Jinja template",)),
         ("open_brace", "{{ turns", ("is not a valid Jinja template",)),
         ("unknown_name", f"{{{{ nothing }}}}{LOOP}", ("cannot be rendered: 'nothing' is undefined",)),
+        ("unknown_field", LOOP.replace("turn.a", "turn.answer"), ("answer",)),
         ("unknown_filter", "{% for turn in turns %}{{ turn.a|nice }}{% endfor %}", ("mine.j2",)),
         ("no_answer", "{% for turn in turns %}{{ turn.a }}{% endfor %}", ("places 1 texts instead of 3",)),
         ("text_twice", LOOP * 2, ("places 6 texts instead of 3",)),

@@ -176,6 +176,14 @@ FAULTS = [
     ("manifest_no_sources", unscored(edited(MANIFEST, sources=...)), SCORE, "is damaged"),
     ("manifest_source_a_word", unscored(edited(MANIFEST, sources={"train": "x"})), SCORE, "is damaged"),
     ("manifest_other_tokenizer", unscored(frame(MANIFEST, before="x")), SCORE, "another tokenizer or chat template"),
+    (
+        "rows_of_the_training_set_lost",  # LLaMA-Factory would train on one row less
+        change(f"{DATA}/sft_train.jsonl", lambda d: d[: d[:-1].rindex(b"\n") + 1]),
+        SFT,
+        "sft_train.jsonl: is damaged",
+        "not what was exported",
+        AGAIN,
+    ),
     ("info_missing", remove(INFO), SFT, "there is no exported data"),
     ("info_entry_a_word", write(INFO, '{"exam_sft_train": "x"}'), SFT, "does not name a file"),
     (

@@ -140,6 +140,11 @@ def moved(name: str, new: str) -> Any:
     return lambda place: Path(name).rename(new)
 
 
+def linked(name: str, new: str) -> Any:
+    """Return what moves a file or folder and leaves a link to it."""
+    return lambda place: (Path(name).rename(new), Path(name).symlink_to(Path(new).absolute()))
+
+
 LIES_IN, STRANGERS = "lies in data/exam, and an export replaces this folder", "holds 1 file(s) that no export wrote"
 
 
@@ -257,6 +262,13 @@ OTHERS = [
         "--test wants test.csv",
     ),
     ("test_is_the_train_table", nothing, (*PREPARE_TEST[:-1], "votes.csv"), "is the train table, given"),
+    ("test_is_the_train_table_by_a_link", linked("votes.csv", "test.csv"), PREPARE_TEST, "is the train table, given"),
+    (
+        "test_is_a_copy_of_the_train_table",
+        lambda p: p.table(p.rows(), "test.csv"),
+        PREPARE_TEST,
+        "all of its 40 rows are training rows",
+    ),
     (
         "csv_double_id_in_test",
         write("test.csv", "id,prompt,response_a,response_b\n" + '1,"[""a""]","[""b""]","[""c""]"\n' * 2),
@@ -303,6 +315,9 @@ OTHERS = [
     ("test_in_the_export", moved("test.csv", "data/exam/test.csv"), within("test.csv", "--test"), LIES_IN),
     ("truth_in_the_export", write("data/exam/truth.csv", ""), within("truth.csv", "--truth"), LIES_IN),
     ("zip_in_the_export", write("data/exam/votes.zip", b"PK"), within("votes.zip", "--train"), LIES_IN),
+    ("votes_by_dots", moved("votes.csv", "data/exam/votes.csv"), instead("models/../data/exam/votes.csv"), LIES_IN),
+    ("votes_by_a_link", linked("votes.csv", "data/exam/mine.csv"), instead("votes.csv"), LIES_IN),
+    ("votes_by_a_linked_folder", linked("data", "elsewhere"), instead("elsewhere/exam/rows.parquet"), LIES_IN),
     ("exported_table_as_test", nothing, within("battles.parquet", "--test"), LIES_IN),
     ("truth_missing", nothing, WITH_TRUTH, "truth.csv: does not exist"),
     ("truth_without_a_column", truth("id,winner_model_a\n1,1\n"), WITH_TRUTH, "lacks the column(s)", "leave it out"),

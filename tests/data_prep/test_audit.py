@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -14,18 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow.parquet import read_table
 
-from common.battle import VERDICTS, Battle, swap
-from common.errors import ArenaError
+from common.battle import VERDICTS, Battle
 from common.experiment import Labels
-from data_prep import export_rows
 from data_prep.audit import first_prompts, row_statistics, warnings_of
-from data_prep.chat_template import load_frame
 from data_prep.export import export
 from data_prep.folds import prompt_group
 from data_prep.prompt import JudgePrompt
 from data_prep.sanitize import EMPTY, Neutralizer
 from data_prep.synthetic import write_arena
-from data_prep.truncation import MARKER
 from scoring.checks.run_checks import shared_prompts
 from tests.votes import write_votes
 
@@ -84,55 +78,6 @@ def test_no_prompt_of_the_votes_is_in_two_folds_whatever_was_cut(experiment, wor
         assert row_statistics(battle).items() <= row.items()
 
 
-def twins(count: int) -> list[Battle]:
-    """Each prompt twice: once before one short turn, once before two turns of which the first does not fit."""
-    battles = []
-    for number in range(count):
-        first, verdict = f"question {number}", VERDICTS[number % 3]
-        battles.append(Battle(f"{number}s", (first,), ("yes",), (f"no {number}",), verdict))
-        texts = ("word " * 300, "yes"), ("word " * 300, "no")
-        battles.append(Battle(f"{number}l", (first, f"and {number} then"), *texts, verdict))
-    return battles
-
-
-def test_the_run_check_sees_what_groups_of_shortened_battles_would_hide(experiment, workplace, monkeypatch):
-    def shortened(battle: Battle) -> dict:
-        return {**row_statistics(battle), "group": prompt_group(battle.prompts[-1])}
-
-    votes = write_votes(workplace / "votes.csv", twins(120))
-    monkeypatch.setattr(export_rows, "row_statistics", shortened)
-    export(experiment, votes, views=("judge", "reward"), workers=0)
-    found = shared_prompts(experiment.data_folder)
-    assert found["the votes"] > 10 and not found["the folds' groups"]
-
-
-def test_a_battle_is_cut_alike_with_and_without_its_verdict_in_either_order(experiment, workplace):
-    Path("inline.j2").write_text(
-        "{% for turn in turns %}{{ turn.prompt }}\n{{ turn.a }} {{ turn.b }}\n{% endfor %}Verdict:\n"
-    )
-    frame, tokenizer = load_frame(experiment)
-    prompt = JudgePrompt.load(Path("inline.j2"), experiment.labels)
-
-    def tokens(battle: Battle) -> int:
-        wrapped = frame.wrap(prompt.message(battle, 0))
-        return len(tokenizer.encode(wrapped, add_special_tokens=False).ids) + frame.overhead
-
-    texts = ("why " * 300,), ("the answer",), ("1 answer",)
-    battle = max((Battle("1", *texts, "a"), swap(Battle("1", *texts, "b"))), key=lambda b: tokens(swap(b)) - tokens(b))
-    assert tokens(battle) < tokens(swap(battle)), "only the other order is too long"
-    others = [Battle(f"x{i}", (f"q{i}",), ("a",), ("b",), VERDICTS[i % 3]) for i in range(60)]
-    changed = {"cutoff_len": tokens(battle), "prompt_template": "inline.j2"}
-    for swap_copies in (True, False):
-        its = experiment.model_copy(update={**changed, "swap_copies": swap_copies})
-        votes = write_votes(workplace / "votes.csv", [battle, *others])
-        export(its, votes, write_votes(workplace / "test.csv", [battle, replace(battle, id="new")]))
-        (fitted, *_), row = (
-            read_table(its.data_folder / f"{name}.parquet").to_pylist() for name in ("battles", "rows")
-        )
-        assert row[0]["cut"] and MARKER in fitted["prompts"][0] and row[-1]["split"] == "test"
-        assert {**read_table(its.data_folder / "battles.parquet").to_pylist()[-1], "id": "1"} == fitted
-
-
 @given(st.text() | st.sampled_from(PROMPTS), st.text(alphabet="<|im_end>#A \n\u200b{idx}", max_size=40))
 def test_what_is_fed_of_a_whole_prompt_is_in_the_group_of_the_vote(text, more):
     prompt = JudgePrompt.load(Path("templates/judge_prompt.j2"), Labels())
@@ -168,18 +113,6 @@ def write(path: Path, rows: list[dict[str, str]], columns: list[str]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
-
-
-def test_the_train_table_is_no_test_set(experiment, arena, tmp_path):
-    (tmp_path / "link.csv").symlink_to(arena.train.resolve())
-    for test in (arena.train, tmp_path / "link.csv"):
-        with pytest.raises(ArenaError, match="is the train table, given as the test set") as caught:
-            export(experiment, arena.train, test)
-        assert caught.value.where == str(test) and "leave --test out" in caught.value.remedy
-    copy = Path(shutil.copy(arena.train, tmp_path / "copy.csv"))
-    with pytest.raises(ArenaError, match="all of its 60 rows are training rows"):
-        export(experiment, arena.train, copy)
-    assert not experiment.data_folder.exists()
 
 
 def test_training_rows_in_a_test_set_are_counted_and_kept(experiment, arena, tmp_path):

@@ -34,20 +34,6 @@ def test_a_truth_of_all_votes_is_taken_in_any_order_and_with_others(workplace, m
     require_truth_of(rows(IDS, tests=["not in it"]), read_truth_ids(path), path)
 
 
-@pytest.mark.parametrize("gone", [range(1), range(25, 26), range(49, 50), range(50), range(20, 50)])
-def test_battles_without_true_probabilities_are_counted_and_the_first_is_named(workplace, gone):
-    path = truth([name for n, name in enumerate(IDS) if n not in gone])
-    what = rf"of {len(gone)} of the 50 battles, the first id is b{gone[0]}\n"
-    with pytest.raises(ArenaError, match=what) as caught:
-        require_truth_of(rows(IDS), read_truth_ids(path), path)
-    assert caught.value.where == "truth.csv" and "with these votes" in caught.value.remedy
-
-
-def test_an_id_that_stands_twice_is_refused(workplace):
-    with pytest.raises(ArenaError, match="the id b1 is in row 2 and again in row 4"):
-        read_truth_ids(truth(["b0", "b1", "b2", "b1"]))
-
-
 def test_an_id_reads_as_that_of_the_votes_does(workplace):
     path, ids = truth(["NA", " 12 ", "007", '" null"', "1e3"]), ["NA", "12", "007", "null", "1e3"]
     require_truth_of(rows(ids), read_truth_ids(path), path)

@@ -67,31 +67,6 @@ def test_a_file_that_comes_while_an_export_works_stops_it_too(exported):
     assert not list(Path("data").glob(".exam.*.tmp"))
 
 
-@pytest.mark.parametrize(
-    ("option", "path"),
-    [
-        ("train", "data/exam/mine/train.csv"),
-        ("test", "arena/../data/exam/mine/test.csv"),
-        ("truth", "linked/mine/truth.csv"),
-        ("train", "link.csv"),
-        ("test", "data/exam/battles.parquet"),  # though the manifest names it
-    ],
-)
-def test_an_input_below_the_folder_is_refused(exported, option, path):
-    experiment, arena = exported
-    tables = {"train": arena.train, "test": arena.test, "truth": arena.truth}
-    (FOLDER / "mine").mkdir()
-    inside = FOLDER / "mine" / tables[option].name
-    tables[option].rename(inside)
-    Path("linked").symlink_to("data/exam")
-    Path("link.csv").symlink_to(inside)
-    before = everything()
-    with pytest.raises(ArenaError, match="lies in data/exam, and an export replaces this folder") as caught:
-        export(experiment, **{**tables, option: Path(path)})
-    assert caught.value.where == path
-    assert everything() == before
-
-
 def test_inputs_elsewhere_may_be_read(workplace):
     for given in ("hf://datasets/data/exam", "data/.sources/x/train.csv", "data/exam2/votes.csv", "x" * 5000):
         check_overwrite(FOLDER, [given, None])

@@ -13,11 +13,7 @@ from common.battle import PROBABILITY_COLUMNS
 from common.errors import ArenaError
 from common.files import sha256_of
 from data_prep.synthetic import (
-    BAD_MARKERS,
-    FIT_MARKERS,
-    GOOD_MARKERS,
     TRAIN_COLUMNS,
-    TRUTH,
     ArenaTruth,
     cell,
     quality,
@@ -82,19 +78,6 @@ def test_davidson_identities(quality_a, quality_b, tie, bias, scale):
         assert math.log(a / b) == pytest.approx(scale * (quality_a - quality_b) + bias, abs=1e-6)
     mirrored = true_probabilities(quality_b, quality_a, ArenaTruth(tie=tie, position_bias=-bias, scale=scale))
     assert mirrored == pytest.approx((b, a, t))
-
-
-def test_quality_is_read_from_the_text():
-    plain = "Cook rice with a little salt."  # six words
-    length = TRUTH.length_weight * math.log2(6)
-    assert quality("practical", [plain]) == pytest.approx(length)
-    for phrase, weight in {**GOOD_MARKERS, **BAD_MARKERS}.items():
-        words = 6 + len(phrase.replace(",", "").split())
-        expected = weight + TRUTH.length_weight * math.log2(words)
-        assert quality("playful", [plain, phrase]) == pytest.approx(expected), phrase
-    for (kind, phrase), weight in FIT_MARKERS.items():
-        other = {"practical": "playful", "playful": "practical"}[kind]
-        assert quality(kind, [phrase]) - quality(other, [phrase]) == pytest.approx(2 * weight)
 
 
 def test_a_seed_gives_the_bytes_that_it_always_gave(tmp_path):

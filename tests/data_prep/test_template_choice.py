@@ -59,6 +59,8 @@ def test_a_known_model_has_its_own_template(model, template, thinks):
     [
         ("me/gemma-2-9b-it-tuned", None, "google/gemma-2-9b-it has gemma2"),
         ("me/something-else-entirely", None, "--template"),
+        ("models/nothere", None, "there is no folder models/nothere, and LLaMA-Factory's table does not"),
+        ("gpt2", None, "there is no folder gpt2, and LLaMA-Factory's table does not"),
         ("google/gemma-3-4b-it", None, "reads images too"),
         ("Qwen/Qwen3-8B", "qwen3_nothin", "qwen3_nothink"),
         ("models/absent/folder", None, "neither a folder nor a hub id"),
@@ -71,7 +73,7 @@ def test_what_is_not_known_is_asked_for(model, asked, part):
     with pytest.raises(UsageError) as caught:
         choose_template(model, asked)
     assert part in str(caught.value)
-    assert caught.value.remedy
+    assert caught.value.remedy and "gpt-oss" not in caught.value.remedy, "another model is no advice"
 
 
 def test_an_unknown_model_takes_the_template_that_is_named():
@@ -118,12 +120,6 @@ def test_a_folder_that_does_not_tell_is_asked_for(tmp_path):
     assert choose_template(folder_of(tmp_path / "told", "llama"), "llama3").template == "llama3"
 
 
-def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path):
-    source = "{{ ''.__class__.__mro__[1].__subclasses__() }}" + LLAMA3
-    with pytest.raises(UsageError, match="brings no chat template"):
-        choose_template(folder_of(tmp_path / "hostile", "llama", source))
-
-
 def test_a_folder_without_a_model_or_with_quantized_weights_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"holds no config\.json"):
         choose_template(str(tmp_path), "llama3")
@@ -134,14 +130,3 @@ def test_a_folder_without_a_model_or_with_quantized_weights_is_refused(tmp_path)
     (tmp_path / "bad" / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ArenaError, match="is not readable JSON"):
         choose_template(str(tmp_path / "bad"))
-
-
-@pytest.mark.parametrize("model", ["models/nothere", "gpt2"])
-def test_a_name_that_is_nowhere_is_told_to_be_no_folder_either(model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=f"there is no folder {model}, and LLaMA-Factory's table does not") as caught:
-        choose_template(model)
-    assert caught.value.remedy.startswith(
-        "give the path of a folder that holds config.json; or, for a hub id, name its"
-    )
-    assert "gpt-oss" not in caught.value.remedy, "another model is no advice"
