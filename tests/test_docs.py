@@ -95,7 +95,7 @@ def test_every_key_of_an_experiment_is_documented_in_the_table_and_where_it_stan
     example = (ROOT / "factory_configs" / "demo" / "experiment.yaml").read_text(encoding="utf-8")
     keys = set(Experiment.model_fields) - {"name"}
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == keys
-    assert set(re.findall(r"^(\w+):", example, re.MULTILINE)) == keys
+    assert set(re.findall(r"^# .*\n(\w+):", example, re.MULTILINE)) == keys, "with a comment above each"
     for key, field in Experiment.model_fields.items():
         if key != "name" and field.is_required():
             assert f"| `{key}` | required |" in table

@@ -234,20 +234,6 @@ def test_the_advice_after_an_interruption_fits_the_command(monkeypatch, command)
             assert "the same command without --fresh goes on from what is " in user_error(error, command).remedy
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("sft", "goes on from what is finished; where a training had saved"),
-        ("rm", "goes on from what is finished; where a training had begun, with --fr"),
-        ("demo", "where a training had begun: python run.py sft -e demo --resume"),
-        ("score", "the same command goes on from what is scored"),
-        ("compare", "give the same command again"),
-    ],
-)
-def test_an_interrupted_command_says_what_goes_on(command, words):
-    assert words in user_error(KeyboardInterrupt(), command).remedy
-
-
 OURS = SyntaxError("expected ':'", ("/x/arena-factory/scoring/pipeline.py", 3, 1, "", 3, 1))  # no lack of memory
 
 
@@ -325,21 +311,6 @@ def test_a_clock_that_goes_backwards_decides_nothing(place, monkeypatch):
     assert record["finished_at"] < record["started_at"] and record["seconds"] > 0
     assert "scores kept" in call(*SCORE).output
     assert call(*SCORE_INPUT).exit_code == 0
-
-
-def test_an_export_that_was_cut_or_edited_is_neither_trained_on_nor_scored(place):
-    table = DATA / "sft_train.jsonl"
-    lines = table.read_text().splitlines(keepends=True)
-    table.write_text("".join(lines[:-1]))  # LLaMA-Factory would train on one row less
-    refused("sft", "-e", "exam", words=("sft_train.jsonl: is damaged", "not what was exported", "run prepare again"))
-    table.write_text("".join(lines))
-    rows = (DATA / "rows.parquet").read_bytes()
-    from pyarrow import parquet
-
-    parquet.write_table(parquet.read_table(DATA / "rows.parquet").slice(1), DATA / "rows.parquet")
-    refused(*SCORE, words=("rows.parquet: is damaged", "run prepare again"))
-    (DATA / "rows.parquet").write_bytes(rows)
-    assert "scores kept" in call(*SCORE).output
 
 
 def test_a_damaged_report_of_a_finished_stage_names_the_way_to_make_it_anew(place):

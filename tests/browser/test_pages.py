@@ -3,10 +3,7 @@
 In this order: whatever comes first starts the one training that all of them look at.
 """
 
-import json
 import re
-
-from safetensors import safe_open
 
 
 def drawn(tab, name) -> str:
@@ -131,42 +128,4 @@ def test_a_preference_stage_names_its_own_base_and_loads_its_data_sets_at_the_se
     press(tab, "Load arguments")
     tab.until(lambda: data_sets(tab), lambda seen: seen == ["demo_dpo_judge_train"])
     tab.until(tab.page.get_by_label("Chat template").input_value, lambda name: name == "qwen3_nothink")
-    assert tab.errors == []
-
-
-def test_one_chats_with_the_checkpoint_of_the_command_line(tab, servers, trained):
-    open_board(tab, servers["board"].url)
-    choose(tab, "Checkpoint path", "demo_sft")
-    tab.page.get_by_role("tab", name="Chat").click()
-    press(tab, "Load model")
-    box = tab.page.get_by_placeholder("Input...")
-    box.wait_for()
-    row = json.loads((trained / "data" / "demo" / "sft_valid.jsonl").read_text().splitlines()[0])
-    tab.page.get_by_label("number input for Top-p").locator("visible=true").fill("0.01")  # its first choice, not a draw
-    box.fill(row["conversations"][0]["value"])
-    press(tab, "Submit")
-    bot = tab.page.locator(".bot.message").last
-    # While it is being written a bubble may hold dots; in the end it is what the judge was taught to say.
-    tab.until(lambda: bot.inner_text().strip() if bot.count() else "", lambda text: text in ("A", "B", "C"))
-    tab.picture("board_chat")
-    press(tab, "Unload model")
-    assert tab.errors == []
-
-
-def test_the_checkpoint_of_the_command_line_is_exported(tab, servers, trained):
-    open_board(tab, servers["board"].url)
-    choose(tab, "Checkpoint path", "demo_sft")
-    tab.page.get_by_role("tab", name="Export").click()
-    tab.page.get_by_label("Export dir").fill("outputs/from_the_board")
-    press(tab, "Export")
-    box = tab.page.locator("textarea:visible, input:visible")
-    tab.until(lambda: [each.input_value() for each in box.all()], lambda seen: "Model exported." in seen)
-    tab.picture("board_exported")
-    folder, base = trained / "outputs" / "from_the_board", trained / "models" / "arena-tiny"
-    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
-    with safe_open(folder / "model.safetensors", "pt") as exported, safe_open(base / "model.safetensors", "pt") as bare:
-        names = exported.keys()
-        assert set(names) == set(bare.keys()), "a whole model, without an adapter's keys"
-        name = next(each for each in names if each.endswith("layers.0.self_attn.q_proj.weight"))
-        assert not exported.get_tensor(name).equal(bare.get_tensor(name)), "the adapter is in it"
     assert tab.errors == []

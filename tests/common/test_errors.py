@@ -1,4 +1,5 @@
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_an_error_says_what_where_and_what_to_do():
     error = ArenaError("is not a table", where="votes.csv row 3", remedy="write it again")
     assert str(error) == "votes.csv row 3: is not a table\n  remedy: write it again"
+    assert vars(pickle.loads(pickle.dumps(error))) == vars(error), "whole out of another process"
 
 
 def called(*options: str, folder: Path = ROOT) -> subprocess.CompletedProcess:

@@ -1,6 +1,5 @@
-"""The generated schema is what LLaMA-Factory's own classes say, and they accept the committed recipes."""
+"""The generated schema is what LLaMA-Factory's own classes say; tests/bad_inputs/configs.py has faults of recipes."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,32 +8,9 @@ import pytest
 
 import common.llamafactory_schema as schema
 from common.errors import ArenaError
-from common.experiment import read_yaml
 from common.llamafactory_schema import arguments, key_fault, known_models, reporters, templates, value_fault
-from common.stages import STEPS
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(p for p in ROOT.glob("factory_configs/*/*.yaml") if p.name != "experiment.yaml")
-
-# Runs in a child process, as importing LLaMA-Factory takes long and sets global state.
-PARSE = """
-import json, sys
-from llamafactory.hparams import get_infer_args, get_train_args
-from omegaconf import OmegaConf
-
-loaded = {}
-for path in sys.argv[2:]:
-    given = OmegaConf.to_container(OmegaConf.load(path))
-    if "export_dir" in given:
-        parsed = get_infer_args(dict(given))
-    else:
-        given["use_cpu"] = True  # bf16: true is refused on a machine without a GPU otherwise
-        parsed = get_train_args(dict(given))
-    known = {k: v for part in parsed for k, v in vars(part).items()}
-    loaded[path] = {k: repr(getattr(known[k], "value", known[k])) for k in given}
-with open(sys.argv[1], "w") as file:
-    json.dump(loaded, file)
-"""
 
 
 @pytest.mark.slow
@@ -42,23 +18,6 @@ def test_the_committed_schema_is_what_its_generator_writes():
     command = [sys.executable, ROOT / "benchmarks/llamafactory_schema.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.slow
-def test_llamafactory_accepts_every_committed_recipe(tmp_path):
-    assert len(RECIPES) >= 2 * len(STEPS)
-    answer = tmp_path / "answer.json"
-    command = [sys.executable, "-c", PARSE, answer, *RECIPES]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    loaded = json.loads(answer.read_text())
-    assert set(loaded) == {str(path) for path in RECIPES}
-    demo = loaded[str(ROOT / "factory_configs/demo/sft.yaml")]
-    written = read_yaml(ROOT / "factory_configs/demo/sft.yaml")
-    assert demo["learning_rate"] == repr(written["learning_rate"]), "a number, as the recipe writes it"
-    assert demo["eval_strategy"] == "'no'"
-    assert demo["dataset"] == "['demo_sft_train']"
-    assert demo["additional_target"] == "['embed_tokens', 'lm_head']"
 
 
 def test_the_schema_is_read_without_heavy_imports():
@@ -96,9 +55,7 @@ def test_another_release_of_llamafactory_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "part"),
     [
-        ("eval_strategy", False, 'write eval_strategy: "no"'),
         ("eval_strategy", "step", "did you mean steps?"),
-        ("learning_rate", "1e-4", "write it without quotes"),
         ("learning_rate", "small", "expected float; write a number"),
         ("lora_rank", "sixteen", "expected int; write a whole number"),
         ("lora_rank", "16", "write it without quotes"),
@@ -107,10 +64,7 @@ def test_another_release_of_llamafactory_is_refused(monkeypatch):
         ("do_train", "true", "expected bool; write it without quotes"),
         ("do_train", "perhaps", "expected bool; write true or false"),
         ("do_train", 1, "expected bool"),
-        ("cutoff_len", None, "may not be null"),
         ("dataset", 7, "put it in quotes"),
-        ("learning_rate", float("nan"), "not a finite number"),
-        ("output_dir", "${oc.env:HOME}", "does not resolve interpolations"),
         ("train_sampling_strategy", "length", "choices: random, sequential, group_by_length"),
         ("log_level", "loud", "choices: detail, debug"),
         ("adapter_name_or_path", ["a", "b"], "write one string with commas"),

@@ -1,7 +1,6 @@
 """The export, from a table to files."""
 
 import json
-import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -156,8 +155,3 @@ def test_faults_of_a_folder_name_the_part(experiment, arena, workplace):
     (parts / "notes.txt").write_text("x")
     with pytest.raises(ArenaError, match=r"holds more than parts of a table: notes\.txt"):
         export(experiment, parts)
-
-
-def test_an_error_comes_whole_out_of_a_process():
-    error = pickle.loads(pickle.dumps(ArenaError("cannot be fitted", where="battle 7", remedy="raise cutoff_len")))
-    assert (error.what, error.where, error.remedy) == ("cannot be fitted", "battle 7", "raise cutoff_len")

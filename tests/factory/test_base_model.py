@@ -50,23 +50,6 @@ def test_any_text_survives_the_tokenizer(base):
         assert tokenizer.tokenize(f"x{token}y") == ["x", token, "y"]
 
 
-def test_llamafactory_encodes_the_labels_as_single_tokens(base):
-    from llamafactory.data import get_template_and_fix_tokenizer
-    from llamafactory.hparams import DataArguments
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template="qwen3_nothink"))
-    first = set()
-    for label in "ABC":
-        messages = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": label}]
-        prompt, answer = template.encode_oneturn(tokenizer, messages)
-        assert tokenizer.decode(prompt) == "<|im_start|>user\nWhich?<|im_end|>\n<|im_start|>assistant\n"
-        assert [tokenizer.decode(token) for token in answer] == [label, "<|im_end|>", "\n"]
-        first.add(answer[0])
-    assert len(first) == 3
-
-
 def test_the_same_seed_gives_the_same_bytes_and_another_other_weights(base, tmp_path):
     import torch
 

@@ -67,11 +67,3 @@ def test_every_default_of_an_experiment_is_on_the_page_with_its_source():
 @pytest.mark.parametrize("key", ["swap_copies", "dpo_rejected", "valid_share", "seed", "revision", "quantization_bit"])
 def test_what_is_left_out_of_an_experiment_has_the_value_on_the_page(key):
     assert as_yaml(Experiment.model_fields[key].default) == table("experiment defaults")[key][0]
-
-
-def test_a_default_is_written_once():
-    """No template but the shared one names what all trainings share."""
-    shared = set(re.findall(r'key\("(\w+)"', (ROOT / "templates" / "train.yaml.j2").read_text(encoding="utf-8")))
-    for name in ("sft", "dpo", "rm", "merge"):
-        own = re.findall(r'key\("(\w+)"', (ROOT / "templates" / f"{name}.yaml.j2").read_text(encoding="utf-8"))
-        assert not shared & set(own), name

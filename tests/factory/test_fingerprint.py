@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ArenaError
 from factory.fingerprint import data_sets, differences, local_models, training_rows
 
 RECIPE = {"dataset": "one, two", "dataset_dir": "data/demo", "model_name_or_path": "org/model"}
@@ -63,22 +62,6 @@ def test_a_change_in_any_block_of_a_large_file_of_weights_is_noticed():
         file.seek(200 * 2**20)
         file.write(b"1" * 4 * 2**20)
     assert local_models({"model_name_or_path": "model"}) != before
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("{", "is not JSON"),
-        ("[]", "is not a JSON object"),
-        ('{"one": {"file_name": "/etc/passwd"}}', "does not name a file"),
-        ('{"one": {"file_name": "../../secret"}}', "does not name a file"),
-    ],
-)
-def test_a_damaged_list_of_data_sets_is_named(text, words):
-    INFO.write_text(text)
-    with pytest.raises(ArenaError, match=words) as caught:
-        data_sets(RECIPE, {})
-    assert "dataset_info.json" in caught.value.where and caught.value.remedy
 
 
 def test_changes_are_listed_by_name_and_keys_without_effect_are_left_out():

@@ -127,25 +127,3 @@ def test_a_setting_of_one_stage_makes_no_other_outdated(place):
     assert status(exam, "sft").state == "trained"
     assert status(exam, "dpo_judge").next == "python run.py prepare -e exam --train votes.csv --test test.csv"
     assert next_of(call("status", "-e", "exam").output) == ["python run.py sft -e exam"]
-
-
-@pytest.mark.parametrize(
-    ("code", "arguments"),
-    [
-        (1, ["prepare", "-e", "exam", "--train", "nowhere.csv"]),
-        (1, ["score", "-e", "exam", "--input", "nowhere.csv"]),
-        (1, ["sft", "-e", "faulty"]),
-        (2, ["sft", "-e", "nowhere"]),
-        (2, ["sft", "--nothing"]),
-        (2, ["verify", "nowhere"]),
-        (2, ["new", "other", "--model", "models/nowhere"]),
-        (2, ["watch", "-e", "exam", "--once"]),
-        (2, ["score", "-e", "exam", "--stage", "dpo"]),
-    ],
-    ids=lambda value: value if isinstance(value, int) else " ".join(value),
-)
-def test_exit_codes_are_those_of_the_readme(place, code, arguments):
-    Path("factory_configs/faulty").mkdir()
-    Path("factory_configs/faulty/experiment.yaml").write_text("modle: x\n")
-    done = call(*arguments)
-    assert done.exit_code == code, done.output

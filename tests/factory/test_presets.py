@@ -78,7 +78,7 @@ def test_every_preset_and_step_loads_in_llamafactorys_own_parser(tmp_path, monke
     from llamafactory.hparams import get_infer_args, get_train_args
 
     monkeypatch.chdir(tmp_path)
-    for name in NAMES:
+    for name in (*NAMES, "demo"):
         for bits in (4, 8, None):
             its = load_experiment(name, ROOT).model_copy(update={"quantization_bit": bits})
             for step in STEPS.values():
@@ -89,7 +89,7 @@ def test_every_preset_and_step_loads_in_llamafactorys_own_parser(tmp_path, monke
                     assert model.quantization_bit is None
                 else:
                     model, data, training, method, _ = get_train_args(recipe | {"use_cpu": True})
-                    assert (model.quantization_bit, training.bf16) == (bits, True)
+                    assert (model.quantization_bit, training.bf16) == (bits, recipe["bf16"])
                     assert method.lora_rank == recipe["lora_rank"]
                     assert data.dataset == [recipe["dataset"]] and data.cutoff_len == its.cutoff_len
                 assert (method.stage, data.template) == (recipe.get("stage", "sft"), its.template)

@@ -5,13 +5,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from common.errors import ArenaError
 from common.experiment import load_experiment, parse_experiment
 from common.stages import STEPS, TRAININGS, merge_of
 from factory.recipes import (
-    TEMPLATES,
     as_yaml,
-    check_first_values,
     is_as_rendered,
     render_recipe,
     write_recipe,
@@ -156,29 +153,3 @@ def test_every_hand_edit_is_recognised(tmp_path, edit):
     path = tmp_path / its.recipe("sft")
     path.write_text(edit(path.read_text(encoding="utf-8")), encoding="utf-8")
     assert write_recipe(its, "sft", root=tmp_path).state == "hand-edited"
-
-
-def test_a_faulty_template_is_named_and_the_recipe_stays(tmp_path):
-    its, templates = experiment(), tmp_path / "templates"
-    templates.mkdir()
-    for source in TEMPLATES.glob("*.yaml.j2"):
-        (templates / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    write_recipe(its, "sft", root=tmp_path, templates=templates)
-    before = (tmp_path / its.recipe("sft")).read_bytes()
-    faults = {"{{ no_such_name }}": "no_such_name", "{% if %}": "sft.yaml.j2 line", "{{ shared('seed') }}": "seed"}
-    for text, part in faults.items():
-        (templates / "sft.yaml.j2").write_text(text + "\n", encoding="utf-8")
-        with pytest.raises(ArenaError, match=part):
-            write_recipe(its, "sft", force=True, root=tmp_path, templates=templates)
-        assert (tmp_path / its.recipe("sft")).read_bytes() == before
-
-
-def test_first_values_of_all_steps_are_refused_together():
-    first = {"lora_rnk": 8, "cutoff_len": 512, "compute_dtype": "x"}
-    with pytest.raises(ArenaError) as caught:
-        check_first_values(experiment(recipes={"sft": first, "rm": {"learning_rate": "fast"}}))
-    message = str(caught.value)
-    assert "4 fault(s)" in message and "factory_configs/exp/experiment.yaml" in message
-    assert "recipes.sft.lora_rnk: LLaMA-Factory has no such key; did you mean lora_rank?" in message
-    assert "recipes.sft.cutoff_len: follows from experiment.yaml" in message
-    assert "recipes.rm.learning_rate: 'fast' is of type str" in message

@@ -89,14 +89,6 @@ def test_what_was_made_from_a_training_is_forgotten_when_it_begins_again():
     assert StageState(folder).record("score") is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"parts": {"train": {"x": 1}}}', '{"parts": 3}', "{}"])
-def test_a_damaged_state_is_an_error_with_a_remedy(content):
-    made("outputs/demo/sft/state.json").write_text(content)
-    with pytest.raises(ArenaError, match="not a state") as caught:
-        StageState(Path("outputs/demo/sft"))
-    assert caught.value.where.endswith("state.json")
-
-
 def test_archives_are_numbered_together_and_delete_nothing():
     for number in (1, 2):
         made("saves/x/adapter").write_text(f"run {number}")
