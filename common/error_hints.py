@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_LESS_MEMORY = (
+LESS_MEMORY = (
     "lower per_device_train_batch_size (and raise gradient_accumulation_steps by the same factor), then "
     "cutoff_len, then lora_rank; quantization_bit: 4 and gradient checkpointing save most"
 )
@@ -13,12 +13,12 @@ _INSTALL = "install the locked set of libraries (`make install`)"
 # Pattern of an error's text and the remedy. The first that fits is shown, so the particular come before the general.
 # What our own checks refuse before anything starts is not here.
 REMEDIES = {
-    r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED": _LESS_MEMORY,
+    r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED": LESS_MEMORY,
     r"can't allocate memory|Cannot allocate memory|Unable to allocate|\bMemoryError\b": (
-        f"the machine's memory is full: close other programs, or {_LESS_MEMORY}"
+        f"the machine's memory is full: close other programs, or {LESS_MEMORY}"
     ),
     r"signal 9\b|SIGKILL|exitcode\s*: -9|exit code 137|(RayActor|ActorDied|ActorUnavailable|WorkerCrashed)Error": (
-        f"killed, probably out of memory (see `dmesg`): {_LESS_MEMORY}; --resume goes on from the last checkpoint"
+        f"killed, probably out of memory (see `dmesg`): {LESS_MEMORY}; --resume goes on from the last checkpoint"
     ),
     r"No space left on device|Disk quota exceeded|errno 28\b|errno 122\b": (
         "free disk space (old checkpoints under saves/, earlier runs named *.earlier-N), then --resume"

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 # A data set's name without the experiment's, in all versions.
 SET = r"(?:sft|dpo_judge|dpo_reward)_(?:train|valid)"
-_OF_AN_EXPORT = re.compile(rf"(?P<experiment>[^/]+)/(?P<set>{SET})\.jsonl")
 # What LLaMA-Factory heeds before file_name.
 ELSEWHERE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
@@ -64,21 +63,7 @@ def listed_sets(path: Path) -> dict[str, Any]:
     return entries
 
 
-def entries_of_others(entries: Mapping[str, Any], experiment: Experiment, data: Path) -> dict[str, Any]:
-    """Return the entries of a list in the folder `data` that an export of `experiment` must keep.
-
-    These are hub sets, scripts and files of a person, whether they exist yet or not, and the sets of other
-    experiments; not this experiment's own, nor those of an export that was deleted.
-    """
+def entries_of_others(entries: Mapping[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """Return the entries of a list that an export of `experiment` must keep: all but this experiment's own."""
     own = re.compile(rf"{re.escape(experiment.name)}_{SET}")
-    return {
-        name: entry for name, entry in entries.items() if not own.fullmatch(name) and not _is_gone(name, entry, data)
-    }
-
-
-def _is_gone(name: str, entry: Any, data: Path) -> bool:
-    """Tell whether an entry is that of an export whose file was deleted since."""
-    if not isinstance(entry, dict) or any(entry.get(key) for key in ELSEWHERE):
-        return False
-    file = _OF_AN_EXPORT.fullmatch(str(entry.get("file_name")))
-    return file is not None and name == f"{file['experiment']}_{file['set']}" and not (data / file[0]).exists()
+    return {name: entry for name, entry in entries.items() if not own.fullmatch(name)}

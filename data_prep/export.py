@@ -235,5 +235,5 @@ def _with_own_entries(
     experiment: Experiment, audit: Mapping[str, Any], listed: Path, within: str = ""
 ) -> dict[str, Any]:
     """Return the list of data sets in the folder `listed`, with the experiment's own entries."""
-    others = entries_of_others(listed_sets(listed / "dataset_info.json"), experiment, listed)
+    others = entries_of_others(listed_sets(listed / "dataset_info.json"), experiment)
     return {**others, **dataset_entries(experiment, audit["pairs"], within)}

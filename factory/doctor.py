@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ _GIB = 2**30
 # default experiment's has 4 billion. Merging an 8B model needs RAM of its size.
 _DISK_FAULT, _DISK_WARNING, _CACHE_WARNING, _MEMORY_WARNING = 5, 25, 10, 20  # GiB
 _GIB_A_BILLION = 2e9 / _GIB
-PORT = 7860  # of the pages of `run.py board` and `watch`
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def examine(show: Show | None = None) -> list[Finding]:
             line.update("importing torch, multiplying in 4 bits")
         seen = devices(products=True)
         of_torch = (_torch(seen), *_gpus(seen), _driver(seen), *map(_bitsandbytes, seen.products))
-        return [packages(), *of_torch, cpu(), _memory(), _disk(), _hub_token(), _hub_cache(), _port()]
+        return [packages(), *of_torch, cpu(), _memory(), _disk(), _hub_token(), _hub_cache()]
 
 
 def as_report(findings: list[Finding]) -> dict[str, Any]:
@@ -193,11 +191,3 @@ def _hub_cache() -> Finding:
     said += f"{', not writable' if closed else ''}{', HF_HUB_OFFLINE is set' if constants.is_offline_mode() else ''}"
     remedy = "a model of 4 billion weights is 8 GB to download: free some, or set HF_HOME to a folder of your own"
     return _finding("hub cache", said, remedy, fault=closed, warning=free < _CACHE_WARNING)
-
-
-def _port() -> Finding:
-    with socket.socket() as trial:
-        in_use = trial.connect_ex(("127.0.0.1", PORT)) == 0
-    remedy = "nothing to do: `run.py board` and `watch` use the next free port, or that of --port"
-    said = "in use" if in_use else "free for the pages of run.py"
-    return _finding(f"port {PORT}", said, remedy, warning=in_use)

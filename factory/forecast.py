@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from rich.table import Table
 
+from common.error_hints import LESS_MEMORY
 from common.errors import UsageError
 from common.experiment import Experiment
 from common.stages import STEPS, TRAININGS
@@ -70,9 +71,9 @@ def _forecast_stage(context: StageContext, size: ModelSize, devices: list[str]) 
     implicit = context.name == "dpo_reward" and config.has_reference
     scoring = scoring_work(size, lengths, reference=implicit)
 
-    def scoring_gib(device: Device, bits: int | None = None) -> float:
-        if implicit and device.kind == "cuda":
-            bits = config["quantization_bit"]  # the adapter is scored on the base that it was trained on
+    def scoring_gib(device: Device) -> float:
+        # The implicit reward's adapter is scored on the base that it was trained on.
+        bits = config["quantization_bit"] if implicit and device.kind == "cuda" else None
         budget, longest = TOKEN_BUDGET[device.kind], int(lengths.scored.max())
         return sum(scoring_memory(size, bits=bits, budget=budget, longest=longest, device=device.kind).values())
 
@@ -81,21 +82,13 @@ def _forecast_stage(context: StageContext, size: ModelSize, devices: list[str]) 
         device = CARDS[name] if name in CARDS else this_cpu(size.hidden, size.feed_forward, nf4=nf4)
         parts = training_memory(size, config, lengths.longest, device.kind)
         memory, scored = sum(parts.values()), scoring_gib(device)
-        advice: list[str] = []
-        if name in CARDS:
-            if not device.bf16 and config.compute_bytes == 2:
-                advice.append("it has no bf16: write bf16: false and fp16: true in the recipe")
-            if memory > device.memory:
-                advice += _until_it_fits(size, config, lengths.longest, device.memory)
-            if scored > device.memory:
-                fitting = [
-                    f"scoring in 16 bits does not fit: precision: {bits}bit takes {needed:.1f} GiB"
-                    for bits in (8, 4)
-                    if (needed := scoring_gib(device, bits)) <= device.memory
-                ]
-                advice += fitting[:1] or [
-                    "scoring does not fit in any precision: choose a smaller model or a larger card"
-                ]
+        advice = []
+        if name in CARDS and not device.bf16 and config.compute_bytes == 2:
+            advice.append("it has no bf16: write bf16: false and fp16: true in the recipe")
+        if memory > device.memory:
+            advice.append(f"the training does not fit: {LESS_MEMORY}")
+        if scored > device.memory:
+            advice.append("scoring does not fit: write precision: 8bit (or 4bit) in experiment.yaml")
         return {
             "memory": memory,
             "memory_parts": parts,
@@ -115,34 +108,6 @@ def _forecast_stage(context: StageContext, size: ModelSize, devices: list[str]) 
         "scored_sequences": len(lengths.scored),
         "devices": {name: on(name) for name in devices},
     }
-
-
-def _until_it_fits(size: ModelSize, config: TrainConfig, longest: int, memory: float) -> Iterator[str]:
-    """Yield changes of the recipe, each on top of those before it and the cheapest first, until a training fits."""
-    batch, accumulation = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
-    one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": batch * accumulation}
-    changes = (
-        (not config.checkpoints, {"disable_gradient_checkpointing": False}, " (a third more hours)"),
-        (batch > 1, one_row, ""),
-        (config["stage"] == "sft", {"enable_liger_kernel": True}, " (pip install liger-kernel)"),
-        (True, {"quantization_bit": 4}, " in experiment.yaml"),
-        (config.optimizer_bytes > 2, {"optim": "paged_adamw_8bit"}, ""),
-    )
-    for useful, change, note in changes:
-        if useful and not change.items() <= config.items():
-            config = TrainConfig(config | change)
-            needed = sum(training_memory(size, config, longest).values())
-            what = ", ".join(f"{key}: {str(value).lower()}" for key, value in change.items())
-            yield f"{what}{note}: {needed:.1f} GiB"
-            if needed <= memory:
-                return
-    while longest > 512:
-        longest //= 2
-        needed = sum(training_memory(size, config, longest).values())
-        yield f"cutoff_len: {longest} in experiment.yaml, then prepare again: {needed:.1f} GiB"
-        if needed <= memory:
-            return
-    yield "it still does not fit: choose a smaller model or a larger card"
 
 
 def print_forecast(console, found: dict[str, Any]) -> None:

@@ -74,21 +74,15 @@ def test_files_describe_themselves(experiment, arena):
 def test_entries_of_a_person_stay_in_the_list_of_all_sets(experiment, arena):
     export(experiment, arena.train)
     path = Path("data/dataset_info.json")
-    (path.parent / "mine.json").write_text("[]")
     theirs = {
         "hub": {"hf_hub_url": "somebody/something"},
-        "hub_first": {"hf_hub_url": "somebody/something", "file_name": "x.json"},
         "exam_dpo_hub": {"ms_hub_url": "o/n", "file_name": "exam/sft_train.jsonl"},
-        "script": {"script_url": "loader"},
         "local": {"file_name": "mine.json"},
-        "later": {"file_name": "later.json"},
         "ours_otherwise": {"file_name": "exam/sft_train.jsonl", "num_samples": 10},
-        "in_our_folder": {"file_name": "exam/own.jsonl"},
         "another_sft_train": {"file_name": "another/own.jsonl"},
         "odd": "what is this",
     }
-    # Of experiments that are gone, and of views that this export has not.
-    gone = {"old_sft_train": {"file_name": "old/sft_train.jsonl"}, "exam_dpo_reward_train": {"file_name": "exam/x"}}
+    gone = {"exam_dpo_reward_train": {"file_name": "exam/x"}}  # of a view that this export has not
     own = json.loads(path.read_text())
     path.write_text(json.dumps({**theirs, **gone, **own}))
     export(experiment, arena.train)

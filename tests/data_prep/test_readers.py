@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 from common.errors import ArenaError
-from data_prep.readers import Rejected, VoteReader
+from data_prep.readers import VoteReader
 from data_prep.synthetic import TRAIN_COLUMNS, cell
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
@@ -146,15 +146,6 @@ def test_columns_may_stand_in_any_order_after_a_byte_order_mark_and_between_blan
     assert [row for row, _ in reader] == [1, 2]
     assert [(b.id, b.language, b.verdict) for b in read(path)] == [("0", "German", "tie"), ("1", "German", "tie")]
     assert reader.schema == "kaggle"
-
-
-def test_reading_again_reads_the_file_again(tmp_path):
-    reader = VoteReader(write_csv(tmp_path / "x.csv", [*good_rows(200), kaggle_row("")]), labelled=True)
-    assert list(reader) == list(reader)
-    assert reader.rows_read == 201
-    assert len(reader.rejected) == 1
-    next(iter(reader))
-    assert (reader.rows_read, reader.rejected) == (1, [])
 
 
 # --- the other two schemas ------------------------------------------------------------------------------------
@@ -306,14 +297,6 @@ def test_memory_stays_flat(tmp_path):
 # --- one bad row is rejected, the rest goes on ----------------------------------------------------------------
 
 
-def test_a_bad_row_is_rejected_with_its_place_and_a_short_reason(tmp_path):  # tests/bad_inputs/tables.py has them all
-    path = write_csv(tmp_path / "x.csv", [*good_rows(2), kaggle_row("7", "[" * 100_000), *good_rows(2, 2000)])
-    reader = VoteReader(path, labelled=True)
-    assert [number for number, _ in reader] == [1, 2, 4, 5]
-    (rejected,) = reader.rejected
-    assert rejected == Rejected(str(path), 3, "7", rejected.reason) and len(rejected.reason) < 160
-
-
 def test_a_lost_quote_costs_its_rows_only(tmp_path):
     path = write_csv(tmp_path / "x.csv", good_rows(300))
     lines = path.read_bytes().split(b"\r\n")
@@ -371,16 +354,6 @@ def test_a_table_that_lacks_columns_is_recognised(tmp_path, columns, labelled, w
     error = error_of(write_csv(tmp_path / "x.csv", [["1"] * len(columns)], columns), labelled=labelled)
     assert what in error.what and str(columns)[1:30] in error.what
     assert remedy in error.remedy
-
-
-def test_ids_that_repeat_far_apart_and_in_another_part_are_named(tmp_path):
-    parts = tmp_path / "parts"
-    parts.mkdir()
-    write_csv(parts / "1.csv", good_rows(300))
-    write_csv(parts / "2.csv", [*good_rows(300, start=5000), kaggle_row("1002")])
-    error = error_of(parts)
-    assert f"'1002' is in {parts / '1.csv'} row 3 and again in row 301" in error.what
-    assert error.where == f"{parts / '2.csv'} row 301"
 
 
 def test_a_hopeless_table_is_not_read_to_its_end(tmp_path):

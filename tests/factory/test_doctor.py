@@ -1,5 +1,4 @@
 import json
-import socket
 import subprocess
 from collections import namedtuple
 
@@ -15,7 +14,6 @@ SECRET = "hf_notForAnyonesEyes123"
 WORKS = Product("cpu", 0.002)
 NAMES = [
     *("packages", "torch", "gpu", "driver", "bitsandbytes cpu", "cpu", "memory", "disk", "hub token", "hub cache"),
-    "port 7860",
 ]
 Usage, Memory = namedtuple("Usage", "total used free"), namedtuple("Memory", "total available")
 
@@ -119,16 +117,6 @@ def test_disk_and_memory(machine, monkeypatch):
     for total, state in ((8, "warning"), (64, "ok")):
         monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda total=total: Memory(total * 2**30, 2**30))
         assert machine()["memory"].state == state
-
-
-def test_a_port_in_use_is_a_warning(machine, monkeypatch):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        taken = server.getsockname()[1]
-        monkeypatch.setattr(doctor, "PORT", taken)
-        assert machine()[f"port {taken}"].state == "warning"
-    assert machine()[f"port {taken}"].state == "ok"
 
 
 @pytest.mark.parametrize(
