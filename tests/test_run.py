@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
-from chain import place, run_py
+from chain import SECRETS, place, run_py
 from click.testing import CliRunner
 
 import run
@@ -169,6 +169,16 @@ def test_any_file_can_be_scored(chain):
     theirs = (chain / "outputs" / "demo" / "sft" / "submission.csv").read_text().splitlines()[1:]
     for mine, other in zip(ours, theirs, strict=True):
         assert [float(x) for x in mine.split(",")] == pytest.approx([float(x) for x in other.split(",")], abs=1e-5)
+
+
+def test_no_secret_is_in_anything_that_a_run_wrote_or_prints(chain):
+    done = run_py(chain, "verify", "outputs/demo/sft", "-v")
+    told = [done.stdout, done.stderr]
+    files = [path for path in chain.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"report.json", "report.html", "train.log", "merge.log", "state.json"}
+    for value in SECRETS.values():
+        assert not [path for path in files if value.encode() in path.read_bytes()]
+        assert not any(value in text for text in told)
 
 
 @pytest.mark.parametrize(

@@ -63,12 +63,3 @@ def test_a_piped_run_says_plain_lines(chain):
     assert re.search(r"^sft: scoring the validation fold: 100%.* ([\d,]+)/\1, [\d,]+ tokens/s", said, re.MULTILINE)
     for line in ("sft: training", "sft: merging"):
         assert said.splitlines().count(line) == 1
-
-
-def test_colours_go_where_no_color_is_set(chain):
-    code, said = attended(chain, "status")
-    assert code == 0 and COLOUR.search(said) and "scored" in said
-    code, said = attended(chain, "status", NO_COLOR="1")
-    assert code == 0 and not COLOUR.search(said) and "scored" in said
-    _, help_text = attended(chain, "--help", NO_COLOR="1")
-    assert not COLOUR.search(help_text)

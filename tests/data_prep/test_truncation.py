@@ -12,7 +12,7 @@ from common.errors import ArenaError
 from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
 from data_prep.readers import VoteReader
 from data_prep.sanitize import EMPTY
-from data_prep.truncation import MARKER, Fitter, cut_middle, share_out
+from data_prep.truncation import MARKER, Fitter, share_out
 
 SHARES = SimpleNamespace(prompt=0.2, a=0.4, b=0.4)
 QUESTION = "Which assistant do people prefer? Reply with A for assistant A"
@@ -146,13 +146,6 @@ def test_sharing_is_fair_and_within_the_room(wanted, room, floor):
         assert granted == wanted
     elif room > sum(lowest.values()) + 3:
         assert sum(granted.values()) >= room - 3, "no room is wasted but by rounding"
-
-
-def test_cut_middle_keeps_whole_tokens():
-    spans = [(i, i + 1) for i in range(100)]
-    text, lost = cut_middle("".join(chr(97 + i % 26) for i in range(100)), spans, granted=20, marker_len=4)
-    head, tail = text.split(MARKER)
-    assert (len(head), len(tail), lost) == (8, 8, 84)
 
 
 @BOTH

@@ -1,7 +1,8 @@
-"""What `status` and `prepare` say is next is never refused: changed votes, recipes and settings, hand edits."""
+"""What `status` and `prepare` say is next is never refused; results of other votes, recipes and settings are told."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 from click.testing import CliRunner
 
 import run
+from common.errors import ArenaError
 from common.experiment import load_experiment
+from common.files import only_run
 from factory.fingerprint import local_models
 from factory.stage_context import StageContext
 from factory.state import StageState
 from factory.status import stage_status
 
+DATA = Path("data/exam")
 ADAPTER, OUT = Path("saves/tiny/lora/exam_sft"), Path("outputs/exam/sft")
 RECIPE = Path("factory_configs/exam/sft.yaml")
 
@@ -127,3 +131,94 @@ def test_a_setting_of_one_stage_makes_no_other_outdated(place):
     assert status(exam, "sft").state == "trained"
     assert status(exam, "dpo_judge").next == "python run.py prepare -e exam --train votes.csv --test test.csv"
     assert next_of(call("status", "-e", "exam").output) == ["python run.py sft -e exam"]
+
+
+# --- an export that was replaced: told everywhere, mixed nowhere
+
+
+def trained_on_today(place) -> None:
+    """Write down a training as run.py does: the miniature place has none."""
+    state = json.loads((OUT / "state.json").read_text())
+    inputs = StageContext(load_experiment("exam"), "sft").training_inputs
+    train = {**state["parts"]["score"], "inputs": inputs}
+    state["parts"] = {"train": {**train, "outputs": [], "sha256": {}}, **state["parts"]}
+    (OUT / "state.json").write_text(json.dumps(state))
+
+
+def prepare_others(place):
+    place.table(place.rows(40, start=5000)[::-1], "others.csv")
+    return call("prepare", "-e", "exam", "--train", "others.csv", "--test", "test.csv", "--pairs")
+
+
+@pytest.mark.parametrize("pairs", [["--pairs"], []], ids=["with --pairs", "without"])
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_nothing_is_outdated_while_the_export_is_the_same(place, stage, pairs):
+    trained_on_today(place)
+    assert call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", *pairs).exit_code == 0
+    context = StageContext(load_experiment("exam"), stage)
+    assert context.outdated_files() == []
+    context.require_current_training()
+    if stage == "sft":
+        assert status(context.experiment, "sft").state == "scored"
+    assert (DATA / "pairs.parquet").is_file(), "what was trained on pairs stays valid"
+
+
+@pytest.mark.parametrize("changed", ["sft_train.jsonl", "sft_valid.jsonl", None])
+def test_each_file_that_was_trained_on_counts_and_no_other(place, changed):
+    trained_on_today(place)
+    manifest = json.loads((DATA / "manifest.json").read_text())
+    manifest["files"][changed or "dpo_judge_train.jsonl"] = "0" * 64
+    gone = {name: digest for name, digest in manifest["files"].items() if name != changed}
+    for files in (manifest["files"], gone):
+        (DATA / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+        found = StageContext(load_experiment("exam"), "sft").outdated_files(("train",))
+        assert found == ([changed] if changed else [])
+
+
+def test_another_export_is_refused_by_scoring_comparing_and_what_starts_from_the_judge(place):
+    trained_on_today(place)
+    report, submission = (OUT / "report.json").read_bytes(), (OUT / "submission.csv").read_bytes()
+    done = prepare_others(place)
+    assert done.exit_code == 0, done.output
+    assert "the earlier export, of votes.csv, is replaced; what was trained on it is outdated" in done.output
+    scored = call("score", "-e", "exam", "--fresh")
+    assert scored.exit_code == 1 and "sft was trained on another export than data/exam holds now" in scored.output
+    assert "python run.py sft -e exam --fresh" in scored.output and "sft_train.jsonl" in scored.output
+    compared = call("compare", "-e", "exam")
+    assert compared.exit_code == 1 and "sft was trained or scored on another export" in compared.output
+    exam = load_experiment("exam")
+    with pytest.raises(ArenaError, match="sft was trained on another export"):
+        StageContext(exam, "dpo_judge").require_current_training()
+    StageContext(exam, "dpo_reward").require_current_training()  # starts from the base
+    view = status(exam, "sft")
+    assert view.state == "outdated" and view.next == "python run.py sft -e exam --fresh"
+    seen = call("watch", "-e", "exam", "--stage", "sft", "--once").output
+    assert "outdated" in seen and "to beat" not in seen and "sft -e exam --fresh" in seen
+    assert ((OUT / "report.json").read_bytes(), (OUT / "submission.csv").read_bytes()) == (report, submission)
+
+
+def test_the_rows_are_compared_where_no_state_tells_what_they_were(place):
+    (OUT / "state.json").unlink()
+    assert call("compare", "-e", "exam").exit_code == 0
+    assert prepare_others(place).exit_code == 0
+    compared = call("compare", "-e", "exam")
+    assert compared.exit_code == 1 and "another export" in compared.output, compared.output
+
+
+def test_another_test_set_outdates_the_scores_alone(place):
+    trained_on_today(place)
+    place.table(place.rows(7, start=9500), "later.csv")
+    done = call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "later.csv", "--pairs")
+    assert "is replaced" in done.output and "outdated" not in done.output
+    view = status(load_experiment("exam"), "sft")
+    assert view.state == "outdated" and view.next == "python run.py score -e exam --stage sft --fresh"
+    StageContext(load_experiment("exam"), "sft").require_current_training()
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_prepare_waits_for_no_run_and_replaces_nothing_under_one(place, stage):
+    before = place.snapshot()
+    with only_run(load_experiment("exam").output_folder(stage)):
+        refused = prepare_others(place)
+    assert refused.exit_code == 1 and f"{stage} of this experiment is running" in refused.output
+    assert {name: digest for name, digest in place.snapshot().items() if name != "others.csv"} == before
