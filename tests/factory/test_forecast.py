@@ -10,12 +10,11 @@ from rich.console import Console
 import factory.forecast
 from common.errors import ArenaError, UsageError
 from common.stages import STEPS
-from factory.forecast import forecast, print_forecast
+from factory.forecast import forecast, print_forecast, training_work
 from factory.gpu import CARDS
 from factory.memory import scoring_memory, training_memory, weight_bytes
 from factory.model_size import ModelSize, size_of
 from factory.recipes import write_recipe
-from factory.runtime import training_work
 from factory.stage_context import StageContext
 from factory.train_config import TokenLengths, TrainConfig, exported_lengths, padded_tokens
 
