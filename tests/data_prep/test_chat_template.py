@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from common.errors import ArenaError
 from common.experiment import parse_experiment, read_yaml
 from data_prep.chat_template import load_frame, probe_frame
+from data_prep.sanitize import Neutralizer
 from data_prep.template_choice import choose_template
 
 ROOT = Path(__file__).parents[2]
@@ -87,8 +88,9 @@ def test_ids_are_those_that_llamafactory_trains_on(frames, template):
     def ids(text):
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    for text in TEXTS:
-        for answer in (*TEXTS, "A"):
+    texts = [*map(Neutralizer(frame.special_strings), TEXTS)]  # as they are exported
+    for text in texts:
+        for answer in (*texts, "A"):
             turn = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
             prompt_ids, answer_ids = their_template.encode_oneturn(theirs, turn)
             if their_template.efficient_eos:  # what LLaMA-Factory's processors append
