@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 import run
 from common.errors import ArenaError
-from common.experiment import load_experiment, parse_experiment
+from common.experiment import load_experiment, parse_experiment, read_yaml
 from common.stages import STEPS
 from factory.devices import Devices, Gpu
 from factory.recipe_checks import check_device, check_recipe, check_recipes, device_faults
