@@ -75,9 +75,10 @@ def new(name: str, model: str, template: str | None, bits: str, cutoff: int | No
 
     It is factory_configs/EXP with experiment.yaml and all its recipes.
     """
+    from common.progress import Show
     from factory.new_experiment import BITS, CUTOFF_LEN, NewExperiment, new_experiment
 
-    exp = new_experiment(NewExperiment(name, model, template, BITS[bits], cutoff or CUTOFF_LEN))
+    exp = new_experiment(NewExperiment(name, model, template, BITS[bits], cutoff or CUTOFF_LEN), show=Show())
     made = {"folder": str(exp.folder), "model": exp.model, "template": exp.template}
     line = f"{exp.folder}: {exp.model} with template {exp.template}; next: python run.py prepare -e {name} --train FILE"
     click.echo(json.dumps(made) if as_json else line)

@@ -132,6 +132,9 @@ def _of_folder(folder: Path) -> Choice:
         found = [kind] if kind in found else [name for name in found if name in likely] or found
         if len(found) == 1:
             return Choice(found[0], f"it writes what the chat template in {folder} writes")
+        if named := _named_like(folder, found):
+            others = ", ".join(name for name in found if name != named)
+            return Choice(named, f"named like the model, of those that write what its chat template does ({others})")
     what = "brings no chat template that works"
     if written is not None:
         what = f"{len(found)} of LLaMA-Factory's templates write what the chat template in this folder writes"
@@ -140,6 +143,19 @@ def _of_folder(folder: Path) -> Choice:
         where=str(folder),
         remedy=f"name one with --template; perhaps: {', '.join(sorted(found or likely)) or _closest(kind)}",
     )
+
+
+def _named_like(folder: Path, found: list[str]) -> str | None:
+    """Return the longest of the templates' names that stands in a model's: gemma for gemma-3-1b-it; None for none."""
+    whole = folder.resolve()
+    # a hub's cache: models--google--gemma-3-1b-it/snapshots/<commit>
+    name = next((part for part in whole.parts if part.startswith("models--")), whole.name).lower()
+
+    def stands(template: str) -> bool:
+        parts = re.findall(r"[a-z]+|\d+", template)
+        return bool(re.search(rf"(?<![a-z\d]){'[-_. ]?'.join(parts)}(?![a-z])", name))
+
+    return max(filter(stands, found), key=len, default=None)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 
 from factory.process import child_environment, module
 
@@ -79,6 +80,12 @@ def devices(*, products: bool = False) -> Devices:
     content["gpus"] = tuple(Gpu(**each) for each in content["gpus"])
     content["products"] = tuple(Product(**each) for each in content["products"])
     return Devices(**content)
+
+
+def cpu_with_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return by which of its instructions this CPU computes in bf16; empty where it emulates it."""
+    flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
+    return " and ".join(flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags)
 
 
 def look(*, products: bool) -> Devices:

@@ -17,7 +17,7 @@ import psutil
 from packaging.markers import Marker
 
 from common.progress import Show
-from factory.devices import Devices, Product, devices
+from factory.devices import Devices, Product, cpu_with_bf16, devices
 
 _PROJECT = Path(__file__).resolve().parents[1]
 _GIB = 2**30
@@ -147,12 +147,7 @@ def _bitsandbytes(product: Product) -> Finding:
 
 
 def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
-    try:
-        flags = cpuinfo.read_text(encoding="utf-8").split()
-    except OSError:
-        return _finding("cpu", f"{os.cpu_count()} cores; its flags cannot be read here")
-    fast = " and ".join(flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags)
-    return _finding("cpu", f"{os.cpu_count()} cores, {fast or 'bf16 is emulated: use fp32'}")
+    return _finding("cpu", f"{os.cpu_count()} cores, {cpu_with_bf16(cpuinfo) or 'bf16 is emulated: use fp32'}")
 
 
 def _memory() -> Finding:

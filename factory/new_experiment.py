@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import UsageError
 from common.experiment import Experiment, check_name, parse_experiment, read_yaml, require_project
 from common.files import atomic_folder
-from common.stages import STEPS
-from data_prep.template_choice import choose_template
+from common.progress import Show
+from common.stages import STEPS, TRAININGS
+from data_prep.template_choice import Choice, choose_template
+from factory.devices import Devices, cpu_with_bf16, devices
 from factory.recipes import as_yaml, render_recipe, render_template
 
 # The token budget of an experiment that is asked for without one; docs/experiment.md has its source.
@@ -30,8 +33,8 @@ class NewExperiment:
     cutoff_len: int = CUTOFF_LEN
 
 
-def new_experiment(wanted: NewExperiment, root: Path = Path()) -> Experiment:
-    """Make factory_configs/<name>, whole or not at all, and return the experiment.
+def new_experiment(wanted: NewExperiment, root: Path = Path(), *, show: Show | None = None) -> Experiment:
+    """Make factory_configs/<name>, whole or not at all, and return the experiment; `show` is told what was chosen.
 
     Raises UsageError for a name that exists or is unfit, for an unknown model or template, and outside of the project's
     folder.
@@ -45,7 +48,9 @@ def new_experiment(wanted: NewExperiment, root: Path = Path()) -> Experiment:
     )
     if folder.exists() or folder.is_symlink():
         raise exists
-    text = render_experiment(wanted)
+    choice = choose_template(wanted.model, wanted.template)
+    numbers, why = numbers_for(devices(), cpu_with_bf16())
+    text = render_experiment(wanted, choice, numbers, why)
     try:
         with atomic_folder(folder, replace=False) as fresh:
             path = fresh / "experiment.yaml"
@@ -55,12 +60,32 @@ def new_experiment(wanted: NewExperiment, root: Path = Path()) -> Experiment:
                 (fresh / f"{step}.yaml").write_text(render_recipe(experiment, step), encoding="utf-8")
     except FileExistsError:
         raise exists from None
+    if show:
+        show.note(f"template {choice.template}: {choice.reason}")
+        show.note(f"trains in {why}")
     return experiment
 
 
-def render_experiment(wanted: NewExperiment) -> str:
-    """Return the text of an experiment.yaml; raises UsageError where the model's chat template is not known."""
-    choice = choose_template(wanted.model, wanted.template)
+def numbers_for(seen: Devices, cpu: str) -> tuple[dict[str, Any], str]:
+    """Return the recipe keys for the numbers that this machine computes in, beside bf16: true, and what that is."""
+    old = [gpu.name for gpu in seen.gpus if not gpu.bf16]
+    if old:
+        return {"bf16": False, "fp16": True}, f"fp16: {old[0]} has no bf16"
+    if seen.accelerator:
+        return {}, "bf16"
+    if cpu and not seen.failure:
+        return {"use_cpu": True}, f"bf16 on the CPU ({cpu}): there is no GPU here"
+    return {"bf16": False}, f"fp32: {seen.failure or 'there is no GPU here, and the CPU has no bf16'}"
+
+
+def render_experiment(
+    wanted: NewExperiment, choice: Choice | None = None, numbers: dict[str, Any] | None = None, why: str = ""
+) -> str:
+    """Return the text of an experiment.yaml; raises UsageError where the model's chat template is not known.
+
+    `numbers` are the recipe keys that this machine needs to be others than the templates', and `why`.
+    """
+    choice = choice or choose_template(wanted.model, wanted.template)
     local = Path(wanted.model).expanduser().is_dir()
     options = f" --template {wanted.template}" if wanted.template else ""
     if wanted.quantization_bit != 4:
@@ -78,6 +103,9 @@ def render_experiment(wanted: NewExperiment) -> str:
         "thinks": choice.thinks,
         "cutoff_len": wanted.cutoff_len,
         "quantization_bit": wanted.quantization_bit,
+        "numbers": ", ".join(f"{key}: {as_yaml(value)}" for key, value in (numbers or {}).items()),
+        "why": why,
+        "trainings": TRAININGS,
         "as_yaml": as_yaml,
     }
     return render_template("experiment.yaml.j2", values)

@@ -105,6 +105,32 @@ def test_a_folder_tells_by_its_chat_template(tmp_path, kind, chat_template, temp
     assert choice.thinks == (template == "qwen3")
 
 
+@pytest.mark.parametrize(
+    ("name", "chat_template", "template"),
+    [
+        ("SmolLM2-135M-Instruct", "<|im_start|>system\nYou are SmolLM.<|im_end|>\n" + CHATML, "smollm2"),
+        ("my_smollm-tuned", CHATML, "smollm"),
+        ("gemma-3-1b-it", GEMMA, "gemma"),
+        ("gemma_2b", GEMMA, "gemma"),
+        ("models--google--gemma-3-1b-it/snapshots/0123abc", GEMMA, "gemma"),
+        ("dolphin-playing", CHATML, None),  # yi stands in it, but is no word of it
+        ("judge", GEMMA, None),
+    ],
+)
+def test_of_several_templates_that_write_the_same_the_one_named_like_the_model_wins(
+    tmp_path, name, chat_template, template
+):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    model = folder_of(tmp_path / name, "mystery", chat_template)
+    if template is None:
+        with pytest.raises(UsageError, match="templates write what"):
+            choose_template(model)
+        return
+    choice = choose_template(model)
+    assert choice.template == template and "named like the model" in choice.reason
+    assert ("gemma2" if template == "gemma" else "chatml") in choice.reason
+
+
 def test_a_folder_that_does_not_tell_is_asked_for(tmp_path):
     with pytest.raises(UsageError, match="brings no chat template") as caught:
         choose_template(folder_of(tmp_path / "silent", "gemma2"))

@@ -7,11 +7,50 @@ from click.testing import CliRunner
 
 import run
 from common.errors import ArenaError
-from common.experiment import load_experiment
-from common.stages import STEPS
+from common.experiment import load_experiment, read_yaml
+from common.stages import STEPS, TRAININGS
+from factory.devices import Devices, Gpu
 from factory.new_experiment import NewExperiment, new_experiment
 from factory.recipe_checks import check_recipes
 from factory.recipes import is_as_rendered, write_recipe
+
+T4 = Gpu("T4", 15.0, 14.9, False)
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch):
+    """A machine with a GPU that has bf16, unless a test puts another in its place."""
+    seen = [Devices(accelerator="cuda", gpus=(Gpu("A100", 80.0, 79.0, True),)), ""]
+    monkeypatch.setattr("factory.new_experiment.devices", lambda: seen[0])
+    monkeypatch.setattr("factory.new_experiment.cpu_with_bf16", lambda: seen[1])
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("seen", "cpu", "numbers", "said"),
+    [
+        (
+            Devices(accelerator="cuda", gpus=(Gpu("T4", 15.0, 14.9, False),)),
+            "",
+            {"bf16": False, "fp16": True},
+            "fp16: T4",
+        ),
+        (Devices(accelerator="mps"), "", {}, "bf16"),
+        (Devices(), "avx512_bf16", {"use_cpu": True}, "bf16 on the CPU (avx512_bf16)"),
+        (Devices(), "", {"bf16": False}, "fp32: there is no GPU here"),
+        (Devices(failure="torch is broken"), "amx_bf16", {"bf16": False}, "fp32: torch is broken"),
+    ],
+)
+def test_bf16_is_written_only_where_the_machine_has_it(workplace, card, seen, cpu, numbers, said):
+    card[:] = seen, cpu
+    done = call("mine", "--model", "Qwen/Qwen3-8B")
+    assert done.exit_code == 0 and f"trains in {said}" in done.stderr, done.output
+    its = load_experiment("mine")
+    assert all(its.recipes.get(training, {}) == numbers for training in TRAININGS)
+    recipe = read_yaml(its.recipe("rm"))
+    assert {key: recipe.get(key) for key in numbers} == numbers
+    assert recipe["bf16"] is ("bf16" not in numbers)
+    assert (said.split(":")[0] in its.folder.joinpath("experiment.yaml").read_text()) or not numbers
 
 
 def call(*arguments):
@@ -21,7 +60,7 @@ def call(*arguments):
 def test_it_makes_a_whole_experiment(workplace):
     result = call("mine", "--model", "Qwen/Qwen3-8B", "--bits", "8", "--cutoff", "1024", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.output) == {
+    assert json.loads(result.stdout) == {
         "folder": "factory_configs/mine",
         "model": "Qwen/Qwen3-8B",
         "template": "qwen3",
