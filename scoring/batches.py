@@ -41,7 +41,7 @@ def run_batches(
         for batch in _plan(model, groups, order[done:], budget):
             try:
                 with torch.inference_mode():
-                    work(batch, pack(_joined([groups[i] for i in batch])).to(model.device))
+                    work(batch, pack(_joined([groups[i] for i in batch]), model.device))
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise

@@ -72,15 +72,8 @@ class RawScores:
 
 
 def kind_of(scores: pd.DataFrame) -> Kind:
-    """Return whether a score table holds label logits or rewards; raises ArenaError if it holds neither or both."""
-    logits, rewards = set(AB_COLUMNS) <= set(scores.columns), set(REWARD_COLUMNS) <= set(scores.columns)
-    if logits == rewards:
-        raise ArenaError(
-            f"must hold either {', '.join(AB_COLUMNS)} or {', '.join(REWARD_COLUMNS)}",
-            where="scores",
-            remedy="score the stage again",
-        )
-    return "logits" if logits else "rewards"
+    """Return whether a score table holds rewards or label logits."""
+    return "rewards" if set(REWARD_COLUMNS) <= set(scores.columns) else "logits"
 
 
 def has_both_orders(scores: pd.DataFrame) -> bool:
@@ -328,23 +321,17 @@ def _marginal(probabilities: np.ndarray) -> Shares:
 
 
 def _finite(scores: pd.DataFrame, columns: tuple[str, ...]) -> np.ndarray:
-    """Return the columns as float64 [rows, columns]; raises ArenaError for a missing one, NaN or infinity."""
-    absent = [name for name in columns if name not in scores.columns]
-    if absent:
+    """Return the columns as float64 [rows, columns]; raises ArenaError for a missing one or what no model gives."""
+    if absent := [name for name in columns if name not in scores.columns]:
         raise ArenaError(f"column(s) {', '.join(absent)} are missing", where="scores", remedy="score the stage again")
     values = scores[list(columns)].to_numpy(dtype=np.float64, na_value=np.nan)
-    _refuse(scores, ~np.isfinite(values).all(axis=1), f"NaN or infinite {', '.join(columns)}")
-    _refuse(scores, (np.abs(values) > LARGEST_SCORE).any(axis=1), f"{', '.join(columns)} that no model gives")
-    return values
-
-
-def _refuse(scores: pd.DataFrame, broken: np.ndarray, what: str) -> None:
-    """Raise ArenaError that names the ids of the rows where `broken` [rows] is true, if any is."""
+    broken = ~(np.abs(values) <= LARGEST_SCORE).all(axis=1)  # also where one is NaN
     if broken.any():
         ids = scores["id"].astype(str).to_numpy()[broken]
         names = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
         raise ArenaError(
-            f"{len(ids)} row(s) have {what}: id {names}",
+            f"{len(ids)} row(s) have NaN, infinite or huge {', '.join(columns)}: id {names}",
             where="scores",
             remedy="the model overflowed or is broken: train with a lower learning rate or score in a wider type",
         )
+    return values

@@ -57,7 +57,8 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
     bayes = None if truth is None else probabilities_of(truth, ids, str(data / "truth.csv"))
     compared = compare(rows, models, experiment.seed, baselines=baselines, bayes=bayes)
     result = {"experiment": experiment.name, **compared}
-    result["flags"] = {context.name: _red_flags(context) for context in contexts}  # no comparison hides them
+    flags = {context.name: read_report(context).get("flags", []) for context in contexts}  # no comparison hides them
+    result["flags"] = {name: [f["text"] for f in found if f["level"] == "red"] for name, found in flags.items()}
     write_compare_page(result, folder / "compare.html")
     write_json(folder / "compare.json", result)
     return result
@@ -159,7 +160,3 @@ def _probabilities(context: StageContext, ids: list[str]) -> np.ndarray:
             "of outputs/ is left out",
         )
     return read_probabilities(context.folder / "probabilities_valid.csv", ids)
-
-
-def _red_flags(context: StageContext) -> list[str]:
-    return [flag["text"] for flag in read_report(context).get("flags", []) if flag["level"] == "red"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -39,21 +39,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pack:
-    """Pieces as one row: ids and positions [1, total], spans of all queries and of the wanted ones, their places."""
+    """Pieces as one row: ids and positions [1, total], places of the wanted, spans of all queries and of the wanted."""
 
     ids: torch.Tensor
     positions: torch.Tensor
+    places: torch.Tensor
     spans: tuple[Span, ...]
     wanted_spans: tuple[Span, ...]
-    places: torch.Tensor
-
-    def to(self, device: torch.device) -> Pack:
-        """Return the pack on a CPU or a GPU."""
-        ids, positions, places = (x.to(device) for x in (self.ids, self.positions, self.places))
-        return replace(self, ids=ids, positions=positions, places=places)
 
 
-def pack(pieces: Sequence[Piece]) -> Pack:
+def pack(pieces: Sequence[Piece], device: torch.device | str = "cpu") -> Pack:
     """Return the pieces as one row, one behind the other."""
     import torch
 
@@ -71,7 +66,8 @@ def pack(pieces: Sequence[Piece]) -> Pack:
             places.append(torch.arange(stop - piece.wanted, stop))
         total, wanted = stop, wanted + piece.wanted
     ids = torch.tensor([token for piece in pieces for token in piece.ids])
-    return Pack(ids[None], torch.cat(positions)[None], tuple(spans), tuple(wanted_spans), torch.cat(places))
+    tensors = (each.to(device) for each in (ids[None], torch.cat(positions)[None], torch.cat(places)))
+    return Pack(*tensors, tuple(spans), tuple(wanted_spans))
 
 
 class PackedModel:
@@ -203,7 +199,7 @@ class PackedModel:
 
         tokens = torch.arange(72).mul(7919).remainder(self._config.vocab_size).tolist()
         pieces = [Piece(tokens[:23]), Piece(tokens[23:32], wanted=2, prefix=0), Piece(tokens[32:], prefix=0)]
-        probe = pack(pieces).to(self.device)
+        probe = pack(pieces, self.device)
         with torch.inference_mode():
             expected = self._padded(probe)
             # int8 finds its outliers over a whole batch, so its results are never quite those of another batch

@@ -26,8 +26,6 @@ from common.files import atomic_file, is_within, sha256_of
 from data_prep.export_reader import earlier_manifest
 
 REPORT = "report.json"
-# The tables of a stage and the split whose ids each must hold.
-TABLES = {"probabilities_valid.csv": "valid", "probabilities_test.csv": "test", "submission.csv": "test"}
 HEADER = ("id", *PROBABILITY_COLUMNS)
 # Rows must sum to 1 within this as written; nine significant digits keep them within 1.5e-9.
 SUM_TOLERANCE = 1e-6
@@ -149,13 +147,8 @@ def require_replaceable(output: Path, source: str | Path, experiment: Experiment
     Kaggle's sample submission and an arena's truth begin as our tables do. So an earlier output is recognised by its
     content, as `record_output` recorded it, or by its place in a stage's own folder for them.
     """
-    if output.name in TABLES and (output.parent / REPORT).is_file():
-        raise _refused(output, "is the place of a finished result's own table")
-    if output.exists():
-        if _is_same(output, Path(source)):
-            raise _refused(output, "is the input itself")
-        if not output.is_file():
-            raise _refused(output, "exists and is not a file")
+    if output.exists() and not output.is_file():
+        raise _refused(output, "exists and is not a file")
     if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
         raise _refused(output, f"lies in the folder that is read ({source}), and would be a part of it the next time")
     if is_within(output, DATA):
@@ -183,13 +176,6 @@ def _is_earlier(output: Path) -> bool:
     if place.is_relative_to(outputs) and place.relative_to(outputs).parts[2:-1] == (FOLDER,):
         return True
     return RECORD.is_file() and sha256_of(output) in RECORD.read_text(encoding="utf-8", errors="replace")
-
-
-def _is_same(output: Path, source: Path) -> bool:
-    try:
-        return output.samefile(source)
-    except OSError:  # an address on the hub, or a file that is missing: its reader reports that
-        return False
 
 
 def _refused(output: Path, what: str) -> UsageError:

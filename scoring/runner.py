@@ -107,10 +107,6 @@ class Job:
         names = (*self._columns, *(BA_COLUMNS if self._columns == AB_COLUMNS else ()))
         return pa.schema([*FACTS_SCHEMA, *((name, pa.float64()) for name in names)])
 
-    def cut_rows(self) -> int:
-        """Return how many rows were shortened to fit."""
-        return sum(int(table["cut"].sum()) for table in self._store.windows())
-
     def remove(self) -> None:
         """Delete the folder of the job: its scores are in the final files."""
         self._folder.remove()

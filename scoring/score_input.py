@@ -60,9 +60,9 @@ def score_input(
             job.straight(executor, pace)
             if wanted or (options.time_limit is not None and 2 in calibration.links):
                 job.swapped(executor, pace)
-        rows = write_table(output, job, calibration)
+        rows, cut = write_table(output, job, calibration)
         record_output(output)
-        formulas, cut = sum(map(is_formula, job.ids())), job.cut_rows()
+        formulas = sum(map(is_formula, job.ids()))
         job.remove()
     if cut:
         show.note(f"{stage}: {cut:,} of {rows:,} rows ({cut / rows:.1%}) were shortened to the judge's token budget")

@@ -158,12 +158,14 @@ def audit_for(data: Path, stage: str) -> dict[str, Any]:
         return {**audit, "truncation": audit["pairs"]["reward"]["truncation"]}
 
 
-def write_table(path: Path, job: Job, calibration: Calibration) -> int:
-    """Write a job's probabilities, piece by piece, and check what was written; return the number of rows."""
+def write_table(path: Path, job: Job, calibration: Calibration) -> tuple[int, int]:
+    """Write a job's probabilities, piece by piece, and check what was written; return how many rows, how many cut."""
+    cut = 0
     with probability_file(path) as add:
         for table in job.tables():
             add(table["id"], calibration.apply(table))
-    return check_submission(path, job.ids())
+            cut += int(table["cut"].sum())
+    return check_submission(path, job.ids()), cut
 
 
 def _score_splits(

@@ -107,7 +107,6 @@ class Watcher:
         self._experiment, self._stage, self._rows = experiment, stage, score_rows
         self._baselines: pd.DataFrame | None = None
         self._scorer: CheckpointScorer | None = None
-        self._seen: set[Path] = set()  # checkpoints
         self._measured: list[dict[str, Any]] = []
         self._faults: list[str] = []
 
@@ -155,9 +154,9 @@ class Watcher:
 
     def _score_newest(self, adapter: Path) -> None:
         checkpoint = last_checkpoint(adapter, to_go_on=False)
-        if checkpoint is None or checkpoint in self._seen:
+        step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None
+        if step in (None, *(each["step"] for each in self._measured)):
             return
-        self._seen.add(checkpoint)
         try:
             loss = self._scorer.log_loss(checkpoint)
         except ArenaError:
@@ -166,7 +165,6 @@ class Watcher:
             return  # the trainer replaced it by a newer one while it was read
         ids = self._scorer.ids
         ladder = _log_losses(self._baselines.loc[ids])
-        step = int(checkpoint.name.rsplit("-", 1)[1])
         self._measured.append({"step": step, "log_loss": loss, "rows": len(ids), "ladder": ladder})
 
 

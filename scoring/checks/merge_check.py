@@ -40,8 +40,7 @@ from scoring.rewards import a_beats_b, load_value_head, value_rewards
 RECORD = "merge_gate.json"
 # On these of the battles the adapter is also switched off: it must make a difference, and the merge must keep it.
 EFFECT_ROWS = 32
-# Asks a model; the last argument is a progress callback.
-Ask = Callable[[Any, Sequence, Callable[[float], None]], np.ndarray]
+Ask = Callable[..., np.ndarray]  # asks a model about rows; takes `progress`
 
 
 def check_merge(context: StageContext, *, show: Show) -> dict[str, Any] | None:
@@ -98,14 +97,14 @@ def _measure(context: StageContext, line: Line) -> dict[str, Any]:
     rows, verdicts, golden, ask = _questions(context, judge)
     line.update("the adapter on its quantised base")
     policy = trained_adapter(context).load(device)
-    adapter = ask(policy, rows, progress)
+    adapter = ask(policy, rows, progress=progress)
     with policy.disable_adapter():
-        base = ask(policy, rows[:EFFECT_ROWS], lambda _: None)
+        base = ask(policy, rows[:EFFECT_ROWS])
     del policy
     line.update("the merged model")
     model = load_model(judge.folder, device)
-    merged = ask(model, rows, progress)
-    write_golden_answers(judge, ask(model, golden, lambda _: None), float_precision(device))
+    merged = ask(model, rows, progress=progress)
+    write_golden_answers(judge, ask(model, golden), float_precision(device))
     few = len(base)
     return {
         "merge_gate": {
@@ -131,16 +130,10 @@ def _questions(context: StageContext, judge: Judge) -> tuple[list, list[str | No
     if context.name == "rm":
         pairs, head = read_pairs(data, "valid"), load_value_head(judge.folder)
         triples = pair_sequences(judge.frame, judge.tokenizer, [pairs[i] for i in drawn])
-
-        def ask(model: Any, rows: Sequence, progress: Callable[[float], None]) -> np.ndarray:
-            return a_beats_b(value_rewards(model, head, rows, progress=progress))
-
+        ask = lambda model, rows, **how: a_beats_b(value_rewards(model, head, rows, **how))  # noqa: E731
         return triples, verdicts, judge.golden_triples(), ask
-
-    def ask_labels(model: Any, rows: Sequence, progress: Callable[[float], None]) -> np.ndarray:
-        return softmax(score_labels(model, rows, judge.frame.label_ids, progress=progress))
-
-    return judge.sequences([battles[i] for i in drawn]), verdicts, judge.golden_sequences(), ask_labels
+    ask = lambda model, rows, **how: softmax(score_labels(model, rows, judge.frame.label_ids, **how))  # noqa: E731
+    return judge.sequences([battles[i] for i in drawn]), verdicts, judge.golden_sequences(), ask
 
 
 def _loss(answers: np.ndarray, verdicts: Sequence[str | None]) -> float | None:

@@ -154,7 +154,12 @@ def _quality(judged: _Judged, fitted: FittedLink) -> dict[str, Any]:
     truth, model = judged.truth, judged.model
     intervals, share, share_interval = _intervals(judged)
     baselines = {name: metrics.log_loss(p, truth) for name, p in judged.baselines.items()}
-    loss, gain = metrics.log_loss(model, truth), intervals["gain_over_prior"]
+    loss, gain, losses = metrics.log_loss(model, truth), intervals["gain_over_prior"], judged.losses(model)
+    biased = []
+    if judged.orders:  # whose probability of A moved most when the answers changed places
+        ab, ba = judged.orders
+        moved = np.abs(ab[:, 0] - ba[:, 0])
+        biased = _listed(judged, moved, lambda row: {"change": moved[row], "a_first": ab[row], "b_first": ba[row]})
     return {
         "rows": len(truth),
         "class_counts": _counts(truth),
@@ -176,11 +181,9 @@ def _quality(judged: _Judged, fitted: FittedLink) -> dict[str, Any]:
         **_position(judged, fitted, intervals),
         "reliability": metrics.reliability(model, truth),
         "confusion": metrics.confusion(model, truth),
-        "slices": slice_losses(
-            judged.table, judged.losses(model), judged.losses(judged.baselines["prior"]), judged.bootstrap
-        ),
-        "worst": _worst(judged),
-        "most_biased": _most_biased(judged),
+        "slices": slice_losses(judged.table, losses, judged.losses(judged.baselines["prior"]), judged.bootstrap),
+        "worst": _listed(judged, losses, lambda row: {"probabilities": _by_class(model[row]), "log_loss": losses[row]}),
+        "most_biased": biased,
     }
 
 
@@ -244,20 +247,6 @@ def _listed(judged: _Judged, cost: np.ndarray, describe: Callable[[int], dict[st
     ids, verdicts = judged.table["id"].astype(str), judged.table["verdict"]
     rows = np.argsort(-cost, kind="stable")[:LISTED]
     return [{"id": ids.iloc[row], "verdict": verdicts.iloc[row], **describe(row)} for row in rows]
-
-
-def _worst(judged: _Judged) -> list[dict[str, Any]]:
-    losses = judged.losses(judged.model)
-    return _listed(judged, losses, lambda row: {"probabilities": _by_class(judged.model[row]), "log_loss": losses[row]})
-
-
-def _most_biased(judged: _Judged) -> list[dict[str, Any]]:
-    """Return the rows whose probability of A moved most when the answers changed places."""
-    if judged.orders is None:
-        return []
-    ab, ba = judged.orders
-    moved = np.abs(ab[:, 0] - ba[:, 0])
-    return _listed(judged, moved, lambda row: {"change": moved[row], "a_first": ab[row], "b_first": ba[row]})
 
 
 def _truncation(judged: _Judged, audited: Mapping[str, Any]) -> dict[str, Any]:

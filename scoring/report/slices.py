@@ -25,7 +25,9 @@ def slice_losses(
 
     `table` one row a battle; `losses` and `prior` [rows]: what the judge and the class prior lose on each.
     """
-    families = {"length": _by_length(table), "turns": _by_turns(table), "language": _by_language(table)}
+    turns = table["turns"].to_numpy()
+    by_turns = {"1 turn": turns <= 1, "2 turns": turns == 2, "3 or more turns": turns >= 3}
+    families = {"length": _by_length(table), "turns": by_turns, "language": _by_language(table)}
     families = {name: {key: mask for key, mask in masks.items() if mask.any()} for name, masks in families.items()}
     masks = [mask for slices in families.values() for mask in slices.values()]
     weights = np.column_stack(masks).astype(np.float64)
@@ -56,11 +58,6 @@ def _by_length(table: pd.DataFrame) -> dict[str, np.ndarray]:
         f"over {edges[-1]:,} characters",
     ]
     return {name: quarter == place for place, name in enumerate(names)}
-
-
-def _by_turns(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    turns = table["turns"].to_numpy()
-    return {"1 turn": turns <= 1, "2 turns": turns == 2, "3 or more turns": turns >= 3}
 
 
 def _by_language(table: pd.DataFrame) -> dict[str, np.ndarray]:

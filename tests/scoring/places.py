@@ -67,3 +67,15 @@ def save_adapter(base: Path, folder: Path, *, train=True, **config) -> Path:
                     parameter.add_(torch.randn_like(parameter) * 0.05)
     policy.save_pretrained(folder)
     return folder
+
+
+def configured(folder: Path, base: Path, *keys: str) -> Path:
+    """Lay out templates, a base model and the experiment exam with these keys in `folder`."""
+    (folder / "templates").symlink_to(Path(__file__).resolve().parents[2] / "templates")
+    (folder / "models").mkdir()
+    (folder / "models" / "arena-tiny").symlink_to(base)
+    experiment = folder / "factory_configs" / "exam" / "experiment.yaml"
+    experiment.parent.mkdir(parents=True)
+    keys = ("model: models/arena-tiny", "template: qwen3_nothink", "cutoff_len: 300", *keys)
+    experiment.write_text("\n".join(keys))
+    return folder

@@ -157,7 +157,7 @@ def test_checks_are_carried_and_a_failed_one_is_flagged(stops, level):
         (lambda s, t, truth: (s.assign(id="same"), t), "occurs twice"),
         (lambda s, t, truth: (s, t.iloc[1:]), "no text for id '?16-0"),
         (lambda s, t, truth: (s.assign(ab_a=np.nan), t), "id 16-0"),
-        (lambda s, t, truth: (s.drop(columns="ab_a"), t), "must hold either"),
+        (lambda s, t, truth: (s.drop(columns="ab_a"), t), "column.s. ab_a are missing"),
         (lambda s, t, truth: (s, t, truth.iloc[1:]), "16-0"),
     ],
 )

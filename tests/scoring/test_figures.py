@@ -1,6 +1,5 @@
 """The geometry: everything stays inside its drawing and lies where its value is."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,15 +18,6 @@ def test_an_axis_holds_its_values_in_order_with_round_ticks(values):
     assert len(set(labels)) == len(labels), "the decimals tell the ticks apart"
 
 
-def test_the_chart_has_every_baseline_the_model_and_bayes():
-    report = {"stage": "sft", "log_loss": 0.9, "log_loss_ci95": None, "bayes": 0.8}
-    report |= {"baselines": {"uniform": 1.0986, "prior": 1.09}, "baselines_ci95": {"uniform": [1.0986, 1.09861]}}
-    chart = figures.report_chart(report)
-    assert [mark.value for mark in chart.marks] == [1.0986, 1.09, 0.9, 0.8] and chart.reference == 1.09
-    assert chart.marks[0].ends is None, "a constant has no interval"
-    assert len(figures.report_chart(report | {"bayes": None}).marks) == 3
-
-
 def test_the_curve_is_drawn_in_step_order_and_thinned():
     points = [{"step": step, "loss": 3 - step / 1000} for step in range(2000, 0, -1)]
     drawing = figures.curve([*points, {"step": 500, "eval_loss": 2.0}])
@@ -37,13 +27,3 @@ def test_the_curve_is_drawn_in_step_order_and_thinned():
     assert figures.curve([{"step": 1, "loss": None}]) is None
     x, y = map(float, figures.curve([{"step": 10, "loss": 1.2}])["train"].split(","))
     assert x == 50 and 40 < y < 60, "one point lies in the middle"
-
-
-def test_the_area_of_a_reliability_dot_is_its_count():
-    points = [
-        {"confidence": 0.8, "frequency": 0.5, "count": 400},
-        {"confidence": 0.4, "frequency": 0.25, "count": 100},
-    ]
-    bins = figures.reliability(points)
-    assert [(row["x"], row["y"]) for row in bins] == [(40.0, 75.0), (80.0, 50.0)]
-    assert bins[1]["radius"] == pytest.approx(2 * bins[0]["radius"])

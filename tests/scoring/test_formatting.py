@@ -3,8 +3,6 @@
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from scoring.report import formatting
 
@@ -23,8 +21,3 @@ from scoring.report import formatting
 )
 def test_a_number_has_one_form(write, texts):
     assert {value: write(value) for value in texts} == texts
-
-
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text() | st.integers(), st.lists))
-def test_any_value_has_a_text(value):
-    assert isinstance(formatting.plain(value), str)

@@ -89,14 +89,6 @@ def test_rows_of_one_prompt_do_not_count_as_independent():
     assert metrics.GroupBootstrap(np.arange(4), 0).interval(halves, np.array([0, 0, 1, 1])) == [5.0, 5.0], "a mask"
 
 
-def test_chunked_draws_do_not_depend_on_the_number_of_columns():
-    values, groups = np.random.default_rng(0).normal(size=(3000, 2)), np.arange(3000)
-    both = metrics.GroupBootstrap(groups, 1).samples(values)
-    alone = metrics.GroupBootstrap(groups, 1).samples(values[:, 1])
-    assert np.allclose(both[:, 1], alone[:, 0])
-    assert both.shape == (2000, 2)
-
-
 def test_position_bias_of_a_judge_that_prefers_the_first_answer():
     ab = np.array([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1]])
     ba = np.array([[0.3, 0.6, 0.1], [0.5, 0.4, 0.1]])  # mapped back: shown second, A loses 0.3

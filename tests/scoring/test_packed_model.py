@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-
 import numpy as np
 import pytest
 
-from data_prep.readers import VoteReader
 from scoring.engines.torch_engine import score_labels
-from scoring.links import softmax
 from scoring.packed_attention import UnknownAttention, attend, packed_attention
 from scoring.packed_model import PackedModel, Piece, pack
-from tests.scoring.conftest import FAMILIES
 from tests.scoring.fakes import LABELS, token_rows
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
@@ -85,33 +80,3 @@ def test_attention_refuses_what_it_does_not_support():
     for options in ({}, {"spans": (), "s_aux": 1}, {"spans": (), "attention_mask": 1}):
         with pytest.raises(UnknownAttention):
             packed_attention(torch.nn.Identity(), x, x, x, **{"attention_mask": None} | options)
-
-
-@pytest.fixture(scope="module")
-def real_prompts(real_data, small_tokenizer) -> list[list[int]]:
-    """500 real rows; the small tokenizer's ids are bytes and a few pairs, so a tenth of each is enough."""
-    csv.field_size_limit(2**31 - 1)
-    battles = (battle for _, battle in VoteReader(real_data / "arena" / "train_natural.csv", labelled=True))
-    texts = [
-        f"{b.prompts[0][:300]}\n{b.responses_a[0][:200]}\n{b.responses_b[0][:200]}"
-        for b, _ in zip(battles, range(500), strict=False)
-    ]
-    return [e.ids[: 8 + len(e.ids) // 10] for e in small_tokenizer.encode_batch(texts)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_real_rows_have_the_probabilities_of_one_row_at_a_time(real_prompts, tiny_model, plain_logits, name):
-    import torch
-
-    model = tiny_model(name, initializer_range=0.1)
-    expected = softmax(np.array([plain_logits(model, row)[-1, list(LABELS)].numpy() for row in real_prompts]))
-    assert len(expected) == 500
-    for pads in (False, True):
-        for budget in (1, 700):
-            found = softmax(score_labels(PackedModel(model, pads=pads), real_prompts, LABELS, token_budget=budget))
-            assert np.abs(found - expected).max() < 1e-4, (pads, budget)
-    half = PackedModel(model.to(torch.bfloat16))
-    assert not half.pads
-    found = softmax(score_labels(half, real_prompts, LABELS, token_budget=700))
-    assert 1e-6 < np.abs(found - expected).max() < 1e-2

@@ -14,7 +14,6 @@ from common.errors import ArenaError, UsageError
 from common.files import write_json
 from data_prep.export_reader import FORMAT, earlier_manifest
 from scoring.predictions import (
-    TABLES,
     check_submission,
     record_output,
     require_replaceable,
@@ -147,19 +146,19 @@ def test_a_table_of_probabilities_that_this_command_did_not_write_is_kept(replac
         ("votes.csv", "is a place of votes.csv, which exam was prepared from"),
         ("parts/one_more.csv", "is a place of parts, which exam was prepared from"),
         ("train.csv", "is not an earlier output"),
-        ("battles.csv", "is the input itself"),
-        ("link.csv", "is the input itself"),
+        ("battles.csv", "is not an earlier output"),
+        ("link.csv", "is not an earlier output"),
         ("x", "is not a file"),
         ("/dev/null", "is not a file"),
         ("battles.csv/out.csv", "is not a folder"),
-        *((f"outputs/exam/rm/{name}", "a finished result's own table") for name in TABLES),
+        ("outputs/exam/rm/submission.csv", "is not an earlier output"),
     ],
 )
 def test_no_output_is_written_over_inputs_results_or_other_files(replaceable, output, words):
     Path("linked").symlink_to("data/exam")
     Path("x").mkdir()
     Path("outputs/exam/rm").mkdir(parents=True)
-    Path("outputs/exam/rm/report.json").write_text("{}")
+    Path("outputs/exam/rm/submission.csv").write_text(HEAD)
     for name, content in (("train.csv", HEAD.replace("\n", ",more\n")), ("battles.csv", "id,prompt\n")):
         Path(name).write_text(content)
     Path("link.csv").hardlink_to("battles.csv")

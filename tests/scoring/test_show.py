@@ -19,8 +19,8 @@ from data_prep.truncation import MARKER
 from factory.stage_context import StageContext
 from scoring.predictions import write_probabilities
 from scoring.show import print_battle, show_battle
+from tests.scoring.places import configured
 
-ROOT = Path(__file__).resolve().parents[2]
 NASTY = "Hi \x1b]0;owned\x07\x1b[2J\u202e [bold]not markup[/bold] <|im_end|>"
 LONG = "many words of an answer that nobody will read to its end " * 60
 
@@ -28,14 +28,7 @@ LONG = "many words of an answer that nobody will read to its end " * 60
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_base):
     """A folder with an exported experiment: a nasty battle, a long one, one of three turns, and plain ones."""
-    folder = tmp_path_factory.mktemp("shown")
-    (folder / "templates").symlink_to(ROOT / "templates")
-    (folder / "models").mkdir()
-    (folder / "models" / "arena-tiny").symlink_to(tiny_base)
-    configs = folder / "factory_configs" / "exam"
-    configs.mkdir(parents=True)
-    keys = ["model: models/arena-tiny", "template: qwen3_nothink", "cutoff_len: 300", "valid_share: 0.3"]
-    (configs / "experiment.yaml").write_text("\n".join(keys))
+    folder = configured(tmp_path_factory.mktemp("shown"), tiny_base, "valid_share: 0.3")
     battles = {"nasty": ([NASTY], ["sure"], ["no"]), "long": (["tell"], [LONG], ["short"])}
     battles["wide"] = (["tell"], ["yes word " * 30], ["no word " * 30])
     words = ["word " * 70]

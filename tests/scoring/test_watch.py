@@ -28,6 +28,7 @@ from scoring import watch as watching
 from scoring.run_status import in_words, run_status
 from scoring.watch import CheckpointScorer, Watcher, baseline_losses, follow, stage_to_watch
 from scoring.watch_page import ladder_plot
+from tests.scoring.places import configured
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = (  # what programs read
@@ -39,15 +40,8 @@ KEYS = (  # what programs read
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_base):
     """A folder with an exported synthetic arena and rendered recipes."""
-    folder = tmp_path_factory.mktemp("watching")
-    (folder / "templates").symlink_to(ROOT / "templates")
-    (folder / "models").mkdir()
-    (folder / "models" / "arena-tiny").symlink_to(tiny_base)
-    configs = folder / "factory_configs" / "exam"
-    configs.mkdir(parents=True)
-    keys = ["model: models/arena-tiny", "template: qwen3_nothink", "cutoff_len: 300", "valid_share: 0.2"]
-    keys += ["quantization_bit: null", "recipes: {sft: {bf16: false}}"]
-    (configs / "experiment.yaml").write_text("\n".join(keys))
+    keys = ("valid_share: 0.2", "quantization_bit: null", "recipes: {sft: {bf16: false}}")
+    folder = configured(tmp_path_factory.mktemp("watching"), tiny_base, *keys)
     arena = write_arena(folder / "arena", seed=5, train_rows=300, test_rows=10)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
