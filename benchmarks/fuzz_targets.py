@@ -209,7 +209,7 @@ def read_state(data: bytes) -> None:
 
 
 def _manifest_seeds() -> list[str]:
-    source = {"file": "votes.csv", "sha256": "0" * 64}
+    source = {"file": "votes.csv", "sha256": "0" * 64, "weight": 1.0}
     content = {"format": FORMAT, "views": ["judge"], "sources": {"train": source}, "files": {"rows.parquet": "0"}}
     return [json.dumps({**content, "experiment": {"name": "exam"}, "frame": asdict(frame_of(_tokenizer()))})]
 

@@ -198,8 +198,10 @@ prepare_options = several(
     option(
         "--train",
         required=True,
+        multiple=True,
         type=SOURCE,
-        help="Votes: a table, a folder, Kaggle's zip, or hf://datasets/OWNER/NAME.",
+        metavar="FILE[:WEIGHT]",
+        help="Votes: a table, a folder, Kaggle's zip, or hf://datasets/OWNER/NAME; may be repeated, the target first.",
     ),
     option("--test", type=SOURCE, help="Battles without votes, for the submission; as --train."),
     option("--truth", type=FILE, help="Known probabilities of all votes (synthetic arenas only)."),

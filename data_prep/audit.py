@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,14 @@ def _share(part: int, whole: int) -> float:
     return round(part / whole, 6) if whole else 0.0
 
 
-def refuse_same_table(train: Path, test: Path) -> None:
+def refuse_same_table(train: Sequence[Path], test: Path | None) -> None:
     """Raise ArenaError where one table is given twice."""
-    if train.samefile(test):
+    there = [path for path in train if path.exists()]
+    if test and test.exists() and any(path.samefile(test) for path in there):
         raise ArenaError("is the train table, given as the test set", where=str(test), remedy=_REMEDY)
+    if twice := [path for first, path in combinations(there, 2) if first.samefile(path)]:
+        remedy = f"give it once; for a larger weight: --train {twice[0]}:2"
+        raise ArenaError("is given twice as --train", where=str(twice[0]), remedy=remedy)
 
 
 def check_overlap(rows: Path, test: Path, *, has_verdicts: bool) -> int:
@@ -136,11 +141,11 @@ def check_overlap(rows: Path, test: Path, *, has_verdicts: bool) -> int:
 
     Raises ArenaError where all of them are and the test table has verdicts: it is a copy of the votes.
     """
-    columns = ["id", "group", "split"]
+    columns = ["id", "group", "source"]
     # Without threads: where memory is short Arrow cannot start them, and waits for them all the same.
     with ParquetFile(rows, pre_buffer=False) as file:
         held_out = (
-            b.filter(compute.equal(b["split"], "test")) for b in file.iter_batches(columns=columns, use_threads=False)
+            b.filter(compute.equal(b["source"], "test")) for b in file.iter_batches(columns=columns, use_threads=False)
         )
         tests = pa.chunked_array(map(_keys, held_out), pa.string())
         batches = map(_keys, file.iter_batches(columns=columns, use_threads=False))
@@ -152,7 +157,8 @@ def check_overlap(rows: Path, test: Path, *, has_verdicts: bool) -> int:
 
 
 def _keys(rows: pa.Table | pa.RecordBatch) -> Any:
-    return compute.binary_join_element_wise(rows.column("group"), rows.column("id"), " ")
+    ids = compute.replace_substring_regex(rows.column("id"), r"^train_\d+:", "")  # as their table has them
+    return compute.binary_join_element_wise(rows.column("group"), ids, " ")
 
 
 def warnings_of(audit: Mapping[str, Any]) -> list[str]:
@@ -163,6 +169,7 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
         for source in audit["sources"].values()
         if source.get("ids_like_formulas")
     ]
+    lines += [_source_line(name, source) for name, source in audit["sources"].items() if name.startswith("train_")]
     if seen := audit.get("test_rows_in_train"):
         lines.append(
             f"warning: {seen:,} of {audit['exported']['test']:,} rows of {audit['sources']['test']['file']} are "
@@ -176,3 +183,12 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
             "more, at more memory and time (then prepare again)"
         )
     return lines
+
+
+def _source_line(name: str, source: Mapping[str, Any]) -> str:
+    """Return what became of the rows of a source that is not the target; a warning where none is left."""
+    left = source["left_out"]
+    gone = [f"{left['prompt_validates']:,} left out because their prompt validates"] if left["prompt_validates"] else []
+    gone += [f"{left['weight']:,} not drawn by its weight {source['weight']:g}"] if left["weight"] else []
+    words = "; ".join([f"{source['rows_trained']:,} of {source['rows_kept']:,} battles are trained on", *gone])
+    return f"{'' if source['rows_trained'] else 'warning: '}{source['file']}: {words}; its ids begin with {name}:"

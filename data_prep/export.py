@@ -18,8 +18,9 @@ the folds are made, and the data sets are written from the tables. Memory grows 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from data_prep.overwrite_check import check_overwrite
 from data_prep.preference_pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
+from data_prep.sources import Source
 from data_prep.truncation import in_chunks
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ Progress = Callable[[str, float | None], None]
 
 def export(
     experiment: Experiment,
-    train: Path,
+    train: Path | Sequence[Source],
     test: Path | None = None,
     truth: Path | None = None,
     progress: Progress = lambda text, share: None,
@@ -63,6 +65,8 @@ def export(
 ) -> dict[str, Any]:
     """Read, fold, fit and write one experiment's data folder, whole or not at all; return the audit.
 
+    The first source of `train` is the target, from which alone battles validate; ids of the others get the source's
+    name in front (train_2:…).
     `truth` is a table of known probabilities of all votes (synthetic arena only), copied beside the data.
     `views` are the preference sets to write beside those of SFT; "reward" tokenizes every text once more, and
     may follow later with `ensure_views`. `unchanged` are SHA-256 sums of files that must come out as they were.
@@ -70,13 +74,16 @@ def export(
     depend on it. Raises ArenaError; an earlier export then stays as it was.
     """
     folder = experiment.data_folder
-    check_overwrite(folder, [train, test, None if unchanged else truth])  # a later view takes the copy in the folder
+    votes = [Source(train)] if isinstance(train, Path) else train
+    votes = {f"train_{number}" if number > 1 else "train": each for number, each in enumerate(votes, 1)}
+    paths = [each.path for each in votes.values()]
+    check_overwrite(folder, [*paths, test, None if unchanged else truth])  # a later view takes the copy in the folder
     for each in (DATA, folder):
         listed_sets(each / "dataset_info.json")  # a fault in it is reported now, not after the work
     truth_ids = read_truth_ids(truth) if truth else ()
-    if test and test.exists() and train.exists():
-        refuse_same_table(train, test)
-    readers = {"train": VoteReader(train, labelled=True)} | ({"test": VoteReader(test, labelled=False)} if test else {})
+    refuse_same_table(paths, test)
+    readers = {name: VoteReader(each.path, labelled=True) for name, each in votes.items()}
+    readers |= {"test": VoteReader(test, labelled=False)} if test else {}
     frame, tokenizer = load_frame(experiment)
     prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
     maker = RowMaker(experiment, frame, tokenizer, views, prompt.source)
@@ -85,9 +92,10 @@ def export(
         atomic_folder(folder) as fresh,
         open_pool(maker, usual_workers() if workers is None else workers) as work,
     ):
-        written = write_tables(fresh, work("fit", _chunks(readers, progress)), experiment)
+        weights = {name: each.weight for name, each in votes.items()}
+        written = write_tables(fresh, work("fit", _chunks(readers, progress)), experiment, weights)
         counts = write_sets(fresh, experiment, views, work)
-        audit = _audit(experiment, readers, written, counts, views)
+        audit = _audit(experiment, readers, weights, written, counts, views)
         rows = fresh / "rows.parquet"
         if reader := readers.get("test"):
             audit["test_rows_in_train"] = check_overlap(rows, reader.path, has_verdicts=reader.has_verdicts)
@@ -100,10 +108,12 @@ def export(
 
 
 def _chunks(readers: Mapping[str, VoteReader], progress: Progress) -> Iterator[tuple[list[Battle], str]]:
-    """Yield the battles in chunks, each with "train" or "test", and report how many there were."""
+    """Yield the battles in chunks, each with its source's name, and report how many there were."""
     for name, reader in readers.items():
         seen = 0
-        for chunk in in_chunks((battle for _, battle in reader), CHUNK):
+        ahead = "" if name in ("train", "test") else f"{name}:"  # else the ids of two sources could be the same
+        battles = (replace(battle, id=ahead + battle.id) if ahead else battle for _, battle in reader)
+        for chunk in in_chunks(battles, CHUNK):
             share = reader.share
             yield chunk, name
             seen += len(chunk)
@@ -124,9 +134,10 @@ def ensure_views(
     missing = [view for view in VIEWS if view in views and view not in manifest["views"]]
     if not missing:
         return False
-    tables = {name: Path(source["file"]) for name, source in manifest["sources"].items()}
+    sources = manifest["sources"]
+    tables = {name: Path(source["file"]) for name, source in sources.items()}
     for name, path in tables.items():
-        if not path.exists() or sha256_of_table(path) != manifest["sources"][name]["sha256"]:
+        if not path.exists() or sha256_of_table(path) != sources[name]["sha256"]:
             raise ArenaError(
                 f"is not the table that {folder} was exported from, so its {' and '.join(missing)} view cannot follow",
                 where=str(path),
@@ -135,7 +146,7 @@ def ensure_views(
     truth = folder / "truth.csv"
     export(
         experiment,
-        tables["train"],
+        [Source(path, sources[name]["weight"]) for name, path in tables.items() if name != "test"],
         tables.get("test"),
         truth if truth.exists() else None,
         progress,
@@ -148,6 +159,7 @@ def ensure_views(
 def _audit(
     experiment: Experiment,
     readers: Mapping[str, VoteReader],
+    weights: Mapping[str, float],
     written: Written,
     counts: Mapping[str, int],
     views: Collection[View],
@@ -158,7 +170,7 @@ def _audit(
     if "judge" in pairs:
         pairs["judge"]["rejected"] = experiment.dpo_rejected
     if "reward" in pairs:
-        pairs["reward"] |= preferences_audit(written.counts["train", "pairs"])
+        pairs["reward"] |= preferences_audit(sum((written.counts[name, "pairs"] for name in weights), Counter()))
         pairs["reward"]["truncation"] = {name: truncation_audit(written.counts[name, "pairs"]) for name in readers}
     return {
         "experiment": experiment.name,
@@ -171,6 +183,7 @@ def _audit(
                 "rows_kept": written.counts[name, "battles"]["rows"],
                 "rows_rejected": len(reader.rejected),
                 "ids_like_formulas": reader.formulas,
+                **_fates(name, weights, written.counts[name, "splits"]),
             }
             for name, reader in readers.items()
         },
@@ -179,6 +192,18 @@ def _audit(
         "swap_copies": experiment.swap_copies,
         "truncation": {name: truncation_audit(written.counts[name, "battles"]) for name in readers},
         "pairs": pairs,
+    }
+
+
+def _fates(name: str, weights: Mapping[str, float], splits: Mapping[str, int]) -> dict[str, Any]:
+    """Return what became of the kept rows of a source with verdicts."""
+    if name not in weights:
+        return {}
+    return {
+        "weight": weights[name],
+        "rows_trained": splits["train"],
+        "rows_validating": splits["valid"],
+        "left_out": {"prompt_validates": splits["prompt validates"], "weight": splits["not drawn"]},
     }
 
 
@@ -214,7 +239,11 @@ def _describe(
         "experiment": experiment.model_dump(mode="json", exclude={"recipes", "description", "distributed"}),
         "views": list(audit["pairs"]),
         "sources": {
-            name: {"file": source["file"], "sha256": sha256_of_table(Path(source["file"]))}
+            name: {
+                "file": source["file"],
+                "sha256": sha256_of_table(Path(source["file"])),
+                "weight": source.get("weight", 1.0),
+            }
             for name, source in audit["sources"].items()
         },
         "frame": asdict(frame),

@@ -22,9 +22,11 @@ from data_prep.chat_template import ChatFrame
 from data_prep.preference_pairs import Pair
 
 SPLITS = ("train", "valid", "test")
+# The split of rows that no set holds: of another source than the first, with a prompt that validates; or not drawn.
+LEFT_OUT = "left_out"
 MANIFEST = "manifest.json"
 # Of the manifest and the files that it names.
-FORMAT = 4
+FORMAT = 5
 _BATCH = 1024
 _NAMED = 5  # experiments that a remedy names
 _SUM_TOLERANCE = 1e-3
@@ -56,6 +58,7 @@ def _inside(name: str) -> str:
 class _Source(BaseModel):
     file: str
     sha256: str
+    weight: float
 
 
 class _Manifest(BaseModel):

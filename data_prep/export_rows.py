@@ -52,9 +52,11 @@ def _schema(**columns: pa.DataType) -> pa.Schema:
 _TEXTS = ("prompts", "responses_a", "responses_b")
 _STATISTICS = ("turns", "dropped", "tokens", "tokens_full", "chars_prompt", "chars_a", "chars_b")
 SCHEMAS = {
-    # what is known of each battle; `first_prompt` is for the run checks, see data_prep.audit
+    # what is known of each battle; `source` is a key of the manifest's sources, `times` how often it is trained on,
+    # `first_prompt` is for the run checks, see data_prep.audit
     "rows": _schema(
-        **dict.fromkeys(("id", "split", "verdict", "group", "language"), pa.string()),
+        **dict.fromkeys(("id", "source", "split", "verdict", "group", "language"), pa.string()),
+        times=pa.int16(),
         **dict.fromkeys(_STATISTICS, pa.int32()),
         cut=pa.bool_(),
         first_prompt=pa.uint64(),
@@ -76,7 +78,7 @@ _MOST = 16  # processes; beyond them the reader sets the pace
 class FittedChunk:
     """Some battles as rows of the tables, by the tables' names, and what fitting them cost."""
 
-    split: str  # "train" for battles with verdicts, else "test"
+    source: str  # "train", "train_2", …: battles with verdicts; "test"
     tables: dict[str, pa.RecordBatch]
     counts: dict[str, Counter[str]]
 
@@ -99,14 +101,14 @@ class RowMaker:
     def __reduce__(self):
         return RowMaker, self._made_of
 
-    def fit(self, battles: Sequence[Battle], split: str) -> FittedChunk:
-        """Fit battles; raises ArenaError if one cannot be fitted."""
-        both_orders = split == "train" and self._experiment.swap_copies
+    def fit(self, battles: Sequence[Battle], source: str) -> FittedChunk:
+        """Fit battles of one source; raises ArenaError if one cannot be fitted."""
+        both_orders = source != "test" and self._experiment.swap_copies
         fitted = self._fitter.fit(battles, both_orders=both_orders)
         rows = [
             {
                 **row_statistics(battle),
-                "split": split,
+                "source": source,
                 "dropped": each.dropped,
                 "tokens": each.tokens,
                 "tokens_full": each.tokens_full,
@@ -122,7 +124,7 @@ class RowMaker:
             tables["pairs"] = [_pair_row(each) for each in pairs]
             counts["pairs"] = count_pairs(battles, pairs)
         batches = {name: pa.RecordBatch.from_pylist(each, schema=SCHEMAS[name]) for name, each in tables.items()}
-        return FittedChunk(split, batches, counts)
+        return FittedChunk(source, batches, counts)
 
     def lines(self, rows: Sequence[tuple[Battle, int, Pair | None]], swapped: bool) -> dict[str, list[str]]:
         """Return the data sets' lines of fitted battles, each with its turns dropped and its pair.

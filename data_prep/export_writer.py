@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from common.battle import VERDICTS
 from common.errors import ArenaError
 from data_prep.audit import add_counts
 from data_prep.dataset_info import set_names
-from data_prep.export_reader import iter_battles, iter_pairs
+from data_prep.export_reader import LEFT_OUT, iter_battles, iter_pairs, read_columns
 from data_prep.export_rows import SCHEMAS, FittedChunk
 from data_prep.folds import group_number, validation_mask
 from data_prep.preference_pairs import View
@@ -40,7 +41,7 @@ _WAITING = "rows.arrow"  # the rows, until the folds are known
 
 @dataclass
 class Written:
-    """Counts by split ("train" for all that have verdicts) and table, and what the folds need."""
+    """Counts by source and table, or what became of a source's rows, and what the folds need of all with verdicts."""
 
     counts: dict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     groups: array = field(default_factory=lambda: array("Q"))
@@ -49,17 +50,20 @@ class Written:
     def add(self, chunk: FittedChunk) -> None:
         """Add up one chunk."""
         for table, counts in chunk.counts.items():
-            add_counts(self.counts[chunk.split, table], counts)
-        if chunk.split == "train":
+            add_counts(self.counts[chunk.source, table], counts)
+        if chunk.source != "test":
             rows = chunk.tables["rows"]
             self.groups.extend(map(group_number, rows.column("group").to_pylist()))
             self.verdicts.extend(map(VERDICTS.index, rows.column("verdict").to_pylist()))
 
 
-def write_tables(folder: Path, chunks: Iterable[FittedChunk], experiment: Experiment) -> Written:
+def write_tables(
+    folder: Path, chunks: Iterable[FittedChunk], experiment: Experiment, weights: Mapping[str, float]
+) -> Written:
     """Write rows.parquet, battles.parquet and, where chunks hold pairs, pairs.parquet; labelled battles come first.
 
-    Raises ArenaError where the folds cannot have the share that the experiment asks for.
+    `weights` are those of the sources with verdicts. Raises ArenaError where the folds cannot have the share that the
+    experiment asks for.
     """
     written = Written()
     with ExitStack() as stack:
@@ -72,22 +76,47 @@ def write_tables(folder: Path, chunks: Iterable[FittedChunk], experiment: Experi
                 writers[name].write_batch(batch)
             written.add(chunk)
     groups, verdicts = np.array(written.groups, np.uint64), np.array(written.verdicts, np.int8)
-    _write_rows(folder, validation_mask(groups, verdicts, share=experiment.valid_share, seed=experiment.seed))
+    # The first source is the target: it alone validates, so that a figure means the same with and without others.
+    own = written.counts["train", "battles"]["rows"]
+    validates = validation_mask(groups[:own], verdicts[:own], share=experiment.valid_share, seed=experiment.seed)
+    held = np.concatenate([validates, np.isin(groups[own:], groups[:own][validates])])
+    _write_rows(folder, held, weights, experiment.seed, written)
     return written
 
 
-def _write_rows(folder: Path, validates: np.ndarray) -> None:
-    """Write rows.parquet from the rows that wait, now that the folds are known."""
+def _write_rows(folder: Path, held: np.ndarray, weights: Mapping[str, float], seed: int, written: Written) -> None:
+    """Write rows.parquet from the rows that wait, and count what becomes of them by source.
+
+    `held`: which rows with a verdict have a prompt that validates.
+    """
     at, schema = 0, SCHEMAS["rows"]
-    place = schema.get_field_index("split")
     with pa.OSFile(str(folder / _WAITING)) as file, _table(folder, "rows") as writer:
         for batches in in_chunks(pa.ipc.open_stream(file), _CHUNKS_A_GROUP):
             rows = pa.Table.from_batches(batches)
-            held = validates[at : at + len(rows)].tolist()
-            split = ["valid" if each else "train" for each in held] + ["test"] * (len(rows) - len(held))
-            writer.write_table(rows.set_column(place, schema.field(place), pa.array(split)))
+            splits, times = [], []
+            for number, (source, name) in enumerate(zip(*(rows[c].to_pylist() for c in ("source", "id"))), at):
+                split, count = "test", 1
+                if source != "test" and held[number]:
+                    split, count = ("valid", 1) if source == "train" else ("prompt validates", 0)
+                elif source != "test":
+                    count = times_trained(name, weights[source], seed)
+                    split = "train" if count else "not drawn"
+                written.counts[source, "splits"][split] += 1
+                splits.append(split if count else LEFT_OUT)
+                times.append(count)
+            for column, values in (("split", splits), ("times", times)):
+                place = schema.get_field_index(column)
+                rows = rows.set_column(place, schema.field(place), pa.array(values, schema.field(place).type))
+            writer.write_table(rows)
             at += len(rows)
     (folder / _WAITING).unlink()
+
+
+def times_trained(identity: str, weight: float, seed: int) -> int:
+    """Return how often a row of a source with this weight is trained on: its whole part, and once more by lot."""
+    whole, rest = divmod(weight, 1)
+    digest = blake2b(f"{seed}:{identity}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int(whole) + (int.from_bytes(digest, "big") < rest * 2**64)
 
 
 def _table(folder: Path, name: str) -> ParquetWriter:
@@ -108,7 +137,9 @@ def write_sets(
     rows: Counter[str] = Counter({f"{name}_{split}": 0 for split in ("train", "valid") for name in set_names(views)})
     for split in ("train", "valid"):
         pairs = (pair for pair, _ in iter_pairs(folder, split)) if "reward" in views else repeat(None)
-        battles = ((*fitted, pair) for fitted, pair in zip(iter_battles(folder, split), pairs, strict=False))
+        times = read_columns(folder / "rows.parquet", ["times"], where=("split", split))["times"].to_pylist()
+        rows_of_split = zip(iter_battles(folder, split), pairs, times, strict=False)
+        battles = ((*fitted, pair) for fitted, pair, count in rows_of_split for _ in range(count))
         # A swapped copy is for training: the validation fold is judged on the battles as they were.
         swapped = experiment.swap_copies and split == "train"
         with ExitStack() as stack:

@@ -51,12 +51,12 @@ def read_truth_ids(path: Path) -> Collection[str]:
 
 
 def require_truth_of(rows: Path, known: Collection[str], where: Path) -> None:
-    """Raise ArenaError where a battle of a rows.parquet that has a verdict is not among the `known` ids."""
+    """Raise ArenaError where a battle of the first source in a rows.parquet is not among the `known` ids."""
     battles, missing, first = 0, 0, None
     with ParquetFile(rows) as file:
-        for batch in file.iter_batches(columns=["split", "id"], use_threads=False):
-            splits, ids = (batch.column(name).to_pylist() for name in ("split", "id"))
-            judged = [identity for split, identity in zip(splits, ids, strict=True) if split != "test"]
+        for batch in file.iter_batches(columns=["source", "id"], use_threads=False):
+            sources, ids = (batch.column(name).to_pylist() for name in ("source", "id"))
+            judged = [identity for source, identity in zip(sources, ids, strict=True) if source == "train"]
             absent = [identity for identity in judged if identity not in known]
             battles, missing = battles + len(judged), missing + len(absent)
             first = first or next(iter(absent), None)

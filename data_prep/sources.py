@@ -2,6 +2,7 @@
 
 votes_at("lmsys-chatbot-arena.zip", labelled=True)      # data/.sources/<hash>/train.csv
 votes_at("hf://datasets/lmsys/chatbot_arena_conversations", labelled=True)
+with_weight("more.csv:0.5")                             # ("more.csv", 0.5)
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import re
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
 from common.errors import ArenaError
 from common.files import atomic_folder
 from data_prep.readers import VoteReader
-from data_prep.tables import PARTS, open_table
+from data_prep.tables import PARTS
 
 CACHE = Path("data") / ".sources"
 _HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>.+))?")
@@ -30,6 +33,29 @@ _DAMAGE = (
     *(RuntimeError, NotImplementedError, ValueError, OverflowError),
 )
 _FORMS = "a .csv, .csv.gz or .parquet file, a folder of such parts, Kaggle's zip, or hf://datasets/OWNER/NAME"
+_WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?|\.\d+)", re.DOTALL)
+_LARGEST_WEIGHT = 100.0
+# The number of a part, and the hash that the hub puts behind it: train-00000-of-00002-a09b74b3ef9c3b56.parquet
+_NUMBER, _HASH = re.compile(r"\d+"), re.compile(r"-[0-9a-f]{16}(?=\.)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table of votes, and how often on average each of its training rows is trained on."""
+
+    path: Path
+    weight: float = 1.0
+
+
+def with_weight(given: str | Path) -> tuple[str, float]:
+    """Return a source and its weight, 1 where FILE:0.5 gives none; raises ArenaError for a weight out of bounds."""
+    found = None if Path(given).exists() else _WEIGHT.fullmatch(str(given))
+    if found is None:
+        return str(given), 1.0
+    if not 0 < (weight := float(found[2])) <= _LARGEST_WEIGHT:
+        remedy = f"give a number above 0, up to {_LARGEST_WEIGHT:.0f}, such as {found[1]}:0.5; or leave the source out"
+        raise ArenaError(f"the weight {found[2]} is out of bounds", where=str(given), remedy=remedy)
+    return found[1], weight
 
 
 def votes_at(source: str | Path, *, labelled: bool) -> Path:
@@ -53,20 +79,54 @@ def _is_table(name: str) -> bool:
 
 
 def _fitting(folder: Path, labelled: bool) -> Path:
-    """Return what in a folder holds votes: one file, or the folder itself where all of its files are parts of one."""
-    tables = {path: open_table(path).columns for path in sorted(folder.iterdir()) if _is_table(path.name)}
-    if all(columns == next(iter(tables.values())) for columns in tables.values()):
-        return folder
-    fit = [path for path in tables if _holds_votes(path, labelled)]
+    """Return what in a folder holds votes: a file, or a folder with the numbered parts of one name."""
+    found = _by_name(path for path in sorted(folder.iterdir()) if _is_table(path.name))
+    fit = found if len(found) == 1 else [parts for parts in found if _holds_votes(parts[0], labelled)]
     if len(fit) == 1:
-        return fit[0]
+        return _joined(folder, fit[0])
+    if not found:
+        return folder  # its reader says what it holds instead
     kind = "votes (prompt, responses, winner)" if labelled else "battles without a winner"
-    names = ", ".join(path.name for path in (fit or list(tables))[:5])
+    names = ", ".join(_named(parts) for parts in (fit or found)[:5])
     raise ArenaError(
         f"{'several tables hold' if fit else 'no table holds'} {kind}: {names}",
         where=str(folder),
-        remedy="give the path of the one file that is meant",
+        remedy="give the path of the one that is meant (several of votes: --train for each); files are joined where "
+        "they are the parts of one name, numbered without a gap, else move those of one table to a folder of their own",
     )
+
+
+def _by_name(tables: Iterable[Path]) -> list[list[Path]]:
+    """Return files in groups: those whose names differ in one number alone, which counts them, and each other one."""
+    alike: dict[str, list[Path]] = {}
+    for path in tables:
+        alike.setdefault(_NUMBER.sub("#", _HASH.sub("", path.name)), []).append(path)
+    found = []
+    for parts in alike.values():
+        numbers = [list(map(int, _NUMBER.findall(_HASH.sub("", path.name)))) for path in parts]
+        counting = [set(column) for column in zip(*numbers, strict=True) if len(set(column)) > 1]
+        whole = len(counting) == 1 and max(counting[0]) - min(counting[0]) + 1 == len(parts) == len(counting[0])
+        found += [parts] if whole else [[path] for path in parts]
+    return found
+
+
+def _named(parts: list[Path]) -> str:
+    return parts[0].name + (f" … {parts[-1].name} ({len(parts)} parts)" if len(parts) > 1 else "")
+
+
+def _joined(folder: Path, parts: list[Path]) -> Path:
+    """Return the file, the folder where it holds these parts alone, or a folder of links to them."""
+    if len(parts) == 1:
+        return parts[0]
+    if {path.name for path in folder.iterdir() if not path.name.startswith((".", "_"))} == {p.name for p in parts}:
+        return folder
+    stamp = "\n".join(str(path.absolute()) for path in parts)
+    target = CACHE / blake2b(stamp.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+    if not target.is_dir():
+        with atomic_folder(target) as links:
+            for path in parts:
+                (links / path.name).symlink_to(path.absolute())
+    return target
 
 
 def _holds_votes(path: Path, labelled: bool) -> bool:

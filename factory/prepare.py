@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from data_prep.export import export
 from data_prep.export_reader import earlier_manifest, read_manifest
 from data_prep.overwrite_check import check_overwrite
 from data_prep.readers import VoteReader
-from data_prep.sources import votes_at
+from data_prep.sources import Source, votes_at, with_weight
 from factory.demo import ensure_embedded_base
 from factory.recipes import check_first_values, write_recipe
 from factory.status import refuse_while_at_work
@@ -23,7 +23,7 @@ from factory.weight_checks import require_fit_base
 
 def prepare(
     experiment: Experiment,
-    train: Path | str,
+    train: Sequence[Path | str],
     test: Path | str | None,
     truth: Path | None,
     *,
@@ -34,14 +34,16 @@ def prepare(
 ) -> dict[str, Any]:
     """Export the votes of an experiment and render its missing recipes; return the audit.
 
+    `train` are sources of votes, each with its weight where it is not 1 (FILE:0.5), the target first.
     An earlier export is replaced, with the pairs of responses if it had them. `force` replaces recipes edited by hand.
     """
     check_first_values(experiment)
     refuse_while_at_work(experiment)
-    check_overwrite(experiment.data_folder, (train, test, truth))
-    train = votes_at(train, labelled=True)
+    given = [with_weight(each) for each in train]
+    check_overwrite(experiment.data_folder, (*(name for name, _ in given), test, truth))
+    votes = [Source(votes_at(name, labelled=True), weight) for name, weight in given]
     test = votes_at(test, labelled=False) if test else None
-    for table, labelled in ((train, True), (test, False)):
+    for table, labelled in (*((each.path, True) for each in votes), (test, False)):
         if table is not None:
             VoteReader(table, labelled=labelled)  # refuses what is not a table of votes before a base is built
     ensure_embedded_base(experiment, show)
@@ -50,7 +52,7 @@ def prepare(
     had_pairs = before is not None and "pairs.parquet" in before["files"]
     views = ("judge", "reward") if pairs or had_pairs else ("judge",)
     with show.line(f"prepare {experiment.name}") as line:
-        audit = export(experiment, train, test, truth, progress=line.update, views=views, workers=workers)
+        audit = export(experiment, votes, test, truth, progress=line.update, views=views, workers=workers)
     replaced = _replaced(before, read_manifest(experiment.data_folder))
     show.note(_summary(experiment, audit))
     for text in (*warnings_of(audit), *([f"{experiment.data_folder}: {replaced}"] if replaced else [])):
@@ -64,13 +66,15 @@ def prepare(
 
 
 def _summary(experiment: Experiment, audit: dict[str, Any]) -> str:
-    read, rows, where = audit["sources"]["train"], audit["exported"], f"data/{experiment.name}/audit.json"
+    rows, where = audit["exported"], f"data/{experiment.name}/audit.json"
+    votes = [source for name, source in audit["sources"].items() if name != "test"]
+    kept, bad = (sum(source[key] for source in votes) for key in ("rows_kept", "rows_rejected"))
     cut = audit["truncation"]["train"]["rows_cut_share"]
-    rejected = f", {read['rows_rejected']} rejected ({where})" if read["rows_rejected"] else ""
+    rejected = f", {bad} rejected ({where})" if bad else ""
     lost = audit["sources"].get("test", {}).get("rows_rejected")
     lacking = f" ({lost} rejected: the submission will lack them, see {where})" if lost else ""
     return (
-        f"prepare {experiment.name}: {read['rows_kept']:,} battles kept{rejected}; "
+        f"prepare {experiment.name}: {kept:,} battles kept{rejected}; "
         f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation, {rows['test']:,} to submit"
         f"{lacking}; {cut:.1%} shortened to {experiment.cutoff_len} tokens"
     )
@@ -78,8 +82,12 @@ def _summary(experiment: Experiment, audit: dict[str, Any]) -> str:
 
 def _replaced(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
     """Return what a person should know of an export that took another one's place, from both manifests."""
-    sums = [{name: each["sha256"] for name, each in m["sources"].items()} for m in (before, now) if m is not None]
-    if before is None or sums[0] == sums[1]:
+    made = [
+        {name: (each["sha256"], each["weight"]) for name, each in m["sources"].items()}
+        for m in (before, now)
+        if m is not None
+    ]
+    if before is None or made[0] == made[1]:
         return None
     words = f"the earlier export, of {before['sources']['train']['file']}, is replaced"
     if "test" in before["sources"] and "test" not in now["sources"]:

@@ -217,9 +217,11 @@ class StageContext:
 
 def prepare_again(manifest: Mapping[str, Any], name: str) -> str:
     """Return the command that exports the same votes again."""
-    sources = manifest["sources"]
-    votes = " ".join(f"--{key} {shlex.quote(sources[key]['file'])}" for key in ("train", "test") if key in sources)
-    return f"python run.py prepare -e {name} {votes}"
+    given = [
+        (key.split("_")[0], source["file"] + (f":{source['weight']:g}" if source["weight"] != 1 else ""))
+        for key, source in manifest["sources"].items()
+    ]
+    return " ".join([f"python run.py prepare -e {name}", *(f"--{key} {shlex.quote(file)}" for key, file in given)])
 
 
 def some(items: list[str], most: int = 3) -> str:

@@ -155,7 +155,8 @@ def experiment_status(context: StageContext) -> ExperimentStatus:
     elif changed and not running_stages(experiment):
         following = prepare_again(context.manifest, name)
     try:
-        battles = int(read_json(experiment.data_folder / "audit.json")["sources"]["train"]["rows_kept"])
+        sources = read_json(experiment.data_folder / "audit.json")["sources"]
+        battles = sum(int(source["rows_kept"]) for name, source in sources.items() if name != "test")
     except (OSError, ValueError, KeyError, TypeError):
         battles = None
     about = (name, experiment.description, experiment.model, prepared, battles, stages)

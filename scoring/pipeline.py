@@ -34,7 +34,7 @@ def demo(context: StageContext, seed: int, *, fresh: bool, show: Show) -> dict[s
     if not fresh:
         refuse_other_votes(experiment)
     arena = demo_arena(experiment, seed, show)
-    prepare(experiment, arena.train, arena.test, arena.truth, show=show)
+    prepare(experiment, [arena.train], arena.test, arena.truth, show=show)
     return run_stage(context, fresh=fresh or trained_on_another(experiment), show=show)
 
 

@@ -136,7 +136,8 @@ def read_report(context: StageContext, *, remedy: str | None = None) -> dict[str
 
 
 def texts(data: Path, split: str) -> pd.DataFrame:
-    """Return the frame that the baselines learn from (see scoring.baselines), with each row's prompt group.
+    """Return the frame that the baselines learn from (see scoring.baselines), with each row's prompt group: rows of the
+    first source alone, so that they stay what they are when a source is added.
 
     The answers are as they were fitted to the judge prompt, lengths and turns as in the vote.
     """
@@ -146,7 +147,9 @@ def texts(data: Path, split: str) -> pd.DataFrame:
     ]
     fitted = pd.DataFrame(rows, columns=["id", "verdict", "text_a", "text_b"])
     with readable(data / "rows.parquet"):
-        return fitted.join(read_rows(data, split)[["group", "chars_prompt", "chars_a", "chars_b", "turns"]])
+        facts = read_rows(data, split)
+        fitted = fitted.join(facts[["group", "chars_prompt", "chars_a", "chars_b", "turns"]])
+        return fitted[(facts["source"] == "train").to_numpy()].reset_index(drop=True)
 
 
 def audit_for(data: Path, stage: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from scoring.links import softmax
 from scoring.metrics import EPS
 
 _SETS = {"train": "training rows", "valid": "validation fold", "test": "test set"}
-_ROW = ("id", "split", "verdict", "language", "turns", "dropped", "cut", "tokens", "tokens_full")
+_ROW = ("id", "source", "split", "verdict", "language", "turns", "dropped", "cut", "tokens", "tokens_full")
 _PAIR = ("prompt", "response_a", "response_b", "dropped", "cut", "tokens_a", "tokens_b")
 _AGAIN = "score the stage again"
 _VERDICT_NAMES = {"a": "A wins", "b": "B wins", "tie": "tie"}
@@ -78,6 +78,7 @@ def show_battle(context: StageContext, battle_id: str, split: str | None = None)
     """
     manifest = context.manifest
     place, row = _row(context.experiment, battle_id, split)
+    row["source"] = manifest["sources"][row["source"]]["file"]
     read = _pair_read if context.step.data == "dpo_reward" else _judge_read
     stale = context.earlier_scores()
     if changed := context.outdated_files():
@@ -90,7 +91,6 @@ def show_battle(context: StageContext, battle_id: str, split: str | None = None)
         cutoff_len=manifest["experiment"]["cutoff_len"],
         probabilities=probabilities,
         rewards=rewards,
-        source=manifest["sources"]["test" if row["split"] == "test" else "train"]["file"],
         stale=stale,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -18,7 +19,9 @@ from data_prep.audit import first_prompts, row_statistics, warnings_of
 from data_prep.export import export
 from data_prep.folds import prompt_group
 from data_prep.prompt import JudgePrompt
+from data_prep.export_reader import read_manifest
 from data_prep.sanitize import EMPTY, Neutralizer
+from data_prep.sources import Source
 from data_prep.synthetic import write_arena
 from scoring.checks.run_checks import shared_prompts
 from tests.votes import write_votes
@@ -126,6 +129,46 @@ def test_training_rows_in_a_test_set_are_counted_and_kept(experiment, arena, tmp
         expected = [f"warning: {found} of {rows} rows of {table} are training rows"] if found else []
         assert [line.partition(" (")[0] for line in warnings_of(audit)] == expected
     assert "test_rows_in_train" not in export(experiment, arena.train)
+
+
+def test_of_several_sources_the_first_alone_validates_and_no_prompt_of_its_fold_is_trained_on(experiment, workplace):
+    def votes(name: str, numbers: range) -> Path:
+        texts = [(number, VERDICTS[number % 3]) for number in numbers]
+        return write_votes(
+            workplace / name, [Battle(f"{n}", (f"q{n}?",), (f"yes {n}",), (f"no {n}",), v) for n, v in texts]
+        )
+
+    target, other, half = votes("a.csv", range(60)), votes("b.csv", range(40, 140)), votes("c.csv", range(200, 400))
+    alone = export(experiment, target, views=("judge", "reward"))
+    alone_valid = folds_of(experiment.data_folder)["sft"]["valid"]
+    given = [Source(target, 2), Source(other), Source(half, 0.25)]
+    audit = export(experiment, given, views=("judge", "reward"))
+    assert folds_of(experiment.data_folder)["sft"]["valid"] == alone_valid, "a figure means what it meant before"
+    shared = sum(f"{n}" in alone_valid for n in range(40, 60))
+    sources = audit["sources"]
+    drawn = sources["train_3"]["rows_trained"]
+    assert shared and 30 < drawn < 70
+    fates = {name: [each["rows_trained"], each["rows_validating"], each["left_out"]] for name, each in sources.items()}
+    assert fates == {
+        "train": [60 - len(alone_valid), len(alone_valid), {"prompt_validates": 0, "weight": 0}],
+        "train_2": [100 - shared, 0, {"prompt_validates": shared, "weight": 0}],
+        "train_3": [drawn, 0, {"prompt_validates": 0, "weight": 200 - drawn}],
+    }
+    lines = (experiment.data_folder / "sft_train.jsonl").read_text().splitlines()
+    copies = len(lines) // audit["exported"]["sft_train"] * (1 + experiment.swap_copies)
+    trained = Counter(json.loads(line)["id"] for line in lines)
+    assert trained["train_2:139"] == copies and trained[min(set(map(str, range(60))) - alone_valid)] == 2 * copies
+    assert sum(trained.values()) == copies * (2 * (60 - len(alone_valid)) + 100 - shared + drawn)
+    assert not {f"train_2:{name}" for name in alone_valid} & trained.keys()
+    told = " ".join(warnings_of(audit))
+    assert f"b.csv: {100 - shared} of 100 battles are trained on; {shared} left out because their prompt" in told
+    assert "its ids begin with train_2:" in told and f"{200 - drawn} not drawn by its weight 0.25" in told
+    first = read_manifest(experiment.data_folder)
+    export(experiment, given, views=("judge", "reward"))
+    assert read_manifest(experiment.data_folder) == first, "the lot is seeded"
+    assert alone["sources"]["train"]["weight"] == 1 and "train_2" not in alone["sources"]
+    with pytest.raises(ArenaError, match="is given twice as --train"):
+        export(experiment, [Source(target), Source(target)])
 
 
 def test_many_shortened_battles_are_reported_with_the_key(experiment, arena, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from common.battle import PROBABILITY_COLUMNS
 from common.errors import ArenaError
 from data_prep.readers import VoteReader
-from data_prep.sources import votes_at
+from data_prep.sources import votes_at, with_weight
 from data_prep.synthetic import write_arena
 
 
@@ -62,10 +62,43 @@ def test_of_kaggles_zip_too_and_it_is_unpacked_once(kaggle):
     assert votes_at(archive, labelled=True).stat().st_mtime_ns == before
 
 
-def test_equal_tables_in_a_folder_are_parts_of_one(kaggle):
-    (kaggle / "y.csv").unlink()
-    (kaggle / "z.csv").unlink()
-    assert votes_at(kaggle, labelled=True) == kaggle
+@pytest.mark.parametrize(
+    ("names", "joined"),
+    [
+        (["train-0.csv", "train-1.csv", "train-2.csv"], 3),
+        (["0001.csv", "0002.csv"], 2),
+        (["train-00000-of-00002-a09b74b3ef9c3b56.csv", "train-00001-of-00002-c6afcc8ea7c3f7b1.csv"], 2),
+        (["part-9-5e2b.csv", "part-10-5e2b.csv"], 2),
+        (["train-1.csv", "train-2.csv", "test.csv"], 2),  # the test set has no winner
+        (["a_train.csv", "b_valid.csv"], 0),
+        (["arena_33k.csv", "arena_55k.csv"], 0),  # two data sets, and not parts 33 to 55
+        (["train-00000-of-00003.csv", "train-00002-of-00003.csv"], 0),  # one is missing
+        (["train-1.csv", "train-2.csv", "valid-1.csv", "valid-2.csv"], 0),
+    ],
+)
+def test_files_of_a_folder_are_joined_where_they_are_numbered_parts_of_one_name(kaggle, names, joined):
+    folder = kaggle.parent / "folder"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes((kaggle / ("y.csv" if name == "test.csv" else "x.csv")).read_bytes())
+    if joined:
+        assert len(VoteReader(votes_at(folder, labelled=True), labelled=True).parts) == joined
+        (folder / "README.md").write_text("of the same folder")
+        assert len(VoteReader(votes_at(folder, labelled=True), labelled=True).parts) == joined
+        return
+    with pytest.raises(ArenaError, match="several tables hold votes") as caught:
+        votes_at(folder, labelled=True)
+    assert names[0] in str(caught.value) and names[-1] in str(caught.value) and "--train for each" in str(caught.value)
+
+
+def test_a_weight_stands_behind_a_colon(kaggle):
+    (kaggle / "odd:2").write_text("")
+    given = ("x.csv", "x.csv:0.5", "hf://datasets/a/b@v1:3", "x.csv:.5", "x.csv:half", kaggle / "odd:2")
+    assert [with_weight(each)[1] for each in given] == [1, 0.5, 3, 0.5, 1, 1]
+    assert with_weight("hf://datasets/a/b@v1:3")[0] == "hf://datasets/a/b@v1"
+    for wrong in ("x.csv:0", "x.csv:1000"):
+        with pytest.raises(ArenaError, match="is out of bounds"):
+            with_weight(wrong)
 
 
 def test_an_ambiguous_folder_is_refused(kaggle):
