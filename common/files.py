@@ -11,12 +11,13 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
@@ -32,6 +33,7 @@ _LARGE = 16 * 2**20  # bytes; hashes of larger files are remembered
 _LARGEST_JSON = 2**30
 # Folders of the project that a person may keep on another disk, by a link.
 _FOLDERS = ("data", "factory_configs", "models", "outputs", "saves", "templates")
+_NEEDS_QUOTES = re.compile('[",\r\n]')
 
 
 @contextmanager
@@ -116,6 +118,15 @@ def read_json(path: Path) -> Any:
         return json.loads(read_regular(path, _LARGEST_JSON).decode())
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def csv_line(cells: Iterable[object]) -> str:
+    """Return a line of CSV from which csv, pandas and Arrow read the same cells, all characters but NUL.
+
+    csv.writer leaves a carriage return without quotes, and readers then end the row there.
+    """
+    texts = map(str, cells)
+    return ",".join('"' + t.replace('"', '""') + '"' if _NEEDS_QUOTES.search(t) else t for t in texts) + "\n"
 
 
 def sha256_of(path: Path) -> str:

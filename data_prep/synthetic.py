@@ -9,7 +9,6 @@ verdict is drawn from a Davidson model of the two qualities, so the best possibl
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import random
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 from common.errors import ArenaError
-from common.files import atomic_file
+from common.files import atomic_file, csv_line
 
 TRAIN_COLUMNS = ("id", "model_a", "model_b", "prompt", "response_a", "response_b", *PROBABILITY_COLUMNS)
 TEST_COLUMNS = ("id", "prompt", "response_a", "response_b")
@@ -195,6 +194,4 @@ def _train_row(row: ArenaBattle) -> list[str]:
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[list[str]]) -> None:
     with atomic_file(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+        file.writelines(map(csv_line, (columns, *rows)))
