@@ -94,7 +94,8 @@ def _write_rows(folder: Path, held: np.ndarray, weights: Mapping[str, float], se
         for batches in in_chunks(pa.ipc.open_stream(file), _CHUNKS_A_GROUP):
             rows = pa.Table.from_batches(batches)
             splits, times = [], []
-            for number, (source, name) in enumerate(zip(*(rows[c].to_pylist() for c in ("source", "id"))), at):
+            named = zip(rows["source"].to_pylist(), rows["id"].to_pylist(), strict=True)
+            for number, (source, name) in enumerate(named, at):
                 split, count = "test", 1
                 if source != "test" and held[number]:
                     split, count = ("valid", 1) if source == "train" else ("prompt validates", 0)

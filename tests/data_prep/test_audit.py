@@ -17,9 +17,9 @@ from common.battle import VERDICTS, Battle
 from common.experiment import Labels
 from data_prep.audit import first_prompts, row_statistics, warnings_of
 from data_prep.export import export
+from data_prep.export_reader import read_manifest
 from data_prep.folds import prompt_group
 from data_prep.prompt import JudgePrompt
-from data_prep.export_reader import read_manifest
 from data_prep.sanitize import EMPTY, Neutralizer
 from data_prep.sources import Source
 from data_prep.synthetic import write_arena

@@ -91,7 +91,9 @@ def test_the_usual_place_is_named_after_the_input(workplace, make_experiment, so
 def replaceable(workplace, make_experiment):
     """What `require_replaceable` says for the experiment exam, which was prepared from votes.csv and parts/."""
     experiment = make_experiment()
-    sources = {name: {"file": f, "sha256": "0", "weight": 1.0} for name, f in {"train": "votes.csv", "test": "parts"}.items()}
+    sources = {
+        name: {"file": f, "sha256": "0", "weight": 1.0} for name, f in {"train": "votes.csv", "test": "parts"}.items()
+    }
     manifest = {"format": FORMAT, "experiment": {}, "views": [], "files": {}, "sources": sources}
     frame = {"prefix_ids": [], "suffix_ids": [], "label_ids": [1, 2, 3], "answer_len": 1, "special_strings": []}
     texts = dict.fromkeys(("template", "before", "after", "answer_before", "answer_after"), "")
