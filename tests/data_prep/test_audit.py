@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pyarrow.parquet import read_table
 
 from common.battle import VERDICTS, Battle
+from common.errors import ArenaError
 from common.experiment import Labels
 from data_prep.audit import first_prompts, row_statistics, warnings_of
 from data_prep.export import export
