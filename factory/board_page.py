@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,13 @@ def build() -> Any:
     engine.Runner          a run of the command line is shown; keys stay out of files; code of models is not trusted
     runner.Popen           jobs run in our launcher, which holds our guards, and write to a file (see `Job`)
     list_checkpoints       adapters are offered on the base that they were trained on only
-    extra arguments        of Train, Chat and Export: they do not trust code of models unless the user says so
+    extra arguments        of Train, Chat and Export: they do not trust code of models
+    get_infer_args         of Chat and Export, in this process: what trusts code unasked is refused (see `Trust`)
+    get_trainer_info       a log's fence does not end the box in which it is shown
     """
-    from llamafactory.webui import engine, interface, runner
+    from llamafactory.chat import chat_model
+    from llamafactory.train import tuner
+    from llamafactory.webui import control, engine, interface, runner
     from llamafactory.webui.components import top, train
 
     experiments, _ = readable_experiments()
@@ -50,7 +55,11 @@ def build() -> Any:
                 with suppress(ArenaError):  # reported when the board began; the page shows the rest of the folder
                     publish_run(StageContext(experiment, stage), models[experiment.name, stage])
 
-    engine.Runner = runner_class(refresh)
+    trusting = [each for each in experiments if each.trust_remote_code]
+    trust = Trust({models[each.name, stage].path for each in trusting for stage in TRAININGS})
+    chat_model.get_infer_args = tuner.get_infer_args = trust.guarded(tuner.get_infer_args)
+    runner.get_trainer_info = control.get_trainer_info = fenced(control.get_trainer_info)
+    engine.Runner = runner_class(refresh, trust)
     runner.Popen = Job
     bases = {adapter: models[experiment.name, stage].name for adapter, (experiment, stage) in runs.items()}
     top.list_checkpoints = train.list_checkpoints = on_own_base(train.list_checkpoints, bases)
@@ -101,10 +110,47 @@ class Job(subprocess.Popen):
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[None, str]:
         """Wait as Popen does, and return the end of the log as the text of the error stream."""
         self.wait(timeout)
-        return None, "\n".join(log_lines(self._log))
+        return None, _unfenced("\n".join(log_lines(self._log)))
 
 
-def runner_class(refresh: Callable[[Path], None]) -> type:
+@dataclass(frozen=True)
+class Trust:
+    """The models whose experiments say `trust_remote_code: true`: code of no other runs, whatever is asked for."""
+
+    models: set[str]
+
+    def check(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a job; raises gradio.Error where they trust code of a model that is not ours."""
+        import gradio as gr
+
+        if arguments.get("trust_remote_code") and arguments.get("model_name_or_path") not in self.models:
+            raise gr.Error(
+                'trust_remote_code is refused: no experiment with this model says "trust_remote_code: true" in its '
+                'experiment.yaml. Write {"trust_remote_code": false} into the extra arguments'
+            )
+        return arguments
+
+    def guarded(self, native: Callable[..., Any]) -> Callable[..., Any]:
+        """Return get_infer_args with that check before it."""
+        return lambda arguments=None: native(self.check(arguments))
+
+
+def fenced(native: Callable[..., tuple[str, Any, Any]]) -> Callable[..., tuple[str, Any, Any]]:
+    """Return get_trainer_info with logs, which hold prompts, that cannot leave their code block as Markdown."""
+
+    def get_trainer_info(*arguments: Any) -> tuple[str, Any, Any]:
+        log, progress, info = native(*arguments)
+        body = log.removeprefix("```\n").removesuffix("\n```\n")
+        return (f"```\n{_unfenced(body)}\n```\n" if log else ""), progress, info
+
+    return get_trainer_info
+
+
+def _unfenced(text: str) -> str:
+    return text.replace("```", "`\u200b`\u200b`")
+
+
+def runner_class(refresh: Callable[[Path], None], trust: Trust) -> type:
     """Return LLaMA Board's Runner with our changes; `refresh` publishes the run in a folder again."""
     import gradio as gr
     from llamafactory.extras.constants import LLAMABOARD_CONFIG
@@ -135,7 +181,7 @@ def runner_class(refresh: Callable[[Path], None]) -> type:
             arguments = super()._parse_train_args(data)
             if key := arguments.pop("swanlab_api_key", None):
                 os.environ["SWANLAB_API_KEY"] = key
-            return arguments
+            return trust.check(arguments)
 
         def _build_config_dict(self, data: dict) -> dict[str, Any]:
             """Leave the SwanLab key out of saved settings."""
@@ -144,8 +190,9 @@ def runner_class(refresh: Callable[[Path], None]) -> type:
             return settings
 
         def _parse_eval_args(self, data: dict) -> dict[str, Any]:
-            """Trust no code of a model: Evaluate has no box of extra arguments to say so in."""
-            return {**super()._parse_eval_args(data), "trust_remote_code": False}
+            """Trust a model's code where its experiment does: Evaluate has no box of extra arguments."""
+            arguments = super()._parse_eval_args(data)
+            return {**arguments, "trust_remote_code": arguments["model_name_or_path"] in trust.models}
 
     return OurRunner
 

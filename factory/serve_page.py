@@ -1,14 +1,22 @@
-"""Pages in a browser: a child process that serves one, on an address of this machine that is free."""
+"""Pages in a browser: a child process that serves one, on a free address of this machine, to its own pages alone.
+
+`python -m factory.serve_page --logdir saves --host 127.0.0.1 --port 7860` is TensorBoard; `run.py watch` starts it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
+import re
 import socket
+import sys
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from starlette.middleware import Middleware
 
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
@@ -18,6 +26,9 @@ from factory.process import module, run_child
 from factory.status import running_stages
 
 FIRST_PORT = 7860  # Gradio's
+_NAME = re.compile(r"(\[[0-9a-f:.]+\]|[^:]+)(?::\d+)?", re.IGNORECASE)  # of a Host header, without the port
+# Nothing is loaded from elsewhere: an image in a model's answer or a log would tell its server what is shown.
+_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 _LISTENING = ("Running on local URL:", "(Press CTRL+C to quit)")  # what Gradio and TensorBoard print then
 
 
@@ -102,7 +113,7 @@ def serve_tensorboard(experiment: Experiment, host: str, port: int | None, *, op
             remedy=f"train first, with report_to: tensorboard in the recipe: python run.py sft -e {experiment.name}",
         )
     arguments, log = ["--logdir", str(folder), "--reload_interval", "5"], Path("llamaboard_cache", "tensorboard.log")
-    serve_page("tensorboard.main", arguments, "tensorboard", log, host, port, open_browser=open_browser, show=show)
+    serve_page("factory.serve_page", arguments, "tensorboard", log, host, port, open_browser=open_browser, show=show)
 
 
 def serve_gradio(build: Callable[..., Any], arguments: list[str], *options: str) -> int:
@@ -122,5 +133,93 @@ def serve_gradio(build: Callable[..., Any], arguments: list[str], *options: str)
 
     fix_proxy()
     page = build(**{name: given[name] for name in options})
-    page.queue().launch(server_name=given["host"], server_port=given["port"], share=False, inbrowser=False)
+    guard = {"middleware": [Middleware(OwnPagesOnly, host=given["host"])]}
+    page.queue().launch(
+        server_name=given["host"], server_port=given["port"], share=False, inbrowser=False, app_kwargs=guard
+    )
     return 0
+
+
+def refusal(host: str, headers: Iterable[tuple[str, str]]) -> tuple[int, str] | None:
+    """Return status and words for a request that a page from elsewhere may have made, None for one of ours.
+
+    `host` is the address that we listen on. A foreign Host is a name whose owner let it point to this machine (DNS
+    rebinding); a foreign Origin or Sec-Fetch-Site is another site's page, which may open ours and nothing else.
+    """
+    given: dict[str, list[str]] = {}
+    for key, value in headers:
+        given.setdefault(key.lower(), []).append(value.strip().lower())
+    (asked,) = hosts if len(hosts := given.get("host", [])) == 1 else ("",)
+    name = _NAME.fullmatch(asked)
+    if not name or not _is_ours(name[1], host.lower()):
+        return 421, "this server does not answer to that name: open it by the address that run.py printed"
+    foreign = not {f"http://{asked}", f"https://{asked}"}.issuperset(given.get("origin", []))
+    fetched = not {"none", "same-origin"}.issuperset(given.get("sec-fetch-site", []))
+    if foreign or (fetched and given.get("sec-fetch-dest") != ["document"]):
+        return 403, "this server does not answer pages of another site"
+    return None
+
+
+def _is_ours(name: str, host: str) -> bool:
+    if name in ("127.0.0.1", "localhost", "[::1]", host):
+        return True
+    if not ipaddress.ip_address(socket.gethostbyname(host)).is_unspecified:
+        return False
+    try:  # where we listen on all of this machine's addresses, each is one: nobody can rebind a number
+        return bool(ipaddress.ip_address(name.strip("[]")))
+    except ValueError:
+        return name in (socket.gethostname().lower(), socket.getfqdn().lower())
+
+
+class OwnPagesOnly:
+    """ASGI middleware for every server that we start: other requests get 421 or 403, and pages load nothing foreign."""
+
+    def __init__(self, app: Callable[..., Any], host: str):
+        """Guard `app`, which listens on `host`."""
+        self._app, self._host = app, host
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        """Answer a request, or pass it on."""
+
+        async def with_policy(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                own = (b"content-security-policy", _POLICY.encode())
+                message = {**message, "headers": [*message.get("headers", []), own]}
+            await send(message)
+
+        headers = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in scope.get("headers", [])]
+        fault = refusal(self._host, headers) if scope["type"] in ("http", "websocket") else None
+        if fault is None:
+            await self._app(scope, receive, with_policy)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": fault[1]})
+        else:
+            text = [(b"content-type", b"text/plain")]
+            await send({"type": "http.response.start", "status": fault[0], "headers": text})
+            await send({"type": "http.response.body", "body": fault[1].encode()})
+
+
+def serve_guarded_tensorboard(arguments: list[str]) -> int:
+    """Run TensorBoard, which looks at no Host and no Origin itself, until this process is ended."""
+    follow_parent()
+    from absl import app
+    from tensorboard import default, main_lib, program
+
+    def server(native: Callable[..., Any], flags: Any) -> Any:
+        def guarded(environ: dict[str, Any], start: Callable[..., Any]) -> Any:
+            given = ((key[5:].replace("_", "-"), str(value)) for key, value in environ.items() if key[:5] == "HTTP_")
+            if fault := refusal(flags.host, given):
+                start(f"{fault[0]} Refused", [("Content-Type", "text/plain")])
+                return [fault[1].encode()]
+            return native(environ, start)
+
+        return program.WerkzeugServer(guarded, flags)
+
+    main_lib.global_init()
+    board = program.TensorBoard(plugins=default.get_plugins(), server_class=server)
+    app.run(board.main, ["tensorboard", *arguments], flags_parser=board.configure)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(serve_guarded_tensorboard(sys.argv[1:]))

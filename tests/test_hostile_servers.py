@@ -1,14 +1,24 @@
-"""Hostile surroundings: what a stranger's folder, web page or log may not do. One guard, one test ."""
+"""Hostile surroundings: what a stranger's folder, web page or log may not do. One guard, one test."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
+from factory import board_page
 from factory.process import child_environment, module
+from factory.serve_page import OwnPagesOnly, free_port, refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("psutil", "filelock", "multiprocessing", "sitecustomize", "factory/launcher", "factory/process")
@@ -60,3 +70,94 @@ def test_a_deleted_folder_ends_with_a_remedy(tmp_path, command):
     call = f"mkdir gone; cd gone; rmdir ../gone; exec {sys.executable} {ROOT / 'run.py'} --here {' '.join(command)}"
     done = subprocess.run(["sh", "-c", call], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("Error: the current folder was deleted"), done.stderr
+
+
+# --- servers --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["gradio", "tensorboard"])
+def server(request, tmp_path_factory) -> Iterator[int]:
+    """The port of a real server on 127.0.0.1, as board, watch and watch --tensorboard start theirs."""
+    folder, port = tmp_path_factory.mktemp("served"), free_port("127.0.0.1", None)
+    own = "import sys, gradio as g; from factory.serve_page import serve_gradio as s"
+    own += "; s(lambda: g.Interface(str, 'text', 'text'), sys.argv[1:])"
+    served = {
+        "gradio": [sys.executable, "-P", "-c", own],
+        "tensorboard": module("factory.serve_page", "--logdir", str(folder)),
+    }
+    call = [*served[request.param], "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(call, env=child_environment(), stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 100
+        while "http://127.0.0.1" not in (folder / "log").read_text():
+            assert time.monotonic() < until and process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+REBOUND = {"Host": "evil.example:PORT", "Origin": "http://evil.example:PORT", "Sec-Fetch-Site": "same-origin"}
+IMAGE, LINK = {"Sec-Fetch-Dest": "image"}, {"Sec-Fetch-Dest": "document"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:PORT", "Origin": "http://localhost:PORT", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Host": "[::1]:PORT"}, 200),
+        ({"Host": "127.0.0.1:8080", "Origin": "http://127.0.0.1:8080"}, 200),  # ssh -L 8080
+        ({"Sec-Fetch-Site": "cross-site", **LINK}, 200),
+        (REBOUND, 421),
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "127.0.0.1.evil.example"}, 421),
+        ({"Host": "evil.example@127.0.0.1"}, 421),
+        ({"Host": "10.0.0.1:PORT"}, 421),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", **IMAGE}, 403),
+        ({"Sec-Fetch-Site": "same-site", **IMAGE}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "iframe"}, 403),
+    ],
+    ids=str,
+)
+def test_a_server_answers_its_own_pages_only(server, headers, status):
+    asked = {key: value.replace("PORT", str(server)) for key, value in headers.items()}
+    for method in ("GET", "POST") if status != 200 else ("GET",):
+        connection = HTTPConnection("127.0.0.1", server)
+        connection.request(method, "/", headers=asked)
+        answer = connection.getresponse()
+        assert answer.status == status
+        assert status != 200 or "default-src 'self'" in answer.headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize(("host", "name", "known"), [
+    ("0.0.0.0", "192.168.1.7:80", True), ("0.0.0.0", "evil.example", False), ("0.0.0.0", socket.gethostname(), True),
+    ("localhost", "192.168.1.7", False),
+])  # fmt: skip
+def test_on_all_networks_numbers_and_the_machines_name_are_known(host, name, known):
+    assert (refusal(host, [("Host", name)]) is None) is known
+
+
+def test_a_websocket_is_guarded_as_well():
+    async def echo(socket):
+        await socket.accept()
+        await socket.send_text("hello")
+
+    client, own = TestClient(OwnPagesOnly(Starlette(routes=[WebSocketRoute("/", echo)]), "127.0.0.1")), "127.0.0.1:1"
+    with client.websocket_connect("/", headers={"Host": own, "Origin": f"http://{own}"}) as opened:
+        assert opened.receive_text() == "hello"
+    for headers in ({"Host": "evil.example"}, {"Host": own, "Origin": "http://evil.example"}):
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect("/", headers=headers):
+            pass
+
+
+def test_a_log_does_not_leave_its_box():
+    prompt = "hello\n```\n![](http://evil.example/?seen)\n"
+    shown, *_ = board_page.fenced(lambda: (f"```\n{prompt}\n```\n", None, {}))()
+    assert shown.count("```") == 2 and shown.startswith("```\n") and shown.endswith("\n```\n")
+    assert board_page.fenced(lambda: ("", None, {}))()[0] == ""

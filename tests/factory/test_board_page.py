@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from common.experiment import load_experiment
 from common.stages import TRAININGS
 from factory.board import board_models, configuration
-from factory.board_page import Job, build
+from factory.board_page import Job, Trust, build
 from factory.process import child_environment
 from factory.recipes import render_recipe
 from factory.stage_context import StageContext
@@ -101,6 +101,25 @@ def test_no_tab_trusts_code_of_a_model(page, runner):
     assert runner._parse_train_args(pressed(page, runner, "run_train", names))["trust_remote_code"] is False
     names = {**model, "eval.dataset": ["demo_sft_valid"], "eval.output_dir": "trial"}
     assert runner._parse_eval_args(pressed(page, runner, "run_eval", names))["trust_remote_code"] is False
+
+
+@pytest.mark.parametrize("said", [True, "true", 1])
+def test_code_of_a_model_is_refused_unless_an_experiment_trusts_it(page, runner, said):
+    from gradio import Error
+    from llamafactory.chat import chat_model
+    from llamafactory.webui.components import export
+
+    names = {"top.model_name": "arena-tiny", "top.model_path": "evil", "train.output_dir": "trial"}
+    names |= {"train.dataset": ["x"], "train.extra_args": json.dumps({"trust_remote_code": said})}
+    arguments = {"model_name_or_path": "evil", "template": "default", "trust_remote_code": said}
+    for job in (
+        lambda: runner._parse_train_args(pressed(page, runner, "run_train", names)),
+        lambda: chat_model.ChatModel(arguments),
+        lambda: export.export_model(arguments | {"export_dir": "x"}),
+    ):
+        with pytest.raises(Error, match="trust_remote_code is refused"):
+            job()
+    assert Trust({"evil"}).check(arguments) == arguments
 
 
 def test_a_key_that_is_typed_in_reaches_the_job_and_no_file(page, runner, monkeypatch):

@@ -45,4 +45,4 @@ def test_tensorboard_needs_a_run(workplace, make_experiment, monkeypatch):
     monkeypatch.setattr(module, "serve_page", lambda name, *_, **__: served.append(name))
     with only_run(experiment.output_folder("sft")):  # its events come with its first step
         serve_tensorboard(experiment, "127.0.0.1", None, open_browser=False, show=Show())
-    assert served == ["tensorboard.main"]
+    assert served == ["factory.serve_page"]
