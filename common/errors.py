@@ -83,7 +83,8 @@ _REMEDIES = {
 # Libraries in C++ and Rust wrap the operating system's error in a text of their own.
 _NUMBER = re.compile(r"\b(?:os error|errno) (\d+)\b", re.IGNORECASE)
 _NO_MEMORY = re.compile(
-    r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc|failed to map segment", re.IGNORECASE
+    r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc|failed to map segment|can't start new thread",
+    re.IGNORECASE,
 )
 
 
@@ -115,6 +116,13 @@ def _number(error: BaseException) -> int | None:
         return error.errno
     found = _NUMBER.search(str(error))
     return int(found[1]) if found else None
+
+
+def end_process(error: ArenaError) -> None:
+    """Print an error and end this process from any thread, where the main one is in a library that never returns."""
+    sys.stderr.write(f"Error: {error}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def same_command() -> str:

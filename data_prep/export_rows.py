@@ -97,6 +97,8 @@ class RowMaker:
         budget = {"cutoff_len": experiment.cutoff_len, "shares": experiment.budget_shares}
         self._fitter = Fitter(frame, tokenizer, self._prompt, **budget)
         self._pair_fitter = PairFitter(frame, tokenizer, **budget) if "reward" in views else None
+        for each in filter(None, (self._fitter, self._pair_fitter)):
+            each.model = experiment.model
 
     def __reduce__(self):
         return RowMaker, self._made_of
@@ -193,7 +195,7 @@ def _in_order(executor: Executor, ahead: int, method: str, calls: Iterable[tuple
             yield waiting.popleft().result()
     except BrokenExecutor:
         raise ArenaError(
-            "a worker process of prepare was killed, most likely for lack of memory",
+            "a worker process of prepare ended, most likely for lack of memory where it says nothing above",
             remedy="use fewer: --workers 2, or --workers 0 for none",
         ) from None
 

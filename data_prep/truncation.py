@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate, islice
+from threading import Timer
 from typing import TYPE_CHECKING
 
 from common.battle import Battle, swap
 from common.console import name_of
-from common.errors import ArenaError
+from common.errors import ArenaError, end_process
 from data_prep.prompt import FIELDS, JudgePrompt, texts_of
 from data_prep.sanitize import Neutralizer
 
@@ -33,6 +34,8 @@ _ROUNDS = 24
 _LETTERS_A_TOKEN = 5
 # The two orders of a battle may differ by so many tokens a turn, and by an eighth of the budget: far more than they do.
 _ENDS = 8
+# Seconds that fitting some battles may take, and letters a second: a hundredth of what a slow core does.
+_PATIENCE, _SLOWEST = 60.0, 2_000
 Spans = list[tuple[int, int]]  # first and last character of each token of a text
 
 
@@ -89,13 +92,42 @@ class BudgetFitter:
         self.frame, self.tokenizer, self.cutoff_len, self.shares = frame, tokenizer, cutoff_len, shares
         self._neutral = neutral
         self._marker_len = self._count(MARKER) + 1
+        self.model = "the model"  # as an error names it
 
     def clean(self, battle: Battle) -> Battle:
         """Return the battle with empty texts named, and special strings and the prompt's own lines broken up."""
         return self._neutral.battle(battle)
 
     def _fit(self, jobs: list[Job]) -> list[Fitted]:
-        """Fit all jobs; raises ArenaError that names the first battle that cannot be fitted."""
+        """Fit all jobs; raises ArenaError that names the first battle that cannot be fitted.
+
+        A model's tokenizer may hold a regular expression that some text makes run for ever: then the process ends.
+        """
+        letters = sum(len(text) for job in jobs for text in texts_of(job.battle).values())
+        names = " to ".join(dict.fromkeys(name_of(job.battle.id) for job in (jobs[:1] + jobs[-1:])))
+        slow = self._unreadable("takes too long", names)
+        clock = Timer(_PATIENCE + letters / _SLOWEST, end_process, [slow])
+        clock.daemon = True
+        clock.start()
+        try:
+            return self._fit_in_time(jobs)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the tokenizer's Rust code, and no Exception
+                raise
+            if len(jobs) > 1:
+                return [fitted for job in jobs for fitted in self._fit([job])]
+            raise self._unreadable(f"fails ({error})", names) from None
+        finally:
+            clock.cancel()
+
+    def _unreadable(self, how: str, names: str) -> ArenaError:
+        return ArenaError(
+            f"the tokenizer of {self.model} {how} on this text",
+            where=f"battle {names}",
+            remedy="choose another model (its tokenizer.json holds a bad regular expression), or leave the battle out",
+        )
+
+    def _fit_in_time(self, jobs: list[Job]) -> list[Fitted]:
         over = self._first_look(jobs)
         for attempt in range(_ROUNDS):
             if not over:

@@ -664,6 +664,40 @@ def test_ten_thousand_turns_are_fitted_in_time(fitter):
     assert fitted.tokens <= 300 and fitted.dropped > 9_900
 
 
+def catastrophic(tokenizer):
+    """Return the tokenizer with a pattern that takes time exponential in a run of letters."""
+    content = json.loads(tokenizer.to_str())
+    content["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return type(tokenizer).from_str(json.dumps(content))
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_named_with_the_battle(
+    small_frame, small_tokenizer, judge_prompt, make_experiment
+):
+    shares = make_experiment().budget_shares
+    fitter = Fitter(small_frame, catastrophic(small_tokenizer), judge_prompt, cutoff_len=300, shares=shares)
+    battles = [Battle(name, (text,), ("x",), ("y",), "a") for name, text in (("1", "hi"), ("2", "a" * 40 + "!"))]
+    with pytest.raises(ArenaError, match="battle 2: the tokenizer of the model fails"):
+        fitter.fit(battles, both_orders=True)
+
+
+def test_a_tokenizer_that_runs_for_ever_ends_the_process_with_the_reason(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom types import SimpleNamespace as S\nfrom data_prep import truncation as t\n"
+        "t._PATIENCE = 0.3\nfitter = t.BudgetFitter.__new__(t.BudgetFitter)\nfitter.model = 'evil'\n"
+        "fitter._fit_in_time = lambda jobs: time.sleep(60)\n"
+        "fitter._fit([S(battle=t.Battle('7', ('x',), ('y',), ('z',)))])\n"
+    )
+    own = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "slow.py"], cwd=tmp_path, env=own, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Error: battle 7: the tokenizer of evil takes too long")
+
+
 def test_an_archive_that_unpacks_without_end_is_refused_before(place, monkeypatch):
     monkeypatch.setattr("data_prep.sources.LARGEST_ARCHIVE", 10_000)
     with zipfile.ZipFile("votes.zip", "w", zipfile.ZIP_DEFLATED) as archive:
