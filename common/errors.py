@@ -83,7 +83,8 @@ _REMEDIES = {
 # Libraries in C++ and Rust wrap the operating system's error in a text of their own.
 _NUMBER = re.compile(r"\b(?:os error|errno) (\d+)\b", re.IGNORECASE)
 _NO_MEMORY = re.compile(
-    r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc|failed to map segment|can't start new thread",
+    r"can't allocate memory|cannot allocate memory|out of memory|bad_alloc|failed to map segment"
+    r"|can't start new thread",
     re.IGNORECASE,
 )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import lzma
+import os
 import re
 import shutil
 import zipfile
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
+from common.console import name_of
 from common.errors import ArenaError
 from common.files import atomic_folder
 from data_prep.readers import VoteReader
@@ -27,6 +29,9 @@ CACHE = Path("data") / ".sources"
 _HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>.+))?")
 # A whole competition's tables unpack to a few hundred MB; more than this is no table of votes.
 LARGEST_ARCHIVE = 64 * 2**30
+# Texts are packed to a third or a fifth; zeros to a thousandth.
+_MOST_PACKED, _HARMLESS = 100, 2**28
+_LONGEST_NAME = 255  # bytes
 # What zipfile and the decompressors under it raise for bytes that make no sense.
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
@@ -70,7 +75,12 @@ def votes_at(source: str | Path, *, labelled: bool) -> Path:
     elif not path.exists():
         raise ArenaError("does not exist", where=text, remedy=f"give the path of {_FORMS}")
     elif path.suffix.lower() == ".zip" and path.is_file() and zipfile.is_zipfile(path):
-        path = _unpacked(path)
+        folder = _unpacked(path)
+        try:
+            return _fitting(folder, labelled)
+        except ArenaError:
+            shutil.rmtree(folder)
+            raise
     return _fitting(path, labelled) if path.is_dir() else path
 
 
@@ -165,8 +175,17 @@ def _tables_in(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInf
     if not found or len(dict(found)) < len(found):
         what = "two tables of one name" if found else "no table (.csv, .csv.gz, .parquet)"
         raise ArenaError(f"holds {what}", where=str(path), remedy="unpack it and give the path of the file")
-    if (size := sum(member.file_size for _, member in found)) > LARGEST_ARCHIVE:
-        raise ArenaError(f"would unpack to {size / 2**30:,.0f} GiB", where=str(path), remedy="is it the right archive?")
+    size, packed = (sum(getattr(each, key) for _, each in found) for key in ("file_size", "compress_size"))
+    free, would = shutil.disk_usage(".").free, f"would unpack from {packed / 2**20:,.1f} MiB to {size / 2**30:,.1f} GiB"
+    fault, remedy = "", "unpack it yourself and give the path of the file"
+    if long := [name for name, _ in found if len(os.fsencode(name)) > _LONGEST_NAME]:
+        fault = f"a table's name is longer than {_LONGEST_NAME} bytes: {name_of(long[0])}"
+    elif size > LARGEST_ARCHIVE or (size > _HARMLESS and size > _MOST_PACKED * packed):
+        fault, remedy = f"{would}: no table of texts is packed so well", f"check where it comes from, or {remedy}"
+    elif size > free:
+        fault, remedy = f"{would}, and {free / 2**30:,.1f} GiB are free", "free disk space"
+    if fault:
+        raise ArenaError(fault, where=str(path), remedy=remedy)
     return dict(found)
 
 

@@ -698,10 +698,27 @@ def test_a_tokenizer_that_runs_for_ever_ends_the_process_with_the_reason(tmp_pat
     assert done.returncode == 1 and done.stderr.startswith("Error: battle 7: the tokenizer of evil takes too long")
 
 
-def test_an_archive_that_unpacks_without_end_is_refused_before(place, monkeypatch):
-    monkeypatch.setattr("data_prep.sources.LARGEST_ARCHIVE", 10_000)
+ZEROS, NAME = b"0" * 2_000_000, "x" * 300 + ".csv"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "patched", "said"),
+    [
+        ("votes.csv", ZEROS, {"LARGEST_ARCHIVE": 10_000}, "would unpack from"),
+        ("votes.csv", ZEROS, {"_HARMLESS": 10_000}, "no table of texts is packed so well"),
+        ("votes.csv", ZEROS, {"shutil.disk_usage": lambda _: SimpleNamespace(free=1_000_000)}, "GiB are free"),
+        (NAME, ZEROS, {}, "is longer than 255 bytes: 'xxx"),
+        ("votes.csv", b"", {}, "is empty"),
+    ],
+    ids=["size", "ratio", "disk", "name", "empty"],
+)
+def test_an_archive_that_would_fill_the_disk_is_refused_and_leaves_nothing(
+    workplace, monkeypatch, name, content, patched, said
+):
+    for place, value in patched.items():
+        monkeypatch.setattr(f"data_prep.sources.{place}", value)
     with zipfile.ZipFile("votes.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("votes.csv", "x" * 20_000)
-    with pytest.raises(ArenaError, match="would unpack to"):
+        archive.writestr(name, content)
+    with pytest.raises(ArenaError, match=said):
         votes_at("votes.zip", labelled=True)
-    assert not list(Path("data/.sources").rglob("*.csv"))
+    assert not list(Path("data").rglob("*.csv"))
