@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -26,12 +27,12 @@ from common.error_hints import all_errors, clean_lines, remedy_for
 from common.errors import ArenaError
 from common.experiment import BudgetShares, Experiment, Labels, parse_experiment, read_yaml
 from common.stages import STEPS
-from data_prep import schemas
+from data_prep import cells
+from data_prep.cells import BadCell, BadVerdict, parse_id
 from data_prep.chat_template import ChatFrame
 from data_prep.export_reader import FORMAT, read_manifest
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
-from data_prep.schemas import BadCell, BadVerdict, parse_id
 from data_prep.truncation import Fitter
 from factory.base_model import SPECIAL_TOKENS
 from factory.fingerprint import data_sets, training_rows
@@ -112,13 +113,16 @@ def read_votes(data: bytes) -> None:
 def read_cells(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     parse_id(text)
-    verdicts = ((schemas.read_one_hot, text.split(",")[:3]), (schemas.read_winner, [text]))
-    numbers = {schemas.read_turns: 3, schemas.read_texts: 3, schemas.read_conversations: 2}
-    for read, cells in (*((read, [text] * number) for read, number in numbers.items()), *verdicts):
-        try:
-            assert read(cells) in VERDICTS or read in numbers
-        except (BadCell, BadVerdict) as error:
-            assert len(str(error)) < 300
+    for name in cells.ENCODINGS:
+        with suppress(BadCell):
+            value = cells.ENCODINGS[name](text, "prompt")
+            for read, values in ((cells.read_pair, [value] * 3), (cells.read_conversations, [value] * 2)):
+                with suppress(BadCell):
+                    assert all(map(len, read(values, ["prompt", "a", "b"][: len(values)])))
+    for columns, read in cells.VERDICT_FORMATS.values():
+        with suppress(BadVerdict):
+            found = read([*text.split(",", 2), "0", "0"][: len(columns)])
+            assert found in VERDICTS or abs(sum(found) - 1) < 1e-9
 
 
 @cache

@@ -16,7 +16,7 @@ from pyarrow.parquet import ParquetFile
 from common.battle import PROBABILITY_COLUMNS
 from common.console import name_of
 from common.errors import ArenaError
-from data_prep.schemas import parse_id
+from data_prep.cells import parse_id
 from data_prep.tables import BrokenRow, CsvTable, open_table
 
 _NAMES = ("id", *PROBABILITY_COLUMNS)

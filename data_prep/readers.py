@@ -11,24 +11,40 @@ Which columns mean what: `data_prep.schemas`.
 
 from __future__ import annotations
 
+import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.battle import Battle
+from common.battle import VERDICTS, Battle, swap
 from common.console import name_of
 from common.errors import ArenaError
-from data_prep.schemas import BadCell, BadVerdict, advice_on, is_formula, parse_id, schema_of
-from data_prep.tables import BrokenRow, CsvTable, ParquetTable, open_tables
+from data_prep.cells import (
+    BadCell,
+    BadVerdict,
+    drawn_verdict,
+    first_turns,
+    fraction_of,
+    is_formula,
+    is_no,
+    parse_id,
+)
+from data_prep.schemas import EXTRAS, KEYS, advice_on, find_schema, missing_columns, renamed
+from data_prep.tables import BrokenRow, Table, open_tables
 
 _MOST_BAD = 0.01
 # Bad rows that, more than half of those read so far, end the reading: they wait in memory for the audit.
 _HOPELESS = 10_000
 _SHOWN = 5
+_SAMPLE = 64  # rows whose cells show how the table is written
+_IMAGES = ("image", "images")
+_MODELS = re.compile("gpt|claude|gemini|llama|qwen|mi[sx]tral|deepseek|prometheus|gemma", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,57 +56,83 @@ class Rejected:
     id: str | None
     reason: str
 
+    @property
+    def kind(self) -> str:
+        """The reason without what belongs to this row alone."""
+        return re.sub(r"\d+", "#", self.reason.split(": ")[0])
+
 
 class VoteReader:
     """The battles of one table of votes, streamed; iterating again reads the file again.
 
-    `labelled`: every row must have a verdict; otherwise winner columns are read where they are valid.
-    Raises ArenaError for a file that is not a table of votes or that lacks columns.
+    `labelled`: every row must have a verdict; otherwise verdicts are read where they are valid. `columns` are the
+    table's own names for ours, as --columns gives them. Raises ArenaError for a file that is not a table of votes or
+    that lacks columns.
     """
 
     def __init__(self, path: Path, *, labelled: bool, columns: Mapping[str, str] | None = None):
-        """`columns` are the table's own names for ours, as --columns gives them."""
-        self.path, self.labelled, self._named = Path(path), labelled, dict(columns or {})
+        """Open the table and look at its first rows."""
+        self.path, self.labelled, self._given = Path(path), labelled, dict(columns or {})
         self.rejected: list[Rejected] = []
         self.rows_read = 0
         self.formulas = 0  # ids that a spreadsheet would run
+        self._verdicts: Counter[str | None] = Counter()
+        self._not_anonymous = 0
+        self._remedies: dict[str, str] = {}  # by kinds of reasons
         self._tables = open_tables(self.path)
         self.parts = [table.path for table in self._tables]  # the files that are read, in their order
         self._sizes = [path.stat().st_size for path in self.parts]
         self._part = 0  # which of them is being read
-        columns = self._columns(self._tables[0])
-        self._schema = schema = schema_of(columns)
-        self.schema = schema.name  # kaggle, arena_conversations or wsdm
-        # Only a complete set of winner columns says anything.
-        self.has_verdicts = set(schema.verdict) <= set(columns)
-        identity = next((name for name in schema.ids if name in columns), schema.ids[0])
-        winners = schema.verdict if self.has_verdicts else ()
-        language = ("language",) if "language" in columns else ()
-        self._names = (identity, *schema.texts, *winners, *language)
+        first = self._tables[0]
+        self._named = renamed(first.columns, self._given, labelled=labelled, where=f"{first.path} header")
+        self._columns = columns = self._ours(first)
+        schema = find_schema(columns)
+        found = set(columns)
+        extras = (*EXTRAS, *(KEYS if schema.id == "question_id" else ()))
+        extras = tuple(name for name in dict.fromkeys(extras) if name in found)
         for table in self._tables:
-            columns = self._columns(table)
-            missing = schema.missing(columns, labelled)
-            if missing := missing or [name for name in self._names if name not in columns]:
+            columns = self._ours(table)
+            missing = missing_columns(schema, columns, labelled=labelled)
+            if missing := missing or [name for name in (*schema.columns, *extras) if name not in set(columns)]:
                 raise ArenaError(
-                    f"lacks {len(missing)} column(s) {missing}; found {table.columns[:30]}",
+                    f"lacks {len(missing)} column(s) {missing}; found {columns[:30]}",
                     where=f"{table.path} header",
-                    remedy=advice_on(schema, table.columns, missing),
+                    remedy=advice_on(schema, columns, missing),
                 )
+        self._names = (*schema.columns, *extras)
+        self._extras = {name: len(schema.columns) + at for at, name in enumerate(extras)}
+        self._schema = schema.decided(self._sample(self._names))
+        # Several votes on a question of MT-bench share its question_id: then ids are made of all that differs.
+        self._keys = [self._names.index(name) for name in KEYS if name in extras]
+        self._repeats: bool | None = None if self._keys and schema.id == "question_id" else False
+        self._refuse_other_votes(found)
+
+    @property
+    def has_verdicts(self) -> bool:
+        """Whether the table has all columns of a verdict."""
+        return self._schema.verdict_format is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether prompt and responses are plain texts, not lists of turns."""
+        return self._schema.is_plain
 
     @property
     def is_wsdm(self) -> bool:
         """Whether this is a test set of the WSDM Cup, whose submission is `id,winner`."""
-        return self.schema == "wsdm" and "scored" in self._tables[0].columns
+        return self._schema.is_plain and "scored" in self._columns
 
     @property
     def facts(self) -> dict[str, Any]:
-        """How the table is read, for the audit and for a line of `prepare`; the counts are known after reading."""
-        return {"schema": self.schema, "columns": self._named}
-
-    def _columns(self, table: CsvTable | ParquetTable) -> list[str]:
-        """Return a table's columns by our names."""
-        ours = {theirs: name for name, theirs in self._named.items()}
-        return [ours.get(name, name) for name in table.columns if name in ours or name not in self._named]
+        """How the table is read, for the audit; counts and ids are known when it was read to its end."""
+        made = {"ids": ", ".join(self._names[at] for at in (0, *self._keys))} if self._repeats else {}
+        return {
+            **self._schema.described(),
+            **made,
+            "columns": self._named,
+            "verdict_counts": {verdict: self._verdicts[verdict] for verdict in VERDICTS},
+            "not_anonymous": self._not_anonymous,
+        }
 
     @property
     def share(self) -> float:
@@ -104,14 +146,16 @@ class VoteReader:
         Raises ArenaError at once for a row without exactly one winner, and at the end for an id that comes twice, when
         more than one row and more than 1 % of the rows are bad, or when no row is left.
         """
-        self.rejected, self.rows_read, self.formulas = [], 0, 0
+        if self._repeats is None:
+            self._repeats = self._has_repeats()
+        self.rejected, self.rows_read, self.formulas, self._not_anonymous = [], 0, 0, 0
+        self._verdicts.clear()
         hashes = array("q")  # of all ids, eight bytes each
         for where, number, cells in self._rows(self._names):
             self.rows_read += 1
-            broken = isinstance(cells, BrokenRow)
-            identity = parse_id(cells.first if broken else cells[0])
+            identity = self._identity(cells)
             try:
-                if broken:
+                if isinstance(cells, BrokenRow):
                     # Its first cell may be any scrap of text: it is reported, and not compared with other ids.
                     raise BadCell(cells.reason)
                 if identity is None:
@@ -119,61 +163,154 @@ class VoteReader:
                 hashes.append(hash(identity))
                 battle = self._battle(identity, cells)
             except BadCell as error:
-                self.rejected.append(Rejected(str(where), number, identity, str(error)))
+                self.rejected.append(bad := Rejected(str(where), number, identity, str(error)))
+                if error.remedy:
+                    self._remedies[bad.kind] = error.remedy
                 if len(self.rejected) >= _HOPELESS and 2 * len(self.rejected) > self.rows_read:
                     self._check_rejected()
             except BadVerdict as error:
-                raise ArenaError(
-                    f"(id {name_of(identity)}) {error}",
-                    where=f"{where} row {number}",
-                    remedy="give the row exactly one winner, or remove it",
-                ) from None
+                raise self._verdict_error(f"{where} row {number}", f"(id {name_of(identity)}) {error}") from None
             else:
                 self.formulas += is_formula(battle.id)
+                self._verdicts[battle.verdict] += 1
                 yield number, battle
         self._refuse_repeats(hashes)
         self._check_rejected()
 
+    def require_same_texts(self, test: VoteReader) -> None:
+        """Raise ArenaError where one table has plain texts and the other turns: the judge would read raw JSON."""
+        mine, its = self._schema, test._schema
+        if mine.texts == its.texts and mine.is_plain != its.is_plain:
+            raise ArenaError(
+                f"holds {its.described()['texts']}, and the training table {mine.described()['texts']} ({self.path})",
+                where=str(test.path),
+                remedy="write both tables in one way; cells decide, so look at the first rows of both",
+            )
+
+    def _ours(self, table: Table) -> list[str]:
+        """Return a table's columns by our names."""
+        ours = {theirs: name for name, theirs in self._named.items()}
+        return [ours.get(name, name) for name in table.columns if name in ours or name not in self._named]
+
     def _rows(self, names: Sequence[str]) -> Iterator[tuple[Path, int, Sequence[object] | BrokenRow]]:
         """Yield (file, row number in it, cells) of all parts."""
+        names = [self._named.get(name, name) for name in names]
         for part, table in enumerate(self._tables):
             self._part = part
-            for number, cells in enumerate(table.rows([self._named.get(name, name) for name in names]), 1):
+            for number, cells in enumerate(table.rows(names), 1):
                 yield table.path, number, cells
 
+    def _sample(self, names: Sequence[str]) -> list[Sequence[object]]:
+        rows = (cells for _, _, cells in islice(self._rows(names), _SAMPLE))
+        return [cells for cells in rows if not isinstance(cells, BrokenRow)]
+
+    def _refuse_other_votes(self, found: set[str]) -> None:
+        """Raise ArenaError for battles about images, and for verdicts of models."""
+        images = [name for name in _IMAGES if name in found]
+        judges = ["judge"] if self.labelled and "judge" in found else []
+        if not images and not judges:
+            return
+        rows = self._sample((self._names[0], *images, *judges))
+        if any(not (cell is None or cell == "" or cell == []) for cells in rows for cell in cells[1 : 1 + len(images)]):
+            raise ArenaError(
+                f"holds battles about images (column {images[0]}), and the judge reads texts alone",
+                where=str(self.path),
+                remedy="give battles about texts; rows whose image is empty are read",
+            )
+        by_models = [cells[-1] for cells in rows if judges and _MODELS.search(str(cells[-1]))]
+        if 2 * len(by_models) > len(rows):
+            raise ArenaError(
+                f"holds verdicts of a model, not of people (column judge: {str(by_models[0])[:60]})",
+                where=str(self.path),
+                remedy="give the votes of people (MT-bench: the human split); to train on a model's all the same, remove "
+                "the column judge",
+            )
+
+    def _identity(self, cells: Sequence[object] | BrokenRow) -> str | None:
+        if self._schema.id is None:
+            return str(self.rows_read)
+        if isinstance(cells, BrokenRow):
+            return parse_id(cells.first)
+        identity = parse_id(cells[0])
+        if identity is None or not self._repeats:
+            return identity
+        return ":".join((identity, *(parse_id(cells[at]) or "" for at in self._keys)))
+
+    def _has_repeats(self) -> bool:
+        seen: set[int] = set()
+        rows = (cells for _, _, cells in self._rows(self._names[:2]) if not isinstance(cells, BrokenRow))
+        for identity in (parse_id(cells[0]) for cells in rows):
+            if identity is not None and hash(identity) in seen:
+                return True
+            seen.add(hash(identity))
+        return False
+
     def _battle(self, identity: str, cells: Sequence[object]) -> Battle:
-        schema, end = self._schema, 1 + len(self._schema.texts)
-        prompts, responses_a, responses_b = schema.read_texts(cells[1:end])
+        schema, extras = self._schema, self._extras
+        start = 1 if schema.id else 0
+        end = start + len(schema.texts)
+        texts = schema.read_texts(cells[start:end])
+        if "turn" in extras and not schema.is_plain:
+            texts = first_turns(texts, cells[extras["turn"]])
+        prompts, responses_a, responses_b = texts
         if not len(prompts) == len(responses_a) == len(responses_b):
             raise BadCell(
                 f"the numbers of turns differ: prompt {len(prompts)}, response_a {len(responses_a)}, "
                 f"response_b {len(responses_b)}"
             )
-        verdict = None
-        if self.has_verdicts:
-            start, end = end, end + len(schema.verdict)
+        found = None
+        if schema.verdict_format:
             try:
-                verdict = schema.read_verdict(cells[start:end])
+                found = schema.read_verdict(cells[end : end + len(schema.verdict)])
             except BadVerdict:
                 if self.labelled:
                     raise
-        language = cells[end].strip() or None if end < len(cells) and isinstance(cells[end], str) else None
-        return Battle(identity, prompts, responses_a, responses_b, verdict, language)
+        language = cells[extras["language"]] if "language" in extras else None
+        language = language.strip() or None if isinstance(language, str) else None
+        self._not_anonymous += "anony" in extras and is_no(cells[extras["anony"]])
+        if isinstance(found, tuple):
+            verdict = drawn_verdict(found, identity)
+            return Battle(identity, prompts, responses_a, responses_b, verdict, language, found)
+        battle = Battle(identity, prompts, responses_a, responses_b, found, language)
+        # The side of what was chosen must tell nothing.
+        return swap(battle) if schema.verdict_format == "chosen" and fraction_of(identity) < 0.5 else battle
+
+    def _verdict_error(self, where: str, first: str) -> ArenaError:
+        """Return the error for rows without a verdict: the first of them, how many there are, what they may be."""
+        schema, bad, empty, rows = self._schema, 0, 0, 0
+        for _, _, cells in self._rows((schema.texts[0], *schema.verdict)):
+            rows += 1
+            try:
+                if not isinstance(cells, BrokenRow):
+                    schema.read_verdict(cells[1:])
+            except BadVerdict as error:
+                bad, empty = bad + 1, empty + str(error).startswith("no winner")
+        count = f"; {bad:,} of {rows:,} rows are so" if bad > 1 else ""
+        remedy = "give the row exactly one winner, or remove it"
+        if empty and empty == bad:
+            remedy = (
+                "such rows are most likely votes for 'both are bad', or battles that nobody judged: make the first "
+                "kind ties, and remove the second"
+            )
+        elif schema.verdict_format == "one-hot" and "winners" not in first:
+            remedy += "; shares of votes that sum to 1 are read where the first rows hold them, too"
+        return ArenaError(f"{first}{count}", where=where, remedy=remedy)
 
     def _refuse_repeats(self, hashes: array) -> None:
         """Raise ArenaError if an id comes twice; where hashes do, the table is read once more to compare the ids."""
         sorted_hashes = np.sort(np.frombuffer(hashes, np.int64)) if hashes else np.empty(0, np.int64)
         double = set(sorted_hashes[1:][sorted_hashes[1:] == sorted_hashes[:-1]].tolist())
         places: dict[str, str] = {}
-        for where, number, cells in self._rows(self._names[:2]) if double else ():
-            identity = None if isinstance(cells, BrokenRow) else parse_id(cells[0])
+        names = self._names if self._repeats else self._names[:2]
+        for where, number, cells in self._rows(names) if double and self._schema.id else ():
+            identity = None if isinstance(cells, BrokenRow) else self._identity(cells)
             if identity is None or hash(identity) not in double:
                 continue
             if identity in places:
                 raise ArenaError(
                     f"the {self._names[0]} {identity[:80]!a} is in {places[identity]} and again in row {number}",
                     where=f"{where} row {number}",
-                    remedy="remove one of the two rows, or give each its own id",
+                    remedy="remove one of the two rows, give each its own id, or name another column: --columns id=…",
                 )
             places[identity] = f"row {number}" if len(self._tables) == 1 else f"{where} row {number}"
 
@@ -183,12 +320,19 @@ class VoteReader:
             raise ArenaError("has a header and no row", where=str(self.path), remedy="give a file with rows")
         if bad < rows and (bad <= 1 or bad <= _MOST_BAD * rows):
             return
-        first = self.rejected[:_SHOWN]
-        listed = [f"  - row {r.row} (id {name_of(r.id) if r.id is not None else 'missing'}): {r.reason}" for r in first]
-        more = [f"  - … and {bad - _SHOWN} more"] if bad > _SHOWN else []
+        kinds: dict[str, list[Rejected]] = {}
+        for row in self.rejected:
+            kinds.setdefault(row.kind, []).append(row)
+        listed = [
+            f"  - {f'{len(of)} rows, the first is ' if len(of) > 1 else ''}row {of[0].row} "
+            f"(id {name_of(of[0].id) if of[0].id is not None else 'missing'}): {of[0].reason}"
+            for of in sorted(kinds.values(), key=len, reverse=True)[:_SHOWN]
+        ]
+        more = [f"  - … and {len(kinds) - _SHOWN} more reasons"] if len(kinds) > _SHOWN else []
         what = "no row is left" if bad == rows else f"more than {_MOST_BAD:.0%} of the rows are bad"
+        known = next((self._remedies[kind] for kind in kinds if kind in self._remedies), None)
         raise ArenaError(
             "\n".join([f"{what}: {bad} of {rows} rows", *listed, *more]),
-            where=f"{first[0].file} row {first[0].row}",
-            remedy=f"correct or remove these rows; the columns were read as the {self.schema} schema",
+            where=f"{self.rejected[0].file} row {self.rejected[0].row}",
+            remedy=known or f"correct or remove these rows; they were read as {self._schema.described()['texts']}",
         )

@@ -1,204 +1,225 @@
-"""Which table of votes is this, and how are its cells read.
+"""Which table of votes is this: its texts and its verdicts are recognised apart, by columns and then by cells.
 
-schema_of(["id", "prompt", "response_a", "response_b", "winner"]).name == "wsdm"
-read_turns(['["hi"]', '["a"]', '["b"]']) == (("hi",), ("a",), ("b",))
+schema = find_schema(["id", "prompt", "response_a", "response_b", "winner"])
+schema.decided([("7", '["hi"]', '["a"]', '["b"]', "tie")]).described()["texts"] == "JSON lists of turns"
 
-A new table format is a new `Schema` here: which columns hold the texts and the verdict, and what reads them.
+Any way to write texts goes with any way to write verdicts. How a cell is read: `data_prep.cells`.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
 
-from common.battle import PROBABILITY_COLUMNS, VERDICTS
+from common.battle import PROBABILITY_COLUMNS
+from common.errors import UsageError
+from data_prep.cells import (
+    ENCODINGS,
+    VERDICT_FORMATS,
+    Shares,
+    Texts,
+    are_shares,
+    encoding_of,
+    holds_messages,
+    read_conversations,
+    read_pair,
+)
 
-Texts = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]  # prompts, responses_a, responses_b
-_PLAIN = ("prompt", "response_a", "response_b")
-_CONVERSATIONS = ("conversation_a", "conversation_b")
-_WINNERS = {"model_a": "a", "model_b": "b", "tie": "tie", "tie (bothbad)": "tie"}
-_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# A raw tab or newline inside a JSON string is against the letter of JSON, but it can mean one thing only.
-_decode_json = json.JSONDecoder(strict=False).decode
-
-
-class BadCell(ValueError):
-    """A cell that cannot be read; the message is the reason, with the column's name."""
-
-
-class BadVerdict(ValueError):
-    """A row without exactly one known winner; the message shows the cells."""
+# The columns that hold the texts, and what reads them; of a table that has none of them the first are missing.
+LAYOUTS: dict[tuple[str, ...], Callable[[Sequence[Any], Sequence[str]], Texts]] = {
+    ("prompt", "response_a", "response_b"): read_pair,
+    ("conversation_a", "conversation_b"): read_conversations,
+    ("prompt", "chosen", "rejected"): read_pair,
+    ("chosen", "rejected"): read_pair,
+}
+_ANSWERS, _CONVERSATIONS, *_PREFERENCES = LAYOUTS
+IDS = ("id", "question_id")
+KEYS = ("model_a", "model_b", "judge", "turn")  # what tells apart several votes on one question
+EXTRAS = ("language", "turn", "anony")
+VERDICT_NAMES = ("winner", *PROBABILITY_COLUMNS)
+NAMES = tuple(dict.fromkeys([*IDS, *sum(LAYOUTS, ()), *VERDICT_NAMES, *EXTRAS, *KEYS]))
+# What our columns are called elsewhere, for "did you mean".
+_ALIASES = {
+    "id": ("ID", "Id", "uid", "battle_id", "pair_id"),
+    "prompt": ("question", "instruction", "input", "query", "user_prompt", "context"),
+    "response_a": ("left", "answer_a", "output_a", "completion_a", "response_1", "response1", "output_1"),
+    "response_b": ("right", "answer_b", "output_b", "completion_b", "response_2", "response2", "output_2"),
+    "winner": ("label", "preference", "verdict", "vote", "choice", "preferred"),
+}
+_LOOKED_AT = 1000  # columns of a header that are compared with ours
+_PYTHON = 0.1  # from this share of lists that only Python reads on, all are Python's
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A kind of table: the columns of its ids, texts and verdicts, and what reads their cells."""
+    """The columns of a table of votes, by our names, and how their cells are read."""
 
-    name: str
-    ids: tuple[str, ...]  # alternatives, the preferred first
+    id: str | None  # None: the rows are numbered
     texts: tuple[str, ...]
-    read_texts: Callable[[Sequence[object]], Texts]  # raises BadCell
-    verdict: tuple[str, ...]
-    read_verdict: Callable[[Sequence[object]], str]  # raises BadVerdict
+    verdict_format: str | None
+    encodings: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
 
-    def missing(self, columns: Sequence[str], labelled: bool) -> list[str]:
-        """Return the columns that a table of this kind lacks."""
-        needed = self.texts + (self.verdict if labelled else ())
-        no_id = [] if set(self.ids) & set(columns) else [" or ".join(self.ids)]
-        return no_id + [name for name in needed if name not in columns]
+    @property
+    def verdict(self) -> tuple[str, ...]:
+        """The columns of the verdict; of a table of preferences none, its texts tell it."""
+        return VERDICT_FORMATS[self.verdict_format][0] if self.verdict_format else ()
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that every row has: id, texts, verdict."""
+        return (*([self.id] if self.id else ()), *self.texts, *self.verdict)
 
-def read_turns(cells: Sequence[object]) -> Texts:
-    """Return the texts of three JSON lists (text or real lists); null turns become "".
+    @property
+    def is_plain(self) -> bool:
+        """Whether all texts stand in their cells as they are, one turn each."""
+        return set(self.encodings) == {"plain"}
 
-    Lone surrogates become U+FFFD, escaped pairs one character. Raises BadCell.
-    """
-    prompts, responses_a, responses_b = (_parse_turns(cell, name) for cell, name in zip(cells, _PLAIN, strict=True))
-    return prompts, responses_a, responses_b
+    def decided(self, sample: Sequence[Sequence[object]]) -> Schema:
+        """Return the schema with its formats, from the cells of `columns` in some rows."""
+        cells = list(zip(*sample, strict=True)) if sample else [()] * len(self.columns)
+        first, end = len(self.columns) - len(self.texts) - len(self.verdict), len(self.columns) - len(self.verdict)
+        texts, verdicts = cells[first:end], cells[end : len(self.columns)]
+        encodings = _encodings(texts, "plain" if self.texts != _CONVERSATIONS else "JSON")
+        shared = self.verdict_format == "one-hot" and 2 * sum(map(are_shares, zip(*verdicts, strict=True))) > len(
+            sample
+        )
+        return replace(
+            self,
+            encodings=encodings,
+            shapes=tuple(map(_shape, encodings, texts)),
+            verdict_format="shares" if shared else self.verdict_format,
+        )
 
+    def read_texts(self, cells: Sequence[object]) -> Texts:
+        """Return the texts of a battle from the cells of `texts`. Raises BadCell."""
+        names = self.texts
+        values = [ENCODINGS[how](cell, name) for how, cell, name in zip(self.encodings, cells, names, strict=True)]
+        return LAYOUTS[names](values, names)
 
-def read_texts(cells: Sequence[object]) -> Texts:
-    """Return the texts of three plain cells, one turn each. Raises BadCell."""
-    prompt, a, b = (_parse_turn(cell, name) for cell, name in zip(cells, _PLAIN, strict=True))
-    return (prompt,), (a,), (b,)
+    def read_verdict(self, cells: Sequence[object]) -> str | Shares:
+        """Return the verdict from the cells of `verdict`, or the shares of the votes. Raises BadVerdict."""
+        return VERDICT_FORMATS[self.verdict_format][1](cells)
 
-
-def read_conversations(cells: Sequence[object]) -> Texts:
-    """Return the texts of two lists of {role, content}: user and assistant by turns. Raises BadCell."""
-    prompts, responses_a = _parse_conversation(cells[0], "conversation_a")
-    prompts_b, responses_b = _parse_conversation(cells[1], "conversation_b")
-    if prompts != prompts_b:
-        raise BadCell("the user's turns in conversation_a and conversation_b differ: not one battle")
-    return prompts, responses_a, responses_b
-
-
-def read_one_hot(cells: Sequence[object]) -> str:
-    """Return the verdict of winner_model_a, winner_model_b, winner_tie (0 and 1 in any spelling). Raises BadVerdict."""
-    try:
-        flags = [float(cell) for cell in cells]
-    except (TypeError, ValueError):
-        flags = []
-    if sorted(flags) != [0, 0, 1]:
-        winners = flags.count(1)
-        what = {0: "no winner", 1: "no clear winner"}.get(winners, f"{winners} winners")
-        raise BadVerdict(f"{what}: winner_model_a, winner_model_b, winner_tie = {', '.join(map(_shown, cells))}")
-    return VERDICTS[flags.index(1)]
-
-
-def read_winner(cells: Sequence[object]) -> str:
-    """Return the verdict of one `winner` cell: model_a, model_b, tie or "tie (bothbad)". Raises BadVerdict."""
-    (cell,) = cells
-    verdict = _WINNERS.get(cell.strip()) if isinstance(cell, str) else None
-    if verdict is None:
-        empty = cell is None or cell != cell or cell == ""
-        what = "no winner" if empty else f"unknown winner {_shown(cell)}"
-        raise BadVerdict(f"{what}: must be one of {', '.join(_WINNERS)}")
-    return verdict
+    def described(self) -> dict[str, str]:
+        """Return in words how texts, verdicts and ids are read."""
+        kinds = dict(zip(self.texts, self.shapes, strict=True))
+        same = len(set(self.shapes)) == 1
+        return {
+            "texts": self.shapes[0] if same else ", ".join(f"{kind} in {name}" for name, kind in kinds.items()),
+            "verdicts": self.verdict_format or "none",
+            "ids": f"column {self.id}" if self.id else "row numbers",
+        }
 
 
-def parse_id(cell: object) -> str | None:
-    """Return an id as text, a whole number without its point; None for an empty cell."""
-    if isinstance(cell, float):
-        if cell != cell:
-            return None
-        return str(int(cell)) if cell.is_integer() else str(cell)
-    return str(cell).strip() or None if cell is not None else None
-
-
-def is_formula(identity: str) -> bool:
-    """Return whether a spreadsheet would take an id for a formula: = + - @ at its front, and not a number."""
-    return identity[:1] in ("=", "+", "-", "@") and _NUMBER.fullmatch(identity) is None
-
-
-def _parse_turns(cell: object, name: str) -> tuple[str, ...]:
-    turns = [_parse_turn(turn, f"{name} turn {i}") for i, turn in enumerate(_parse_list(cell, name), 1)]
-    return _without_lone_surrogates(cell, turns)
-
-
-def _parse_conversation(cell: object, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    texts: list[str] = []
-    for i, message in enumerate(_parse_list(cell, name)):
-        where = f"{name} message {i + 1}"
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise BadCell(f"{where} is not an object with role and content")
-        expected = ("user", "assistant")[i % 2]
-        if message["role"] != expected:
-            raise BadCell(f"{where} has the role {_shown(message['role'])} instead of {expected!r}")
-        texts.append(_parse_turn(message["content"], where))
-    if len(texts) % 2:
-        raise BadCell(f"{name} ends with the user, without an answer")
-    turns = _without_lone_surrogates(cell, texts)
-    return turns[::2], turns[1::2]
-
-
-def _parse_list(cell: object, name: str) -> list:
-    values = cell
-    if isinstance(cell, str):
-        try:
-            values = _decode_json(cell)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply or too large"
-            raise BadCell(f"{name} is not a JSON list ({reason}): {_shown(cell)}") from None
-    if not isinstance(values, list):
-        raise BadCell(f"{name} is not a JSON list: {_shown(cell)}")
-    if not values:
-        raise BadCell(f"{name} has no turn")
-    return values
-
-
-def _parse_turn(turn: object, where: str) -> str:
-    if turn is None:
-        return ""
-    if not isinstance(turn, str):
-        raise BadCell(f"{where} is not a text: {_shown(turn)}")
-    return turn
-
-
-def _without_lone_surrogates(cell: object, texts: Sequence[str]) -> tuple[str, ...]:
-    # Files are decoded strictly, so that only a JSON escape can bring a surrogate in.
-    if isinstance(cell, str) and ("\\ud" in cell or "\\uD" in cell):
-        return tuple(text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text) for text in texts)
-    return tuple(texts)
-
-
-def _shown(value: object, limit: int = 40) -> str:
-    text = ascii(value[: limit + 1] if isinstance(value, str) else value)
-    return text if len(text) <= limit else f"{text[:limit]}…"
-
-
-_KAGGLE = Schema("kaggle", ("id",), _PLAIN, read_turns, PROBABILITY_COLUMNS, read_one_hot)
-_WSDM = Schema("wsdm", ("id",), _PLAIN, read_texts, ("winner",), read_winner)
-_ARENA_IDS = ("question_id", "id")
-_ARENA = Schema("arena_conversations", _ARENA_IDS, _CONVERSATIONS, read_conversations, ("winner",), read_winner)
-_WSDM_MARKS = frozenset({"winner", "scored", "language"})
-
-
-def schema_of(columns: Sequence[str]) -> Schema:
-    """Return the schema that the columns speak for; a table without any of their marks counts as the competition's."""
+def find_schema(columns: Sequence[str]) -> Schema:
+    """Return the schema that the columns speak for; its formats are not decided yet."""
     found = set(columns)
-    if found & set(_CONVERSATIONS):
-        return _ARENA
-    return _WSDM if found & _WSDM_MARKS and not found & set(PROBABILITY_COLUMNS) else _KAGGLE
+    texts = max(LAYOUTS, key=lambda names: (len(found.intersection(names) - {"prompt"}), found.issuperset(names)))
+    if found.issuperset(PROBABILITY_COLUMNS):
+        verdict = "one-hot"
+    elif "winner" in found:
+        verdict = "winner"
+    else:
+        verdict = "chosen" if texts in _PREFERENCES else None
+    return Schema(next((name for name in IDS if name in found), None), texts, verdict)
+
+
+def missing_columns(schema: Schema, columns: Sequence[str], *, labelled: bool) -> list[str]:
+    """Return the columns that a table lacks."""
+    found = set(columns)
+    missing = [name for name in schema.columns if name not in found] + [n for n in schema.texts if n not in found]
+    if labelled and schema.verdict_format is None:
+        some = found & set(PROBABILITY_COLUMNS)
+        missing += [name for name in PROBABILITY_COLUMNS if name not in found] if some else ["winner"]
+    if schema.id is None and _meant("id", columns, 1.0):
+        missing.insert(0, "id")
+    return list(dict.fromkeys(missing))
+
+
+def renamed(columns: Collection[str], given: Mapping[str, str], *, labelled: bool, where: str) -> dict[str, str]:
+    """Return which of the --columns apply to a table: it may have our own name instead, or no verdict at all.
+
+    Raises UsageError for a name that is none of ours, and for one that the table lacks.
+    """
+    for name, theirs in given.items():
+        if name not in NAMES:
+            meant = get_close_matches(name, NAMES, 1)
+            remedy = f"did you mean {meant[0]}? " if meant else ""
+            raise UsageError(f"--columns: {name!r} is no name of ours", remedy=f"{remedy}Known: {', '.join(NAMES)}")
+        needed = name not in columns and (labelled or name not in VERDICT_NAMES)
+        if theirs not in columns and needed:
+            meant = get_close_matches(theirs, list(columns)[:_LOOKED_AT], 1)
+            remedy = f"did you mean --columns {name}={meant[0]}? " if meant else ""
+            shown = ", ".join(list(columns)[:30])
+            raise UsageError(f"has no column {theirs!r}", where=where, remedy=f"{remedy}It has: {shown}")
+    return {name: theirs for name, theirs in given.items() if theirs in columns}
 
 
 def advice_on(schema: Schema, columns: Sequence[str], missing: Sequence[str]) -> str:
     """Return what a table that lacks columns seems to be, and which one to give instead."""
     if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
         return "the header looks like one cell: separate the cells with commas"
-    if set(missing) == set(schema.verdict):
-        return (
-            "this is a table without verdicts, such as the competition's test.csv: --train wants the one with verdicts "
-            "(train.csv); pass a file without verdicts as the test set (--test)"
-        )
     if not set(schema.texts) & set(columns) and set(PROBABILITY_COLUMNS) <= set(columns):
         return (
             "this is a table of probabilities, such as the competition's sample_submission.csv: --train wants "
             "train.csv, --test wants test.csv"
         )
-    if not {*_PLAIN, *_CONVERSATIONS, *PROBABILITY_COLUMNS, *_WSDM_MARKS} & set(columns):
-        wanted = ", ".join((*_KAGGLE.ids, *_PLAIN, *PROBABILITY_COLUMNS))
-        return f"this is not a table of battles: give one with the competition's columns {wanted}, or a known data set"
-    return f"the nearest known schema is {schema.name}: add or rename these columns"
+    meant = {name: found for name in missing if (found := _meant(name, columns))}
+    if meant:
+        return f"did you mean --columns {','.join(f'{name}={theirs}' for name, theirs in meant.items())}?"
+    if set(missing) <= set(VERDICT_NAMES) and not set(columns) & set(PROBABILITY_COLUMNS):
+        return (
+            "this is a table without verdicts, such as the competition's test.csv: --train wants the one with verdicts "
+            "(train.csv); pass a file without verdicts as the test set (--test)"
+        )
+    if not set(NAMES) & set(columns):
+        return (
+            f"this is not a table of battles: give one with the columns id, {', '.join(_ANSWERS)}, winner, or with "
+            "other names: --columns prompt=question,response_a=left,… (docs/votes.md lists what is read)"
+        )
+    return "add or rename these columns, or name yours: --columns prompt=question,response_a=left,…"
+
+
+def _meant(name: str, columns: Sequence[str], cutoff: float = 0.75) -> str | None:
+    """Return the column that may be what one of ours is called in this table."""
+    looked_at = [column for column in columns[:_LOOKED_AT] if column not in NAMES]
+    if name == "id" and cutoff == 1.0:
+        return next((column for column in looked_at if column.strip().lower() in IDS), None)
+    by_case = {column.strip().lower(): column for column in looked_at}
+    known = next(
+        (by_case[alias.lower()] for alias in (name, *_ALIASES.get(name, ())) if alias.lower() in by_case), None
+    )
+    return known or next(iter(get_close_matches(name, looked_at, 1, cutoff)), None)
+
+
+def _encodings(texts: Sequence[Sequence[object]], usual: str) -> tuple[str, ...]:
+    """Return the encoding of each column of cells: what most of its cells speak for.
+
+    Where plain texts stand beside lists, a column of lists holds nothing else: texts may look like lists.
+    """
+    votes = [Counter(filter(None, map(encoding_of, cells))) for cells in texts]
+    total = sum(votes, Counter())
+    python = total["Python"] > 0 and total["Python"] >= _PYTHON * (total["JSON"] + total["Python"])
+    lists = "Python" if python else "JSON"
+    are_lists = [2 * vote["plain"] < sum(vote.values()) if vote else None for vote in votes]
+    if False in are_lists:
+        are_lists = [each and not vote["plain"] for each, vote in zip(are_lists, votes, strict=True)]
+    rest = lists if True in are_lists or False not in are_lists else usual
+    return tuple({True: lists, False: usual, None: rest}[each] for each in are_lists)
+
+
+def _shape(encoding: str, cells: Sequence[object]) -> str:
+    """Return in words what the cells of a column hold."""
+    if encoding == "plain" and not any(isinstance(cell, list) for cell in cells):
+        return "plain texts"
+    known = [cell for cell in cells if cell is not None]
+    written = "" if any(isinstance(cell, list) for cell in known) else f"{encoding} "
+    try:
+        messages = any(holds_messages(ENCODINGS[encoding](cell, "")) for cell in known[:1])
+    except ValueError:
+        messages = False
+    return f"{written}lists of {'messages' if messages else 'turns'}"

@@ -1,4 +1,4 @@
-"""Tables on the disk, read as a stream of rows: CSV (plain or gzip) and parquet, recognised by their first bytes.
+"""Tables on the disk, read as a stream of rows: CSV and JSON (plain or gzip) and parquet, by their first bytes.
 
 table = open_table(Path("train.csv"))
 tables = open_tables(Path("parts"))  # a folder of such files
@@ -11,29 +11,27 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 import os
 import re
 import zlib
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import IO
-
-import psutil
-import pyarrow
-from pyarrow import compute, parquet
+from typing import IO, Any
 
 from common.errors import ArenaError
+from data_prep.cells import without_lone_surrogates
+from data_prep.parquet_table import DAMAGED, LARGEST_CELL, BrokenRow, ParquetTable
 
 # What the parts of a table in a folder end with.
-PARTS = (".csv", ".csv.gz", ".parquet")
-# One cell larger than this is a lost quote that has swallowed rows, not a text.
-_LARGEST_CELL = 1 << 26
+PARTS = (".csv", ".csv.gz", ".parquet", ".jsonl", ".jsonl.gz", ".json")
 _LARGEST_LINE = 1 << 27
 _ESCAPED = re.compile("[\udc80-\udcff]")  # how Python's surrogateescape writes a byte that is not UTF-8
-_DAMAGED = "the file is cut off or damaged: fetch or write it again"
 _UTF8 = "convert the file to UTF-8, for example: iconv -f {} -t UTF-8 old.csv > new.csv"
 _OTHER_MAGIC = {
     b"PK\x03\x04": ("is a zip archive (or a spreadsheet)", "unpack it, or save the sheet as CSV in UTF-8"),
@@ -41,19 +39,23 @@ _OTHER_MAGIC = {
     b"BZh": ("is compressed with bzip2", "decompress it, or use gzip"),
     b"\xfd7zXZ": ("is compressed with xz", "decompress it, or use gzip"),
     b"ARROW1": ("is an Arrow (feather) file", "save it as parquet or CSV"),
+    b"version https://git-lfs": (
+        "is a git-LFS pointer: a note of three lines that stands for the file",
+        "fetch the file itself: git lfs install && git lfs pull, in the folder that you cloned",
+    ),
+    b"<!DOCTYPE": ("is a web page", "it may be a login or error page: download the table itself"),
+    b"<html": ("is a web page", "it may be a login or error page: download the table itself"),
 }
+_LONG_LINE = f"a line is longer than {_LARGEST_LINE:,} characters"
+# A raw tab or newline inside a JSON string is against the letter of JSON, but it can mean one thing only.
+_DECODER = json.JSONDecoder(strict=False)
+_BETWEEN = re.compile(r"[\s,]*")  # the items of a JSON list
+_RECORDS = 'write one object a line: {"id": …, "prompt": …}; pandas: to_json(path, orient=\'records\', lines=True)'
+_SAMPLE = 100  # objects whose keys are the columns
 
 
-@dataclass(frozen=True, slots=True)
-class BrokenRow:
-    """A row whose cells could not be read; `first` is the cell of the first wanted column, if it is known."""
-
-    reason: str
-    first: object = None
-
-
-def open_tables(path: Path) -> list[CsvTable | ParquetTable]:
-    """Return the table in `path`, or those of a folder of parts (.csv, .csv.gz, .parquet) in the order of their names.
+def open_tables(path: Path) -> list[Table]:
+    """Return the table in `path`, or those of a folder of parts in the order of their names.
 
     Hidden files and what other programs leave (`_SUCCESS`) are no parts. Raises ArenaError for any other file.
     """
@@ -68,44 +70,59 @@ def open_tables(path: Path) -> list[CsvTable | ParquetTable]:
     return [open_table(file) for file in files]
 
 
-def open_table(path: Path) -> CsvTable | ParquetTable:
+def open_table(path: Path) -> Table:
     """Return the table in a file, its columns read. Raises ArenaError where the file holds no table."""
     where = str(path)
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
-        raise ArenaError(what, where=where, remedy="give the path of a .csv, .csv.gz or .parquet file")
+        raise ArenaError(what, where=where, remedy=f"give the path of a {', '.join(PARTS)} file")
     try:
         with path.open("rb") as file:
-            head = file.read(8)
+            head = file.read(64)
     except OSError as error:
         remedy = "check the disk and the file's permissions"
         raise ArenaError(f"cannot be read: {error.strerror}", where=where, remedy=remedy) from None
     for magic, (what, remedy) in _OTHER_MAGIC.items():
         if head.startswith(magic):
             raise ArenaError(what, where=where, remedy=remedy)
-    table = ParquetTable(path) if head.startswith(b"PAR1") else CsvTable(path, head.startswith(b"\x1f\x8b"))
-    double = sorted({name for name in table.columns if table.columns.count(name) > 1})
-    if double:
-        raise ArenaError(f"has the column(s) {double} twice", where=where, remedy="rename or remove one")
+    if head.startswith(b"PAR1"):
+        table = ParquetTable(path)
+    else:
+        compressed = head.startswith(b"\x1f\x8b")
+        is_json = (_unpacked(path) if compressed else head).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{")
+        table = (JsonTable if is_json else CsvTable)(path, compressed)
+    if double := sorted(name for name, count in Counter(table.columns).items() if count > 1):
+        raise ArenaError(f"has the column(s) {double[:30]} twice", where=where, remedy="rename or remove one")
     return table
 
 
-class CsvTable:
-    """A CSV file in UTF-8, with or without gzip; its rows are read one at a time.
+def _unpacked(path: Path) -> bytes:
+    """Return the first bytes of what gzip packed; nothing where it is damaged, which its reader reports."""
+    try:
+        with gzip.open(path) as file:
+            return file.read(64)
+    except (EOFError, zlib.error, OSError):
+        return b""
 
-    Python's own reader, since pyarrow.csv takes everything after an unclosed quote as one text without an error.
-    """
+
+class _TextTable(ABC):
+    """A table in UTF-8 text, with or without gzip; its rows are read one at a time."""
 
     def __init__(self, path: Path, compressed: bool):
         self.path, self.compressed = path, compressed
         self._source: IO[bytes] | None = None
-        header = next(self._parsed(), None)
-        if header is None:
-            raise ArenaError("is empty", where=str(path), remedy="give a file with a header and rows")
-        if isinstance(header, BrokenRow):
-            remedy = "give a CSV with a header line"
-            raise ArenaError(f"has no readable header: {header.reason}", where=str(path), remedy=remedy)
-        self.columns = header
+        self.columns = self._read_columns()
+
+    @abstractmethod
+    def _read_columns(self) -> list[str]: ...
+
+    @abstractmethod
+    def rows(self, names: Sequence[str]) -> Iterator[tuple[object, ...] | BrokenRow]:
+        """Yield the cells of some columns, row by row. Raises ArenaError."""
+
+    @abstractmethod
+    def _split(self, text: IO[str]) -> Iterator[Any]:
+        """Yield what the text holds: rows, or a BrokenRow where one cannot be read."""
 
     @property
     def share(self) -> float:
@@ -114,24 +131,9 @@ class CsvTable:
             return float(self._source is not None)
         return self._source.tell() / max(os.fstat(self._source.fileno()).st_size, 1)
 
-    def rows(self, names: Sequence[str]) -> Iterator[tuple[str, ...] | BrokenRow]:
-        """Yield the cells of two or more columns, row by row; blank lines are no rows. Raises ArenaError."""
-        places = [self.columns.index(name) for name in names]
-        wanted, width = itemgetter(*places), len(self.columns)
-        parsed = self._parsed()
-        next(parsed, None)  # the header
-        for row in parsed:
-            if isinstance(row, BrokenRow):
-                yield row
-            elif len(row) == width:
-                yield wanted(row)
-            else:
-                first = row[places[0]] if places[0] < len(row) else None
-                yield BrokenRow(f"has {len(row)} cells, the header has {width}", first)
-
-    def _parsed(self, errors: str = "strict") -> Iterator[list[str] | BrokenRow]:
-        """Yield the header and the rows, all their cells; faults of the file as a whole come out as an ArenaError."""
-        csv.field_size_limit(max(csv.field_size_limit(), _LARGEST_CELL))
+    def _parsed(self, errors: str = "strict") -> Iterator[Any]:
+        """Yield what `_split` yields; faults of the file as a whole come out as an ArenaError."""
+        csv.field_size_limit(max(csv.field_size_limit(), LARGEST_CELL))
         try:
             with self._bytes() as raw, io.TextIOWrapper(raw, "utf-8-sig", errors, newline="") as text:
                 if errors == "strict":
@@ -140,35 +142,7 @@ class CsvTable:
         except UnicodeDecodeError:
             raise self._encoding_error() from None
         except (EOFError, zlib.error, OSError) as error:
-            raise ArenaError(f"cannot be read to its end: {error}", where=str(self.path), remedy=_DAMAGED) from None
-
-    def _split(self, text: IO[str]) -> Iterator[list[str] | BrokenRow]:
-        def next_line() -> str:
-            line = text.readline(_LARGEST_LINE)
-            if len(line) < _LARGEST_LINE or line.endswith(("\n", "\r")):
-                return line
-            while (rest := text.readline(1 << 20)) and not rest.endswith(("\n", "\r")):
-                pass
-            raise csv.Error(f"a line is longer than {_LARGEST_LINE:,} characters")
-
-        # strict: a lost quote is a broken row, never a guess
-        reader, begins = csv.reader(iter(next_line, ""), strict=True), 1
-        while True:
-            try:
-                for row in reader:
-                    if row:
-                        yield row
-                    begins = reader.line_num + 1
-                return
-            except csv.Error as error:  # the reader goes on at the next line
-                if begins > 1 and str(error) == "unexpected end of data":  # one row or a thousand may be missing
-                    raise ArenaError(
-                        "the file ends within a quoted cell of this row: it is cut off, or a quote is not closed",
-                        where=f"{self.path} line {begins}",
-                        remedy="fetch or write the file again; or close the quote, or remove that row",
-                    ) from None
-                yield BrokenRow(f"is not valid CSV up to line {reader.line_num}: {error}")
-                begins = reader.line_num + 1
+            raise ArenaError(f"cannot be read to its end: {error}", where=str(self.path), remedy=DAMAGED) from None
 
     @contextmanager
     def _bytes(self) -> Iterator[IO[bytes]]:
@@ -190,136 +164,158 @@ class CsvTable:
         """Return the error for the first row that is not UTF-8, which is found by reading the file once more."""
         where, remedy = str(self.path), _UTF8.format("LATIN1")
         for number, row in enumerate(self._parsed("surrogateescape")):
-            found = None if isinstance(row, BrokenRow) else _ESCAPED.search("".join(row))
-            if found:
+            broken = isinstance(row, BrokenRow)
+            if found := None if broken else _ESCAPED.search(json.dumps(row, ensure_ascii=False)):
                 what = f"is not UTF-8: byte 0x{ord(found[0]) & 255:02x}"
                 return ArenaError(what, where=f"{where} row {number}" if number else f"{where} header", remedy=remedy)
         return ArenaError("is not UTF-8", where=where, remedy=remedy)
 
 
-class ParquetTable:
-    """A parquet file, read in batches that are small in memory, whatever its pages unpack to."""
+class CsvTable(_TextTable):
+    """A CSV file.
 
-    _ROWS, _ROWS_OF_LARGE_GROUPS, _LARGE_GROUP = 512, 8, 1 << 30  # rows that are read at a time; bytes
-    _LARGEST_BATCH = 1 << 28  # bytes of texts that rows may repeat
-    _LARGEST_LISTS = 1 << 32  # bytes that the lists of a row group might take
-    _BYTES_AN_ITEM = 64  # of a list, beside its text: its places and the Python object
-    _SMALLER = (
-        "write it with smaller row groups: pyarrow.parquet.write_table(table, path, row_group_size=1000); "
-        "or remove the huge texts"
-    )
+    Python's own reader, since pyarrow.csv takes everything after an unclosed quote as one text without an error.
+    """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._row = 0
-        with self._file() as file:
-            self.columns = list(file.schema_arrow.names)
-            self._count = file.metadata.num_rows
+    def _read_columns(self) -> list[str]:
+        header = next(self._parsed(), None)
+        if header is None:
+            raise ArenaError("is empty", where=str(self.path), remedy="give a file with a header and rows")
+        if isinstance(header, BrokenRow):
+            remedy = "give a CSV with a header line"
+            raise ArenaError(f"has no readable header: {header.reason}", where=str(self.path), remedy=remedy)
+        return header
 
-    @property
-    def share(self) -> float:
-        """The part of the rows, 0 to 1, that was read when the last row came out."""
-        return self._row / self._count if self._count else 1.0
+    def rows(self, names: Sequence[str]) -> Iterator[tuple[str, ...] | BrokenRow]:
+        places = [self.columns.index(name) for name in names]
+        wanted, width = itemgetter(*places, places[0]), len(self.columns)  # of one place alone it makes no tuple
+        parsed = self._parsed()
+        next(parsed, None)  # the header
+        for row in parsed:
+            if isinstance(row, BrokenRow):
+                yield row
+            elif len(row) == width:
+                yield wanted(row)[:-1]
+            else:
+                first = row[places[0]] if places[0] < len(row) else None
+                yield BrokenRow(f"has {len(row)} cells, the header has {width}", first)
+
+    def _split(self, text: IO[str]) -> Iterator[list[str] | BrokenRow]:
+        def next_line() -> str:
+            line = _next_line(text)
+            if line is None:
+                raise csv.Error(_LONG_LINE)
+            return line
+
+        # strict: a lost quote is a broken row, never a guess
+        reader, begins = csv.reader(iter(next_line, ""), strict=True), 1
+        while True:
+            try:
+                for row in reader:
+                    if row:
+                        yield row
+                    begins = reader.line_num + 1
+                return
+            except csv.Error as error:  # the reader goes on at the next line
+                if begins > 1 and str(error) == "unexpected end of data":  # one row or a thousand may be missing
+                    raise ArenaError(
+                        "the file ends within a quoted cell of this row: it is cut off, or a quote is not closed",
+                        where=f"{self.path} line {begins}",
+                        remedy="fetch or write the file again; or close the quote, or remove that row",
+                    ) from None
+                yield BrokenRow(f"is not valid CSV up to line {reader.line_num}: {error}")
+                begins = reader.line_num + 1
+
+
+class JsonTable(_TextTable):
+    """JSON objects, one a line or in one list; the columns are the keys of the first hundred."""
+
+    def _read_columns(self) -> list[str]:
+        first = list(islice(self._parsed(), _SAMPLE))
+        records = [record for record in first if isinstance(record, dict)]
+        by_columns = len(first) == len(records) == 1 and all(isinstance(value, dict) for value in records[0].values())
+        if by_columns or not any(records):
+            what = "is JSON by columns" if by_columns else f"holds no JSON object{_reason(first)}"
+            raise ArenaError(what, where=str(self.path), remedy=_RECORDS)
+        return list(dict.fromkeys(key for record in records for key in record))
 
     def rows(self, names: Sequence[str]) -> Iterator[tuple[object, ...] | BrokenRow]:
-        """Yield the cells of the named columns, row by row. Raises ArenaError."""
-        self._row = 0
-        with self._file() as file:
-            leaves = [
-                number
-                for number in range(file.metadata.num_columns)
-                if file.schema.column(number).path.startswith(tuple(f"{name}." for name in names))
-                or file.schema.column(number).path in names
-            ]
-            with self._file(read_dictionary=[file.schema.column(number).path for number in leaves]) as dictionaries:
-                for group in range(file.metadata.num_row_groups):
-                    size = self._batch_rows(dictionaries, group, leaves)
-                    for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=list(names)):
-                        yield from self._cells(batch, names)
-                        self._row += len(batch)
+        """Yield the values of some keys, object by object; None where it lacks one. Raises ArenaError."""
+        for record in self._parsed():
+            yield tuple(map(record.get, names)) if isinstance(record, dict) else record
 
-    def _batch_rows(self, dictionaries: parquet.ParquetFile, group: int, leaves: list[int]) -> int:
-        """Return how many rows of a row group may be read at a time; raises ArenaError where none may.
-
-        A few KB may unpack to gigabytes: a page of one letter, or a dictionary whose one text each row repeats. So a
-        row is taken to be as large as the longest text of the dictionary, and a list to hold all items of the group.
-        """
-        # First, because pyarrow raises for damaged metadata when it reads rows, but aborts when it shows the metadata.
-        texts = [_longest(dictionaries, group, dictionaries.schema.column(number).path) for number in leaves]
-        whole = repeated = lists = 0
-        for number, text in zip(leaves, texts, strict=True):
-            chunk = dictionaries.metadata.row_group(group).column(number)
-            size, whole = chunk.total_uncompressed_size, whole + chunk.total_uncompressed_size
-            # A value of DELTA_BYTE_ARRAY may repeat the one before it.
-            unknown = "DELTA_BYTE_ARRAY" in chunk.encodings or (text is None and chunk.has_dictionary_page)
-            longest = size if unknown else text or 0
-            if dictionaries.schema.column(number).max_repetition_level:
-                lists += size + chunk.num_values * (longest + self._BYTES_AN_ITEM)
-            else:
-                repeated += longest
-        for needed, most in ((whole, psutil.virtual_memory().available // 2), (lists, self._LARGEST_LISTS)):
-            if needed > most:
-                raise ArenaError(
-                    f"row group {group} might unpack to {needed / 2**30:,.1f} GiB, more than {most / 2**30:,.1f} GiB",
-                    where=str(self.path),
-                    remedy=self._SMALLER,
-                )
-        # In a large group all bytes may lie in a few rows: this number fits even if each cell has the largest size.
-        rows = self._ROWS if whole <= self._LARGE_GROUP else self._ROWS_OF_LARGE_GROUPS
-        return max(1, min(rows, self._LARGEST_BATCH // max(repeated, 1)))
-
-    def _cells(self, batch: pyarrow.RecordBatch, names: Sequence[str]) -> Iterator[tuple[object, ...] | BrokenRow]:
-        if all(batch.column(name).nbytes <= _LARGEST_CELL for name in names):
-            try:
-                return zip(*[batch.column(name).to_pylist() for name in names], strict=True)
-            except UnicodeDecodeError:
-                pass  # _one_by_one says where
-        return self._one_by_one(batch, names)
-
-    def _one_by_one(self, batch: pyarrow.RecordBatch, names: Sequence[str]) -> Iterator[tuple[object, ...] | BrokenRow]:
-        """Yield rows without making Python objects of a cell that is too large."""
-        for number in range(len(batch)):
-            cells: list[object] = []
-            for name in names:
-                cell = batch.column(name).slice(number, 1)
-                if isinstance(cell, pyarrow.DictionaryArray):  # pandas' categories
-                    cell = cell.dictionary_decode()
-                if cell.nbytes > _LARGEST_CELL:
-                    yield BrokenRow(f"{name} is larger than {_LARGEST_CELL:,} bytes", cells[0] if cells else None)
-                    break
+    def _split(self, text: IO[str]) -> Iterator[dict[str, Any] | BrokenRow]:
+        while (first := text.read(1)).isspace():
+            pass
+        if first == "[":
+            yield from self._items("", text)
+            return
+        line = first + (_next_line(text) or "")
+        if not _is_json(line):  # objects that do not stand on lines of their own
+            yield from self._items(line, text)
+            return
+        while line != "":
+            if line is None:
+                yield BrokenRow(_LONG_LINE)
+            elif line.strip():
                 try:
-                    cells.append(cell[0].as_py())
-                except UnicodeDecodeError as error:
-                    raise ArenaError(
-                        f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x}",
-                        where=f"{self.path} row {self._row + number + 1}",
-                        remedy="write the column as UTF-8 text",
-                    ) from None
-            else:
-                yield tuple(cells)
+                    yield _record(_DECODER.decode(line), line)
+                except (ValueError, RecursionError) as error:
+                    yield BrokenRow(f"is not JSON: {getattr(error, 'msg', 'nested too deeply')}")
+            line = _next_line(text)
 
-    @contextmanager
-    def _file(self, **options: object) -> Iterator[parquet.ParquetFile]:
-        try:
-            # without pre-buffering, a file of a single row group is not held in memory
-            with parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20, **options) as file:
-                yield file
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            what = f"is not a readable parquet file: {str(error).splitlines()[0]}"
-            raise ArenaError(what, where=str(self.path), remedy=_DAMAGED) from None
+    def _items(self, buffer: str, text: IO[str]) -> Iterator[dict[str, Any] | BrokenRow]:
+        """Yield the objects of a list, or those that follow each other, with no more than one of them in memory."""
+        at, number, in_list = 0, 1, buffer == ""
+        while True:
+            at = _BETWEEN.match(buffer, at).end()
+            if in_list and buffer[at : at + 1] == "]":
+                return
+            try:
+                value, end = _DECODER.raw_decode(buffer, at)
+            except (ValueError, RecursionError) as error:
+                short = isinstance(error, json.JSONDecodeError) and len(buffer) - at < _LARGEST_LINE
+                more = text.read(max(len(buffer) - at, 1 << 16)) if short else ""
+                if not more and at == len(buffer) and not in_list:
+                    return
+                if not more:
+                    reason = getattr(error, "msg", "nested too deeply") if at < len(buffer) else "the list does not end"
+                    remedy = f"{DAMAGED}; or {_RECORDS}"
+                    where = f"{self.path} object {number}"
+                    raise ArenaError(f"is not JSON: {reason}", where=where, remedy=remedy) from None
+                buffer, at = buffer[at:] + more, 0
+                continue
+            yield _record(value, buffer[at:end])
+            at, number = end, number + 1
 
 
-def _longest(dictionaries: parquet.ParquetFile, group: int, leaf: str) -> int | None:
-    """Return the bytes of the longest text in the dictionary of a column, None where the first row shows none."""
-    try:
-        batch = next(dictionaries.iter_batches(batch_size=1, row_groups=[group], columns=[leaf]), None)
-    except OSError as error:
-        if "Not yet implemented" in str(error):  # pyarrow's words for a first page in an encoding without a dictionary
-            return None
-        raise
-    array = None if batch is None else batch.column(0)
-    while isinstance(array, pyarrow.StructArray) or hasattr(array, "values"):
-        array = array.field(0) if isinstance(array, pyarrow.StructArray) else array.values
-    if isinstance(array, pyarrow.DictionaryArray):
-        return compute.max(compute.binary_length(array.dictionary)).as_py()
+def _next_line(text: IO[str]) -> str | None:
+    """Return the next line, "" at the end, None for a line that is too long, which is skipped."""
+    line = text.readline(_LARGEST_LINE)
+    if len(line) < _LARGEST_LINE or line.endswith(("\n", "\r")):
+        return line
+    while (rest := text.readline(1 << 20)) and not rest.endswith(("\n", "\r")):
+        pass
     return None
+
+
+def _is_json(line: str) -> bool:
+    try:
+        _DECODER.decode(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _record(value: object, written: str) -> dict[str, Any] | BrokenRow:
+    """Return an object that JSON decoded, without halves of surrogate pairs, which only an escape can bring in."""
+    if not isinstance(value, dict):
+        return BrokenRow(f"is no JSON object: {written[:40]!a}")
+    return without_lone_surrogates(value) if "\\ud" in written or "\\uD" in written else value
+
+
+def _reason(first: Sequence[Any]) -> str:
+    return f": {first[0].reason}" if first and isinstance(first[0], BrokenRow) else ""
+
+
+Table = CsvTable | JsonTable | ParquetTable

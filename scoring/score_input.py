@@ -8,8 +8,8 @@ from typing import Any
 
 from common.files import only_run, sha256_of_table
 from common.progress import Show
+from data_prep.cells import is_formula
 from data_prep.readers import VoteReader
-from data_prep.schemas import is_formula
 from data_prep.sources import votes_at
 from factory.stage_context import StageContext
 from scoring.calibration import Calibration
