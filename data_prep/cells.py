@@ -90,6 +90,8 @@ def from_plain(cell: object, name: str) -> str | list:
     """Return a text as it stands; an empty cell is "". Raises BadCell."""
     if cell is None:
         return ""
+    if _is_message(cell):
+        return [cell]
     if not isinstance(cell, (str, list)):
         raise BadCell(f"{name} is not a text: {_shown(cell)}")
     return cell
@@ -111,7 +113,8 @@ def encoding_of(cell: object) -> str | None:
             if error.remedy:  # it is known well
                 return name
         else:
-            return name if all(turn is None or isinstance(turn, str) or _is_message(turn) for turn in turns) else None
+            texts = turns and all(turn is None or isinstance(turn, str) or _is_message(turn) for turn in turns)
+            return name if texts else None
     return None
 
 
@@ -160,7 +163,7 @@ def read_one_hot(cells: Sequence[object]) -> str:
     flags = _numbers(cells)
     if sorted(flags) != [0, 0, 1]:
         winners = flags.count(1)
-        what = {0: "no winner", 1: "no clear winner"}.get(winners, f"{winners} winners")
+        what = "no winner" if not any(flags) else f"{winners} winners" if winners > 1 else "no clear winner"
         raise BadVerdict(f"{what}: {', '.join(PROBABILITY_COLUMNS)} = {', '.join(map(_shown, cells))}")
     return VERDICTS[flags.index(1)]
 

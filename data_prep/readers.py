@@ -222,8 +222,8 @@ class VoteReader:
             raise ArenaError(
                 f"holds verdicts of a model, not of people (column judge: {str(by_models[0])[:60]})",
                 where=str(self.path),
-                remedy="give the votes of people (MT-bench: the human split); to train on a model's all the same, remove "
-                "the column judge",
+                remedy="give the votes of people (of MT-bench the human split); to train on a model's all the same, "
+                "remove the column judge",
             )
 
     def _identity(self, cells: Sequence[object] | BrokenRow) -> str | None:

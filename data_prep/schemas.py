@@ -141,16 +141,17 @@ def missing_columns(schema: Schema, columns: Sequence[str], *, labelled: bool) -
 
 
 def renamed(columns: Collection[str], given: Mapping[str, str], *, labelled: bool, where: str) -> dict[str, str]:
-    """Return which of the --columns apply to a table: it may have our own name instead, or no verdict at all.
+    """Return which of the --columns apply to a table: those of the verdict need not, or none where all are ours.
 
     Raises UsageError for a name that is none of ours, and for one that the table lacks.
     """
+    ours = not set(given.values()) & set(columns)
     for name, theirs in given.items():
         if name not in NAMES:
             meant = get_close_matches(name, NAMES, 1)
             remedy = f"did you mean {meant[0]}? " if meant else ""
             raise UsageError(f"--columns: {name!r} is no name of ours", remedy=f"{remedy}Known: {', '.join(NAMES)}")
-        needed = name not in columns and (labelled or name not in VERDICT_NAMES)
+        needed = (labelled or name not in VERDICT_NAMES) and not (ours and name in columns)
         if theirs not in columns and needed:
             meant = get_close_matches(theirs, list(columns)[:_LOOKED_AT], 1)
             remedy = f"did you mean --columns {name}={meant[0]}? " if meant else ""
@@ -208,7 +209,7 @@ def _encodings(texts: Sequence[Sequence[object]], usual: str) -> tuple[str, ...]
     are_lists = [2 * vote["plain"] < sum(vote.values()) if vote else None for vote in votes]
     if False in are_lists:
         are_lists = [each and not vote["plain"] for each, vote in zip(are_lists, votes, strict=True)]
-    rest = lists if True in are_lists or False not in are_lists else usual
+    rest = usual if False in are_lists else lists
     return tuple({True: lists, False: usual, None: rest}[each] for each in are_lists)
 
 

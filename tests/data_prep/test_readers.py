@@ -1,4 +1,4 @@
-"""Readers: three schemas, three file formats, one battle; bad rows are not bad files."""
+"""Readers: any way to write texts with any way to write verdicts, in any file; bad rows are not bad files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
-from common.errors import ArenaError
+from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
+from common.errors import ArenaError, UsageError
 from data_prep.readers import VoteReader
 from data_prep.synthetic import TRAIN_COLUMNS, cell
 
@@ -49,9 +49,22 @@ def read(path: Path, labelled: bool = True) -> list[Battle]:
     return [battle for _, battle in VoteReader(path, labelled=labelled)]
 
 
-def error_of(path: Path, labelled: bool = True) -> ArenaError:
+def write(path: Path, records: list[dict]) -> Path:
+    """Write records in the form that the file's name ends with; in a CSV what is no text becomes JSON."""
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(records), path)
+    elif path.suffix == ".csv":
+        cells = [[v if isinstance(v, str) else "" if v is None else json.dumps(v) for v in r.values()] for r in records]
+        write_csv(path, cells, list(records[0]))
+    else:
+        one_list = path.suffix == ".json"
+        path.write_text(json.dumps(records, indent=1) if one_list else "".join(f"{json.dumps(r)}\n" for r in records))
+    return path
+
+
+def error_of(path: Path, labelled: bool = True, columns: dict | None = None) -> ArenaError:
     with pytest.raises(ArenaError) as caught:
-        read(path, labelled)
+        list(VoteReader(path, labelled=labelled, columns=columns))
     error = caught.value
     assert error.remedy
     assert str(path) in error.where
@@ -82,22 +95,336 @@ def test_the_share_that_is_read_grows_from_0_to_1(tmp_path, name):
     assert reader.share == 1.0
 
 
-# --- the competition's schema ---------------------------------------------------------------------------------
+# --- any texts, any verdicts, any file ------------------------------------------------------------------------
 
 
-def test_turns_nulls_empty_texts_and_identical_responses(tmp_path):
-    rows = [
-        kaggle_row("1", cell(["a/b", "ü"]), cell(["x", None]), cell(["", "y"]), "b"),
-        kaggle_row("2", "same", "same", "same", "tie"),
-        kaggle_row("3", "[null]", "[null]", "[null]", "a"),
+def messages(*texts, role="role", content="content", names=("user", "assistant")) -> list[dict]:
+    return [{role: names[i % 2], content: text} for i, text in enumerate(texts)]
+
+
+def parts(*texts) -> list[dict]:
+    return messages(*([{"type": "text", "text": text, "image": None}] for text in texts))
+
+
+ANSWERS = ("prompt", "response_a", "response_b")
+BOTH = ("conversation_a", "conversation_b")
+PAIR = ("prompt", "chosen", "rejected")
+THREE = (("hi", "more"), ("a1", ""), ("b1", "b2"))
+TALKS = (("hi", "a1", "more", ""), ("hi", "b1", "more", "b2"))
+SHAREGPT = {"role": "from", "content": "value", "names": ("human", "gpt")}
+# What is said of them, the kind of file, the columns and their cells: all of them hold THREE.
+TEXTS = [
+    ("JSON lists of turns", "csv", ANSWERS, ['["hi","more"]', '["a1",null]', '["b1","b2"]']),
+    ("JSON lists of turns", "parquet", ANSWERS, ['["hi","more"]', '["a1",""]', '["b1","b2"]']),
+    ("lists of turns", "parquet", ANSWERS, [["hi", "more"], ["a1", None], ["b1", "b2"]]),
+    ("lists of turns", "jsonl", ANSWERS, [["hi", "more"], ["a1", None], ["b1", "b2"]]),
+    ("Python lists of turns", "csv", ANSWERS, ["['hi', 'more']", "['a1', None]", "[\"b1\", 'b2']"]),
+    ("Python lists of turns", "csv", ANSWERS, ["['hi', \"more\"]", "['a1', '']", '["b1", "b2"]']),
+    ("lists of messages", "parquet", BOTH, [messages(*each) for each in TALKS]),
+    ("lists of messages", "parquet", BOTH, [parts(*each) for each in TALKS]),
+    ("lists of messages", "json", BOTH, [messages(*each, **SHAREGPT) for each in TALKS]),
+    ("JSON lists of messages", "csv", BOTH, [messages(*each) for each in TALKS]),
+    ("JSON lists of messages", "csv", BOTH, [parts(*each) for each in TALKS]),
+    ("Python lists of messages", "csv", BOTH, [str(messages(*each)) for each in TALKS]),
+    ("lists of messages in prompt, plain texts in", "jsonl", ANSWERS, [messages("hi", "a1", "more"), "", "b2"]),
+]
+VOTES = [
+    ("one-hot", PROBABILITY_COLUMNS, [("1", "0", "0"), (" 0", "1 ", "0.00"), ("0", "0", "1")]),
+    ("one-hot", PROBABILITY_COLUMNS, [(True, False, False), (False, True, False), (False, False, True)]),
+    ("one-hot", PROBABILITY_COLUMNS, [("TRUE", "False", "false"), ("0.0", "1.0", "0"), ("0", "FALSE", "True")]),
+    ("winner", ("winner",), [("model_a",), ("model_b",), ("tie (bothbad)",)]),
+    ("winner", ("winner",), [("A",), ("b",), ("Tie",)]),
+    ("winner", ("winner",), [("Model A",), ("response_b",), ("both_bad",)]),
+    ("shares", PROBABILITY_COLUMNS, [(0.98, 0.01, 0.01), (0.0, 1.0, 0.0), ("0", "0.001", "0.999")]),
+]
+
+
+def table(path: Path, columns, cells, votes, names) -> Path:
+    """Write a table of one battle for each vote, all with the same texts."""
+    if path.suffix == ".parquet":
+        votes = [tuple(map(str, vote)) for vote in votes]
+    texts = dict(zip(columns, cells, strict=True))
+    return write(path, [{"id": f"{i}", **texts, **dict(zip(names, vote, strict=True))} for i, vote in enumerate(votes)])
+
+
+@pytest.mark.parametrize("votes", VOTES, ids=lambda votes: f"{votes[0]} {votes[2][0][0]}")
+@pytest.mark.parametrize("texts", TEXTS, ids=lambda texts: f"{texts[0]} {texts[1]}")
+def test_any_texts_go_with_any_verdicts(tmp_path, texts, votes):
+    said, suffix, columns, cells = texts
+    reader = VoteReader(table(tmp_path / f"x.{suffix}", columns, cells, votes[2], votes[1]), labelled=True)
+    battles = [battle for _, battle in reader]
+    assert reader.facts["texts"].startswith(said) and reader.facts["verdicts"] == votes[0]
+    assert [battle.verdict for battle in battles] == ["a", "b", "tie"] and reader.rejected == []
+    for battle in battles:
+        shown = (battle.prompts, battle.responses_a, battle.responses_b)
+        assert shown == (THREE if "plain" not in said else (THREE[0], ("a1", ""), ("a1", "b2")))
+        assert (battle.shares is None) == (votes[0] != "shares")
+    assert reader.facts["verdict_counts"] == {"a": 1, "b": 1, "tie": 1}
+
+
+HUMAN = "\n\nHuman: hi\n\nAssistant: a1\n\nHuman: more\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    ("suffix", "columns", "cells"),
+    [
+        ("csv", PAIR, ["hi", "good", "bad"]),
+        ("parquet", PAIR, ["hi", messages("hi", "good"), messages("hi", "bad")]),  # UltraFeedback
+        ("jsonl", PAIR, [messages("hi"), messages("hi", "good")[1:], messages("hi", "bad")[1:]]),  # TRL
+        ("jsonl", PAIR, [messages("hi", "a1", "more", **SHAREGPT), {"from": "gpt", "value": "good"}, "bad"]),
+        ("json", PAIR, [messages("hi", "a1", "more"), "good", "bad"]),
+        ("jsonl", PAIR[1:], [messages("hi", "a1", "more", "good"), messages("hi", "a1", "more", "bad")]),
+        ("csv", PAIR[1:], [f"{HUMAN}good", f"{HUMAN}bad"]),  # HH-RLHF
+    ],
+)
+def test_of_preferences_the_chosen_side_is_drawn(tmp_path, suffix, columns, cells):
+    records = [dict(zip(columns, cells, strict=True)) for _ in range(200)]
+    reader = VoteReader(write(tmp_path / f"x.{suffix}", records), labelled=True)
+    battles = [battle for _, battle in reader]
+    for battle in battles:
+        chosen, rejected = battle.responses_a, battle.responses_b
+        chosen, rejected = (chosen, rejected) if battle.verdict == "a" else (rejected, chosen)
+        assert (chosen[-1], rejected[-1]) == ("good", "bad") and chosen[:-1] == rejected[:-1]
+        assert battle.prompts in (("hi",), ("hi", "more"))
+    assert 70 < reader.facts["verdict_counts"]["a"] < 130 and reader.has_verdicts
+    assert [battle.id for battle in battles[:2]] == ["1", "2"] and reader.facts["ids"] == "row numbers"
+    assert battles == [battle for _, battle in reader]
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([("['not', but a text", "[]", "x")] * 3, "plain texts"),
+        ([('["a list"]', "a", "b"), ("two\nlines", "", "b"), ("p", "c", None)], "plain texts"),  # texts may look so
+        ([("Write a JSON list", '["a", "b"]', '["c"]'), ("and now prose", "once", "upon")] * 9, "plain texts"),
+        ([('["q"]', '["a"]', '["b"]')] * 30 + [("x", "x", "x")] * 9, "JSON lists of turns"),
+        ([('["q"]', '["a"]', '["b"]')] * 30 + [("['x']", "x", "x")] * 2, "JSON lists of turns"),
+        ([("", "", "")] + [("['q']", '["it\'s"]', '["b\'s"]')] * 9, "Python lists of turns"),
+    ],
+)
+def test_most_cells_decide_how_texts_are_read(tmp_path, records, said):
+    path = write(tmp_path / "x.csv", [dict(zip(ANSWERS, texts, strict=True)) for texts in records])
+    assert VoteReader(path, labelled=False).facts["texts"] == said
+
+
+def test_shares_draw_verdicts_by_id_in_their_proportion(tmp_path):
+    votes = [(0.5, 0.3, 0.2)] * 3000
+    path = table(tmp_path / "x.csv", ANSWERS, ["q", "a", "b"], votes, PROBABILITY_COLUMNS)
+    reader = VoteReader(path, labelled=True)
+    battles = [battle for _, battle in reader]
+    assert battles == [battle for _, battle in reader]
+    counts = reader.facts["verdict_counts"]
+    assert all(abs(counts[each] / 3000 - share) < 0.03 for each, share in zip("ab", votes[0], strict=False))
+    assert battles[0].shares == votes[0] and swap(battles[0]).shares == (0.3, 0.5, 0.2)
+
+
+def mt_bench(**changed) -> list[dict]:
+    both = {"conversation_a": messages("hi", "a1", "more", "a2"), "conversation_b": messages("hi", "b1", "more", "b2")}
+    one = {"question_id": 81, "model_a": "m", "model_b": "n", "winner": "model_a", "judge": "expert_1"} | both
+    return [one | {"turn": turn} | changed for turn in (1, 2)]
+
+
+def test_ids_that_repeat_beside_judge_and_turn_are_made_of_all_and_the_judged_turn_is_the_last(tmp_path):
+    reader = VoteReader(write(tmp_path / "x.parquet", mt_bench()), labelled=True)
+    battles = [battle for _, battle in reader]
+    assert [battle.id for battle in battles] == ["81:m:n:expert_1:1", "81:m:n:expert_1:2"]
+    assert [battle.responses_b for battle in battles] == [("b1",), ("b1", "b2")]
+    assert reader.facts["ids"] == "question_id, model_a, model_b, judge, turn"
+    error = error_of(write(tmp_path / "y.parquet", mt_bench(turn=2)))
+    assert "'81:m:n:expert_1:2' is in row 1 and again in row 2" in error.what
+    unique = [row | {"question_id": i} for i, row in enumerate(mt_bench(turn=2.0))]
+    assert [battle.id for battle in read(write(tmp_path / "z.jsonl", unique))] == ["0", "1"]
+    assert "turn 3 was judged, of 2" in error_of(write(tmp_path / "w.jsonl", mt_bench(turn=3)[:1])).what
+
+
+def test_a_system_message_stands_before_the_question_and_language_and_anony_are_kept(tmp_path):
+    talk = [{"role": "system", "content": "Be brief."}, *messages("hi", "a")]
+    records = [
+        {"id": i, "conversation_a": talk, "conversation_b": talk, "winner": "tie", "language": said, "anony": i < 2}
+        for i, said in enumerate(("German", None, " "))
     ]
-    reader = VoteReader(write_csv(tmp_path / "votes", rows), labelled=True)
-    assert list(reader) == [
-        (1, Battle("1", ("a/b", "ü"), ("x", ""), ("", "y"), "b")),
-        (2, Battle("2", ("same",), ("same",), ("same",), "tie")),
-        (3, Battle("3", ("",), ("",), ("",), "a")),
-    ]
-    assert (reader.schema, reader.rows_read, reader.rejected) == ("kaggle", 3, [])
+    reader = VoteReader(write(tmp_path / "x.jsonl", records), labelled=True)
+    battles = [battle for _, battle in reader]
+    assert battles[0].prompts == ("Be brief.\n\nhi",) and [b.language for b in battles] == ["German", None, None]
+    assert reader.facts["not_anonymous"] == 1
+
+
+# --- the folder of cases --------------------------------------------------------------------------------------
+
+FIRST_TURNS = ("How does a kettle work?", "Shorter, please.")
+
+
+@pytest.mark.parametrize(
+    ("file", "outcome", "texts"),
+    [
+        ("ok_train.csv", 60, "JSON lists of turns"),
+        ("ok_test.csv", 12, "JSON lists of turns"),
+        ("test_language.csv", 12, "JSON lists of turns"),
+        ("test_one_bad.csv", 11, "JSON lists of turns"),
+        ("utf8.csv", 60, "JSON lists of turns"),
+        ("part_one.csv", 40, "JSON lists of turns"),
+        ("two_sources/b_valid.csv", 20, "JSON lists of turns"),
+        ("mt_bench_unique_ids.parquet", 60, "lists of messages"),
+        ("arena140k.parquet", 60, "lists of messages"),
+        ("flat_bothbad.parquet", 60, "lists of messages"),
+        ("battles.jsonl", 60, "lists of messages"),
+        ("battles.jsonl.gz", 60, "lists of messages"),
+        ("battles.json", 60, "lists of messages"),
+        ("bool_flags.csv", 60, "JSON lists of turns"),
+        ("python_lists.csv", 60, "Python lists of turns"),
+        ("plain_onehot.csv", 60, "plain texts"),
+        ("bothbad_blank.csv", ["no winner", "10 of 60 rows", "both are bad"], None),
+        ("pointer.csv", ["git-LFS pointer", "git lfs pull"], None),
+    ],
+)
+def test_the_folder_of_cases(file, outcome, texts):
+    path = REAL.parent / "cases" / file
+    if not path.exists():
+        pytest.skip("the folder of cases is not beside this checkout")
+    if isinstance(outcome, list):
+        assert not [words for words in outcome if words not in str(error_of(path))]
+        return
+    reader = VoteReader(path, labelled="test" not in file)
+    battles = [battle for _, battle in reader]
+    assert (len(battles), reader.facts["texts"]) == (outcome, texts)
+    assert not [battle for battle in battles if battle.prompts[0][:1] in ("[", "{", "'")]
+    if reader.labelled and outcome == 60:
+        assert Counter(battle.verdict for battle in battles) == {"a": 20, "b": 20, "tie": 20}
+    if file.startswith("mt_bench"):
+        assert [battle.turns for battle in battles[:2]] == [1, 2]
+    if file == "test_language.csv":
+        assert battles[0].language == "English" and battles[0].prompts == FIRST_TURNS
+
+
+# --- what is not read is named --------------------------------------------------------------------------------
+
+
+def many(columns, *rows: list, votes=None) -> list[dict]:
+    """Return records with verdicts, the given texts by turns."""
+    found = [dict(zip(columns, rows[i % len(rows)], strict=True)) for i in range(12)]
+    return [{"id": i, **row, "winner": "model_a"} for i, row in enumerate(found)]
+
+
+IMAGE = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, *messages("", "x")[1:]]
+URL = [{"role": "user", "content": [{"type": "text", "text": "?"}, {"type": "image_url"}]}, *messages("", "x")[1:]]
+AS_JSON = "json.dumps"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1\n", ["git-LFS pointer", "git lfs pull"]),
+        (b"<!DOCTYPE html>\n<html>", ["is a web page", "login"]),
+        (b"<html><body>", ["is a web page"]),
+        (many(BOTH, [IMAGE, IMAGE]), ["12 of 12 rows", "holds 'image'", "texts alone", "leave out"]),
+        (many(BOTH, [URL, URL]), ["holds 'image_url'", "leave out"]),
+        (many((*ANSWERS, "images"), ["q", "a", "b", ["x.png"]]), ["battles about images (column images)"]),
+        (many(ANSWERS, ["['a' 'b']", "['c'\n 'd']", "['e' 'f']"]), ["12 rows", "pandas' text of lists", AS_JSON]),
+        (many(ANSWERS, ["['a' \"b's\"]", "['c' 'd']", "['e']"]), ["pandas' text of lists", AS_JSON]),
+        (many(BOTH, ["[{'role': 'user', 'content': 'x'}\n {'role': 'assistant', 'content': 'y'}]"] * 2), [AS_JSON]),
+        (many((*ANSWERS, "judge"), ["q", "a", "b", "gpt-4"]), ["verdicts of a model", "column judge: gpt-4", "human"]),
+        (many((*ANSWERS, "judge"), ["q", "a", "b", ["claude-v1", "pair"]]), ["verdicts of a model"]),
+        (many((*ANSWERS, "judge"), ["q", "a", "b", "Qwen2-72B"]), ["verdicts of a model", "remove the column judge"]),
+        (many(PAIR[1:], ["good", "bad"]), ["a text without its prompt", "--columns prompt=COLUMN"]),
+        (
+            many(ANSWERS, [["q"], ["a"], [7]], [["q"], ["a"], [8]]),
+            ["12 rows, the first is row 1 (", "not a text: 7"],
+        ),
+        (b'{"id": {"0": 1}, "prompt": {"0": "x"}}', ["JSON by columns", "orient='records'"]),
+        (b'[{"id": 1, "prompt": "x"},\n {"id": 2, "pro', ["is not JSON", "object 2", "cut off"]),
+        (b'[{"id": 1}, {"id": 2} {"id": 3} oops]', ["is not JSON", "object 4"]),
+        (b"[]", ["holds no JSON object"]),
+        (b"{oops\n", ["is not JSON", "object 1"]),
+        (b'{"id": "\xfc"}\n', ["is not UTF-8", "0xfc"]),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_remedy(tmp_path, content, words):
+    path = tmp_path / "votes"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        write(path, content)
+    said = str(error_of(path))
+    assert not [each for each in words if each not in said], said
+
+
+@pytest.mark.parametrize(
+    ("votes", "words"),
+    [
+        (["1,0,0", "0,1,0", "0,0,0", "0,0,0"], ["row 3: (id 2)", "no winner", "2 of 4 rows", "both are bad"]),
+        (["1,0,0", ",,", ",,", ",,"], ["row 2", "no winner", "3 of 4 rows", "ties"]),
+        (["model_a", "", "tie", ""], ["row 2", "no winner", "2 of 4 rows", "both are bad"]),
+        (["model_a", "model_c", "tie", ""], ["row 2", "unknown winner 'model_c'", "2 of 4 rows", "exactly one winner"]),
+        (["1,0,0"] * 70 + [".5,.3,.2"], ["row 71", "no clear winner", "sum to 1"]),
+        ([".5,.3,.2"] * 3 + [".5,.3,.1"], ["row 4", "no shares that sum to 1"]),
+    ],
+)
+def test_rows_without_a_winner_are_counted(tmp_path, votes, words):
+    columns = PROBABILITY_COLUMNS if "," in votes[0] else ("winner",)
+    path = table(tmp_path / "x.csv", ANSWERS, ["q", "a", "b"], [vote.split(",") for vote in votes], columns)
+    said = str(error_of(path))
+    assert not [each for each in words if each not in said], said
+    assert len(read(path, labelled=False)) == len(votes)
+
+
+@pytest.mark.parametrize(
+    ("columns", "labelled", "what", "remedy"),
+    [
+        (COLUMNS[:5] + COLUMNS[6:8], True, "['response_b', 'winner_tie']", "add or rename"),
+        (["id", "conversation_a", "winner"], True, "['conversation_b']", "add or rename"),
+        (["id", "conversation_a", "conversation_b"], True, "['winner']", "this is a table without verdicts"),
+        (["x", "y"], False, "['prompt', 'response_a', 'response_b']", "this is not a table of battles"),
+        (
+            ["question", "left", "right", "label"],
+            True,
+            "4 column(s)",
+            "prompt=question,response_a=left,response_b=right",
+        ),
+        (["ID", *ANSWERS, "winner"], True, "['id']", "did you mean --columns id=ID?"),
+        (["id", "prompts", "response_a", "response_b"], False, "['prompt']", "prompt=prompts?"),
+        (["chosen", "prompt"], True, "['rejected']", "add or rename"),
+    ],
+)
+def test_a_table_that_lacks_columns_is_recognised(tmp_path, columns, labelled, what, remedy):
+    error = error_of(write_csv(tmp_path / "x.csv", [["1"] * len(columns)], columns), labelled=labelled)
+    assert what in error.what and str(columns)[1:30] in error.what
+    assert remedy in error.remedy
+
+
+GIVEN = {"prompt": "question", "response_a": "left", "response_b": "right", "winner": "label", "id": "key"}
+
+
+def test_a_table_with_other_names_is_read_by_them(tmp_path):
+    record = {"key": "k", "question": "q", "left": "a", "right": "b", "label": "A", "prompt": "not this one"}
+    path, test = write(tmp_path / "x.csv", [record]), dict(list(record.items())[:4])
+    assert [b for _, b in VoteReader(path, labelled=True, columns=GIVEN)] == [Battle("k", ("q",), ("a",), ("b",), "a")]
+    test = write(tmp_path / "test.csv", [dict(list(record.items())[:4])])
+    assert [b.verdict for _, b in VoteReader(test, labelled=False, columns=GIVEN)] == [None]
+    usual = write(tmp_path / "usual.csv", [{"id": "1", "prompt": "q", "response_a": "a", "response_b": "b"}])
+    assert [b.id for _, b in VoteReader(usual, labelled=False, columns=GIVEN)] == ["1"]
+    error = error_of(path, columns=GIVEN | {"prompt": "questoin"})
+    assert error.exit_code == 2 and "no column 'questoin'" in error.what and "prompt=question?" in error.remedy
+    with pytest.raises(UsageError, match=r"'promt' is no name of ours") as caught:
+        VoteReader(path, labelled=True, columns={"promt": "question"})
+    assert "did you mean prompt?" in caught.value.remedy
+
+
+def test_plain_texts_and_turns_do_not_mix_in_one_experiment(tmp_path):
+    vote = ([("A",)], ("winner",))
+    kinds = {"plain": ["q", "a", "b"], "turns": ['["q"]', '["a"]', '["b"]']}
+    plain, turns = (
+        VoteReader(table(tmp_path / f"{n}.csv", ANSWERS, c, *vote), labelled=True) for n, c in kinds.items()
+    )
+    talk = VoteReader(table(tmp_path / "z.jsonl", BOTH, [messages("q", "a")] * 2, *vote), labelled=True)
+    for train, test in ((plain, plain), (turns, turns), (talk, turns), (turns, talk), (talk, plain)):
+        train.require_same_texts(test)
+    for train, test in ((plain, turns), (turns, plain)):
+        with pytest.raises(ArenaError, match="plain texts") as caught:
+            train.require_same_texts(test)
+        assert str(test.path) in caught.value.where and "JSON lists of turns" in caught.value.what
+
+
+# --- files -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -120,23 +447,6 @@ def test_escapes_become_text_that_can_be_written(tmp_path, written, text):
     assert "".join(battle.responses_a).encode("utf-8")
 
 
-@pytest.mark.parametrize("flags", [["0.0", "1.0", "0.0"], [" 0", "1 ", "0.00"]])
-def test_one_hot_in_other_spellings(tmp_path, flags):
-    rows = [kaggle_row("1")[:6] + flags]
-    assert read(write_csv(tmp_path / "x.csv", rows))[0].verdict == "b"
-
-
-def test_a_test_set_has_no_verdicts_and_a_labelled_file_may_be_scored(tmp_path):
-    bare = [row[:1] + row[3:6] for row in good_rows(3)]
-    path = write_csv(tmp_path / "test.csv", bare, ["id", "prompt", "response_a", "response_b"])
-    assert [battle.verdict for battle in read(path, labelled=False)] == [None, None, None]
-    rows = [*good_rows(3), kaggle_row("9", verdict=None), [*kaggle_row("8")[:6], "1", "1", "0"]]
-    path = write_csv(tmp_path / "train.csv", rows)
-    assert [battle.verdict for battle in read(path, labelled=False)] == ["a", "b", "tie", None, None]
-    assert "winner_model_a" in error_of(tmp_path / "test.csv").what
-    assert "test set" in error_of(tmp_path / "test.csv").remedy
-
-
 def test_columns_may_stand_in_any_order_after_a_byte_order_mark_and_between_blank_lines(tmp_path):
     columns = ["language", *reversed(COLUMNS), "extra"]
     rows = [["German", *reversed(kaggle_row(str(i), verdict="tie")), "?"] for i in range(2)]
@@ -145,117 +455,6 @@ def test_columns_may_stand_in_any_order_after_a_byte_order_mark_and_between_blan
     reader = VoteReader(path, labelled=True)
     assert [row for row, _ in reader] == [1, 2]
     assert [(b.id, b.language, b.verdict) for b in read(path)] == [("0", "German", "tie"), ("1", "German", "tie")]
-    assert reader.schema == "kaggle"
-
-
-# --- the other two schemas ------------------------------------------------------------------------------------
-
-
-def conversation(*texts: str | None) -> list[dict]:
-    return [{"content": text, "role": ("user", "assistant")[i % 2]} for i, text in enumerate(texts)]
-
-
-CONVERSATIONS = {
-    "question_id": ["q1", "q2", "q3", "q4"],
-    "model_a": ["m"] * 4,
-    "winner": ["model_a", "model_b", "tie", "tie (bothbad)"],
-    "conversation_a": [conversation("hi", f"a{i}", "more", None) for i in range(4)],
-    "conversation_b": [conversation("hi", f"b{i}", "more", "end") for i in range(4)],
-    "language": ["English", "German", None, "French"],
-}
-
-
-def as_text(columns: dict[str, list]) -> tuple[list[list[str]], list[str]]:
-    cells = [
-        [value if isinstance(value, str) else json.dumps(value) for value in row]
-        for row in zip(*columns.values(), strict=True)
-    ]
-    return [["" if value == "null" else value for value in row] for row in cells], list(columns)
-
-
-def test_arena_conversations_from_parquet_and_csv(tmp_path):
-    first = write_parquet(tmp_path / "first", CONVERSATIONS)
-    second = write_csv(tmp_path / "second", *as_text(CONVERSATIONS))
-    battles = read(first)
-    assert VoteReader(first, labelled=True).schema == "arena_conversations"
-    assert battles[1] == Battle("q2", ("hi", "more"), ("a1", ""), ("b1", "end"), "b", "German")
-    assert [battle.verdict for battle in battles] == ["a", "b", "tie", "tie"]
-    assert read(second) == battles
-    unlabelled = {name: CONVERSATIONS[name] for name in ("conversation_a", "conversation_b")} | {"id": [1, 2, 3, 4]}
-    assert [battle.id for battle in read(write_parquet(tmp_path / "third", unlabelled), labelled=False)] == list("1234")
-
-
-@pytest.mark.parametrize(
-    ("broken", "reason"),
-    [
-        (conversation("other", "b", "more", "end"), "the user's turns in conversation_a and conversation_b differ"),
-        (conversation("hi", "b", "more"), "conversation_b ends with the user"),
-        (conversation("hi", "b"), "the user's turns in conversation_a and conversation_b differ"),
-        ([{"role": "system", "content": "x"}], "conversation_b message 1 has the role 'system'"),
-        ([{"role": "user"}], "conversation_b message 1 is not an object with role and content"),
-        (["hi"], "conversation_b message 1 is not an object with role and content"),
-        ([{"role": "user", "content": 7}], "conversation_b message 1 is not a text: 7"),
-        ([], "conversation_b has no turn"),
-    ],
-)
-def test_broken_conversations_are_rejected(tmp_path, broken, reason):
-    columns = {name: values[:2] for name, values in CONVERSATIONS.items()} | {
-        "conversation_b": [broken, CONVERSATIONS["conversation_b"][1]]
-    }
-    reader = VoteReader(write_csv(tmp_path / "x.csv", *as_text(columns)), labelled=True)
-    assert [battle.id for _, battle in reader] == ["q2"]
-    assert reader.rejected[0].reason.startswith(reason)
-    assert (reader.rejected[0].row, reader.rejected[0].id) == (1, "q1")
-
-
-WSDM = {
-    "id": ["w1", "w2", "w3"],
-    "prompt": ['["not a list, but a text"]', "two\nlines", "p"],
-    "response_a": ["a", "b", ""],
-    "response_b": ["c", "", "d"],
-    "winner": ["model_b", "model_a", "model_a"],
-    "language": ["Korean", "English", ""],
-}
-
-
-def test_the_wsdm_table_holds_plain_texts(tmp_path):
-    battles = read(write_csv(tmp_path / "x.csv", *as_text(WSDM)))
-    assert battles[0] == Battle("w1", ('["not a list, but a text"]',), ("a",), ("c",), "b", "Korean")
-    assert battles[1] == Battle("w2", ("two\nlines",), ("b",), ("",), "a", "English")
-    assert battles[2].language is None
-    with_nulls = {name: [value or None for value in values] for name, values in WSDM.items()}
-    assert read(write_parquet(tmp_path / "x.parquet", with_nulls)) == battles
-
-
-def test_the_wsdm_test_set_is_known_by_scored_or_language(tmp_path):
-    for mark in ("scored", "language"):
-        columns = {name: WSDM[name] for name in ("id", "prompt", "response_a", "response_b")} | {mark: ["True"] * 3}
-        reader = VoteReader(write_csv(tmp_path / "x.csv", *as_text(columns)), labelled=False)
-        assert [battle.verdict for _, battle in reader] == [None] * 3
-        assert reader.schema == "wsdm"
-
-
-# --- one table in three formats -------------------------------------------------------------------------------
-
-
-def test_csv_gzip_and_parquet_give_the_same_battles_whatever_the_files_name(tmp_path):
-    rows = [
-        kaggle_row(str(i), cell(["ü", None]), cell(["😀", ""]), cell([f"{i}", "/"]), VERDICTS[i % 3])
-        for i in range(700)
-    ]
-    plain = write_csv(tmp_path / "a.parquet", rows)
-    zipped = write_csv(tmp_path / "b.gz", rows).rename(tmp_path / "b.csv")
-    texts = {name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}
-    numbers = {name: [int(value) for value in texts[name]] for name in ("id", *PROBABILITY_COLUMNS)}
-    lists = {name: [json.loads(value) for value in texts[name]] for name in ("prompt", "response_a", "response_b")}
-    floats = {name: [float(value) for value in values] for name, values in numbers.items()}
-    battles = read(plain)
-    assert len(battles) == 700
-    assert battles[1] == Battle("1", ("ü", ""), ("😀", ""), ("1", "/"), "b")
-    assert read(zipped) == battles
-    assert read(write_parquet(tmp_path / "c.csv", texts)) == battles
-    assert read(write_parquet(tmp_path / "d", texts | numbers)) == battles
-    assert read(write_parquet(tmp_path / "e", texts | lists | floats)) == battles
 
 
 @pytest.mark.parametrize(
@@ -273,7 +472,7 @@ def test_real_votes(file, rows, verdicts):
         pytest.skip("the real votes are not on this machine")
     reader = VoteReader(path, labelled=None not in verdicts)
     battles = [battle for _, battle in reader]
-    assert (reader.schema, reader.rows_read, reader.rejected) == ("kaggle", rows, [])
+    assert (reader.facts["texts"], reader.rows_read, reader.rejected) == ("JSON lists of turns", rows, [])
     assert Counter(battle.verdict for battle in battles) == verdicts
     for battle in battles:
         assert len(battle.prompts) == len(battle.responses_a) == len(battle.responses_b) >= 1
@@ -310,7 +509,7 @@ def test_a_lost_quote_costs_its_rows_only(tmp_path):
 
 def test_scraps_of_a_broken_row_are_not_duplicate_ids(tmp_path):
     rows = [[f"{i}", f"p{i}\n}}\n}}\nend", "a", "b", "model_a", ""] for i in range(500)]
-    path = write_csv(tmp_path / "x.csv", rows, list(WSDM))
+    path = write_csv(tmp_path / "x.csv", rows, ["id", *ANSWERS, "winner", "language"])
     path.write_bytes(path.read_bytes().replace(b'"p7\n', b'p7"\n'))
     reader = VoteReader(path, labelled=True)
     assert len(list(reader)) == 499
@@ -328,32 +527,6 @@ def test_one_percent_is_allowed_and_more_is_not(tmp_path):
 
 
 # --- a bad file stops with one error --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("winner", "what"), [("", "no winner"), (None, "no winner"), ("model_c", "unknown winner 'model_c'")]
-)
-def test_an_unknown_winner_stops(tmp_path, winner, what):
-    for columns in (WSDM, CONVERSATIONS):
-        columns = columns | {"winner": [winner, *columns["winner"][1:]]}
-        assert what in error_of(write_parquet(tmp_path / "x", columns)).what
-
-
-@pytest.mark.parametrize(
-    ("columns", "labelled", "what", "remedy"),
-    [
-        (COLUMNS[:5] + COLUMNS[6:8], True, "['response_b', 'winner_tie']", "nearest known schema is kaggle"),
-        (["id", "conversation_a", "winner"], True, "['conversation_b']", "nearest known schema is arena_conversations"),
-        (["conversation_a", "conversation_b"], True, "['question_id or id', 'winner']", "arena_conversations"),
-        (["id", "question", "language"], True, "['prompt', 'response_a', 'response_b', 'winner']", "schema is wsdm"),
-        (["x", "y"], False, "['id', 'prompt', 'response_a', 'response_b']", "this is not a table of battles"),
-        (["id", "conversation_a", "conversation_b"], True, "['winner']", "this is a table without verdicts"),
-    ],
-)
-def test_a_table_that_lacks_columns_is_recognised(tmp_path, columns, labelled, what, remedy):
-    error = error_of(write_csv(tmp_path / "x.csv", [["1"] * len(columns)], columns), labelled=labelled)
-    assert what in error.what and str(columns)[1:30] in error.what
-    assert remedy in error.remedy
 
 
 def test_a_hopeless_table_is_not_read_to_its_end(tmp_path):

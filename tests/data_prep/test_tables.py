@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import json
 import random
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from common.errors import ArenaError
+from data_prep.readers import VoteReader
 from data_prep.tables import BrokenRow, open_table, open_tables
 
 NAMES = ["id", "text"]
@@ -100,6 +103,45 @@ def test_latin_1_is_named_with_row_and_byte(tmp_path, pack, row, where):
     with pytest.raises(ArenaError, match="is not UTF-8: byte 0xf6") as caught:
         cells(path)
     assert caught.value.where == f"{path} {where}" and "iconv" in caught.value.remedy
+
+
+OBJECTS = [{"id": "1", "text": "a"}, {"id": "2", "text": "x" * 200_000}, {"text": "é\ud83d", "id": 3, "more": [1]}]
+READ = ["a", "x" * 200_000, "é\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("\n".join(map(json.dumps, OBJECTS)), READ),
+        ("\r\n\r\n".join(map(json.dumps, OBJECTS)) + "\n", READ),
+        ("\ufeff" + json.dumps(OBJECTS), READ),
+        (f"\n {json.dumps(OBJECTS, indent=2)} \n", READ),
+        ("\n".join(json.dumps(each, indent=1) for each in OBJECTS), READ),
+        (
+            '{"id": 1, "text": "a"}\n{"id": 2,\n[1]\n{"id": 4}\n',
+            ["a", "is not JSON: ", "is no JSON object: '[1]", None],
+        ),
+        ('{"id": 1, "text": "a"}\n' + "[" * 100_000 + "\n", ["a", "is not JSON: nested too deeply"]),
+        ('[{"id": 1, "text": "a"}, 7]', ["a", "is no JSON object: '7'"]),
+    ],
+)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_json_objects_one_a_line_in_a_list_or_one_behind_another(tmp_path, pack, written, expected):
+    path = tmp_path / "x.csv"  # whatever it is called
+    path.write_bytes(pack(written.encode("utf-8")))
+    for found, wanted in zip(cells(path), expected, strict=True):
+        assert found.reason.startswith(wanted) if isinstance(found, BrokenRow) else found == wanted
+
+
+def test_a_header_of_a_hundred_thousand_columns_is_read_in_a_second(tmp_path):
+    names = [f"c{i}" for i in range(100_000)]
+    path = tmp_path / "x.csv"
+    for columns, found in ((names, "lacks 4 column"), ([*names, *names[:50]], "twice")):
+        path.write_text(",".join(columns) + "\n" + ",".join("1" * len(columns)) + "\n")
+        started = time.process_time()
+        with pytest.raises(ArenaError, match=found) as caught:
+            VoteReader(path, labelled=True)
+        assert time.process_time() - started < 3 and len(str(caught.value)) < 1500
 
 
 def test_a_folder_holds_parts_alone(tmp_path):
