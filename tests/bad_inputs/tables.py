@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from tests.bad_inputs.place import (
     COLUMNS,
     PREPARE,
     PREPARE_TEST,
-    Case,
     Place,
     cases,
     change,
@@ -143,6 +143,12 @@ def moved(name: str, new: str) -> Any:
 def linked(name: str, new: str) -> Any:
     """Return what moves a file or folder and leaves a link to it."""
     return lambda place: (Path(name).rename(new), Path(name).symlink_to(Path(new).absolute()))
+
+
+def own(name: str) -> Any:
+    """Return what puts a file of a person into the export's folder."""
+    path = Path("data/exam", name)
+    return lambda place: (path.parent.mkdir(parents=True, exist_ok=True), path.write_text("mine"))
 
 
 LIES_IN, STRANGERS = "lies in data/exam, and an export replaces this folder", "holds 1 file(s) that no export wrote"
@@ -344,7 +350,20 @@ OTHERS = [
     ("truth_short_row", truth(f"{NAMES}1,1,0,0\n2,1\n"), WITH_TRUTH, "truth.csv row 2"),
 ]
 LOSSES = [
-    Case(f"own_file_{i}", write("data/exam/own.jsonl", "{}"), call, (STRANGERS, "own.jsonl", "outside of data/exam"))
-    for i, call in enumerate((PREPARE, PREPARE_TEST, (*PREPARE, "--pairs")))
+    *(
+        (f"own_file_{i}", own("own.jsonl"), call, STRANGERS, "own.jsonl", "outside of data/exam")
+        for i, call in enumerate((PREPARE, PREPARE_TEST, (*PREPARE, "--pairs")))
+    ),
+    *(
+        (f"own_{Path(name).stem}", own(name), PREPARE, STRANGERS, f": {name}")
+        for name in (".hidden", "notes/deep/x.md", "truth.csv")
+    ),
+    ("own_link", lambda p: Path("data/exam/votes").symlink_to("nowhere"), PREPARE, STRANGERS, ": votes"),
+    (
+        "file_in_the_folders_place",
+        lambda p: (shutil.rmtree("data/exam"), Path("data/exam").write_text("mine")),
+        PREPARE,
+        "is a file, where the export makes a folder",
+    ),
 ]
-CASES = [*cases(TRAIN, PREPARE), *cases(CELLS, PREPARE, code=0), *cases(OTHERS), *LOSSES]
+CASES = [*cases(TRAIN, PREPARE), *cases(CELLS, PREPARE, code=0), *cases(OTHERS), *cases(LOSSES)]

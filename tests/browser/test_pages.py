@@ -105,27 +105,3 @@ def test_an_experiment_is_loaded_started_and_its_chart_moves(tab, servers, train
     job = (trained / "saves" / "arena-tiny" / "lora" / made[0] / "board_job.log").read_text()
     assert "Running training" in job and "Num examples = 1,260" in job.replace("1260", "1,260")
     assert tab.errors == []
-
-
-def test_a_run_of_the_command_line_shows_its_log_and_its_chart(tab, servers, trained):
-    open_board(tab, servers["board"].url)
-    choose(tab, "Output dir", "demo_sft")
-    tab.page.get_by_text("Output dir already exists").first.wait_for()
-    log = tab.page.locator("pre:visible").last
-    tab.until(log.inner_text, lambda text: "***** Running training *****" in text)
-    assert "Traceback" not in log.inner_text() and "it/s]" not in log.inner_text()
-    tab.until(lambda: chart(tab), bool)
-    tab.page.get_by_text("Running 40/40").wait_for()
-    tab.picture("board_earlier_run")
-    assert tab.errors == []
-
-
-def test_a_preference_stage_names_its_own_base_and_loads_its_data_sets_at_the_second_press(tab, servers, trained):
-    open_board(tab, servers["board"].url)
-    load(tab, "demo_dpo_judge.yaml")
-    tab.until(lambda: model_path(tab), lambda path: path == "outputs/demo/sft/merged")
-    tab.page.wait_for_timeout(1500)  # what followed the change of the stage has come by now
-    press(tab, "Load arguments")
-    tab.until(lambda: data_sets(tab), lambda seen: seen == ["demo_dpo_judge_train"])
-    tab.until(tab.page.get_by_label("Chat template").input_value, lambda name: name == "qwen3_nothink")
-    assert tab.errors == []

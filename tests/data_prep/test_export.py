@@ -65,9 +65,10 @@ def test_files_describe_themselves(experiment, arena):
     assert pq.read_metadata(folder / "battles.parquet").num_rows == 320
 
 
-def test_entries_of_a_person_stay_in_the_list_of_all_sets(experiment, arena):
+@pytest.mark.parametrize("folder", ["data", "data/exam"])
+def test_entries_of_a_person_stay_in_the_lists_of_sets(experiment, arena, folder):
     export(experiment, arena.train)
-    path = Path("data/dataset_info.json")
+    path = Path(folder, "dataset_info.json")
     theirs = {
         "hub": {"hf_hub_url": "somebody/something"},
         "exam_dpo_hub": {"ms_hub_url": "o/n", "file_name": "exam/sft_train.jsonl"},

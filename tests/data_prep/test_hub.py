@@ -1,9 +1,7 @@
 """A hub that does not answer: one request, no retries on the terminal, the cache where it has the model."""
 
-import http.server
 import subprocess
 import sys
-import threading
 
 import pytest
 from chain import ROOT
@@ -62,22 +60,3 @@ def test_a_folder_and_a_hub_that_is_switched_off_need_no_request(library, monkey
     with offline_if_unreachable("some/model", "main"):
         assert library.HF_HUB_OFFLINE is True
     assert library.HF_HUB_OFFLINE is True
-
-
-def test_a_refusal_is_an_answer(library, monkeypatch):
-    class Refuses(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.send_error(401)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Refuses)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    place = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/{{revision}}/{{filename}}"
-    monkeypatch.setattr(library, "HUGGINGFACE_CO_URL_TEMPLATE", place)
-    try:
-        with offline_if_unreachable("some/model", "main"):
-            assert library.HF_HUB_OFFLINE is False
-    finally:
-        server.shutdown()

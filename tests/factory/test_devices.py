@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 
 from factory import devices as module
-from factory.devices import Devices, Gpu, Product, devices, four_bit_product, look
+from factory.devices import Devices, Gpu, Product, devices, look
 
 
 @pytest.fixture(autouse=True)
@@ -47,24 +47,6 @@ def test_gpus_are_read_from_torch(monkeypatch, capability, hip, bf16):
     seen = look(products=False)
     assert seen.gpus == (Gpu("Card", 24.0, 6.0, bf16),) * 2
     assert seen.accelerator == "cuda"
-
-
-@pytest.mark.slow
-def test_a_4_bit_product_is_near_and_a_broken_kernel_is_not(monkeypatch):
-    from bitsandbytes.nn import Linear4bit
-
-    good = four_bit_product("cpu")
-    assert good.works and good.kernel_error > 0
-    true = Linear4bit.forward
-    monkeypatch.setattr(Linear4bit, "forward", lambda self, x: true(self, x) * 1.1)
-    assert not four_bit_product("cpu").works
-
-    def crash(self, x):
-        raise RuntimeError("no kernel image is available\nand more")
-
-    monkeypatch.setattr(Linear4bit, "forward", crash)
-    assert four_bit_product("cpu") == Product("cpu", failure="RuntimeError: no kernel image is available")
-    assert not four_bit_product("cpu").works
 
 
 @pytest.mark.parametrize("error", [subprocess.TimeoutExpired("x", 1), OSError("no python")])
