@@ -90,10 +90,11 @@ _NOT_EXTRA = {
 }
 
 
-def board_config(context: StageContext, recipe: dict[str, Any], model_name: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the saved configuration that starts `recipe` from LLaMA Board, and a sentence for each key it cannot have.
+def board_config(context: StageContext, recipe: dict[str, Any], model_name: str) -> dict[str, Any]:
+    """Return the saved configuration that starts `recipe` from LLaMA Board: values by element id.
 
-    Values by element id; `model_name` is the page's name of the model. The page draws a fresh output folder itself.
+    `model_name` is the page's name of the model. The page draws a fresh output folder itself. Raises ArenaError where
+    it would start the recipe with another value.
     """
     extra = {key: value for key, value in recipe.items() if key not in _NOT_EXTRA}
     # The page would pass 16 and true.
@@ -102,10 +103,9 @@ def board_config(context: StageContext, recipe: dict[str, Any], model_name: str)
     reporters, bits = names(recipe.get("report_to")), recipe.get("quantization_bit")
     if len(reporters) > 1:  # the element takes one
         extra["report_to"] = reporters
-    numbers, left_out = _numbers(recipe, extra)
     if bits and recipe.get("double_quantization") is False:
-        left_out.append("double_quantization: LLaMA Board always quantizes twice")
-    values = {
+        raise ArenaError("double_quantization: LLaMA Board always quantizes twice")
+    return {
         "top.model_name": model_name,
         "top.finetuning_type": recipe.get("finetuning_type", "lora"),
         "top.checkpoint_path": [],
@@ -129,29 +129,25 @@ def board_config(context: StageContext, recipe: dict[str, Any], model_name: str)
         "train.use_pissa": bool(recipe.get("pissa_init", False)),
         "train.ds_stage": "none",
         **{f"train.{key}": bool(recipe.get(key, key == "enable_thinking")) for key in _SWITCHES},
-        **numbers,
+        **_numbers(recipe, extra),
         "train.extra_args": json.dumps(extra),
     }
-    return values, left_out
 
 
-def _numbers(recipe: dict[str, Any], extra: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the sliders' values; what a slider does not take is added to `extra`, or named as left out."""
-    values, left_out = {}, []
+def _numbers(recipe: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Return the sliders' values; what a slider does not take is added to `extra`, where that may overrule it."""
+    values = {}
     alpha = 2 * (recipe.get("lora_rank") or 8)  # LLaMA-Factory's own rule
     for key, slider in {**_SLIDERS, **_LATE_SLIDERS}.items():
         value = recipe.get(key)
         if value is None:
             value = alpha if key == "lora_alpha" else slider.default
-        if slider.takes(value):
-            values[f"train.{slider.element}"] = int(value) if slider.whole else value
-            continue
-        values[f"train.{slider.element}"] = slider.default
-        if key in _SLIDERS:
-            extra[key] = value
-        else:
-            left_out.append(f"{key}: {value} is not between {slider.low:g} and {slider.high:g}")
-    return values, left_out
+        if not slider.takes(value):
+            if key in _LATE_SLIDERS:
+                raise ArenaError(f"{key}: {value} is not between LLaMA Board's {slider.low:g} and {slider.high:g}")
+            extra[key], value = value, slider.default
+        values[f"train.{slider.element}"] = int(value) if slider.whole else value
+    return values
 
 
 @dataclass(frozen=True)
@@ -226,10 +222,9 @@ def lay_out() -> tuple[list[Path], list[str]]:
         try:
             if context.recipe_path.is_file() and (faults := check_recipe(context.experiment, context.name)):
                 raise ArenaError("; ".join(faults))
-            values, left_out = configuration(context, model)
-            configs.append(CONFIGS / f"{context.experiment.name}_{context.name}.yaml")
-            _write_yaml(configs[-1], values)
-            notes += [f"{configs[-1]}: LLaMA Board cannot set {each}" for each in left_out]
+            path = CONFIGS / f"{context.experiment.name}_{context.name}.yaml"
+            _write_yaml(path, configuration(context, model))
+            configs.append(path)
         except ArenaError as error:
             notes.append(f"{name} is left out: {str(error).splitlines()[0]}")
         try:
@@ -244,7 +239,7 @@ def lay_out() -> tuple[list[Path], list[str]]:
     return configs, notes
 
 
-def configuration(context: StageContext, model: BoardModel) -> tuple[dict[str, Any], list[str]]:
+def configuration(context: StageContext, model: BoardModel) -> dict[str, Any]:
     """Return board_config() of a stage's recipe or, before `prepare`, of what would be rendered."""
     if context.recipe_path.is_file():
         recipe = context.recipe
@@ -266,15 +261,15 @@ def publish_run(context: StageContext, model: BoardModel) -> None:
     if link != adapter and not os.path.lexists(link):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(adapter, link.parent), target_is_directory=True)
-    record = context.state.record("train")
-    recipe = record.inputs.get(str(context.recipe_path)) if record else None
-    if isinstance(recipe, dict):
-        _write_yaml(adapter / RUN_CONFIG, board_config(context, recipe, model.name)[0])
-    elif not (adapter / RUN_CONFIG).is_file():
-        _write_yaml(adapter / RUN_CONFIG, configuration(context, model)[0])
     if lines := log_lines(context.folder / "train.log"):
         with atomic_file(adapter / RUN_LOG) as file:
             file.write("\n".join(lines) + "\n")
+    record = context.state.record("train")
+    recipe = record.inputs.get(str(context.recipe_path)) if record else None
+    if isinstance(recipe, dict):
+        _write_yaml(adapter / RUN_CONFIG, board_config(context, recipe, model.name))
+    elif not (adapter / RUN_CONFIG).is_file():
+        _write_yaml(adapter / RUN_CONFIG, configuration(context, model))
 
 
 _LOG_TAIL = 60_000  # bytes of train.log; the page shows the last 20,000 characters

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from common.errors import UsageError
+from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment, read_yaml
 from factory.board import BoardModel, board_config, board_models, lay_out
 from factory.fingerprint import model_files
@@ -99,16 +99,18 @@ def test_without_experiments_it_is_the_wrong_folder(workplace):
     assert list(workplace.iterdir()) == [workplace / "templates"]
 
 
-def test_what_no_element_takes_is_an_extra_argument_or_left_out(make_experiment):
-    recipe = {"template": "qwen3_nothink", "stage": "dpo", "pref_beta": 2.0, "warmup_steps": 0.05, "save_steps": 3}
-    recipe |= {"report_to": ["wandb", "tensorboard"], "quantization_bit": 8, "double_quantization": False}
-    values, left_out = board_config(StageContext(make_experiment(), "dpo_judge"), recipe, "none")
+def test_what_no_element_takes_is_an_extra_argument_or_refused(make_experiment):
+    recipe = {"template": "qwen3_nothink", "stage": "dpo", "warmup_steps": 0.05, "save_steps": 3}
+    recipe |= {"report_to": ["wandb", "tensorboard"], "quantization_bit": 8}
+    context = StageContext(make_experiment(), "dpo_judge")
+    values = board_config(context, recipe, "none")
     extra = json.loads(values["train.extra_args"])
     assert (extra["warmup_steps"], extra["save_steps"]) == (0.05, 3)
     assert extra["report_to"] == ["wandb", "tensorboard"] and values["train.report_to"] == "wandb"
-    assert [each.split(":")[0] for each in left_out] == ["pref_beta", "double_quantization"]
-    assert values["top.quantization_bit"] == "8" and "pref_beta" not in extra
-    assert yaml.safe_load(yaml.safe_dump(values)) == values
+    assert values["top.quantization_bit"] == "8" and yaml.safe_load(yaml.safe_dump(values)) == values
+    for key, value in {"pref_beta": 2.0, "double_quantization": False}.items():
+        with pytest.raises(ArenaError, match=f"{key}: "):
+            board_config(context, recipe | {key: value}, "none")
 
 
 def test_every_base_has_its_own_name_and_folder(make_experiment):
