@@ -46,7 +46,7 @@ ROWS, BATTLES, AUDIT = f"{DATA}/rows.parquet", f"{DATA}/battles.parquet", f"{DAT
 JUDGE, WEIGHTS = f"{MERGED}/judge.json", f"{MERGED}/model.safetensors"
 TOKENIZER, MODEL_CONFIG = f"{MERGED}/tokenizer.json", f"{MERGED}/config.json"
 CONFIG, TENSORS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
-SCORES, CHANCES = f"{OUT}/scores_valid.parquet", f"{OUT}/probabilities_valid.csv"
+CHANCES = f"{OUT}/probabilities_valid.csv"
 TEST_SCORES, TEST_CHANCES = f"{OUT}/scores_test.parquet", f"{OUT}/probabilities_test.csv"
 NO_MODEL, NO_STATE = "the model cannot be loaded", "state.json: is not a state"
 AGAIN = "run prepare again"
@@ -146,7 +146,7 @@ TABLE_DAMAGE = {
 TABLES = [
     *((ROWS, call, "rows.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, FIRST_PROMPTS)),
     *((BATTLES, call, "battles.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, COMPARE, FIRST_PROMPTS)),
-    (SCORES, COMPARE, "scores_valid.parquet: is damaged"),
+    (TEST_SCORES, SHOW, "scores_test.parquet: is damaged", "score the stage"),
     (CHANCES, COMPARE, "probabilities_valid.csv: "),
 ]
 # What was computed before the fault showed waits for the next run.
@@ -272,7 +272,6 @@ FAULTS = [
         "give a share",
     ),
     ("compare_nothing_scored", remove(REPORT), COMPARE, "no stage of this experiment was scored yet"),
-    ("compare_no_scores", remove(SCORES), COMPARE, "scores_valid.parquet: is damaged", "score the stage again"),
     ("compare_chances_of_words", change(CHANCES, lambda d: d.replace(b"0.", b"x.")), COMPARE, "cannot be read"),
     ("compare_chances_no_column", change(CHANCES, lambda d: d.replace(b"_tie", b"_x")), COMPARE, "the header must be"),
     ("compare_flags_of_words", edited(REPORT, flags="red"), COMPARE, "no readable report"),
@@ -284,7 +283,6 @@ FAULTS = [
     ("show_no_judge_prompt", remove(f"{DATA}/judge_prompt.j2"), SHOW, "judge_prompt.j2: is damaged", AGAIN),
     ("show_judge_prompt_not_utf8", write(f"{DATA}/judge_prompt.j2", b"\xff"), SHOW, "judge_prompt.j2: is damaged"),
     ("show_manifest_without_settings", edited(MANIFEST, experiment=...), SHOW, "is damaged", AGAIN),
-    ("show_scores_of_words", write(TEST_SCORES, "hello"), SHOW, "scores_test.parquet: is damaged", "score the stage"),
     ("show_scores_lack_the_id", reduced(TEST_SCORES, ["group"]), SHOW, "scores_test.parquet: is damaged"),
     ("show_chances_not_utf8", write(TEST_CHANCES, b"\xff\xfe"), SHOW, "probabilities_test.csv: is damaged"),
     ("show_chances_cut_off", write(TEST_CHANCES, f"{HEAD}9000,0.5\n"), SHOW, "probabilities_test.csv: is damaged"),
