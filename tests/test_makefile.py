@@ -16,7 +16,7 @@ def tool(path: Path) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.parametrize("target", ["install", "extra-ray"])
+@pytest.mark.parametrize("target", ["install", "extra-ray", "extra-smollm2"])
 def test_a_folder_with_a_space_a_quote_and_a_dollar(tmp_path, target):
     folder = tmp_path / "my kaggle dir's $HOME"
     (folder / ".venv/bin").mkdir(parents=True)
