@@ -1,8 +1,7 @@
 """A judge that answers while it runs: battles of several requests are scored together, by one model.
 
     service = open_service(context, ScoreOptions(), show)
-    table = await service.scores(battles)       # raw scores and facts of each battle
-    answers = service.answers(battles, table)   # calibrated probabilities, as /v1/judge gives them
+    answers = await service.judge(battles)      # calibrated probabilities, as /v1/judge gives them
 
 While the model works on a batch, requests wait in a bounded queue; whatever waits then goes into the next batch.
 Prompt, budget, label tokens and calibration are those of scoring a table, so the answers are the same.
@@ -68,8 +67,8 @@ class Service:
         self._waiting: deque[tuple[Any, int, asyncio.Future]] = deque()
         self._characters, self._work = 0, None
 
-    async def scores(self, battles: Sequence[Battle]) -> pd.DataFrame:
-        """Return facts and raw scores of battles, label logits in both orders.
+    async def judge(self, battles: Sequence[Battle]) -> list[dict[str, Any]]:
+        """Return what /v1/judge says of each battle.
 
         Raises ArenaError for a battle that cannot be scored, Busy where too much is waiting.
         """
@@ -77,34 +76,8 @@ class Service:
         return await self._ask(tuple(battles), size)
 
     async def text_rewards(self, texts: Sequence[str]) -> list[float]:
-        """Return a reward model's score behind each whole conversation, chat template included; raises as `scores`."""
+        """Return a reward model's score behind each whole conversation, chat template included; raises as `judge`."""
         return await self._ask(list(texts), sum(map(len, texts)))
-
-    def answers(self, battles: Sequence[Battle], table: pd.DataFrame) -> list[dict[str, Any]]:
-        """Return what /v1/judge says of battles and their scores."""
-        used = self.calibration.used.apply(table)
-        chosen = used.argmax(axis=1)
-        found = []
-        for row, (battle, each) in enumerate(zip(battles, table.to_dict("records"), strict=True)):
-            answer: dict[str, Any] = {"id": battle.id, **dict(zip(VERDICTS, map(float, used[row]), strict=True))}
-            answer["choice"] = VERDICTS[chosen[row]]
-            if self.agreement:
-                answer["abstain"] = not self.agreement.answers(used[row : row + 1])[0]
-            answer["tokens"], answer["cut"] = each["tokens"], each["cut"]
-            answer["turns_dropped"], answer["tokens_uncut"] = each["turns_dropped"], each["tokens_uncut"]
-            found.append(answer)
-        if self.scorer.label_ids:
-            straight = self.calibration.links[1].apply(table)
-            turned = table.assign(**{a: table[b] for a, b in zip(AB_COLUMNS, BA_COLUMNS, strict=True)})
-            other = self.calibration.links[1].apply(turned)
-            for answer, one, two in zip(found, straight.tolist(), other.tolist(), strict=True):
-                answer["orders"] = {"ab": one, "ba": two}
-                # Total variation distance: the share of probability that moves when the answers change places.
-                answer["disagreement"] = float(np.abs(np.subtract(one, two)).sum() / 2)
-        else:
-            for answer, pair in zip(found, table[["reward_a", "reward_b"]].to_numpy().tolist(), strict=True):
-                answer["rewards"] = dict(zip(("a", "b"), pair, strict=True))
-        return found
 
     async def close(self) -> None:
         """Answer what was taken, then free the model."""
@@ -138,55 +111,53 @@ class Service:
             except Exception as error:  # whatever it is, the callers must hear of it
                 results = [error] * len(batch)
             for (_, _, answer), result in zip(batch, results, strict=True):
-                if answer.done():  # the caller has gone
-                    continue
-                answer.set_exception(result) if isinstance(result, Exception) else answer.set_result(result)
+                if not answer.done():  # else the caller has gone
+                    answer.set_exception(result) if isinstance(result, Exception) else answer.set_result(result)
 
     def _together(self, jobs: list[Any]) -> list[Any]:
         """Return each job's result or its own error; what all of them ask goes to the model in one call."""
-        prepared = [self._prepared(job) for job in jobs]
-        rows = [row for each in prepared if not isinstance(each, ArenaError) for row in each[1]]
         try:
-            scores = self.scorer.ask(rows, progress=lambda _: None, name="request {}".format) if rows else np.empty(0)
-        except ArenaError as error:  # of one row: the others must not suffer for it
+            judged = [battle for job in jobs if isinstance(job, tuple) for battle in job]
+            texts = [self._text_ids(text) for job in jobs if isinstance(job, list) for text in job]
+            answers, rows = iter(()), []
+            if judged:
+                fitted, inputs = zip(*self.scorer.fit(judged), strict=True)
+                orders = (False, True) if self.scorer.label_ids else (False,)
+                rows = [row for swapped in orders for row in self.scorer.prepare(inputs, swapped=swapped)]
+            scores = self.scorer.ask([*rows, *texts], progress=lambda _: None, name="request {}".format)
+            if judged:
+                answers = iter(self._answers(judged, fitted, scores[: len(rows)]))
+            rewards = iter(scores[len(rows) :, 0].tolist())
+        except ArenaError as error:  # of one request: the others must not suffer for it
             return [error] if len(jobs) == 1 else [result for job in jobs for result in self._together([job])]
-        results, first = [], 0
-        for each in prepared:
-            if isinstance(each, ArenaError):
-                results.append(each)
-                continue
-            table, own = each[0], scores[first : first + len(each[1])]
-            first += len(own)
-            if table is None:
-                results.append(own[:, 0].tolist())
-                continue
-            table[list(self.scorer.columns)] = own[: len(table)]
-            if self.scorer.label_ids:
-                table[list(BA_COLUMNS)] = own[len(table) :][:, SWAPPED_ORDER]
-            results.append(table)
-        return results
+        return [[next(answers if isinstance(job, tuple) else rewards) for _ in job] for job in jobs]
 
-    def _prepared(self, job: Any) -> tuple[pd.DataFrame | None, list] | ArenaError:
-        """Return facts and token ids of a request's battles (label stages: in both orders), or why there are none."""
-        try:
-            if isinstance(job, list):
-                return None, [self._text_ids(text) for text in job]
-            fitted, inputs = zip(*self.scorer.fit(list(job)), strict=True)
-            facts = [
-                {
-                    **row_statistics(battle),
-                    "tokens": each.tokens,
-                    "tokens_uncut": each.tokens_full,
-                    "cut": each.cut,
-                    "turns_dropped": each.dropped,
-                }
-                for battle, each in zip(job, fitted, strict=True)
-            ]
-            orders = (False, True) if self.scorer.label_ids else (False,)
-            rows = [row for swapped in orders for row in self.scorer.prepare(inputs, swapped=swapped)]
-            return pd.DataFrame(facts), rows
-        except ArenaError as error:
-            return error
+    def _answers(self, battles: list[Battle], fitted: Sequence[Any], scores: np.ndarray) -> list[dict[str, Any]]:
+        """Return what /v1/judge says, from scores [battles, columns], of label stages behind them the other order's."""
+        table = pd.DataFrame(map(row_statistics, battles))
+        table[list(self.scorer.columns)] = scores[: len(battles)]
+        both: list[np.ndarray] = []
+        if self.scorer.label_ids:
+            table[list(BA_COLUMNS)] = scores[len(battles) :][:, SWAPPED_ORDER]
+            turned = table.assign(**{a: table[b] for a, b in zip(AB_COLUMNS, BA_COLUMNS, strict=True)})
+            both = [self.calibration.links[1].apply(each) for each in (table, turned)]
+        found = self.calibration.used.apply(table)
+        answered = self.agreement.answers(found) if self.agreement else None
+        answers = []
+        for row, (battle, each) in enumerate(zip(battles, fitted, strict=True)):
+            answer: dict[str, Any] = {"id": battle.id, **dict(zip(VERDICTS, found[row].tolist(), strict=True))}
+            answer["choice"] = VERDICTS[found[row].argmax()]
+            if answered is not None:
+                answer["abstain"] = not answered[row]
+            if both:
+                answer["orders"] = {name: one[row].tolist() for name, one in zip(("ab", "ba"), both, strict=True)}
+                # Total variation distance: the share of probability that moves when the answers change places.
+                answer["disagreement"] = float(np.abs(both[0][row] - both[1][row]).sum() / 2)
+            else:
+                answer["rewards"] = dict(zip(("a", "b"), scores[row].tolist(), strict=True))
+            facts = {"tokens": each.tokens, "tokens_uncut": each.tokens_full, "cut": each.cut}
+            answers.append({**answer, **facts, "turns_dropped": each.dropped})
+        return answers
 
     def _text_ids(self, text: str) -> tuple[list[int], list[int], list[int]]:
         """Return a conversation as a reward model's row: its last token stands for both answers."""

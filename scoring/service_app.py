@@ -173,7 +173,7 @@ def build_app(service: Service, token: str | None = None) -> Any:
         """Return calibrated probabilities of A, B and tie for a battle, or for each of a list."""
         single = isinstance(body, BattleIn)
         battles = [each.battle(each.response_a, each.response_b) for each in ([body] if single else body)]
-        answers = service.answers(battles, await service.scores(battles))
+        answers = await service.judge(battles)
         return answers[0] if single else answers
 
     if rewards:
@@ -183,8 +183,7 @@ def build_app(service: Service, token: str | None = None) -> Any:
             """Return the reward of a response, or of each of a list; only differences of rewards mean something."""
             single = isinstance(body, ResponseIn)
             battles = [each.battle(each.response, each.response) for each in ([body] if single else body)]
-            table = await service.scores(battles)
-            found = [{"id": b.id, "reward": float(r)} for b, r in zip(battles, table["reward_a"], strict=True)]
+            found = [{"id": each["id"], "reward": each["rewards"]["a"]} for each in await service.judge(battles)]
             return found[0] if single else found
 
     if service.context.name == "rm":
