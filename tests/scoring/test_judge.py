@@ -91,21 +91,6 @@ def test_a_tokenizer_that_pads_and_cuts_does_neither_here(folder, small_tokenize
     assert load_judge(folder).sequences([(BATTLES[0], 0), (BATTLES[1], 0)]) == expected
 
 
-def test_another_tokenizer_or_none_makes_no_judge(folder, small_tokenizer):
-    content = json.loads(small_tokenizer.to_str())
-    vocabulary = content["model"]["vocab"]
-    one, other = small_tokenizer.encode("Verdict:").tokens[:2]
-    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ArenaError, match="tokenizer in this folder is not the one") as caught:
-        load_judge(folder)
-    assert "'Verdict:'" in caught.value.what and "merge" in caught.value.remedy
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(ArenaError, match=r"tokenizer\.json is missing") as caught:
-        write_judge(folder, None, None, "", {})
-    assert caught.value.where == str(folder)
-
-
 def refused(*arguments: str) -> str:
     done = CliRunner().invoke(run.cli, arguments)
     assert done.exit_code == 1, done.output
