@@ -204,7 +204,7 @@ def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped
     context, _ = _start(experiment, stage)
     shown = show_battle(context, battle_id, split)
     if as_json:
-        click.echo(json.dumps(shown.to_json(), indent=2))
+        click.echo(json.dumps(asdict(shown), indent=2))
     else:
         print_battle(Console(), shown, swapped=swapped)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,7 @@ def _report(
             "experiment": experiment.name,
             "stage": stage,
             "merge_gate": compared and compared["merge_gate"],
-            "checks": [check.to_json() for check in checks],
+            "checks": [asdict(check) for check in checks],
             "loss_curve": curve,
             "provenance": {**_provenance(context), "scoring_seconds": seconds},
             "scoring": scoring,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,6 @@ class ShownBattle:
     source: str
     tokens_with: dict[str, int] = field(default_factory=dict)
     stale: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
 
 
 def show_battle(context: StageContext, battle_id: str, split: str | None = None) -> ShownBattle:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,6 @@ class Check:
     detail: str
     remedy: str = ""
     stops: bool = True
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the check as report.json holds it."""
-        return asdict(self)
 
 
 def run_checks(

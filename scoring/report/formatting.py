@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 # Shown where a value was not measured.
 MISSING = "–"
@@ -22,7 +21,6 @@ BASELINES = {
     "bayes": ("Bayes: the best possible", "knows the true probabilities"),
 }
 BASELINE_NAMES = {key: name for key, (name, _) in BASELINES.items()}
-_KEY_NAMES = {"sha256": "SHA-256", "gpus": "GPUs", "cpu": "CPU", "memory_gib": "memory (GiB)"}
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -70,22 +68,6 @@ def points(share: float | None) -> str:
 def interval(ends: Sequence[float] | None, digits: int = 3) -> str:
     """Return an interval as "low to high"."""
     return MISSING if ends is None else f"{number(ends[0], digits)} to {number(ends[1], digits)}"
-
-
-def plain(value: Any) -> str:
-    """Return any value of a report as one short text, for tables whose keys are not known beforehand."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{humanised(key)} {plain(item)}" for key, item in value.items()) or MISSING
-    if isinstance(value, list | tuple):
-        return ", ".join(map(plain, value)) or MISSING
-    return count(value) if value is None or isinstance(value, int | float) else str(value)
-
-
-def humanised(key: str) -> str:
-    """Return a key as words: `tokens_lost` → "tokens lost"."""
-    return _KEY_NAMES.get(key, key.replace("_", " "))
 
 
 def _measured(value: float | None) -> bool:

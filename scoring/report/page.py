@@ -6,11 +6,13 @@ write_page(report, Path("report.html"), shown_battles(Path("data/demo"), "valid"
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 
 from common.console import visible
 from common.files import atomic_file
@@ -18,7 +20,7 @@ from common.stages import STAGES
 from data_prep.export_reader import iter_battles, iter_pairs
 from scoring.report import figures, formatting
 from scoring.report.findings import findings, headline, main_figures, outcome
-from scoring.report.formatting import CLASS_NAMES, MISSING, humanised, number, percent, plain
+from scoring.report.formatting import CLASS_NAMES, number
 
 # Characters of one text: a page is for reading; `run.py show` prints all of it, as the model reads it.
 LONGEST = 1_200
@@ -45,7 +47,7 @@ def write_page(report: Mapping[str, Any], path: Path, battles: Sequence[Mapping[
         ],
         "slices": {family: _slices(rows, report["log_loss"]) for family, rows in report["slices"].items() if rows},
         "curve": figures.curve(report["loss_curve"]),
-        "truncation": _side_by_side({k: v for k, v in report["truncation"].items() if k != "judged"}),
+        "truncation": {k: v for k, v in report["truncation"].items() if k != "judged"},
         "battles": {battle["id"]: battle for battle in battles},
         "worst": {row["id"]: row for row in report["worst"]},
         "most_biased": {row["id"]: row for row in report["most_biased"]},
@@ -109,9 +111,9 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ["number", "signed", "count", "percent", "shares", "points", "interval", "humanised", "plain"]
+    names = ["number", "signed", "count", "percent", "shares", "points", "interval"]
     shown = {name: getattr(formatting, name) for name in names}
-    made.filters.update(shown, facts=_facts)
+    made.filters.update(shown, yaml=_as_yaml)
     made.globals.update(shown)
     return made
 
@@ -163,21 +165,7 @@ def _slices(rows: Sequence[Mapping[str, Any]], log_loss: float) -> figures.Inter
     return figures.Intervals(marks, log_loss)
 
 
-def _facts(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """Return a nested record as flat (name, text) rows: {"versions": {"torch": "2"}} → ("versions: torch", "2")."""
-    if isinstance(value, dict):
-        return [
-            row
-            for key, item in value.items()
-            for row in _facts(item, f"{name}: {humanised(key)}" if name else humanised(key))
-        ]
-    is_share = name.endswith("share") and isinstance(value, float)
-    return [(name, percent(value) if is_share else plain(value))]
-
-
-def _side_by_side(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a table (`columns`, `rows`) of records with the same keys, one column each."""
-    columns = {name: dict(_facts(record)) for name, record in records.items()}
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    rows = [(name, [column.get(name, MISSING) for column in columns.values()]) for name in names]
-    return {"columns": list(columns), "rows": rows}
+def _as_yaml(record: Mapping[str, Any]) -> str:
+    """Return a nested record as YAML, its fractions to four digits."""
+    rounded = json.loads(json.dumps(record), parse_float=lambda digits: float(f"{float(digits):.4g}"))
+    return yaml.safe_dump(rounded, sort_keys=False, allow_unicode=True, width=100)

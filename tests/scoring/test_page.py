@@ -93,8 +93,7 @@ def test_the_page_holds_the_numbers_of_the_report(tmp_path, report):
     worst, biased = report["worst"][0], report["most_biased"][0]
     assert [worst["id"], number(worst["log_loss"], 2)] in [[row[0], row[-1]] for row in page.rows]
     assert shares(biased["a_first"]) in [row[3] for row in page.rows if row[0] == biased["id"] and len(row) == 5]
-    assert page.row("rows cut share")[1] == "33%" and page.row("fields cut: a")[1] == "1"
-    assert page.row("SHA-256: data")[1] == "4e5a0b8f"
+    assert "rows_cut_share: 0.3333 fields_cut: a: 1" in page.text and "sha256: data: 4e5a0b8f" in page.text
     finnish = next(row for row in report["slices"]["language"] if row["name"] == "Finnish")
     assert page.row("Finnish")[-1] == str(finnish["rows"])
     assert page.row("loss not rising")[1] == "not applicable"

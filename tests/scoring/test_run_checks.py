@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -56,7 +57,7 @@ CASES = {
     "constant": (checks.not_constant, (labels(0.1),), (labels(0.0),), (labels(0.1)[:1],)),
     "shifted": (checks.not_constant, (rewards([[1, 2], [1, 3]]),), (rewards([[1, 2], [2, 3]]),), None),
 }
-FAILED = [check(*broken).to_json() for check, _, broken, _ in CASES.values()]
+FAILED = [asdict(check(*broken)) for check, _, broken, _ in CASES.values()]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,7 +67,7 @@ def test_a_check_passes_fails_and_says_where_it_does_not_apply(name):
     assert sound.passed is True, sound
     assert broken.passed is False and broken.detail and broken.remedy, broken
     assert nothing is None or (nothing.passed is None and nothing.detail)
-    json.dumps([each.to_json() for each in (sound, broken, nothing) if each], allow_nan=False)
+    json.dumps([asdict(each) for each in (sound, broken, nothing) if each], allow_nan=False)
 
 
 def test_a_stop_lists_every_failure_with_its_remedy_and_a_warning_stops_nothing(tmp_path):
@@ -76,7 +77,7 @@ def test_a_stop_lists_every_failure_with_its_remedy_and_a_warning_stops_nothing(
         require_sound(FAILED, tmp_path / "report.json")
     assert "labels distinct: token ids 1, 2, 1; choose labels of experiment.yaml" in caught.value.what
     assert "report.json" in caught.value.where
-    require_sound([check(*sound).to_json() for check, sound, *_ in CASES.values()], tmp_path)
+    require_sound([asdict(check(*sound)) for check, sound, *_ in CASES.values()], tmp_path)
 
 
 def export(folder, prompts, *, groups=None, noted=None, dropped=0, pairs=None, rejected=0):
