@@ -131,7 +131,7 @@ def cache_path(experiment: Experiment) -> Path:
     digest, folder = hashlib.sha256(json.dumps(asked).encode()), Path(experiment.model)
     if folder.is_dir():
         for path in sorted([*folder.glob("*token*"), *folder.glob("*.model"), *folder.glob("vocab*")]):
-            digest.update(path.name.encode() + path.read_bytes())
+            digest.update(path.name.encode() + (path.read_bytes() if path.is_file() else b""))
     return CACHE / f"{digest.hexdigest()[:32]}.json"
 
 

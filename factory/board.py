@@ -220,7 +220,7 @@ def lay_out() -> tuple[list[Path], list[str]]:
     for context in (StageContext(experiment, stage) for experiment in experiments for stage in TRAININGS):
         name, model = f"{context.experiment.name} {context.name}", models[context.experiment.name, context.name]
         try:
-            if context.recipe_path.is_file() and (faults := check_recipe(context.experiment, context.name)):
+            if faults := check_recipe(context.experiment, context.name, recipe=_recipe(context)):
                 raise ArenaError("; ".join(faults))
             path = CONFIGS / f"{context.experiment.name}_{context.name}.yaml"
             _write_yaml(path, configuration(context, model))
@@ -241,11 +241,13 @@ def lay_out() -> tuple[list[Path], list[str]]:
 
 def configuration(context: StageContext, model: BoardModel) -> dict[str, Any]:
     """Return board_config() of a stage's recipe or, before `prepare`, of what would be rendered."""
+    return board_config(context, _recipe(context), model.name)
+
+
+def _recipe(context: StageContext) -> dict[str, Any]:
     if context.recipe_path.is_file():
-        recipe = context.recipe
-    else:
-        recipe = dict(OmegaConf.to_container(OmegaConf.create(render_recipe(context.experiment, context.name))))
-    return board_config(context, recipe, model.name)
+        return context.recipe
+    return dict(OmegaConf.to_container(OmegaConf.create(render_recipe(context.experiment, context.name))))
 
 
 def publish_run(context: StageContext, model: BoardModel) -> None:

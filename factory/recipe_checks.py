@@ -6,6 +6,7 @@ refuses at once is left to it. A new refusal of a value is one more row of a tab
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -149,7 +150,8 @@ _BEHIND = (
         "early_stopping_steps",
         lambda v, x: x and not ((v.metric_for_best_model or v.load_best_model_at_end) and v.eval_strategy != "no"),
         "stops nothing, and the training fails at its first step",
-        "write load_best_model_at_end: true (rm: metric_for_best_model: eval_loss) and eval_strategy: steps",
+        "write load_best_model_at_end: true (rm: metric_for_best_model: eval_loss), eval_strategy: steps, and "
+        "save_steps as eval_steps",
     ),
 )
 _MERGING = (
@@ -274,7 +276,7 @@ def check_recipe(
 
 def check_device(path: Path, recipe: Recipe) -> None:
     """Raise ArenaError if this machine lacks what a training recipe needs: a package, or a device with bf16."""
-    faults = list(package_faults(recipe))
+    faults = [*package_faults(recipe), *hub_faults(recipe)]
     if recipe.get("bf16") or recipe.get("pure_bf16"):  # else no child process is asked
         faults += device_faults(recipe, devices())
     if faults:
@@ -296,6 +298,19 @@ def package_faults(recipe: Recipe) -> Iterator[Fault]:
                 key,
                 f"needs {', '.join(absent)}, which is not installed: `python -m pip install` it, or change the key",
             )
+
+
+def hub_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield the base where a variable of the shell lets LLaMA-Factory alone take it from another hub."""
+    switches = [
+        name for name in ("USE_MODELSCOPE_HUB", "USE_OPENMIND_HUB") if os.environ.get(name, "0") not in ("", "0")
+    ]
+    if switches and not Path(str(recipe.get("model_name_or_path"))).is_dir():
+        yield (
+            "model_name_or_path",
+            f"{switches[0]} is set: training would take the base from another hub than scoring does; unset it, or "
+            "download the model and write its folder as model of experiment.yaml",
+        )
 
 
 def device_faults(recipe: Recipe, seen: Devices) -> Iterator[Fault]:

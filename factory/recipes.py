@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.errors import ArenaError
 from common.experiment import Experiment
-from common.files import atomic_file
+from common.files import atomic_file, read_regular
 from common.llamafactory_schema import arguments, key_fault, value_fault
 from common.stages import STEPS
 
@@ -32,6 +32,7 @@ State = Literal["written", "unchanged", "updated", "hand-edited", "replaced"]
 
 # What a template can raise beside Jinja's own errors: it may be of another encoding, too deep, or compute nonsense.
 _TEMPLATES_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError)
+_LARGEST = 1 << 20  # bytes of a recipe
 _HASH_LINE = re.compile(r"^# .*\bsha256:([0-9a-f]{64})\b.*\n?", re.MULTILINE)
 _PLAIN_STRING = re.compile(r"[A-Za-z][A-Za-z0-9_./@,-]*")
 _YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
@@ -170,7 +171,7 @@ def write_recipe(
     path = experiment.recipe(step)
     target = root / path
     fresh = render_recipe(experiment, step, templates)
-    current = _normal(target.read_bytes().decode("utf-8", errors="replace")) if target.exists() else None
+    current = _normal(read_regular(target, _LARGEST).decode("utf-8", "replace")) if target.exists() else None
     if current == fresh:
         return RecipeOutcome(path, "unchanged")
     edited = current is not None and not is_as_rendered(current)

@@ -21,6 +21,7 @@ _SHAPING = (
     *("template", "enable_thinking", "cutoff_len", "labels", "budget_shares", "valid_share", "swap_copies", "seed"),
 )
 _SHAPING_ONE = {"dpo_judge": ["dpo_rejected"]}
+_LARGEST_PROMPT = 1 << 18  # bytes
 
 
 class StageContext:
@@ -153,7 +154,8 @@ class StageContext:
         template = Path(self.experiment.prompt_template)
         if template.is_file():  # judges read the export's own copy, so that a project may be moved without it
             before["prompt_template"] = f"sha256:{self.manifest['files'].get('judge_prompt.j2')}"
-            now["prompt_template"] = f"sha256:{sha256_of(template)}"
+            small = template.stat().st_size < _LARGEST_PROMPT
+            now["prompt_template"] = f"sha256:{sha256_of(template)}" if small else "longer than a prompt may be"
         return differences(before, now)
 
     def require_current_settings(self) -> None:

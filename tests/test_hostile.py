@@ -40,11 +40,13 @@ from data_prep.sources import votes_at
 from data_prep.template_choice import choose_template
 from data_prep.truncation import Fitter
 from factory import board_page, launcher, serve_page
+from factory.board import lay_out
 from factory.fingerprint import data_sets
 from factory.merge import dequantise
 from factory.process import run_child
-from factory.recipe_checks import weight_faults
+from factory.recipe_checks import check_device, check_recipe
 from factory.serve_page import exposure
+from factory.weight_checks import weight_faults
 from scoring import watch_page
 from scoring.model_loading import TrainedAdapter, load_model
 from tests.bad_inputs.place import COLUMNS
@@ -277,6 +279,101 @@ def test_a_token_or_foreign_code_in_a_configuration_is_refused(place, edit, text
     place.edit_recipe("sft", text) if edit == "recipe" else place.edit_experiment(text)
     done = call("sft", "-e", "exam")
     assert done.exit_code == 1 and words in done.output and "hf_0123" not in done.output
+
+
+UPLOADS = [  # step, lines of a recipe, the key at fault, what --allow must name (None: it is never allowed)
+    ("merge_sft", "export_hub_model_id: me/judge", "export_hub_model_id", "me/judge"),
+    ("sft", "push_to_hub: true", "push_to_hub", None),
+    ("sft", "push_to_hub: true\nhub_model_id: me/judge\nhub_private_repo: false", "push_to_hub", "me/judge"),
+    ("sft", "report_to: all", "report_to", None),
+    ("sft", "report_to: [tensorboard, wandb]", "report_to", "wandb"),
+    ("sft", "report_to: trackio\ntrackio_space_id: me/space", "trackio_space_id", "me/space"),
+    ("sft", "use_swanlab: true", "use_swanlab", "swanlab"),
+    ("sft", "adapter_name_or_path: them/adapter", "adapter_name_or_path", "them/adapter"),
+    ("dpo_judge", "ref_model: them/model", "ref_model", "them/model"),
+    ("sft", "ray_init_kwargs: {address: 'ray://10.0.0.1:10001'}", "ray_init_kwargs", "ray://10.0.0.1:10001"),
+    ("sft", 'ray_init_kwargs: \'{"address": "auto"}\'', "ray_init_kwargs", "auto"),
+    ("sft", "ray_init_kwargs: {runtime_env: {pip: [evil]}}", "ray_init_kwargs", None),
+    ("sft", "ray_init_kwargs: evil.json", "ray_init_kwargs", None),
+    ("sft", "master_addr: 10.0.0.1", "master_addr", "10.0.0.1"),
+    ("sft", "logging_dir: /var/log/mine", "logging_dir", "/var/log/mine"),
+    ("sft", "logging_dir: saves/../../elsewhere", "logging_dir", "saves/../../elsewhere"),
+    ("sft", "logging_dir: way_out/logs", "logging_dir", "way_out/logs"),
+    ("sft", "offload_folder: /tmp/elsewhere", "offload_folder", "/tmp/elsewhere"),
+    ("sft", "cache_dir: models/cache", "cache_dir", None),
+    ("sft", "resume_from_checkpoint: /tmp/elsewhere", "resume_from_checkpoint", None),
+    ("sft", "tokenized_path: /tmp/elsewhere", "tokenized_path", None),
+    ("sft", "deepspeed: /etc/hostname", "deepspeed", None),
+    ("sft", "deepspeed: way_out/zero.json", "deepspeed", None),
+    ("sft", "deepspeed: pipe", "deepspeed", None),
+    ("sft", "deepspeed: large.json", "deepspeed", None),
+    ("sft", "deepspeed: wandb.json", "deepspeed", "wandb"),
+    ("sft", "deepspeed: {csv_monitor: {output_path: /tmp/elsewhere}}", "deepspeed", "/tmp/elsewhere"),
+    ("sft", "accelerator_config: /dev/zero", "accelerator_config", None),
+]
+
+
+@pytest.mark.parametrize(("step", "lines", "key", "name"), UPLOADS)
+def test_a_recipe_reaches_beyond_the_project_only_where_the_command_line_names_it(place, step, lines, key, name):
+    Path("way_out").symlink_to("/var")
+    os.mkfifo("pipe")
+    Path("large.json").write_bytes(b"{" + b" " * 300_000 + b"}")
+    Path("wandb.json").write_text('{"wandb": {"enabled": true}}')
+    place.edit_recipe(step, f"{lines}\n")
+    place.edit_recipe(step, "lora_rank: null\n") if "adapter" in key else None
+    asked = ["sft", "-e", "exam"] if step != "dpo_judge" else ["dpo", "-e", "exam", "--view", "judge"]
+    with within(20):
+        done = call(*asked, *(["--allow", "wandb2"] if name else ["--allow", lines.split(": ")[-1]]))
+    assert done.exit_code == 1 and f"{step}.yaml: {key}: " in done.output, done.output
+    if name is None:
+        return
+    assert f"--allow {name}" in done.output
+    named = ["trackio"] if "trackio" in key else []
+    said = check_recipe(load_experiment("exam"), step, allowed=[name, *named])
+    assert not [fault for fault in said if f": {key}: " in fault], said
+
+
+def test_a_board_leaves_out_what_reaches_beyond_the_project(place):
+    place.edit_experiment("recipes: {sft: {bf16: false, push_to_hub: true, hub_model_id: me/judge}}\n")
+    Path("factory_configs/exam/sft.yaml").unlink()
+    configs, notes = lay_out()
+    assert not [path for path in configs if path.name == "exam_sft.yaml"]
+    assert any("exam sft is left out" in note and "push_to_hub" in note for note in notes)
+
+
+@pytest.mark.parametrize("key", ["hf_hub_url", "ms_hub_url", "script_url", "cloud_file_name"])
+def test_a_data_set_is_the_exported_file_and_nothing_else(place, key):
+    place.edit_json("data/exam/dataset_info.json", exam_sft_train={key: "them/set", "file_name": "sft_train.jsonl"})
+    done = call("sft", "-e", "exam")
+    assert done.exit_code == 1 and f"{key}: LLaMA-Factory would train on that" in done.output
+
+
+@pytest.mark.parametrize("file", ["experiment.yaml", "sft.yaml", "mine.j2"])
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "sparse"])
+def test_a_configuration_that_is_no_file_is_refused_at_once(place, file, kind):
+    path = Path("factory_configs/exam", file)
+    if file == "mine.j2":
+        place.edit_experiment("prompt_template: factory_configs/exam/mine.j2\n")
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "sparse":
+        with path.open("wb") as sparse:
+            sparse.truncate(1 << 40)
+    else:
+        path.symlink_to(kind)
+    with within(20):
+        for asked in (("prepare", "--train", "votes.csv"), ("sft",)):
+            done = call(asked[0], "-e", "exam", *asked[1:])
+            assert done.exit_code and file in done.output and "Traceback" not in done.output, done.output
+            if file == "mine.j2":  # a training reads the export's own copy
+                break
+
+
+def test_another_hub_for_training_alone_is_refused(monkeypatch):
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    with pytest.raises(ArenaError, match="from another hub than scoring does; unset it"):
+        check_device(Path("sft.yaml"), {"model_name_or_path": "org/base"})
 
 
 def test_provenance_holds_no_secret(secrets):

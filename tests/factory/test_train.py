@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from common.errors import ArenaError, UsageError
-from common.experiment import StartFrom, parse_experiment
+from common.experiment import StartFrom, load_experiment, parse_experiment
 from common.files import sha256_of
 from common.progress import Show
-from common.stages import STEPS
+from common.stages import STAGES
+from factory.distributed import Launch
 from factory.fingerprint import local_models
 from factory.merge import merge
 from factory.stage_context import StageContext
 from factory.state import StageState
 from factory.status import stage_status
-from factory.train import train
+from factory.train import FirstExample, train
 from factory.trainer_log import loss_curve
 
 # Stands for llamafactory-cli: writes what it writes, as far as our half reads it, and fails on demand.
@@ -211,7 +212,7 @@ def test_an_unfinished_run_is_not_touched_without_being_asked_and_resumed_when_a
     ("step", "stage", "flag"), [(1, "sft", "--fresh"), (3, "sft", "--resume"), (3, "rm", "--fresh")]
 )
 def test_after_an_interrupt_the_advice_is_what_the_next_call_takes(experiment, monkeypatch, step, stage, flag):
-    monkeypatch.setitem(STEPS, "sft", replace(STEPS["sft"], stage=stage))
+    monkeypatch.setitem(STAGES, "sft", replace(STAGES["sft"], stage=stage))
     write_recipe(experiment, stage=stage)
     with pytest.raises(ArenaError, match="training sft was interrupted") as caught:
         run(experiment, f"interrupted at {step}")
@@ -325,6 +326,42 @@ def test_a_merge_follows_a_new_adapter(experiment):
     merged, _ = run(experiment, step="merge")
     assert merged.is_dir() and Path("outputs/demo/sft/merged.earlier-1").is_dir()
     assert [call.split()[0] for call in calls()] == ["train", "export", "train", "export"]
+
+
+def printed(expected, prefix=""):
+    """Return the lines that LLaMA-Factory prints of its first rows."""
+    rows = {"eval": {key: [1, 2] for key in expected}, "training": expected}
+    texts = (f"{kind} example:|{key}:|{ids}" for kind, row in rows.items() for key, ids in row.items())
+    return [f"{prefix}{line}" for text in texts for line in text.split("|")]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo_judge", "dpo_reward"])
+def test_the_first_row_that_is_trained_on_is_compared_token_by_token(place, stage):
+    context = StageContext(load_experiment("exam"), stage)
+    expected = dict(FirstExample(context).expected)
+    assert all(len(ids) > 10 for ids in expected.values())
+    for prefix in ("", "(Worker pid=7) "):
+        example = FirstExample(context)
+        for line in printed(expected, prefix):
+            example.read(line)
+        assert not example.expected, "all of it was seen"
+    for key, ids in expected.items():
+        example = FirstExample(context)
+        with pytest.raises(ArenaError, match="trains on other prompts than scoring would ask") as caught:
+            for line in printed({**expected, key: [*ids[:4], 7, *ids[4:]]}):
+                example.read(line)
+        assert f"{key} has {len(ids) + 1} tokens, ours {len(ids)}; from token 4 on" in caught.value.what
+    context.recipe["streaming"] = True
+    assert not FirstExample(context).expected, "a shuffled stream begins anywhere"
+
+
+@pytest.mark.slow
+def test_a_prompt_that_no_list_knows_of_stops_the_run_before_its_first_step(chain, monkeypatch):
+    monkeypatch.chdir(chain)
+    monkeypatch.setattr("factory.train.plan_launch", lambda *_: Launch(options=("default_system=Be kind.",)))
+    with pytest.raises(ArenaError, match=r"other prompts than scoring would ask(.|\n)*Be kind"):
+        train(StageContext(load_experiment("demo"), "sft"), fresh=True, show=Show(io.StringIO()))
+    assert "Running training" not in Path("outputs/demo/sft/train.log").read_text(encoding="utf-8")
 
 
 def real_inputs(experiment):
