@@ -23,7 +23,7 @@ from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
 from common.progress import Show
 from data_prep.export_reader import iter_battles
-from factory.serve_page import exposure, free_port
+from factory.serve_page import OwnPagesOnly, exposure, free_port
 from factory.stage_context import StageContext
 from scoring.agreement import stage_agreement
 from scoring.score_stage import ScoreOptions
@@ -37,7 +37,6 @@ _EXAMPLES, _LONGEST_EXAMPLE = 12, 2000
 _LONGEST_TOKEN_FILE = 4096
 _OPEN = ("/", "/healthz")  # paths that need no token
 _MOST_CONNECTIONS = 256
-_POLICY = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 Text = Annotated[str, Field(max_length=_LONGEST)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=_MOST_TURNS)]
@@ -113,8 +112,11 @@ Battles = Annotated[list[BattleIn], Field(min_length=1, max_length=_MOST_BATTLES
 Responses = Annotated[list[ResponseIn], Field(min_length=1, max_length=_MOST_BATTLES)]
 
 
-def build_app(service: Service, token: str | None = None) -> Any:
-    """Return the ASGI application; with a `token` all but the page and /healthz wants it as a bearer token."""
+def build_app(service: Service, host: str, token: str | None = None) -> Any:
+    """Return the ASGI application, which listens on `host` and answers its own pages only.
+
+    With a `token` all but the page and /healthz wants it as a bearer token.
+    """
     rewards, experiment = not service.scorer.label_ids, service.context.experiment
 
     @asynccontextmanager
@@ -193,7 +195,7 @@ def build_app(service: Service, token: str | None = None) -> Any:
             """Return the scores of whole conversations, as LLaMA-Factory's PPO asks (`reward_model_type: api`)."""
             return {"model": body.model, "scores": await service.text_rewards(body.messages)}
 
-    return _Guard(app, token)
+    return OwnPagesOnly(_Guard(app, token), host)
 
 
 def example_battles(experiment: Experiment) -> list[dict[str, Any]]:

@@ -70,8 +70,8 @@ def ask(calls, *, scorer=None, token=None, experiment=None):
     async def run():
         experiment_ = experiment or SimpleNamespace(name="exam", model="m", cutoff_len=99)
         service = Service(SimpleNamespace(name="sft", experiment=experiment_), scorer or LengthScorer(), REPORT)
-        transport = httpx.ASGITransport(build_app(service, token))
-        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+        transport = httpx.ASGITransport(build_app(service, "localhost", token))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             found = await asyncio.gather(*(client.request(method, path, **more) for method, path, more in calls))
         await service.close()
         return found
@@ -158,6 +158,12 @@ def test_a_token_is_asked_for_everywhere_but_at_the_page(tmp_path):
     right = {"Authorization": "Bearer s3cret"}
     calls = [("GET", "/v1/model", {"headers": right}), ("GET", "/", {}), ("GET", "/healthz", {})]
     assert [each.status_code for each in ask(calls, token=token)] == [200, 200, 200]
+
+
+def test_a_page_of_another_site_gets_no_answer():
+    foreign = [{"Host": "rebound.example"}, {"Origin": "http://elsewhere.example"}]
+    found = ask([("POST", "/v1/judge", {"json": BATTLE, "headers": headers}) for headers in foreign])
+    assert [each.status_code for each in found] == [421, 403]
 
 
 def test_a_body_is_read_up_to_its_bound():
