@@ -230,6 +230,7 @@ def score(
     experiment: str,
     stage: str,
     source: str | None,
+    columns: dict[str, str],
     output: Path | None,
     agree: float | None,
     as_json: bool,
@@ -246,8 +247,8 @@ def score(
     from scoring.score_input import score_input
     from scoring.score_stage import ScoreOptions, score_stage
 
-    if output is not None and source is None:
-        raise click.UsageError("--output is where the probabilities of --input go: give both, or leave it out")
+    if (output is not None or columns) and source is None:
+        raise click.UsageError("--output and --columns belong to --input: give it, too, or leave them out")
     context, show = _start(experiment, stage)
     options = ScoreOptions.of(**how)
     if source is None:
@@ -255,7 +256,7 @@ def score(
         output = context.folder / "probabilities_test.csv"
     else:
         output = output or scored_file(context.experiment, context.name, source)
-        rows = score_input(context, source, output, show=show, options=options)
+        rows = score_input(context, source, output, columns, show=show, options=options)
         made = {"rows": rows, "output": str(output)}
         click.echo(json.dumps(made) if as_json else "\n".join(input_lines(rows, output)))
     if agree:

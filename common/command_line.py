@@ -193,6 +193,25 @@ new_options = several(
     option("--cutoff", type=click.IntRange(32), help="Token budget of prompt and label [2048]."),
     output_options,
 )
+
+
+def _pairs(_ctx: click.Context, param: click.Parameter, given: str | None) -> dict[str, str]:
+    """Return OURS=THEIRS,… as a mapping."""
+    pairs = [pair.partition("=")[::2] for pair in (given or "").split(",") if pair.strip()]
+    if wrong := [ours for ours, theirs in pairs if not (ours.strip() and theirs.strip())]:
+        raise click.BadParameter(f"{wrong[0]!r} is no pair: write prompt=question,response_a=left", param=param)
+    names = [ours.strip() for ours, _ in pairs]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise click.BadParameter(f"{double[0]} is named twice", param=param)
+    return {ours.strip(): theirs.strip() for ours, theirs in pairs}
+
+
+columns_option = option(
+    "--columns",
+    metavar="OURS=THEIRS,…",
+    callback=_pairs,
+    help="What your tables call our columns: prompt=question,response_a=left,response_b=right,winner=label.",
+)
 prepare_options = several(
     experiment_option,
     option(
@@ -204,6 +223,7 @@ prepare_options = several(
         help="Votes: a table, a folder, Kaggle's zip, or hf://datasets/OWNER/NAME; may be repeated, the target first.",
     ),
     option("--test", type=SOURCE, help="Battles without votes, for the submission; as --train."),
+    columns_option,
     option("--truth", type=FILE, help="Known probabilities of all votes (synthetic arenas only)."),
     option("--force", is_flag=True, help="Replace recipes that were edited by hand."),
     option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them."),
@@ -239,6 +259,7 @@ score_options = several(
         help="Battles: a table, a folder, Kaggle's zip (its test.csv), or hf://datasets/OWNER/NAME; without it the "
         "fold and the test set.",
     ),
+    columns_option,
     option(
         "--output",
         type=FILE,

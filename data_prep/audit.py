@@ -169,6 +169,8 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
         for source in audit["sources"].values()
         if source.get("ids_like_formulas")
     ]
+    for name, source in audit["sources"].items():
+        lines += _doubts_of(source) if name != "test" else []
     lines += [_source_line(name, source) for name, source in audit["sources"].items() if name.startswith("train_")]
     if seen := audit.get("test_rows_in_train"):
         lines.append(
@@ -181,6 +183,25 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
             f"note: {cut:.1%} of the battles do not fit into cutoff_len {audit['cutoff_len']}, so that the judge sees "
             f"parts of them only; a larger cutoff_len in factory_configs/{audit['experiment']}/experiment.yaml keeps "
             "more, at more memory and time (then prepare again)"
+        )
+    return lines
+
+
+def _doubts_of(source: Mapping[str, Any]) -> list[str]:
+    """Return what is strange about the verdicts of a table of votes."""
+    lines, file = [], source["file"]
+    given = [verdict for verdict, count in source["verdict_counts"].items() if count]
+    if len(given) == 1:
+        lines.append(
+            f"WARNING: all {source['rows_kept']:,} verdicts of {file} are {given[0]!r}: a judge learns to say nothing "
+            "else. Was the winner always on one side? Exchange A and B, with the verdict, in a random half of the rows"
+        )
+    if source["verdicts"] == "shares":
+        lines.append(f"note: {file} has shares of votes: each battle's verdict is drawn from its shares, by its id")
+    if seen := source["not_anonymous"]:
+        lines.append(
+            f"warning: in {seen:,} battles of {file} the voter knew the models (anony is false): votes on names, not "
+            "on answers; leave them out for a judge of texts"
         )
     return lines
 

@@ -62,6 +62,7 @@ def export(
     views: Collection[View] = ("judge",),
     unchanged: Mapping[str, str] | None = None,
     workers: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Read, fold, fit and write one experiment's data folder, whole or not at all; return the audit.
 
@@ -71,7 +72,8 @@ def export(
     `views` are the preference sets to write beside those of SFT; "reward" tokenizes every text once more, and
     may follow later with `ensure_views`. `unchanged` are SHA-256 sums of files that must come out as they were.
     `workers` is the number of processes that fit (0: a thread; None: what suits the machine); the files do not
-    depend on it. Raises ArenaError; an earlier export then stays as it was.
+    depend on it. `columns` are the tables' own names for ours. Raises ArenaError; an earlier export then stays as it
+    was.
     """
     folder = experiment.data_folder
     votes = [Source(train)] if isinstance(train, Path) else train
@@ -82,8 +84,8 @@ def export(
         listed_sets(each / "dataset_info.json")  # a fault in it is reported now, not after the work
     truth_ids = read_truth_ids(truth) if truth else ()
     refuse_same_table(paths, test)
-    readers = {name: VoteReader(each.path, labelled=True) for name, each in votes.items()}
-    readers |= {"test": VoteReader(test, labelled=False)} if test else {}
+    readers = {name: VoteReader(each.path, labelled=True, columns=columns) for name, each in votes.items()}
+    readers |= {"test": VoteReader(test, labelled=False, columns=columns)} if test else {}
     frame, tokenizer = load_frame(experiment)
     prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
     maker = RowMaker(experiment, frame, tokenizer, views, prompt.source)
@@ -152,6 +154,7 @@ def ensure_views(
         progress,
         views=[view for view in VIEWS if view in missing or view in manifest["views"]],
         unchanged={name: digest for name, digest in manifest["files"].items() if name not in _LISTS},
+        columns={ours: theirs for source in sources.values() for ours, theirs in source["columns"].items()},
     )
     return True
 
@@ -243,6 +246,7 @@ def _describe(
                 "file": source["file"],
                 "sha256": sha256_of_table(Path(source["file"])),
                 "weight": source.get("weight", 1.0),
+                "columns": source["columns"],
             }
             for name, source in audit["sources"].items()
         },

@@ -123,6 +123,12 @@ class VoteReader:
         return self._schema.is_plain and "scored" in self._columns
 
     @property
+    def read_as(self) -> str:
+        """How the table is read, in one line."""
+        how = self._schema.described()
+        return f"{how['texts']}; verdicts: {how['verdicts']}; ids: {how['ids']}"
+
+    @property
     def facts(self) -> dict[str, Any]:
         """How the table is read, for the audit; counts and ids are known when it was read to its end."""
         made = {"ids": ", ".join(self._names[at] for at in (0, *self._keys))} if self._repeats else {}

@@ -111,7 +111,7 @@ class Schema:
         return {
             "texts": self.shapes[0] if same else ", ".join(f"{kind} in {name}" for name, kind in kinds.items()),
             "verdicts": self.verdict_format or "none",
-            "ids": f"column {self.id}" if self.id else "row numbers",
+            "ids": self.id or "row numbers",
         }
 
 

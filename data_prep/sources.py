@@ -14,7 +14,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
@@ -63,7 +63,7 @@ def with_weight(given: str | Path) -> tuple[str, float]:
     return found[1], weight
 
 
-def votes_at(source: str | Path, *, labelled: bool) -> Path:
+def votes_at(source: str | Path, *, labelled: bool, columns: Mapping[str, str] | None = None) -> Path:
     """Return the file, or the folder of parts, that holds the votes of a source.
 
     Of several tables (Kaggle's train, test and sample submission) the one is taken whose columns are those of votes:
@@ -77,21 +77,21 @@ def votes_at(source: str | Path, *, labelled: bool) -> Path:
     elif path.suffix.lower() == ".zip" and path.is_file() and zipfile.is_zipfile(path):
         folder = _unpacked(path)
         try:
-            return _fitting(folder, labelled)
+            return _fitting(folder, labelled, columns)
         except ArenaError:
             shutil.rmtree(folder)
             raise
-    return _fitting(path, labelled) if path.is_dir() else path
+    return _fitting(path, labelled, columns) if path.is_dir() else path
 
 
 def _is_table(name: str) -> bool:
     return name.endswith(PARTS) and not name.startswith((".", "_"))
 
 
-def _fitting(folder: Path, labelled: bool) -> Path:
+def _fitting(folder: Path, labelled: bool, columns: Mapping[str, str] | None) -> Path:
     """Return what in a folder holds votes: a file, or a folder with the numbered parts of one name."""
     found = _by_name(path for path in sorted(folder.iterdir()) if _is_table(path.name))
-    fit = found if len(found) == 1 else [parts for parts in found if _holds_votes(parts[0], labelled)]
+    fit = found if len(found) == 1 else [parts for parts in found if _holds_votes(parts[0], labelled, columns)]
     if len(fit) == 1:
         return _joined(folder, fit[0])
     if not found:
@@ -139,9 +139,9 @@ def _joined(folder: Path, parts: list[Path]) -> Path:
     return target
 
 
-def _holds_votes(path: Path, labelled: bool) -> bool:
+def _holds_votes(path: Path, labelled: bool, columns: Mapping[str, str] | None) -> bool:
     try:
-        return VoteReader(path, labelled=labelled).has_verdicts == labelled
+        return VoteReader(path, labelled=labelled, columns=columns).has_verdicts == labelled
     except ArenaError:
         return False
 

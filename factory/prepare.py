@@ -30,29 +30,37 @@ def prepare(
     force: bool = False,
     pairs: bool = False,
     workers: int | None = None,
+    columns: Mapping[str, str] | None = None,
     show: Show,
 ) -> dict[str, Any]:
     """Export the votes of an experiment and render its missing recipes; return the audit.
 
     `train` are sources of votes, each with its weight where it is not 1 (FILE:0.5), the target first.
+    `columns` are the tables' own names for ours.
     An earlier export is replaced, with the pairs of responses if it had them. `force` replaces recipes edited by hand.
     """
     check_first_values(experiment)
     refuse_while_at_work(experiment)
     given = [with_weight(each) for each in train]
     check_overwrite(experiment.data_folder, (*(name for name, _ in given), test, truth))
-    votes = [Source(votes_at(name, labelled=True), weight) for name, weight in given]
-    test = votes_at(test, labelled=False) if test else None
-    for table, labelled in (*((each.path, True) for each in votes), (test, False)):
-        if table is not None:
-            VoteReader(table, labelled=labelled)  # refuses what is not a table of votes before a base is built
+    votes = [Source(votes_at(name, labelled=True, columns=columns), weight) for name, weight in given]
+    test = votes_at(test, labelled=False, columns=columns) if test else None
+    # what is not a table of votes is refused before a base is built
+    readers = [VoteReader(each.path, labelled=True, columns=columns) for each in votes]
+    if test is not None:
+        readers.append(VoteReader(test, labelled=False, columns=columns))
+        readers[0].require_same_texts(readers[-1])
+    for reader in readers:
+        show.note(f"{reader.path}: {reader.read_as}")
     ensure_embedded_base(experiment, show)
     require_fit_base(experiment)
     before = earlier_manifest(experiment.data_folder)
     had_pairs = before is not None and "pairs.parquet" in before["files"]
     views = ("judge", "reward") if pairs or had_pairs else ("judge",)
     with show.line(f"prepare {experiment.name}") as line:
-        audit = export(experiment, votes, test, truth, progress=line.update, views=views, workers=workers)
+        audit = export(
+            experiment, votes, test, truth, progress=line.update, views=views, workers=workers, columns=columns
+        )
     replaced = _replaced(before, read_manifest(experiment.data_folder))
     show.note(_summary(experiment, audit))
     for text in (*warnings_of(audit), *([f"{experiment.data_folder}: {replaced}"] if replaced else [])):

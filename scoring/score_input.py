@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,18 @@ from scoring.time_limit import Pace
 
 
 def score_input(
-    context: StageContext, source: str | Path, output: Path, *, show: Show, options: ScoreOptions | None = None
+    context: StageContext,
+    source: str | Path,
+    output: Path,
+    columns: Mapping[str, str] | None = None,
+    *,
+    show: Show,
+    options: ScoreOptions | None = None,
 ) -> int:
     """Write the probabilities of any table of battles to `output`; return the number of rows written.
 
     `source` is what `prepare` takes as votes: a file, a folder of parts, Kaggle's zip, or an address on the hub.
+    `columns` are its own names for ours.
     Memory does not grow with the texts, only by some bytes a row. Raises ArenaError that names a row that cannot be
     scored, and UsageError, before any work, where `output` is a file that this command did not write.
     """
@@ -37,8 +45,9 @@ def score_input(
     wanted = calibration.used.swap_tta
     if wanted and options.time_limit is not None:
         calibration.require(1)
-    scorer, path = spec.scorer(), votes_at(source, labelled=False)
-    VoteReader(path, labelled=False)  # refuses what is not a table of battles before the model is loaded
+    scorer, path = spec.scorer(), votes_at(source, labelled=False, columns=columns)
+    # what is not a table of battles is refused before the model is loaded
+    show.note(f"{path}: {VoteReader(path, labelled=False, columns=columns).read_as}")
     model = scorer.inputs()
     context.require_scored(model)
     base, target = context.folder / "scoring", f"input-{output.name}"
@@ -50,8 +59,13 @@ def score_input(
                 target,
                 scorer,
                 executor,
-                inputs={"data": f"sha256:{sha256_of_table(path)}", "both_orders": wanted, "model": model},
-                rows=lambda: scorer.read(path),
+                inputs={
+                    "data": f"sha256:{sha256_of_table(path)}",
+                    **({"columns": columns} if columns else {}),
+                    "both_orders": wanted,
+                    "model": model,
+                },
+                rows=lambda: scorer.read(path, columns),
                 label=f"{stage}: {Path(source).name}",
                 show=show,
                 fresh=options.fresh,

@@ -10,7 +10,7 @@ happen in different processes, each of which makes its own scorer from the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,9 @@ class Scorer:
     def exported(self, split: str) -> Iterator[tuple[Facts, ModelInput]]:
         """Yield the rows of one exported split, in the order of the input."""
 
-    def read(self, path: Path) -> Iterator[tuple[Facts, ModelInput]]:
+    def read(self, path: Path, columns: Mapping[str, str] | None = None) -> Iterator[tuple[Facts, ModelInput]]:
         """Yield the rows of any table of battles, fitted as the training rows were; raises ArenaError for a bad row."""
-        for chunk in in_chunks(battles_to_score(path), _CHUNK):
+        for chunk in in_chunks(battles_to_score(path, columns), _CHUNK):
             for battle, (fitted, texts) in zip(chunk, self.fit(chunk), strict=True):
                 # the facts are those of the battle before it was fitted
                 yield {**row_statistics(battle), "tokens": fitted.tokens, "cut": fitted.cut}, texts
@@ -296,9 +296,9 @@ class ValueHeadScorer(RewardScorer):
         return value_rewards(self._model, self._head, prepared, progress=progress, name=name, note=self.note)
 
 
-def battles_to_score(path: Path) -> Iterator[Battle]:
+def battles_to_score(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Battle]:
     """Yield the battles of a table; at its end raises ArenaError if a row could not be read: each needs its answer."""
-    reader = VoteReader(path, labelled=False)
+    reader = VoteReader(path, labelled=False, columns=columns)
     yield from (battle for _, battle in reader)
     if reader.rejected:
         first = reader.rejected[0]
