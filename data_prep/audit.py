@@ -193,8 +193,8 @@ def _doubts_of(source: Mapping[str, Any]) -> list[str]:
     given = [verdict for verdict, count in source["verdict_counts"].items() if count]
     if len(given) == 1:
         lines.append(
-            f"WARNING: all {source['rows_kept']:,} verdicts of {file} are {given[0]!r}: a judge learns to say nothing "
-            "else. Was the winner always on one side? Exchange A and B, with the verdict, in a random half of the rows"
+            f"WARNING: all {source['rows_kept']:,} verdicts of {file} are {given[0]!r}: no figure on them means "
+            "anything. Was the winner always put on one side? Exchange A and B, with the verdict, in half of the rows"
         )
     if source["verdicts"] == "shares":
         lines.append(f"note: {file} has shares of votes: each battle's verdict is drawn from its shares, by its id")

@@ -14,6 +14,8 @@ from tests.bad_inputs.place import (
     COLUMNS,
     PREPARE,
     PREPARE_TEST,
+    SCORE,
+    SCORE_INPUT,
     Place,
     cases,
     change,
@@ -318,6 +320,13 @@ OTHERS = [
     ),
     ("test_row_cut_off", change("test.csv", lambda d: d[:-4]), PREPARE_TEST, "test.csv line 7", "is cut off"),
     ("votes_in_the_export", moved("votes.csv", "data/exam/votes.csv"), within("votes.csv", "--train"), LIES_IN),
+    (
+        "test_of_plain_texts",
+        write("test.csv", "id,prompt,response_a,response_b\n1,q,a,b\n2,q,a,b\n"),
+        PREPARE_TEST,
+        "test.csv: holds plain texts, and the training table JSON lists of turns",
+        "in one way",
+    ),
     ("test_in_the_export", moved("test.csv", "data/exam/test.csv"), within("test.csv", "--test"), LIES_IN),
     ("truth_in_the_export", write("data/exam/truth.csv", ""), within("truth.csv", "--truth"), LIES_IN),
     ("zip_in_the_export", write("data/exam/votes.zip", b"PK"), within("votes.zip", "--train"), LIES_IN),
@@ -366,4 +375,21 @@ LOSSES = [
         "is a file, where the export makes a folder",
     ),
 ]
-CASES = [*cases(TRAIN, PREPARE), *cases(CELLS, PREPARE, code=0), *cases(OTHERS), *cases(LOSSES)]
+COLUMNS_GIVEN = [
+    ("columns_no_pair", "prompt", "'prompt' is no pair: write prompt=question"),
+    ("columns_twice", "prompt=a,prompt=b", "prompt is named twice"),
+    ("columns_unknown", "prompt=promt", "header: has no column 'promt'", "prompt=prompt?", "It has: id"),
+    ("columns_not_ours", "promt=prompt", "'promt' is no name of ours", "did you mean prompt?"),
+]
+NAMED = [
+    ("columns_without_input", nothing, (*SCORE, "--columns", "a=b"), "belong to --input"),
+    *(
+        (f"{name}_{call[0]}", nothing, (*call, "--columns", given), *words)
+        for name, given, *words in COLUMNS_GIVEN
+        for call in (PREPARE, SCORE_INPUT)
+    ),
+]
+CASES = [
+    *(*cases(TRAIN, PREPARE), *cases(CELLS, PREPARE, code=0)),
+    *(*cases(OTHERS), *cases(LOSSES), *cases(NAMED, code=2)),
+]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow.parquet import read_table
 
-from common.battle import VERDICTS, Battle
+from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 from common.errors import ArenaError
 from common.experiment import Labels
 from data_prep.audit import first_prompts, row_statistics, warnings_of
@@ -130,6 +130,18 @@ def test_training_rows_in_a_test_set_are_counted_and_kept(experiment, arena, tmp
         expected = [f"warning: {found} of {rows} rows of {table} are training rows"] if found else []
         assert [line.partition(" (")[0] for line in warnings_of(audit)] == expected
     assert "test_rows_in_train" not in export(experiment, arena.train)
+
+
+def test_strange_verdicts_are_told(experiment, workplace):
+    prompts = [f"q{n}?" for n in range(40)]
+    records = [{"prompt": p, "response_a": "yes", "response_b": "no", "anony": n < 7} for n, p in enumerate(prompts)]
+    for votes, told in (
+        ({"winner": "A"}, ["WARNING: all 40 verdicts of votes.jsonl are 'a'", "warning: in 33 battles of votes.jsonl"]),
+        (dict(zip(PROBABILITY_COLUMNS, (0.4, 0.3, 0.3), strict=True)), ["note: votes.jsonl has shares", "warning: in"]),
+    ):
+        Path("votes.jsonl").write_text("\n".join(json.dumps(record | votes) for record in records))
+        said = warnings_of(export(experiment, Path("votes.jsonl"), workers=0))
+        assert len(said) == len(told) and all(map(str.startswith, said, told)), said
 
 
 def test_of_several_sources_the_first_alone_validates_and_no_prompt_of_its_fold_is_trained_on(experiment, workplace):

@@ -49,6 +49,20 @@ def test_the_exported_rows_are_the_battles(experiment, arena):
     assert lines(folder, "sft_train") == train[::2], "no swapped copies without being asked"
 
 
+def test_columns_of_other_names_are_kept_for_a_view_that_follows(experiment, arena):
+    text = arena.train.read_text(encoding="utf-8")
+    arena.train.write_text(text.replace("prompt,response_a", "question,left", 1), encoding="utf-8")
+    names = {"prompt": "question", "response_a": "left"}
+    audit = export(experiment, arena.train, arena.test, columns=names)  # whose columns are called as ours
+    train, test = audit["sources"]["train"], audit["sources"]["test"]
+    assert (train["columns"], test["columns"]) == (names, {})
+    assert (train["texts"], train["verdicts"], test["verdicts"]) == ("JSON lists of turns", "one-hot", "none")
+    assert sum(train["verdict_counts"].values()) == 300
+    before = digests(experiment.data_folder)
+    assert ensure_views(experiment, BOTH) and lines(experiment.data_folder, "dpo_reward_train")
+    assert digests(experiment.data_folder)["sft_train.jsonl"] == before["sft_train.jsonl"]
+
+
 def test_files_describe_themselves(experiment, arena):
     export(experiment, arena.train, arena.test, arena.truth)
     folder = experiment.data_folder

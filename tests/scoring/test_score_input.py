@@ -29,11 +29,11 @@ def judged(workplace, make_experiment, tiny_model, small_tokenizer, small_frame,
     return experiment
 
 
-def scored(experiment, **options) -> str:
+def scored(experiment, columns=None, **options) -> str:
     """Score battles.csv; return what was said."""
-    show = quiet_show()
+    show, context = quiet_show(), StageContext(experiment, "sft")
     given = ScoreOptions(**options)
-    assert score_input(StageContext(experiment, "sft"), Path("battles.csv"), OUTPUT, show=show, options=given) == 40
+    assert score_input(context, Path("battles.csv"), OUTPUT, columns, show=show, options=given) == 40
     assert not (experiment.output_folder("sft") / "scoring").exists(), "nothing is left behind, its lock neither"
     return show.stream.getvalue()
 
@@ -51,6 +51,18 @@ def test_a_calibration_of_another_precision_is_told(judged):
     for battle, values in probabilities().items():
         assert values == pytest.approx(fp32[battle], abs=5e-2)
     assert probabilities() != fp32, "16 bit really are 16 bit"
+
+
+def test_a_table_with_other_names_is_scored_by_them(judged):
+    assert "battles.csv: JSON lists of turns; verdicts: none; ids: id" in scored(judged)
+    usual, path = probabilities(), Path("battles.csv")
+    path.write_text(path.read_text().replace("id,prompt,response_a", "key,question,left", 1))
+    with pytest.raises(ArenaError, match="lacks 2 column") as caught:
+        scored(judged)
+    assert "--columns prompt=question,response_a=left" in caught.value.remedy
+    assert probabilities() == usual
+    scored(judged, {"id": "key", "prompt": "question", "response_a": "left"})
+    assert probabilities() == usual
 
 
 def test_it_says_how_many_rows_were_shortened(judged):
