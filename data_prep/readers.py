@@ -35,7 +35,16 @@ from data_prep.cells import (
     is_no,
     parse_id,
 )
-from data_prep.schemas import EXTRAS, KEYS, advice_on, find_schema, missing_columns, renamed
+from data_prep.schemas import (
+    EXTRAS,
+    KEYS,
+    VERDICT_NAMES,
+    advice_on,
+    find_schema,
+    missing_columns,
+    no_such_column,
+    renamed,
+)
 from data_prep.tables import BrokenRow, Table, open_tables
 
 _MOST_BAD = 0.01
@@ -85,7 +94,7 @@ class VoteReader:
         self._part = 0  # which of them is being read
         first = self._tables[0]
         self._named = renamed(first.columns, self._given, labelled=labelled, where=f"{first.path} header")
-        self._columns = columns = self._ours(first)
+        self.columns = columns = self._ours(first)
         schema = find_schema(columns)
         found = set(columns)
         extras = (*EXTRAS, *(KEYS if schema.id == "question_id" else ()))
@@ -120,7 +129,7 @@ class VoteReader:
     @property
     def is_wsdm(self) -> bool:
         """Whether this is a test set of the WSDM Cup, whose submission is `id,winner`."""
-        return self._schema.is_plain and "scored" in self._columns
+        return self._schema.is_plain and "scored" in self.columns
 
     @property
     def read_as(self) -> str:
@@ -342,3 +351,11 @@ class VoteReader:
             where=f"{self.rejected[0].file} row {self.rejected[0].row}",
             remedy=known or f"correct or remove these rows; they were read as {self._schema.described()['texts']}",
         )
+
+
+def require_used(given: Mapping[str, str], *readers: VoteReader) -> None:
+    """Raise UsageError for a name of --columns that no table has, though its own columns are called as ours."""
+    used = {name for reader in readers for name in reader.facts["columns"]}
+    first = readers[0]
+    if unused := [name for name in given if name not in used and (first.labelled or name not in VERDICT_NAMES)]:
+        raise no_such_column(unused[0], given, first.columns, str(first.path))

@@ -145,19 +145,23 @@ def renamed(columns: Collection[str], given: Mapping[str, str], *, labelled: boo
 
     Raises UsageError for a name that is none of ours, and for one that the table lacks.
     """
-    ours = not set(given.values()) & set(columns)
-    for name, theirs in given.items():
+    for name in given:
         if name not in NAMES:
             meant = get_close_matches(name, NAMES, 1)
             remedy = f"did you mean {meant[0]}? " if meant else ""
             raise UsageError(f"--columns: {name!r} is no name of ours", remedy=f"{remedy}Known: {', '.join(NAMES)}")
-        needed = (labelled or name not in VERDICT_NAMES) and not (ours and name in columns)
-        if theirs not in columns and needed:
-            meant = get_close_matches(theirs, list(columns)[:_LOOKED_AT], 1)
-            remedy = f"did you mean --columns {name}={meant[0]}? " if meant else ""
-            shown = ", ".join(list(columns)[:30])
-            raise UsageError(f"has no column {theirs!r}", where=where, remedy=f"{remedy}It has: {shown}")
-    return {name: theirs for name, theirs in given.items() if theirs in columns}
+    used = {name: theirs for name, theirs in given.items() if theirs in columns}
+    needed = [name for name in given if labelled or name not in VERDICT_NAMES]
+    if lacking := [name for name in needed if name not in used and (used or name not in columns)]:
+        raise no_such_column(lacking[0], given, columns, where)
+    return used
+
+
+def no_such_column(name: str, given: Mapping[str, str], columns: Collection[str], where: str) -> UsageError:
+    """Return the error for a table without the column that --columns gives for one of ours."""
+    meant, shown = get_close_matches(given[name], list(columns)[:_LOOKED_AT], 1), ", ".join(list(columns)[:30])
+    remedy = f"did you mean --columns {name}={meant[0]}? " if meant else ""
+    return UsageError(f"has no column {given[name]!r}", where=where, remedy=f"{remedy}It has: {shown}")
 
 
 def advice_on(schema: Schema, columns: Sequence[str], missing: Sequence[str]) -> str:

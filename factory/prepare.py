@@ -13,7 +13,7 @@ from data_prep.audit import warnings_of
 from data_prep.export import export
 from data_prep.export_reader import earlier_manifest, read_manifest
 from data_prep.overwrite_check import check_overwrite
-from data_prep.readers import VoteReader
+from data_prep.readers import VoteReader, require_used
 from data_prep.sources import Source, votes_at, with_weight
 from factory.demo import ensure_embedded_base
 from factory.recipes import check_first_values, write_recipe
@@ -50,6 +50,7 @@ def prepare(
     if test is not None:
         readers.append(VoteReader(test, labelled=False, columns=columns))
         readers[0].require_same_texts(readers[-1])
+    require_used(columns or {}, *readers)
     for reader in readers:
         show.note(f"{reader.path}: {reader.read_as}")
     ensure_embedded_base(experiment, show)

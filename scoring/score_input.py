@@ -10,7 +10,7 @@ from typing import Any
 from common.files import only_run, sha256_of_table
 from common.progress import Show
 from data_prep.cells import is_formula
-from data_prep.readers import VoteReader
+from data_prep.readers import VoteReader, require_used
 from data_prep.sources import votes_at
 from factory.stage_context import StageContext
 from scoring.calibration import Calibration
@@ -47,7 +47,9 @@ def score_input(
         calibration.require(1)
     scorer, path = spec.scorer(), votes_at(source, labelled=False, columns=columns)
     # what is not a table of battles is refused before the model is loaded
-    show.note(f"{path}: {VoteReader(path, labelled=False, columns=columns).read_as}")
+    reader = VoteReader(path, labelled=False, columns=columns)
+    require_used(columns or {}, reader)
+    show.note(f"{path}: {reader.read_as}")
     model = scorer.inputs()
     context.require_scored(model)
     base, target = context.folder / "scoring", f"input-{output.name}"

@@ -378,7 +378,7 @@ LOSSES = [
 COLUMNS_GIVEN = [
     ("columns_no_pair", "prompt", "'prompt' is no pair: write prompt=question"),
     ("columns_twice", "prompt=a,prompt=b", "prompt is named twice"),
-    ("columns_unknown", "prompt=promt", "header: has no column 'promt'", "prompt=prompt?", "It has: id"),
+    ("columns_unknown", "prompt=promt", "csv: has no column 'promt'", "prompt=prompt?", "It has: id"),
     ("columns_not_ours", "promt=prompt", "'promt' is no name of ours", "did you mean prompt?"),
 ]
 NAMED = [
