@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import ArenaError
 from scoring import metrics
-from scoring.calibration import AB_COLUMNS, BA_COLUMNS, Calibration, calibrate, grouped_parts
+from scoring.calibration import AB_COLUMNS, BA_COLUMNS, Calibration, calibrate
 from scoring.links import softmax
 
 VERDICTS = np.array(["a", "b", "tie"])
@@ -179,10 +179,3 @@ def test_a_report_that_lacks_a_link_or_a_value_is_refused():
     assert "--fresh" in caught.value.remedy
     with pytest.raises(ArenaError, match="score the stage again"):
         Calibration.from_json({"calibration": {"kept": True}})
-
-
-def test_parts_never_share_a_prompt_and_cover_every_row_once():
-    groups = np.random.default_rng(0).integers(0, 40, 300)
-    parts = list(grouped_parts(groups, seed=0))
-    assert not any(set(groups[fit]) & set(groups[judge]) for fit, judge in parts)
-    assert sorted(np.concatenate([judge for _, judge in parts]).tolist()) == list(range(300))

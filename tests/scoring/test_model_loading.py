@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from common.errors import ArenaError
 from factory.stage_context import StageContext
-from scoring.engines.torch_engine import score_labels
-from scoring.model_loading import TrainedAdapter, device_name, is_same_model, load_model, trained_adapter
-from tests.scoring.fakes import LABELS, token_rows
+from scoring.model_loading import TrainedAdapter, is_same_model, load_model, trained_adapter
 from tests.scoring.places import save_adapter
 
 
@@ -24,20 +21,6 @@ def changed(adapter: Path, folder: Path, change) -> Path:
     (folder / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     save_file(change(load_file(adapter / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
     return folder
-
-
-def test_a_saved_model_is_loaded_in_its_precision_and_scores_the_same(tiny_model, tmp_path):
-    import torch
-
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path, "cpu")
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32} and not loaded.training
-    np.testing.assert_array_equal(
-        score_labels(loaded, token_rows(5), LABELS), score_labels(model, token_rows(5), LABELS)
-    )
-    assert {p.dtype for p in load_model(tmp_path, "cpu", precision="bf16").parameters()} == {torch.bfloat16}
-    assert device_name() == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_pickled_weights_are_refused(tiny_model, tmp_path):

@@ -90,25 +90,6 @@ def test_equal_answers_have_the_very_same_reward_and_are_read_once(policy):
     assert sizes == [len(prompt) - 1 + len(a) + len(b)], "the prompt is read once, and no last token"
 
 
-def test_out_of_memory_reads_less_at_a_time_and_names_a_row_that_never_fits(tiny_model):
-    import torch
-
-    expected, notes, packed = implicit_rewards(tiny_model(), TRIPLES, **ALONE), [], PackedModel(tiny_model())
-
-    def read(_, args):
-        if args[0].numel() > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    packed.body.get_input_embeddings().register_forward_pre_hook(read)
-    limit = 200
-    np.testing.assert_allclose(implicit_rewards(packed, TRIPLES, note=notes.append, **ALONE), expected, atol=1e-3)
-    assert notes
-    limit = 50
-    with pytest.raises(ArenaError, match=r"row \d: its \d+ tokens alone do not fit") as caught:
-        implicit_rewards(packed, TRIPLES, note=notes.append, **ALONE)
-    assert sum(map(len, TRIPLES[int(caught.value.where.removeprefix("row "))])) > 50
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_names_its_row(tiny_model, tmp_path, value):
     model, head = tiny_model(seed=2), load_value_head(save_head(tmp_path))
