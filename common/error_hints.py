@@ -14,9 +14,8 @@ _INSTALL = "install the locked set of libraries (`make install`)"
 # What our own checks refuse before anything starts is not here.
 REMEDIES = {
     r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED": LESS_MEMORY,
-    r"can't allocate memory|Cannot allocate memory|Unable to allocate|\bMemoryError\b": (
-        f"the machine's memory is full: close other programs, or {LESS_MEMORY}"
-    ),
+    r"can't allocate memory|Cannot allocate memory|Unable to allocate|\bMemoryError\b|failed to map segment"
+    r"|can't start new thread": (f"the machine's memory is full: close other programs, or {LESS_MEMORY}"),
     r"signal 9\b|SIGKILL|exitcode\s*: -9|exit code 137|(RayActor|ActorDied|ActorUnavailable|WorkerCrashed)Error": (
         f"killed, probably out of memory (see `dmesg`): {LESS_MEMORY}; --resume goes on from the last checkpoint"
     ),
@@ -107,7 +106,7 @@ _TRACEBACK = re.compile(r"^(?:\s*[+|] )?Traceback \(most recent call last\):")
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:: .*|:)?$")
 # Lines that belong to no error: loggers, bars, rules, trackers, and what comes between two tracebacks.
 _OTHER = re.compile(
-    r"^\s*(?:\[?(?:INFO|WARNING|DEBUG)\b|[WEIF]\d{4} \d\d:|\[?\d{4}-\d\d-\d\d[ T]\d\d:|.*\d+%\||={5,}|-{5,}|\*{3,}"
+    r"^\s*(?:\[?(?:INFO|WARNING|DEBUG)\b|[WEIF]\d{4} \d\d:|\[?\d{4}-\d\d-\d\d[ T]\d\d:|.*\d{1,3}%\||={5,}|-{5,}|\*{3,}"
     r"|Traceback \(|During handling of the above|The above exception was|Exception ignored|Exception in thread"
     r"|Root Cause|Failures:|wandb: |swanlab: |\"\"\"$)"
 )
@@ -123,11 +122,12 @@ _COMPLAINT = re.compile(
     r"\b\w*Error\b|\berror:|^Fatal|terminate called|what\(\):|\b[Kk]illed\b|[Cc]annot |Bus error|Segmentation fault"
 )
 _SIGNAL = re.compile(r"Signal \d+ \(SIG\w+\) received")  # torchrun about a worker that was killed
-_MESSAGE_LINES = 12
+_MESSAGE_LINES, _LONGEST = 12, 10_000
 
 
 def remedy_for(text: str) -> str | None:
     """Return the remedy of the first pattern of REMEDIES that fits `text`, None where none fits."""
+    text = text[:_LONGEST]  # a prompt may stand in it, and a pattern may take quadratic time
     return next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE)), None)
 
 

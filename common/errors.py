@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import shlex
 import signal
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 from common.console import printable
 
 OLDEST_PYTHON = (3, 11)
+LEAST_MEMORY = 2**30  # of addresses (ulimit -v), for the libraries of the smallest command
 
 
 class ArenaError(Exception):
@@ -152,6 +154,9 @@ def stop_signals() -> Iterator[None]:
 
 def require_packages() -> None:
     """End the process with one message and exit code 2 where this Python is too old or lacks our packages."""
+    if 0 < (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) < LEAST_MEMORY:  # OpenBLAS would try for ever
+        sys.stderr.write(f"Error: the limit of memory is {limit / 2**30:.1f} GiB\n  remedy: ulimit -v unlimited\n")
+        sys.exit(1)
     missing = [name for name in ("click", "jinja2", "omegaconf", "psutil", "pydantic", "rich") if not find_spec(name)]
     if sys.version_info < OLDEST_PYTHON:
         what = f"arena-factory needs Python {'.'.join(map(str, OLDEST_PYTHON))} or newer, and {sys.executable} is older"

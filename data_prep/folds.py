@@ -14,7 +14,7 @@ from data_prep.sanitize import BREAK
 
 # What becomes of a prompt of nothing, and of "(empty)", which is fed in its place.
 _NOTHING = "empty"
-_SLICE = 1 << 14
+_SLICE, _PIECE = 1 << 14, 1000
 
 
 def normalise_prompt(text: str) -> str:
@@ -25,11 +25,16 @@ def normalise_prompt(text: str) -> str:
     if text.isascii():
         text = " ".join(text.lower().split())
         return text.strip(string.punctuation + " ") or text or _NOTHING
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text.replace(BREAK, "")).casefold())
+    folded = _compatible(_compatible(text.replace(BREAK, "")).casefold())
     text = " ".join(folded.split())
     # Unicode's categories P and S, of which string.punctuation holds exactly the ASCII characters.
     edges = [character for character in set(text) if character == " " or unicodedata.category(character)[0] in "PS"]
     return text.strip("".join(edges)) or text or _NOTHING
+
+
+def _compatible(text: str) -> str:
+    """Return the text in NFKC, in pieces: thousands of marks on one letter take quadratic time."""
+    return "".join(unicodedata.normalize("NFKC", text[i : i + _PIECE]) for i in range(0, len(text), _PIECE))
 
 
 def prompt_group(battle_or_prompt: Battle | str) -> str:

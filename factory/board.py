@@ -275,7 +275,7 @@ def publish_run(context: StageContext, model: BoardModel) -> None:
 
 
 _LOG_TAIL = 60_000  # bytes of train.log; the page shows the last 20,000 characters
-_BAR = re.compile(r"\d+%\|.*\|")  # a progress bar: hundreds of lines that mean nothing afterwards
+_BAR = re.compile(r"\d{1,3}%\|.*\|")  # a progress bar: hundreds of lines that mean nothing afterwards
 
 
 def log_lines(log: Path) -> list[str]:

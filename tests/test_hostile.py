@@ -28,11 +28,13 @@ from click.testing import CliRunner
 import run
 from common.battle import Battle, swap
 from common.console import hide_secrets, name_of, printable
+from common.error_hints import all_errors, remedy_for
 from common.errors import ArenaError
 from common.experiment import Labels, load_experiment, parse_experiment, read_yaml
 from common.files import atomic_file, atomic_folder, only_run
 from common.progress import Show
 from data_prep.export_reader import read_rows
+from data_prep.folds import normalise_prompt
 from data_prep.preference_pairs import PairFitter, flatten
 from data_prep.prompt import JudgePrompt
 from data_prep.sanitize import Neutralizer
@@ -40,6 +42,7 @@ from data_prep.sources import votes_at
 from data_prep.template_choice import choose_template
 from data_prep.truncation import Fitter
 from factory import board_page, launcher, serve_page
+from factory.board import _BAR as log_bar
 from factory.board import lay_out
 from factory.fingerprint import data_sets
 from factory.merge import dequantise
@@ -759,6 +762,20 @@ def test_ten_thousand_turns_are_fitted_in_time(fitter):
     with within(60):  # linear in the number of turns
         (fitted,) = fitter(300).fit([Battle("1", texts, texts, texts, "a")], both_orders=True)
     assert fitted.tokens <= 300 and fitted.dropped > 9_900
+
+
+LONG_WORK = {
+    "marks on a letter": lambda: normalise_prompt("a" + "\u0301\u0327" * 100_000),
+    "digits in a log": lambda: log_bar.search("1" * 200_000),
+    "digits after an error": lambda: all_errors("error:\n" + "1" * 200_000),
+    "a library's name, often": lambda: remedy_for("bitsandbytes " * 50_000),
+}
+
+
+@pytest.mark.parametrize("what", LONG_WORK)
+def test_no_text_takes_quadratic_time(what):
+    with within(10):
+        LONG_WORK[what]()
 
 
 def catastrophic(tokenizer):

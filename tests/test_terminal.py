@@ -1,6 +1,8 @@
 """The same commands attended, under a pseudo-terminal, and piped: a live line with time left, or plain lines."""
 
 import contextlib
+import io
+import json
 import os
 import pty
 import re
@@ -10,6 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
+
+import run
+from common.console import make_output_safe
+from factory.devices import Devices
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3\d|4\d|9\d)(?:;\d+)*m")
@@ -63,3 +71,54 @@ def test_a_piped_run_says_plain_lines(chain):
     assert re.search(r"^sft: scoring the validation fold: 100%.* ([\d,]+)/\1, [\d,]+ tokens/s", said, re.MULTILINE)
     for line in ("sft: training", "sft: merging"):
         assert said.splitlines().count(line) == 1
+
+
+SNOWMAN = "☃ 你好 ünïcode \udcff"
+COMMANDS = {
+    "board": ("--host", SNOWMAN),
+    "compare": ("-e", "exam"),
+    "completion": ("bash",),
+    "demo": (),
+    "doctor": (),
+    "dpo": ("-e", "exam"),
+    "export": ("-e", "exam", "--converter", SNOWMAN),
+    "forecast": ("-e", "exam", "--card", SNOWMAN),
+    "new": ("winter", "--model", SNOWMAN),
+    "prepare": ("-e", "exam", "--train", "☃.csv"),
+    "rm": ("-e", "exam"),
+    "score": ("-e", "exam", "--input", "☃.csv", "--output", "☃ out.csv"),
+    "serve": ("-e", SNOWMAN),
+    "sft": ("-e", "exam"),
+    "show": ("1001", "-e", "exam"),
+    "status": (),
+    "verify": ("outputs/exam/sft",),
+    "watch": ("-e", "exam", "--once", "--stage", "sft"),
+}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "cp1252"])
+def test_the_output_of_every_command_survives_any_terminal(place, monkeypatch, encoding):
+    assert COMMANDS.keys() == run.cli.commands.keys()
+    monkeypatch.setattr("scoring.pipeline.demo", lambda *_, **__: 1 / 0)  # it would train
+    monkeypatch.setattr("factory.doctor.devices", lambda **_: Devices(torch=SNOWMAN))
+    rows = place.rows()
+    rows[0]["prompt"], rows[1]["id"] = json.dumps([SNOWMAN]), SNOWMAN[:-1]
+    place.table(rows, "☃.csv")
+    Path("factory_configs/winter").mkdir()
+    Path("factory_configs/winter/experiment.yaml").write_text(f"model: {SNOWMAN[:-1]}\n", encoding="utf-8")
+    for name, arguments in COMMANDS.items():
+        for verbose in ([], ["-v"]):
+            with monkeypatch.context() as patch:
+                streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+                patch.setattr(sys, "stdout", streams[0])
+                patch.setattr(sys, "stderr", streams[1])
+                make_output_safe()
+                try:
+                    code = run.cli.main([name, *arguments, *verbose], standalone_mode=True)
+                except (SystemExit, ZeroDivisionError) as ended:
+                    code = getattr(ended, "code", 0)
+                for stream in streams:
+                    stream.flush()
+                said = b"".join(stream.buffer.getvalue() for stream in streams).decode(encoding)
+            assert code in (0, 1, 2) and (verbose or "Traceback" not in said), f"{name}: {said}"
+            assert said, name
