@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import difflib
 import re
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -25,7 +30,10 @@ from data_prep.hub import cached_file
 # The template that LLaMA-Factory's own web UI takes for a base model, which was never taught a chat.
 BASE_TEMPLATE = "default"
 # What a model's own chat template may raise beside Jinja's errors: it was written for another program.
-_TEMPLATES_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError)
+_TEMPLATES_ERRORS = (
+    *(ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError),
+    *(TimeoutError, MemoryError),
+)
 _HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 _MARK = "arenafactorymessage"
 _EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
@@ -182,9 +190,10 @@ def _render_own(folder: Path) -> str | None:
         settings = {}
     source = settings.get("chat_template")
     if isinstance(source, list):  # several by name
-        source = next((each.get("template") for each in source if each.get("name") == "default"), None)
+        named = [each for each in source if isinstance(each, dict)]
+        source = next((each.get("template") for each in named if each.get("name") == "default"), None)
     if (folder / "chat_template.jinja").is_file():
-        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        source = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     if not isinstance(source, str):
         return None
 
@@ -194,15 +203,46 @@ def _render_own(folder: Path) -> str | None:
     def token(value: Any) -> str:
         return str(value.get("content", "")) if isinstance(value, dict) else value or ""
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     names = {name: token(settings.get(name)) for name in ("bos_token", "eos_token")}
     names |= {"add_generation_prompt": True, "enable_thinking": False}
     try:
-        text = environment.from_string(source).render(messages=[{"role": "user", "content": _MARK}], **names)
+        with _bounded():
+            text = environment.from_string(source).render(messages=[{"role": "user", "content": _MARK}], **names)
     except (TemplateError, *_TEMPLATES_ERRORS):
         return None
     return text.removeprefix(names["bos_token"])
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """transformers' sandbox without multiplication, which can take hours inside one step."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Refuse the operators above."""
+        raise TemplateError(f"{operator} is not allowed")
+
+
+@contextmanager
+def _bounded(seconds: float = 5.0, memory: int = 1 << 30) -> Iterator[None]:
+    """Within the block raise TimeoutError after so long, MemoryError beyond so many bytes more than now."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = psutil.Process().memory_info().vms + memory
+    usual = signal.signal(signal.SIGALRM, late)
+    resource.setrlimit(resource.RLIMIT_AS, (most if soft < 0 else min(soft, most), hard))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, usual)
 
 
 def _near_models(model: str) -> str:

@@ -449,9 +449,15 @@ REACHING_OUT = "{{ cycler.__init__.__globals__.os.system('touch pwned') }}"
 def test_a_models_chat_template_cannot_reach_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    for source, words in (("{{ messages[0].content }}", "chat template in"), (REACHING_OUT, "brings no chat template")):
+    endless = [f"{{% for {name} in range(99999) %}}" for name in "abcd"]
+    hostile = [
+        *(REACHING_OUT, "{{ 'x' * 10**10 }}", "{{ 9 ** (9 ** 9) }}", "{% set a = 'x' %}" + "{% set a = a ~ a %}" * 40),
+        "".join(endless) + "x" + "{% endfor %}" * 4,
+    ]
+    for source in ("{{ messages[0].content }}", *hostile):
+        words = "brings no chat template" if source in hostile else "chat template in"
         (tmp_path / "chat_template.jinja").write_text(source)
-        with pytest.raises(ArenaError, match=words):
+        with within(20), pytest.raises(ArenaError, match=words):
             choose_template(str(tmp_path))
         assert not (tmp_path / "pwned").exists()
 
@@ -822,9 +828,9 @@ ZEROS, NAME = b"0" * 2_000_000, "x" * 300 + ".csv"
         ("votes.csv", ZEROS, {"_HARMLESS": 10_000}, "no table of texts is packed so well"),
         ("votes.csv", ZEROS, {"shutil.disk_usage": lambda _: SimpleNamespace(free=1_000_000)}, "GiB are free"),
         (NAME, ZEROS, {}, "is longer than 255 bytes: 'xxx"),
-        ("votes.csv", b"", {}, "is empty"),
+        ("votes.csv", b"a,b\n1,2\n", {}, "no table holds"),
     ],
-    ids=["size", "ratio", "disk", "name", "empty"],
+    ids=["size", "ratio", "disk", "name", "no votes"],
 )
 def test_an_archive_that_would_fill_the_disk_is_refused_and_leaves_nothing(
     workplace, monkeypatch, name, content, patched, said
@@ -833,6 +839,7 @@ def test_an_archive_that_would_fill_the_disk_is_refused_and_leaves_nothing(
         monkeypatch.setattr(f"data_prep.sources.{place}", value)
     with zipfile.ZipFile("votes.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(name, content)
+        archive.writestr("other.csv", "x,y\n1,2\n")
     with pytest.raises(ArenaError, match=said):
         votes_at("votes.zip", labelled=True)
     assert not list(Path("data").rglob("*.csv"))
