@@ -201,7 +201,7 @@ def _render_own(folder: Path) -> str | None:
         raise ValueError(message)
 
     def token(value: Any) -> str:
-        return str(value.get("content", "")) if isinstance(value, dict) else value or ""
+        return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
 
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
