@@ -106,11 +106,15 @@ def prepare(experiment: str, as_json: bool, **options: Any) -> None:
         click.echo(f"next: {command}")
 
 
-def _train(experiment: str, stage: str, as_json: bool, **options: Any) -> None:
-    from scoring.pipeline import run_stage
+def _train(experiment: str, stage: str, as_json: bool, fold: str | None, **options: Any) -> None:
+    from scoring.pipeline import run_folds, run_stage
 
     context, show = _start(experiment, stage)
-    _finish(context, run_stage(context, **options, show=show), as_json)
+    fold = cl.fold_named(fold, context.experiment)
+    if fold is None:
+        _finish(context, run_stage(context, **options, show=show), as_json)
+        return
+    _finish(*run_folds(context, fold, **options, show=show), as_json)
 
 
 @cli.command()
@@ -165,6 +169,20 @@ def compare(experiment: str, as_json: bool) -> None:
 
 
 @cli.command()
+@cl.ensemble_options
+def ensemble(members: tuple[str, ...], name: str, weights: str, as_json: bool) -> None:
+    """Blend scored stages of any experiments into one submission.
+
+    And simple baselines (tfidf, length), which read the whole texts. Battles are matched by id.
+    """
+    from scoring.ensemble import ensemble
+    from scoring.report.console import print_ensemble
+
+    report = ensemble(members, name, weights)
+    click.echo(json.dumps(report, indent=2)) if as_json else print_ensemble(report)
+
+
+@cli.command()
 @cl.option(
     "-e", "--experiment", metavar="EXP", shell_complete=cl.complete_experiment, help="Only this one [all of them]."
 )
@@ -174,7 +192,6 @@ def status(experiment: str | None, as_json: bool) -> None:
 
     Each scored stage has its log loss beside that of the class prior.
     """
-    from dataclasses import asdict
 
     from rich.console import Console
 
@@ -227,14 +244,7 @@ def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], a
 @cli.command()
 @cl.score_options
 def score(
-    experiment: str,
-    stage: str,
-    source: str | None,
-    columns: dict[str, str],
-    output: Path | None,
-    agree: float | None,
-    as_json: bool,
-    **how: Any,
+    experiment: str, stage: str, fold: str | None, source: str | None, output: Path | None, as_json: bool, **how: Any
 ) -> None:
     """Write the probabilities of A / B / tie for any battles.
 
@@ -242,17 +252,20 @@ def score(
     same command goes on, without --fresh.
     """
     from scoring.agreement import note_choices
+    from scoring.out_of_fold import out_of_fold_report
     from scoring.predictions import scored_file
     from scoring.report.console import input_lines
     from scoring.score_input import score_input
     from scoring.score_stage import ScoreOptions, score_stage
 
+    agree, columns = how.pop("agree"), how.pop("columns")
     if (output is not None or columns) and source is None:
         raise click.UsageError("--output and --columns belong to --input: give it, too, or leave them out")
-    context, show = _start(experiment, stage)
+    context, show = _start(experiment, stage, fold)
     options = ScoreOptions.of(**how)
     if source is None:
-        _finish(context, score_stage(context, show=show, options=options), as_json)
+        reports = [score_stage(each, show=show, options=options) for each in context.scored_one_by_one]
+        _finish(context, out_of_fold_report(context, show=show) if context.of_folds else reports[0], as_json)
         output = context.folder / "probabilities_test.csv"
     else:
         output = output or scored_file(context.experiment, context.name, source)
@@ -265,14 +278,15 @@ def score(
 
 @cli.command()
 @cl.serve_options
-def serve(experiment: str, stage: str, **options: Any) -> None:
+def serve(experiment: str, stage: str, fold: str | None, **options: Any) -> None:
     """Answer battles over HTTP with calibrated probabilities.
 
     POST /v1/judge; a page to try it at /. It ends with Ctrl-C or SIGTERM, after what it took is answered.
     """
     from scoring.service_app import serve_stage
 
-    context, show = _start(experiment, stage)
+    context, show = _start(experiment, stage, fold)
+    context.require_one_judge()
     serve_stage(context, **options, show=show)
 
 
@@ -292,7 +306,9 @@ def board(host: str, port: int | None, no_open: bool) -> None:
 
 @cli.command()
 @cl.export_options
-def export(experiment: str, stage: str, quantization: str, as_json: bool, **places: Path | None) -> None:
+def export(
+    experiment: str, stage: str, fold: str | None, quantization: str, as_json: bool, **places: Path | None
+) -> None:
     """Write a merged judge as one file for a small machine.
 
     And prove that it is still the same judge.
@@ -300,7 +316,8 @@ def export(experiment: str, stage: str, quantization: str, as_json: bool, **plac
     from scoring.engines.gguf import export_gguf
     from scoring.report.console import export_lines
 
-    context, show = _start(experiment, stage)
+    context, show = _start(experiment, stage, fold)
+    context.require_one_judge()
     manifest = export_gguf(context, quantization, **places, show=show)
     click.echo(
         json.dumps(manifest, indent=2)
@@ -311,7 +328,7 @@ def export(experiment: str, stage: str, quantization: str, as_json: bool, **plac
 
 @cli.command()
 @cl.watch_options
-def watch(experiment: str, stage: str | None, as_json: bool, **options: Any) -> None:
+def watch(experiment: str, stage: str | None, fold: str | None, as_json: bool, **options: Any) -> None:
     """Watch a run: progress, losses, log loss beside the baselines.
 
     A run of the command line, in the browser or in the terminal.
@@ -319,8 +336,10 @@ def watch(experiment: str, stage: str | None, as_json: bool, **options: Any) -> 
     from scoring.run_status import in_words
     from scoring.watch import watch
 
-    context, show = _start(experiment, stage)
-    seen = watch(context.experiment, stage and context.name, as_json=as_json, **options, show=show)
+    context, show = _start(experiment, stage, fold)
+    if stage and not options["tensorboard"]:
+        context.require_one_judge()
+    seen = watch(context.experiment, stage and context.label, as_json=as_json, **options, show=show)
     if seen is not None:
         click.echo(json.dumps(asdict(seen), indent=2) if as_json else "\n".join(in_words(seen)))
 
@@ -354,8 +373,8 @@ def verify(output: Path, as_json: bool) -> None:
     click.get_current_context().exit(0 if result.sound else 1)
 
 
-def _start(name: str, stage: str | None = None) -> tuple[Any, Any]:
-    """Load the experiment, with the stage that the user's word for it means, and open the place for progress."""
+def _start(name: str, stage: str | None = None, fold: str | None = None) -> tuple[Any, Any]:
+    """Load the experiment, with stage and fold that the user's words mean, and open the place for progress."""
     from common.experiment import load_experiment
     from common.progress import Show
     from factory.stage_context import StageContext
@@ -364,28 +383,14 @@ def _start(name: str, stage: str | None = None) -> tuple[Any, Any]:
     experiment, show = load_experiment(name), Show(verbose=cl.is_verbose(click.get_current_context()))
     for text in experiment.warnings:
         show.note(text)
-    return StageContext(experiment, stage_named(experiment, stage or "sft")), show
+    context = StageContext(experiment, stage_named(experiment, stage or "sft"))
+    return context.of(cl.fold_named(fold, experiment, usual=None)), show
 
 
 def _finish(context: Any, report: dict[str, Any] | None, as_json: bool) -> None:
-    """Print what was reached: for people a table, for programs the report."""
-    from rich.console import Console
+    from scoring.report.console import print_reached
 
-    from scoring.report.console import print_summary
-
-    if report is not None:
-        if as_json:
-            click.echo(json.dumps(report, indent=2))
-        else:
-            print_summary(Console(), context, report)
-        return
-    made = {"adapter": context.adapter, **({"merged": context.merged} if context.merged.is_dir() else {})}
-    if as_json:
-        click.echo(json.dumps({name: str(folder) for name, folder in made.items()}))
-        return
-    for name, folder in made.items():
-        click.echo(f"{name + ':':8} {folder}")
-    click.echo(f"next:    {context.command}   (goes on from here to the report)")
+    print_reached(context, report, as_json)
 
 
 if __name__ == "__main__":

@@ -120,8 +120,33 @@ def stage_option(which: str):
     return option("--stage", type=click.Choice((*STAGES, "dpo")), default="sft", help=text)
 
 
+fold_option = option("--fold", metavar="N", help="With folds: the judge of this one (0, 1, …), or full.")
+
+
+def fold_named(text: str | None, experiment: Any, usual: str | None = "all") -> Any:
+    """Return the fold that --fold means: a number, full, all; `usual` without one; None where there are no folds.
+
+    Raises UsageError for a fold that the experiment does not have.
+    """
+    where = str(experiment.folder / "experiment.yaml")
+    if experiment.folds == 1:
+        if text is not None:
+            raise UsageError("--fold: this experiment has no folds", where=where, remedy="write folds: 5, then prepare")
+        return None
+    text = usual if text is None else text
+    if text in (None, "full") or (text == "all" and usual):
+        return text
+    if text.isdecimal() and int(text) < experiment.folds:
+        return int(text)
+    remedy = f"give 0 to {experiment.folds - 1}, full{' or all' if usual else ''}"
+    raise UsageError(f"--fold {text}: there is no such fold", where=where, remedy=remedy)
+
+
 training_options = several(
     experiment_option,
+    option(
+        "--fold", metavar="N", help="With folds: only this one (0, 1, …), full (all votes), or all [all that answer]."
+    ),
     option("--until", type=click.Choice(["train", "merge", "score"]), default="score", help="Stop after this step."),
     option("--resume", is_flag=True, help="Go on from the last checkpoint; from the beginning where none is whole."),
     option("--fresh", is_flag=True, help="Train from the beginning; the earlier run is put aside, not deleted."),
@@ -177,6 +202,7 @@ agree_option = option(
 serve_options = several(
     experiment_option,
     stage_option("The stage whose judge answers"),
+    fold_option,
     agree_option,
     option("--token-file", type=FILE, help="Answer only requests with the bearer token in this file."),
     option("--host", default="127.0.0.1", help="The address to listen on."),
@@ -225,12 +251,23 @@ prepare_options = several(
     option("--test", type=SOURCE, help="Battles without votes, for the submission; as --train."),
     columns_option,
     option("--truth", type=FILE, help="Known probabilities of all votes (synthetic arenas only)."),
+    option("--folds-from", type=FILE, help="A table (id, fold) of folds that somebody else drew; see folds in docs."),
     option("--force", is_flag=True, help="Replace recipes that were edited by hand."),
     option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them."),
     option(
         "--workers",
         type=click.IntRange(0, 256),
         help="Processes that fit the votes; 0: a thread [by the number of cores].",
+    ),
+    output_options,
+)
+ensemble_options = several(
+    option(
+        "-e", "members", multiple=True, required=True, metavar="EXP:STAGE", help="A member; STAGE may be tfidf, length."
+    ),
+    option("--name", required=True, help="Its results go to outputs/NAME/ensemble."),
+    option(
+        "--weights", default="fitted", metavar="W", help="fitted (cross-fitted), mean, or one for each -e: 0.7,0.3."
     ),
     output_options,
 )
@@ -251,6 +288,7 @@ forecast_options = several(
 score_options = several(
     experiment_option,
     stage_option("The stage whose judge answers"),
+    fold_option,
     option(
         "--input",
         "source",
@@ -272,6 +310,7 @@ score_options = several(
 export_options = several(
     experiment_option,
     stage_option("The judge to export"),
+    fold_option,
     option("--format", type=click.Choice(["gguf"]), default="gguf", expose_value=False, help="Its file."),
     option(
         "--quantization",
@@ -288,6 +327,7 @@ watch_options = several(
     option(
         "--stage", type=click.Choice((*STAGES, "dpo")), help="The stage to watch [the one that runs]; dpo: its view."
     ),
+    fold_option,
     option("--terminal", is_flag=True, help="Here instead of in a browser, until the run ends."),
     option("--once", is_flag=True, help="Print how far the run is, and end."),
     option("--tensorboard", is_flag=True, help="TensorBoard over all runs on this base model."),

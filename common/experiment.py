@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, V
 from common.battle import VERDICTS
 from common.errors import ArenaError, UsageError
 from common.files import read_regular
-from common.stages import STEPS, Start
+from common.stages import STEPS, Fold, Start, fold_name
 
 _PROJECT = Path(__file__).resolve().parents[1]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -134,6 +134,8 @@ class Experiment(_Strict):
     prompt_template: Annotated[Line, AfterValidator(_within)] = "templates/judge_prompt.j2"
     budget_shares: BudgetShares = BudgetShares()
     valid_share: float = Field(default=0.1, gt=0, lt=0.9)
+    folds: int = Field(default=1, ge=1, le=50)  # above 1 each fold validates once, and valid_share says nothing
+    fold_answer: Literal["mean", "full"] = "mean"  # what answers the test set where there are folds
     swap_copies: bool = True
     dpo_rejected: Literal["each", "one"] = "each"  # the wrong labels that a judge pair rejects
     reward_length_normalised: bool = False  # implicit rewards: the mean over an answer's tokens instead of the sum
@@ -183,40 +185,71 @@ class Experiment(_Strict):
         """Return the path of a recipe; `step` is one of common.stages.STEPS: sft, merge_sft, dpo_judge, …"""
         return self.folder / f"{step}.yaml"
 
-    def adapter_folder(self, stage: str) -> Path:
-        """saves/<model>/lora/<name>_<stage>: where LLaMA Board looks for adapters."""
-        return Path("saves") / self.short_model / "lora" / f"{self.name}_{stage}"
+    @property
+    def written_fold(self) -> Fold:
+        """The fold that the recipes are of as they are written; the others take overrides."""
+        return None if self.folds == 1 else 0
 
-    def output_folder(self, stage: str) -> Path:
-        """outputs/<name>/<stage>: merged model, probabilities, report, state."""
-        return Path("outputs") / self.name / stage
+    @property
+    def trainings_of_a_stage(self) -> list[Fold]:
+        """What a stage trains: one judge, or one a fold and one on all votes."""
+        return [None] if self.folds == 1 else [*range(self.folds), "full"]
 
-    def merged_folder(self, stage: str) -> Path:
-        """outputs/<name>/<stage>/merged: base and adapter as one ordinary model."""
-        return self.output_folder(stage) / "merged"
+    @property
+    def labelled_parts(self) -> list[str]:
+        """The splits of all rows that were voted on; each is a data set of its own."""
+        return list(dict.fromkeys([*self.parts("train"), *self.parts("valid")]))
 
-    def start_model(self, training: str) -> str:
+    def parts(self, split: str, fold: Fold = None) -> list[str]:
+        """Return the splits of the exported rows that are a fold's train, valid or test rows.
+
+        Without a fold all that were voted on are both: each is trained on by some folds and judged by one.
+        """
+        if self.folds == 1 or split == "test":
+            return [split]
+        every = [fold_name(number) for number in range(self.folds)]
+        if not isinstance(fold, int):
+            return every
+        return [name for name in every if (name == fold_name(fold)) == (split == "valid")]
+
+    def adapter_folder(self, stage: str, fold: Fold = None) -> Path:
+        """saves/<model>/lora/<name>_<stage>[_fold0]: where LLaMA Board looks for adapters."""
+        return Path("saves") / self.short_model / "lora" / "_".join([self.name, stage, *_named(fold)])
+
+    def output_folder(self, stage: str, fold: Fold = None) -> Path:
+        """outputs/<name>/<stage>[/fold0]: merged model, probabilities, report, state."""
+        return Path("outputs", self.name, stage, *_named(fold))
+
+    def merged_folder(self, stage: str, fold: Fold = None) -> Path:
+        """outputs/<name>/<stage>[/fold0]/merged: base and adapter as one ordinary model."""
+        return self.output_folder(stage, fold) / "merged"
+
+    def start_model(self, training: str, fold: Fold = None) -> str:
         """Return the model that a training starts from: `model`, or the merged SFT judge (see `start_from`)."""
         start: Start = getattr(self.start_from, training, "base")
-        return self.merged_folder("sft").as_posix() if start == "sft" else self.model
+        return self.merged_folder("sft", fold).as_posix() if start == "sft" else self.model
 
     @property
     def merges_dequantised(self) -> bool:
         """Tell whether adapters are merged into the dequantised base: where there is a quantised one to copy."""
         return self.merge_onto == "dequantised" and self.quantization_bit is not None
 
-    def merge_model(self, training: str) -> str:
+    def merge_model(self, training: str, fold: Fold = None) -> str:
         """Return the model that a training's adapter is merged into: its start, or the dequantised copy of it."""
-        start = self.start_model(training)
+        start = self.start_model(training, fold)
         if not self.merges_dequantised:
             return start
-        origin = "base" if start == self.model else f"{self.name}_sft"
+        origin = "base" if start == self.model else "_".join([self.name, "sft", *_named(fold)])
         return f"saves/{self.short_model}/dequantised/{origin}_{self.quantization_bit}bit"
 
     @property
     def short_model(self) -> str:
         """The last part of the model's name."""
         return self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _named(fold: Fold) -> list[str]:
+    return [] if fold is None else [fold_name(fold)]
 
 
 def check_name(name: str) -> None:

@@ -8,6 +8,8 @@ from typing import Literal
 DEFAULT_EXPERIMENT = "qwen3-4b"  # of every command without -e
 # What a preference training starts from: the base model, or the merged SFT judge.
 Start = Literal["base", "sft"]
+# Which part of the votes a training leaves out to be judged by: its number; "full" leaves none out. None: not by folds.
+Fold = int | Literal["full"] | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Step:
         if self.name == "base":
             return "score --stage base"
         return self.trains.replace("dpo_", "dpo --view ")
+
+
+def fold_name(fold: int | str) -> str:
+    """Return a fold's name in paths, data sets and the split column: fold0, fold1, …, full."""
+    return fold if isinstance(fold, str) else f"fold{fold}"
 
 
 def merge_of(training: str) -> str:

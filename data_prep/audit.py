@@ -172,6 +172,11 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
     for name, source in audit["sources"].items():
         lines += _doubts_of(source) if name != "test" else []
     lines += [_source_line(name, source) for name, source in audit["sources"].items() if name.startswith("train_")]
+    if several := audit.get("prompts_in_several_folds"):
+        lines.append(
+            f"warning: {several:,} prompts are in several of the given folds: they are judged by models that trained "
+            "on the same prompt"
+        )
     if seen := audit.get("test_rows_in_train"):
         lines.append(
             f"warning: {seen:,} of {audit['exported']['test']:,} rows of {audit['sources']['test']['file']} are "

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 # A data set's name without the experiment's, in all versions.
-SET = r"(?:sft|dpo_judge|dpo_reward)_(?:train|valid)"
+SET = r"(?:sft|dpo_judge|dpo_reward)_(?:train|valid|fold[0-9]+)"
 # What LLaMA-Factory heeds before file_name.
 ELSEWHERE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
@@ -30,7 +30,7 @@ def set_names(views: Collection[View]) -> list[str]:
 def dataset_entries(experiment: Experiment, views: Collection[View] = VIEWS, within: str = "") -> dict[str, Any]:
     """Return this experiment's entries of LLaMA-Factory's dataset_info.json; `within` is the folder of the files."""
     entries = {}
-    for name in (f"{name}_{split}" for name in set_names(views) for split in ("train", "valid")):
+    for name in (f"{name}_{part}" for name in set_names(views) for part in experiment.labelled_parts):
         pairs = name.startswith("dpo_")
         columns = {"chosen": "chosen", "rejected": "rejected"} if pairs else {}
         entries[f"{experiment.name}_{name}"] = {

@@ -10,6 +10,9 @@ dataset_info.json                LLaMA-Factory's list of data sets
 audit.json                       rows read, kept, rejected; tokens lost; pairs left out
 manifest.json                    what all this was made from
 
+With `folds` in experiment.yaml there is a set a fold, sft_fold0.jsonl, …, in place of train and valid: each is trained
+on by all other folds, so that a text lies on disk once.
+
 The preference rows are written for the views that are asked for; pairs.parquet belongs to the reward view. The votes
 are read once: battles are fitted as they come and written to the parquet tables; then the verdicts of all are known,
 the folds are made, and the data sets are written from the tables. Memory grows by some ten bytes a battle.
@@ -33,6 +36,7 @@ from data_prep.dataset_info import dataset_entries, entries_of_others, listed_se
 from data_prep.export_reader import FORMAT, read_manifest
 from data_prep.export_rows import RowMaker, open_pool, usual_workers
 from data_prep.export_writer import CHUNK, Written, write_sets, write_tables
+from data_prep.folds import read_folds
 from data_prep.ground_truth import read_truth_ids, require_truth_of
 from data_prep.overwrite_check import check_overwrite
 from data_prep.preference_pairs import VIEWS, View
@@ -63,6 +67,7 @@ def export(
     unchanged: Mapping[str, str] | None = None,
     workers: int | None = None,
     columns: Mapping[str, str] | None = None,
+    folds: Path | None = None,
 ) -> dict[str, Any]:
     """Read, fold, fit and write one experiment's data folder, whole or not at all; return the audit.
 
@@ -72,8 +77,8 @@ def export(
     `views` are the preference sets to write beside those of SFT; "reward" tokenizes every text once more, and
     may follow later with `ensure_views`. `unchanged` are SHA-256 sums of files that must come out as they were.
     `workers` is the number of processes that fit (0: a thread; None: what suits the machine); the files do not
-    depend on it. `columns` are the tables' own names for ours. Raises ArenaError; an earlier export then stays as it
-    was.
+    depend on it. `columns` are the tables' own names for ours. `folds` is a table of each battle's fold; without it they
+    are drawn. Raises ArenaError; an earlier export then stays as it was.
     """
     folder = experiment.data_folder
     votes = [Source(train)] if isinstance(train, Path) else train
@@ -83,6 +88,7 @@ def export(
     for each in (DATA, folder):
         listed_sets(each / "dataset_info.json")  # a fault in it is reported now, not after the work
     truth_ids = read_truth_ids(truth) if truth else ()
+    given = read_folds(folds, experiment.folds) if folds else None
     refuse_same_table(paths, test)
     readers = {name: VoteReader(each.path, labelled=True, columns=columns) for name, each in votes.items()}
     readers |= {"test": VoteReader(test, labelled=False, columns=columns)} if test else {}
@@ -95,7 +101,7 @@ def export(
         open_pool(maker, usual_workers() if workers is None else workers) as work,
     ):
         weights = {name: each.weight for name, each in votes.items()}
-        written = write_tables(fresh, work("fit", _chunks(readers, progress)), experiment, weights)
+        written = write_tables(fresh, work("fit", _chunks(readers, progress)), experiment, weights, given)
         counts = write_sets(fresh, experiment, views, work)
         audit = _audit(experiment, readers, weights, written, counts, views)
         rows = fresh / "rows.parquet"
@@ -103,7 +109,7 @@ def export(
             audit["test_rows_in_train"] = check_overlap(rows, reader.path, has_verdicts=reader.has_verdicts)
         if truth:
             require_truth_of(rows, truth_ids, truth)
-        _describe(fresh, experiment, prompt, frame, audit, truth, unchanged or {})
+        _describe(fresh, experiment, prompt, frame, audit, truth, unchanged or {}, folds)
         check_overwrite(folder)  # again, for files that came meanwhile, or with a folder that was put back
     _publish(experiment, audit)
     return audit
@@ -148,13 +154,14 @@ def ensure_views(
     truth = folder / "truth.csv"
     export(
         experiment,
-        [Source(path, sources[name]["weight"]) for name, path in tables.items() if name != "test"],
+        [Source(path, sources[name]["weight"]) for name, path in tables.items() if name.startswith("train")],
         tables.get("test"),
         truth if truth.exists() else None,
         progress,
         views=[view for view in VIEWS if view in missing or view in manifest["views"]],
         unchanged={name: digest for name, digest in manifest["files"].items() if name not in _LISTS},
         columns={ours: theirs for source in sources.values() for ours, theirs in source["columns"].items()},
+        folds=tables.get("folds"),
     )
     return True
 
@@ -168,7 +175,9 @@ def _audit(
     views: Collection[View],
 ) -> dict[str, Any]:
     pairs: dict[str, Any] = {
-        view: {split: counts[f"dpo_{view}_{split}"] for split in ("train", "valid")} for view in VIEWS if view in views
+        view: {part: counts[f"dpo_{view}_{part}"] for part in experiment.labelled_parts}
+        for view in VIEWS
+        if view in views
     }
     if "judge" in pairs:
         pairs["judge"]["rejected"] = experiment.dpo_rejected
@@ -193,6 +202,7 @@ def _audit(
         "rejected": [asdict(row) for reader in readers.values() for row in reader.rejected],
         "exported": {**counts, "test": written.counts["test", "battles"]["rows"]},
         "swap_copies": experiment.swap_copies,
+        "prompts_in_several_folds": written.prompts_in_several_folds,
         "truncation": {name: truncation_audit(written.counts[name, "battles"]) for name in readers},
         "pairs": pairs,
     }
@@ -218,6 +228,7 @@ def _describe(
     audit: Mapping[str, Any],
     truth: Path | None,
     unchanged: Mapping[str, str],
+    folds: Path | None,
 ) -> None:
     """Write the small files and last the manifest with the hash of each file.
 
@@ -249,7 +260,12 @@ def _describe(
                 "columns": source["columns"],
             }
             for name, source in audit["sources"].items()
-        },
+        }
+        | (
+            {"folds": {"file": str(folds), "sha256": sha256_of_table(folds), "weight": 1.0, "columns": {}}}
+            if folds
+            else {}
+        ),
         "frame": asdict(frame),
         "files": files,
     }

@@ -22,8 +22,8 @@ from data_prep.chat_template import ChatFrame
 from data_prep.preference_pairs import Pair
 
 SPLITS = ("train", "valid", "test")
-# The split of rows that no set holds: of another source than the first, with a prompt that validates; or not drawn.
-LEFT_OUT = "left_out"
+# One of the column `split`, or several (Experiment.parts).
+Split = str | Collection[str]
 MANIFEST = "manifest.json"
 # Of the manifest and the files that it names.
 FORMAT = 5
@@ -123,30 +123,37 @@ def read_audit(folder: Path) -> dict[str, Any]:
     return audit
 
 
-def read_columns(path: Path, columns: list[str] | None = None, where: tuple[str, str] | None = None) -> pa.Table:
-    """Return columns of a parquet file (None: all), of every row or where a column has a value.
+def read_columns(
+    path: Path, columns: list[str] | None = None, where: tuple[str, str | Collection[str]] | None = None
+) -> pa.Table:
+    """Return columns of a parquet file (None: all), of every row or where a column has a value, or one of several.
 
     Without threads: where memory is too short to start them, Arrow waits for them all the same.
     """
     wanted = columns and list(dict.fromkeys([*columns, *(where or ())[:1]]))
     with ParquetFile(path, pre_buffer=False) as file:
         table = file.read(columns=wanted, use_threads=False)
-    table = table if where is None else table.filter(compute.equal(table[where[0]], where[1]))
+    table = table if where is None else table.filter(_is_one_of(table[where[0]], where[1]))
     return table.select(columns) if columns else table
 
 
-def read_rows(folder: Path, split: str) -> pd.DataFrame:
+def _is_one_of(column: Any, values: str | Collection[str]) -> Any:
+    wanted = [values] if isinstance(values, str) else list(values)
+    return compute.is_in(column, value_set=pa.array(wanted, pa.string()))
+
+
+def read_rows(folder: Path, split: Split) -> pd.DataFrame:
     """Return rows.parquet's rows of one split, in the order of the input, one row a battle."""
     with readable(folder / "rows.parquet"):
         return read_columns(folder / "rows.parquet", where=("split", split)).to_pandas()
 
 
-def read_battles(folder: Path, split: str) -> list[tuple[Battle, int]]:
+def read_battles(folder: Path, split: Split) -> list[tuple[Battle, int]]:
     """Return the fitted battles of one split with the number of turns dropped from each, in the input's order."""
     return list(iter_battles(folder, split))
 
 
-def iter_battles(folder: Path, split: str) -> Iterator[tuple[Battle, int]]:
+def iter_battles(folder: Path, split: Split) -> Iterator[tuple[Battle, int]]:
     """Yield what `read_battles` returns, without holding more than some hundred texts."""
     texts = ("id", "prompts", "responses_a", "responses_b")
     for row in rows_of(folder, split, "battles.parquet", texts, ("verdict", "language", "dropped")):
@@ -154,7 +161,7 @@ def iter_battles(folder: Path, split: str) -> Iterator[tuple[Battle, int]]:
         yield Battle(row["id"], *turns, row["verdict"], row["language"]), row["dropped"]
 
 
-def read_pairs(folder: Path, split: str) -> list[Pair]:
+def read_pairs(folder: Path, split: Split) -> list[Pair]:
     """Return the fitted pairs of one split, ties included, in the order of `read_rows`.
 
     Raises ArenaError where the reward view was not exported.
@@ -162,7 +169,7 @@ def read_pairs(folder: Path, split: str) -> list[Pair]:
     return [pair for pair, _ in iter_pairs(folder, split)]
 
 
-def iter_pairs(folder: Path, split: str) -> Iterator[tuple[Pair, int]]:
+def iter_pairs(folder: Path, split: Split) -> Iterator[tuple[Pair, int]]:
     """Yield the pairs that `read_pairs` returns, each with the number of turns dropped from it."""
     require_pairs(folder)
     texts = ("id", "prompt", "response_a", "response_b")
@@ -183,7 +190,7 @@ def require_pairs(folder: Path) -> Path:
 
 
 def rows_of(
-    folder: Path, split: str, table: str, columns: Collection[str], known: Collection[str] = ()
+    folder: Path, split: Split, table: str, columns: Collection[str], known: Collection[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one split of a table, which lies row by row beside rows.parquet, with `known` columns of it."""
     with readable(folder / "rows.parquet"):
@@ -194,7 +201,7 @@ def rows_of(
             beside = rows.slice(at, len(batch)).combine_chunks()
             for name in known:
                 batch = batch.append_column(name, beside[name].combine_chunks())
-            yield from batch.filter(compute.equal(beside["split"], split).combine_chunks()).to_pylist()
+            yield from batch.filter(_is_one_of(beside["split"], split).combine_chunks()).to_pylist()
             at += len(batch)
         if at != len(rows):
             raise ValueError(f"it has {at} rows, rows.parquet {len(rows)}")

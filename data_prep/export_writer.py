@@ -21,12 +21,13 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetWriter
 
 from common.battle import VERDICTS
+from common.console import name_of
 from common.errors import ArenaError
 from data_prep.audit import add_counts
 from data_prep.dataset_info import set_names
-from data_prep.export_reader import LEFT_OUT, iter_battles, iter_pairs, read_columns
+from data_prep.export_reader import iter_battles, iter_pairs, read_columns
 from data_prep.export_rows import SCHEMAS, FittedChunk
-from data_prep.folds import group_number, validation_mask
+from data_prep.folds import LEFT_OUT, group_number, splits_beside, splits_of, trained_with
 from data_prep.preference_pairs import View
 from data_prep.truncation import in_chunks
 
@@ -46,6 +47,8 @@ class Written:
     counts: dict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     groups: array = field(default_factory=lambda: array("Q"))
     verdicts: array = field(default_factory=lambda: array("b"))
+    given: Mapping[str, int] | None = None  # the fold of each id, where somebody else drew them
+    folds: array = field(default_factory=lambda: array("b"))
 
     def add(self, chunk: FittedChunk) -> None:
         """Add up one chunk."""
@@ -55,17 +58,34 @@ class Written:
             rows = chunk.tables["rows"]
             self.groups.extend(map(group_number, rows.column("group").to_pylist()))
             self.verdicts.extend(map(VERDICTS.index, rows.column("verdict").to_pylist()))
+            if self.given is not None and chunk.source == "train":
+                self.folds.extend(map(self._fold, rows.column("id").to_pylist()))
+
+    @property
+    def prompts_in_several_folds(self) -> int:
+        """How many prompts the given folds put on both sides."""
+        return len(set(zip(self.groups, self.folds, strict=False))) - len(set(self.groups)) if self.folds else 0
+
+    def _fold(self, identity: str) -> int:
+        if identity in self.given:
+            return self.given[identity]
+        what, remedy = f"has no fold for the battle {name_of(identity)}", "give each battle of --train one"
+        raise ArenaError(what, where="--folds-from", remedy=remedy)
 
 
 def write_tables(
-    folder: Path, chunks: Iterable[FittedChunk], experiment: Experiment, weights: Mapping[str, float]
+    folder: Path,
+    chunks: Iterable[FittedChunk],
+    experiment: Experiment,
+    weights: Mapping[str, float],
+    folds: Mapping[str, int] | None = None,
 ) -> Written:
     """Write rows.parquet, battles.parquet and, where chunks hold pairs, pairs.parquet; labelled battles come first.
 
-    `weights` are those of the sources with verdicts. Raises ArenaError where the folds cannot have the share that the
-    experiment asks for.
+    `weights` are those of the sources with verdicts, `folds` is the fold of each id where somebody else drew them.
+    Raises ArenaError where the folds cannot have the share that the experiment asks for.
     """
-    written = Written()
+    written = Written(given=folds)
     with ExitStack() as stack:
         waiting = stack.enter_context(pa.OSFile(str(folder / _WAITING), "w"))
         writers = {"rows": stack.enter_context(pa.ipc.new_stream(waiting, SCHEMAS["rows"]))}
@@ -78,16 +98,17 @@ def write_tables(
     groups, verdicts = np.array(written.groups, np.uint64), np.array(written.verdicts, np.int8)
     # The first source is the target: it alone validates, so that a figure means the same with and without others.
     own = written.counts["train", "battles"]["rows"]
-    validates = validation_mask(groups[:own], verdicts[:own], share=experiment.valid_share, seed=experiment.seed)
-    held = np.concatenate([validates, np.isin(groups[own:], groups[:own][validates])])
-    _write_rows(folder, held, weights, experiment.seed, written)
+    given = None if folds is None else np.array(written.folds, np.int64)
+    splits = splits_of(experiment, groups[:own], verdicts[:own], given)
+    splits = np.concatenate([splits, splits_beside(experiment, splits, groups[:own], groups[own:])])
+    _write_rows(folder, splits, weights, experiment.seed, written)
     return written
 
 
-def _write_rows(folder: Path, held: np.ndarray, weights: Mapping[str, float], seed: int, written: Written) -> None:
+def _write_rows(folder: Path, known: np.ndarray, weights: Mapping[str, float], seed: int, written: Written) -> None:
     """Write rows.parquet from the rows that wait, and count what becomes of them by source.
 
-    `held`: which rows with a verdict have a prompt that validates.
+    `known`: the split of each row with a verdict.
     """
     at, schema = 0, SCHEMAS["rows"]
     with pa.OSFile(str(folder / _WAITING)) as file, _table(folder, "rows") as writer:
@@ -96,14 +117,15 @@ def _write_rows(folder: Path, held: np.ndarray, weights: Mapping[str, float], se
             splits, times = [], []
             named = zip(rows["source"].to_pylist(), rows["id"].to_pylist(), strict=True)
             for number, (source, name) in enumerate(named, at):
-                split, count = "test", 1
-                if source != "test" and held[number]:
-                    split, count = ("valid", 1) if source == "train" else ("prompt validates", 0)
-                elif source != "test":
+                split = "test" if source == "test" else str(known[number])
+                # A row that validates is trained on by other folds, if at all.
+                count = 0 if split == LEFT_OUT else 1
+                if split not in ("test", "valid", LEFT_OUT):
                     count = times_trained(name, weights[source], seed)
-                    split = "train" if count else "not drawn"
-                written.counts[source, "splits"][split] += 1
-                splits.append(split if count else LEFT_OUT)
+                reason = split if split in ("test", "valid") else "train" if count else "not drawn"
+                reason = "prompt validates" if split == LEFT_OUT else reason
+                written.counts[source, "splits"][reason] += 1
+                splits.append(LEFT_OUT if split == "train" and not count else split)
                 times.append(count)
             for column, values in (("split", splits), ("times", times)):
                 place = schema.get_field_index(column)
@@ -135,14 +157,17 @@ def write_sets(
 
     Raises ArenaError for a set without a row, on which LLaMA-Factory would stop or validate nothing.
     """
-    rows: Counter[str] = Counter({f"{name}_{split}": 0 for split in ("train", "valid") for name in set_names(views)})
-    for split in ("train", "valid"):
-        pairs = (pair for pair, _ in iter_pairs(folder, split)) if "reward" in views else repeat(None)
-        times = read_columns(folder / "rows.parquet", ["times"], where=("split", split))["times"].to_pylist()
-        rows_of_split = zip(iter_battles(folder, split), pairs, times, strict=False)
+    parts = experiment.labelled_parts
+    rows: Counter[str] = Counter({f"{name}_{part}": 0 for part in parts for name in set_names(views)})
+    for split in parts:
+        of_set = trained_with(split)
+        pairs = (pair for pair, _ in iter_pairs(folder, of_set)) if "reward" in views else repeat(None)
+        times = read_columns(folder / "rows.parquet", ["times"], where=("split", of_set))["times"].to_pylist()
+        rows_of_split = zip(iter_battles(folder, of_set), pairs, times, strict=False)
         battles = ((*fitted, pair) for fitted, pair, count in rows_of_split for _ in range(count))
-        # A swapped copy is for training: the validation fold is judged on the battles as they were.
-        swapped = experiment.swap_copies and split == "train"
+        # A swapped copy is for training: the validation fold is judged on the battles as they were. One of several
+        # folds is trained on by the others, so that it has them; scoring reads the tables, which have none.
+        swapped = experiment.swap_copies and split != "valid"
         with ExitStack() as stack:
             names = {name: folder / f"{name}_{split}.jsonl" for name in set_names(views)}
             files = {name: stack.enter_context(path.open("w", encoding="ascii")) for name, path in names.items()}

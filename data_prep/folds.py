@@ -5,16 +5,28 @@ from __future__ import annotations
 import string
 import unicodedata
 from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.battle import Battle
+from common.battle import VERDICTS, Battle
+from common.console import name_of
 from common.errors import ArenaError
+from common.stages import fold_name
+from data_prep.cells import parse_id
 from data_prep.sanitize import BREAK
+from data_prep.tables import BrokenRow, open_table
+
+if TYPE_CHECKING:
+    from common.experiment import Experiment
 
 # What becomes of a prompt of nothing, and of "(empty)", which is fed in its place.
 _NOTHING = "empty"
 _SLICE, _PIECE = 1 << 14, 1000
+# The split of rows that no set holds: of another source than the first, with a prompt that validates; or not drawn.
+LEFT_OUT = "left_out"
+_BESIDE = "_beside"  # behind a fold's name: rows of further sources that are trained on with it
 
 
 def normalise_prompt(text: str) -> str:
@@ -69,6 +81,81 @@ def validation_mask(groups: np.ndarray, kinds: np.ndarray, *, share: float, seed
     chosen = _refine(_choose(counts, share), counts, share)
     _check(chosen, counts.sum(axis=1), share)
     return chosen[rows]
+
+
+def fold_numbers(groups: np.ndarray, kinds: np.ndarray, *, folds: int, seed: int) -> np.ndarray:
+    """Return each row's fold, 0 to folds - 1: whole groups, each fold about alike in size and verdicts.
+
+    Arguments and errors are those of `validation_mask`, which draws one fold after the other from the rows left.
+    """
+    numbers, left = np.full(len(groups), folds - 1), np.arange(len(groups))
+    for fold in range(folds - 1):
+        chosen = validation_mask(groups[left], kinds[left], share=1 / (folds - fold), seed=seed)
+        numbers[left[chosen]] = fold
+        left = left[~chosen]
+    return numbers
+
+
+def splits_of(
+    experiment: Experiment, groups: np.ndarray, kinds: np.ndarray, given: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the split of each row that was voted on: train or valid, or the fold that it is judged in.
+
+    `given` are folds that somebody else drew. Raises ArenaError as `validation_mask` does, and where a fold lacks a
+    class that another one has.
+    """
+    if experiment.folds == 1:
+        mask = validation_mask(groups, kinds, share=experiment.valid_share, seed=experiment.seed)
+        return np.where(mask, "valid", "train")
+    numbers = given
+    if numbers is None:
+        numbers = fold_numbers(groups, kinds, folds=experiment.folds, seed=experiment.seed)
+    for kind in np.unique(kinds):
+        if lacking := set(range(experiment.folds)) - set(numbers[kinds == kind].tolist()):
+            raise ArenaError(
+                f"fold {min(lacking)} has no battle with the verdict {VERDICTS[kind]}",
+                where="folds",
+                remedy="set folds to a lower number in experiment.yaml, or give more battles with this verdict",
+            )
+    return np.array([fold_name(number) for number in numbers.tolist()])
+
+
+def splits_beside(experiment: Experiment, splits: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the split of each row of further sources, `other` their groups; `splits` and `own` are of the first.
+
+    They train only: in the fold of their prompt beside the rows that are judged there, or not where it validates.
+    """
+    known = dict(zip(own.tolist(), splits.tolist(), strict=True))
+    if experiment.folds == 1:
+        return np.array([LEFT_OUT if known.get(group) == "valid" else "train" for group in other.tolist()], str)
+    drawn = ((group, fold_name(group % experiment.folds)) for group in other.tolist())
+    return np.array([f"{known.get(group, fold)}{_BESIDE}" for group, fold in drawn], str)
+
+
+def trained_with(part: str) -> list[str]:
+    """Return the splits whose rows are in one data set: those that are judged, and those of further sources."""
+    return [part, f"{part}{_BESIDE}"]
+
+
+def read_folds(path: Path, folds: int) -> dict[str, int]:
+    """Return the fold of each id of a table (columns id, fold) whose folds are 0 to folds - 1; raises ArenaError."""
+    table, found = open_table(path), {}
+    if missing := [name for name in ("id", "fold") if name not in table.columns]:
+        what, remedy = f"lacks the column(s) {missing}", "give a table with the columns id and fold"
+        raise ArenaError(what, where=str(path), remedy=remedy)
+    for number, cells in enumerate(table.rows(("id", "fold")), 1):
+        identity = None if isinstance(cells, BrokenRow) else parse_id(cells[0])
+        fold = "" if identity is None else str(cells[1]).strip()
+        if not fold.isdecimal() or int(fold) >= folds:
+            what = f"holds no id with a fold from 0 to {folds - 1} (folds: {folds} in experiment.yaml)"
+            raise ArenaError(what, where=f"{path} row {number}", remedy="write the fold's number, or change folds")
+        if found.setdefault(identity, int(fold)) != int(fold):
+            what = f"the id {name_of(identity)} is in two folds"
+            raise ArenaError(what, where=f"{path} row {number}", remedy="keep one of its rows")
+    if unused := sorted(set(range(folds)) - set(found.values())):
+        remedy = "change folds in experiment.yaml"
+        raise ArenaError(f"has no battle in fold {unused[0]}", where=str(path), remedy=remedy)
+    return found
 
 
 def _seeded_order(numbers: np.ndarray, seed: int) -> np.ndarray:
@@ -136,5 +223,5 @@ def _check(chosen: np.ndarray, sizes: np.ndarray, share: float) -> None:
     raise ArenaError(
         f"{len(sizes)} different prompt(s) in {total:.0f} rows (the most frequent one in {max(sizes, default=0):.0f}) "
         f"cannot be split whole into {share:.0%} for validation and the rest",
-        remedy="add battles with other prompts, or change valid_share",
+        remedy="add battles with other prompts, or change valid_share (or folds)",
     )

@@ -174,7 +174,7 @@ def board_models(experiments: list[Experiment]) -> dict[tuple[str, str], BoardMo
     taken: dict[str, tuple[str, str]] = {}
     for experiment in experiments:
         for stage in TRAININGS:
-            path = experiment.start_model(stage)
+            path = experiment.start_model(stage, experiment.written_fold)
             name = experiment.short_model if path == experiment.model else f"{experiment.name}_sft_merged"
             if taken.setdefault(name, (path, experiment.template)) != (path, experiment.template):
                 name = f"{name} of {experiment.name}"

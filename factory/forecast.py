@@ -46,7 +46,11 @@ def forecast(experiment: Experiment, stages: Iterable[str], devices: Iterable[st
         "experiment": experiment.name,
         "model": experiment.model,
         "parameters": size.parameters,
-        "stages": {name: _forecast_stage(StageContext(experiment, name), size, devices) for name in stages},
+        "stages": {
+            name: _forecast_stage(StageContext(experiment, name, fold=experiment.written_fold), size, devices)
+            for name in stages
+        },
+        "folds": experiment.folds,
         "left_out": left_out,
     }
 

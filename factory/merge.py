@@ -15,6 +15,7 @@ from common.console import duration
 from common.errors import ArenaError, same_command
 from common.files import atomic_folder, only_run, read_json, write_json
 from common.progress import Show
+from common.stages import merge_of
 from factory.fingerprint import local_models, model_files
 from factory.process import llamafactory, run_child
 from factory.stage_context import StageContext
@@ -33,7 +34,7 @@ def merge(context: StageContext, complete: Callable[[Path], None], show: Show) -
     `complete` adds files to the new folder before it appears. A finished merge with the same inputs is kept; a folder
     that was made from another training is renamed, not deleted. Raises ArenaError as `train` does.
     """
-    recipe, merged, name = context.merge_recipe, context.merged, context.name
+    recipe, merged, name = context.merge_recipe, context.merged, context.label
     with only_run(context.folder):
         adapter = Path(recipe["adapter_name_or_path"])
         if missing := [file for file in ADAPTER_FILES if not (adapter / file).is_file()]:
@@ -65,11 +66,12 @@ def merge(context: StageContext, complete: Callable[[Path], None], show: Show) -
 
 
 def _run(context: StageContext, complete: Callable[[Path], None], show: Show) -> float:
-    log, what = context.folder / "merge.log", f"merging {context.name}"
-    with atomic_folder(context.merged) as folder, show.line(context.name) as line:
+    log, what = context.folder / "merge.log", f"merging {context.label}"
+    overrides = context.overrides(merge_of(context.name))
+    with atomic_folder(context.merged) as folder, show.line(context.label) as line:
         line.update("starting LLaMA-Factory")
         seconds = run_child(
-            llamafactory("export", str(context.merge_recipe_path), f"export_dir={folder}"),
+            llamafactory("export", str(context.merge_recipe_path), *overrides, f"export_dir={folder}"),
             log,
             what=what,
             on_line=lambda text: show_phase(text, line, show),
@@ -86,7 +88,7 @@ class DequantisedBase:
 
     def __init__(self, context: StageContext):
         recipe = context.recipe
-        self.folder = Path(context.experiment.merge_model(context.name))
+        self.folder = Path(context.experiment.merge_model(context.name, context.fold))
         self._model, self._revision = recipe["model_name_or_path"], recipe.get("model_revision", "main")
         self._bits: int = recipe["quantization_bit"]
         how = {key: recipe.get(key, value) for key, value in _QUANTISATION.items()} if self._bits == 4 else {}

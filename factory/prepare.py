@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.errors import UsageError
 from common.experiment import Experiment
 from common.progress import Show
 from common.stages import STEPS
@@ -20,6 +22,8 @@ from factory.recipes import check_first_values, write_recipe
 from factory.status import refuse_while_at_work
 from factory.weight_checks import require_fit_base
 
+_TRAINED = re.compile(r"sft_(train|fold[0-9]+)\.jsonl")
+
 
 def prepare(
     experiment: Experiment,
@@ -31,6 +35,7 @@ def prepare(
     pairs: bool = False,
     workers: int | None = None,
     columns: Mapping[str, str] | None = None,
+    folds_from: Path | None = None,
     show: Show,
 ) -> dict[str, Any]:
     """Export the votes of an experiment and render its missing recipes; return the audit.
@@ -41,8 +46,11 @@ def prepare(
     """
     check_first_values(experiment)
     refuse_while_at_work(experiment)
+    if folds_from and experiment.folds == 1:
+        where, remedy = str(experiment.folder / "experiment.yaml"), "write folds: 5, or as many as the file has"
+        raise UsageError("--folds-from gives folds, and this experiment has one", where=where, remedy=remedy)
     given = [with_weight(each) for each in train]
-    check_overwrite(experiment.data_folder, (*(name for name, _ in given), test, truth))
+    check_overwrite(experiment.data_folder, (*(name for name, _ in given), test, truth, folds_from))
     votes = [Source(votes_at(name, labelled=True, columns=columns), weight) for name, weight in given]
     test = votes_at(test, labelled=False, columns=columns) if test else None
     # what is not a table of votes is refused before a base is built
@@ -59,9 +67,8 @@ def prepare(
     had_pairs = before is not None and "pairs.parquet" in before["files"]
     views = ("judge", "reward") if pairs or had_pairs else ("judge",)
     with show.line(f"prepare {experiment.name}") as line:
-        audit = export(
-            experiment, votes, test, truth, progress=line.update, views=views, workers=workers, columns=columns
-        )
+        options = {"views": views, "workers": workers, "columns": columns, "folds": folds_from}
+        audit = export(experiment, votes, test, truth, progress=line.update, **options)
     replaced = _replaced(before, read_manifest(experiment.data_folder))
     show.note(_summary(experiment, audit))
     for text in (*warnings_of(audit), *([f"{experiment.data_folder}: {replaced}"] if replaced else [])):
@@ -78,13 +85,17 @@ def _summary(experiment: Experiment, audit: dict[str, Any]) -> str:
     rows, where = audit["exported"], f"data/{experiment.name}/audit.json"
     votes = [source for name, source in audit["sources"].items() if name != "test"]
     kept, bad = (sum(source[key] for source in votes) for key in ("rows_kept", "rows_rejected"))
+    folds = [rows[f"sft_{part}"] for part in experiment.labelled_parts]
     cut = audit["truncation"]["train"]["rows_cut_share"]
     rejected = f", {bad} rejected ({where})" if bad else ""
     lost = audit["sources"].get("test", {}).get("rows_rejected")
     lacking = f" ({lost} rejected: the submission will lack them, see {where})" if lost else ""
+    if experiment.folds > 1:
+        sets = f"{experiment.folds} folds of {min(folds):,} to {max(folds):,} training rows"
+    else:
+        sets = f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation"
     return (
-        f"prepare {experiment.name}: {kept:,} battles kept{rejected}; "
-        f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation, {rows['test']:,} to submit"
+        f"prepare {experiment.name}: {kept:,} battles kept{rejected}; {sets}, {rows['test']:,} to submit"
         f"{lacking}; {cut:.1%} shortened to {experiment.cutoff_len} tokens"
     )
 
@@ -101,6 +112,7 @@ def _replaced(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str |
     words = f"the earlier export, of {before['sources']['train']['file']}, is replaced"
     if "test" in before["sources"] and "test" not in now["sources"]:
         words += "; it had a test set, this one has none, so that there will be no submission.csv (--test FILE)"
-    if before["files"].get("sft_train.jsonl") != now["files"].get("sft_train.jsonl"):
+    trained = [{k: v for k, v in m["files"].items() if k in now["files"] and _TRAINED.match(k)} for m in (before, now)]
+    if trained[0] != trained[1]:
         words += "; what was trained on it is outdated: train with --fresh"
     return words

@@ -259,7 +259,8 @@ def check_recipe(
         return [f"{path}: {error.what}; {error.remedy}"]
     own = dict(_own_faults(recipe, not its.merges))
     sound = {key: value for key, value in recipe.items() if key not in own}  # a wrong type is not judged further
-    further = {key: value for key, value in sound.items() if key not in shared_values(experiment, step)}
+    shared = shared_values(experiment, step, experiment.written_fold)
+    further = {key: value for key, value in sound.items() if key not in shared}
     faults = [
         *_refusals(_BEHIND, recipe),  # first: of another type they are as wrong
         *own.items(),
@@ -337,7 +338,7 @@ def _own_faults(recipe: Recipe, training: bool) -> Iterator[Fault]:
 def _disagreements(experiment: Experiment, step: Step, recipe: Recipe, sound: Recipe) -> Iterator[Fault]:
     """Yield keys that say otherwise than experiment.yaml, and what the chat template needs."""
     yaml = experiment.folder / "experiment.yaml"
-    for key, expected in shared_values(experiment, step.name).items():
+    for key, expected in shared_values(experiment, step.name, experiment.written_fold).items():
         if key in recipe and key not in sound:
             continue  # its type is already a fault
         given = sound.get(key, arguments()[key].default)

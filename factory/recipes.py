@@ -25,7 +25,7 @@ from common.errors import ArenaError
 from common.experiment import Experiment
 from common.files import atomic_file, read_regular
 from common.llamafactory_schema import arguments, key_fault, value_fault
-from common.stages import STEPS
+from common.stages import STEPS, Fold
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 State = Literal["written", "unchanged", "updated", "hand-edited", "replaced"]
@@ -47,13 +47,19 @@ class RecipeOutcome:
     diff: str = ""
 
 
-def shared_values(experiment: Experiment, step: str) -> dict[str, Any]:
+def fold_overrides(experiment: Experiment, step: str, fold: Fold) -> dict[str, Any]:
+    """Return the keys of a recipe, with their values, by which a fold differs from what is written."""
+    written = shared_values(experiment, step, experiment.written_fold)
+    return {key: value for key, value in shared_values(experiment, step, fold).items() if written.get(key) != value}
+
+
+def shared_values(experiment: Experiment, step: str, fold: Fold) -> dict[str, Any]:
     """Return the keys of a recipe that follow from experiment.yaml, with the values that they must have.
 
     Paths are relative to the repository root. A key that LLaMA-Factory would ignore or refuse in this step is left out.
     """
     its = STEPS[step]
-    start = experiment.merge_model(its.trains) if its.merges else experiment.start_model(its.trains)
+    start = (experiment.merge_model if its.merges else experiment.start_model)(its.trains, fold)
     values: dict[str, Any] = {
         "model_name_or_path": start,
         "trust_remote_code": experiment.trust_remote_code,
@@ -64,9 +70,15 @@ def shared_values(experiment: Experiment, step: str) -> dict[str, Any]:
     if its.merges:
         return values | {
             "stage": "rm" if its.stage == "rm" else "sft",  # only rm matters here: it copies the value head
-            "adapter_name_or_path": experiment.adapter_folder(its.merges).as_posix(),
-            "export_dir": experiment.merged_folder(its.merges).as_posix(),
+            "adapter_name_or_path": experiment.adapter_folder(its.merges, fold).as_posix(),
+            "export_dir": experiment.merged_folder(its.merges, fold).as_posix(),
         }
+    train, valid = (
+        ",".join(f"{experiment.name}_{its.data}_{part}" for part in experiment.parts(split, fold))
+        for split in ("train", "valid")
+    )
+    # `full` trains on every vote and leaves none to be evaluated on.
+    judged = {"eval_dataset": None, "eval_strategy": "no"} if fold == "full" else {"eval_dataset": valid}
     return values | {
         "stage": its.stage,
         "quantization_bit": experiment.quantization_bit,
@@ -74,9 +86,9 @@ def shared_values(experiment: Experiment, step: str) -> dict[str, Any]:
         "cutoff_len": experiment.cutoff_len,
         "enable_thinking": True if experiment.enable_thinking is None else experiment.enable_thinking,
         "dataset_dir": experiment.data_folder.as_posix(),
-        "dataset": f"{experiment.name}_{its.data}_train",
-        "eval_dataset": f"{experiment.name}_{its.data}_valid",
-        "output_dir": experiment.adapter_folder(step).as_posix(),
+        "dataset": train,
+        **judged,
+        "output_dir": experiment.adapter_folder(step, fold).as_posix(),
     }
 
 
@@ -84,7 +96,7 @@ def check_first_values(experiment: Experiment, steps: Iterable[str] = tuple(STEP
     """Raise one ArenaError that lists every fault of `experiment.recipes` in these steps."""
     faults = []
     for step in steps:
-        shared = shared_values(experiment, step)
+        shared = shared_values(experiment, step, experiment.written_fold)
         for key, value in experiment.recipes.get(step, {}).items():
             if key in shared:
                 fault = "follows from experiment.yaml's own keys and names; change it there, for all stages at once"
@@ -106,7 +118,8 @@ def render_recipe(experiment: Experiment, step: str, templates: Path = TEMPLATES
     `experiment.recipes[step]` replaces values in their place; keys that the template does not name follow at the end.
     Raises ArenaError for a key that is unknown, of a wrong value or experiment.yaml's own, and for a faulty template.
     """
-    its, first, shared = STEPS[step], experiment.recipes.get(step, {}), shared_values(experiment, step)
+    own = experiment.written_fold
+    its, first, shared = STEPS[step], experiment.recipes.get(step, {}), shared_values(experiment, step, own)
     check_first_values(experiment, [step])
     named = set()
 
@@ -122,7 +135,8 @@ def render_recipe(experiment: Experiment, step: str, templates: Path = TEMPLATES
         "description": " ".join(experiment.description.split()),
         "step": its,
         "path": experiment.recipe(step).as_posix(),
-        "merged": experiment.merged_folder(its.trains).as_posix(),
+        "fold": own,
+        "merged": experiment.merged_folder(its.trains, own).as_posix(),
         "from_sft": experiment.start_model(its.trains) != experiment.model,
         "dequantised": experiment.merges_dequantised,
         "key": key,

@@ -8,17 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.errors import ArenaError
+from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, read_yaml
 from common.files import sha256_of
-from common.stages import STAGES, UNTRAINED, Step, merge_of
+from common.stages import STAGES, UNTRAINED, Fold, Step, fold_name, merge_of
 from data_prep.export_reader import MANIFEST, read_manifest
 from factory.fingerprint import data_sets, differences, exported_files
+from factory.recipes import as_yaml, fold_overrides
 from factory.state import Record, StageState, Standing, listed
 
 # The keys of experiment.yaml that the exported rows depend on; dpo_rejected shapes the rows of one stage only.
 _SHAPING = (
-    *("template", "enable_thinking", "cutoff_len", "labels", "budget_shares", "valid_share", "swap_copies", "seed"),
+    *("template", "enable_thinking", "cutoff_len", "labels", "budget_shares", "valid_share", "folds", "swap_copies"),
+    "seed",
 )
 _SHAPING_ONE = {"dpo_judge": ["dpo_rejected"]}
 _LARGEST_PROMPT = 1 << 18  # bytes
@@ -27,15 +29,70 @@ _LARGEST_PROMPT = 1 << 18  # bytes
 class StageContext:
     """A stage with its recipes, manifest and state; raises ArenaError where a file that is asked for is unreadable."""
 
-    def __init__(self, experiment: Experiment, name: str, family: dict[str, Any] | None = None):
-        """`family` holds what the stages of one experiment share: each other, and the export's manifest."""
-        self.experiment, self.name = experiment, name
+    def __init__(self, experiment: Experiment, name: str, family: dict[Any, Any] | None = None, fold: Fold = None):
+        """`family` holds what the stages of one experiment share: each other, and the export's manifest.
+
+        Where the experiment has folds, a stage without one stands for all of them: it has scores and no model.
+        """
+        self.experiment, self.name, self.fold = experiment, name, fold
         self._family = {} if family is None else family
-        self._family[name] = self
+        self._family[name, fold] = self
 
     def other(self, name: str) -> StageContext:
-        """Return another stage of the same experiment, on the same exported data."""
-        return self._family.get(name) or StageContext(self.experiment, name, self._family)
+        """Return another stage of the same experiment and fold, on the same exported data."""
+        fold = None if name in UNTRAINED else self.fold
+        return self._family.get((name, fold)) or StageContext(self.experiment, name, self._family, fold)
+
+    def of(self, fold: Fold) -> StageContext:
+        """Return another fold of the same stage."""
+        return self._family.get((self.name, fold)) or StageContext(self.experiment, self.name, self._family, fold)
+
+    @property
+    def trainings(self) -> list[StageContext]:
+        """The trainings of this stage: itself, or its folds and the one on all votes."""
+        return [self.of(fold) for fold in self.experiment.trainings_of_a_stage] if self.is_trained else [self]
+
+    @property
+    def label(self) -> str:
+        """What a person reads of it: sft, sft fold0, sft full."""
+        return self.name if self.fold is None else f"{self.name} {fold_name(self.fold)}"
+
+    @property
+    def of_folds(self) -> bool:
+        """Whether it stands for all folds: it has a result, made from theirs, and no model of its own."""
+        return self.fold is None and self.experiment.folds > 1 and self.is_trained
+
+    def require_one_judge(self) -> None:
+        """Raise UsageError where it stands for all folds, which have a judge each."""
+        if self.of_folds:
+            remedy = f"say which one: --fold full, or 0 to {self.experiment.folds - 1}"
+            raise UsageError(f"{self.name} has a judge in each fold", where=self.experiment.name, remedy=remedy)
+
+    @property
+    def judging(self) -> list[StageContext]:
+        """The trainings that judge the validation rows: itself, or all folds."""
+        return [each for each in self.trainings if each.fold != "full"] if self.of_folds else [self]
+
+    @property
+    def answering(self) -> list[StageContext]:
+        """The trainings that answer battles without a verdict, by the experiment's `fold_answer`."""
+        full = self.experiment.fold_answer == "full"
+        return [self.of("full")] if self.of_folds and full else self.judging
+
+    @property
+    def scored_one_by_one(self) -> list[StageContext]:
+        """The trainings whose scores its result is made of."""
+        return list(dict.fromkeys([*self.judging, *self.answering]))
+
+    def scores(self, split: str) -> bool:
+        """Tell whether these rows are scored: not what `full` trained on, and the test set by those who answer it."""
+        if split == "test" and self.fold is not None:
+            return self in self.of(None).answering
+        return self.fold != "full"
+
+    def parts(self, split: str) -> list[str]:
+        """Return the splits of the exported rows that are this fold's train, valid or test rows."""
+        return self.experiment.parts(split, self.fold)
 
     @property
     def step(self) -> Step:
@@ -49,8 +106,13 @@ class StageContext:
 
     @property
     def command(self) -> str:
-        """The command that runs this stage: python run.py sft -e demo"""
-        return f"python run.py {self.step.command} -e {self.experiment.name}"
+        """The command that runs this stage: python run.py sft -e demo [--fold 0]"""
+        return f"python run.py {self.step.command} -e {self.experiment.name}{self.fold_option}"
+
+    @property
+    def fold_option(self) -> str:
+        """What a command line says of the fold, with a blank before it."""
+        return "" if self.fold is None else f" --fold {self.fold}"
 
     @property
     def recipe_path(self) -> Path:
@@ -63,14 +125,30 @@ class StageContext:
         return self.experiment.recipe(merge_of(self.name))
 
     @cached_property
-    def recipe(self) -> dict[str, Any]:
+    def written(self) -> dict[str, Any]:
         """The training recipe as it stands in its file; empty where nothing is trained."""
         return read_yaml(self.recipe_path) if self.is_trained else {}
 
     @cached_property
-    def merge_recipe(self) -> dict[str, Any]:
+    def merge_written(self) -> dict[str, Any]:
         """The merge recipe as it stands in its file."""
         return read_yaml(self.merge_recipe_path)
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The training recipe of this fold; empty where nothing is trained."""
+        return self.written and {**self.written, **fold_overrides(self.experiment, self.name, self.fold)}
+
+    @cached_property
+    def merge_recipe(self) -> dict[str, Any]:
+        """The merge recipe of this fold."""
+        return {**self.merge_written, **fold_overrides(self.experiment, merge_of(self.name), self.fold)}
+
+    def overrides(self, step: str) -> list[str]:
+        """Return what LLaMA-Factory's command line says of the fold: dataset=…, output_dir=…"""
+        found = fold_overrides(self.experiment, step, self.fold)
+        # OmegaConf reads the values as YAML: a bare no would be false.
+        return [f"{key}={as_yaml(value)}" for key, value in found.items()]
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -96,18 +174,23 @@ class StageContext:
 
     @property
     def adapter(self) -> Path:
-        """saves/<model>/lora/<experiment>_<stage>"""
-        return self.experiment.adapter_folder(self.name)
+        """saves/<model>/lora/<experiment>_<stage>[_fold0]"""
+        return self.experiment.adapter_folder(self.name, self.fold)
 
     @property
     def folder(self) -> Path:
-        """outputs/<experiment>/<stage>"""
-        return self.experiment.output_folder(self.name)
+        """outputs/<experiment>/<stage>[/fold0]"""
+        return self.experiment.output_folder(self.name, self.fold)
 
     @property
     def merged(self) -> Path:
-        """outputs/<experiment>/<stage>/merged"""
-        return self.experiment.merged_folder(self.name)
+        """outputs/<experiment>/<stage>[/fold0]/merged"""
+        return self.experiment.merged_folder(self.name, self.fold)
+
+    @property
+    def start(self) -> str:
+        """The model that the training starts from."""
+        return self.experiment.start_model(self.name, self.fold)
 
     @property
     def trained_recipe(self) -> dict[str, Any]:
@@ -131,7 +214,13 @@ class StageContext:
         experiment, folder, exported = self.experiment, self.experiment.data_folder, self.exported
         pairs = ["pairs.parquet"] if self.step.data == "dpo_reward" else []
         paths = [(folder / name).as_posix() for name in ("rows.parquet", "battles.parquet", "truth.csv", *pairs)]
+        folds = {}
+        if self.of_folds:
+            records = {each.label: each.state.record("score") for each in (*self.judging, *self.answering)}
+            folds["folds"] = {label: record and record.finished_at for label, record in records.items()}
+            folds["fold_answer"] = experiment.fold_answer
         return {
+            **folds,
             "data": {path: exported[path] for path in paths if path in exported},
             "swap_tta": experiment.swap_tta,
             "seed": experiment.seed,
@@ -171,7 +260,7 @@ class StageContext:
     def require_current_training(self) -> None:
         """Raise ArenaError where the adapter, or the judge that it starts from, learned from other exported rows: it
         may have seen today's validation rows."""
-        if self.name != "sft" and self.experiment.start_model(self.name) != self.experiment.model:
+        if self.name != "sft" and self.start != self.experiment.model:
             self.other("sft").require_current_training()
         record = self.state.record("train")
         if record and (changed := self._other_files(record)):
@@ -189,7 +278,7 @@ class StageContext:
             raise ArenaError(what, where=str(self.folder), remedy=f"make a new report: {self.command}")
         record = self.state.record("score")
         if record and model is not None and (changes := differences(record.inputs.get("model", {}), model)):
-            again = f"python run.py score -e {self.experiment.name} --stage {self.name} --fresh"
+            again = f"python run.py score -e {self.experiment.name} --stage {self.name}{self.fold_option} --fresh"
             raise ArenaError(
                 listed("the judge is not the one that was scored; since then changed:", changes),
                 where=str(self.folder),
@@ -198,6 +287,8 @@ class StageContext:
 
     def earlier_scores(self) -> str | None:
         """Return why the report is not of the judge as it is now, None where it is, or where no state.json is."""
+        if self.of_folds and (changes := self.standing("score").changes):
+            return f"{self.name}: a fold was scored again since the report of all folds ({some(list(changes))})"
         records = {part: record for part in ("train", "merge", "score") if (record := self.state.record(part))}
         if not self.state.path.is_file() or ("score" in records and records["score"].finished_at):
             return None
@@ -217,13 +308,21 @@ class StageContext:
         return [path.relative_to(folder).as_posix() for path in changed if path.is_relative_to(folder)]
 
 
+def context_labelled(experiment: Experiment, label: str) -> StageContext:
+    """Return the stage, or the fold of a stage, with this `label`."""
+    name, _, fold = label.partition(" ")
+    number = fold.removeprefix("fold")
+    return StageContext(experiment, name, fold=int(number) if number.isdecimal() else "full" if fold else None)
+
+
 def prepare_again(manifest: Mapping[str, Any], name: str) -> str:
     """Return the command that exports the same votes again."""
     given = [
-        (key.split("_")[0], source["file"] + (f":{source['weight']:g}" if source["weight"] != 1 else ""))
+        ({"folds": "folds-from"}.get(key, key.split("_")[0]), source["file"], source.get("weight", 1))
         for key, source in manifest["sources"].items()
     ]
-    return " ".join([f"python run.py prepare -e {name}", *(f"--{key} {shlex.quote(file)}" for key, file in given)])
+    files = [f"--{key} {shlex.quote(file + (f':{weight:g}' if weight != 1 else ''))}" for key, file, weight in given]
+    return " ".join([f"python run.py prepare -e {name}", *files])
 
 
 def some(items: list[str], most: int = 3) -> str:

@@ -103,7 +103,7 @@ def stage_named(experiment: Experiment, name: str) -> str:
     if name in STAGES:
         return name
     views = {stage: StageContext(experiment, stage) for stage in TRAININGS if STAGES[stage].stage == name}
-    begun = [stage for stage, context in views.items() if stage_status(context).state != "new"]
+    begun = [s for s, context in views.items() if any(stage_status(each).state != "new" for each in context.trainings)]
     if len(begun) == 1:
         return begun[0]
     if begun:
@@ -114,8 +114,10 @@ def stage_named(experiment: Experiment, name: str) -> str:
 
 
 def running_stages(experiment: Experiment) -> list[str]:
-    """Return the stages of an experiment on which a run is at work on this machine."""
-    return [stage for stage in STAGES if is_at_work(experiment.output_folder(stage))]
+    """Return the stages of an experiment, or their folds, on which a run is at work on this machine."""
+    stages = [StageContext(experiment, stage) for stage in STAGES]
+    contexts = [each for stage in stages for each in dict.fromkeys([stage, *stage.trainings])]
+    return [context.label for context in contexts if is_at_work(context.folder)]
 
 
 def refuse_while_at_work(experiment: Experiment) -> None:
@@ -148,7 +150,7 @@ def experiment_status(context: StageContext) -> ExperimentStatus:
     experiment, context = context.experiment, context.other("sft")
     name = experiment.name
     prepared = (experiment.data_folder / "manifest.json").is_file()
-    stages = [stage_status(context.other(stage), prepared) for stage in STAGES]
+    stages = [each for stage in STAGES for each in _statuses(context.other(stage), prepared)]
     changed, following = _changed_settings(context), ""
     if not prepared:
         following = "python run.py demo" if name == "demo" else _prepare(name)
@@ -163,20 +165,29 @@ def experiment_status(context: StageContext) -> ExperimentStatus:
     return ExperimentStatus(*about, next=following, changed=changed)
 
 
+def _statuses(context: StageContext, prepared: bool) -> list[StageStatus]:
+    """Return how far a stage is, and each of its folds that began."""
+    own = stage_status(context, prepared)
+    folds = [stage_status(each, prepared) for each in context.trainings] if context.of_folds else []
+    # What follows a scored fold is the stage's own matter.
+    again = "" if own.state == "scored" else context.command
+    return [own, *(replace(f, next=again) if f.state == "scored" else f for f in folds if f.state != "new")]
+
+
 def stage_status(context: StageContext, prepared: bool = True) -> StageStatus:
     """Return how far a stage is; state.json decides, and an adapter without one was trained by hand."""
     points = TrainerLog(context.adapter / "trainer_log.jsonl").read_new()
     step, steps = (points[-1].step, points[-1].total) if points else (None, None)
-    so_far = StageStatus(context.name, "new", step=step, steps=steps)
+    so_far = StageStatus(context.label, "new", step=step, steps=steps)
     try:
         parts = [part for part in PARTS if context.state.record(part)]
     except ArenaError as error:
-        return StageStatus(context.name, "unreadable", str(error).splitlines()[0], next=f"{context.command} --fresh")
+        return StageStatus(context.label, "unreadable", str(error).splitlines()[0], next=f"{context.command} --fresh")
     by_hand = not parts and (context.adapter / "adapter_model.safetensors").is_file()
     if is_at_work(context.folder):
         part = parts[-1] if parts else "train"
         detail = "starting" if not parts else f"step {step}/{steps}" if part == "train" and step else ""
-        watch = f"python run.py watch -e {context.experiment.name} --stage {context.name}"
+        watch = f"python run.py watch -e {context.experiment.name} --stage {context.name}{context.fold_option}"
         return replace(so_far, state=_RUNNING[part], detail=detail, next=watch)
     if changed := _changed_settings(context):
         again = replace(so_far, next=prepare_again(context.manifest, context.experiment.name))
@@ -187,7 +198,7 @@ def stage_status(context: StageContext, prepared: bool = True) -> StageStatus:
     if by_hand:
         detail = f"not by run.py: {context.adapter}"
         return replace(so_far, state="trained", detail=detail, next=f"{context.command} --fresh")
-    return StageStatus(context.name, "new", next=context.command if prepared else "")
+    return StageStatus(context.label, "new", next=context.command if prepared else "")
 
 
 def _as_left(context: StageContext, parts: list[str], so_far: StageStatus) -> StageStatus:
@@ -235,7 +246,7 @@ def _scored(context: StageContext, found: StageStatus) -> StageStatus:
         judged = (content.get("truncation") or {}).get("judged") or {}
         share = float(judged.get("rows_cut_share") or 0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return StageStatus(context.name, INTERRUPTED, f"{report} is unreadable", next=_score_again(context))
+        return StageStatus(context.label, INTERRUPTED, f"{report} is unreadable", next=_score_again(context))
     return replace(
         found,
         log_loss=loss,
@@ -259,7 +270,9 @@ def _prepare(name: str) -> str:
 
 
 def _score_again(context: StageContext) -> str:
-    return f"python run.py score -e {context.experiment.name} --stage {context.name} --fresh"
+    if context.of_folds:
+        return context.command
+    return f"python run.py score -e {context.experiment.name} --stage {context.name}{context.fold_option} --fresh"
 
 
 def print_status(console: Console, found: list[ExperimentStatus]) -> None:
@@ -311,7 +324,7 @@ def next_commands(found: ExperimentStatus) -> list[str]:
     if found.next:
         return [found.next]
     begun = [stage.next for stage in found.stages if stage.state not in ("new", "scored") and stage.next]
-    scored = [stage for stage in found.stages if stage.state == "scored"]
+    scored = [stage for stage in found.stages if stage.state == "scored" and stage.stage in STAGES]
     if begun or len(scored) > 1:
         return begun or [scored[-1].next]
     trained = [stage for stage in scored if stage.stage in TRAININGS]

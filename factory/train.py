@@ -64,7 +64,7 @@ def train(context: StageContext, *, resume: bool = False, fresh: bool = False, s
         if standing.is_finished:
             standing.require_same_inputs("train", context.folder, _FRESH)
             if not damaged:
-                show.note(f"{context.name}: training kept, finished {standing.record.finished_at}")
+                show.note(f"{context.label}: training kept, finished {standing.record.finished_at}")
                 return context.adapter
         checkpoint = _checkpoint(context, resume, show)
         if checkpoint:
@@ -75,7 +75,7 @@ def train(context: StageContext, *, resume: bool = False, fresh: bool = False, s
         context.state.finish("train", [context.adapter / name for name in ADAPTER_FILES], seconds)
     losses = [row["loss"] for row in loss_curve(context.adapter / "trainer_log.jsonl") if row["loss"] is not None]
     summary = f", loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
-    show.note(f"{context.name}: trained in {duration(seconds)}{summary}")
+    show.note(f"{context.label}: trained in {duration(seconds)}{summary}")
     return context.adapter
 
 
@@ -98,18 +98,18 @@ def _require_data(context: StageContext) -> None:
         remedy = f"python run.py prepare -e {experiment.name} --train FILE"
         raise ArenaError("there is no exported data", where=str(folder), remedy=remedy)
     if (folder / MANIFEST).is_file():  # else the data sets are the user's own
-        sets = [f"{context.step.data}_{split}" for split in SPLITS[:2]]
+        sets = [f"{context.step.data}_{part}" for split in SPLITS[:2] for part in context.parts(split)]
         require_intact(folder, [f"{name}.jsonl" for name in sets], context.manifest["files"])
         context.require_current_settings()
-    start = experiment.start_model(context.name)
+    start = context.start
     if start == experiment.model:
         return
     context.other("sft").require_current_training()
     if not (Path(start) / "config.json").is_file():
         raise ArenaError(
-            f"{context.name} starts from the merged SFT judge, which does not exist",
+            f"{context.label} starts from the merged SFT judge, which does not exist",
             where=start,
-            remedy=f"python run.py sft -e {experiment.name} --until merge; or write start_from: "
+            remedy=f"{context.other('sft').command} --until merge; or write start_from: "
             f"{{{context.name}: base}} into experiment.yaml, then prepare again",
         )
 
@@ -150,7 +150,7 @@ def _checkpoint(context: StageContext, resume: bool, show: Show) -> Path | None:
 def _train_along(context: StageContext, launch: Launch, resume: bool, show: Show) -> None:
     """Train as another node than the first, which keeps state, log and adapter; this one keeps its own log only."""
     checkpoint = last_checkpoint(context.adapter) if resume else None  # on a disk that the nodes share
-    log, what = context.folder / f"train.node-{launch.node}.log", f"{context.name}, node {launch.node}"
+    log, what = context.folder / f"train.node-{launch.node}.log", f"{context.label}, node {launch.node}"
     with show.line(what) as line:
         seconds = run_child(
             _command(context, launch, checkpoint),
@@ -164,13 +164,13 @@ def _train_along(context: StageContext, launch: Launch, resume: bool, show: Show
 
 def _run(context: StageContext, checkpoint: Path | None, launch: Launch, show: Show) -> float:
     """Run the child to its end and check what it wrote; return its seconds."""
-    adapter, log, what = context.adapter, context.folder / "train.log", f"training {context.name}"
+    adapter, log, what = context.adapter, context.folder / "train.log", f"training {context.label}"
     rows = RowsCheck(training_rows(context.recipe), context.recipe_path)
     if rows.expected is None:
-        show.note(f"{context.name}: this recipe leaves open how many rows are trained, so they are not compared")
+        show.note(f"{context.label}: this recipe leaves open how many rows are trained, so they are not compared")
     example = FirstExample(context)
     points = TrainerLog(adapter / "trainer_log.jsonl", skip_existing=True)
-    with show.line(context.name) as line:
+    with show.line(context.label) as line:
         line.update("starting LLaMA-Factory")
         show_point = show_points(line, int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
 
@@ -215,7 +215,7 @@ def _run(context: StageContext, checkpoint: Path | None, launch: Launch, show: S
 def _command(context: StageContext, launch: Launch, checkpoint: Path | None) -> list[str]:
     # Named, for LLaMA-Factory itself would also take a checkpoint that was only half written.
     resume = [f"resume_from_checkpoint={checkpoint}"] if checkpoint else []
-    return llamafactory("train", str(context.recipe_path), *launch.options, *resume)
+    return llamafactory("train", str(context.recipe_path), *context.overrides(context.name), *launch.options, *resume)
 
 
 def _way_on(context: StageContext) -> str:
@@ -295,7 +295,7 @@ class FirstExample:
 def _first_example(context: StageContext) -> tuple[Any, dict[str, list[int]]]:
     """Return the tokenizer, and what the stage's first exported row is as token ids, by LLaMA-Factory's names."""
     frame, tokenizer = load_frame(context.experiment)
-    path = context.experiment.data_folder / f"{context.step.data}_{SPLITS[0]}.jsonl"
+    path = context.experiment.data_folder / f"{context.step.data}_{context.parts(SPLITS[0])[0]}.jsonl"
     with readable(path), path.open(encoding="utf-8") as file:
         row = json.loads(file.readline())
         prompt, *answer = (turn["value"] for turn in row["conversations"])

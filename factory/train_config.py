@@ -11,7 +11,7 @@ import numpy as np
 
 from common.errors import ArenaError
 from common.llamafactory_schema import arguments
-from data_prep.export_reader import how_to_export, read_columns, readable, require_pairs
+from data_prep.export_reader import SPLITS, how_to_export, read_columns, readable, require_pairs
 from factory.stage_context import StageContext
 
 # LLaMA-Factory's collators pad the longest sequence of a batch to a multiple of this.
@@ -91,7 +91,7 @@ def exported_lengths(context: StageContext, max_samples: int | None = None) -> T
     experiment, data = context.experiment, context.experiment.data_folder
     rows = _read(data / "rows.parquet", ["split", "verdict", "tokens"])
     own, split, verdict = rows["tokens"], rows["split"], rows["verdict"]
-    train, valid, test = (split == name for name in ("train", "valid", "test"))
+    train, valid, test = (np.isin(split, context.parts(name)) for name in SPLITS)
     if context.step.data == "dpo_reward":
         table = _read(require_pairs(data), ["tokens_a", "tokens_b"])
         pairs = np.column_stack([table["tokens_a"], table["tokens_b"]])

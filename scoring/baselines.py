@@ -28,8 +28,21 @@ _TFIDF_C = 0.3
 def baseline_probabilities(train: pd.DataFrame, rows: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
     """Return [rows, 3] probabilities of `rows` for each of `BASELINES`, learned from the verdicts of `train`.
 
+    Where the frames have a column `split`, the rows of each split are answered by what was learned from the others: of
+    folds that are all trained on and judged, none is judged by what it was learned from.
     Rows of `train` without a verdict are left out. A class that is missing in `train` gets its smoothed share.
     """
+    if "split" not in rows or "split" not in train:
+        return _learned(train, rows, seed)
+    found = {name: np.full((len(rows), 3), np.nan) for name in BASELINES}
+    for split in rows["split"].unique():
+        here = (rows["split"] == split).to_numpy()
+        for name, values in _learned(train[train["split"] != split], rows[here], seed).items():
+            found[name][here] = values
+    return found
+
+
+def _learned(train: pd.DataFrame, rows: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
     truth = verdict_codes(train["verdict"])
     train, truth = train[truth >= 0], truth[truth >= 0]
     prior = smoothed_prior(truth)

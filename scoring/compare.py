@@ -5,7 +5,7 @@ compare(rows, {"sft": probabilities, "dpo_judge": probabilities}, seed=42)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -30,6 +30,8 @@ from scoring.score_stage import read_report, texts
 BLEND = "blend"
 # The smallest probability whose logarithm enters the blend: one certain mistake must not rule the weights.
 _FLOOR = 1e-6
+# Probabilities [rows, 3], None where there are none, and `weights` with the `reason`.
+Blend = tuple[np.ndarray | None, dict[str, Any]]
 
 
 def compare_stages(experiment: Experiment) -> dict[str, Any]:
@@ -49,16 +51,15 @@ def compare_stages(experiment: Experiment) -> dict[str, Any]:
             where=str(folder.parent),
             remedy=f"python run.py sft -e {experiment.name}, then dpo and rm",
         )
-    rows = texts(data, "valid")
+    rows = texts(data, experiment.parts("valid"))
     ids = rows["id"].tolist()
-    models = {context.name: _probabilities(context, ids) for context in contexts}
-    baselines = baseline_probabilities(texts(data, "train"), rows, experiment.seed)
+    models = {context.name: stage_probabilities(context, ids) for context in contexts}
+    baselines = baseline_probabilities(texts(data, experiment.parts("train")), rows, experiment.seed)
     truth = truth_of(data)
     bayes = None if truth is None else probabilities_of(truth, ids, str(data / "truth.csv"))
     compared = compare(rows, models, experiment.seed, baselines=baselines, bayes=bayes)
     result = {"experiment": experiment.name, **compared}
-    flags = {context.name: read_report(context).get("flags", []) for context in contexts}  # no comparison hides them
-    result["flags"] = {name: [f["text"] for f in found if f["level"] == "red"] for name, found in flags.items()}
+    result["flags"] = {context.name: red_flags(context) for context in contexts}  # no comparison hides them
     write_compare_page(result, folder / "compare.html")
     write_json(folder / "compare.json", result)
     return result
@@ -71,18 +72,20 @@ def compare(
     *,
     baselines: Mapping[str, np.ndarray] | None = None,
     bayes: np.ndarray | None = None,
+    blended: Blend | None = None,
 ) -> dict[str, Any]:
     """Return rows, `table` (a row each, blend last), `differences` of all pairs, `blend`, `baselines` and `bayes`.
 
     `rows` have the columns verdict and group; `stages`, `baselines` and `bayes` are probabilities [rows, 3] of these
-    rows. All intervals are 95%, by prompt group, from the same draws. Raises ArenaError where a verdict is missing.
+    rows. `blended` is what `blend` returned, else it is made here. All intervals are 95%, by prompt group, from the
+    same draws. Raises ArenaError where a verdict is missing.
     """
     models, baselines = dict(stages), dict(baselines or {})
     truth, groups = metrics.verdict_codes(rows["verdict"]), metrics.as_groups(rows["group"])
     if not len(truth) or (truth < 0).any():
         what, remedy = "there are no rows to compare on, or rows without a verdict", "prepare, then score every stage"
         raise ArenaError(what, where="the validation fold", remedy=remedy)
-    mixed, blend = _blend(models, truth, groups, seed)
+    mixed, about = blended or blend(models, truth, groups, seed)
     if mixed is not None:
         models[BLEND] = mixed
     bootstrap = metrics.GroupBootstrap(groups, seed)
@@ -105,7 +108,7 @@ def compare(
         "rows": len(truth),
         "table": table,
         "differences": _differences({name: losses[name] for name in models}, bootstrap),
-        "blend": blend,
+        "blend": about,
         "baselines": {name: float(losses[name].mean()) for name in baselines},
         "baselines_ci95": {name: intervals[name] for name in baselines},
         "bayes": None if bayes is None else metrics.log_loss(bayes, truth),
@@ -128,17 +131,26 @@ def _differences(losses: Mapping[str, np.ndarray], bootstrap: metrics.GroupBoots
     return found
 
 
-def _blend(
-    models: Mapping[str, np.ndarray], truth: np.ndarray, groups: np.ndarray, seed: int
-) -> tuple[np.ndarray | None, dict[str, Any]]:
+def blend(
+    models: Mapping[str, np.ndarray],
+    truth: np.ndarray,
+    groups: np.ndarray,
+    seed: int,
+    given: np.ndarray | None = None,
+) -> Blend:
     """Return cross-fitted probabilities [rows, 3] of the weighted mean of log probabilities, and its description.
 
     p(c) ∝ Π p_m(c)^w_m with w_m ≥ 0: a logarithmic opinion pool (Genest & Zidek, Statistical Science 1986). The
-    weights need not sum to 1, so that the blend may be sharper than its parts.
+    weights need not sum to 1, so that the blend may be sharper than its parts. `given` weights are not fitted.
     """
+    if given is not None:
+        return pool(models.values(), given), {
+            "weights": dict(zip(models, given.tolist(), strict=True)),
+            "reason": "given",
+        }
     if reason := "a blend needs at least two stages" if len(models) < 2 else too_few_to_fit(truth, groups):
         return None, {"weights": {}, "reason": f"no blend: {reason}"}
-    design = np.stack([np.log(np.clip(p, _FLOOR, 1)) for p in models.values()], axis=2)
+    design = _design(models.values())
     mixed, lower = np.empty((len(truth), 3)), np.zeros(len(models))
     try:
         for fit, judge in grouped_parts(groups, seed):
@@ -149,7 +161,16 @@ def _blend(
     return mixed, {"weights": weights, "reason": "cross-fitted; the weights shown are those of all rows"}
 
 
-def _probabilities(context: StageContext, ids: list[str]) -> np.ndarray:
+def pool(members: Iterable[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """Return the blend [rows, 3] of members' probabilities with these weights."""
+    return softmax(_design(members) @ weights)
+
+
+def _design(members: Iterable[np.ndarray]) -> np.ndarray:
+    return np.stack([np.log(np.clip(p, _FLOOR, 1)) for p in members], axis=2)
+
+
+def stage_probabilities(context: StageContext, ids: list[str]) -> np.ndarray:
     """Return a stage's final probabilities [rows, 3]; raises ArenaError where they are not of `ids`."""
     context.require_scored()
     if context.outdated_files():
@@ -160,3 +181,8 @@ def _probabilities(context: StageContext, ids: list[str]) -> np.ndarray:
             "of outputs/ is left out",
         )
     return read_probabilities(context.folder / "probabilities_valid.csv", ids)
+
+
+def red_flags(context: StageContext) -> list[str]:
+    """Return the texts of a stage's red flags."""
+    return [flag["text"] for flag in read_report(context).get("flags", []) if flag["level"] == "red"]

@@ -84,7 +84,7 @@ def run_status(context: StageContext) -> RunStatus:
     reached = _reached(context, view)
     return RunStatus(
         experiment=context.experiment.name,
-        stage=context.name,
+        stage=context.label,
         state=view.state,
         detail=view.detail,
         next="".join(following),
@@ -123,7 +123,9 @@ def answer_tokens(context: StageContext) -> tuple[int | None, str | None]:
         recipe = context.recipe
         if changed := [key for key in _OTHER_LOSS if recipe.get(key)]:
             return None, f"with {', '.join(changed)} the evaluation loss says nothing about the log loss"
-        if names(recipe.get("eval_dataset")) != [f"{context.experiment.name}_sft_valid"]:
+        if names(recipe.get("eval_dataset")) != [
+            f"{context.experiment.name}_sft_{part}" for part in context.parts("valid")
+        ]:
             return None, f"{context.recipe_path} does not evaluate on the validation fold"
         return ChatFrame.from_dict(context.manifest["frame"]).answer_len, None
     except ArenaError as error:

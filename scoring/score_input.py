@@ -15,6 +15,7 @@ from data_prep.sources import votes_at
 from factory.stage_context import StageContext
 from scoring.calibration import Calibration
 from scoring.executor import Executor
+from scoring.out_of_fold import MeanOfJobs
 from scoring.predictions import record_output, require_replaceable
 from scoring.runner import open_job
 from scoring.score_stage import ScoreOptions, read_report, write_table
@@ -40,46 +41,49 @@ def score_input(
     """
     options, stage = options or ScoreOptions(), context.name
     require_replaceable(output, source, context.experiment)
-    spec, report = options.spec(context), read_report(context)
+    report = read_report(context if context.fold is None else context.of(None))
     calibration = Calibration.from_json(report)
     wanted = calibration.used.swap_tta
     if wanted and options.time_limit is not None:
         calibration.require(1)
-    scorer, path = spec.scorer(), votes_at(source, labelled=False, columns=columns)
+    specs = [options.spec(each) for each in context.answering]
+    scorers, path = [spec.scorer() for spec in specs], votes_at(source, labelled=False, columns=columns)
     # what is not a table of battles is refused before the model is loaded
     reader = VoteReader(path, labelled=False, columns=columns)
     require_used(columns or {}, reader)
     show.note(f"{path}: {reader.read_as}")
-    model = scorer.inputs()
-    context.require_scored(model)
-    base, target = context.folder / "scoring", f"input-{output.name}"
+    models = [scorer.inputs() for scorer in scorers]
+    for spec, model in zip(specs, models, strict=True):
+        spec.context.require_scored(model)
+    context.require_scored()
+    target, jobs = f"input-{output.name}", []
+    base = context.folder / "scoring"
+    data = {"data": f"sha256:{sha256_of_table(path)}", **({"columns": columns} if columns else {})}
     with only_run(base / target):
-        with closing(options.open(spec, scorer, show)) as executor:
-            _note_other_engine(report, executor, stage, show)
-            job = open_job(
-                base,
-                target,
-                scorer,
-                executor,
-                inputs={
-                    "data": f"sha256:{sha256_of_table(path)}",
-                    **({"columns": columns} if columns else {}),
-                    "both_orders": wanted,
-                    "model": model,
-                },
-                rows=lambda: scorer.read(path, columns),
-                label=f"{stage}: {Path(source).name}",
-                show=show,
-                fresh=options.fresh,
-            )
-            pace = Pace(job.tokens, options.time_limit, started=options.started)
-            job.straight(executor, pace)
-            if wanted or (options.time_limit is not None and 2 in calibration.links):
-                job.swapped(executor, pace)
-        rows, cut = write_table(output, job, calibration)
+        for spec, scorer, model in zip(specs, scorers, models, strict=True):
+            with closing(options.open(spec, scorer, show)) as executor:
+                _note_other_engine(report, executor, stage, show)
+                job = open_job(
+                    spec.context.folder / "scoring",
+                    target,
+                    scorer,
+                    executor,
+                    inputs={**data, "both_orders": wanted, "model": model},
+                    rows=lambda scorer=scorer: scorer.read(path, columns),
+                    label=f"{spec.context.label}: {Path(source).name}",
+                    show=show,
+                    fresh=options.fresh,
+                )
+                jobs.append(job)
+                pace = Pace(job.tokens * (len(specs) + 1 - len(jobs)), options.time_limit, started=options.started)
+                job.straight(executor, pace)
+                if wanted or (options.time_limit is not None and 2 in calibration.links):
+                    job.swapped(executor, pace)
+        rows, cut = write_table(output, MeanOfJobs(jobs), calibration)
         record_output(output)
-        formulas = sum(map(is_formula, job.ids()))
-        job.remove()
+        formulas = sum(map(is_formula, jobs[0].ids()))
+        for job in jobs:
+            job.remove()
     if cut:
         show.note(f"{stage}: {cut:,} of {rows:,} rows ({cut / rows:.1%}) were shortened to the judge's token budget")
     remove_empty(base)  # its own lock lay in there until now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from common.errors import ArenaError
 from common.files import atomic_file, only_run, read_json, write_json
 from common.progress import Show
 from common.stages import STAGES, UNTRAINED
-from data_prep.export_reader import read_audit, read_battles, read_rows, readable, require_intact, truth_of
+from data_prep.export_reader import Split, read_audit, read_battles, read_rows, readable, require_intact, truth_of
 from factory.stage_context import StageContext
 from factory.state import archive
 from factory.trainer_log import loss_curve
@@ -68,7 +69,7 @@ class ScoreOptions:
 
     def open(self, spec: ScorerSpec, scorer: Scorer, show: Show) -> Executor:
         """Load the model as often as asked: into `scorer` where one is enough."""
-        show.note(f"{spec.context.name}: loading the trained model")
+        show.note(f"{spec.context.label}: loading the trained model")
         if self.ray is not None:
             return RayActors(spec, show.note, address=self.ray, actors=self.workers)
         count = self.workers or default_workers(spec.engine)
@@ -82,8 +83,8 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
     with `swap_tta` or, as far as it goes, a time limit. Raises ArenaError if the model, the export or the scores are
     not what they should be.
     """
-    options, folder, stage = options or ScoreOptions(), context.folder, context.name
-    if stage == "base":
+    options, folder, stage = options or ScoreOptions(), context.folder, context.label
+    if context.name == "base":
         make_base_judge(context)
     spec = options.spec(context)
     scorer = spec.scorer()
@@ -95,12 +96,14 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
     compared = check_merge(context, show=show)
     asked = {"engine": spec.engine, "precision": spec.precision}
     inputs = {"model": scorer.inputs(), **context.scoring_inputs, **asked}
-    again = f"python run.py score -e {context.experiment.name} --stage {stage} --fresh"
+    again = f"python run.py score -e {context.experiment.name} --stage {context.name}{context.fold_option} --fresh"
     with only_run(folder):
         standing = context.state.standing("score", inputs)
         if standing.is_finished and not options.fresh:
             standing.require_same_inputs("score", folder, again)
             show.note(f"{stage}: scores kept, finished {standing.record.finished_at}")
+            if not context.scores("valid"):
+                return {}
             report = read_report(context, remedy=again)
             require_sound(report.get("checks", []), folder / REPORT)
             return report
@@ -112,11 +115,13 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
             context.state.begin("score", inputs)
             jobs, scoring = _score_splits(context, scorer, executor, inputs["model"], options, show)
         scoring["seconds"] = seconds = round(time.monotonic() - started, 2)
-        report, outputs = _write(context, jobs, scoring, compared)
+        report, outputs = (
+            _write(context, jobs, scoring, compared) if context.scores("valid") else _answers(context, jobs)
+        )
         context.state.finish("score", outputs, time.monotonic() - started)
         for job in jobs.values():
             job.remove()
-    require_sound(report["checks"], folder / REPORT)
+    require_sound(report.get("checks", []), folder / REPORT)
     rows = f"{jobs['valid'].rows} validation and {jobs['test'].rows} test battles"
     show.note(f"{stage}: scored {rows} in {duration(seconds)}")
     return report
@@ -135,9 +140,9 @@ def read_report(context: StageContext, *, remedy: str | None = None) -> dict[str
         raise ArenaError(what, where=str(path), remedy=again) from None
 
 
-def texts(data: Path, split: str) -> pd.DataFrame:
+def texts(data: Path, split: Split) -> pd.DataFrame:
     """Return the frame that the baselines learn from (see scoring.baselines), with each row's prompt group: rows of the
-    first source alone, so that they stay what they are when a source is added.
+    first source (and the test set) alone, so that they stay what they are when a source is added.
 
     The answers are as they were fitted to the judge prompt, lengths and turns as in the vote.
     """
@@ -148,8 +153,8 @@ def texts(data: Path, split: str) -> pd.DataFrame:
     fitted = pd.DataFrame(rows, columns=["id", "verdict", "text_a", "text_b"])
     with readable(data / "rows.parquet"):
         facts = read_rows(data, split)
-        fitted = fitted.join(facts[["group", "chars_prompt", "chars_a", "chars_b", "turns"]])
-        return fitted[(facts["source"] == "train").to_numpy()].reset_index(drop=True)
+        fitted = fitted.join(facts[["split", "group", "chars_prompt", "chars_a", "chars_b", "turns"]])
+        return fitted[facts["source"].isin(["train", "test"]).to_numpy()].reset_index(drop=True)
 
 
 def audit_for(data: Path, stage: str) -> dict[str, Any]:
@@ -187,8 +192,8 @@ def _score_splits(
             scorer,
             executor,
             inputs={"data": context.scoring_inputs["data"], "model": model},
-            rows=lambda split=split: scorer.exported(split),
-            label=f"{context.name}: {label}",
+            rows=lambda split=split: scorer.exported(split) if context.scores(split) else iter(()),
+            label=f"{context.label}: {label}",
             show=show,
             fresh=options.fresh,
         )
@@ -205,7 +210,7 @@ def _score_splits(
             if context.experiment.swap_tta or options.time_limit is not None:
                 both["test"] = test.swapped(executor, pace)
         else:
-            show.note(f"{context.name}: the time limit leaves no room for the other order of the answers")
+            show.note(f"{context.label}: the time limit leaves no room for the other order of the answers")
     scoring = {"engine": executor.engine, "precision": executor.precision, "device": executor.device}
     limit = {} if options.time_limit is None else {"time_limit_seconds": options.time_limit}
     return jobs, {**scoring, "rows_in_both_orders": both, **limit}
@@ -222,16 +227,35 @@ def _write(
     with readable(folder / "scores_valid.parquet", "score the stage again"):
         valid = pd.read_parquet(folder / "scores_valid.parquet")
     report, probabilities, calibration = _report(context, valid, jobs["test"], scoring, compared)
-    write_probabilities(folder / "probabilities_valid.csv", valid["id"], probabilities)
+    outputs = write_result(context, report, valid["id"], probabilities, calibration, jobs["test"])
+    return report, [*(folder / name for name in names), *outputs]
+
+
+def _answers(context: StageContext, jobs: dict[str, Job]) -> tuple[dict[str, Any], list[Path]]:
+    """Write what a judge that trained on every vote says of the test set: its folds' calibration judges it."""
+    path = context.folder / "scores_test.parquet"
+    _write_scores(path, jobs["test"])
+    return {}, [path]
+
+
+def write_result(
+    context: StageContext, report: dict[str, Any], ids: Any, probabilities: Any, calibration: Calibration, test: Any
+) -> list[Path]:
+    """Write the tables of probabilities, the page and, last, report.json; return them. `test`: a Job, or what is one.
+
+    `ids` and `probabilities` [rows, 3] are of the rows that were judged.
+    """
+    folder, names = context.folder, []
+    write_probabilities(folder / "probabilities_valid.csv", ids, probabilities)
     (folder / "submission.csv").unlink(missing_ok=True)
     tables = ["probabilities_test.csv", *([] if stopping(report["checks"]) else ["submission.csv"])]
-    for name in tables if jobs["test"].rows else ():
-        write_table(folder / name, jobs["test"], calibration)
+    for name in tables if test.rows else ():
+        write_table(folder / name, test, calibration)
         names.append(name)
-    battles = shown_battles(context.experiment.data_folder, "valid", report, context.name)
+    battles = shown_battles(context.experiment.data_folder, context.parts("valid"), report, context.name)
     write_page(report, folder / "report.html", battles)
     write_json(folder / REPORT, report)
-    return report, [folder / name for name in (*names, "probabilities_valid.csv", "report.html", REPORT)]
+    return [folder / name for name in (*names, "probabilities_valid.csv", "report.html", REPORT)]
 
 
 def _report(
@@ -252,24 +276,30 @@ def _report(
             "scoring": scoring,
         },
         scores=valid,
-        train_rows=texts(data, "train"),
-        valid_texts=texts(data, "valid"),
+        train_rows=texts(data, context.parts("train")),
+        valid_texts=texts(data, context.parts("valid")),
         truth=truth_of(data),
         truncation=audit_for(data, stage)["truncation"],
         swap_tta=experiment.swap_tta and bool(scoring["rows_in_both_orders"]["valid"]),
         seed=experiment.seed,
         target_prior=context.scoring_inputs["target_prior"],
         test_rows=test.rows,
-        untrained=_untrained(context, valid["id"].tolist()),
+        untrained=untrained(context, valid["id"].tolist()),
     )
 
 
-def _untrained(context: StageContext, ids: list[str]) -> dict[str, np.ndarray]:
+def untrained(context: StageContext, ids: list[str]) -> dict[str, np.ndarray]:
     """Return what the stages without training say of these rows, [rows, 3], where they were scored on this export."""
-    others = [context.other(name) for name in UNTRAINED if name != context.name]
+    others = [context.other(name) for name in UNTRAINED if name != context.name and context.fold is None]
     scored = [each for each in others if (each.folder / REPORT).is_file()]
     current = [each for each in scored if not (each.earlier_scores() or each.outdated_files())]
     return {each.name: read_probabilities(each.folder / "probabilities_valid.csv", ids) for each in current}
+
+
+def write_frame(path: Path, scores: pd.DataFrame) -> None:
+    """Write raw scores as parquet, whole or not at all."""
+    with atomic_file(path, "wb") as file:
+        scores.to_parquet(file, compression="zstd", index=False)
 
 
 def _write_scores(path: Path, job: Job) -> None:
@@ -287,11 +317,18 @@ def _provenance(context: StageContext) -> dict[str, Any]:
         context.recipe_path,
         context.merge_recipe_path,
         *(data / name for name in ("rows.parquet", "battles.parquet", "truth.csv", "judge_prompt.j2")),
-        *(data / f"{step.data}_{split}.jsonl" for split in ("train", "valid")),
-        *sorted((data / f"{step.data}_train").glob("*.jsonl")),  # a large set is a folder of parts
+        *(data / f"{step.data}_{part}.jsonl" for part in context.experiment.labelled_parts),
         *((data / "pairs.parquet",) if step.data == "dpo_reward" else ()),
         context.merged / MANIFEST,
         *sorted(context.adapter.glob("*.safetensors")),
         *sorted(context.merged.glob("*.safetensors")),
     ]
     return provenance(seed=context.experiment.seed, files=files)
+
+
+def provenance_of(context: StageContext, folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the provenance of a result that was made from those of its folds."""
+    own = provenance(seed=context.experiment.seed, files=[each.folder / REPORT for each in context.judging])
+    sums = {name: digest for each in folds for name, digest in each["sha256"].items()}
+    seconds = round(sum(each["scoring_seconds"] for each in folds), 2)
+    return {**own, "sha256": {**sums, **own["sha256"]}, "scoring_seconds": seconds}

@@ -157,7 +157,7 @@ class LabelScorer(Scorer):
 
     def exported(self, split: str) -> Iterator[tuple[Facts, ModelInput]]:
         data, known = self._context.experiment.data_folder, (*ROW_FACTS[1:], "dropped")
-        for row in rows_of(data, split, "battles.parquet", _BATTLE, known):
+        for row in rows_of(data, self._context.parts(split), "battles.parquet", _BATTLE, known):
             yield _of(row, ROW_FACTS), _of(row, (*_BATTLE, "dropped"))
 
     def fit(self, battles: list[Battle]) -> Iterator[tuple[Any, ModelInput]]:
@@ -219,7 +219,7 @@ class RewardScorer(Scorer):
         require_pairs(data)
         # The pair's own `cut`, for rows.parquet describes the judge prompt, in which more is cut.
         columns = (*_PAIR, "tokens_a", "tokens_b", "cut")
-        for row in rows_of(data, split, "pairs.parquet", columns, ROW_FACTS[1:-2]):
+        for row in rows_of(data, self._context.parts(split), "pairs.parquet", columns, ROW_FACTS[1:-2]):
             row["tokens"] = max(row["tokens_a"], row["tokens_b"])
             yield _of(row, ROW_FACTS), _of(row, _PAIR)
 

@@ -79,7 +79,8 @@ def show_battle(context: StageContext, battle_id: str, split: str | None = None)
     stale = context.earlier_scores()
     if changed := context.outdated_files():
         stale = f"this stage was trained or scored on another export ({changed[0]} changed since)"
-    probabilities, rewards = ({}, {}) if stale else _scores(context.folder, row["split"], battle_id)
+    judged = "valid" if row["split"] in context.parts("valid") else row["split"]
+    probabilities, rewards = ({}, {}) if stale else _scores(context.folder, judged, battle_id)
     return ShownBattle(
         **{**row, **read(context, place, row)},
         experiment=context.experiment.name,
@@ -189,7 +190,8 @@ def _scores(folder: Path, split: str, battle_id: str) -> tuple[dict[str, Shares]
 
 def print_battle(console: Console, shown: ShownBattle, *, swapped: bool = False) -> None:
     """Print a battle; control characters are made visible, and the cut places stand out."""
-    head = f"battle {shown.id}: {shown.experiment} / {shown.stage}, {_SETS[shown.split]} of {shown.source}"
+    rows = _SETS.get(shown.split, shown.split)
+    head = f"battle {shown.id}: {shown.experiment} / {shown.stage}, {rows} of {shown.source}"
     console.print(Text(visible(head), style="bold"), soft_wrap=True)
     for line in _facts(shown):
         console.print(Text(visible(line)), soft_wrap=True)

@@ -14,13 +14,13 @@ import pandas as pd
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
 from common.progress import Show
-from common.stages import STAGES, TRAININGS
+from common.stages import TRAININGS
 from data_prep.chat_template import load_frame
 from data_prep.export_reader import read_battles, truth_of
 from data_prep.ground_truth import probabilities_of
 from data_prep.prompt import JudgePrompt
 from factory.serve_page import serve_page, serve_tensorboard
-from factory.stage_context import StageContext
+from factory.stage_context import StageContext, context_labelled
 from factory.state import last_checkpoint
 from factory.status import OUTDATED, running_stages
 from factory.trainer_log import show_points
@@ -41,7 +41,7 @@ def stage_to_watch(experiment: Experiment, stage: str | None, score_rows: int = 
     """
     running = [stage] if stage else running_stages(experiment)
     if len(running) == 1:
-        if score_rows and STAGES[running[0]].data == "dpo_reward":
+        if score_rows and context_labelled(experiment, running[0]).step.data == "dpo_reward":
             remedy = "leave --score out: scoring fits their link"
             raise UsageError(f"{running[0]} has rewards and no labels", remedy=remedy)
         return running[0]
@@ -54,15 +54,15 @@ def stage_to_watch(experiment: Experiment, stage: str | None, score_rows: int = 
     raise UsageError(what, where=experiment.name, remedy=remedy)
 
 
-def baseline_losses(experiment: Experiment) -> pd.DataFrame:
+def baseline_losses(context: StageContext) -> pd.DataFrame:
     """Fit the baselines on the training rows; return each validation row's loss, a column a baseline, by row id.
 
     Seconds for thousands of battles, up to a minute for 60,000.
     """
-    data = experiment.data_folder
-    valid = texts(data, "valid")
+    data, seed = context.experiment.data_folder, context.experiment.seed
+    valid = texts(data, context.parts("valid"))
     truth = verdict_codes(valid["verdict"])
-    shares = dict(baseline_probabilities(texts(data, "train"), valid, experiment.seed))
+    shares = dict(baseline_probabilities(texts(data, context.parts("train")), valid, seed))
     known = truth_of(data)
     if known is not None:
         shares["bayes"] = probabilities_of(known, list(valid["id"]), str(data / "truth.csv"))
@@ -85,7 +85,7 @@ class CheckpointScorer:
         frame, tokenizer = load_frame(experiment)
         source = (experiment.data_folder / "judge_prompt.j2").read_text(encoding="utf-8")
         prompt = JudgePrompt(source, experiment.labels, where="judge_prompt.j2")
-        battles = read_battles(experiment.data_folder, "valid")
+        battles = read_battles(experiment.data_folder, context.parts("valid"))
         chosen = np.sort(np.random.default_rng(experiment.seed).permutation(len(battles))[:rows])
         picked = [battles[i] for i in chosen]
         self.ids = [battle.id for battle, _ in picked]
@@ -122,7 +122,7 @@ class Watcher:
 
     def status(self) -> RunStatus:
         """Return the run as it is now, with what the thread has found."""
-        now = replace(run_status(StageContext(self._experiment, self._stage)), faults=list(self._faults))
+        now = replace(run_status(context_labelled(self._experiment, self._stage)), faults=list(self._faults))
         if now.state == OUTDATED:  # today's validation rows say nothing about a run on another export
             return now
         ladder = now.ladder if self._baselines is None else _log_losses(self._baselines)
@@ -135,12 +135,12 @@ class Watcher:
     def _advance(self) -> bool:
         """Fit the baselines once and score the newest checkpoint; return whether there may be more to score."""
         try:
-            context = StageContext(self._experiment, self._stage)
+            context = context_labelled(self._experiment, self._stage)
             status = run_status(context)
             if self._baselines is None:
                 if not self._rows and status.ladder:
                     return False  # its report has the baselines
-                self._baselines = baseline_losses(self._experiment)
+                self._baselines = baseline_losses(context)
                 self._scorer = CheckpointScorer(context, self._rows) if self._rows else None
             if self._scorer and status.state != OUTDATED:
                 self._score_newest(context.adapter)
@@ -197,7 +197,8 @@ def watch(
     stage = stage_to_watch(experiment, stage, score)
     if not (once or terminal or as_json):
         arguments = ["--experiment", experiment.name, "--stage", stage, "--score", str(score)]
-        log = experiment.output_folder(stage).with_name(f"{stage}_watch.log")
+        folder = context_labelled(experiment, stage).folder
+        log = folder.with_name(f"{folder.name}_watch.log")
         serve_page("scoring.watch_page", arguments, f"watch {experiment.name} {stage}", log, host, port, **page)
         return None
     watcher = Watcher(experiment, stage, score)

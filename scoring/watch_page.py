@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from common.experiment import load_experiment
 from factory.board import log_lines
 from factory.serve_page import serve_gradio
-from factory.stage_context import StageContext
+from factory.stage_context import context_labelled
 from scoring.run_status import BASELINE_NAMES, RunStatus, in_words
 from scoring.watch import Watcher
 
@@ -33,7 +33,7 @@ def build(experiment: str, stage: str, score: str) -> Any:
     from llamafactory.webui.control import get_trainer_info  # now, so that the first look does not wait for it
 
     watcher = Watcher(load_experiment(experiment), stage, int(score)).start()
-    context = StageContext(load_experiment(experiment), stage)
+    context = context_labelled(load_experiment(experiment), stage)
 
     def update(before: Any) -> list[Any]:
         status = watcher.status()

@@ -56,15 +56,15 @@ def check_merge(context: StageContext, *, show: Show) -> dict[str, Any] | None:
         path, inputs = context.folder / RECORD, _inputs(context)
         record = _kept(path, inputs)
         if record is None and (reason := _not_comparable(context, inputs)):
-            show.note(f"{context.name}: the merged model is not compared with the trained adapter: {reason}")
+            show.note(f"{context.label}: the merged model is not compared with the trained adapter: {reason}")
             return None
         if record is None or not (context.merged / GOLDEN_ANSWERS).is_file():
             started = time.monotonic()
-            with show.line(f"{context.name}: merge check") as line:
+            with show.line(f"{context.label}: merge check") as line:
                 record = {"inputs": inputs, **_measure(context, line)}
             write_json(path, record)
             took = duration(time.monotonic() - started)
-            show.note(f"{context.name}: {_in_words(record['merge_gate'])}, in {took}")
+            show.note(f"{context.label}: {_in_words(record['merge_gate'])}, in {took}")
         _require_passed(context, record["merge_gate"], path)
         return record
 
@@ -110,7 +110,7 @@ def _measure(context: StageContext, line: Line) -> dict[str, Any]:
         "merge_gate": {
             **compared(adapter, merged, verdicts, context.experiment.merge_gate.max_abs_diff),
             "measure": "P(A beats B) from the rewards" if context.name == "rm" else "label probabilities",
-            "merged_into": context.experiment.merge_model(context.name),
+            "merged_into": context.experiment.merge_model(context.name, context.fold),
         },
         "adapter_effect": {
             "rows": few,
@@ -123,12 +123,12 @@ def _measure(context: StageContext, line: Line) -> dict[str, Any]:
 def _questions(context: StageContext, judge: Judge) -> tuple[list, list[str | None], list, Ask]:
     """Return the drawn battles as model inputs, their verdicts, the golden prompts, and how to ask a model."""
     data, settings = context.experiment.data_folder, context.experiment.merge_gate
-    battles = read_battles(data, "valid")
+    battles = read_battles(data, context.parts("valid"))
     random = np.random.default_rng(context.experiment.seed)
     drawn = sorted(random.choice(len(battles), min(settings.rows, len(battles)), replace=False))
     verdicts = [battles[i][0].verdict for i in drawn]
     if context.name == "rm":
-        pairs, head = read_pairs(data, "valid"), load_value_head(judge.folder)
+        pairs, head = read_pairs(data, context.parts("valid")), load_value_head(judge.folder)
         triples = pair_sequences(judge.frame, judge.tokenizer, [pairs[i] for i in drawn])
         ask = lambda model, rows, **how: a_beats_b(value_rewards(model, head, rows, **how))  # noqa: E731
         return triples, verdicts, judge.golden_triples(), ask

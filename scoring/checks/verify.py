@@ -51,8 +51,7 @@ class Verification:
 
 def verify(folder: Path) -> Verification:
     """Check outputs/EXP/STAGE again; raises UsageError if it is no such folder, ArenaError if its report is damaged."""
-    stage = _stage_folder(folder)
-    root, path = stage.parents[2], folder / REPORT
+    root, path = _root_of(folder), folder / REPORT
     try:
         report = read_json(path)
         made_from, recorded = (dict[str, str](report["provenance"][key]) for key in ("sha256", "versions"))
@@ -64,17 +63,18 @@ def verify(folder: Path) -> Verification:
     return Verification(folder.as_posix(), findings)
 
 
-def _stage_folder(folder: Path) -> Path:
-    """Return the whole path of outputs/EXP/STAGE, without ".." and without links that stand for the folder.
+def _root_of(folder: Path) -> Path:
+    """Return where the relative paths of outputs/EXP/STAGE or outputs/EXP/STAGE/FOLD start from: what holds outputs/.
 
-    The folder that holds outputs/ is where relative paths start from; outputs/ itself may be a link to another disk.
+    It is found without ".." and without links that stand for the folder; outputs/ may be a link to another disk.
     """
     remedy = "give a scored stage's folder, such as outputs/EXP/sft"
     if not (folder / REPORT).is_file():
         raise UsageError(f"holds no {REPORT}", where=str(folder), remedy=remedy)
     for path in (Path(os.path.normpath(folder.absolute())), folder.resolve()):
-        if len(path.parents) > 2 and path.parents[1].name == "outputs" and path.exists() and path.samefile(folder):
-            return path
+        outputs = [above for above in (*path.parents,)[1:3] if above.name == "outputs"]
+        if outputs and path.exists() and path.samefile(folder):
+            return outputs[0].parent
     raise UsageError("is not the folder of a stage", where=str(folder), remedy=remedy)
 
 

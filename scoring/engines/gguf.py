@@ -71,7 +71,7 @@ def export_gguf(
             log = context.folder / "export.log"
             run_child(command, log, what="llama.cpp's converter", interrupted_remedy=lambda: "export again")
         with show.line(f"{stage}: comparing with the merged model"):
-            checked = compare(judge, fresh, read_battles(context.experiment.data_folder, "valid"))
+            checked = compare(judge, fresh, read_battles(context.experiment.data_folder, context.parts("valid")))
         for text in check_agreement(checked, quantization):
             show.note(text)
         manifest = {

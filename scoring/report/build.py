@@ -72,8 +72,9 @@ def build_report(
     fitted = calibration.used
     judged = _judged(scores, fitted.probabilities, train_rows, valid_texts, truth, seed, untrained or {})
     report = {
-        **about,
         "set": "valid",
+        "folds": [],
+        **about,
         **_quality(judged, fitted),
         "ece_by_chance": metrics.ece_by_chance(judged.model, seed=seed),
         **calibration.to_json(),

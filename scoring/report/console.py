@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +27,20 @@ if TYPE_CHECKING:
 _STYLES = {"red": "bold red", "amber": "yellow", "info": "dim"}
 
 
+def print_reached(context: StageContext, report: dict[str, Any] | None, as_json: bool) -> None:
+    """Print what a run reached, for people a table, for programs the report; without one what was made so far."""
+    if report is not None:
+        print(json.dumps(report, indent=2)) if as_json else print_summary(Console(), context, report)
+        return
+    made = {"adapter": context.adapter, **({"merged": context.merged} if context.merged.is_dir() else {})}
+    if as_json:
+        print(json.dumps({name: str(folder) for name, folder in made.items()}))
+        return
+    for name, folder in made.items():
+        print(f"{name + ':':8} {folder}")
+    print(f"next:    {context.command}   (goes on from here to the report)")
+
+
 def print_summary(console: Console, context: StageContext, report: dict[str, Any]) -> None:
     """Print the log losses, worst first, the findings, the flags, and the files that were made."""
     experiment, stage = context.experiment, context.name
@@ -42,7 +57,7 @@ def print_summary(console: Console, context: StageContext, report: dict[str, Any
             _print(console, f"{name}: {' '.join(sentences)}")
     for flag in report["flags"]:
         _print(console, f"[{flag['level']}] {flag['text']}", _STYLES[flag["level"]])
-    folder = experiment.output_folder(stage)
+    folder = context.folder
     _print(console, f"report:     {folder / 'report.html'}   (numbers: report.json)")
     submission, why_none = folder / "submission.csv", "none: no test set was exported; prepare with --test FILE"
     _print(console, f"submission: {submission if submission.exists() else why_none}")
@@ -63,7 +78,27 @@ def next_commands(context: StageContext, report: dict[str, Any]) -> list[str]:
 
 def print_comparison(console: Console, experiment: Experiment, result: dict[str, Any]) -> None:
     """Print every stage beside the baselines, and which differences are more than chance."""
-    title = f"{experiment.name}: log loss on the same {result['rows']} held-out battles"
+    _print_compared(console, result)
+    _print(console, f"page: {experiment.output_folder('compare') / 'compare.html'}")
+    _print_flags(console, result)
+    for line in _advice(experiment, result):
+        _print(console, line)
+
+
+def print_ensemble(report: dict[str, Any]) -> None:
+    """Print an ensemble beside its members and the baselines, its weights, and the files that were made."""
+    console, folder = Console(), Path("outputs") / report["experiment"] / "ensemble"
+    _print_compared(console, report)
+    for name, weight in report["blend"]["weights"].items():
+        lost = f"; {report['left_out'][name]} of its battles are not judged by all" if report["left_out"][name] else ""
+        _print(console, f"weight {weight:.3f}: {name}{lost}")
+    _print_flags(console, report)
+    for each in ("report.html", "submission.csv"):
+        _print(console, f"made: {folder / each}") if (folder / each).exists() else None
+
+
+def _print_compared(console: Console, result: dict[str, Any]) -> None:
+    title = f"{result['experiment']}: log loss on the same {result['rows']} held-out battles"
     table = _table(title, 64, "accuracy", "ECE")
     for row in sorted(result["table"], key=lambda row: row["log_loss"]):
         mark = figures.Mark(row["name"], row["log_loss"], row["log_loss_ci95"])
@@ -75,12 +110,12 @@ def print_comparison(console: Console, experiment: Experiment, result: dict[str,
         ends = pair["ci95"]
         between = f" [{ends[0]:+.4f}, {ends[1]:+.4f}]" if ends else ""
         _print(console, f"{pair['first']} - {pair['second']}: {pair['difference']:+.4f}{between}: {outcome(pair)}")
-    _print(console, f"page: {experiment.output_folder('compare') / 'compare.html'}")
+
+
+def _print_flags(console: Console, result: dict[str, Any]) -> None:
     for stage, texts in result["flags"].items():
         for text in texts:
             _print(console, f"[red] {stage}: {text}", _STYLES["red"])
-    for line in _advice(experiment, result):
-        _print(console, line)
 
 
 def _advice(experiment: Experiment, result: dict[str, Any]) -> Iterable[str]:

@@ -57,7 +57,10 @@ def _cautions(report: Mapping[str, Any], test_rows: int) -> Iterator[tuple[str, 
     better = {name: its for name, its in report["baselines"].items() if its < loss and name not in ignorant}
     if better:
         named = ", ".join(f"{BASELINE_NAMES[name]} ({value:.3f})" for name, value in better.items())
-        yield "amber", "baseline_ahead", f"A simple baseline is better ({loss:.3f} here): {named}."
+        own, also = report["experiment"], [name for name in better if name in ("length", "tfidf")]
+        members = " ".join(f"-e {own}:{name}" for name in (report["stage"], *also))
+        way = f" A blend has both: `python run.py ensemble {members} --name {own}_blend`." if also else ""
+        yield "amber", "baseline_ahead", f"A simple baseline is better ({loss:.3f} here): {named}.{way}"
     if report["rows"] < FEW_ROWS:
         yield "amber", "few_rows", f"Only {report['rows']} rows: the figures are rough."
     if bias and bias["flip_rate"] > FLIP_RATE:

@@ -17,7 +17,7 @@ import yaml
 from common.console import visible
 from common.files import atomic_file
 from common.stages import STAGES
-from data_prep.export_reader import iter_battles, iter_pairs
+from data_prep.export_reader import Split, iter_battles, iter_pairs
 from scoring.report import figures, formatting
 from scoring.report.findings import findings, headline, main_figures, outcome
 from scoring.report.formatting import CLASS_NAMES, number
@@ -118,7 +118,7 @@ def environment() -> jinja2.Environment:
     return made
 
 
-def shown_battles(data: Path, split: str, report: Mapping[str, Any], stage: str) -> list[dict[str, Any]]:
+def shown_battles(data: Path, split: Split, report: Mapping[str, Any], stage: str) -> list[dict[str, Any]]:
     """Return one record for each battle that a report lists, in the order of its lists, each battle once.
 
     A record holds id, dropped (how many oldest turns the model did not read) and turns, a list of dicts prompt,

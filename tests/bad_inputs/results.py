@@ -94,7 +94,7 @@ def merge_again() -> None:
 
 
 def ladder() -> None:
-    baseline_losses(load_experiment("exam"))
+    baseline_losses(StageContext(load_experiment("exam"), "sft"))
 
 
 def half_store(place: Place) -> None:

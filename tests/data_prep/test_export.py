@@ -158,3 +158,28 @@ def test_faults_of_a_folder_name_the_part(experiment, arena, workplace):
     (parts / "notes.txt").write_text("x")
     with pytest.raises(ArenaError, match=r"holds more than parts of a table: notes\.txt"):
         export(experiment, parts)
+
+
+def test_each_fold_is_a_data_set_and_given_folds_rule(experiment, arena, workplace):
+    its = experiment.model_copy(update={"folds": 3})
+    export(its, arena.train, arena.test)
+    names = {f"exam_{name}_fold{number}" for name in ("sft", "dpo_judge") for number in range(3)}
+    assert set(json.loads((its.data_folder / "dataset_info.json").read_text())) == names
+    texts = [line["id"] for number in range(3) for line in lines(its.data_folder, f"sft_fold{number}")]
+    assert len(texts) == 600 and len(set(texts)) == 300, "every battle once, in both orders"
+    folds = [set(read_rows(its.data_folder, its.parts("valid", number))["group"]) for number in range(3)]
+    assert not folds[0] & folds[1] | folds[0] & folds[2] | folds[1] & folds[2]
+    others = read_rows(its.data_folder, its.parts("train", 1))
+    assert len(others) + len(read_rows(its.data_folder, its.parts("valid", 1))) == 300
+    ids = read_rows(its.data_folder, its.parts("valid"))["id"].tolist()
+    own = {identity: place % 3 for place, identity in enumerate(ids)}
+    given = workplace / "own.csv"
+    given.write_text("id,fold\n" + "".join(f"{identity},{fold}\n" for identity, fold in own.items()))
+    audit = export(its, arena.train, arena.test, folds=given, views=("judge", "reward"))
+    rows = read_rows(its.data_folder, its.parts("valid"))
+    assert [f"fold{own[identity]}" for identity in rows["id"]] == rows["split"].tolist()
+    assert audit["prompts_in_several_folds"] == rows.groupby("group")["split"].nunique().sum() - rows["group"].nunique()
+    assert read_manifest(its.data_folder)["sources"]["folds"]["file"] == str(given)
+    given.write_text(f"id,fold\n{ids[0]},0\n{ids[1]},1\n{ids[2]},2\n")
+    with pytest.raises(ArenaError, match="has no fold for the battle"):
+        export(its, arena.train, folds=given)

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 from common.battle import VERDICTS, Battle
 from common.errors import ArenaError
-from data_prep.folds import group_number, normalise_prompt, prompt_group, validation_mask
+from data_prep.folds import (
+    fold_numbers,
+    group_number,
+    normalise_prompt,
+    prompt_group,
+    read_folds,
+    splits_of,
+    validation_mask,
+)
 from data_prep.readers import VoteReader
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
@@ -202,3 +210,38 @@ def test_the_choice_is_that_of_the_first_edition():
     groups = np.arange(40, dtype=np.uint64) // 2 * np.uint64(2**58 + 12345)
     mask = validation_mask(groups, (np.arange(40) % 3).astype(np.int8), share=0.2, seed=42)
     assert np.flatnonzero(mask).tolist() == [0, 1, 4, 5, 26, 27, 32, 33]
+
+
+def test_folds_are_whole_groups_of_like_size_and_verdicts():
+    random = np.random.default_rng(5)
+    groups = random.integers(0, 700, 1500).astype(np.uint64)
+    kinds = random.choice(3, 1500, p=[0.5, 0.3, 0.2])
+    numbers = fold_numbers(groups, kinds, folds=5, seed=1)
+    assert len(set(zip(groups.tolist(), numbers.tolist(), strict=True))) == len(set(groups.tolist()))
+    counts = np.array([np.bincount(kinds[numbers == fold], minlength=3) for fold in range(5)])
+    assert (counts.max(axis=0) - counts.min(axis=0) <= 3).all(), counts
+    assert (numbers != fold_numbers(groups, kinds, folds=5, seed=2)).any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ("id,part\n1,0", "lacks the column(s) ['fold']"),
+        ("id,fold\n1,0\n2,2", "a fold from 0 to 1"),
+        ("id,fold\n1,0\n2,-1", "a fold from 0 to 1"),
+        ("id,fold\n1,0\n2,NaN", "a fold from 0 to 1"),
+        ("id,fold\n1,0\n1,1", "the id 1 is in two folds"),
+        ("id,fold\n1,0\n2,0", "has no battle in fold 1"),
+    ],
+)
+def test_folds_of_somebody_else_are_refused_unless_they_are_folds(tmp_path, rows, what):
+    (tmp_path / "folds.csv").write_text(rows + "\n")
+    with pytest.raises(ArenaError) as caught:
+        read_folds(tmp_path / "folds.csv", 2)
+    assert what in caught.value.what and "folds.csv" in caught.value.where and caught.value.remedy
+
+
+def test_a_fold_that_lacks_a_class_is_refused(make_experiment):
+    groups, kinds = np.arange(6, dtype=np.uint64), np.array([0, 0, 1, 1, 0, 2])
+    with pytest.raises(ArenaError, match="fold 0 has no battle with the verdict tie"):
+        splits_of(make_experiment(folds=2), groups, kinds, np.array([0, 1, 0, 1, 0, 1]))

@@ -44,7 +44,7 @@ def test_every_default_of_a_recipe_is_on_the_page_with_its_source():
     its, listed = load_experiment("qwen3-4b", ROOT), table("recipe defaults")
     written = set()
     for step, recipe in recipes().items():
-        own = recipe.keys() - shared_values(its, step).keys() - {"seed"}  # the seed is the experiment's
+        own = recipe.keys() - shared_values(its, step, None).keys() - {"seed"}  # the seed is the experiment's
         written |= own
         for key in own:
             assert value_of(listed[key][0], step) == as_yaml(recipe[key]), f"{key} of {step}"

@@ -107,7 +107,7 @@ def export(folder, prompts, *, groups=None, noted=None, dropped=0, pairs=None, r
 )
 def test_prompts_in_both_folds_are_found_by_each_source_alone(tmp_path, prompts, known, found):
     export(tmp_path, prompts, **known)
-    shared = checks.shared_prompts(tmp_path)
+    shared = checks.shared_prompts(tmp_path, ["train"], ["valid"])
     assert {source: count for source, count in shared.items() if count} == found
     assert checks.folds_apart(shared).passed is (not found)
 

@@ -122,7 +122,7 @@ def save_checkpoint(experiment, name) -> Path:
 
 
 def test_a_checkpoint_is_scored_once_on_the_same_rows(exam):
-    losses, folder = baseline_losses(exam), save_checkpoint(exam, "checkpoint-7")
+    losses, folder = baseline_losses(StageContext(exam, "sft")), save_checkpoint(exam, "checkpoint-7")
     assert list(losses.columns) == ["uniform", "prior", "length", "tfidf", "bayes"] and losses.index.is_unique
     assert losses["uniform"].mean() == pytest.approx(math.log(3)) and losses["bayes"].mean() < losses["prior"].mean()
     watcher = Watcher(exam, "sft", 20).finish().finish()

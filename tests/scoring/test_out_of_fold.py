@@ -1,0 +1,67 @@
+"""The mean of several judges' scores, and the processes that train a fold each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from common.errors import ArenaError
+from common.progress import Show
+from factory.stage_context import StageContext
+from scoring import pipeline
+from scoring.calibration import AB_COLUMNS, BA_COLUMNS, Calibration, calibrate
+from scoring.links import SoftmaxLink
+from scoring.out_of_fold import mean_scores
+
+
+def scores(seed: int, rows: int = 200) -> pd.DataFrame:
+    random = np.random.default_rng(seed)
+    frame = pd.DataFrame(random.normal(0, 2, (rows, 6)), columns=[*AB_COLUMNS, *BA_COLUMNS])
+    names = [str(n) for n in range(rows)]
+    return frame.assign(id=names, group=names, verdict=np.resize(["a", "b", "tie"], rows))
+
+
+def test_the_mean_before_the_link_is_the_geometric_mean_behind_it():
+    tables = [scores(seed) for seed in (1, 2, 3)]
+    link = SoftmaxLink(0.7, (0.2, -0.3, 0.1))
+    each = [np.log(link.probabilities(table[list(AB_COLUMNS)].to_numpy())) for table in tables]
+    pool = np.exp(np.mean(each, axis=0))
+    mean = link.probabilities(mean_scores(tables)[list(AB_COLUMNS)].to_numpy())
+    np.testing.assert_allclose(mean, pool / pool.sum(axis=1, keepdims=True), atol=1e-12)
+
+
+def test_a_row_that_one_judge_saw_in_one_order_only_counts_as_such():
+    tables = [scores(seed) for seed in (1, 2)]
+    calibration: Calibration = calibrate(tables[0], seed=1)
+    tables[1].loc[7, list(BA_COLUMNS)] = np.nan
+    found = mean_scores(tables)
+    assert found.loc[7, list(BA_COLUMNS)].isna().all() and found[list(BA_COLUMNS)].notna().sum().min() == 199
+    assert np.isfinite(calibration.apply(found)).all()
+    with pytest.raises(ArenaError, match="different rows"):
+        mean_scores([tables[0], tables[1].iloc[::-1].reset_index(drop=True)])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_gpu_trains_one_fold_at_a_time_and_a_failure_is_named(make_experiment, workplace, monkeypatch, fails):
+    child = workplace / "child.py"
+    child.write_text(
+        "import os, pathlib, sys, time\n"
+        "gpu, fold = os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[sys.argv.index('--fold') + 1]\n"
+        "busy = pathlib.Path(f'busy-{gpu}')\n"
+        "busy.touch(exist_ok=False); time.sleep(0.3); busy.unlink()\n"
+        "pathlib.Path(f'done-{fold}').write_text(gpu)\n"
+        f"sys.exit({int(fails)} and fold == '0')\n"
+    )
+    monkeypatch.setattr(pipeline, "_RUN_PY", child)
+    monkeypatch.setattr(pipeline, "_POLL", 0.05)
+    whole = StageContext(make_experiment(folds=3), "sft")
+    options = {"resume": True, "fresh": False, "until": "score"}
+    if fails:
+        with pytest.raises(ArenaError, match="1 of 3 trainings failed") as caught:
+            pipeline.run_side_by_side(whole.judging, ["4", "7"], options, Show())
+        assert caught.value.where == "outputs/exam/sft/fold0.log" and caught.value.remedy.endswith("-e exam --fold 0")
+        return
+    pipeline.run_side_by_side(whole.judging, ["4", "7"], options, Show())
+    gpus = [(workplace / f"done-{fold}").read_text() for fold in range(3)]
+    assert set(gpus) == {"4", "7"} and len(gpus) == 3
