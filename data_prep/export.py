@@ -77,8 +77,8 @@ def export(
     `views` are the preference sets to write beside those of SFT; "reward" tokenizes every text once more, and
     may follow later with `ensure_views`. `unchanged` are SHA-256 sums of files that must come out as they were.
     `workers` is the number of processes that fit (0: a thread; None: what suits the machine); the files do not
-    depend on it. `columns` are the tables' own names for ours. `folds` is a table of each battle's fold; without it they
-    are drawn. Raises ArenaError; an earlier export then stays as it was.
+    depend on it. `columns` are the tables' own names for ours. `folds` is a table of each battle's fold; without it
+    they are drawn. Raises ArenaError; an earlier export then stays as it was.
     """
     folder = experiment.data_folder
     votes = [Source(train)] if isinstance(train, Path) else train
