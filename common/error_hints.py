@@ -53,7 +53,6 @@ REMEDIES = {
         f"bitsandbytes does not fit this machine's CUDA: run `python -m bitsandbytes`, {_INSTALL}, or remove "
         "quantization_bit from the recipe"
     ),
-    r"requires bitsandbytes|No module named 'bitsandbytes'": f"bitsandbytes is missing: {_INSTALL}",
     r"No package metadata was found": (
         f"{_INSTALL}; a package that it does not hold comes by `python -m pip install`, or remove the key that needs it"
     ),
@@ -96,7 +95,7 @@ REMEDIES = {
     r"signal 11\b|Segmentation fault|SIGSEGV|signal 4\b|SIGILL|Illegal instruction": (
         f"a library crashed: {_INSTALL}; `run.py doctor` says what fits this CPU and CUDA"
     ),
-    r"No module named|cannot import name": _INSTALL,
+    r"requires bitsandbytes|No module named|cannot import name": _INSTALL,
     r"Permission ?denied": "make the named file or folder writable, or run from a folder of your own",
 }
 

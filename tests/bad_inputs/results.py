@@ -146,7 +146,6 @@ TABLE_DAMAGE = {
 TABLES = [
     *((ROWS, call, "rows.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, FIRST_PROMPTS)),
     *((BATTLES, call, "battles.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, COMPARE, FIRST_PROMPTS)),
-    (TEST_SCORES, SHOW, "scores_test.parquet: is damaged", "score the stage"),
     (CHANCES, COMPARE, "probabilities_valid.csv: "),
 ]
 # What was computed before the fault showed waits for the next run.
@@ -283,6 +282,8 @@ FAULTS = [
     ("show_no_judge_prompt", remove(f"{DATA}/judge_prompt.j2"), SHOW, "judge_prompt.j2: is damaged", AGAIN),
     ("show_judge_prompt_not_utf8", write(f"{DATA}/judge_prompt.j2", b"\xff"), SHOW, "judge_prompt.j2: is damaged"),
     ("show_manifest_without_settings", edited(MANIFEST, experiment=...), SHOW, "is damaged", AGAIN),
+    ("show_scores_of_words", write(TEST_SCORES, "hello"), SHOW, "scores_test.parquet: is damaged", "score the stage"),
+    ("show_scores_cut_off", change(TEST_SCORES, cut(0.5)), SHOW, "scores_test.parquet: is damaged", "score the stage"),
     ("show_scores_lack_the_id", reduced(TEST_SCORES, ["group"]), SHOW, "scores_test.parquet: is damaged"),
     ("show_chances_not_utf8", write(TEST_CHANCES, b"\xff\xfe"), SHOW, "probabilities_test.csv: is damaged"),
     ("show_chances_cut_off", write(TEST_CHANCES, f"{HEAD}9000,0.5\n"), SHOW, "probabilities_test.csv: is damaged"),

@@ -90,7 +90,7 @@ KNOWN = [
     ("RuntimeError: PyTorch and TorchAudio were compiled with different CUDA versions", "make install"),
     ("RuntimeError: operator torchvision::nms does not exist", "make install"),
     ("RuntimeError: CUDA Setup failed despite GPU being available.", "python -m bitsandbytes"),
-    ("ImportError: Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip", "bitsandbytes is missing"),
+    ("ImportError: Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip", "make install"),
     ("ValueError: Your setup doesn't support bf16/gpu.", "bf16: false"),
     ("RuntimeError: Cannot find valid samples, check `data/README.md` for the data format.", "audit.json"),
     ("ValueError: Undefined dataset demo_sft in dataset_info.json.", "prepare"),
