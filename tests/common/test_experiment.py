@@ -23,22 +23,6 @@ def test_the_default_experiment_is_committed():
     assert load_experiment("demo", ROOT).model == "models/arena-tiny"
 
 
-def test_places_follow_from_the_names():
-    its = parse(model="models/arena-tiny/")
-    assert its.recipe("merge_sft").as_posix() == "factory_configs/exp/merge_sft.yaml"
-    assert its.adapter_folder("sft").as_posix() == "saves/arena-tiny/lora/exp_sft"
-    assert its.output_folder("rm").as_posix() == "outputs/exp/rm"
-    assert its.merged_folder("rm").as_posix() == "outputs/exp/rm/merged"
-    assert its.data_folder.as_posix() == "data/exp"
-
-
-def test_a_preference_stage_starts_where_it_is_told():
-    its = parse(start_from={"dpo_judge": "base", "rm": "sft"})
-    assert its.start_model("sft") == its.start_model("dpo_judge") == "org/base-4b"
-    assert its.start_model("rm") == "outputs/exp/sft/merged"
-    assert parse().start_model("dpo_judge") == "outputs/exp/sft/merged"
-
-
 def test_all_faults_come_together_each_with_its_key():  # tests/bad_inputs/configs.py has the others
     with pytest.raises(ArenaError) as caught:
         parse(cutoff_len="x", merge_gate={"max_abs_diff": 0}, start_from={"sft": "sft"}, quantisation_bit=4)

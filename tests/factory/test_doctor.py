@@ -138,10 +138,5 @@ def test_the_command_ends_with_1_on_a_fault(workplace, monkeypatch):
     result = CliRunner().invoke(run.cli, ["doctor", "--json"])
     assert result.exit_code == 1
     content = json.loads(result.output)
-    assert content["findings"][1] == {
-        "name": "disk",
-        "state": "fault",
-        "said": "1.0 GiB free here",
-        "remedy": "free some",
-    }
+    assert list(content["findings"][1].values()) == ["disk", "fault", "1.0 GiB free here", "free some"]
     assert {key: content[key] for key in ("ok", "faults", "warnings")} == {"ok": False, "faults": 1, "warnings": 1}
