@@ -173,11 +173,15 @@ def flag_to_go_on(adapter: Path, llamafactory_stage: str) -> str:
     return "--resume" if llamafactory_stage != "rm" and last_checkpoint(adapter) else "--fresh"
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_whole(checkpoint: Path, to_go_on: bool) -> bool:
     from safetensors import SafetensorError
 
     try:
         read_json(checkpoint / "trainer_state.json")
+        # DeepSpeed has both in a folder of its own, FSDP the optimizer.
+        plain = any(checkpoint.glob("optimizer*")) and (checkpoint / "scheduler.pt").is_file()
+        if to_go_on and not (plain or any(checkpoint.glob("global_step*"))):
+            return False
         return all(_is_complete(file) for file in checkpoint.iterdir() if file.is_file())
     except (OSError, ValueError, SafetensorError):
         return False

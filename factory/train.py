@@ -242,7 +242,7 @@ class RowsCheck:
         """Take one line of the log; raises ArenaError if it names another number of rows."""
         if "***** Running " in text:
             self._training = "Running training" in text
-        elif self._training and (found := _ROWS.search(text)):
+        elif self._training and self.seen is None and (found := _ROWS.search(text)):  # Ray leaves out repeated lines
             self.seen = int(found[1].replace(",", ""))
             if self.expected not in (None, self.seen):
                 raise ArenaError(
