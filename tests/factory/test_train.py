@@ -50,7 +50,8 @@ rows = 5 if mode == "dropped" else 6
 print("[INFO|trainer.py:1] >> ***** Running Evaluation *****\\n  Num examples = 2")
 if mode != "mute":
     print("[INFO|trainer.py:1] >> ***** Running training *****")
-    print(f"[INFO|trainer.py:2] >>   Num examples = {rows:,}", flush=True)
+    print(f"[INFO|trainer.py:2] >>   Num examples = {rows:,}")
+    print("[INFO|trainer.py:3] >>   Num examples = 2", flush=True)  # an evaluation's, whose heading Ray left out
 out = Path(recipe["output_dir"])
 first = int(recipe.get("resume_from_checkpoint", "checkpoint-0").rsplit("-", 1)[1])
 history = []
