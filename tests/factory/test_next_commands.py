@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from click.testing import CliRunner
@@ -61,6 +62,8 @@ def trained(*, checkpoint: str | None = None) -> None:
     if checkpoint:
         (ADAPTER / checkpoint).mkdir()
         (ADAPTER / checkpoint / "trainer_state.json").write_text("{}")
+        for name in ("optimizer.pt", "scheduler.pt"):
+            ZipFile(ADAPTER / checkpoint / name, "w").close()
     else:
         state.finish("train", [ADAPTER / "adapter_config.json"], 1.0)
 

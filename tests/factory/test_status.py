@@ -3,6 +3,7 @@ import json
 import os
 import socket
 from datetime import datetime, timedelta
+from zipfile import ZipFile
 
 import pytest
 from click.testing import CliRunner
@@ -87,6 +88,8 @@ def test_each_state_is_told_with_the_command_that_goes_on(exam):
     checkpoint = exam.adapter_folder("sft") / "checkpoint-40"
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text("{}")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        ZipFile(checkpoint / name, "w").close()
     began(exam, "dpo_judge", "train")
     began(exam, "dpo_reward", "train", "merge", finished=False)
     began(exam, "rm", "train", "merge", "score")
