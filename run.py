@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """arena-factory: pairwise human votes in, a fine-tuned judge and honest class probabilities out.
 
-Heavy imports stay inside the commands, so that every --help answers at once.
+Commands that read what was scored are in scoring/commands.py. Heavy imports stay inside the commands, so that every
+--help answers at once.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ import click  # noqa: E402
 from click.shell_completion import get_completion_class  # noqa: E402
 
 from common import command_line as cl  # noqa: E402
+from common.command_group import ErrorsWithRemedy  # noqa: E402
 from common.console import make_output_safe  # noqa: E402
+from scoring.commands import COMMANDS, finish, start  # noqa: E402
 
 
-@click.group(cls=cl.ErrorsWithRemedy, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(cls=ErrorsWithRemedy, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--here", is_flag=True, envvar="ARENA_FACTORY_HERE", help="Work in a folder that is not this project's.")
 def cli(here: bool) -> None:
     """Turn pairwise human votes into a fine-tuned judge and calibrated probabilities of A / B / tie.
@@ -48,8 +51,8 @@ def demo(seed: int, fresh: bool, as_json: bool) -> None:
     """
     from scoring.pipeline import demo
 
-    context, show = _start("demo", "sft")
-    _finish(context, demo(context, seed, fresh=fresh, show=show), as_json)
+    context, show = start("demo", "sft")
+    finish(context, demo(context, seed, fresh=fresh, show=show), as_json)
 
 
 @cli.command()
@@ -96,7 +99,7 @@ def prepare(experiment: str, as_json: bool, **options: Any) -> None:
     from factory.prepare import prepare
     from factory.status import experiment_status, next_commands
 
-    context, show = _start(experiment)
+    context, show = start(experiment)
     audit = prepare(context.experiment, **options, show=show)
     if as_json:
         click.echo(json.dumps(audit, indent=2))
@@ -109,12 +112,12 @@ def prepare(experiment: str, as_json: bool, **options: Any) -> None:
 def _train(experiment: str, stage: str, as_json: bool, fold: str | None, **options: Any) -> None:
     from scoring.pipeline import run_folds, run_stage
 
-    context, show = _start(experiment, stage)
+    context, show = start(experiment, stage)
     fold = cl.fold_named(fold, context.experiment)
     if fold is None:
-        _finish(context, run_stage(context, **options, show=show), as_json)
+        finish(context, run_stage(context, **options, show=show), as_json)
         return
-    _finish(*run_folds(context, fold, **options, show=show), as_json)
+    finish(*run_folds(context, fold, **options, show=show), as_json)
 
 
 @cli.command()
@@ -151,38 +154,6 @@ def rm(experiment: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@cl.experiment_option
-@cl.output_options
-def compare(experiment: str, as_json: bool) -> None:
-    """Put all scored stages side by side, on the same battles.
-
-    With paired intervals, and a blend of them.
-    """
-    from rich.console import Console
-
-    from scoring.compare import compare_stages
-    from scoring.report.console import print_comparison
-
-    exp = _start(experiment)[0].experiment
-    result = compare_stages(exp)
-    click.echo(json.dumps(result, indent=2)) if as_json else print_comparison(Console(), exp, result)
-
-
-@cli.command()
-@cl.ensemble_options
-def ensemble(members: tuple[str, ...], name: str, weights: str, as_json: bool) -> None:
-    """Blend scored stages of any experiments into one submission.
-
-    And simple baselines (tfidf, length), which read the whole texts. Battles are matched by id.
-    """
-    from scoring.ensemble import ensemble
-    from scoring.report.console import print_ensemble
-
-    report = ensemble(members, name, weights)
-    click.echo(json.dumps(report, indent=2)) if as_json else print_ensemble(report)
-
-
-@cli.command()
 @cl.option(
     "-e", "--experiment", metavar="EXP", shell_complete=cl.complete_experiment, help="Only this one [all of them]."
 )
@@ -208,25 +179,6 @@ def status(experiment: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@cl.show_options
-def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped: bool, as_json: bool) -> None:
-    """Print one battle, its probabilities and the exact prompt.
-
-    The verdict, the probabilities in both orders, and what the judge read, with its cut places marked.
-    """
-    from rich.console import Console
-
-    from scoring.show import print_battle, show_battle
-
-    context, _ = _start(experiment, stage)
-    shown = show_battle(context, battle_id, split)
-    if as_json:
-        click.echo(json.dumps(asdict(shown), indent=2))
-    else:
-        print_battle(Console(), shown, swapped=swapped)
-
-
-@cli.command()
 @cl.forecast_options
 def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], as_json: bool) -> None:
     """Forecast memory and hours of every stage on named cards.
@@ -237,43 +189,8 @@ def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], a
 
     from factory.forecast import forecast, print_forecast
 
-    found = forecast(_start(experiment)[0].experiment, stages, cards)
+    found = forecast(start(experiment)[0].experiment, stages, cards)
     click.echo(json.dumps(found, indent=2)) if as_json else print_forecast(Console(), found)
-
-
-@cli.command()
-@cl.score_options
-def score(
-    experiment: str, stage: str, fold: str | None, source: str | None, output: Path | None, as_json: bool, **how: Any
-) -> None:
-    """Write the probabilities of A / B / tie for any battles.
-
-    Without --input again those of the fold and the test set. What is scored is kept: after an interruption the
-    same command goes on, without --fresh.
-    """
-    from scoring.agreement import note_choices
-    from scoring.out_of_fold import out_of_fold_report
-    from scoring.predictions import scored_file
-    from scoring.report.console import input_lines
-    from scoring.score_input import score_input
-    from scoring.score_stage import ScoreOptions, score_stage
-
-    agree, columns = how.pop("agree"), how.pop("columns")
-    if (output is not None or columns) and source is None:
-        raise click.UsageError("--output and --columns belong to --input: give it, too, or leave them out")
-    context, show = _start(experiment, stage, fold)
-    options = ScoreOptions.of(**how)
-    if source is None:
-        reports = [score_stage(each, show=show, options=options) for each in context.scored_one_by_one]
-        _finish(context, out_of_fold_report(context, show=show) if context.of_folds else reports[0], as_json)
-        output = context.folder / "probabilities_test.csv"
-    else:
-        output = output or scored_file(context.experiment, context.name, source)
-        rows = score_input(context, source, output, columns, show=show, options=options)
-        made = {"rows": rows, "output": str(output)}
-        click.echo(json.dumps(made) if as_json else "\n".join(input_lines(rows, output)))
-    if agree:
-        note_choices(context, output, agree, show)
 
 
 @cli.command()
@@ -285,7 +202,7 @@ def serve(experiment: str, stage: str, fold: str | None, **options: Any) -> None
     """
     from scoring.service_app import serve_stage
 
-    context, show = _start(experiment, stage, fold)
+    context, show = start(experiment, stage, fold)
     context.require_one_judge()
     serve_stage(context, **options, show=show)
 
@@ -305,28 +222,6 @@ def board(host: str, port: int | None, no_open: bool) -> None:
 
 
 @cli.command()
-@cl.export_options
-def export(
-    experiment: str, stage: str, fold: str | None, quantization: str, as_json: bool, **places: Path | None
-) -> None:
-    """Write a merged judge as one file for a small machine.
-
-    And prove that it is still the same judge.
-    """
-    from scoring.engines.gguf import export_gguf
-    from scoring.report.console import export_lines
-
-    context, show = _start(experiment, stage, fold)
-    context.require_one_judge()
-    manifest = export_gguf(context, quantization, **places, show=show)
-    click.echo(
-        json.dumps(manifest, indent=2)
-        if as_json
-        else "\n".join(export_lines(context.experiment, context.name, manifest))
-    )
-
-
-@cli.command()
 @cl.watch_options
 def watch(experiment: str, stage: str | None, fold: str | None, as_json: bool, **options: Any) -> None:
     """Watch a run: progress, losses, log loss beside the baselines.
@@ -336,7 +231,7 @@ def watch(experiment: str, stage: str | None, fold: str | None, as_json: bool, *
     from scoring.run_status import in_words
     from scoring.watch import watch
 
-    context, show = _start(experiment, stage, fold)
+    context, show = start(experiment, stage, fold)
     if stage and not options["tensorboard"]:
         context.require_one_judge()
     seen = watch(context.experiment, stage and context.label, as_json=as_json, **options, show=show)
@@ -357,40 +252,8 @@ def completion(shell: str) -> None:
     click.echo(get_completion_class(shell)(cli, {}, "run.py", "_RUN_PY_COMPLETE").source())
 
 
-@cli.command()
-@click.argument("output", type=cl.FILE, help="A scored stage's folder, outputs/EXP/STAGE.")
-@cl.output_options
-def verify(output: Path, as_json: bool) -> None:
-    """Check a result again: every hash, every row, the versions.
-
-    OUTPUT is a scored stage's folder, outputs/EXP/STAGE. Exit code 1: something changed.
-    """
-    from scoring.checks.verify import verify
-    from scoring.report.console import print_verification
-
-    result = verify(output)
-    click.echo(json.dumps(result.to_json(), indent=2)) if as_json else print_verification(result)
-    click.get_current_context().exit(0 if result.sound else 1)
-
-
-def _start(name: str, stage: str | None = None, fold: str | None = None) -> tuple[Any, Any]:
-    """Load the experiment, with stage and fold that the user's words mean, and open the place for progress."""
-    from common.experiment import load_experiment
-    from common.progress import Show
-    from factory.stage_context import StageContext
-    from factory.status import stage_named
-
-    experiment, show = load_experiment(name), Show(verbose=cl.is_verbose(click.get_current_context()))
-    for text in experiment.warnings:
-        show.note(text)
-    context = StageContext(experiment, stage_named(experiment, stage or "sft"))
-    return context.of(cl.fold_named(fold, experiment, usual=None)), show
-
-
-def _finish(context: Any, report: dict[str, Any] | None, as_json: bool) -> None:
-    from scoring.report.console import print_reached
-
-    print_reached(context, report, as_json)
+for each in COMMANDS:
+    cli.add_command(each)
 
 
 if __name__ == "__main__":

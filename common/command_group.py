@@ -1,0 +1,70 @@
+"""How every command of run.py behaves: errors with a remedy and an exit code, only in the project's own folder."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common.console import printable
+from common.errors import ArenaError, UsageError, stop_signals, user_error
+
+
+class OwnFolder(click.Command):
+    """Refuses an option that is given twice, where click would silently use the last one, and a stranger's folder."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if self.name not in ("completion", "doctor") and not ctx.find_root().params["here"]:
+            require_own_folder()
+        return super().invoke(ctx)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for each in given:
+            if isinstance(each, click.Option) and not (each.multiple or each.is_flag) and given.count(each) > 1:
+                raise click.UsageError(f"{each.opts[-1]} is given {given.count(each)} times: give it once", ctx)
+        return super().parse_args(ctx, args)
+
+
+class ErrorsWithRemedy(click.Group):
+    """Turns our errors into a message with its remedy and an exit code; -v shows where they come from."""
+
+    command_class = OwnFolder
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with stop_signals():
+                return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BaseException as raised:
+            error = raised if isinstance(raised, ArenaError) else user_error(raised, ctx.invoked_subcommand)
+            if error is None:
+                raise
+            if is_verbose(ctx):
+                click.echo(printable(traceback.format_exc()), err=True, nl=False)
+            failure = click.ClickException(str(error))
+            failure.exit_code = error.exit_code
+            raise failure from None
+
+
+def is_verbose(ctx: click.Context) -> bool:
+    return bool(ctx.find_root().ensure_object(dict).get("verbose"))
+
+
+def require_own_folder() -> None:
+    """Raise UsageError where the current folder does not hold this project."""
+    here = Path.cwd()
+    # On Kaggle the project's files are links in a folder of one's own.
+    roots = Path(__file__).resolve().parents[1], Path(sys.argv[0]).absolute().parent
+    if here not in roots and here not in [root.resolve() for root in roots]:
+        raise UsageError(
+            "is not this project's folder: experiments, recipes and settings of libraries are read from it",
+            where=str(here),
+            remedy=f"cd {shlex.quote(str(roots[0]))}; or, where all files here are yours, "
+            "`run.py --here COMMAND` or ARENA_FACTORY_HERE=1",
+        )

@@ -1,0 +1,166 @@
+"""The commands that read what was scored; and how every command of run.py begins and ends.
+
+Imports of our own packages stay inside the commands, as in run.py, so that every --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common import command_line as cl
+from common.command_group import OwnFolder, is_verbose
+
+_command = partial(click.command, cls=OwnFolder)
+
+
+def start(name: str, stage: str | None = None, fold: str | None = None) -> tuple[Any, Any]:
+    """Load the experiment, with stage and fold that the user's words mean, and open the place for progress."""
+    from common.experiment import load_experiment
+    from common.progress import Show
+    from factory.stage_context import StageContext
+    from factory.status import stage_named
+
+    experiment, show = load_experiment(name), Show(verbose=is_verbose(click.get_current_context()))
+    for text in experiment.warnings:
+        show.note(text)
+    context = StageContext(experiment, stage_named(experiment, stage or "sft"))
+    return context.of(cl.fold_named(fold, experiment, usual=None)), show
+
+
+def finish(context: Any, report: dict[str, Any] | None, as_json: bool) -> None:
+    from scoring.report.console import print_reached
+
+    print_reached(context, report, as_json)
+
+
+@_command()
+@cl.experiment_option
+@cl.output_options
+def compare(experiment: str, as_json: bool) -> None:
+    """Put all scored stages side by side, on the same battles.
+
+    With paired intervals, and a blend of them.
+    """
+    from rich.console import Console
+
+    from scoring.compare import compare_stages
+    from scoring.report.console import print_comparison
+
+    exp = start(experiment)[0].experiment
+    result = compare_stages(exp)
+    click.echo(json.dumps(result, indent=2)) if as_json else print_comparison(Console(), exp, result)
+
+
+@_command()
+@cl.ensemble_options
+def ensemble(members: tuple[str, ...], name: str, weights: str, as_json: bool) -> None:
+    """Blend scored stages of any experiments into one submission.
+
+    And simple baselines (tfidf, length), which read the whole texts. Battles are matched by id.
+    """
+    from scoring.ensemble import ensemble
+    from scoring.report.console import print_ensemble
+
+    report = ensemble(members, name, weights)
+    click.echo(json.dumps(report, indent=2)) if as_json else print_ensemble(report)
+
+
+@_command()
+@cl.show_options
+def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped: bool, as_json: bool) -> None:
+    """Print one battle, its probabilities and the exact prompt.
+
+    The verdict, the probabilities in both orders, and what the judge read, with its cut places marked.
+    """
+    from rich.console import Console
+
+    from scoring.show import print_battle, show_battle
+
+    context, _ = start(experiment, stage)
+    shown = show_battle(context, battle_id, split)
+    if as_json:
+        click.echo(json.dumps(asdict(shown), indent=2))
+    else:
+        print_battle(Console(), shown, swapped=swapped)
+
+
+@_command()
+@cl.score_options
+def score(
+    experiment: str, stage: str, fold: str | None, source: str | None, output: Path | None, as_json: bool, **how: Any
+) -> None:
+    """Write the probabilities of A / B / tie for any battles.
+
+    Without --input again those of the fold and the test set. What is scored is kept: after an interruption the
+    same command goes on, without --fresh.
+    """
+    from scoring.agreement import note_choices
+    from scoring.out_of_fold import out_of_fold_report
+    from scoring.predictions import scored_file
+    from scoring.report.console import input_lines
+    from scoring.score_input import score_input
+    from scoring.score_stage import ScoreOptions, score_stage
+
+    agree, columns = how.pop("agree"), how.pop("columns")
+    if (output is not None or columns) and source is None:
+        raise click.UsageError("--output and --columns belong to --input: give it, too, or leave them out")
+    context, show = start(experiment, stage, fold)
+    options = ScoreOptions.of(**how)
+    if source is None:
+        reports = [score_stage(each, show=show, options=options) for each in context.scored_one_by_one]
+        finish(context, out_of_fold_report(context, show=show) if context.of_folds else reports[0], as_json)
+        output = context.folder / "probabilities_test.csv"
+    else:
+        output = output or scored_file(context.experiment, context.name, source)
+        rows = score_input(context, source, output, columns, show=show, options=options)
+        made = {"rows": rows, "output": str(output)}
+        click.echo(json.dumps(made) if as_json else "\n".join(input_lines(rows, output)))
+    if agree:
+        note_choices(context, output, agree, show)
+
+
+@_command()
+@cl.export_options
+def export(
+    experiment: str, stage: str, fold: str | None, quantization: str, as_json: bool, **places: Path | None
+) -> None:
+    """Write a merged judge as one file for a small machine.
+
+    And prove that it is still the same judge.
+    """
+    from scoring.engines.gguf import export_gguf
+    from scoring.report.console import export_lines
+
+    context, show = start(experiment, stage, fold)
+    context.require_one_judge()
+    manifest = export_gguf(context, quantization, **places, show=show)
+    click.echo(
+        json.dumps(manifest, indent=2)
+        if as_json
+        else "\n".join(export_lines(context.experiment, context.name, manifest))
+    )
+
+
+@_command()
+@click.argument("output", type=cl.FILE, help="A scored stage's folder, outputs/EXP/STAGE.")
+@cl.output_options
+def verify(output: Path, as_json: bool) -> None:
+    """Check a result again: every hash, every row, the versions.
+
+    OUTPUT is a scored stage's folder, outputs/EXP/STAGE. Exit code 1: something changed.
+    """
+    from scoring.checks.verify import verify
+    from scoring.report.console import print_verification
+
+    result = verify(output)
+    click.echo(json.dumps(result.to_json(), indent=2)) if as_json else print_verification(result)
+    click.get_current_context().exit(0 if result.sound else 1)
+
+
+COMMANDS = (compare, ensemble, show, score, export, verify)
