@@ -32,7 +32,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # A string of Python; one that is not closed reaches to the end, so that this is linear.
 _LITERAL = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|\Z)|"(?:[^"\\]|\\.)*(?:"|\Z)""", re.DOTALL)
 _ARRAY = re.compile(r"S\s*S|[}\]]\s*[{\[]|\.\.\.|array\(")  # what numpy writes and Python does not
-_TURN_OF_TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
+_TURN_OF_TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
 _LARGEST_LITERAL = 1 << 22  # characters; Python's parser takes a hundred times their memory
 # A raw tab or newline inside a JSON string is against the letter of JSON, but it can mean one thing only.
 _decode_json = json.JSONDecoder(strict=False).decode
@@ -75,7 +75,7 @@ def from_python(cell: object, name: str) -> list:
     if _ARRAY.search(_LITERAL.sub("S", cell)):
         raise BadCell(
             f"{name} is pandas' text of lists (numpy arrays), which lost what parted the turns: {_shown(cell)}",
-            "write the table from pandas as parquet, or first table[c] = table[c].map(lambda x: json.dumps(list(x)))",
+            "write parquet instead of CSV, or first: table[c] = table[c].map(lambda x: json.dumps(x, default=list))",
         )
     try:
         value = ast.literal_eval(cell.strip())
@@ -123,7 +123,7 @@ def read_pair(values: Sequence[Any], names: Sequence[str]) -> Texts:
 
     Messages may hold the history that both answers share; without a prompt they must.
     """
-    if len(values) == 3 and not any(map(holds_messages, values)):
+    if len(values) == 3 and not any(map(holds_messages, values)) and not _is_transcript(values[0]):
         prompts, responses_a, responses_b = map(_turns, values, names)
         return prompts, responses_a, responses_b
     history = _messages(values[0], names[0], "user") if len(values) == 3 else []
@@ -278,24 +278,27 @@ def _turns(value: str | list, name: str) -> tuple[str, ...]:
     return tuple(turn if type(turn) is str else _text(turn, f"{name} turn {i}") for i, turn in enumerate(value, 1))
 
 
+def _is_transcript(value: object) -> bool:
+    """Return whether a value is a text as HH-RLHF and Nectar write conversations."""
+    return isinstance(value, str) and value.startswith("\n\nHuman: ")
+
+
 def _messages(value: str | list, name: str, role: str | None) -> list:
-    """Return a cell as messages; a text is one of `role`, or without a role a transcript of Human and Assistant."""
+    """Return a cell as messages; a text is one of `role`, or a transcript of Human and Assistant."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]
-    if isinstance(value, list):
-        if not value:
-            raise BadCell(f"{name} has no turn")
-        return value
-    if role is not None:
-        return [{"role": role, "content": value}]
-    before, *parts = _TURN_OF_TRANSCRIPT.split(value)
-    if before.strip() or not parts:
-        raise BadCell(
-            f"{name} is a text without its prompt: {_shown(value)}",
-            "add a column prompt, or name it: --columns prompt=COLUMN",
-        )
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": {"Human": "user"}.get(who, "assistant"), "content": text} for who, text in turns]
+    if _is_transcript(value):
+        parts = _TURN_OF_TRANSCRIPT.split(value)[1:]
+        if role == "user" and not parts[-1].strip():  # the place of the answer
+            del parts[-2:]
+        turns = zip(parts[::2], parts[1::2], strict=True)
+        return [{"role": {"Human": "user"}.get(who, "assistant"), "content": text} for who, text in turns]
+    if isinstance(value, str) and role is None:
+        remedy = "add a column prompt, or name it: --columns prompt=COLUMN"
+        raise BadCell(f"{name} is a text without its prompt: {_shown(value)}", remedy)
+    if not value and isinstance(value, list):
+        raise BadCell(f"{name} has no turn")
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
 def _conversation(messages: Sequence[Any], name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -301,14 +301,15 @@ class VoteReader:
             except BadVerdict as error:
                 bad, empty = bad + 1, empty + str(error).startswith("no winner")
         count = f"; {bad:,} of {rows:,} rows are so" if bad > 1 else ""
-        remedy = "give the row exactly one winner, or remove it"
         if empty and empty == bad:
             remedy = (
                 "such rows are most likely votes for 'both are bad', or battles that nobody judged: make the first "
                 "kind ties, and remove the second"
             )
-        elif schema.verdict_format == "one-hot" and "winners" not in first:
-            remedy += "; shares of votes that sum to 1 are read where the first rows hold them, too"
+        elif schema.verdict_format == "winner":
+            remedy = "write one of these words, or remove the row; a number or a model's name is not taken for a side"
+        else:
+            remedy = "give the row exactly one winner, or remove it; or give all rows shares of votes that sum to 1"
         return ArenaError(f"{first}{count}", where=where, remedy=remedy)
 
     def _refuse_repeats(self, hashes: array) -> None:

@@ -175,6 +175,7 @@ HUMAN = "\n\nHuman: hi\n\nAssistant: a1\n\nHuman: more\n\nAssistant: "
         ("json", PAIR, [messages("hi", "a1", "more"), "good", "bad"]),
         ("jsonl", PAIR[1:], [messages("hi", "a1", "more", "good"), messages("hi", "a1", "more", "bad")]),
         ("csv", PAIR[1:], [f"{HUMAN}good", f"{HUMAN}bad"]),  # HH-RLHF
+        ("csv", PAIR, [HUMAN, "good", "bad"]),  # Nectar
     ],
 )
 def test_of_preferences_the_chosen_side_is_drawn(tmp_path, suffix, columns, cells):
@@ -354,7 +355,7 @@ def test_what_cannot_be_read_is_named_with_its_remedy(tmp_path, content, words):
         (["1,0,0", "0,1,0", "0,0,0", "0,0,0"], ["row 3: (id 2)", "no winner", "2 of 4 rows", "both are bad"]),
         (["1,0,0", ",,", ",,", ",,"], ["row 2", "no winner", "3 of 4 rows", "ties"]),
         (["model_a", "", "tie", ""], ["row 2", "no winner", "2 of 4 rows", "both are bad"]),
-        (["model_a", "model_c", "tie", ""], ["row 2", "unknown winner 'model_c'", "2 of 4 rows", "exactly one winner"]),
+        (["model_a", "model_c", "tie", ""], ["row 2", "unknown winner 'model_c'", "2 of 4 rows", "one of these words"]),
         (["1,0,0"] * 70 + [".5,.3,.2"], ["row 71", "no clear winner", "sum to 1"]),
         ([".5,.3,.2"] * 3 + [".5,.3,.1"], ["row 4", "no shares that sum to 1"]),
     ],
