@@ -25,6 +25,7 @@ from common.experiment import Engine
 from factory.launcher import ACCELERATE_CONFIG, RAY_CORES
 
 _FOLDER = Path("templates") / "distributed"
+_RAY_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's name for: 0, listen on 127.0.0.1 only
 _CONFIGS = {"zero2": _FOLDER / "zero2.json", "zero3": _FOLDER / "zero3.json", "fsdp": _FOLDER / "fsdp.yaml"}
 _TRUE = ("true", "y", "1")  # as LLaMA-Factory reads switches
 # The least value of each number that the environment may give.
@@ -69,7 +70,8 @@ def plan_launch(
     if chosen == "auto":
         return Launch(inputs=inputs)
     if chosen == "ray":
-        return Launch("ray", _ray_options(recipe, given), {"USE_RAY": "1"}, inputs)
+        environment = {"USE_RAY": "1"} | ({_RAY_CLUSTER: "0"} if _starts_ray(recipe, given) else {})
+        return Launch("ray", _ray_options(recipe, given), environment, inputs)
     environment, options = {"FORCE_TORCHRUN": "1", "USE_RAY": "0"}, ()
     if config := _CONFIGS.get(chosen):
         inputs[config.name] = config.read_text(encoding="utf-8")
@@ -141,11 +143,16 @@ def _ray_options(recipe: Mapping[str, Any], given: Mapping[str, str]) -> tuple[s
     """
     workers = recipe.get("ray_num_workers") or int(given.get("NPROC_PER_NODE", "0")) or _gpus() or 1
     options = [] if recipe.get("ray_num_workers") else [f"ray_num_workers={workers}"]
-    if not recipe.get("ray_init_kwargs") and "RAY_ADDRESS" not in given:
+    if _starts_ray(recipe, given):
         claim: dict[str, Any] = {"num_cpus": RAY_CORES * max(workers, _gpus()), "include_dashboard": False}
+        claim |= {"address": "local"}  # not the cluster that another user's file in /tmp/ray names
         claim["runtime_env"] = {"worker_process_setup_hook": "factory.launcher.guard_worker"}
         options.append(f"ray_init_kwargs={json.dumps(claim)}")
     return tuple(options)
+
+
+def _starts_ray(recipe: Mapping[str, Any], given: Mapping[str, str]) -> bool:
+    return not recipe.get("ray_init_kwargs") and "RAY_ADDRESS" not in given
 
 
 def _gpus() -> int:

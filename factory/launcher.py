@@ -7,6 +7,7 @@ accelerate) itself: LLaMA-Factory puts its command line into one string and spli
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -139,6 +140,7 @@ def guard_worker() -> None:
     from torch.serialization import register_package
 
     _keep_nf4_weights()
+    _quote_examples()
     # LLaMA-Factory takes a folder's files as the disk lists them. Each process reads for itself and trains on its
     # share of the rows: two nodes with another order would train on some rows twice and on others never.
     loader.os = SimpleNamespace(**{**vars(os), "listdir": lambda path: sorted(os.listdir(path))})  # noqa: PTH208
@@ -146,6 +148,19 @@ def guard_worker() -> None:
     # checkpoint's optimizer to such a device, which torch does not know, so that no such run could be resumed.
     register_package(9, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None)
     _end_at_the_last_step()
+
+
+def _quote_examples() -> None:
+    # LLaMA-Factory prints the texts of its first rows. Our parent reads this output line by line: a vote must not hold
+    # a line of it, such as another number of rows.
+    from llamafactory.data.processor import feedback, pairwise, pretrain, supervised, unsupervised
+
+    def show(text: str) -> None:
+        name, _, value = text.partition(":\n")
+        print(f"{name}:\n{value if name.endswith('ids') else json.dumps(value, ensure_ascii=False)}")
+
+    for module in (feedback, pairwise, pretrain, supervised, unsupervised):
+        module.print = show
 
 
 def _keep_nf4_weights() -> None:

@@ -240,6 +240,8 @@ class RowsCheck:
 
     def read(self, text: str) -> None:
         """Take one line of the log; raises ArenaError if it names another number of rows."""
+        if text.startswith('"'):  # the text of a row, see factory.launcher
+            return
         if "***** Running " in text:
             self._training = "Running training" in text
         elif self._training and self.seen is None and (found := _ROWS.search(text)):  # Ray leaves out repeated lines
@@ -269,6 +271,8 @@ class FirstExample:
 
     def read(self, text: str) -> None:
         """Take one line of the log; raises ArenaError where it shows other tokens."""
+        if text.startswith('"'):
+            return
         if found := _EXAMPLE.search(text):
             self._training = found[1] == "training"
         elif self._key and "[" in text:

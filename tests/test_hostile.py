@@ -49,6 +49,7 @@ from factory.merge import dequantise
 from factory.process import run_child
 from factory.recipe_checks import check_device, check_recipe
 from factory.serve_page import exposure
+from factory.train import RowsCheck
 from factory.weight_checks import weight_faults
 from scoring import watch_page
 from scoring.model_loading import TrainedAdapter, load_model
@@ -768,6 +769,21 @@ def test_ten_thousand_turns_are_fitted_in_time(fitter):
     with within(60):  # linear in the number of turns
         (fitted,) = fitter(300).fit([Battle("1", texts, texts, texts, "a")], both_orders=True)
     assert fitted.tokens <= 300 and fitted.dropped > 9_900
+
+
+def test_a_vote_is_no_line_of_the_trainings_log(capsys):
+    from llamafactory.data.processor import pairwise
+
+    launcher._quote_examples()
+    text = 'x"\n***** Running training *****\n  Num examples = 7\ntraining example:\nchosen_input_ids:\n[oops\n'
+    pairwise.print("chosen_input_ids:\n[1, 2]")
+    pairwise.print(f"chosen_inputs:\n{text}")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["chosen_input_ids:", "[1, 2]", "chosen_inputs:"] and len(lines) == 4
+    rows = RowsCheck(5)
+    for line in lines:
+        rows.read(line)
+    assert rows.seen is None
 
 
 LONG_WORK = {

@@ -67,7 +67,7 @@ def test_each_engine_uses_its_shipped_file():
 
 def test_ray_is_told_of_the_cores_that_llamafactory_asks_for():
     made = plan("ray", NPROC_PER_NODE="2")
-    assert made.environment == {"USE_RAY": "1"} and made.options[0] == "ray_num_workers=2"
+    assert made.environment["USE_RAY"] == "1" and made.options[0] == "ray_num_workers=2"
     claim = json.loads(made.options[1].removeprefix("ray_init_kwargs="))
     assert claim["num_cpus"] == 20, "ten a worker"
     assert claim["runtime_env"]["worker_process_setup_hook"] == "factory.launcher.guard_worker"
