@@ -30,11 +30,14 @@ _MODELS = ("adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_mo
 _RAY = ("address", "num_cpus", "num_gpus", "object_store_memory", "include_dashboard", "ignore_reinit_error")
 _LARGEST = 1 << 18  # bytes of an engine's file
 _ELSEWHERE = "lies outside of the project"
+_TRACKER = "is a tracker, which gets the recipe and the losses"
+_UPLOAD = "is a place on a hub, to which the model is uploaded"
+_CLUSTER = "is a cluster that is connected to"
 
 
 def reach_faults(recipe: Recipe, model: str, allowed: Collection[str] = ()) -> Iterator[Fault]:
     """Yield each key of a recipe that reaches what `allowed` does not name; `model` is the experiment's own."""
-    for key, what, name in [*_uploads(recipe), *_models(recipe, model), *_places(recipe), *_engine(recipe)]:
+    for key, name, what in [*_uploads(recipe), *_places(recipe, model), *_engine(recipe)]:
         if not name:
             yield key, what
         elif name not in allowed:
@@ -42,43 +45,29 @@ def reach_faults(recipe: Recipe, model: str, allowed: Collection[str] = ()) -> I
 
 
 def _uploads(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
-    """Yield (key, what it does, to which place) for uploads and trackers."""
+    """Yield (key, place, what it is) for uploads and trackers; without a place it cannot be allowed."""
+    trackers = {name: "report_to" for name in names(recipe.get("report_to")) if name not in _LOCAL_REPORTERS}
+    if recipe.get("use_swanlab") and recipe.get("swanlab_mode") != "local":
+        trackers["swanlab"] = "use_swanlab"
+    for name, key in trackers.items():
+        everyone = "all reports to every tracker that is installed: name those that you want"
+        yield key, "" if name == "all" else name, everyone if name == "all" else _TRACKER
     if recipe.get("push_to_hub"):
         name = recipe.get("hub_model_id") or ""
-        yield "push_to_hub", "is where the training is uploaded to" if name else "uploads: name hub_model_id", name
-    if name := recipe.get("export_hub_model_id"):
-        yield "export_hub_model_id", "is where the merged model is uploaded to", name
-    for name in names(recipe.get("report_to")):
-        if name == "all":
-            yield "report_to", "'all' reports to every tracker that is installed: name those that you want", ""
-        elif name not in _LOCAL_REPORTERS:
-            yield "report_to", "is a tracker, which gets the recipe and the losses", name
-    if "trackio" in names(recipe.get("report_to")) and (space := recipe.get("trackio_space_id")):
-        yield "trackio_space_id", "is where the run is uploaded to", space
-    if recipe.get("use_swanlab") and recipe.get("swanlab_mode") != "local":
-        yield (
-            "use_swanlab",
-            "is a tracker, which gets the recipe and the losses (swanlab_mode: local keeps it)",
-            "swanlab",
-        )
+        yield "push_to_hub", name, _UPLOAD if name else "uploads: write hub_model_id, the place"
+    places = {"export_hub_model_id": _UPLOAD, "master_addr": _CLUSTER}
+    places |= {"trackio_space_id": _UPLOAD} if "trackio" in trackers else {}
+    yield from ((key, recipe[key], what) for key, what in places.items() if recipe.get(key))
 
 
-def _models(recipe: Recipe, model: str) -> Iterator[tuple[str, str, str]]:
-    for key in _MODELS:
-        for name in names(recipe.get(key)):
-            if name != model and not Path(name).is_dir():
-                yield key, "is no folder here, so that LLaMA-Factory fetches it from the hub", name
-            elif name != model and not is_in_project(name):
-                yield key, _ELSEWHERE, name
-
-
-def _places(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
-    for key in _FOLDERS:
-        if (name := recipe.get(key)) and not is_in_project(name):
-            yield key, _ELSEWHERE, name
-    for key, name in ((key, recipe.get(key)) for key in _FILES):
-        if isinstance(name, str) and not name.lstrip().startswith("{") and not is_in_project(name):
-            yield key, _ELSEWHERE, name
+def _places(recipe: Recipe, model: str) -> Iterator[tuple[str, str, str]]:
+    """Yield the models, files and folders that are not the project's."""
+    for key in (*_MODELS, *_FOLDERS, *_FILES):
+        for name in names(recipe.get(key)) if isinstance(recipe.get(key), str | list) else ():
+            if key in _MODELS and name != model and not Path(name).is_dir():
+                yield key, name, "is no folder here, so that LLaMA-Factory fetches it from the hub"
+            elif name != model and not name.startswith("{") and not is_in_project(name):
+                yield key, name, _ELSEWHERE
 
 
 def _engine(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
@@ -87,21 +76,19 @@ def _engine(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         try:
             settings = _settings(recipe.get(key))
         except (OSError, ValueError) as error:
-            yield key, f"is not readable JSON: {error}", ""
+            yield key, "", f"is not readable JSON: {error}"
             continue
         if key == "ray_init_kwargs":
             if strange := sorted(settings.keys() - set(_RAY)):
-                yield key, f"may not hold {', '.join(strange)}; it may hold {', '.join(_RAY)}", ""
+                yield key, "", f"may not hold {', '.join(strange)}; it may hold {', '.join(_RAY)}"
             if address := settings.get("address"):
-                yield key, "is a cluster that would be connected to", str(address)
+                yield key, str(address), _CLUSTER
         for text in _texts(settings):
             if (text.startswith(("/", "~")) or ".." in Path(text).parts) and not is_in_project(text):
-                yield key, _ELSEWHERE, text
+                yield key, text, _ELSEWHERE
         for tracker in ("wandb", "comet"):
             if isinstance(each := settings.get(tracker), dict) and each.get("enabled"):
-                yield key, "is a tracker, which gets the losses", tracker
-    if address := recipe.get("master_addr"):
-        yield "master_addr", "is an address that would be connected to", address
+                yield key, tracker, _TRACKER
 
 
 def _texts(value: Any) -> Iterator[str]:

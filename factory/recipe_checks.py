@@ -78,12 +78,31 @@ _TRAINING = (
         "write dataloader_num_workers of 1 or more",
     ),
     Rule("use_dora", lambda v, x: x and v.quantization_bit, "is refused on a quantized model", "take use_rslora"),
+    Rule(
+        "lora_rank lora_alpha lora_dropout lora_target use_rslora use_dora additional_target",
+        lambda v, x: v.adapter_name_or_path and x and x not in (8, "all"),  # LLaMA-Factory's defaults
+        "does nothing beside adapter_name_or_path, whose adapter_config.json decides",
+        _REMOVE,
+    ),
     Rule("flash_attn", lambda v, x: x == "fa3", "is not implemented in LLaMA-Factory", "write fa2, sdpa or auto"),
     Rule(
         "adapter_name_or_path",
         lambda v, x: v.stage == "dpo" and x and not (v.ref_model and v.ref_model_adapters),
         "under dpo has silently the base model as its reference",
         f"{_REMOVE} and write start_from: {{dpo_judge: sft}} in experiment.yaml: the merged SFT judge",
+    ),
+    Rule(
+        "adapter_name_or_path",
+        lambda v, x: len(names(x)) > 1,
+        "are several adapters, of which the merge holds the last alone",
+        "merge all but that one, and write the result as `model` of experiment.yaml",
+    ),
+    Rule(
+        "early_stopping_steps",
+        lambda v, x: x and not ((v.metric_for_best_model or v.load_best_model_at_end) and v.eval_strategy != "no"),
+        "stops nothing, and the training fails at its first step",
+        "write load_best_model_at_end: true (rm: metric_for_best_model: eval_loss), eval_strategy: steps, and "
+        "save_steps as eval_steps",
     ),
     Rule(
         "pref_loss",
@@ -99,121 +118,54 @@ _TRAINING = (
     ),
 )
 # What changes the trained model or its prompts behind the back of merge and scoring, which know nothing of it.
-_BEHIND = (
-    Rule(
-        "default_system",
-        _is_set,
-        "is a system message that scoring does not send",
-        f"{_REMOVE} and write it into the judge prompt (prompt_template of experiment.yaml)",
-    ),
-    Rule(
-        "split_special_tokens",
-        _is_set,
-        "trains on the chat template's tokens in pieces, scoring reads them whole",
-        _REMOVE,
-    ),
-    Rule(
-        "add_tokens add_special_tokens new_special_tokens_config resize_vocab",
-        _is_set,
-        "changes the vocabulary, so that the adapter fits neither the base nor the prompts of scoring",
-        f"{_REMOVE}; labels of experiment.yaml takes any words that are one token each",
-    ),
-    Rule(
-        "rope_scaling",
-        _is_set,
-        "stretches the positions in training alone",
-        f"{_REMOVE}; lower cutoff_len of experiment.yaml, or take a base with more positions",
-    ),
-    Rule("shift_attn mixture_of_depths", _is_set, "changes the model in training alone", _REMOVE),
-    Rule("train_from_scratch", _is_set, "trains on random weights; merge and scoring take the base's own", _REMOVE),
-    Rule("cache_dir", _is_set, "is where training alone looks for the base", f"{_REMOVE}; set HF_HOME in your shell"),
-    Rule("pissa_init", _is_set, "changes the base that the adapter belongs to, merge and scoring do not", _REMOVE),
-    Rule(
-        "create_new_adapter",
-        _is_set,
-        "trains a second adapter, and the merge holds that one alone",
-        f"{_REMOVE}: the adapter that adapter_name_or_path names is then trained further",
-    ),
-    Rule(
-        "adapter_name_or_path",
-        lambda v, x: len(names(x)) > 1,
-        "are several adapters, of which the merge holds the last alone",
-        "merge all but the last into a folder, and write that as model of experiment.yaml",
-    ),
-    Rule(
-        "resume_from_checkpoint",
-        _is_set,
-        "goes on from whatever it names, and trains nothing where that has more steps",
-        f"{_REMOVE}: --resume goes on from the last whole checkpoint of this training",
-    ),
-    Rule(
-        "early_stopping_steps",
-        lambda v, x: x and not ((v.metric_for_best_model or v.load_best_model_at_end) and v.eval_strategy != "no"),
-        "stops nothing, and the training fails at its first step",
-        "write load_best_model_at_end: true (rm: metric_for_best_model: eval_loss), eval_strategy: steps, and "
-        "save_steps as eval_steps",
-    ),
-)
+_BEHIND = {
+    "default_system": "is a system message that scoring does not send; write it into the judge prompt instead",
+    "split_special_tokens": "trains on the chat template's tokens in pieces, scoring reads them whole",
+    "(add|new)_(special_)?tokens.*|resize_vocab": "changes the vocabulary, so that the adapter fits no base and no "
+    "prompt; `labels` of experiment.yaml takes any words that are one token each",
+    "rope_scaling": "stretches the positions in training alone; lower cutoff_len, or take a base with more positions",
+    "shift_attn|mixture_of_depths": "changes the model in training alone",
+    "train_from_scratch": "trains on random weights; merge and scoring take the base's own",
+    "cache_dir": "is where training alone looks for the base; set HF_HOME in your shell instead",
+    "pissa_init": "changes the base that the adapter belongs to, merge and scoring do not",
+    "create_new_adapter": "trains a second adapter, and the merge holds that one alone",
+    "resume_from_checkpoint": "trains nothing where that has more steps; --resume takes the last whole checkpoint",
+}
 _MERGING = (
     Rule("quantization_bit", _is_set, "allows no merge: an adapter cannot be merged into a quantized model", _REMOVE),
     Rule("export_quantization_bit", _is_set, "writes quantized weights, which run.py cannot score", _REMOVE),
 )
 
 
-class Idle(NamedTuple):
-    """Keys (a pattern of their names) that do nothing, and without a word, where `works(v)` is false."""
-
-    keys: str
-    works: Callable[[SimpleNamespace], Any]
-    where: str
-
-
-def _with(keys: str, switch: str) -> Idle:
-    return Idle(keys, lambda v: getattr(v, switch), f"without {switch}")
-
-
-_IDLE = (
-    Idle("freeze_(trainable|extra)_.*", lambda v: v.use_llama_pro, "with finetuning_type: lora"),
-    Idle(
-        "(oft|galore|apollo|badam)_.*|use_(galore|apollo|badam|hyper_parallel)|hyper_parallel_args|module_dropout",
-        lambda v: False,
-        "with finetuning_type: lora",
-    ),
-    Idle(
-        "lora_(rank|alpha|dropout|target)|use_(rslora|dora)|additional_target",
-        lambda v: not v.adapter_name_or_path,
-        "beside adapter_name_or_path, whose adapter_config.json decides",
-    ),
-    Idle("pref_.*|dpo_.*|ld_alpha", lambda v: v.stage == "dpo", "but for stage: dpo"),
-    Idle("ref_model.*", lambda v: v.stage == "dpo" or v.use_asft_loss, "but for stage: dpo"),
-    Idle("simpo_gamma", lambda v: v.stage == "dpo" and v.pref_loss == "simpo", "but for pref_loss: simpo"),
-    Idle("(kto|ppo)_.*|reward_model.*", lambda v: False, "in sft, dpo and rm"),
-    Idle(
-        "use_(dft|asft|eaft)_loss|compute_accuracy|label_smoothing_factor",
-        lambda v: v.stage == "sft",
-        "but for stage: sft",
-    ),
-    Idle(
-        "(image|video|audio)_.*|use_audio.*|crop_to_patches|freeze_(vision|multi|lang).*", lambda v: False, "on texts"
-    ),
-    Idle("(vllm|sglang)_.*|generation_.*|eval_num_beams|sortish_sampler", lambda v: False, "in a training"),
-    Idle("export_.*|infer_dtype", lambda v: False, "in a training; it belongs to the merge recipe"),
-    Idle("interleave_probs|mix_strategy", lambda v: False, "with a single data set"),
-    Idle("quantization_type|double_quantization", lambda v: v.quantization_bit, "without quantization_bit"),
-    Idle("hub_.*", lambda v: v.push_to_hub or "trackio" in names(v.report_to), "without push_to_hub"),
-    Idle("trackio_.*", lambda v: "trackio" in names(v.report_to), "without report_to: trackio"),
-    _with("swanlab_.*", "use_swanlab"),
-    _with("kt_.*", "use_kt"),
-    _with("profile.*", "enable_torch_profiler"),
-    _with("loraplus_lr_embedding", "loraplus_lr_ratio"),
-    _with("pissa_(iter|convert)", "pissa_init"),
-    _with("asft_alpha", "use_asft_loss"),
-    _with("eaft_alpha", "use_eaft_loss"),
-    _with("fp8_.*", "fp8"),
-    _with("fsdp_config", "fsdp"),
-    _with("liger_kernel_config", "use_liger_kernel"),
-    _with("buffer_size", "streaming"),
-)
+# Keys (patterns of their names) that do nothing, and without a word, but for the key (or its value) behind them.
+_NEEDS = {
+    "freeze_(trainable|extra)_.*": "use_llama_pro",
+    "oft_.*|module_dropout": "finetuning_type: oft",
+    "(galore|apollo|badam)_.*|use_(galore|apollo|badam|hyper_parallel)|hyper_.*": "finetuning_type: full",
+    "simpo_gamma": "pref_loss: simpo",
+    "pref_.*|dpo_.*|ld_alpha|simpo_gamma|ref_model.*": "stage: dpo",
+    "kto_.*": "stage: kto",
+    "ppo_.*|reward_model.*": "stage: ppo",
+    "use_(dft|asft|eaft)_loss|compute_accuracy|label_smoothing_factor": "stage: sft",
+    "(image|video|audio)_.*|use_audio.*|crop_.*|freeze_(vision|multi|lang).*": "images",
+    "(vllm|sglang)_.*|generation_.*|eval_num_beams|sortish_sampler": "generation",
+    "export_.*|infer_dtype": "a merge",
+    "interleave_probs|mix_strategy": "several data sets",
+    "quantization_type|double_quantization": "quantization_bit",
+    "hub_(?!private).*": "push_to_hub",
+    "trackio_.*": "report_to",
+    "swanlab_.*": "use_swanlab",
+    "kt_.*": "use_kt",
+    "profile.*": "enable_torch_profiler",
+    "loraplus_lr_embedding": "loraplus_lr_ratio",
+    "pissa_.*": "pissa_init",
+    "asft_alpha": "use_asft_loss",
+    "eaft_alpha": "use_eaft_loss",
+    "fp8_.*": "fp8",
+    "fsdp_config": "fsdp",
+    "liger_kernel_config": "use_liger_kernel",
+    "buffer_size": "streaming",
+}
 
 
 def check_recipes(
@@ -262,7 +214,7 @@ def check_recipe(
     shared = shared_values(experiment, step, experiment.written_fold)
     further = {key: value for key, value in sound.items() if key not in shared}
     faults = [
-        *_refusals(_BEHIND, recipe),  # first: of another type they are as wrong
+        *_behind(recipe),  # first: of another type they are as wrong
         *own.items(),
         *weight_faults(sound, root),
         *_disagreements(experiment, its, recipe, sound),
@@ -368,15 +320,26 @@ def _values(recipe: Recipe) -> SimpleNamespace:
     return SimpleNamespace(**{a.name: a.default for a in arguments().values()} | dict(recipe))
 
 
+def _behind(recipe: Recipe) -> Iterator[Fault]:
+    for key, value in recipe.items():
+        if value and (why := next((why for keys, why in _BEHIND.items() if re.fullmatch(keys, key)), None)):
+            yield key, f"{value!r} {why}; {_REMOVE}"
+
+
 def _idle_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield the keys of a training recipe that do nothing, where they differ from LLaMA-Factory's defaults."""
     values = _values(recipe)
     for key, value in recipe.items():
-        where = next((its.where for its in _IDLE if re.fullmatch(its.keys, key) and not its.works(values)), None)
+        needed = [needed for keys, needed in _NEEDS.items() if re.fullmatch(keys, key)]
         if arguments()[key].group == "GeneratingArguments":
-            where = "in a training"
-        if where and value != arguments()[key].default:
-            yield key, f"{value!r} does nothing {where}; {_REMOVE}"
+            needed = ["generation"]
+        if value != arguments()[key].default and (lacks := [each for each in needed if not _has(values, each)]):
+            yield key, f"{value!r} does nothing without {lacks[0]}; {_REMOVE}"
+
+
+def _has(values: SimpleNamespace, needed: str) -> bool:
+    key, _, wanted = needed.partition(": ")
+    return getattr(values, key, None) == wanted if wanted else bool(getattr(values, key, None))
 
 
 def _refusals(rules: Iterable[Rule], recipe: Recipe) -> Iterator[Fault]:
