@@ -150,7 +150,7 @@ _NEEDS = {
     "(image|video|audio)_.*|use_audio.*|crop_.*|freeze_(vision|multi|lang).*": "images",
     "(vllm|sglang)_.*|generation_.*|eval_num_beams|sortish_sampler": "generation",
     "export_.*|infer_dtype": "a merge",
-    "interleave_probs|mix_strategy": "several data sets",
+    "interleave_probs|mix_strategy": "data sets of your own",
     "quantization_type|double_quantization": "quantization_bit",
     "hub_(?!private).*": "push_to_hub",
     "trackio_.*": "report_to",
