@@ -35,22 +35,12 @@ _RENAMED = {
     "group_by_length": "train_sampling_strategy: group_by_length",
     "new_special_tokens": "add_special_tokens",
     "max_source_length": "cutoff_len",
-    "max_target_length": "cutoff_len",
     "max_seq_length": "cutoff_len",
     "dpo_beta": "pref_beta",
     "dpo_ftx": "pref_ftx",
-    "dpo_loss": "pref_loss",
-    "orpo_beta": "pref_beta",
-    "beta": "pref_beta",
     "checkpoint_dir": "adapter_name_or_path",
-    "cache_path": "tokenized_path",
-    "lora_r": "lora_rank",
-    "target_modules": "lora_target",
     "load_in_4bit": "quantization_bit: 4",
-    "load_in_8bit": "quantization_bit: 8",
-    "use_flash_attn": "flash_attn: fa2",
     "no_cuda": "use_cpu",
-    "adafactor": "optim: adafactor",
 }
 # What a merge reads besides the arguments of the model.
 _MERGE_READS = ("template", "stage", "finetuning_type")

@@ -103,7 +103,7 @@ def _recipe_faults(engine: Engine, recipe: Mapping[str, Any]) -> Iterator[str]:
     bits = recipe.get("quantization_bit")
     if engine in ("zero3", "fsdp") and bits not in (4, None):
         yield f"{engine} shards 4-bit or 16-bit weights, not {bits}-bit: write quantization_bit: 4 in experiment.yaml"
-    for key in ("pissa_init", "pure_bf16", "use_unsloth"):
+    for key in ("pure_bf16", "use_unsloth"):
         if engine == "zero3" and recipe.get(key):
             yield f"zero3 does not go with {key}: remove it from the recipe"
     if engine in ("zero2", "zero3", "fsdp", "ray") and recipe.get("deepspeed"):

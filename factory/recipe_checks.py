@@ -60,17 +60,8 @@ _RANGES = (
 )
 _TRAINING = (
     Rule("do_train", lambda v, x: not x, "trains nothing", "write true"),
-    Rule("do_predict predict_with_generate", _is_set, "writes texts, not probabilities", f"{_REMOVE}: run.py scores"),
     Rule("finetuning_type", lambda v, x: x != "lora", "cannot be merged, which needs a LoRA adapter", "write lora"),
-    Rule(
-        "val_size",
-        _is_set,
-        "splits by row, so that copies of one prompt land on both sides, and excludes eval_dataset",
-        f"{_REMOVE}: valid_share of experiment.yaml splits by prompt",
-    ),
-    Rule("tokenized_path", _is_set, "silently overrides every other key about data once it exists", _REMOVE),
     Rule("packing", lambda v, x: x and not v.neat_packing, "lets battles attend to each other", _REMOVE),
-    Rule("neat_packing", _is_set, "takes one token off cutoff_len and drops the rows that fill it", _REMOVE),
     Rule(
         "streaming",
         lambda v, x: x and v.dataloader_num_workers < 1,
@@ -110,15 +101,16 @@ _TRAINING = (
         "is refused: LLaMA-Factory 0.9.5 silently trains plain sigmoid for it (for ipo on averaged log-probabilities)",
         "choices: sigmoid, orpo, simpo",
     ),
-    Rule(
-        "overwrite_output_dir",
-        _is_set,
-        "leaves old checkpoints in place, and a checkpoint in output_dir is resumed without being asked",
-        f"{_REMOVE}, and the folder if it is not wanted",
-    ),
 )
-# What changes the trained model or its prompts behind the back of merge and scoring, which know nothing of it.
-_BEHIND = {
+# Keys (patterns) that are refused whatever their value: most change the trained model or its prompts behind the back of
+# merge and scoring.
+_NEVER = {
+    "do_predict|predict_with_generate": "writes texts, not probabilities: run.py scores",
+    "val_size": "splits by row, so that copies of one prompt land on both sides; valid_share does not",
+    "tokenized_path": "silently overrides every other key about data once it exists",
+    "neat_packing": "takes one token off cutoff_len and drops the rows that fill it",
+    "overwrite_output_dir": "leaves old checkpoints in place, and the last one is resumed without being asked",
+    "export_quantization_bit": "writes quantized weights, which run.py cannot score",
     "default_system": "is a system message that scoring does not send; write it into the judge prompt instead",
     "split_special_tokens": "trains on the chat template's tokens in pieces, scoring reads them whole",
     "(add|new)_(special_)?tokens.*|resize_vocab": "changes the vocabulary, so that the adapter fits no base and no "
@@ -133,7 +125,6 @@ _BEHIND = {
 }
 _MERGING = (
     Rule("quantization_bit", _is_set, "allows no merge: an adapter cannot be merged into a quantized model", _REMOVE),
-    Rule("export_quantization_bit", _is_set, "writes quantized weights, which run.py cannot score", _REMOVE),
 )
 
 
@@ -214,7 +205,7 @@ def check_recipe(
     shared = shared_values(experiment, step, experiment.written_fold)
     further = {key: value for key, value in sound.items() if key not in shared}
     faults = [
-        *_behind(recipe),  # first: of another type they are as wrong
+        *_never(recipe),  # first: of another type they are as wrong
         *own.items(),
         *weight_faults(sound, root),
         *_disagreements(experiment, its, recipe, sound),
@@ -320,9 +311,9 @@ def _values(recipe: Recipe) -> SimpleNamespace:
     return SimpleNamespace(**{a.name: a.default for a in arguments().values()} | dict(recipe))
 
 
-def _behind(recipe: Recipe) -> Iterator[Fault]:
+def _never(recipe: Recipe) -> Iterator[Fault]:
     for key, value in recipe.items():
-        if value and (why := next((why for keys, why in _BEHIND.items() if re.fullmatch(keys, key)), None)):
+        if value and (why := next((why for keys, why in _NEVER.items() if re.fullmatch(keys, key)), None)):
             yield key, f"{value!r} {why}; {_REMOVE}"
 
 

@@ -195,18 +195,12 @@ def _run(context: StageContext, checkpoint: Path | None, launch: Launch, show: S
             environment=launch.environment,
         )
     require_files(adapter, ADAPTER_FILES, log, what)
-    if rows.expected is not None and rows.seen is None:
+    if example.expected or (rows.expected is not None and rows.seen is None):
         raise ArenaError(
-            "does not say on how many rows LLaMA-Factory trained, so that dropped rows would go unnoticed",
+            "does not say on how many rows LLaMA-Factory trained, or which was first, so that dropped rows and other "
+            "prompts would go unnoticed",
             where=str(log),
             remedy="remove `log_level` from the recipe, then --fresh",
-        )
-    if example.expected:
-        raise ArenaError(
-            f"does not show {' and '.join(example.expected)} of the first row, so that prompts other than scoring's "
-            "would go unnoticed",
-            where=str(log),
-            remedy="start it by run.py with the recipe alone, then --fresh",
         )
     _require_sound(adapter, log, context.recipe)
     return seconds
