@@ -37,7 +37,11 @@ _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
     *(RuntimeError, NotImplementedError, ValueError, OverflowError),
 )
-_FORMS = "a .csv, .csv.gz or .parquet file, a folder of such parts, Kaggle's zip, or hf://datasets/OWNER/NAME"
+# What hubs and libraries put beside the tables.
+_DESCRIPTIONS = frozenset(
+    f"{name}.json" for name in ("dataset_info", "dataset_infos", "dataset_dict", "dataset-metadata")
+)
+_FORMS = f"a file ({', '.join(PARTS)}), a folder of such parts, Kaggle's zip, or hf://datasets/OWNER/NAME"
 _WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?|\.\d+)", re.DOTALL)
 _LARGEST_WEIGHT = 100.0
 # The number of a part, and the hash that the hub puts behind it: train-00000-of-00002-a09b74b3ef9c3b56.parquet
@@ -85,7 +89,7 @@ def votes_at(source: str | Path, *, labelled: bool, columns: Mapping[str, str] |
 
 
 def _is_table(name: str) -> bool:
-    return name.endswith(PARTS) and not name.startswith((".", "_"))
+    return name.endswith(PARTS) and name not in _DESCRIPTIONS and not name.startswith((".", "_"))
 
 
 def _fitting(folder: Path, labelled: bool, columns: Mapping[str, str] | None) -> Path:
@@ -173,7 +177,7 @@ def _tables_in(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInf
     named = [(PurePosixPath(member.filename.replace("\\", "/")).name, member) for member in members]
     found = [(name, member) for name, member in named if _is_table(name)]
     if not found or len(dict(found)) < len(found):
-        what = "two tables of one name" if found else "no table (.csv, .csv.gz, .parquet)"
+        what = "two tables of one name" if found else f"no table ({', '.join(PARTS)})"
         raise ArenaError(f"holds {what}", where=str(path), remedy="unpack it and give the path of the file")
     size, packed = (sum(getattr(each, key) for _, each in found) for key in ("file_size", "compress_size"))
     free, would = shutil.disk_usage(".").free, f"would unpack from {packed / 2**20:,.1f} MiB to {size / 2**30:,.1f} GiB"
@@ -218,5 +222,5 @@ def _from_hub(source: str) -> Path:
     if len(folders) == 1:
         return folders[0]
     listed = ", ".join(str(each.relative_to(folder)) for each in folders[:5])
-    what = f"tables in several folders: {listed}" if folders else "no table (.csv, .csv.gz, .parquet)"
+    what = f"tables in several folders: {listed}" if folders else f"no table ({', '.join(PARTS)})"
     raise ArenaError(f"holds {what}", where=source, remedy=f"write {source}/FOLDER")
