@@ -154,6 +154,19 @@ def rm(experiment: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@cl.probe_options
+def probe(experiment: str, as_json: bool, **options: Any) -> None:
+    """Fit a linear probe on the untrained model; no GPU needed.
+
+    On its hidden states of both answers, layer and strength chosen by cross-fitting; then score and report.
+    """
+    from scoring.probe_stage import run_probe
+
+    context, show = start(experiment, "probe")
+    finish(context, run_probe(context, **options, show=show), as_json)
+
+
+@cli.command()
 @cl.option(
     "-e", "--experiment", metavar="EXP", shell_complete=cl.complete_experiment, help="Only this one [all of them]."
 )

@@ -56,7 +56,7 @@ experiment_option = option(
 
 def stage_option(which: str):
     """Return the option that chooses a stage; `which` says what for."""
-    text = f"{which}; dpo: its trained view; base: untrained."
+    text = f"{which}; dpo: its trained view; base: untrained; probe: on its states."
     return option("--stage", type=click.Choice((*STAGES, "dpo")), default="sft", help=text)
 
 
@@ -96,6 +96,19 @@ training_options = several(
         metavar="NAME",
         help="A hub id, tracker, address or path that a recipe may reach beyond the project (may be repeated).",
     ),
+    output_options,
+)
+probe_options = several(
+    experiment_option,
+    option(
+        "--layer",
+        "layers",
+        type=click.IntRange(1),
+        multiple=True,
+        help="A layer that may be chosen; may be repeated [at 1/2 and 2/3 of the depth].",
+    ),
+    option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="What it computes in [experiment.yaml]."),
+    option("--fresh", is_flag=True, help="Fit again; what was read of these votes is kept."),
     output_options,
 )
 engine_options = several(

@@ -29,7 +29,7 @@ class Step:
 
     @property
     def command(self) -> str:
-        """The arguments of run.py that run it: sft, dpo --view judge, dpo --view reward, rm, score --stage base."""
+        """The arguments of run.py that run it: sft, dpo --view judge, rm, score --stage base, probe, …"""
         if self.name == "base":
             return "score --stage base"
         return self.trains.replace("dpo_", "dpo --view ")
@@ -52,7 +52,7 @@ for _name, _stage, _data in (*_TRAININGS, ("rm", "rm", "dpo_reward")):
     STEPS[_name] = Step(_name, _stage, f"{_stage}.yaml.j2", _data)
     STEPS[merge_of(_name)] = Step(merge_of(_name), _stage, "merge.yaml.j2", _data, merges=_name)
 TRAININGS: tuple[str, ...] = tuple(name for name, step in STEPS.items() if not step.merges)
-# Stages that train nothing and so have no recipe: the base as it is.
-UNTRAINED = {"base": Step("base", "sft", "", "sft")}
+# Stages that train no model and so have no recipe: the base as it is, and a probe on its hidden states.
+UNTRAINED = {"base": Step("base", "sft", "", "sft"), "probe": Step("probe", "rm", "", "dpo_reward")}
 # Every stage that is scored: each has a folder in outputs/EXP.
 STAGES: dict[str, Step] = {name: STEPS[name] for name in TRAININGS} | UNTRAINED

@@ -204,6 +204,8 @@ class StageContext:
     @property
     def training_inputs(self) -> dict[str, Any]:
         """What a training depends on, but for the weights of local models and the files of an engine."""
+        if not self.is_trained:
+            return {"data": self.scoring_inputs["data"]}
         engine = self.experiment.distributed
         inputs = {str(self.recipe_path): self.recipe, "data": data_sets(self.recipe, self.exported)}
         return inputs if engine == "auto" else {**inputs, "distributed": engine}

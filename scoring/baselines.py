@@ -71,10 +71,11 @@ def baseline_notes(train_rows: int) -> dict[str, str]:
         "tfidf": f"logistic regression on TF-IDF of A minus TF-IDF of B, and the lengths; {rows}, "
         f"{TFIDF_CHARS} characters of each answer as the judge reads it, {TFIDF_TERMS} words",
         "base": "the stage base: the untrained base model, calibrated on these rows by cross-fitting",
+        "probe": "the stage probe: a linear model on the untrained base's hidden states and on lengths",
     }
 
 
-def _lengths(frame: pd.DataFrame) -> np.ndarray:
+def length_features(frame: pd.DataFrame) -> np.ndarray:
     """Return [rows, 9] features made of lengths (characters) and the number of turns only."""
     prompt, a, b = (frame[name].to_numpy(dtype=np.float64) for name in ("chars_prompt", "chars_a", "chars_b"))
     turns = frame["turns"].to_numpy(dtype=np.float64, na_value=1.0)
@@ -84,8 +85,8 @@ def _lengths(frame: pd.DataFrame) -> np.ndarray:
 
 
 def _from_lengths(train: pd.DataFrame, truth: np.ndarray, rows: pd.DataFrame, prior: np.ndarray) -> np.ndarray:
-    scaler = StandardScaler().fit(_lengths(train))
-    seen, asked = (scaler.transform(_lengths(frame)) for frame in (train, rows))
+    scaler = StandardScaler().fit(length_features(train))
+    seen, asked = (scaler.transform(length_features(frame)) for frame in (train, rows))
     return _regression(seen, truth, asked, 1.0, prior)
 
 
@@ -103,8 +104,8 @@ def _words(train: pd.DataFrame) -> TfidfVectorizer | None:
 
 def _word_gaps(words: TfidfVectorizer, frame: pd.DataFrame, reference: pd.DataFrame) -> spmatrix:
     """Return sparse [rows, words + lengths]: of A minus of B; lengths standardised by `reference`."""
-    base = _lengths(reference)
-    lengths = (_lengths(frame) - base.mean(axis=0)) / (base.std(axis=0) + 1e-9)
+    base = length_features(reference)
+    lengths = (length_features(frame) - base.mean(axis=0)) / (base.std(axis=0) + 1e-9)
     gap = words.transform(_heads(frame["text_a"])) - words.transform(_heads(frame["text_b"]))
     return hstack([gap, csr_matrix(lengths)], format="csr")
 

@@ -109,6 +109,29 @@ def value_rewards(
     return _rewards(packed, triples, pieces, score, name, **options)
 
 
+def answer_states(
+    model: Any, triples: Sequence[Triple], layers: Sequence[int], *, name: Name = "row {}".format, **options: Any
+) -> np.ndarray:
+    """Return the hidden states of both answers, [len(triples), 2, layers x (mean, last) x hidden] float32.
+
+    Behind each layer the mean over the answer's tokens and the state of its last one; `options` are those of
+    run_batches. Raises as `value_rewards`.
+    """
+    packed = PackedModel.of(model)
+
+    def score(answers: list[Sequence[int]], pack: Pack) -> np.ndarray:
+        import torch
+
+        parts = packed.states_behind(layers, pack).float().split([len(answer) for answer in answers])
+        both = torch.stack([torch.stack([part.mean(0), part[-1]]) for part in parts])  # [answers, 2, layers x hidden]
+        return both.unflatten(2, (len(layers), -1)).transpose(1, 2).flatten(1).cpu().numpy()
+
+    def pieces(prompt: Sequence[int], answers: list[Sequence[int]]) -> list[Piece]:
+        return [Piece(prompt, wanted=0), *(Piece(answer, wanted=len(answer), prefix=0) for answer in answers)]
+
+    return _rewards(packed, triples, pieces, score, name, **options)
+
+
 def a_beats_b(rewards: np.ndarray) -> np.ndarray:
     """Return P(A beats B) = sigmoid(reward A - reward B) of rewards [n, 2], as [n, 1] (Bradley and Terry 1952)."""
     return 1 / (1 + np.exp(rewards[:, [1]] - rewards[:, [0]]))
@@ -141,7 +164,8 @@ def _rewards(
     name: Name,
     **options: Any,
 ) -> np.ndarray:
-    """Return the rewards [triples, 2]: `score(answers, pack)` of what `pieces(prompt, answers)` makes.
+    """Return the rewards [triples, 2, …]: `score(answers, pack)`, one row an answer, of what `pieces(prompt, answers)`
+    makes.
 
     Equal answers to one prompt are scored once, so that they have the very same reward, and a few answers of one prompt
     are read in one pass, their prompt once. Raises ArenaError that names a triple with an empty part or a reward that
@@ -160,19 +184,19 @@ def _rewards(
                 of_prompt.setdefault(key[0], []).append(key)
             places[row, side] = answers.setdefault(key, len(answers))
     groups = [those[i : i + _TOGETHER] for those in of_prompt.values() for i in range(0, len(those), _TOGETHER)]
-    scores = np.full(len(answers), np.nan)
+    scores: dict[int, np.ndarray] = {}
 
     def work(batch: list[int], pack: Pack) -> None:
         those = [key for at in batch for key in groups[at]]
-        scores[[answers[key] for key in those]] = score([answer for _, answer in those], pack)
+        scores.update(zip((answers[key] for key in those), score([answer for _, answer in those], pack), strict=True))
 
     def first_row(at: int) -> str:
         return name(int(np.argwhere(places == answers[groups[at][0]])[0, 0]))
 
     packs = [pieces(those[0][0], [answer for _, answer in those]) for those in groups]
     run_batches(model, packs, work, name=first_row, **options)
-    rewards = scores[places]
-    bad = np.flatnonzero(~np.isfinite(rewards).all(axis=1))
+    rewards = np.stack([scores[at] for at in range(len(answers))])[places] if answers else np.empty((0, 2))
+    bad = np.flatnonzero(~np.isfinite(rewards).all(axis=tuple(range(1, rewards.ndim))))
     if len(bad):
         what = f"the model gave no finite reward for {len(bad)} battle(s), this one first"
         raise ArenaError(what, where=name(bad[0]), remedy=BROKEN_WEIGHTS)

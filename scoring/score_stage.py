@@ -30,6 +30,7 @@ from scoring.checks.run_checks import require_sound, run_checks, stopping
 from scoring.executor import Executor, InProcess
 from scoring.judge import MANIFEST, make_base_judge
 from scoring.predictions import REPORT, check_submission, probability_file, read_probabilities, write_probabilities
+from scoring.probe import PROBE
 from scoring.ray_scoring import RayActors
 from scoring.report.build import build_report
 from scoring.report.page import shown_battles, write_page
@@ -319,6 +320,7 @@ def _provenance(context: StageContext) -> dict[str, Any]:
         *(data / name for name in ("rows.parquet", "battles.parquet", "truth.csv", "judge_prompt.j2")),
         *(data / f"{step.data}_{part}.jsonl" for part in context.experiment.labelled_parts),
         *((data / "pairs.parquet",) if step.data == "dpo_reward" else ()),
+        context.folder / PROBE,
         context.merged / MANIFEST,
         *sorted(context.adapter.glob("*.safetensors")),
         *sorted(context.merged.glob("*.safetensors")),

@@ -3,6 +3,8 @@
 sft, dpo_judge   LabelScorer: label logits of the merged model behind the judge prompt, in both orders where asked
 dpo_reward       ImplicitRewardScorer: rewards of both responses from the adapter on its base, switched on and off
 rm               ValueHeadScorer: rewards of both responses from the merged model's value head
+base             LabelScorer: as sft, of the untrained base
+probe            ProbeScorer: probabilities from the hidden states that the untrained base has of both responses
 
 It reads rows (from an export or from any table), makes token ids of them, and asks the model. Reading and asking may
 happen in different processes, each of which makes its own scorer from the same `ScorerSpec`.
@@ -36,13 +38,14 @@ from scoring.judge import MANIFEST, load_judge, require_golden_answers, require_
 from scoring.links import softmax
 from scoring.model_loading import TrainedAdapter, device_name, float_precision, load_model, trained_adapter
 from scoring.packed_model import PackedModel
-from scoring.rewards import VALUE_HEAD, a_beats_b, implicit_rewards, load_value_head, value_rewards
+from scoring.probe import LENGTHS, PROBE, Probe
+from scoring.rewards import VALUE_HEAD, a_beats_b, answer_states, implicit_rewards, load_value_head, value_rewards
 from scoring.score_store import ROW_FACTS, Facts, ModelInput
 
 _CHUNK = 512
 _FLOATS = ("auto", "fp32", "bf16", "fp16")
-# The precisions of stages that give rewards; their engine is always torch.
-_REWARD_PRECISIONS = {"rm": (*_FLOATS, "8bit", "4bit"), "dpo_reward": _FLOATS}
+# The precisions of stages that read each response alone; their engine is always torch.
+_REWARD_PRECISIONS = {"rm": (*_FLOATS, "8bit", "4bit"), "dpo_reward": _FLOATS, "probe": _FLOATS}
 # Keys of DPO's recipe on which its rewards depend.
 _TRAINED = ("pref_beta", "pref_loss", "quantization_bit", "quantization_type", "double_quantization")
 _BATTLE = ("id", "prompts", "responses_a", "responses_b")
@@ -117,12 +120,14 @@ class ScorerSpec:
         offered = _REWARD_PRECISIONS[stage]
         if self.engine != "torch" or self.precision not in offered:
             raise UsageError(
-                f"the stage {stage} gives rewards and cannot be scored in {self.precision} by {self.engine}",
+                f"the stage {stage} reads each response alone, which {self.engine} in {self.precision} cannot do",
                 where="--engine, --precision",
                 remedy=f"choose torch and one of: {', '.join(offered)}; or a judge: --stage sft or dpo_judge",
             )
         if stage == "dpo_reward":
             return ImplicitRewardScorer(self.context, self.precision)
+        if stage == "probe":
+            return ProbeScorer(self.context, self.precision)
         require_judge(self.context)
         return ValueHeadScorer(self.context, self.precision)
 
@@ -294,6 +299,57 @@ class ValueHeadScorer(RewardScorer):
 
     def ask(self, prepared: list, *, progress: Callable[[float], None], name: Callable[[int], str]) -> np.ndarray:
         return value_rewards(self._model, self._head, prepared, progress=progress, name=name, note=self.note)
+
+
+class ProbeScorer(RewardScorer):
+    """A probe on the hidden states of the untrained base; with `layers` there is none yet, and `states` alone works."""
+
+    columns = AB_COLUMNS
+
+    def __init__(self, context: StageContext, precision: str, layers: Sequence[int] = ()):
+        """Read the probe."""
+        super().__init__(context, precision)
+        experiment = context.experiment
+        self._layers, self._probe = layers, None
+        if not layers:
+            if not (context.folder / PROBE).is_file():
+                raise ArenaError("no probe was fitted yet", where=str(context.folder), remedy=context.command)
+            self._probe = Probe.load(context.folder / PROBE)
+            self._layers = self._probe.layers
+            self.precision = self._probe.precision if precision == "auto" else precision
+        trust = {"revision": experiment.revision, "trust_remote_code": experiment.trust_remote_code}
+        self._base = TrainedAdapter(context.adapter, experiment.model, **trust)
+
+    def inputs(self) -> dict[str, Any]:
+        folder = Path(self._base.base)
+        base = model_files(folder) if folder.is_dir() else f"{folder.as_posix()} {self._base.revision}"
+        return {**_hashes(self._context.folder, PROBE), "base": base, **self._fitting}
+
+    def exported(self, split: str) -> Iterator[tuple[Facts, ModelInput]]:
+        yield from ((facts, _with_lengths(texts, facts)) for facts, texts in super().exported(split))
+
+    def fit(self, battles: list[Battle]) -> Iterator[tuple[Any, ModelInput]]:
+        for battle, (fitted, texts) in zip(battles, super().fit(battles), strict=True):
+            yield fitted, _with_lengths(texts, row_statistics(battle))
+
+    def open(self) -> None:
+        self._model = PackedModel(self._base.load_base(self._settle_precision(), precision=self.precision))
+
+    def prepare(self, inputs: Sequence[ModelInput], *, swapped: bool) -> list:
+        triples = super().prepare([_of(row, _PAIR) for row in inputs], swapped=swapped)
+        return list(zip(triples, [row["lengths"] for row in inputs], strict=True))
+
+    def states(self, prepared: list, **how: Any) -> np.ndarray:
+        """Return the hidden states of both answers, [rows, 2, layers x POOLS x hidden]."""
+        return answer_states(self._model, [triple for triple, _ in prepared], self._layers, note=self.note, **how)
+
+    def ask(self, prepared: list, *, progress: Callable[[float], None], name: Callable[[int], str]) -> np.ndarray:
+        lengths = np.array([each for _, each in prepared], dtype=np.float64)
+        return self._probe.logits(self.states(prepared, progress=progress, name=name), lengths)
+
+
+def _with_lengths(texts: ModelInput, facts: Facts) -> ModelInput:
+    return {**texts, "lengths": [facts[name] for name in LENGTHS]}
 
 
 def battles_to_score(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Battle]:

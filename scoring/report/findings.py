@@ -182,7 +182,7 @@ def _cut(judged: Mapping[str, Any]) -> str:
 def _merge(report: Mapping[str, Any]) -> Iterator[str]:
     merge = report["merge_gate"]
     if not merge:
-        why = {"dpo_reward": "no merged model is scored", "base": "there is none"}
+        why = {"dpo_reward": "no merged model is scored", "base": "there is none", "probe": "there is none"}
         scored = why.get(report["stage"], "an adapter on a base is needed")
         yield f"The merged model was not compared with the trained adapter: {scored}."
         return

@@ -18,6 +18,7 @@ BASELINES = {
     "length": ("Length features", "logistic regression on the lengths of the texts"),
     "tfidf": ("TF-IDF", "logistic regression on words and phrases"),
     "base": ("Untrained base", "asked as the judge is, and calibrated"),
+    "probe": ("Linear probe", "a linear model on the untrained base's hidden states"),
     "bayes": ("Bayes: the best possible", "knows the true probabilities"),
 }
 BASELINE_NAMES = {key: name for key, (name, _) in BASELINES.items()}

@@ -13,7 +13,9 @@ from data_prep.chat_template import load_frame
 from data_prep.export import export
 from data_prep.export_reader import read_battles, read_pairs, read_rows
 from data_prep.preference_pairs import pair_sequences
+from data_prep.template_choice import choose_template
 from scoring.judge import load_judge, write_judge
+from tests.real_tokenizers import FAMILIES, with_tokenizer
 from tests.votes import lines
 
 Ids = list[int]
@@ -36,6 +38,7 @@ def _rows(experiment, data_set: str, stage: str):
         "output_dir": "saves/unused",
         "use_cpu": True,
         "report_to": "none",
+        **({} if experiment.enable_thinking is None else {"enable_thinking": experiment.enable_thinking}),
     }
     model_args, data_args, training_args, _, _ = get_train_args(recipe)
     module = load_tokenizer(model_args)
@@ -66,19 +69,26 @@ def trained_pairs(experiment, data_set: str) -> list[tuple[Ids, Ids, Ids]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["synthetic", "real"])
-def test_exported_trained_and_scored_ids_are_the_same(experiment, arena, source, request, monkeypatch):
+@pytest.mark.parametrize("source", ["synthetic", "real", *FAMILIES])
+def test_exported_trained_and_scored_ids_are_the_same(experiment, arena, source, request, monkeypatch, make_experiment):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(Path("hf_cache").absolute()))
     table = arena.train
-    if source == "real":
+    if source in FAMILIES:  # a real tokenizer
+        model = with_tokenizer(source, Path("models") / source)
+        choice = choose_template(str(model))
+        assert choice.template == FAMILIES[source][0]
+        thinking = False if choice.thinks else None
+        experiment = make_experiment("exam", model=str(model), template=choice.template, enable_thinking=thinking)
+    if source != "synthetic":
         real = request.getfixturevalue("real_data") / "arena" / "train_natural.csv"
         table = Path("real.csv")
         with real.open(newline="", encoding="utf-8") as file, table.open("w", newline="", encoding="utf-8") as part:
-            csv.writer(part).writerows(islice(csv.reader(file), 501))
+            csv.writer(part).writerows(islice(csv.reader(file), 501 if source == "real" else 201))
         experiment = experiment.model_copy(update={"cutoff_len": 512})
     export(experiment, table, views=("judge", "reward"))
     folder, (frame, tokenizer) = experiment.data_folder, load_frame(experiment)
     label_id = dict(zip("ABC", frame.label_ids, strict=True))
+    assert [tokenizer.decode([each]) for each in frame.label_ids] == ["A", "B", "C"]
 
     prompt = (folder / "judge_prompt.j2").read_text(encoding="utf-8")
     write_judge(Path(experiment.model).resolve(), experiment, frame, prompt, source={})

@@ -27,7 +27,10 @@ def test_states_are_those_of_a_plain_pass_and_the_model_is_left_as_it_was(family
     with torch.inference_mode():
         expected = [plain(shared)[-1:], plain(shared + one)[-9:], plain(shared + other)[-5:], plain(alone)[-2:]]
         found = PackedModel(family_model, pads=pads).states(pack(pieces))
+        behind = PackedModel(family_model, pads=pads).states_behind((1, 1), pack(pieces[-1:]))
+        inner = family_model.base_model(input_ids=torch.tensor([alone]), output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(found, torch.cat(expected), atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(behind, inner[0, -2:].repeat(1, 2), atol=2e-4, rtol=1e-3)
     assert not PackedModel(family_model).pads, "every family takes the fast way"
     assert family_model.config._attn_implementation == attention
     assert all("forward" not in module.__dict__ for module in family_model.modules())
