@@ -16,6 +16,7 @@ from pyarrow.parquet import ParquetFile
 
 from common.battle import Battle
 from common.errors import ArenaError
+from data_prep.export_reader import PREFIX
 from data_prep.folds import prompt_group
 from data_prep.preference_pairs import flatten
 from data_prep.prompt import FIELDS
@@ -157,7 +158,7 @@ def check_overlap(rows: Path, test: Path, *, has_verdicts: bool) -> int:
 
 
 def _keys(rows: pa.Table | pa.RecordBatch) -> Any:
-    ids = compute.replace_substring_regex(rows.column("id"), r"^train_\d+:", "")  # as their table has them
+    ids = compute.replace_substring_regex(rows.column("id"), PREFIX, "")  # as their table has them
     return compute.binary_join_element_wise(rows.column("group"), ids, " ")
 
 

@@ -199,12 +199,14 @@ VERDICT_FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[object]], s
 
 
 def parse_id(cell: object) -> str | None:
-    """Return an id as text, a whole number without its point; None for an empty cell."""
-    if isinstance(cell, float):
-        if cell != cell:
-            return None
-        return str(int(cell)) if cell.is_integer() else str(cell)
-    return str(cell).strip() or None if cell is not None else None
+    """Return an id as it is written, white space included, for it must come back so; None for an empty cell.
+
+    A whole number that is stored as a float, as pandas does where one is missing, loses its point.
+    """
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    text = "" if cell is None or cell != cell else str(cell)
+    return text if text.strip() else None
 
 
 def is_formula(identity: str) -> bool:

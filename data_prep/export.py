@@ -101,7 +101,8 @@ def export(
         open_pool(maker, usual_workers() if workers is None else workers) as work,
     ):
         weights = {name: each.weight for name, each in votes.items()}
-        written = write_tables(fresh, work("fit", _chunks(readers, progress)), experiment, weights, given)
+        fitted = work("fit", _chunks(readers, progress))
+        written = write_tables(fresh, fitted, experiment, weights, given, readers.get("test"))
         counts = write_sets(fresh, experiment, views, work)
         audit = _audit(experiment, readers, weights, written, counts, views)
         rows = fresh / "rows.parquet"
@@ -195,7 +196,11 @@ def _audit(
                 "rows_kept": written.counts[name, "battles"]["rows"],
                 "rows_rejected": len(reader.rejected),
                 "ids_like_formulas": reader.formulas,
-                **_fates(name, weights, written.counts[name, "splits"]),
+                **(
+                    _fates(weights[name], written.counts[name, "splits"])
+                    if name in weights
+                    else {"lines_by_prior": sum(row.id is not None for row in reader.rejected)}
+                ),
             }
             for name, reader in readers.items()
         },
@@ -208,12 +213,10 @@ def _audit(
     }
 
 
-def _fates(name: str, weights: Mapping[str, float], splits: Mapping[str, int]) -> dict[str, Any]:
+def _fates(weight: float, splits: Mapping[str, int]) -> dict[str, Any]:
     """Return what became of the kept rows of a source with verdicts."""
-    if name not in weights:
-        return {}
     return {
-        "weight": weights[name],
+        "weight": weight,
         "rows_trained": splits["train"],
         "rows_validating": splits["valid"],
         "left_out": {"prompt_validates": splits["prompt validates"], "weight": splits["not drawn"]},

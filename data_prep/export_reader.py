@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import pandas as pd
 import pyarrow as pa
 from pyarrow import compute
-from pyarrow.parquet import ParquetFile
+from pyarrow.parquet import ParquetFile, read_schema
 from pydantic import AfterValidator, BaseModel, ValidationError
 
 from common.battle import PROBABILITY_COLUMNS, Battle
@@ -24,6 +25,10 @@ from data_prep.preference_pairs import Pair
 SPLITS = ("train", "valid", "test")
 # One of the column `split`, or several (Experiment.parts).
 Split = str | Collection[str]
+# What stands before the ids of another source than the first.
+PREFIX = r"^train_\d+:"
+# Of rows.parquet's metadata, see `test_lines`.
+TEST_LINES = b"test_lines"
 MANIFEST = "manifest.json"
 # Of the manifest and the files that it names.
 FORMAT = 5
@@ -207,6 +212,14 @@ def rows_of(
             raise ValueError(f"it has {at} rows, rows.parquet {len(rows)}")
 
 
+def test_lines(folder: Path) -> tuple[bool, list[tuple[int, str]]]:
+    """Return what the test table asks for besides its rows: whether `id,winner` (WSDM), and the lines of rows that
+    could not be read, each as the number of test rows before it and its id."""
+    with readable(folder / "rows.parquet"):
+        found = json.loads((read_schema(folder / "rows.parquet").metadata or {}).get(TEST_LINES, "[false, []]"))
+        return bool(found[0]), [(int(before), str(identity)) for before, identity in found[1]]
+
+
 def truth_of(folder: Path) -> pd.DataFrame | None:
     """Return the known probabilities of a synthetic arena's battles (id and `PROBABILITY_COLUMNS`), or None."""
     path = folder / "truth.csv"
@@ -214,7 +227,6 @@ def truth_of(folder: Path) -> pd.DataFrame | None:
         return None
     with readable(path):
         truth = pd.read_csv(path, dtype={"id": str}, keep_default_na=False)  # an id may be NA
-        truth["id"] = truth["id"].str.strip()  # as those of the votes
         values = truth.set_index("id")[list(PROBABILITY_COLUMNS)].to_numpy(float)
         if not (abs(values.sum(axis=1) - 1) <= _SUM_TOLERANCE).all() or not (values >= 0).all():
             raise ValueError("its probabilities are not between 0 and 1, or do not sum to 1")

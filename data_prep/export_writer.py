@@ -6,6 +6,7 @@ data sets repeat it, and stay on disk because plain `llamafactory-cli train` rea
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -25,7 +26,7 @@ from common.console import name_of
 from common.errors import ArenaError
 from data_prep.audit import add_counts
 from data_prep.dataset_info import set_names
-from data_prep.export_reader import iter_battles, iter_pairs, read_columns
+from data_prep.export_reader import TEST_LINES, iter_battles, iter_pairs, read_columns
 from data_prep.export_rows import SCHEMAS, FittedChunk
 from data_prep.folds import LEFT_OUT, group_number, splits_beside, splits_of, trained_with
 from data_prep.preference_pairs import View
@@ -33,6 +34,7 @@ from data_prep.truncation import in_chunks
 
 if TYPE_CHECKING:
     from common.experiment import Experiment
+    from data_prep.readers import VoteReader
 
 # Battles that are worked on at once: enough to keep every core busy, little enough to keep memory flat.
 CHUNK = 512
@@ -79,11 +81,13 @@ def write_tables(
     experiment: Experiment,
     weights: Mapping[str, float],
     folds: Mapping[str, int] | None = None,
+    test: VoteReader | None = None,
 ) -> Written:
     """Write rows.parquet, battles.parquet and, where chunks hold pairs, pairs.parquet; labelled battles come first.
 
-    `weights` are those of the sources with verdicts, `folds` is the fold of each id where somebody else drew them.
-    Raises ArenaError where the folds cannot have the share that the experiment asks for.
+    `weights` are those of the sources with verdicts, `folds` is the fold of each id where somebody else drew them,
+    `test` is read to its end with the chunks. Raises ArenaError where the folds cannot have the share that the
+    experiment asks for.
     """
     written = Written(given=folds)
     with ExitStack() as stack:
@@ -101,17 +105,21 @@ def write_tables(
     given = None if folds is None else np.array(written.folds, np.int64)
     splits = splits_of(experiment, groups[:own], verdicts[:own], given)
     splits = np.concatenate([splits, splits_beside(experiment, splits, groups[:own], groups[own:])])
-    _write_rows(folder, splits, weights, experiment.seed, written)
+    lines = [(row.before, row.id) for row in (test.rejected if test else []) if row.id is not None]
+    metadata = {TEST_LINES: json.dumps([test.is_wsdm, lines])} if test else {}
+    _write_rows(folder, splits, weights, experiment.seed, written, SCHEMAS["rows"].with_metadata(metadata))
     return written
 
 
-def _write_rows(folder: Path, known: np.ndarray, weights: Mapping[str, float], seed: int, written: Written) -> None:
+def _write_rows(
+    folder: Path, known: np.ndarray, weights: Mapping[str, float], seed: int, written: Written, schema: pa.Schema
+) -> None:
     """Write rows.parquet from the rows that wait, and count what becomes of them by source.
 
     `known`: the split of each row with a verdict.
     """
-    at, schema = 0, SCHEMAS["rows"]
-    with pa.OSFile(str(folder / _WAITING)) as file, _table(folder, "rows") as writer:
+    at = 0
+    with pa.OSFile(str(folder / _WAITING)) as file, _table(folder, "rows", schema) as writer:
         for batches in in_chunks(pa.ipc.open_stream(file), _CHUNKS_A_GROUP):
             rows = pa.Table.from_batches(batches)
             splits, times = [], []
@@ -130,7 +138,7 @@ def _write_rows(folder: Path, known: np.ndarray, weights: Mapping[str, float], s
             for column, values in (("split", splits), ("times", times)):
                 place = schema.get_field_index(column)
                 rows = rows.set_column(place, schema.field(place), pa.array(values, schema.field(place).type))
-            writer.write_table(rows)
+            writer.write_table(rows.replace_schema_metadata(schema.metadata))
             at += len(rows)
     (folder / _WAITING).unlink()
 
@@ -142,9 +150,10 @@ def times_trained(identity: str, weight: float, seed: int) -> int:
     return int(whole) + (int.from_bytes(digest, "big") < rest * 2**64)
 
 
-def _table(folder: Path, name: str) -> ParquetWriter:
+def _table(folder: Path, name: str, schema: pa.Schema | None = None) -> ParquetWriter:
     # Statistics of texts would hold a text a group in memory until the end, and no reader asks for them.
-    return ParquetWriter(folder / f"{name}.parquet", SCHEMAS[name], compression="zstd", write_statistics=["split"])
+    path, options = folder / f"{name}.parquet", {"compression": "zstd", "write_statistics": ["split"]}
+    return ParquetWriter(path, schema or SCHEMAS[name], **options)
 
 
 def write_sets(

@@ -15,7 +15,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,10 @@ from data_prep.schemas import (
 )
 from data_prep.tables import BrokenRow, Table, open_tables
 
-_MOST_BAD = 0.01
+# The share of bad rows up to which a table is read: of votes, and of battles to answer, where every row that is left
+# out costs a line of the submission.
+_MOST_BAD, _MOST_UNREAD = 0.01, 0.5
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 # Bad rows that, more than half of those read so far, end the reading: they wait in memory for the audit.
 _HOPELESS = 10_000
 _SHOWN = 5
@@ -58,12 +61,13 @@ _MODELS = re.compile("gpt|claude|gemini|llama|qwen|mi[sx]tral|deepseek|prometheu
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row that was left out; `row` counts data rows from 1, the header is not one."""
+    """A row that was left out; `row` counts data rows from 1, the header is not one; `before` the battles before it."""
 
     file: str
     row: int
     id: str | None
     reason: str
+    before: int = field(default=0, compare=False)
 
     @property
     def kind(self) -> str:
@@ -159,7 +163,8 @@ class VoteReader:
         """Yield (row number in its file, battle) in the files' order; bad rows go to `rejected`.
 
         Raises ArenaError at once for a row without exactly one winner, and at the end for an id that comes twice, when
-        more than one row and more than 1 % of the rows are bad, or when no row is left.
+        more than one row and more than 1 % of the rows are bad (half, where verdicts are not needed), or when no row
+        is left.
         """
         if self._repeats is None:
             self._repeats = self._has_repeats()
@@ -170,6 +175,9 @@ class VoteReader:
             self.rows_read += 1
             identity = self._identity(cells)
             try:
+                if identity and _UNWRITABLE.search(identity):
+                    shown, identity = identity, None
+                    raise BadCell(f"{self._names[0]} {shown[:80]!a} holds a character that no CSV file keeps")
                 if isinstance(cells, BrokenRow):
                     # Its first cell may be any scrap of text: it is reported, and not compared with other ids.
                     raise BadCell(cells.reason)
@@ -178,7 +186,8 @@ class VoteReader:
                 hashes.append(hash(identity))
                 battle = self._battle(identity, cells)
             except BadCell as error:
-                self.rejected.append(bad := Rejected(str(where), number, identity, str(error)))
+                before = self.rows_read - 1 - len(self.rejected)
+                self.rejected.append(bad := Rejected(str(where), number, identity, str(error), before))
                 if error.remedy:
                     self._remedies[bad.kind] = error.remedy
                 if len(self.rejected) >= _HOPELESS and 2 * len(self.rejected) > self.rows_read:
@@ -334,7 +343,8 @@ class VoteReader:
         bad, rows = len(self.rejected), self.rows_read
         if not rows:
             raise ArenaError("has a header and no row", where=str(self.path), remedy="give a file with rows")
-        if bad < rows and (bad <= 1 or bad <= _MOST_BAD * rows):
+        most = _MOST_BAD if self.labelled else _MOST_UNREAD
+        if bad < rows and (bad <= 1 or bad <= most * rows):
             return
         kinds: dict[str, list[Rejected]] = {}
         for row in self.rejected:
@@ -345,7 +355,7 @@ class VoteReader:
             for of in sorted(kinds.values(), key=len, reverse=True)[:_SHOWN]
         ]
         more = [f"  - … and {len(kinds) - _SHOWN} more reasons"] if len(kinds) > _SHOWN else []
-        what = "no row is left" if bad == rows else f"more than {_MOST_BAD:.0%} of the rows are bad"
+        what = "no row is left" if bad == rows else f"more than {most:.0%} of the rows are bad"
         known = next((self._remedies[kind] for kind in kinds if kind in self._remedies), None)
         raise ArenaError(
             "\n".join([f"{what}: {bad} of {rows} rows", *listed, *more]),

@@ -23,7 +23,7 @@ from common.console import name_of
 from common.errors import ArenaError
 from common.files import atomic_folder
 from data_prep.readers import VoteReader
-from data_prep.tables import PARTS
+from data_prep.tables import PARTS, open_table
 
 CACHE = Path("data") / ".sources"
 _HUB = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>.+))?")
@@ -97,6 +97,7 @@ def _fitting(folder: Path, labelled: bool, columns: Mapping[str, str] | None) ->
     found = _by_name(path for path in sorted(folder.iterdir()) if _is_table(path.name))
     fit = found if len(found) == 1 else [parts for parts in found if _holds_votes(parts[0], labelled, columns)]
     if len(fit) == 1:
+        open_table(fit[0][0])  # raises where it holds no table
         return _joined(folder, fit[0])
     if not found:
         return folder  # its reader says what it holds instead

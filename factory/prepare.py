@@ -88,15 +88,18 @@ def _summary(experiment: Experiment, audit: dict[str, Any]) -> str:
     folds = [rows[f"sft_{part}"] for part in experiment.labelled_parts]
     cut = audit["truncation"]["train"]["rows_cut_share"]
     rejected = f", {bad} rejected ({where})" if bad else ""
-    lost = audit["sources"].get("test", {}).get("rows_rejected")
-    lacking = f" ({lost} rejected: the submission will lack them, see {where})" if lost else ""
+    test = audit["sources"].get("test", {"rows_rejected": 0, "lines_by_prior": 0})
+    by_prior, lost = test["lines_by_prior"], test["rows_rejected"] - test["lines_by_prior"]
+    unread = [f"{by_prior:,} more cannot be read and will get the class prior"] if by_prior else []
+    unread += [f"{lost:,} without a readable id will be missing"] if lost else []
+    unread = f" ({'; '.join(unread)}: {where})" if unread else ""
     if experiment.folds > 1:
         sets = f"{experiment.folds} folds of {min(folds):,} to {max(folds):,} training rows"
     else:
         sets = f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation"
     return (
         f"prepare {experiment.name}: {kept:,} battles kept{rejected}; {sets}, {rows['test']:,} to submit"
-        f"{lacking}; {cut:.1%} shortened to {experiment.cutoff_len} tokens"
+        f"{unread}; {cut:.1%} shortened to {experiment.cutoff_len} tokens"
     )
 
 

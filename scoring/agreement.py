@@ -5,7 +5,6 @@ The judge answers a battle where its largest probability reaches a threshold, an
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from scipy.stats import beta
 
 from common.battle import VERDICTS
 from common.errors import ArenaError, UsageError
-from common.files import atomic_file, read_json
+from common.files import atomic_file, csv_line, read_json
 from common.progress import Show
 from data_prep.export_reader import readable
 from factory.stage_context import StageContext
@@ -125,6 +124,5 @@ def write_choices(table: Path, agreement: Agreement) -> tuple[Path, int, int]:
     ids, probabilities = read_table(table)
     choices = agreement.choices(probabilities)
     with atomic_file(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([("id", "choice"), *zip(ids, choices, strict=True)])
+        file.writelines(map(csv_line, [("id", "choice"), *zip(ids, choices, strict=True)]))
     return path, len(choices) - choices.count(ABSTAIN), len(choices)

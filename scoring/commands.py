@@ -118,9 +118,9 @@ def score(
         output = context.folder / "probabilities_test.csv"
     else:
         output = output or scored_file(context.experiment, context.name, source)
-        rows = score_input(context, source, output, columns, show=show, options=options)
-        made = {"rows": rows, "output": str(output)}
-        click.echo(json.dumps(made) if as_json else "\n".join(input_lines(rows, output)))
+        made = score_input(context, source, output, columns, show=show, options=options)
+        click.echo(json.dumps(made) if as_json else "\n".join(input_lines(made)))
+        output = Path(made.get("probabilities", output))
     if agree:
         note_choices(context, output, agree, show)
 

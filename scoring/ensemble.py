@@ -23,7 +23,7 @@ from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, check_name, load_experiment
 from common.files import only_run, write_json
 from common.stages import STAGES
-from data_prep.export_reader import read_rows, readable, truth_of
+from data_prep.export_reader import read_rows, readable, test_lines, truth_of
 from data_prep.ground_truth import probabilities_of
 from factory.stage_context import StageContext
 from factory.state import StageState
@@ -35,7 +35,7 @@ from scoring.links import correct_prior
 from scoring.metrics import as_groups, verdict_codes
 from scoring.predictions import REPORT, check_submission, write_probabilities
 from scoring.report.page import write_compare_page
-from scoring.score_stage import read_report, texts
+from scoring.score_stage import Answers, read_report, texts
 
 _BASELINES = ("length", "tfidf")
 _COLUMNS = ["a", "b", "tie"]
@@ -99,16 +99,19 @@ def _write(members: list[Member], report: dict[str, Any], ids: list[str], judged
     folder, started = Path("outputs") / report["experiment"] / "ensemble", time.monotonic()
     weights, test = report["blend"]["weights"], members[0].test.index.tolist()
     answers = pool([each.test.loc[test].to_numpy() for each in members], np.array([*weights.values()]))
-    if prior := members[0].experiment.target_prior:
-        answers = correct_prior(answers, dict(zip(_COLUMNS, judged.mean(axis=0), strict=True)), prior.model_dump())
+    shares, first = dict(zip(_COLUMNS, judged.mean(axis=0), strict=True)), members[0].experiment
+    if prior := first.target_prior:
+        answers, shares = correct_prior(answers, shares, prior.model_dump()), prior.model_dump()
+    is_wsdm, unread = test_lines(first.data_folder)
+    submission = Answers(lambda: [(list(test), answers, 0)], unread, np.array([shares[name] for name in _COLUMNS]))
     with only_run(folder):
         state = StageState(folder)
         state.begin("score", {"members": weights, "files": report["provenance"]["sha256"]})
-        tables = {"probabilities_valid.csv": (ids, judged)}
-        tables |= {name: (test, answers) for name in ("probabilities_test.csv", "submission.csv") if test}
-        for name, (of, probabilities) in tables.items():
-            write_probabilities(folder / name, of, probabilities)
-            check_submission(folder / name, of)
+        tables = ["probabilities_valid.csv", *(["probabilities_test.csv", "submission.csv"] if test else [])]
+        write_probabilities(folder / tables[0], ids, judged)
+        check_submission(folder / tables[0], ids)
+        for name in tables[1:]:
+            submission.write(folder / name, winner=is_wsdm and name == "submission.csv")
         write_compare_page(report, folder / "report.html")
         write_json(folder / REPORT, report)
         outputs = [folder / name for name in (*tables, "report.html", REPORT)]

@@ -75,6 +75,7 @@ class MeanOfJobs:
 
     def __init__(self, jobs: Sequence[Any]):
         self._jobs, self.ids, self.rows = jobs, jobs[0].ids, jobs[0].rows
+        self.inputs, self.unread = jobs[0].inputs, jobs[0].unread
 
     def tables(self) -> Iterator[pd.DataFrame]:
         """Yield the mean scores of some thousand rows at a time."""

@@ -2,11 +2,12 @@
 
 id,winner_model_a,winner_model_b,winner_tie
 136060,0.331812,0.358012,0.310176
+
+For a test set of the WSDM Cup the submission is `id,winner` with model_a or model_b, and probabilities lie beside it.
 """
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections import Counter
@@ -22,11 +23,12 @@ from common.battle import PROBABILITY_COLUMNS
 from common.console import name_of, printable
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
-from common.files import atomic_file, is_within, sha256_of
+from common.files import atomic_file, csv_line, is_within, sha256_of
 from data_prep.export_reader import earlier_manifest
 
 REPORT = "report.json"
 HEADER = ("id", *PROBABILITY_COLUMNS)
+WINNER_HEADER, _WINNERS = ("id", "winner"), ("model_a", "model_b")
 # Rows must sum to 1 within this as written; nine significant digits keep them within 1.5e-9.
 SUM_TOLERANCE = 1e-6
 # Rounding of float32 sums stays far below this; larger differences are faults.
@@ -52,14 +54,14 @@ def write_probabilities(path: Path, ids: Iterable, probabilities: np.ndarray) ->
 
 
 @contextmanager
-def probability_file(path: Path) -> Iterator[Callable[[Iterable, np.ndarray], None]]:
+def probability_file(path: Path, *, winner: bool = False) -> Iterator[Callable[[Iterable, np.ndarray], None]]:
     """Yield a function that adds rows as `write_probabilities` does; the file is there, whole, when the block ends.
 
-    Rows that are added together are checked together, also for ids that occur twice.
+    With `winner` a row is id and the likelier of both answers. Rows that are added together are checked together, also
+    for ids that occur twice.
     """
     with atomic_file(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
+        file.write(csv_line(WINNER_HEADER if winner else HEADER))
 
         def add(ids: Iterable, probabilities: np.ndarray) -> None:
             names, values = [str(name) for name in ids], np.asarray(probabilities, dtype=np.float64)
@@ -68,14 +70,22 @@ def probability_file(path: Path) -> Iterator[Callable[[Iterable, np.ndarray], No
                 faults.append(f"{len(twice)} id(s) occur twice: {_some(twice)}")
             _raise(faults, path)
             values = values / values.sum(axis=1, keepdims=True)
-            writer.writerows([name, *(f"{p:.9g}" for p in row)] for name, row in zip(names, values, strict=True))
+            for name, row in zip(names, values, strict=True):
+                answer = [_WINNERS[int(row[1] > row[0])]] if winner else [f"{p:.9g}" for p in row]
+                file.write(csv_line([name, *answer]))
 
         yield add
 
 
-def check_submission(path: Path, ids: Iterable) -> int:
+def check_submission(path: Path, ids: Iterable, *, winner: bool = False) -> int:
     """Check a written table as `read_probabilities` does, and return the number of rows."""
-    return len(read_probabilities(path, ids))
+    if not winner:
+        return len(read_probabilities(path, ids))
+    table = _table(path, WINNER_HEADER, pa.string())
+    known = [f"{WINNER_HEADER[1]} is not one of {', '.join(_WINNERS)}"]
+    unknown = [] if set(table["winner"].to_pylist()) <= set(_WINNERS) else known
+    _raise(_id_faults(table["id"].to_pylist(), ids) + unknown, path)
+    return len(table)
 
 
 def read_probabilities(path: Path, ids: Iterable) -> np.ndarray:
@@ -83,20 +93,29 @@ def read_probabilities(path: Path, ids: Iterable) -> np.ndarray:
 
     Raises ArenaError, with all faults together: header, ids missing, unknown or out of order, NaN, sums.
     """
-    wanted, (names, values) = [str(name) for name in ids], read_table(path)
-    faults = _value_faults(names, values, SUM_TOLERANCE)
-    if names != wanted:
-        missing, unknown = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
-        other = [f"{len(missing)} id(s) are missing: {_some(missing)}"] if missing else []
-        other += [f"{len(unknown)} id(s) are not among the exported: {_some(unknown)}"] if unknown else []
-        faults = [*(other or ["ids occur twice, or the rows are not in the export's order"]), *faults]
-    _raise(faults, path)
+    names, values = read_table(path)
+    _raise(_id_faults(names, ids) + _value_faults(names, values, SUM_TOLERANCE), path)
     return values
 
 
 def read_table(path: Path) -> tuple[list[str], np.ndarray]:
     """Return ids and probabilities [rows, 3] of a table, an empty cell as NaN; raises ArenaError if it is none."""
-    types = pa.schema([("id", pa.string()), *((name, pa.float64()) for name in PROBABILITY_COLUMNS)])
+    table = _table(path, HEADER, pa.float64())
+    return table["id"].to_pylist(), np.column_stack([table[name].to_numpy() for name in PROBABILITY_COLUMNS])
+
+
+def _id_faults(names: list[str], ids: Iterable) -> list[str]:
+    if names == (wanted := [str(name) for name in ids]):
+        return []
+    missing, unknown = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
+    found = [f"{len(missing)} id(s) are missing: {_some(missing)}"] if missing else []
+    found += [f"{len(unknown)} id(s) are not among the exported: {_some(unknown)}"] if unknown else []
+    return found or ["ids occur twice, or the rows are not in the export's order"]
+
+
+def _table(path: Path, header: tuple[str, ...], kind: pa.DataType) -> pa.Table:
+    """Return a table with this header: ids and values of a kind, null for an empty cell."""
+    types = pa.schema([("id", pa.string()), *((name, kind) for name in header[1:])])
     try:
         table = read_csv(
             path,
@@ -106,9 +125,9 @@ def read_table(path: Path) -> tuple[list[str], np.ndarray]:
         names = tuple(table.column_names)  # fails where they are not UTF-8
     except (OSError, ValueError) as error:  # Arrow's own errors are ValueErrors
         raise ArenaError(f"cannot be read: {error}", where=str(path), remedy=_AGAIN) from None
-    if names != HEADER:
-        raise ArenaError(f"the header must be {','.join(HEADER)}", where=str(path), remedy=_AGAIN)
-    return table["id"].to_pylist(), np.column_stack([table[name].to_numpy() for name in PROBABILITY_COLUMNS])
+    if names != header:
+        raise ArenaError(f"the header must be {','.join(header)}", where=str(path), remedy=_AGAIN)
+    return table
 
 
 def _value_faults(names: list[str], values: np.ndarray, tolerance: float) -> list[str]:

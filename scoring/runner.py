@@ -74,7 +74,8 @@ class Job:
     def __init__(self, folder: ShardFolder, store: RowStore, columns: Sequence[str], label: str, show: Show):
         self._folder, self._store, self._columns = folder, store, tuple(columns)
         self._label, self._show = label, show
-        self.rows, self.tokens, self.ids = store.rows, store.tokens, store.ids
+        self.rows, self.tokens, self.ids, self.unread = store.rows, store.tokens, store.ids, store.unread
+        self.inputs = store.inputs
         self._scores = {order: np.full((store.rows, len(columns)), np.nan) for order in (STRAIGHT, SWAPPED)}
 
     def straight(self, executor: Executor, pace: Pace) -> None:

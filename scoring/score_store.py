@@ -42,18 +42,20 @@ SHARD_ROWS = 1024
 # Rows of similar uncertainty that are put in order of length together: few enough to spend a last hour well.
 _RANKED_TOGETHER = 1024
 STRAIGHT, SWAPPED = "ab", "ba"
-_FILES, _MARKER, _MANIFEST, _FORMAT = ("rows.jsonl", "rows.parquet"), "rows.json", "manifest.json", 2
+_FILES, _MARKER, _MANIFEST, _FORMAT = ("rows.jsonl", "rows.parquet"), "rows.json", "manifest.json", 3
 _AGAIN = "score again: the rows are then read again"
 
 
 class RowStore:
-    """A folder of rows that was written to its end; `lengths` [rows] are their tokens."""
+    """A folder of rows that was written to its end; `lengths` [rows] are their tokens, `unread` what is known of rows
+    that could not be read (data_prep.readers.Rejected)."""
 
     def __init__(self, folder: Path, *, checked: bool = True):
         """Open a store; raises ArenaError if it was not written to its end or, `checked`, its files changed since."""
         self.folder = folder
         try:
-            sums = dict(read_json(folder / _MARKER)["sha256"])
+            marker = read_json(folder / _MARKER)
+            sums, self.unread = dict(marker["sha256"]), list(marker["unread"])
             changed = [name for name in _FILES if checked and sha256_of(folder / name) != sums.get(name)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArenaError(f"is no finished set of rows ({error})", where=str(folder), remedy=_AGAIN) from None
@@ -66,17 +68,26 @@ class RowStore:
 
     @classmethod
     def write(
-        cls, folder: Path, rows: Iterable[tuple[Facts, ModelInput]], progress: Callable[[int], None] = lambda _: None
+        cls,
+        folder: Path,
+        rows: Iterable[tuple[Facts, ModelInput | None]],
+        progress: Callable[[int], None] = lambda _: None,
     ) -> RowStore:
-        """Write rows as they come; a store that was there is replaced. `progress` gets the number of rows so far."""
+        """Write rows as they come; a store that was there is replaced. `progress` gets the number of rows so far.
+
+        Facts without an input are of a row that could not be read.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _MARKER).unlink(missing_ok=True)
-        schema, waiting, count = FACTS_SCHEMA.append(pa.field("begin", pa.int64())), [], 0
+        schema, waiting, count, unread = FACTS_SCHEMA.append(pa.field("begin", pa.int64())), [], 0, []
         with (
             (folder / "rows.jsonl").open("wb") as lines,
             ParquetWriter(folder / "rows.parquet", schema, compression="zstd") as facts_file,
         ):
             for facts, inputs in rows:
+                if inputs is None:
+                    unread.append(facts)
+                    continue
                 waiting.append({**facts, "begin": lines.tell()})
                 lines.write(json.dumps(inputs).encode("ascii") + b"\n")  # ASCII: half a surrogate pair stays unchanged
                 count += 1
@@ -85,7 +96,8 @@ class RowStore:
                     facts_file.write_table(pa.Table.from_pylist(waiting, schema=schema))
                     waiting.clear()
             facts_file.write_table(pa.Table.from_pylist(waiting, schema=schema))
-        write_json(folder / _MARKER, {"rows": count, "sha256": {name: sha256_of(folder / name) for name in _FILES}})
+        sums = {name: sha256_of(folder / name) for name in _FILES}
+        write_json(folder / _MARKER, {"rows": count, "unread": unread, "sha256": sums})
         return cls(folder, checked=False)
 
     def inputs(self, numbers: Iterable[int]) -> list[ModelInput]:

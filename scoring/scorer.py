@@ -13,14 +13,13 @@ happen in different processes, each of which makes its own scorer from the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.battle import Battle
-from common.console import name_of
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
 from common.files import sha256_of
@@ -74,12 +73,15 @@ class Scorer:
     def exported(self, split: str) -> Iterator[tuple[Facts, ModelInput]]:
         """Yield the rows of one exported split, in the order of the input."""
 
-    def read(self, path: Path, columns: Mapping[str, str] | None = None) -> Iterator[tuple[Facts, ModelInput]]:
-        """Yield the rows of any table of battles, fitted as the training rows were; raises ArenaError for a bad row."""
-        for chunk in in_chunks(battles_to_score(path, columns), _CHUNK):
+    def read(self, path: Path, columns: Mapping[str, str] | None = None) -> Iterator[tuple[Facts, ModelInput | None]]:
+        """Yield the rows of any table of battles, fitted as the training rows were; last, without an input, what is
+        known of the rows that could not be read."""
+        reader = VoteReader(path, labelled=False, columns=columns)
+        for chunk in in_chunks((battle for _, battle in reader), _CHUNK):
             for battle, (fitted, texts) in zip(chunk, self.fit(chunk), strict=True):
                 # the facts are those of the battle before it was fitted
                 yield {**row_statistics(battle), "tokens": fitted.tokens, "cut": fitted.cut}, texts
+        yield from ((asdict(row), None) for row in reader.rejected)
 
     def fit(self, battles: list[Battle]) -> Iterator[tuple[Any, ModelInput]]:
         """Yield each battle as it was fitted, and what the model reads of it."""
@@ -350,20 +352,6 @@ class ProbeScorer(RewardScorer):
 
 def _with_lengths(texts: ModelInput, facts: Facts) -> ModelInput:
     return {**texts, "lengths": [facts[name] for name in LENGTHS]}
-
-
-def battles_to_score(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Battle]:
-    """Yield the battles of a table; at its end raises ArenaError if a row could not be read: each needs its answer."""
-    reader = VoteReader(path, labelled=False, columns=columns)
-    yield from (battle for _, battle in reader)
-    if reader.rejected:
-        first = reader.rejected[0]
-        named = f" (id {name_of(first.id)})" if first.id is not None else ""
-        raise ArenaError(
-            f"{len(reader.rejected)} row(s) cannot be scored; the first{named}: {first.reason}",
-            where=f"{path} row {first.row}",
-            remedy="fix or remove these rows: every row needs its own probabilities",
-        )
 
 
 def _of(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

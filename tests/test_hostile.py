@@ -22,8 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas
+import pyarrow
 import pytest
 from click.testing import CliRunner
+from pyarrow.csv import ConvertOptions, ParseOptions, read_csv
 
 import run
 from common.battle import Battle, swap
@@ -612,6 +615,30 @@ def test_ids_like_formulas_stay_as_they_are_and_are_warned_of(place):
     with Path("out.csv").open(newline="") as file:
         ids = [row[0] for row in csv.reader(file)][1:]
     assert ids == read_rows(Path("data/exam"), "test")["id"].tolist() == [row["id"] for row in rows]
+
+
+def test_an_id_comes_back_as_it_was_written_whatever_it_holds(place):
+    ids = ["a\rb", "\r\n!", "a\nb", "nel\x85", "fs\x1cgs\x1drs\x1e", "ls\u2028", " sp\t", "007", "1.0", 'q"', ","]
+    rows = place.rows(len(ids) + 1, start=9000)
+    for row, identity in zip(rows, [*ids, "nul\0nul"], strict=True):
+        row["id"] = identity
+    place.table(rows, "mine.csv", COLUMNS[:6])
+    prepare = call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "mine.csv")
+    assert prepare.exit_code == 0 and "1 without a readable id will be missing" in prepare.output, prepare.output
+    (rejected,) = json.loads(Path("data/exam/audit.json").read_text())["rejected"]
+    assert rejected["row"] == len(rows)
+    assert r"id 'nul\x00nul' holds a character that no CSV file keeps" in rejected["reason"]
+    given = call("score", "-e", "exam", "--input", "mine.csv", "--output", "out.csv")
+    assert given.exit_code == 0 and "1 without an id of their own have no line" in given.output, given.output
+    scored = call("score", "-e", "exam", "--fresh")
+    assert scored.exit_code == 0, scored.output
+    for path in map(Path, ("out.csv", "outputs/exam/sft/submission.csv", "outputs/exam/sft/probabilities_test.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            assert [row[0] for row in csv.reader(file)][1:] == ids
+        assert pandas.read_csv(path, dtype=str, keep_default_na=False)["id"].tolist() == ids
+        options = ParseOptions(newlines_in_values=True)
+        types = ConvertOptions(column_types={"id": pyarrow.string()})
+        assert read_csv(path, parse_options=options, convert_options=types)["id"].to_pylist() == ids
 
 
 def test_servers_listen_to_this_machine_only(monkeypatch):

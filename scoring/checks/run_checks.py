@@ -207,7 +207,8 @@ def submission_ids(data: Path, found: Sequence[str]) -> Check:
     name = _IDS
     with readable(data / "rows.parquet"):
         expected = read_columns(data / "rows.parquet", ["id"], where=("split", "test"))["id"].to_pylist()
-    rejected = read_audit(data)["sources"].get("test", {}).get("rows_rejected", 0)
+    read = read_audit(data)["sources"].get("test", {})
+    rejected, by_prior = read.get("rows_rejected", 0), read.get("lines_by_prior", 0)
     if not expected and not rejected:
         return Check(name, None, "there is no test set")
     if expected != list(found):
@@ -215,7 +216,9 @@ def submission_ids(data: Path, found: Sequence[str]) -> Check:
         detail = f"{len(expected):,} expected, {len(found):,} answered, {lost:,} of them missing, or in another order"
         return Check(name, False, detail, "score again with --fresh")
     if rejected:
-        detail = f"{rejected:,} test rows were rejected by prepare and lack an answer"
+        lost = [f"{rejected - by_prior:,} have no readable id and lack an answer"] if rejected > by_prior else []
+        prior = [f"{by_prior:,} of {len(expected) + by_prior:,} test rows could not be read and get the class prior"]
+        detail = "; ".join([*(prior if by_prior else []), *lost])
         remedy = f"fix the rows that {data / 'audit.json'} names, then prepare again"
         return Check(name, False, detail, remedy, stops=False)
     return Check(name, True, f"{len(expected):,} rows in the test's order")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,12 +131,23 @@ def _advice(experiment: Experiment, result: dict[str, Any]) -> Iterable[str]:
     yield f"next: {command}   (the best single stage on any battles)"
 
 
-def input_lines(rows: int, output: Path) -> list[str]:
-    """Return what `score --input` made, and what to do with it."""
-    return [
-        f"probabilities: {output}   ({rows:,} rows: id, {', '.join(PROBABILITY_COLUMNS)})",
-        "next:          hand it in where a submission.csv is asked for, or read it with any table program",
-    ]
+def input_lines(made: Mapping[str, Any]) -> list[str]:
+    """Return what `score --input` made, how good it is where that is known, and what to do with it."""
+    rows, columns, judged = f"{made['rows']:,} rows", f"id, {', '.join(PROBABILITY_COLUMNS)}", made.get("judged")
+    if beside := made.get("probabilities"):
+        lines = [f"submission:    {made['output']}   ({rows}: id, winner)", f"probabilities: {beside}   ({columns})"]
+    else:
+        lines = [f"probabilities: {made['output']}   ({rows}: {columns})"]
+    if judged:
+        ends = judged["log_loss_ci95"]
+        between = f" [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else ""
+        others = ", ".join(f"{BASELINE_NAMES[name]} {loss:.4f}" for name, loss in judged["baselines"].items())
+        lines.append(f"log loss:      {judged['log_loss']:.4f}{between} on {judged['rows']:,} labelled rows; {others}")
+        if seen := judged["training_rows"]:
+            lines.append(
+                f"warning:       {seen:,} of these are training rows (same id, same prompt): it knew the answer"
+            )
+    return [*lines, "next:          hand it in where a submission.csv is asked for, or read it with any table program"]
 
 
 def export_lines(experiment: Experiment, stage: str, manifest: dict[str, Any]) -> list[str]:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas
+import pyarrow
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow.csv import ConvertOptions, ParseOptions, read_csv
 
 from common.errors import ArenaError
-from common.files import atomic_file, atomic_folder, only_run, write_json
+from common.files import atomic_file, atomic_folder, csv_line, only_run, write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +37,24 @@ def test_a_file_appears_only_when_the_block_ends(tmp_path):
         assert not target.exists()
     assert target.read_bytes() == "über\r\n".encode()
     assert names(target.parent) == ["a.txt"]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=1))
+def test_a_line_of_csv_is_read_back_by_all_readers(texts):
+    """Every character but NUL, and nothing of ours writes CSV in another way."""
+    written = "".join(map(csv_line, [("id", "n"), *((text, 1) for text in texts)]))
+    assert [row[0] for row in csv.reader(io.StringIO(written, newline=""))] == ["id", *texts]
+    assert pandas.read_csv(io.StringIO(written, newline=""), dtype=str, keep_default_na=False)["id"].tolist() == texts
+    types = ConvertOptions(column_types={"id": pyarrow.string()})
+    options = {"parse_options": ParseOptions(newlines_in_values=True), "convert_options": types}
+    assert read_csv(io.BytesIO(written.encode()), **options)["id"].to_pylist() == texts
+
+
+def test_nothing_but_csv_line_writes_csv():
+    packages = ("common", "data_prep", "factory", "scoring")
+    modules = [path for package in packages for path in (ROOT / package).rglob("*.py")]
+    assert len(modules) > 50
+    assert not [path for path in modules if re.search(r"csv\.(DictW|w)riter\(|to_csv\(", path.read_text())]
 
 
 def test_a_folder_replaces_the_earlier_one_completely(tmp_path):

@@ -35,7 +35,7 @@ def test_a_truth_of_all_votes_is_taken_in_any_order_and_with_others(workplace, m
 
 
 def test_an_id_reads_as_that_of_the_votes_does(workplace):
-    path, ids = truth(["NA", " 12 ", "007", '" null"', "1e3"]), ["NA", "12", "007", "null", "1e3"]
+    path, ids = truth(["NA", " 12 ", "007", '" null"', "1e3"]), ["NA", " 12 ", "007", " null", "1e3"]
     require_truth_of(rows(ids), read_truth_ids(path), path)
     assert probabilities_of(truth_of(Path()), ids).tolist() == [[0.2, 0.3, 0.5]] * 5
 

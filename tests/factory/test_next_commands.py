@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -15,6 +16,8 @@ import run
 from common.errors import ArenaError
 from common.experiment import load_experiment
 from common.files import only_run
+from common.stages import STEPS, TRAININGS
+from data_prep.export import ensure_views
 from factory.fingerprint import local_models
 from factory.stage_context import StageContext
 from factory.state import StageState
@@ -154,16 +157,24 @@ def prepare_others(place):
 
 
 @pytest.mark.parametrize("pairs", [["--pairs"], []], ids=["with --pairs", "without"])
-@pytest.mark.parametrize("stage", ["sft", "rm"])
+@pytest.mark.parametrize("stage", TRAININGS)
 def test_nothing_is_outdated_while_the_export_is_the_same(place, stage, pairs):
-    trained_on_today(place)
-    assert call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", *pairs).exit_code == 0
+    shutil.rmtree(DATA)
+    again = ["prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv"]
+    assert call(*again).exit_code == 0
+    ensure_views(load_experiment("exam"), [STEPS[stage].data.removeprefix("dpo_")])  # as the stage's own command does
     context = StageContext(load_experiment("exam"), stage)
-    assert context.outdated_files() == []
-    context.require_current_training()
-    if stage == "sft":
-        assert status(context.experiment, "sft").state == "scored"
-    assert (DATA / "pairs.parquet").is_file(), "what was trained on pairs stays valid"
+    state = StageState(context.folder)
+    for part in ("train", "merge", "score"):
+        state.begin(part, context.training_inputs if part == "train" else context.scoring_inputs)
+        state.finish(part, [RECIPE], 1.0)
+    for _ in range(2):
+        assert call(*again, *pairs).exit_code == 0
+        context = StageContext(load_experiment("exam"), stage)
+        assert context.outdated_files() == []
+        context.require_current_training()
+        assert [context.standing(part).changes for part in ("train", "score")] == [(), ()]
+        assert (DATA / "pairs.parquet").is_file() == (bool(pairs) or "dpo_reward" in STEPS[stage].data)
 
 
 @pytest.mark.parametrize("changed", ["sft_train.jsonl", "sft_valid.jsonl", None])

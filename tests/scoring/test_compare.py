@@ -1,6 +1,7 @@
 """scoring.compare: paired differences on the same rows, and a cross-fitted blend."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from scoring import metrics
 from scoring.compare import compare
 from scoring.links import softmax
 
+CASE = Path(__file__).resolve().parents[3] / "shared" / "cases" / "compare"
 VERDICTS = np.array(["a", "b", "tie"])
 NAMES = ("sft", "dpo")
 
@@ -53,6 +55,15 @@ def test_two_judges_with_independent_noise_blend_into_a_better_one():
     assert losses["blend"] < min(losses["sft"], losses["dpo"]) - 0.02
     better = {(d["first"], d["second"]): d["better"] for d in found["differences"]}
     assert better["sft", "blend"] == "blend"
+
+
+@pytest.mark.skipif(not CASE.is_dir(), reason="the folder of cases is not beside this checkout")
+def test_healthy_scores_of_three_stages_are_blended():
+    models = {
+        path.name: pd.read_csv(path / "probabilities_valid.csv").iloc[:, 1:].to_numpy() for path in CASE.iterdir()
+    }
+    found = compare(pd.read_parquet(CASE / "rm" / "scores_valid.parquet"), models, seed=1)
+    assert found["rows"] == 148 and [row["name"] for row in found["table"]] == [*models, "blend"]
 
 
 @pytest.mark.parametrize(

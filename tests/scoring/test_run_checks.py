@@ -120,6 +120,6 @@ def test_the_submission_answers_the_test_rows_in_their_order(tmp_path):
         assert found.passed is False and found.stops
     export(tmp_path, list("abcdef"), rejected=3)
     found = checks.submission_ids(tmp_path, ["2", "5"])
-    assert found.passed is False and not found.stops and "3 test rows were rejected" in found.detail
+    assert found.passed is False and not found.stops and "3 have no readable id" in found.detail
     export(tmp_path, list("ab"))
     assert checks.submission_ids(tmp_path, []).passed is None

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import shutil
 import time
 from pathlib import Path
 
+import pandas
+import pyarrow as pa
 import pytest
+from click.testing import CliRunner
+from pyarrow.parquet import write_table
 
+import run
+from common.battle import PROBABILITY_COLUMNS, VERDICTS
 from common.errors import ArenaError, UsageError
 from factory.stage_context import StageContext
 from scoring.score_input import score_input
 from scoring.score_stage import ScoreOptions
 from scoring.scorer import ScorerSpec, own_precision
+from tests.bad_inputs.place import COLUMNS
 from tests.scoring.fakes import quiet_show
 from tests.scoring.places import judged_place, write_battles
 
-OUTPUT = Path("out.csv")
+OUTPUT, RESULT = Path("out.csv"), Path("outputs/exam/sft")
 
 
 @pytest.fixture
@@ -33,7 +42,8 @@ def scored(experiment, columns=None, **options) -> str:
     """Score battles.csv; return what was said."""
     show, context = quiet_show(), StageContext(experiment, "sft")
     given = ScoreOptions(**options)
-    assert score_input(context, Path("battles.csv"), OUTPUT, columns, show=show, options=given) == 40
+    made = score_input(context, Path("battles.csv"), OUTPUT, columns, show=show, options=given)
+    assert made == {"rows": 40, "output": "out.csv", "by_prior": 0}
     assert not (experiment.output_folder("sft") / "scoring").exists(), "nothing is left behind, its lock neither"
     return show.stream.getvalue()
 
@@ -90,12 +100,78 @@ def test_a_generous_limit_swaps_every_row(judged):
     assert probabilities() != one_order
 
 
-def test_a_row_that_cannot_be_read_is_named_and_nothing_is_written(judged):
-    with Path("battles.csv").open("a") as file:
-        file.write('bad,"[""x"",""y""]","[""x""]","[""y""]"\n')
-    with pytest.raises(ArenaError, match=r"1 row\(s\) cannot be scored; the first \(id bad\): the numbers of turns"):
-        scored(judged)
-    assert not OUTPUT.exists()
+def test_a_row_that_cannot_be_read_gets_the_class_prior_in_its_place(judged):
+    report = judged.output_folder("sft") / "report.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"train_class_counts": {"a": 9, "b": 5, "tie": 3}}))
+    rows = Path("battles.csv").read_text(encoding="utf-8").splitlines()
+    bad = 'bad{},"[""x"",""y""]","[""x""]","[""y""]"'
+    rows[1:1], rows[3:3] = [bad.format(0), bad.format(1)], [bad.format(2), "b7,too,short"]  # b7 is a row's own id
+    Path("battles.csv").write_text("\n".join([*rows, bad.format(3)]) + "\n", encoding="utf-8")
+    show = quiet_show()
+    made = score_input(StageContext(judged, "sft"), Path("battles.csv"), OUTPUT, show=show)
+    assert made == {"rows": 44, "output": "out.csv", "by_prior": 4}
+    found = probabilities()
+    assert list(found) == ["bad0", "bad1", "bad2", *(f"b{n}" for n in range(40)), "bad3"]
+    assert all(found[f"bad{n}"] == pytest.approx([0.5, 0.3, 0.2]) for n in range(4))
+    said = show.stream.getvalue()
+    assert "5 row(s) cannot be read: 4 get the class prior; 1 without an id of their own have no line" in said
+    assert "battles.csv row 1 (id bad0): the numbers of turns differ" in said
+
+
+@pytest.mark.parametrize("wanted", [["id", "winner"], ["id", *PROBABILITY_COLUMNS]])
+def test_a_test_set_gets_the_submission_that_its_competition_wants(place, wanted):
+    wsdm = wanted[1] == "winner"
+    texts = [f"text {n}" if wsdm else f'["text {n}"]' for n in range(6)]
+    rows = {"id": [f"{n:03}" for n in range(6)], **dict.fromkeys(("prompt", "response_a", "response_b"), texts)}
+    write_table(pa.table(rows | ({"scored": [True] * 6} if wsdm else {})), "t.parquet")
+    run_py("score", "-e", "exam", "--input", "t.parquet", "--output", "out.csv", words=f"id, {wanted[1]}")
+    run_py("prepare", "-e", "exam", "--train", "votes.csv", "--test", "t.parquet")
+    run_py("score", "-e", "exam", "--fresh")
+    made = ((OUTPUT, "out_probabilities.csv"), (RESULT / "submission.csv", "probabilities_test.csv"))
+    for submission, beside in made:
+        table = pandas.read_csv(submission, dtype={"id": str})
+        assert list(table) == wanted and table["id"].tolist() == rows["id"]
+        if wsdm:
+            chances = pandas.read_csv(submission.with_name(beside), dtype={"id": str})
+            pairs = chances[list(PROBABILITY_COLUMNS[:2])].to_numpy()
+            assert table["winner"].tolist() == ["model_a" if a >= b else "model_b" for a, b in pairs]
+            assert chances["id"].tolist() == rows["id"]
+
+
+def test_a_test_row_that_prepare_cannot_read_is_in_the_submission(place):
+    rows = place.rows(6, start=9000)
+    rows[2]["prompt"] = "no list"
+    place.table(rows, "test.csv", COLUMNS[:6])
+    said = run_py("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv")
+    assert "5 to submit (1 more cannot be read and will get the class prior" in said
+    said = " ".join(run_py("score", "-e", "exam", "--fresh").split())
+    assert "1 of 6 test rows could not be read and get the class prior" in said
+    table = pandas.read_csv(RESULT / "submission.csv")
+    assert table["id"].tolist() == list(range(9000, 9006))
+    shares = [json.loads((RESULT / "report.json").read_text())["train_class_counts"][v] + 1 for v in VERDICTS]
+    assert table.iloc[2, 1:].tolist() == pytest.approx([share / sum(shares) for share in shares])
+    assert run_py("verify", str(RESULT))
+
+
+def test_a_labelled_table_gets_its_log_loss_beside_the_baselines(place):
+    rows = [*place.rows(30), *place.rows(10, start=5000)]
+    place.table(rows, "mine.csv")
+    made = json.loads(run_py("score", "-e", "exam", "--input", "mine.csv", "--output", "out.csv", "--json", out=True))
+    judged, shares = made["judged"], pandas.read_csv(OUTPUT)[list(PROBABILITY_COLUMNS)].to_numpy()
+    losses = [-math.log(row[number % 3]) for row, number in zip(shares, [*range(30), *range(10)], strict=True)]
+    assert judged["rows"] == 40 and judged["log_loss"] == pytest.approx(sum(losses) / 40, abs=1e-6)
+    low, high = judged["log_loss_ci95"]
+    assert low < judged["log_loss"] < high and list(judged["baselines"]) == ["uniform", "prior", "length", "tfidf"]
+    assert judged["baselines"]["uniform"] == pytest.approx(math.log(3)) and 15 < judged["training_rows"] < 30
+    shutil.rmtree("data/exam")  # as where a judge was brought to without its data
+    said = run_py("score", "-e", "exam", "--input", "mine.csv", "--output", "out.csv")
+    assert "40 labelled rows" in said and "Class prior" in said and "TF-IDF" not in said
+
+
+def run_py(*arguments: str, words: str = "", out: bool = False) -> str:
+    done = CliRunner().invoke(run.cli, list(arguments))
+    assert done.exit_code == 0 and words in done.output, done.output
+    return done.stdout if out else done.output
 
 
 def test_a_row_without_a_finite_score_is_named_by_its_id(judged, small_tokenizer):
