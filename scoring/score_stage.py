@@ -181,9 +181,9 @@ def audit_for(data: Path, stage: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Answers:
-    """Ids and probabilities of rows, some thousand at a time with how many of them were cut (`pieces`), and of rows that
-    could not be read: `unread` are the rows before each and its id, `prior` [3] is what they get in their place, for a
-    submission that lacks an id is worth nothing."""
+    """Ids and probabilities of rows, some thousand at a time with how many of them were cut (`pieces`), and of rows
+    that could not be read: `unread` are the rows before each and its id, `prior` [3] is what they get in their place,
+    for a submission that lacks an id is worth nothing."""
 
     pieces: Callable[[], Iterable[tuple[list[str], np.ndarray, int]]]
     unread: Sequence[tuple[int, str | None]]
