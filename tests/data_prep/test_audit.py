@@ -75,7 +75,9 @@ def test_no_prompt_of_the_votes_is_in_two_folds_whatever_was_cut(experiment, wor
     for name, ids in folds_of(experiment.data_folder).items():
         both = {group[i] for i in ids["train"]} & {group[i] for i in ids["valid"]}
         assert not both, f"{len(both)} prompts of {name} are trained on and validated on"
-    assert not any(shared_prompts(experiment.data_folder).values()), "and the run check has nothing to say"
+    assert not any(shared_prompts(experiment.data_folder, ["train"], ["valid"]).values()), (
+        "and the run check has nothing to say"
+    )
     rows = read_table(experiment.data_folder / "rows.parquet").to_pylist()
     assert any(row["dropped"] for row in rows) and any(row["cut"] and not row["dropped"] for row in rows)
     for battle, row in zip(battles, rows, strict=True):

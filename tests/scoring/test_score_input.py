@@ -125,6 +125,10 @@ def test_a_test_set_gets_the_submission_that_its_competition_wants(place, wanted
     rows = {"id": [f"{n:03}" for n in range(6)], **dict.fromkeys(("prompt", "response_a", "response_b"), texts)}
     write_table(pa.table(rows | ({"scored": [True] * 6} if wsdm else {})), "t.parquet")
     run_py("score", "-e", "exam", "--input", "t.parquet", "--output", "out.csv", words=f"id, {wanted[1]}")
+    votes = place.rows()
+    for row in votes if wsdm else ():  # as its train.parquet has them
+        row |= {name: json.loads(row[name])[0] for name in ("prompt", "response_a", "response_b")}
+    place.table(votes)
     run_py("prepare", "-e", "exam", "--train", "votes.csv", "--test", "t.parquet")
     run_py("score", "-e", "exam", "--fresh")
     made = ((OUTPUT, "out_probabilities.csv"), (RESULT / "submission.csv", "probabilities_test.csv"))
