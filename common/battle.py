@@ -19,7 +19,8 @@ SWAPPED_ORDER = (1, 0, 2)
 class Battle:
     """A prompt (one string a turn), two answers to it (one string a turn each) and the verdict, or None.
 
-    `shares` are the votes' shares in the order of VERDICTS, where the table had them instead of one verdict.
+    `shares` are the votes' shares in the order of VERDICTS, where the table had them instead of one verdict;
+    `model_a` and `model_b` are the names of the models that answered, where it had them.
     """
 
     id: str
@@ -29,6 +30,8 @@ class Battle:
     verdict: str | None = None
     language: str | None = None
     shares: tuple[float, float, float] | None = None
+    model_a: str | None = None
+    model_b: str | None = None
 
     @property
     def turns(self) -> int:
@@ -47,6 +50,8 @@ def swap(battle: Battle) -> Battle:
         battle,
         responses_a=battle.responses_b,
         responses_b=battle.responses_a,
+        model_a=battle.model_b,
+        model_b=battle.model_a,
         verdict=swap_verdict(battle.verdict),
         shares=battle.shares and tuple(battle.shares[place] for place in SWAPPED_ORDER),
     )

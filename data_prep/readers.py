@@ -289,13 +289,13 @@ class VoteReader:
             except BadVerdict:
                 if self.labelled:
                     raise
-        language = cells[extras["language"]] if "language" in extras else None
-        language = language.strip() or None if isinstance(language, str) else None
+        texts = {name: cells[extras[name]] for name in ("language", "model_a", "model_b") if name in extras}
+        named = {name: text.strip() or None for name, text in texts.items() if isinstance(text, str)}
         self._not_anonymous += "anony" in extras and is_no(cells[extras["anony"]])
         if isinstance(found, tuple):
             verdict = drawn_verdict(found, identity)
-            return Battle(identity, prompts, responses_a, responses_b, verdict, language, found)
-        battle = Battle(identity, prompts, responses_a, responses_b, found, language)
+            return Battle(identity, prompts, responses_a, responses_b, verdict, shares=found, **named)
+        battle = Battle(identity, prompts, responses_a, responses_b, found, **named)
         # The side of what was chosen must tell nothing.
         return swap(battle) if schema.verdict_format == "chosen" and fraction_of(identity) < 0.5 else battle
 

@@ -38,7 +38,7 @@ LAYOUTS: dict[tuple[str, ...], Callable[[Sequence[Any], Sequence[str]], Texts]] 
 _ANSWERS, _CONVERSATIONS, *_PREFERENCES = LAYOUTS
 IDS = ("id", "question_id")
 KEYS = ("model_a", "model_b", "judge", "turn")  # what tells apart several votes on one question
-EXTRAS = ("language", "turn", "anony")
+EXTRAS = ("language", "turn", "anony", "model_a", "model_b")
 VERDICT_NAMES = ("winner", *PROBABILITY_COLUMNS)
 NAMES = tuple(dict.fromkeys([*IDS, *sum(LAYOUTS, ()), *VERDICT_NAMES, *EXTRAS, *KEYS]))
 # What our columns are called elsewhere, for "did you mean".

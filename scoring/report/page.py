@@ -94,6 +94,20 @@ def write_compare_page(comparison: Mapping[str, Any], path: Path) -> None:
     _write("compare.html.j2", view, path)
 
 
+def write_rank_page(ranked: Any, path: Path) -> None:
+    """Write the ratings of models (scoring.rank.Ranked) as an HTML page, whole or not at all."""
+    marks = [
+        figures.Mark(row.model, row.rating, (row.low, row.high), f"{row.battles:,} battles")
+        for row in ranked.table.itertuples(index=False)
+    ]
+    view = {
+        "title": "Ratings",
+        "ranked": ranked,
+        "ratings": figures.Intervals(marks, float(ranked.table["rating"].mean())),
+    }
+    _write("rank.html.j2", view, path)
+
+
 def _write(template: str, view: dict[str, Any], path: Path) -> None:
     html = environment().get_template(template).render(class_names=CLASS_NAMES, **view)
     with atomic_file(path, "wb") as file:
