@@ -214,7 +214,6 @@ prepare_options = several(
     ),
     output_options,
 )
-<<<<<<< HEAD
 ensemble_options = several(
     option(
         "-e", "members", multiple=True, required=True, metavar="EXP:STAGE", help="A member; STAGE may be tfidf, length."
@@ -223,7 +222,8 @@ ensemble_options = several(
     option(
         "--weights", default="fitted", metavar="W", help="fitted (cross-fitted), mean, or one for each -e: 0.7,0.3."
     ),
-=======
+    output_options,
+)
 rank_options = several(
     option("--votes", type=FILE, help="A table of votes with the columns model_a and model_b."),
     option("--judged", type=FILE, help="Battles of these models that `score --input` has judged."),
@@ -232,7 +232,6 @@ rank_options = several(
     option("--style", is_flag=True, help="Take the effect of longer answers off the ratings."),
     columns_option,
     option("--output", type=FILE, default="outputs/rank", help="The folder of ratings.csv and ratings.html."),
->>>>>>> e5bf6ff (rank: ratings of the models behind the battles, from votes, a judge's opinions or both)
     output_options,
 )
 show_options = several(
