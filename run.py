@@ -221,26 +221,6 @@ def serve(experiment: str, stage: str, fold: str | None, **options: Any) -> None
 
 
 @cli.command()
-@cl.rank_options
-def rank(experiment: str, stage: str, as_json: bool, **options: Any) -> None:
-    """Rate the models behind the battles, from votes, a judge's opinions or both.
-
-    Bradley-Terry ratings with 95% intervals. With both the judge's error is measured on its validation fold, and taken
-    off.
-    """
-    from rich.console import Console
-
-    from scoring.rank import print_ratings, rank
-
-    context = _start(experiment, stage)[0] if options["judged"] else None
-    ranked = rank(context, **options)
-    if as_json:
-        click.echo(ranked.table.to_json(orient="records", indent=2))
-    else:
-        print_ratings(Console(), ranked, options["output"])
-
-
-@cli.command()
 @cl.page_options
 @cl.verbose_option
 def board(host: str, port: int | None, no_open: bool) -> None:

@@ -163,4 +163,24 @@ def verify(output: Path, as_json: bool) -> None:
     click.get_current_context().exit(0 if result.sound else 1)
 
 
-COMMANDS = (compare, ensemble, show, score, export, verify)
+@_command()
+@cl.rank_options
+def rank(experiment: str, stage: str, as_json: bool, **options: Any) -> None:
+    """Rate the models behind the battles, from votes, a judge's opinions or both.
+
+    Bradley-Terry ratings with 95% intervals. With both the judge's error is measured on its validation fold, and taken
+    off.
+    """
+    from rich.console import Console
+
+    from scoring.rank import print_ratings, rank
+
+    context = start(experiment, stage)[0] if options["judged"] else None
+    ranked = rank(context, **options)
+    if as_json:
+        click.echo(ranked.table.to_json(orient="records", indent=2))
+    else:
+        print_ratings(Console(), ranked, options["output"])
+
+
+COMMANDS = (compare, ensemble, show, score, export, rank, verify)
