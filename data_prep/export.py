@@ -161,7 +161,7 @@ def ensure_views(
         progress,
         views=[view for view in VIEWS if view in missing or view in manifest["views"]],
         unchanged={name: digest for name, digest in manifest["files"].items() if name not in _LISTS},
-        columns={ours: theirs for source in sources.values() for ours, theirs in source["columns"].items()},
+        columns={ours: theirs for source in sources.values() for ours, theirs in source.get("columns", {}).items()},
         folds=tables.get("folds"),
     )
     return True
