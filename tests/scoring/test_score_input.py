@@ -209,7 +209,7 @@ def test_nobody_else_s_file_is_replaced_and_no_model_loaded(judged):
 
 
 def test_engines_and_precisions_that_a_stage_lacks_are_wrong_use(judged):
-    with pytest.raises(UsageError, match="reads each response alone, which llama.cpp in auto cannot do"):
+    with pytest.raises(UsageError, match=r"reads each response alone, which llama\.cpp in auto cannot do"):
         ScorerSpec(StageContext(judged, "rm"), "llama.cpp").scorer()
     with pytest.raises(UsageError, match="which torch in adapter cannot do") as caught:
         ScorerSpec(StageContext(judged, "dpo_reward"), "torch", "adapter").scorer()
