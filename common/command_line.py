@@ -87,6 +87,9 @@ training_options = several(
     option(
         "--fold", metavar="N", help="With folds: only this one (0, 1, …), full (all votes), or all [all that answer]."
     ),
+    option(
+        "--checkpoint", metavar="S", help="Merge the best (by held-out log loss), the last, or a step's [as before]."
+    ),
     option("--until", type=click.Choice(["train", "merge", "score"]), default="score", help="Stop after this step."),
     option("--resume", is_flag=True, help="Go on from the last checkpoint; from the beginning where none is whole."),
     option("--fresh", is_flag=True, help="Train from the beginning; the earlier run is put aside, not deleted."),
@@ -205,6 +208,14 @@ prepare_options = several(
     columns_option,
     option("--truth", type=FILE, help="Known probabilities of all votes (synthetic arenas only)."),
     option("--folds-from", type=FILE, help="A table (id, fold) of folds that somebody else drew; see folds in docs."),
+    option("--drop-ids", type=FILE, help="A table (id) of battles not to train on; they are still judged."),
+    option("--soft", type=FILE, help="Soft labels of battles of --train, as score writes them; see docs/folds.md."),
+    option(
+        "--soft-share",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.9,
+        help="Of a soft label; the verdict has the rest.",
+    ),
     option("--force", is_flag=True, help="Replace recipes that were edited by hand."),
     option("--pairs", is_flag=True, help="Write the pairs of responses now, not when dpo or rm first needs them."),
     option(
@@ -212,6 +223,12 @@ prepare_options = several(
         type=click.IntRange(0, 256),
         help="Processes that fit the votes; 0: a thread [by the number of cores].",
     ),
+    output_options,
+)
+audit_options = several(
+    experiment_option,
+    stage_option("The stage whose judge looks"),
+    option("--rows", type=click.IntRange(1), default=100, help="How many to write."),
     output_options,
 )
 ensemble_options = several(

@@ -36,12 +36,13 @@ from data_prep.dataset_info import dataset_entries, entries_of_others, listed_se
 from data_prep.export_reader import FORMAT, read_manifest
 from data_prep.export_rows import RowMaker, open_pool, usual_workers
 from data_prep.export_writer import CHUNK, Written, write_sets, write_tables
-from data_prep.folds import read_folds
+from data_prep.folds import read_folds, read_ids
 from data_prep.ground_truth import read_truth_ids, require_truth_of
 from data_prep.overwrite_check import check_overwrite
 from data_prep.preference_pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
+from data_prep.soft_labels import Soft, Teacher
 from data_prep.sources import Source
 from data_prep.truncation import in_chunks
 
@@ -68,6 +69,8 @@ def export(
     workers: int | None = None,
     columns: Mapping[str, str] | None = None,
     folds: Path | None = None,
+    soft: Soft | None = None,
+    drop: Path | None = None,
 ) -> dict[str, Any]:
     """Read, fold, fit and write one experiment's data folder, whole or not at all; return the audit.
 
@@ -78,7 +81,8 @@ def export(
     may follow later with `ensure_views`. `unchanged` are SHA-256 sums of files that must come out as they were.
     `workers` is the number of processes that fit (0: a thread; None: what suits the machine); the files do not
     depend on it. `columns` are the tables' own names for ours. `folds` is a table of each battle's fold; without it
-    they are drawn. Raises ArenaError; an earlier export then stays as it was.
+    they are drawn. With `soft` labels the further sources may lack verdicts. `drop` is a table of ids that are not
+    trained on; they are judged as the others. Raises ArenaError; an earlier export then stays as it was.
     """
     folder = experiment.data_folder
     votes = [Source(train)] if isinstance(train, Path) else train
@@ -89,8 +93,13 @@ def export(
         listed_sets(each / "dataset_info.json")  # a fault in it is reported now, not after the work
     truth_ids = read_truth_ids(truth) if truth else ()
     given = read_folds(folds, experiment.folds) if folds else None
+    dropped = read_ids(drop) if drop else frozenset()
     refuse_same_table(paths, test)
-    readers = {name: VoteReader(each.path, labelled=True, columns=columns) for name, each in votes.items()}
+    teacher = Teacher(soft) if soft else None
+    readers = {
+        name: VoteReader(each.path, labelled=not soft or name == "train", columns=columns)
+        for name, each in votes.items()
+    }
     readers |= {"test": VoteReader(test, labelled=False, columns=columns)} if test else {}
     frame, tokenizer = load_frame(experiment)
     prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
@@ -101,8 +110,11 @@ def export(
         open_pool(maker, usual_workers() if workers is None else workers) as work,
     ):
         weights = {name: each.weight for name, each in votes.items()}
-        fitted = work("fit", _chunks(readers, progress))
-        written = write_tables(fresh, fitted, experiment, weights, given, readers.get("test"))
+        fitted = work("fit", _chunks(readers, teacher, progress))
+        written = write_tables(fresh, fitted, experiment, weights, given, readers.get("test"), dropped)
+        if missing := len(dropped) - sum(counts["dropped"] for counts in written.counts.values()):
+            what = f"{missing:,} of its {len(dropped):,} ids are no training rows"
+            raise ArenaError(what, where=str(drop), remedy="give ids of training rows; with folds all are")
         counts = write_sets(fresh, experiment, views, work)
         audit = _audit(experiment, readers, weights, written, counts, views)
         rows = fresh / "rows.parquet"
@@ -110,23 +122,34 @@ def export(
             audit["test_rows_in_train"] = check_overlap(rows, reader.path, has_verdicts=reader.has_verdicts)
         if truth:
             require_truth_of(rows, truth_ids, truth)
-        _describe(fresh, experiment, prompt, frame, audit, truth, unchanged or {}, folds)
+        tables = {"folds": (folds, 1.0), "soft": (soft and soft.path, soft and soft.share), "drop": (drop, 1.0)}
+        beside = {
+            name: {"file": str(path), "sha256": sha256_of_table(path), "weight": weight, "columns": {}}
+            for name, (path, weight) in tables.items()
+            if path
+        }
+        _describe(fresh, experiment, prompt, frame, audit, truth, unchanged or {}, beside)
         check_overwrite(folder)  # again, for files that came meanwhile, or with a folder that was put back
     _publish(experiment, audit)
     return audit
 
 
-def _chunks(readers: Mapping[str, VoteReader], progress: Progress) -> Iterator[tuple[list[Battle], str]]:
+def _chunks(
+    readers: Mapping[str, VoteReader], teacher: Teacher | None, progress: Progress
+) -> Iterator[tuple[list[Battle], str]]:
     """Yield the battles in chunks, each with its source's name, and report how many there were."""
     for name, reader in readers.items():
         seen = 0
         ahead = "" if name in ("train", "test") else f"{name}:"  # else the ids of two sources could be the same
-        battles = (replace(battle, id=ahead + battle.id) if ahead else battle for _, battle in reader)
+        rows = ((row, replace(battle, id=ahead + battle.id) if ahead else battle) for row, battle in reader)
+        battles = teacher.soften(reader, rows) if teacher and name != "test" else (battle for _, battle in rows)
         for chunk in in_chunks(battles, CHUNK):
             share = reader.share
             yield chunk, name
             seen += len(chunk)
             progress(f"{seen:,} {name} battles", share)
+    if teacher:
+        teacher.require_used()
     progress("dividing into folds", None)
 
 
@@ -163,6 +186,8 @@ def ensure_views(
         unchanged={name: digest for name, digest in manifest["files"].items() if name not in _LISTS},
         columns={ours: theirs for source in sources.values() for ours, theirs in source.get("columns", {}).items()},
         folds=tables.get("folds"),
+        soft=Soft(tables["soft"], sources["soft"]["weight"]) if "soft" in tables else None,
+        drop=tables.get("drop"),
     )
     return True
 
@@ -231,7 +256,7 @@ def _describe(
     audit: Mapping[str, Any],
     truth: Path | None,
     unchanged: Mapping[str, str],
-    folds: Path | None,
+    beside: Mapping[str, Any],
 ) -> None:
     """Write the small files and last the manifest with the hash of each file.
 
@@ -264,11 +289,7 @@ def _describe(
             }
             for name, source in audit["sources"].items()
         }
-        | (
-            {"folds": {"file": str(folds), "sha256": sha256_of_table(folds), "weight": 1.0, "columns": {}}}
-            if folds
-            else {}
-        ),
+        | beside,
         "frame": asdict(frame),
         "files": files,
     }

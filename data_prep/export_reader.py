@@ -31,7 +31,7 @@ PREFIX = r"^train_\d+:"
 TEST_LINES = b"test_lines"
 MANIFEST = "manifest.json"
 # Of the manifest and the files that it names.
-FORMAT = 5
+FORMAT = 6
 _BATCH = 1024
 _NAMED = 5  # experiments that a remedy names
 _SUM_TOLERANCE = 1e-3
@@ -161,9 +161,10 @@ def read_battles(folder: Path, split: Split) -> list[tuple[Battle, int]]:
 def iter_battles(folder: Path, split: Split) -> Iterator[tuple[Battle, int]]:
     """Yield what `read_battles` returns, without holding more than some hundred texts."""
     texts = ("id", "prompts", "responses_a", "responses_b")
-    for row in rows_of(folder, split, "battles.parquet", texts, ("verdict", "language", "dropped")):
+    for row in rows_of(folder, split, "battles.parquet", texts, ("verdict", "language", "shares", "dropped")):
         turns = (tuple(row[name]) for name in texts[1:])
-        yield Battle(row["id"], *turns, row["verdict"], row["language"]), row["dropped"]
+        shares = row["shares"] and tuple(row["shares"])
+        yield Battle(row["id"], *turns, row["verdict"], row["language"], shares), row["dropped"]
 
 
 def read_pairs(folder: Path, split: Split) -> list[Pair]:

@@ -36,6 +36,7 @@ from data_prep.preference_pairs import (
     wrong_verdicts,
 )
 from data_prep.prompt import JudgePrompt
+from data_prep.soft_labels import drawn
 from data_prep.truncation import Fitted, Fitter
 
 if TYPE_CHECKING:
@@ -53,10 +54,11 @@ _TEXTS = ("prompts", "responses_a", "responses_b")
 _STATISTICS = ("turns", "dropped", "tokens", "tokens_full", "chars_prompt", "chars_a", "chars_b")
 SCHEMAS = {
     # what is known of each battle; `source` is a key of the manifest's sources, `times` how often it is trained on,
-    # `first_prompt` is for the run checks, see data_prep.audit
+    # `shares` its soft label where it has one, `first_prompt` is for the run checks, see data_prep.audit
     "rows": _schema(
         **dict.fromkeys(("id", "source", "split", "verdict", "group", "language"), pa.string()),
         times=pa.int16(),
+        shares=pa.list_(pa.float64()),
         **dict.fromkeys(_STATISTICS, pa.int32()),
         cut=pa.bool_(),
         first_prompt=pa.uint64(),
@@ -111,6 +113,7 @@ class RowMaker:
             {
                 **row_statistics(battle),
                 "source": source,
+                "shares": battle.shares,
                 "dropped": each.dropped,
                 "tokens": each.tokens,
                 "tokens_full": each.tokens_full,
@@ -128,20 +131,30 @@ class RowMaker:
         batches = {name: pa.RecordBatch.from_pylist(each, schema=SCHEMAS[name]) for name, each in tables.items()}
         return FittedChunk(source, batches, counts)
 
-    def lines(self, rows: Sequence[tuple[Battle, int, Pair | None]], swapped: bool) -> dict[str, list[str]]:
+    def lines(
+        self, rows: Sequence[tuple[Battle, int, Pair | None]], swapped: bool, epoch: int | None = None
+    ) -> dict[str, list[str]]:
         """Return the data sets' lines of fitted battles, each with its turns dropped and its pair.
 
-        `swapped` asks for a copy of each battle with A and B exchanged, behind it.
+        `swapped` asks for a copy of each battle with A and B exchanged, behind it. Soft labels are drawn for an
+        `epoch`; without one the verdict stands.
         """
         lines: dict[str, list[str]] = {name: [] for name in set_names(self._views)}
         experiment = self._experiment
+        how = {"rejected": experiment.dpo_rejected, "seed": experiment.seed}
+
+        def label(battle: Battle, use: str) -> Battle:
+            return battle if epoch is None else drawn(battle, experiment.seed, epoch, use)
+
         for battle, dropped, pair in rows:
-            wrong = wrong_verdicts(battle.id, battle.verdict, rejected=experiment.dpo_rejected, seed=experiment.seed)
-            self._add_judge_lines(lines, battle, dropped, wrong)
+            straight = label(battle, "ab")
+            self._add_judge_lines(lines, straight, dropped, wrong_verdicts(battle.id, straight.verdict, **how))
             if swapped:
-                self._add_judge_lines(lines, swap(battle), dropped, tuple(map(swap_verdict, wrong)))
+                other = label(battle, "ba")
+                wrong = map(swap_verdict, wrong_verdicts(battle.id, other.verdict, **how))
+                self._add_judge_lines(lines, swap(other), dropped, tuple(wrong))
             if pair is not None:
-                lines["dpo_reward"] += reward_rows(pair, battle.verdict)
+                lines["dpo_reward"] += reward_rows(pair, label(battle, "pair").verdict)
         return lines
 
     def _add_judge_lines(self, lines: dict[str, list[str]], battle: Battle, dropped: int, wrong: Sequence[str]) -> None:

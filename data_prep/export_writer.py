@@ -7,6 +7,7 @@ data sets repeat it, and stay on disk because plain `llamafactory-cli train` rea
 from __future__ import annotations
 
 import json
+import shutil
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -15,13 +16,14 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 from pyarrow.parquet import ParquetWriter
 
-from common.battle import VERDICTS
+from common.battle import VERDICTS, Battle
 from common.console import name_of
 from common.errors import ArenaError
 from data_prep.audit import add_counts
@@ -82,12 +84,13 @@ def write_tables(
     weights: Mapping[str, float],
     folds: Mapping[str, int] | None = None,
     test: VoteReader | None = None,
+    drop: Collection[str] = (),
 ) -> Written:
     """Write rows.parquet, battles.parquet and, where chunks hold pairs, pairs.parquet; labelled battles come first.
 
     `weights` are those of the sources with verdicts, `folds` is the fold of each id where somebody else drew them,
-    `test` is read to its end with the chunks. Raises ArenaError where the folds cannot have the share that the
-    experiment asks for.
+    `test` is read to its end with the chunks, the ids to `drop` are not trained on. Raises ArenaError where the folds
+    cannot have the share that the experiment asks for.
     """
     written = Written(given=folds)
     with ExitStack() as stack:
@@ -107,16 +110,22 @@ def write_tables(
     splits = np.concatenate([splits, splits_beside(experiment, splits, groups[:own], groups[own:])])
     lines = [(row.before, row.id) for row in (test.rejected if test else []) if row.id is not None]
     metadata = {TEST_LINES: json.dumps([test.is_wsdm, lines])} if test else {}
-    _write_rows(folder, splits, weights, experiment.seed, written, SCHEMAS["rows"].with_metadata(metadata))
+    _write_rows(folder, splits, weights, drop, experiment.seed, written, SCHEMAS["rows"].with_metadata(metadata))
     return written
 
 
 def _write_rows(
-    folder: Path, known: np.ndarray, weights: Mapping[str, float], seed: int, written: Written, schema: pa.Schema
+    folder: Path,
+    known: np.ndarray,
+    weights: Mapping[str, float],
+    drop: Collection[str],
+    seed: int,
+    written: Written,
+    schema: pa.Schema,
 ) -> None:
     """Write rows.parquet from the rows that wait, and count what becomes of them by source.
 
-    `known`: the split of each row with a verdict.
+    `known`: the split of each row with a verdict; the rows to `drop` are judged, and not trained on.
     """
     at = 0
     with pa.OSFile(str(folder / _WAITING)) as file, _table(folder, "rows", schema) as writer:
@@ -129,8 +138,16 @@ def _write_rows(
                 # A row that validates is trained on by other folds, if at all.
                 count = 0 if split == LEFT_OUT else 1
                 if split not in ("test", "valid", LEFT_OUT):
-                    count = times_trained(name, weights[source], seed)
-                reason = split if split in ("test", "valid") else "train" if count else "not drawn"
+                    count = 0 if name in drop else times_trained(name, weights[source], seed)
+                reason = (
+                    split
+                    if split in ("test", "valid")
+                    else "train"
+                    if count
+                    else "dropped"
+                    if name in drop
+                    else "not drawn"
+                )
                 reason = "prompt validates" if split == LEFT_OUT else reason
                 written.counts[source, "splits"][reason] += 1
                 splits.append(LEFT_OUT if split == "train" and not count else split)
@@ -141,6 +158,41 @@ def _write_rows(
             writer.write_table(rows.replace_schema_metadata(schema.metadata))
             at += len(rows)
     (folder / _WAITING).unlink()
+
+
+def _of_set(folder: Path, splits: list[str], times: list[int], pairs: bool) -> Iterator[tuple[Battle, int, Any]]:
+    """Yield each battle of a set as often as it is trained on, with its dropped turns and its pair."""
+    beside = (pair for pair, _ in iter_pairs(folder, splits)) if pairs else repeat(None)
+    for (battle, dropped), pair, count in zip(iter_battles(folder, splits), beside, times, strict=False):
+        for _ in range(count):
+            yield battle, dropped, pair
+
+
+class _Blocks:
+    """Where the lines of each battle begin, so that battles can be shuffled and their copies stay behind them."""
+
+    def __init__(self, start: int):
+        self._at, self._last, self._starts = start, None, array("Q")
+
+    def add(self, lines: Iterable[str]) -> None:
+        """Note lines that were written."""
+        for line in lines:
+            battle = line.split(', "conversations"', 1)[0]
+            if battle != self._last:
+                self._starts.append(self._at)
+            self._at, self._last = self._at + len(line), battle
+
+    def shuffle(self, file: BinaryIO, seed: str) -> None:
+        """Put the blocks of the file into an order that the seed draws."""
+        ends = [*self._starts[1:], self._at]
+        numbers = np.random.default_rng(list(seed.encode())).permutation(len(ends))
+        with TemporaryFile(dir=Path(file.name).parent) as shuffled:
+            for number in numbers:
+                file.seek(self._starts[number])
+                shuffled.write(file.read(ends[number] - self._starts[number]))
+            shuffled.seek(0)
+            file.seek(self._starts[0] if self._starts else self._at)
+            shutil.copyfileobj(shuffled, file)
 
 
 def times_trained(identity: str, weight: float, seed: int) -> int:
@@ -170,20 +222,25 @@ def write_sets(
     rows: Counter[str] = Counter({f"{name}_{part}": 0 for part in parts for name in set_names(views)})
     for split in parts:
         of_set = trained_with(split)
-        pairs = (pair for pair, _ in iter_pairs(folder, of_set)) if "reward" in views else repeat(None)
         times = read_columns(folder / "rows.parquet", ["times"], where=("split", of_set))["times"].to_pylist()
-        rows_of_split = zip(iter_battles(folder, of_set), pairs, times, strict=False)
-        battles = ((*fitted, pair) for fitted, pair, count in rows_of_split for _ in range(count))
         # A swapped copy is for training: the validation fold is judged on the battles as they were. One of several
         # folds is trained on by the others, so that it has them; scoring reads the tables, which have none.
         swapped = experiment.swap_copies and split != "valid"
         with ExitStack() as stack:
             names = {name: folder / f"{name}_{split}.jsonl" for name in set_names(views)}
-            files = {name: stack.enter_context(path.open("w", encoding="ascii")) for name, path in names.items()}
-            for lines in work("lines", ((chunk, swapped) for chunk in in_chunks(battles, CHUNK))):
-                for name, file in files.items():
-                    file.writelines(lines[name])
-                    rows[f"{name}_{split}"] += len(lines[name])
+            files = {name: stack.enter_context(path.open("w+b")) for name, path in names.items()}
+            # The validation fold is judged by its verdicts. Epoch by epoch, each with labels of its own.
+            for epoch in range(experiment.epochs_as_rows) if split != "valid" else [None]:
+                battles = _of_set(folder, of_set, times, "reward" in views)
+                blocks = {name: _Blocks(file.tell()) for name, file in files.items()}
+                for lines in work("lines", ((chunk, swapped, epoch) for chunk in in_chunks(battles, CHUNK))):
+                    for name, file in files.items():
+                        file.write("".join(lines[name]).encode("ascii"))
+                        blocks[name].add(lines[name])
+                        rows[f"{name}_{split}"] += len(lines[name])
+                if experiment.orders_together and split != "valid":
+                    for name, file in files.items():
+                        blocks[name].shuffle(file, f"{experiment.seed}:{epoch}")
     if empty := [name for name, count in rows.items() if not count]:
         remedy = "give more battles with different prompts, or change valid_share in experiment.yaml"
         if all(name.startswith("dpo_reward") for name in empty):

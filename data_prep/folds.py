@@ -158,6 +158,14 @@ def read_folds(path: Path, folds: int) -> dict[str, int]:
     return found
 
 
+def read_ids(path: Path) -> frozenset[str]:
+    """Return the ids of a table with a column id; raises ArenaError where it has none."""
+    table = open_table(path)
+    if "id" not in table.columns:
+        raise ArenaError("lacks the column id", where=str(path), remedy="give a table with a column id")
+    return frozenset(name for cells in table.rows(("id",)) if (name := parse_id(cells[0])) is not None)
+
+
 def _seeded_order(numbers: np.ndarray, seed: int) -> np.ndarray:
     """Return the places of the distinct groups in an order that only the seed and the groups decide."""
     keys = (blake2b(f"{seed}:{number:016x}".encode(), digest_size=8).digest() for number in numbers.tolist())

@@ -27,27 +27,34 @@ _OF_THESE = "give the truth.csv that was made with these votes, or leave --truth
 
 def read_truth_ids(path: Path) -> Collection[str]:
     """Return the ids of a truth.csv. Raises ArenaError unless it is a plain CSV of three probabilities an id."""
+    found = read_distributions(path, _REMEDY)
+    if len(found) >= _ENOUGH and all(max(each) == 1 for each in found.values()):
+        what = "holds verdicts (each row one 1 and two 0), not probabilities: the best possible would be perfect"
+        raise ArenaError(what, where=str(path), remedy=_REMEDY)
+    return found.keys()
+
+
+def read_distributions(path: Path, remedy: str) -> dict[str, tuple[float, float, float]]:
+    """Return the three probabilities of each id of a plain CSV; raises ArenaError, with `remedy`, for what is none."""
     table = open_table(path)
     if not isinstance(table, CsvTable) or table.compressed:
-        raise ArenaError("is no plain CSV file", where=str(path), remedy=_REMEDY)
+        raise ArenaError("is no plain CSV file", where=str(path), remedy=remedy)
     if missing := [name for name in _NAMES if name not in table.columns]:
-        raise ArenaError(f"lacks the column(s) {missing}", where=str(path), remedy=_REMEDY)
+        raise ArenaError(f"lacks the column(s) {missing}", where=str(path), remedy=remedy)
     rows: dict[str, int] = {}
-    certain = True
+    found = {}
     for number, cells in enumerate(table.rows(_NAMES), 1):
         where = f"{path} row {number}"
         if isinstance(cells, BrokenRow) or not _is_distribution(cells[1:]):
-            raise ArenaError("holds no three probabilities", where=where, remedy=_REMEDY)
+            raise ArenaError("holds no three probabilities", where=where, remedy=remedy)
         if (identity := parse_id(cells[0])) is None:
-            raise ArenaError("has no id", where=where, remedy=_REMEDY)
+            raise ArenaError("has no id", where=where, remedy=remedy)
         if (first := rows.setdefault(identity, number)) != number:
             what = f"the id {name_of(identity)} is in row {first} and again in row {number}"
-            raise ArenaError(what, where=where, remedy=_OF_THESE)
-        certain = certain and max(map(float, cells[1:])) == 1
-    if certain and len(rows) >= _ENOUGH:
-        what = "holds verdicts (each row one 1 and two 0), not probabilities: the best possible would be perfect"
-        raise ArenaError(what, where=str(path), remedy=_REMEDY)
-    return rows.keys()
+            raise ArenaError(what, where=where, remedy="keep one of the two rows")
+        values = tuple(float(cell) for cell in cells[1:])
+        found[identity] = tuple(value / sum(values) for value in values)
+    return found
 
 
 def require_truth_of(rows: Path, known: Collection[str], where: Path) -> None:

@@ -217,7 +217,7 @@ def lay_out() -> tuple[list[Path], list[str]]:
             remedy="; ".join(notes) or "make one: python run.py new EXP --model ID",
         )
     models, configs = board_models(experiments), []
-    for context in (StageContext(experiment, stage) for experiment in experiments for stage in TRAININGS):
+    for context in (StageContext(e, stage, fold=e.written_fold) for e in experiments for stage in TRAININGS):
         name, model = f"{context.experiment.name} {context.name}", models[context.experiment.name, context.name]
         try:
             if faults := check_recipe(context.experiment, context.name, recipe=_recipe(context)):

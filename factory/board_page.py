@@ -46,14 +46,15 @@ def build() -> Any:
     experiments, _ = readable_experiments()
     models = board_models(experiments)
     register(dict.fromkeys(models.values()))
-    runs = {each.adapter_folder(stage): (each, stage) for each in experiments for stage in TRAININGS}
+    runs = {each.adapter_folder(stage, each.written_fold): (each, stage) for each in experiments for stage in TRAININGS}
 
     def refresh(folder: Path) -> None:
         """Publish a run again: it may have begun or ended after the page was laid out."""
         for adapter, (experiment, stage) in runs.items():
             if adapter.resolve() == folder.resolve():
                 with suppress(ArenaError):  # reported when the board began; the page shows the rest of the folder
-                    publish_run(StageContext(experiment, stage), models[experiment.name, stage])
+                    context = StageContext(experiment, stage, fold=experiment.written_fold)
+                    publish_run(context, models[experiment.name, stage])
 
     trusting = [each for each in experiments if each.trust_remote_code]
     trust = Trust({models[each.name, stage].path for each in trusting for stage in TRAININGS})

@@ -16,6 +16,7 @@ from data_prep.export import export
 from data_prep.export_reader import earlier_manifest, read_manifest
 from data_prep.overwrite_check import check_overwrite
 from data_prep.readers import VoteReader, require_used
+from data_prep.soft_labels import Soft
 from data_prep.sources import Source, votes_at, with_weight
 from factory.demo import ensure_embedded_base
 from factory.recipes import check_first_values, write_recipe
@@ -36,6 +37,9 @@ def prepare(
     workers: int | None = None,
     columns: Mapping[str, str] | None = None,
     folds_from: Path | None = None,
+    soft: Path | None = None,
+    soft_share: float = 0.9,
+    drop_ids: Path | None = None,
     show: Show,
 ) -> dict[str, Any]:
     """Export the votes of an experiment and render its missing recipes; return the audit.
@@ -50,11 +54,16 @@ def prepare(
         where, remedy = str(experiment.folder / "experiment.yaml"), "write folds: 5, or as many as the file has"
         raise UsageError("--folds-from gives folds, and this experiment has one", where=where, remedy=remedy)
     given = [with_weight(each) for each in train]
-    check_overwrite(experiment.data_folder, (*(name for name, _ in given), test, truth, folds_from))
-    votes = [Source(votes_at(name, labelled=True, columns=columns), weight) for name, weight in given]
+    check_overwrite(experiment.data_folder, (*(name for name, _ in given), test, truth, folds_from, soft, drop_ids))
+    # Further sources may lack verdicts where soft labels stand in.
+    known = [number == 0 or soft is None for number in range(len(given))]
+    votes = [
+        Source(votes_at(name, labelled=labelled, columns=columns), weight)
+        for (name, weight), labelled in zip(given, known, strict=True)
+    ]
     test = votes_at(test, labelled=False, columns=columns) if test else None
     # what is not a table of votes is refused before a base is built
-    readers = [VoteReader(each.path, labelled=True, columns=columns) for each in votes]
+    readers = [VoteReader(v.path, labelled=k, columns=columns) for v, k in zip(votes, known, strict=True)]
     if test is not None:
         readers.append(VoteReader(test, labelled=False, columns=columns))
         readers[0].require_same_texts(readers[-1])
@@ -67,7 +76,8 @@ def prepare(
     had_pairs = before is not None and "pairs.parquet" in before["files"]
     views = ("judge", "reward") if pairs or had_pairs else ("judge",)
     with show.line(f"prepare {experiment.name}") as line:
-        options = {"views": views, "workers": workers, "columns": columns, "folds": folds_from}
+        options = {"views": views, "workers": workers, "columns": columns, "folds": folds_from, "drop": drop_ids}
+        options["soft"] = soft and Soft(soft, soft_share)
         audit = export(experiment, votes, test, truth, progress=line.update, **options)
     replaced = _replaced(before, read_manifest(experiment.data_folder))
     show.note(_summary(experiment, audit))

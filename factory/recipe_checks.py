@@ -289,6 +289,12 @@ def _disagreements(experiment: Experiment, step: Step, recipe: Recipe, sound: Re
             continue
         said = "is missing" if key not in recipe else f"is {given!r}"
         yield key, f"{said}, but by {yaml} it is {expected!r}; write that here, or change the experiment"
+    together = recipe.get("per_device_train_batch_size", 8), recipe.get("gradient_accumulation_steps", 1)
+    if experiment.orders_together and not step.merges and together[0] * together[1] % 2:
+        yield (
+            "per_device_train_batch_size",
+            "an odd number of rows a step parts a battle's two orders; write an even one",
+        )
     known, name = templates(), experiment.template
     if name not in known:
         yield "template", f"LLaMA-Factory has no chat template {name!r}; choices: {', '.join(known)}"

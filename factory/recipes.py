@@ -79,6 +79,10 @@ def shared_values(experiment: Experiment, step: str, fold: Fold) -> dict[str, An
     )
     # `full` trains on every vote and leaves none to be evaluated on.
     judged = {"eval_dataset": None, "eval_strategy": "no"} if fold == "full" else {"eval_dataset": valid}
+    if experiment.orders_together:
+        judged["disable_shuffling"] = True
+    if experiment.epochs_as_rows > 1:
+        judged["num_train_epochs"] = 1.0
     return values | {
         "stage": its.stage,
         "quantization_bit": experiment.quantization_bit,

@@ -10,9 +10,9 @@ from typing import Any
 
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, read_yaml
-from common.files import sha256_of
+from common.files import read_json, sha256_of
 from common.stages import STAGES, UNTRAINED, Fold, Step, fold_name, merge_of
-from data_prep.export_reader import MANIFEST, read_manifest
+from data_prep.export_reader import MANIFEST, read_columns, read_manifest, readable
 from factory.fingerprint import data_sets, differences, exported_files
 from factory.recipes import as_yaml, fold_overrides
 from factory.state import Record, StageState, Standing, listed
@@ -20,10 +20,14 @@ from factory.state import Record, StageState, Standing, listed
 # The keys of experiment.yaml that the exported rows depend on; dpo_rejected shapes the rows of one stage only.
 _SHAPING = (
     *("template", "enable_thinking", "cutoff_len", "labels", "budget_shares", "valid_share", "folds", "swap_copies"),
-    "seed",
+    *("orders_together", "epochs_as_rows", "seed"),
 )
 _SHAPING_ONE = {"dpo_judge": ["dpo_rejected"]}
 _LARGEST_PROMPT = 1 << 18  # bytes
+
+
+# In a stage's folder: which of its checkpoints is merged, where it is not the last (scoring.checkpoints).
+CHOICE = "checkpoint.json"
 
 
 class StageContext:
@@ -142,13 +146,16 @@ class StageContext:
     @cached_property
     def merge_recipe(self) -> dict[str, Any]:
         """The merge recipe of this fold."""
-        return {**self.merge_written, **fold_overrides(self.experiment, merge_of(self.name), self.fold)}
+        chosen = {"adapter_name_or_path": self.weights.as_posix()} if self.choice.get("chosen") else {}
+        return {**self.merge_written, **fold_overrides(self.experiment, merge_of(self.name), self.fold), **chosen}
 
     def overrides(self, step: str) -> list[str]:
-        """Return what LLaMA-Factory's command line says of the fold: dataset=…, output_dir=…"""
-        found = fold_overrides(self.experiment, step, self.fold)
+        """Return what LLaMA-Factory's command line says of fold and checkpoint: dataset=…, output_dir=…"""
+        own, written = self.recipe, self.written
+        if step != self.name:
+            own, written = self.merge_recipe, self.merge_written
         # OmegaConf reads the values as YAML: a bare no would be false.
-        return [f"{key}={as_yaml(value)}" for key, value in found.items()]
+        return [f"{key}={as_yaml(value)}" for key, value in own.items() if key not in written or written[key] != value]
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -167,6 +174,14 @@ class StageContext:
         folder = self.experiment.data_folder
         return exported_files(self.manifest, folder) if (folder / MANIFEST).is_file() else {}
 
+    @property
+    def has_soft_labels(self) -> bool:
+        """Whether labels were drawn from distributions: a teacher's, or the shares of a table of votes."""
+        path = self.experiment.data_folder / "rows.parquet"
+        with readable(path):
+            shares = read_columns(path, ["shares"])["shares"]
+            return shares.null_count < len(shares)
+
     @cached_property
     def state(self) -> StageState:
         """What of this stage began and what is finished."""
@@ -176,6 +191,24 @@ class StageContext:
     def adapter(self) -> Path:
         """saves/<model>/lora/<experiment>_<stage>[_fold0]"""
         return self.experiment.adapter_folder(self.name, self.fold)
+
+    @cached_property
+    def choice(self) -> dict[str, Any]:
+        """What was chosen by --checkpoint; empty where the adapter is the last."""
+        path = self.folder / CHOICE
+        with readable(path, "choose again: --checkpoint best, last or a step"):
+            return dict(read_json(path)) if path.is_file() else {}
+
+    def forget_choice(self) -> Path:
+        """Read the choice again and return what is merged now."""
+        for name in ("choice", "merge_recipe"):
+            vars(self).pop(name, None)
+        return self.weights
+
+    @property
+    def weights(self) -> Path:
+        """The adapter that is merged and scored: the chosen checkpoint, or what the training ended with."""
+        return self.adapter / self.choice["chosen"] if self.choice.get("chosen") else self.adapter
 
     @property
     def folder(self) -> Path:
@@ -290,7 +323,7 @@ class StageContext:
     def earlier_scores(self) -> str | None:
         """Return why the report is not of the judge as it is now, None where it is, or where no state.json is."""
         if self.of_folds and (changes := self.standing("score").changes):
-            return f"{self.name}: a fold was scored again since the report of all folds ({some(list(changes))})"
+            return f"the report of all folds is of other scores or rows than today's ({some(list(changes))})"
         records = {part: record for part in ("train", "merge", "score") if (record := self.state.record(part))}
         if not self.state.path.is_file() or ("score" in records and records["score"].finished_at):
             return None
@@ -319,12 +352,12 @@ def context_labelled(experiment: Experiment, label: str) -> StageContext:
 
 def prepare_again(manifest: Mapping[str, Any], name: str) -> str:
     """Return the command that exports the same votes again."""
-    given = [
-        ({"folds": "folds-from"}.get(key, key.split("_")[0]), source["file"], source.get("weight", 1))
-        for key, source in manifest["sources"].items()
-    ]
-    files = [f"--{key} {shlex.quote(file + (f':{weight:g}' if weight != 1 else ''))}" for key, file, weight in given]
-    return " ".join([f"python run.py prepare -e {name}", *files])
+    words = [f"python run.py prepare -e {name}"]
+    for key, source in manifest["sources"].items():
+        option, weight = {"folds": "folds-from", "drop": "drop-ids"}.get(key, key.split("_")[0]), source["weight"]
+        file = source["file"] + (f":{weight:g}" if weight != 1 and key != "soft" else "")
+        words += [f"--{option}", shlex.quote(file), *([f"--soft-share {weight:g}"] if key == "soft" else [])]
+    return " ".join(words)
 
 
 def some(items: list[str], most: int = 3) -> str:

@@ -151,13 +151,18 @@ def archive(*paths: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path, *, to_go_on: bool = True) -> Path | None:
-    """Return the highest whole checkpoint-N, None without one; one `to_go_on` from has optimizer and scheduler, too.
+    """Return the highest whole checkpoint-N, None without one; one `to_go_on` from has optimizer and scheduler, too."""
+    return next(reversed(whole_checkpoints(folder, to_go_on=to_go_on)), None)
+
+
+def whole_checkpoints(folder: Path, *, to_go_on: bool = False) -> list[Path]:
+    """Return the whole checkpoint-N in order of steps.
 
     trainer_state.json is written last; a kill or a full disk leaves a folder without it, or files that end early, which
     LLaMA-Factory would choose and then fail on. Without optimizer and scheduler it would begin both anew, silently.
     """
     numbered = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))]
-    return next((path for _, path in sorted(numbered, reverse=True) if _is_whole(path, to_go_on)), None)
+    return [path for _, path in sorted(numbered) if _is_whole(path, to_go_on)]
 
 
 def is_occupied(folder: Path) -> bool:

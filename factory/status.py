@@ -216,7 +216,7 @@ def _as_left(context: StageContext, parts: list[str], so_far: StageStatus) -> St
     if why:
         return replace(so_far, state=OUTDATED, detail=f"{_DONE[part]} {when}, {why}", next=again)
     found = replace(so_far, state=_DONE[part], detail=when, next=context.command)
-    return _scored(context, found) if part == "score" else found
+    return _scored(context, found) if part == "score" and context.scores("valid") else found
 
 
 def _outdated(context: StageContext, parts: list[str]) -> tuple[str, str] | None:

@@ -101,6 +101,13 @@ def _require_data(context: StageContext) -> None:
         sets = [f"{context.step.data}_{part}" for split in SPLITS[:2] for part in context.parts(split)]
         require_intact(folder, [f"{name}.jsonl" for name in sets], context.manifest["files"])
         context.require_current_settings()
+        if context.recipe.get("num_train_epochs", 3) > 1 and context.has_soft_labels:
+            raise ArenaError(
+                "repeats the labels that were drawn from the soft ones in every epoch",
+                where=f"{context.recipe_path}: num_train_epochs",
+                remedy=f"write 1; and epochs_as_rows: N into {experiment.folder / 'experiment.yaml'} for N epochs with "
+                "labels of their own, then prepare again",
+            )
     start = context.start
     if start == experiment.model:
         return

@@ -71,6 +71,19 @@ def ensemble(members: tuple[str, ...], name: str, weights: str, as_json: bool) -
     click.echo(json.dumps(report, indent=2)) if as_json else print_ensemble(report)
 
 
+@_command("audit-labels")
+@cl.audit_options
+def audit_labels(experiment: str, stage: str, rows: int, as_json: bool) -> None:
+    """List the votes that the judge finds least likely.
+
+    They are written to a table that `prepare --drop-ids` takes.
+    """
+    from scoring.label_audit import audit_labels, in_words
+
+    found = audit_labels(start(experiment, stage)[0], rows)
+    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(in_words(found)))
+
+
 @_command()
 @cl.show_options
 def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped: bool, as_json: bool) -> None:
@@ -183,4 +196,4 @@ def rank(experiment: str, stage: str, as_json: bool, **options: Any) -> None:
         print_ratings(Console(), ranked, options["output"])
 
 
-COMMANDS = (compare, ensemble, show, score, export, rank, verify)
+COMMANDS = (audit_labels, compare, ensemble, show, score, export, rank, verify)

@@ -129,7 +129,7 @@ def trained_adapter(context: StageContext) -> TrainedAdapter:
         what = "the training continued another adapter, so its base is not a model by itself"
         where = f"{context.recipe_path}: adapter_name_or_path"
         raise ArenaError(what, where=where, remedy="score the merged model instead (--precision auto)")
-    return TrainedAdapter.of(context.recipe, context.experiment)
+    return TrainedAdapter.of({**context.recipe, "output_dir": context.weights}, context.experiment)
 
 
 def load_model(folder: Path, device: str, *, precision: str | None = None) -> Any:

@@ -105,9 +105,13 @@ def _write(context: StageContext) -> tuple[dict[str, Any], list]:
             "folds": [{key: report[key] for key in ("rows", "log_loss", "log_loss_ci95")} for report in reports],
             "merge_gate": max(gates, key=lambda gate: gate["max_abs_diff"], default=None),
             "checks": checks,
-            "loss_curve": _mean_curve([report["loss_curve"] for report in reports]),
+            "loss_curve": [],  # each fold's report has its own
             "provenance": provenance_of(context, [report["provenance"] for report in reports]),
-            "scoring": {**reports[0]["scoring"], "rows_in_both_orders": {"valid": sum(both), "test": 0}},
+            "scoring": {
+                **reports[0]["scoring"],
+                "rows_in_both_orders": {"valid": sum(both), "test": 0},
+                "answer": f"{experiment.fold_answer} (fold_answer)",
+            },
         },
         scores=scores,
         train_rows=rows,
@@ -142,15 +146,3 @@ def _merged_checks(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             if known is None or (check["passed"] is False and known["passed"] is not False):
                 found[check["name"]] = {**check, "detail": f"fold {number}: {check['detail']}"}
     return [check for name, check in found.items() if name != "submission ids = test ids"]
-
-
-def _mean_curve(curves: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return the mean loss of the folds at the steps that all of them logged."""
-    by_step = [{row["step"]: row for row in curve} for curve in curves]
-    steps = sorted(set.intersection(*(set(rows) for rows in by_step)))
-    keys = ("loss", "lr", "eval_loss")
-    values = {step: {key: [rows[step][key] for rows in by_step] for key in keys} for step in steps}
-    return [
-        {"step": step, **{key: None if None in each else float(np.mean(each)) for key, each in row.items()}}
-        for step, row in values.items()
-    ]

@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 from common.errors import ArenaError
@@ -28,6 +29,7 @@ from factory.recipe_checks import check_device, check_recipes
 from factory.stage_context import StageContext
 from factory.status import refuse_while_at_work
 from factory.train import train
+from scoring.checkpoints import choose
 from scoring.checks.merge_check import check_merge
 from scoring.judge import write_judge_manifest
 from scoring.out_of_fold import out_of_fold_report
@@ -35,7 +37,6 @@ from scoring.score_stage import score_stage
 from scoring.workers import visible_gpus
 
 _RUN_PY = Path(__file__).resolve().parents[1] / "run.py"
-_POLL = 0.5  # seconds between two looks at the processes
 
 
 def demo(context: StageContext, seed: int, *, fresh: bool, show: Show) -> dict[str, Any] | None:
@@ -71,52 +72,42 @@ def run_folds(
 def run_side_by_side(
     contexts: Sequence[StageContext], gpus: Sequence[str], options: Mapping[str, Any], show: Show
 ) -> None:
-    """Run each training in a process of its own, one on each GPU at a time; raises ArenaError that names who failed.
-
-    Ctrl-C reaches all of them; the first failure lets the others end.
-    """
-    flags = [f"--{name}" for name in ("resume", "fresh") if options[name]] + ["--until", options["until"]]
+    """Run each training in a process of its own, one on each GPU at a time; raises ArenaError that names who failed."""
+    flags = [f"--{name}" for name in ("resume", "fresh") if options.get(name)]
+    flags += [word for name in ("until", "checkpoint") if options.get(name) for word in (f"--{name}", options[name])]
     flags += [word for name in options.get("allow", ()) for word in ("--allow", name)]
-    waiting, running, failed = list(contexts), {}, []
+    logs = {context: context.folder.with_name(f"{context.folder.name}.log") for context in contexts}
+    free, running = SimpleQueue(), []
+    for gpu in gpus:
+        free.put(gpu)
+
+    def run(context: StageContext) -> int:
+        gpu, log = free.get(), logs[context]
+        show.note(f"{context.label}: on GPU {gpu}, its log is {log}")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(_RUN_PY), *context.command.split()[2:], *flags]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "ARENA_FACTORY_HERE": "1"}
+        with log.open("ab") as output:
+            running.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
+            code = running[-1].wait()
+        free.put(gpu)
+        return code
+
+    pool = ThreadPoolExecutor(len(gpus))
     try:
-        while waiting or running:
-            for gpu in gpus if waiting and not failed else ():
-                if waiting and gpu not in running:
-                    running[gpu] = _start_on(gpu, waiting.pop(0), flags, show)
-            for gpu, (context, process) in list(running.items()):
-                if process.poll() is not None:
-                    failed += [context] if process.returncode else []
-                    del running[gpu]
-                    show.note(f"{context.label}: {'failed' if process.returncode else 'done'} on GPU {gpu}")
-            if failed and not running:
-                break
-            time.sleep(_POLL)
-    finally:
-        for _, process in running.values():
+        codes = list(pool.map(run, contexts))
+    except BaseException:  # Ctrl-C reaches the children by itself, SIGTERM does not
+        for process in running:
             process.terminate()
-        for _, process in running.values():
-            process.wait()
-    if failed:
-        logs = ", ".join(str(_log_of(context)) for context in failed)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if failed := [context for context, code in zip(contexts, codes, strict=True) if code]:
         raise ArenaError(
             f"{len(failed)} of {len(contexts)} trainings failed; what is finished is kept",
-            where=logs,
+            where=", ".join(str(logs[context]) for context in failed),
             remedy=f"the end of the log says why; then {failed[0].command}",
         )
-
-
-def _start_on(gpu: str, context: StageContext, flags: list[str], show: Show) -> tuple[StageContext, subprocess.Popen]:
-    log = _log_of(context)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    show.note(f"{context.label}: on GPU {gpu}, its log is {log}")
-    command = [sys.executable, str(_RUN_PY), *context.command.split()[2:], *flags]
-    with log.open("ab") as output:
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "ARENA_FACTORY_HERE": "1"}
-        return context, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-
-
-def _log_of(context: StageContext) -> Path:
-    return context.folder.with_name(f"{context.folder.name}.log")
 
 
 def run_stage(
@@ -126,11 +117,12 @@ def run_stage(
     resume: bool = False,
     fresh: bool = False,
     allow: Collection[str] = (),
+    checkpoint: str | None = None,
     show: Show,
 ) -> dict[str, Any] | None:
     """Train, merge and score one stage as far as asked; return its report, None before scoring.
 
-    `allow` names what its recipes may reach beyond the project.
+    `allow` names what its recipes may reach beyond the project; `checkpoint` is best, last or a step, None as before.
     """
     experiment, stage = context.experiment, context.name
     merges = until != "train" and (stage != "dpo_reward" or until == "merge")  # implicit rewards need no merge
@@ -147,6 +139,8 @@ def run_stage(
     adapter = train(context, resume=resume, fresh=fresh, show=show)
     if adapter is None or until == "train":  # None: another node keeps the results
         return None
+    if checkpoint:
+        choose(context, checkpoint, show)
     if merges:
         merge(context, lambda folder: write_judge_manifest(folder, context), show)
     if until == "merge":

@@ -329,6 +329,7 @@ def _report(
             "merge_gate": compared and compared["merge_gate"],
             "checks": [asdict(check) for check in checks],
             "loss_curve": curve,
+            "checkpoint": context.choice or None,
             "provenance": {**_provenance(context), "scoring_seconds": seconds},
             "scoring": scoring,
         },
@@ -378,7 +379,7 @@ def _provenance(context: StageContext) -> dict[str, Any]:
         *((data / "pairs.parquet",) if step.data == "dpo_reward" else ()),
         context.folder / PROBE,
         context.merged / MANIFEST,
-        *sorted(context.adapter.glob("*.safetensors")),
+        *sorted(context.weights.glob("*.safetensors")),
         *sorted(context.merged.glob("*.safetensors")),
     ]
     return provenance(seed=context.experiment.seed, files=files)

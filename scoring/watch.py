@@ -28,7 +28,7 @@ from scoring.baselines import baseline_probabilities
 from scoring.engines.torch_engine import score_labels
 from scoring.judge import judge_sequences
 from scoring.links import log_softmax
-from scoring.metrics import log_loss, row_losses, verdict_codes
+from scoring.metrics import row_losses, verdict_codes
 from scoring.model_loading import device_name, trained_adapter
 from scoring.run_status import RunStatus, events, run_status
 from scoring.score_stage import texts
@@ -93,11 +93,11 @@ class CheckpointScorer:
         self._label_ids = tuple(context.manifest["frame"]["label_ids"])
         self._sequences = judge_sequences(frame, tokenizer, prompt, picked)
 
-    def log_loss(self, adapter: Path) -> float:
-        """Return the log loss (plain softmax, A first) of an adapter's folder on the chosen rows."""
+    def losses(self, adapter: Path) -> np.ndarray:
+        """Return the log loss (plain softmax, A first) of an adapter's folder on each of the chosen rows."""
         model = replace(trained_adapter(self._context), folder=adapter)
         logits = score_labels(model.load(device_name()), self._sequences, self._label_ids)
-        return log_loss(np.exp(log_softmax(logits)), self._truth)
+        return row_losses(np.exp(log_softmax(logits)), self._truth)
 
 
 class Watcher:
@@ -158,7 +158,7 @@ class Watcher:
         if step in (None, *(each["step"] for each in self._measured)):
             return
         try:
-            loss = self._scorer.log_loss(checkpoint)
+            loss = float(self._scorer.losses(checkpoint).mean())
         except ArenaError:
             if checkpoint.is_dir():
                 raise

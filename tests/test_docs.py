@@ -1,5 +1,7 @@
 """The documents: links that lead somewhere, commands that exist, keys that are all explained, and the tutorial run."""
 
+import csv
+import json
 import os
 import re
 import shlex
@@ -11,10 +13,11 @@ from pathlib import Path
 
 import click
 import pytest
-from chain import run_py
+from chain import place, run_py
 
 import run
 from common.experiment import Experiment
+from data_prep.synthetic import write_arena
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -22,10 +25,12 @@ _FENCE = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<kind>\w*)\n(?P<body>
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def commands_of(document: Path) -> list[tuple[str, bool]]:
-    """Return (command line of run.py, whether it is to be run) of a document's shell blocks."""
+def commands_of(document: Path, marked: str = "") -> list[tuple[str, bool]]:
+    """Return (command line of run.py, whether it is to be run) of a document's shell blocks, all or those `marked`."""
     found = []
     for block in _FENCE.finditer(document.read_text(encoding="utf-8")):
+        if marked and marked != block["mark"]:
+            continue
         if block["kind"] not in ("bash", "console", "sh"):
             continue
         text = block["body"].replace("\\\n", " ")
@@ -115,6 +120,32 @@ def test_the_tutorial_runs_as_it_is_written(chain):
         done = run_py(chain, *arguments)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert (chain / "outputs" / "demo" / "compare" / "compare.json").is_file()
+
+
+@pytest.mark.slow
+def test_three_models_and_folds_give_one_submission_as_it_is_written(tmp_path):
+    """The worked example of docs/folds.md, with two folds and a few steps."""
+    folder = place(tmp_path / "place", **{step: {"max_steps": 3} for step in ("sft", "dpo_reward", "rm")})
+    arena = write_arena(folder / "arena", seed=7, train_rows=160, test_rows=12)
+    for path in (arena.train, arena.test):
+        shutil.copy(path, folder / path.name)
+    config = folder / "factory_configs" / "demo" / "experiment.yaml"
+    single = config.read_text().replace("orders_together: false", "orders_together: true")
+    config.write_text(single.replace("folds: 1", "folds: 2"))
+    shutil.copytree(config.parent, config.parents[1] / "student")
+    (config.parents[1] / "student" / config.name).write_text(single)
+    for line, _ in commands_of(ROOT / "docs" / "folds.md", "run in a test"):
+        done = run_py(folder, *shlex.split(line)[2:])
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    rows = (folder / "outputs" / "all" / "ensemble" / "submission.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == [
+        str(row["id"]) for row in csv.DictReader(arena.test.read_text().splitlines())
+    ]
+    report = json.loads((folder / "outputs" / "demo" / "sft" / "report.json").read_text())
+    assert report["set"] == "out-of-fold" and report["rows"] == 160 and len(report["folds"]) == 2
+    adapters = sorted(path.name for path in (folder / "saves" / "arena-tiny" / "lora").iterdir())
+    of_folds = [f"demo_{stage}_fold{n}" for stage in ("dpo_reward", "rm", "sft") for n in range(2)]
+    assert adapters == [*of_folds, "student_sft"]
 
 
 def test_the_kaggle_notebook_writes_the_submission_without_a_network(chain, tmp_path):

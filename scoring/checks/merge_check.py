@@ -155,7 +155,7 @@ def _inputs(context: StageContext) -> dict[str, Any]:
     """Return what a record is made from; `adapter` is None where its weights are gone."""
     merged = model_files(context.merged)
     return {
-        "adapter": model_files(context.adapter) if (context.adapter / "adapter_model.safetensors").is_file() else None,
+        "adapter": model_files(context.weights) if (context.weights / "adapter_model.safetensors").is_file() else None,
         "merged": {name: value for name, value in merged.items() if name.endswith((".safetensors", "config.json"))},
         "data": context.manifest["files"].get("battles.parquet"),
         "recipe": context.recipe,

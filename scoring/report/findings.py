@@ -61,6 +61,21 @@ def _cautions(report: Mapping[str, Any], test_rows: int) -> Iterator[tuple[str, 
         members = " ".join(f"-e {own}:{name}" for name in (report["stage"], *also))
         way = f" A blend has both: `python run.py ensemble {members} --name {own}_blend`." if also else ""
         yield "amber", "baseline_ahead", f"A simple baseline is better ({loss:.3f} here): {named}.{way}"
+    if folds := report["folds"]:
+        losses = ", ".join(number(fold["log_loss"], 4) for fold in folds)
+        yield (
+            *("info", "out_of_fold"),
+            f"Each battle is judged by the one of {len(folds)} judges that did not train on its prompt (log losses "
+            f"{losses}). What answers the test set, {report['scoring']['answer']}, is judged by no battle.",
+        )
+    if (choice := report["checkpoint"]) and "curve" in choice:
+        curve = ", ".join(f"{point['checkpoint']} {number(point['log_loss'], 4)}" for point in choice["curve"])
+        yield (
+            *("info", "checkpoint"),
+            f"{choice['chosen'] or 'The last checkpoint'} was chosen by its log loss on {count(choice['rows'])} of "
+            f"these battles ({curve}). Choosing flatters this report: chosen on other battles than it is judged on, "
+            f"it has {number(choice['cross_fitted'], 4)} instead of {number(choice['log_loss'], 4)}.",
+        )
     if report["rows"] < FEW_ROWS:
         yield "amber", "few_rows", f"Only {report['rows']} rows: the figures are rough."
     if bias and bias["flip_rate"] > FLIP_RATE:

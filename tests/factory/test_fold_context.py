@@ -19,8 +19,8 @@ def test_a_fold_changes_data_sets_and_folders_and_nothing_else(make_experiment, 
     assert last.overrides("dpo_judge") == [
         "model_name_or_path=outputs/exam/sft/fold2/merged",
         "dataset=exam_dpo_judge_fold0,exam_dpo_judge_fold1",
-        "eval_dataset=exam_dpo_judge_fold2",
         "output_dir=saves/none/lora/exam_dpo_judge_fold2",
+        "eval_dataset=exam_dpo_judge_fold2",
     ]
     assert full.recipe["dataset"].count(",") == 2 and full.recipe["eval_dataset"] is None
     assert 'eval_strategy="no"' in full.overrides("dpo_judge"), "OmegaConf would read a bare no as false"

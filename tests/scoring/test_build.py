@@ -14,7 +14,8 @@ from scoring.links import softmax
 CONTRACT = {
     *("rows", "log_loss", "log_loss_ci95", "accuracy", "ece", "per_class_log_loss", "baselines", "bayes"),
     *("position_bias", "merge_gate", "truncation", "calibration", "provenance", "checks", "target_prior"),
-    *("stage", "experiment", "set", "folds", "beats_prior", "flags", "class_counts", "baselines_ci95", "learned_share"),
+    *("folds", "checkpoint"),
+    *("stage", "experiment", "set", "beats_prior", "flags", "class_counts", "baselines_ci95", "learned_share"),
     *("reliability", "confusion", "slices", "loss_curve", "worst", "most_biased", "train_class_counts"),
     *("gain_over_prior", "gain_over_prior_ci95", "learned_share_ci95", "bayes_expected", "ece_by_chance"),
     *("baseline_notes", "position_bias_reason", "calibrations", "scoring", "agreement"),

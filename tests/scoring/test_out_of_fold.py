@@ -54,7 +54,6 @@ def test_each_gpu_trains_one_fold_at_a_time_and_a_failure_is_named(make_experime
         f"sys.exit({int(fails)} and fold == '0')\n"
     )
     monkeypatch.setattr(pipeline, "_RUN_PY", child)
-    monkeypatch.setattr(pipeline, "_POLL", 0.05)
     whole = StageContext(make_experiment(folds=3), "sft")
     options = {"resume": True, "fresh": False, "until": "score"}
     if fails:

@@ -222,7 +222,7 @@ def test_whatever_ends_the_scoring_is_reported(exam, monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(CheckpointScorer, "log_loss", fail)
+    monkeypatch.setattr(CheckpointScorer, "losses", fail)
     (fault,) = Watcher(exam, "sft", 20).finish().status().faults
     shutil.rmtree(folder)
     assert str(error).splitlines()[0] in fault and "long advice" not in fault
