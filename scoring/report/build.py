@@ -74,6 +74,7 @@ def build_report(
     report = {
         "set": "valid",
         "folds": [],
+        "checkpoint": None,
         **about,
         **_quality(judged, fitted),
         "ece_by_chance": metrics.ece_by_chance(judged.model, seed=seed),
