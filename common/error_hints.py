@@ -89,7 +89,7 @@ REMEDIES = {
     r"Too many open files": "raise the limit of open files (`ulimit -n 65536`)",
     r"loss .*(NaN|infinite|not finite)|(NaN|inf)\b.*\bloss|weights .*not finite": (
         "the training diverged: lower learning_rate (by 3 to 10 times), prefer bf16 to fp16, set max_grad_norm: 1.0 "
-        "and some warmup_ratio, then --fresh"
+        "and more warmup_steps, then --fresh"
     ),
     r"NCCL": "the GPUs cannot talk to each other: see `NCCL_DEBUG=INFO`, or use one GPU",
     r"signal 11\b|Segmentation fault|SIGSEGV|signal 4\b|SIGILL|Illegal instruction": (

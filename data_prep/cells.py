@@ -3,7 +3,8 @@
 ENCODINGS["JSON"]('["hi"]', "prompt") == ["hi"]
 read_pair(["hi", "yes", "no"], ("prompt", "chosen", "rejected")) == (("hi",), ("yes",), ("no",))
 
-Another way to write a cell is one more entry of ENCODINGS, VERDICT_FORMATS or _WINNERS.
+Another spelling of a winner is one more entry of _WINNERS; another way to write texts is an entry of ENCODINGS that
+`encoding_of` recognises.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 schema = find_schema(["id", "prompt", "response_a", "response_b", "winner"])
 schema.decided([("7", '["hi"]', '["a"]', '["b"]', "tie")]).described()["texts"] == "JSON lists of turns"
 
-Any way to write texts goes with any way to write verdicts. How a cell is read: `data_prep.cells`.
+Any way to write texts goes with any way to write verdicts. Other columns of texts: LAYOUTS; other columns of a verdict:
+`find_schema` and cells.VERDICT_FORMATS; how a cell is read: `data_prep.cells`; a kind of file: `data_prep.tables`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ LAYOUTS: dict[tuple[str, ...], Callable[[Sequence[Any], Sequence[str]], Texts]] 
     ("prompt", "chosen", "rejected"): read_pair,
     ("chosen", "rejected"): read_pair,
 }
-_ANSWERS, _CONVERSATIONS, *_PREFERENCES = LAYOUTS
+_ANSWERS, _CONVERSATIONS = ("prompt", "response_a", "response_b"), ("conversation_a", "conversation_b")
+# Here the layout is the verdict: the chosen answer won.
+_PREFERENCES = tuple(names for names in LAYOUTS if {"chosen", "rejected"} <= set(names))
 IDS = ("id", "question_id")
 KEYS = ("model_a", "model_b", "judge", "turn")  # what tells apart several votes on one question
 EXTRAS = ("language", "turn", "anony", "model_a", "model_b")
