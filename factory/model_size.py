@@ -105,9 +105,17 @@ def size_of(model: str, revision: str = "main") -> ModelSize:
         raise ArenaError(f"does not hold the model's sizes ({error!r})", where=str(path), remedy=remedy) from None
 
 
+_NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
+_LARGEST = 1 << 32
+
+
 def _parse(config: dict[str, Any]) -> ModelSize:
     """Read the keys by hand: AutoConfig takes seconds to import, and refuses model types newer than itself."""
     config = config.get("text_config", config)
+    for key, least in {**dict.fromkeys(_NEEDED, 1), "num_key_value_heads": 0, "head_dim": 0}.items():
+        value = config[key] if least else config.get(key) or 0
+        if type(value) is not int or not least <= value < _LARGEST:
+            raise ValueError(f"{key} is {value!r:.40}")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     return ModelSize(
         hidden=hidden,

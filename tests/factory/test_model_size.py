@@ -42,7 +42,12 @@ def test_a_folders_size_counts_what_the_real_model_holds(tmp_path, tied):
     assert size.lora(8) == sum(8 * (m.in_features + m.out_features) for m in linear)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "not JSON", '{"hidden_size": 8}'])
+SIZES = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 9}
+WRONG = [{"hidden_size": "8"}, {"num_attention_heads": 0}, {"num_hidden_layers": -1}, {"vocab_size": 1 << 40}]
+WRONG += [{"head_dim": [2]}, {"num_key_value_heads": True}]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "not JSON", *(json.dumps(SIZES | wrong) for wrong in WRONG)])
 def test_a_config_without_sizes_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ArenaError, match=r"config\.json"):
