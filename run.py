@@ -73,18 +73,69 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 @cli.command()
 @cl.new_options
-def new(name: str, model: str, template: str | None, bits: str, cutoff: int | None, as_json: bool) -> None:
-    """Make another experiment, for one model.
+def new(
+    name: str,
+    model: str | None,
+    source: str | None,
+    template: str | None,
+    bits: str | None,
+    cutoff: int | None,
+    as_json: bool,
+) -> None:
+    """Make another experiment, for one model or as a copy.
 
     It is factory_configs/EXP with experiment.yaml and all its recipes.
     """
     from common.progress import Show
-    from factory.new_experiment import BITS, CUTOFF_LEN, NewExperiment, new_experiment
+    from factory.new_experiment import BITS, CUTOFF_LEN, NewExperiment, copied_experiment, new_experiment
 
-    exp = new_experiment(NewExperiment(name, model, template, BITS[bits], cutoff or CUTOFF_LEN), show=Show())
+    if (model is None) == (source is None):
+        raise click.UsageError("give --model ID, or --from EXP to copy an experiment")
+    if source is not None:
+        if template or bits or cutoff:
+            raise click.UsageError("--from copies all settings: edit the copy's experiment.yaml, then run.py render")
+        exp, following = copied_experiment(name, source, show=Show())
+    else:
+        wanted = NewExperiment(name, str(model), template, BITS[bits or "4"], cutoff or CUTOFF_LEN)
+        exp, following = new_experiment(wanted, show=Show()), f"python run.py prepare -e {name} --train FILE"
     made = {"folder": str(exp.folder), "model": exp.model, "template": exp.template}
-    line = f"{exp.folder}: {exp.model} with template {exp.template}; next: python run.py prepare -e {name} --train FILE"
+    line = f"{exp.folder}: {exp.model} with template {exp.template}; next: {following}"
     click.echo(json.dumps(made) if as_json else line)
+
+
+@cli.command()
+@cl.render_options
+def render(experiment: str, force: bool, as_json: bool) -> None:
+    """Render the recipes of an experiment anew; needs no votes.
+
+    After a change of experiment.yaml or of a template. Recipes that were edited by hand are kept.
+    """
+    from factory.prepare import render_recipes
+
+    context, show = start(experiment)
+    states = render_recipes(context.experiment, force=force, show=show)
+    lines = [f"{path}: {state}" for path, state in states.items() if state in ("unchanged", "hand-edited")]
+    click.echo(json.dumps(states) if as_json else "\n".join(lines))
+
+
+@cli.command()
+@cl.clean_options
+def clean(yes: bool, as_json: bool) -> None:
+    """Delete earlier runs, which --fresh put aside (*.earlier-N).
+
+    Lists them with their sizes and asks first.
+    """
+    from factory.state import archived, delete
+    from factory.status import archived_lines
+
+    found = archived()
+    click.echo("\n".join(archived_lines(found)) or "there are no earlier runs", err=as_json)
+    if found and not yes:
+        click.confirm("Delete them?", abort=True, err=True)
+    for path in found:
+        delete(path)
+    if as_json:
+        click.echo(json.dumps({"deleted": {str(path): size for path, size in found.items()}}))
 
 
 @cli.command()
@@ -180,15 +231,19 @@ def status(experiment: str | None, as_json: bool) -> None:
     from rich.console import Console
 
     from common.experiment import load_experiment
-    from factory.status import experiment_names, print_status, status_of
+    from factory.state import archived
+    from factory.status import archived_lines, experiment_names, print_status, status_of
 
     if experiment:
         load_experiment(experiment)  # an unknown name is wrong use
     found = status_of([experiment] if experiment else experiment_names())
     if as_json:
-        click.echo(json.dumps({"experiments": [asdict(each) for each in found]}, indent=2))
+        earlier = {str(path): size for path, size in archived().items()}
+        click.echo(json.dumps({"experiments": [asdict(each) for each in found], "earlier_runs": earlier}, indent=2))
     else:
         print_status(Console(), found)
+        for line in archived_lines(archived())[-1:]:
+            click.echo(line)
 
 
 @cli.command()

@@ -169,12 +169,17 @@ serve_options = several(
 )
 new_options = several(
     click.argument("name", metavar="EXP", help="Its name, a new folder of factory_configs/."),
-    option("--model", required=True, metavar="ID", help="A Hugging Face hub id, or a folder that holds config.json."),
+    option("--model", metavar="ID", help="A Hugging Face hub id, or a folder that holds config.json."),
+    option("--from", "source", metavar="EXP", shell_complete=complete_experiment, help="Copy this one instead."),
     option("--template", metavar="T", help="LLaMA-Factory's chat template [the model's own, where it is known]."),
-    option("--bits", type=click.Choice(["4", "8", "none"]), default="4", help="Of the frozen base."),
+    option("--bits", type=click.Choice(["4", "8", "none"]), help="Of the frozen base [4]."),
     option("--cutoff", type=click.IntRange(32), help="Token budget of prompt and label [2048]."),
     output_options,
 )
+render_options = several(
+    experiment_option, option("--force", is_flag=True, help="Replace recipes that were edited by hand."), output_options
+)
+clean_options = several(option("--yes", is_flag=True, help="Do not ask."), output_options)
 
 
 def _pairs(_ctx: click.Context, param: click.Parameter, given: str | None) -> dict[str, str]:
@@ -229,6 +234,19 @@ audit_options = several(
     experiment_option,
     stage_option("The stage whose judge looks"),
     option("--rows", type=click.IntRange(1), default=100, help="How many to write."),
+    output_options,
+)
+compare_options = several(
+    option(
+        "-e",
+        "--experiment",
+        "names",
+        multiple=True,
+        default=[DEFAULT_EXPERIMENT],
+        metavar="EXP",
+        shell_complete=complete_experiment,
+        help="A folder of factory_configs/; again for one to be compared with it.",
+    ),
     output_options,
 )
 ensemble_options = several(

@@ -20,7 +20,7 @@ REMEDIES = {
         f"killed, probably out of memory (see `dmesg`): {LESS_MEMORY}; --resume goes on from the last checkpoint"
     ),
     r"No space left on device|Disk quota exceeded|errno 28\b|errno 122\b": (
-        "free disk space (old checkpoints under saves/, earlier runs named *.earlier-N), then --resume"
+        "free disk space (old checkpoints under saves/, earlier runs: python run.py clean), then --resume"
     ),
     r"wandb\.|swanlab": (
         "the recipe's tracker ended the run: check its account and the network, or keep it offline "

@@ -67,7 +67,7 @@ _AFTERWARDS = {
     "score": "{same} goes on from what is scored",
     "prepare": "{same} starts over; an earlier export stays unchanged until it ends",
 }
-_SPACE = "free disk space (old checkpoints under saves/, earlier runs named *.earlier-N)"
+_SPACE = "free disk space (old checkpoints under saves/, earlier runs: python run.py clean)"
 _RIGHTS = "make it writable for yourself (ls -ld, chown, chmod), or work in a copy of the project"
 _REMEDIES = {
     errno.ENOSPC: _SPACE,

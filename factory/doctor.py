@@ -160,7 +160,7 @@ def _memory() -> Finding:
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / _GIB
     said = f"{free:.1f} GiB free here: enough for a model of {free / (3 * _GIB_A_BILLION):.1f} billion weights"
-    remedy = "free some: old checkpoints under saves/, runs named *.earlier-N; or use a smaller model"
+    remedy = "free some: old checkpoints under saves/, earlier runs: python run.py clean; or use a smaller model"
     said += " (downloaded, dequantised, merged)"
     return _finding("disk", said, remedy, fault=free < _DISK_FAULT, warning=free < _DISK_WARNING)
 

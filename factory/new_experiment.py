@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UsageError
-from common.experiment import Experiment, check_name, parse_experiment, read_yaml, require_project
+from common.errors import ArenaError, UsageError
+from common.experiment import Experiment, check_name, load_experiment, parse_experiment, read_yaml, require_project
 from common.files import atomic_folder
 from common.progress import Show
 from common.stages import STEPS, TRAININGS
 from data_prep.template_choice import Choice, choose_template
 from factory.devices import Devices, cpu_with_bf16, devices
-from factory.recipes import as_yaml, render_recipe, render_template
+from factory.recipes import as_yaml, is_as_rendered, render_recipe, render_template, shared_values
+from factory.stage_context import StageContext, prepare_again
 
 # The token budget of an experiment that is asked for without one; docs/experiment.md has its source.
 CUTOFF_LEN = 2048
@@ -39,30 +42,66 @@ def new_experiment(wanted: NewExperiment, root: Path = Path(), *, show: Show | N
     Raises UsageError for a name that exists or is unfit, for an unknown model or template, and outside of the project's
     folder.
     """
-    check_name(wanted.name)
+    _refuse_existing(wanted.name, root)
     if not (root / "templates").is_dir():  # a checkout without an experiment still has these
         require_project(root)
-    folder = root / "factory_configs" / wanted.name
-    exists = UsageError(
-        f"{folder} exists already", remedy="choose another name, or edit its experiment.yaml and run prepare again"
-    )
-    if folder.exists() or folder.is_symlink():
-        raise exists
     choice = choose_template(wanted.model, wanted.template)
     numbers, why = numbers_for(devices(), cpu_with_bf16())
-    text = render_experiment(wanted, choice, numbers, why)
+    experiment = _make(wanted.name, render_experiment(wanted, choice, numbers, why), render_recipe, root)
+    if show:
+        show.note(f"template {choice.template}: {choice.reason}")
+        show.note(f"trains in {why}")
+    return experiment
+
+
+def copied_experiment(name: str, source: str, *, show: Show) -> tuple[Experiment, str]:
+    """Make a copy of another experiment, hand edits of its recipes included; return it and the command to prepare it.
+
+    Its votes are not copied: the command names those that the other was prepared with.
+    """
+    _refuse_existing(name)
+    its = load_experiment(source)
+    mentions = re.compile(rf"(?<=-e ){re.escape(source)}(?![\w.-])|(?<=run\.py new ){re.escape(source)}(?![\w.-])")
+    text = mentions.sub(name, (its.folder / "experiment.yaml").read_text(encoding="utf-8-sig"))
+
+    def recipe(own: Experiment, step: str) -> str:
+        path, fresh = its.recipe(step), render_recipe(own, step)
+        if not path.is_file() or is_as_rendered(edited := path.read_text(encoding="utf-8", errors="replace")):
+            return fresh
+        show.note(f"{own.recipe(step)}: with the hand edits of {path}")
+        before, after = (shared_values(each, step, each.written_fold) for each in (its, own))
+        for key in [key for key, value in after.items() if value != before[key]]:
+            edited = re.sub(rf"(?m)^{key}: .*?(?=  #|$)", lambda _, key=key: f"{key}: {as_yaml(after[key])}", edited)
+        for old, new in ((its.folder, own.folder), (its.data_folder, own.data_folder)):
+            edited = re.sub(rf"{re.escape(old.as_posix())}(?![\w.-])", new.as_posix(), edited)
+        return mentions.sub(name, edited)
+
+    made = _make(name, text, recipe)
+    try:
+        return made, prepare_again(StageContext(its, "sft").manifest, name)
+    except ArenaError:  # never prepared
+        return made, f"python run.py prepare -e {name} --train FILE"
+
+
+def _refuse_existing(name: str, root: Path = Path(), taken: bool = False) -> None:
+    check_name(name)
+    folder = root / "factory_configs" / name
+    if taken or folder.exists() or folder.is_symlink():
+        remedy = "choose another name, or edit its experiment.yaml and run prepare again"
+        raise UsageError(f"{folder} exists already", remedy=remedy)
+
+
+def _make(name: str, text: str, recipe: Callable[[Experiment, str], str], root: Path = Path()) -> Experiment:
+    folder = root / "factory_configs" / name
     try:
         with atomic_folder(folder, replace=False) as fresh:
             path = fresh / "experiment.yaml"
             path.write_text(text, encoding="utf-8")
-            experiment = parse_experiment(read_yaml(path), wanted.name, where=str(folder / "experiment.yaml"))
+            experiment = parse_experiment(read_yaml(path), name, where=str(folder / "experiment.yaml"))
             for step in STEPS:
-                (fresh / f"{step}.yaml").write_text(render_recipe(experiment, step), encoding="utf-8")
+                (fresh / f"{step}.yaml").write_text(recipe(experiment, step), encoding="utf-8")
     except FileExistsError:
-        raise exists from None
-    if show:
-        show.note(f"template {choice.template}: {choice.reason}")
-        show.note(f"trains in {why}")
+        _refuse_existing(name, root, taken=True)
     return experiment
 
 

@@ -83,12 +83,20 @@ def prepare(
     show.note(_summary(experiment, audit))
     for text in (*warnings_of(audit), *([f"{experiment.data_folder}: {replaced}"] if replaced else [])):
         show.note(text)
-    for outcome in (write_recipe(experiment, step, force=force) for step in STEPS):
+    render_recipes(experiment, force=force, show=show)
+    return audit
+
+
+def render_recipes(experiment: Experiment, *, force: bool = False, show: Show) -> dict[str, str]:
+    """Render the recipes of an experiment, `force` those edited by hand, too; return what became of each file."""
+    check_first_values(experiment)
+    outcomes = [write_recipe(experiment, step, force=force) for step in STEPS]
+    for outcome in outcomes:
         if outcome.state == "hand-edited" and outcome.diff:
             show.note(f"{outcome.path}: edited by hand, kept; --force would replace it by:\n{outcome.diff}")
         elif outcome.state != "unchanged":
             show.note(f"{outcome.path}: {outcome.state}")
-    return audit
+    return {str(outcome.path): outcome.state for outcome in outcomes}
 
 
 def _summary(experiment: Experiment, audit: dict[str, Any]) -> str:

@@ -7,7 +7,9 @@ inputs (factory.stage_context and factory.fingerprint name them), which whoever 
 from __future__ import annotations
 
 import glob
+import os
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -148,6 +150,27 @@ def archive(*paths: Path) -> list[Path]:
     beside = [each for path in paths for each in path.parent.glob(f"{glob.escape(path.name)}.earlier-*")]
     number = max((int(m[1]) for each in beside if (m := _EARLIER.search(each.name))), default=0) + 1
     return [p.rename(p.with_name(f"{p.name}.earlier-{number}")) for p in paths if p.exists() or p.is_symlink()]
+
+
+def archived(root: Path = Path()) -> dict[Path, int]:
+    """Return what `archive` put aside below outputs/ and saves/, with its bytes."""
+    found = {}
+    for top in ("outputs", "saves"):
+        for folder, names, files in os.walk(root / top):
+            old = [name for name in (*names, *files) if _EARLIER.search(name)]
+            names[:] = [name for name in names if name not in old]
+            found |= {path: _size(path) for path in (Path(folder, name) for name in old)}
+    return dict(sorted(found.items()))
+
+
+def _size(path: Path) -> int:
+    files = [Path(top, name) for top, _, names in os.walk(path) for name in names] or [path]
+    return sum(file.lstat().st_size for file in files)
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link or a folder."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def last_checkpoint(folder: Path, *, to_go_on: bool = True) -> Path | None:

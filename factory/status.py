@@ -6,7 +6,7 @@ Reads files only and takes no lock, so that it may look on while runs are at wor
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -300,6 +300,13 @@ def print_status(console: Console, found: list[ExperimentStatus]) -> None:
         commands = [*(each.next for each in folded if each.name == "demo"), own]
     for command in dict.fromkeys(commands):
         console.print(Text(f"next: {command}"), soft_wrap=True)
+
+
+def archived_lines(found: Mapping[Path, int]) -> list[str]:
+    """Return a line for each run that was put aside, the largest last but one, and how much disk all of them take."""
+    lines = [f"{size / 1e6:10,.1f} MB  {path}" for path, size in sorted(found.items(), key=lambda each: each[1])]
+    total = f"earlier runs: {len(found)}, {sum(found.values()) / 1e6:,.1f} MB; python run.py clean deletes them"
+    return [*lines, total] if found else []
 
 
 def _add_rows(table: Table, found: ExperimentStatus) -> None:

@@ -40,21 +40,23 @@ def finish(context: Any, report: dict[str, Any] | None, as_json: bool) -> None:
 
 
 @_command()
-@cl.experiment_option
-@cl.output_options
-def compare(experiment: str, as_json: bool) -> None:
+@cl.compare_options
+def compare(names: tuple[str, ...], as_json: bool) -> None:
     """Put all scored stages side by side, on the same battles.
 
-    With paired intervals, and a blend of them.
+    With paired intervals, and a blend of them. Of several experiments, with the settings in which they differ.
     """
     from rich.console import Console
 
-    from scoring.compare import compare_stages
+    from scoring.compare import compare_folder, compare_stages
     from scoring.report.console import print_comparison
 
-    exp = start(experiment)[0].experiment
-    result = compare_stages(exp)
-    click.echo(json.dumps(result, indent=2)) if as_json else print_comparison(Console(), exp, result)
+    experiments = [start(name)[0].experiment for name in dict.fromkeys(names)]
+    result = compare_stages(*experiments)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        print_comparison(Console(), compare_folder(experiments), result)
 
 
 @_command()

@@ -5,19 +5,22 @@ compare(rows, {"sft": probabilities, "dpo_judge": probabilities}, seed=42)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from common.console import name_of
 from common.errors import ArenaError
 from common.experiment import Experiment
 from common.files import write_json
-from common.stages import STAGES
-from data_prep.export_reader import truth_of
+from common.stages import STAGES, TRAININGS
+from data_prep.export_reader import read_rows, readable, truth_of
 from data_prep.ground_truth import probabilities_of
+from factory.recipes import shared_values
 from factory.stage_context import StageContext
 from scoring import metrics
 from scoring.baselines import baseline_probabilities
@@ -34,35 +37,92 @@ _FLOOR = 1e-6
 Blend = tuple[np.ndarray | None, dict[str, Any]]
 
 
-def compare_stages(experiment: Experiment) -> dict[str, Any]:
+def compare_stages(*experiments: Experiment) -> dict[str, Any]:
     """Compare every scored stage on identical validation rows; write compare.json and compare.html, return the numbers.
 
+    Stages of several experiments are named EXPERIMENT:STAGE, and `differs` has the keys in which their settings differ.
     Raises ArenaError if nothing was scored, or a stage was scored on other rows than those that are exported now; an
     earlier comparison is removed first, so that none is left that no longer holds.
     """
-    folder, data = experiment.output_folder("compare"), experiment.data_folder
+    experiment, *others = experiments
+    folder, data = compare_folder(experiments), experiment.data_folder
     for name in ("compare.json", "compare.html"):
         (folder / name).unlink(missing_ok=True)
-    contexts = [StageContext(experiment, stage) for stage in STAGES]
-    contexts = [context for context in contexts if (context.folder / REPORT).is_file()]
-    if not contexts:
-        raise ArenaError(
-            "no stage of this experiment was scored yet",
-            where=str(folder.parent),
-            remedy=f"python run.py sft -e {experiment.name}, then dpo and rm",
-        )
-    rows = texts(data, experiment.parts("valid"))
-    ids = rows["id"].tolist()
-    models = {context.name: stage_probabilities(context, ids) for context in contexts}
+    contexts = {}
+    for each in experiments:
+        scored = [c for c in (StageContext(each, stage) for stage in STAGES) if (c.folder / REPORT).is_file()]
+        if not scored:
+            what, remedy = "no stage of this experiment was scored yet", f"python run.py sft -e {each.name}"
+            raise ArenaError(what, where=f"outputs/{each.name}", remedy=f"{remedy}, then dpo and rm")
+        contexts |= {f"{each.name}:{c.name}" if others else c.name: c for c in scored}
+    known, left_out = common_rows({each.name: judged_rows(each) for each in experiments})
+    ids = known["id"].tolist()
+    rows = texts(data, experiment.parts("valid")).set_index("id").loc[ids].reset_index()
+    models = {}
+    for name, context in contexts.items():
+        own = judged_rows(context.experiment)["id"].tolist()
+        models[name] = pd.DataFrame(stage_probabilities(context, own), index=own).loc[ids].to_numpy()
     baselines = baseline_probabilities(texts(data, experiment.parts("train")), rows, experiment.seed)
     truth = truth_of(data)
     bayes = None if truth is None else probabilities_of(truth, ids, str(data / "truth.csv"))
     compared = compare(rows, models, experiment.seed, baselines=baselines, bayes=bayes)
-    result = {"experiment": experiment.name, **compared}
-    result["flags"] = {context.name: red_flags(context) for context in contexts}  # no comparison hides them
+    result = {"experiment": " and ".join(each.name for each in experiments), **compared}
+    result["flags"] = {name: red_flags(context) for name, context in contexts.items()}  # no comparison hides them
+    result |= {"left_out": left_out, "differs": differing_settings(experiments) if others else {}}
     write_compare_page(result, folder / "compare.html")
     write_json(folder / "compare.json", result)
     return result
+
+
+def compare_folder(experiments: Sequence[Experiment]) -> Path:
+    """Return outputs/A/compare, or outputs/A/compare_B for several."""
+    first, *others = experiments
+    return first.output_folder("_".join(["compare", *(each.name for each in others)]))
+
+
+def judged_rows(experiment: Experiment) -> pd.DataFrame:
+    """Return id, verdict and group of the battles that an experiment's stages are judged on."""
+    with readable(experiment.data_folder / "rows.parquet"):
+        return read_rows(experiment.data_folder, experiment.parts("valid"))[["id", "verdict", "group"]]
+
+
+def common_rows(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Return the rows of `judged_rows` that stand in all tables, and how many of each are left out.
+
+    Raises ArenaError where there are none, or a battle has two verdicts.
+    """
+    (first, rows), *others = tables.items()
+    for other, table in others:
+        theirs = table.set_index("id")["verdict"]
+        rows = rows[rows["id"].isin(theirs.index)]
+        if len(wrong := rows[rows["verdict"].to_numpy() != theirs.loc[rows["id"]].to_numpy()]):
+            what = f"{len(wrong)} battles have another verdict in {other} than in {first}"
+            raise ArenaError(f"{what}, the first is {name_of(wrong['id'].iloc[0])}", where="-e", remedy=_SAME)
+    if rows.empty:
+        what = f"{' and '.join(tables)} were scored on other battles: they have none in common"
+        raise ArenaError(what, where="-e", remedy=_SAME)
+    return rows.reset_index(drop=True), {name: len(table) - len(rows) for name, table in tables.items()}
+
+
+_SAME = "prepare the experiments with the same votes and the same folds, or with folds, which judge every battle"
+
+
+def differing_settings(experiments: Sequence[Experiment]) -> dict[str, dict[str, Any]]:
+    """Return {"sft: learning_rate": {A: 1e-4, B: 2e-4}}: keys of experiment.yaml and of recipes, but names of files."""
+    settings: dict[str, dict[str, Any]] = {}
+    for each in experiments:
+        content = each.model_dump(mode="json", exclude={"name", "description", "recipes"})
+        pages = {"experiment.yaml": content}
+        for step in TRAININGS:
+            if each.recipe(step).is_file():
+                shared = shared_values(each, step, each.written_fold)
+                pages[step] = {k: v for k, v in StageContext(each, step).written.items() if k not in shared}
+        for page, values in pages.items():
+            for key, value in values.items():
+                settings.setdefault(f"{page}: {key}", {})[each.name] = value
+    names = [each.name for each in experiments]
+    found = {key: {name: values.get(name) for name in names} for key, values in settings.items()}
+    return {key: values for key, values in found.items() if len({str(value) for value in values.values()}) > 1}
 
 
 def compare(

@@ -18,19 +18,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from common.console import name_of
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, check_name, load_experiment
 from common.files import only_run, write_json
 from common.stages import STAGES
-from data_prep.export_reader import read_rows, readable, test_lines, truth_of
+from data_prep.export_reader import readable, test_lines, truth_of
 from data_prep.ground_truth import probabilities_of
 from factory.stage_context import StageContext
 from factory.state import StageState
 from scoring.baselines import baseline_probabilities
 from scoring.calibration import Calibration
 from scoring.checks.provenance import provenance
-from scoring.compare import BLEND, blend, compare, pool, red_flags, stage_probabilities
+from scoring.compare import BLEND, blend, common_rows, compare, judged_rows, pool, red_flags, stage_probabilities
 from scoring.links import correct_prior
 from scoring.metrics import as_groups, verdict_codes
 from scoring.predictions import REPORT, check_submission, write_probabilities
@@ -62,7 +61,8 @@ def ensemble(names: Sequence[str], name: str, weights: str = "fitted") -> dict[s
     check_name(name)
     given = _weights(weights, names)
     members = [_member(each) for each in names]
-    rows, left_out = _common_rows(members)
+    _require_alike(members)
+    rows, left_out = common_rows({each.name: judged_rows(each.experiment) for each in members})
     first, ids = members[0].experiment, rows["id"].tolist()
     held_out = {each.name: each.held_out.loc[ids].to_numpy() for each in members}
     truth = truth_of(first.data_folder)
@@ -134,8 +134,7 @@ def _member(name: str) -> Member:
         tables = [_frame(each["id"], p) for each, p in zip(frames, found, strict=True)]
         return Member(name, experiment, *tables, [data / "rows.parquet", data / "battles.parquet"], [])
     context = StageContext(experiment, stage)
-    with readable(data / "rows.parquet"):
-        ids = read_rows(data, experiment.parts("valid"))["id"]
+    ids = judged_rows(experiment)["id"]
     held_out = _frame(ids, stage_probabilities(context, ids.tolist()))
     path = context.folder / "scores_test.parquet"
     with readable(path, "score the stage again"):
@@ -152,35 +151,16 @@ def _frame(ids: pd.Series, probabilities: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(probabilities, columns=_COLUMNS, index=ids.astype(str))
 
 
-def _common_rows(members: list[Member]) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Return id, verdict and group of the battles that all members judged, and how many of each are left out."""
+def _require_alike(members: list[Member]) -> None:
+    """Raise ArenaError where members answer different test sets, or for different shares of the verdicts."""
     first, *others = members
-    rows = _known(first)
     for other in others:
-        theirs = _known(other).set_index("id")["verdict"]
-        rows = rows[rows["id"].isin(theirs.index)]
-        if len(wrong := rows[rows["verdict"].to_numpy() != theirs.loc[rows["id"]].to_numpy()]):
-            what = f"{len(wrong)} battles have another verdict in {other.name} than in {first.name}"
-            raise ArenaError(f"{what}, the first is {name_of(wrong['id'].iloc[0])}", where="-e", remedy=_SAME)
         if other.experiment.target_prior != first.experiment.target_prior:
             what, remedy = f"{other.name} and {first.name} declare other target priors", "declare the same in both"
             raise ArenaError(what, where="target_prior", remedy=remedy)
         if set(other.test.index) != set(first.test.index):
             what = f"{other.name} answers {len(other.test)} test battles, {first.name} {len(first.test)}: not the same"
             raise ArenaError(what, where="-e", remedy="prepare both with the same --test, and score them again")
-    if rows.empty:
-        what = f"{' and '.join(each.name for each in members)} were scored on other battles: they have none in common"
-        raise ArenaError(what, where="-e", remedy=_SAME)
-    return rows.reset_index(drop=True), {each.name: len(each.held_out) - len(rows) for each in members}
-
-
-_SAME = "prepare the experiments with the same votes and the same folds, or with folds, which judge every battle"
-
-
-def _known(member: Member) -> pd.DataFrame:
-    data = member.experiment.data_folder
-    with readable(data / "rows.parquet"):
-        return read_rows(data, member.experiment.parts("valid"))[["id", "verdict", "group"]]
 
 
 def _weights(text: str, names: Sequence[str]) -> np.ndarray | None:

@@ -91,6 +91,9 @@ COMMANDS = {
     "sft": ("-e", "exam"),
     "show": ("1001", "-e", "exam"),
     "status": (),
+    "ensemble": ("-e", "exam:sft", "-e", "exam:rm", "--name", "both"),
+    "render": ("-e", "exam"),
+    "clean": (),
     "verify": ("outputs/exam/sft",),
     "watch": ("-e", "exam", "--once", "--stage", "sft"),
 }

@@ -14,8 +14,8 @@ from rich.table import Table
 from common.battle import PROBABILITY_COLUMNS
 from common.console import printable
 from common.experiment import Experiment
-from common.stages import STAGES
 from factory import status
+from factory.recipes import as_yaml
 from factory.stage_context import StageContext
 from scoring.report import figures
 from scoring.report.findings import findings, headline, main_figures, outcome
@@ -76,12 +76,17 @@ def next_commands(context: StageContext, report: dict[str, Any]) -> list[str]:
     return commands
 
 
-def print_comparison(console: Console, experiment: Experiment, result: dict[str, Any]) -> None:
-    """Print every stage beside the baselines, and which differences are more than chance."""
+def print_comparison(console: Console, folder: Path, result: dict[str, Any]) -> None:
+    """Print every stage beside the baselines, which differences are more than chance, and what was set differently."""
     _print_compared(console, result)
-    _print(console, f"page: {experiment.output_folder('compare') / 'compare.html'}")
+    for name, lost in result["left_out"].items():
+        if lost:
+            _print(console, f"{name}: {lost} of its battles are not judged by all")
+    for key, values in result["differs"].items():
+        _print(console, f"differs: {key}: {', '.join(f'{name} {as_yaml(value)}' for name, value in values.items())}")
+    _print(console, f"page: {folder / 'compare.html'}")
     _print_flags(console, result)
-    for line in _advice(experiment, result):
+    for line in _advice(result):
         _print(console, line)
 
 
@@ -118,16 +123,17 @@ def _print_flags(console: Console, result: dict[str, Any]) -> None:
             _print(console, f"[red] {stage}: {text}", _STYLES["red"])
 
 
-def _advice(experiment: Experiment, result: dict[str, Any]) -> Iterable[str]:
+def _advice(result: dict[str, Any]) -> Iterable[str]:
     """Yield what to do after a comparison: score with the best stage that has no red flag, if there is one."""
-    sound = [row for row in result["table"] if row["name"] in STAGES and not result["flags"].get(row["name"])]
+    sound = [row for row in result["table"] if result["flags"].get(row["name"]) == []]
     if not sound:
         yield "no stage is fit to score with: its report says why, docs/recipes.md what to change"
         return
     best = min(sound, key=lambda row: row["log_loss"])
     if better := [BASELINE_NAMES[name] for name, loss in result["baselines"].items() if loss <= best["log_loss"]]:
         yield f"as good as the best stage, {best['name']}, or better: {', '.join(better)}"
-    command = f"python run.py score -e {shlex.quote(experiment.name)} --stage {best['name']} --input FILE"
+    experiment, _, stage = best["name"].rpartition(":")
+    command = f"python run.py score -e {shlex.quote(experiment or result['experiment'])} --stage {stage} --input FILE"
     yield f"next: {command}   (the best single stage on any battles)"
 
 

@@ -146,3 +146,34 @@ def test_wrong_use_is_told_and_makes_nothing(workplace, arguments, part):
     result = call(*arguments)
     assert result.exit_code == 2 and part in result.output, result.output
     assert not Path("factory_configs").exists() or list(Path("factory_configs").iterdir()) == []
+
+
+def test_a_copy_keeps_settings_and_hand_edits_under_its_own_name(workplace):
+    assert call("first", "--model", "Qwen/Qwen3-8B", "--cutoff", "512").exit_code == 0
+    first = load_experiment("first")
+    recipe = first.recipe("sft")
+    recipe.write_text(recipe.read_text().replace("lora_rank: 64", "lora_rank: 7"))
+    done = call("second", "--from", "first")
+    assert done.exit_code == 0 and "sft.yaml: with the hand edits of" in done.stderr, done.output
+    assert "next: python run.py prepare -e second --train FILE" in done.stdout
+    copy = load_experiment("second")
+    assert (copy.model, copy.cutoff_len) == (first.model, 512)
+    edited = read_yaml(copy.recipe("sft"))
+    assert edited["lora_rank"] == 7 and edited["dataset"] == "second_sft_train"
+    assert edited["output_dir"] == copy.adapter_folder("sft").as_posix()
+    assert "/first" not in copy.recipe("rm").read_text() + copy.folder.joinpath("experiment.yaml").read_text()
+    check_recipes(copy, TRAININGS)
+    for wrong in (["--from", "first", "--cutoff", "64"], [], ["--from", "first", "--model", "x"], ["--from", "none"]):
+        assert call("third", *wrong).exit_code == 2
+
+
+def test_recipes_are_rendered_without_votes(workplace):
+    assert call("mine", "--model", "Qwen/Qwen3-8B").exit_code == 0
+    mine = load_experiment("mine")
+    settings = mine.folder / "experiment.yaml"
+    settings.write_text(settings.read_text().replace("cutoff_len: 2048", "cutoff_len: 300"))
+    mine.recipe("rm").write_text(mine.recipe("rm").read_text() + "# by hand\n")
+    done = CliRunner().invoke(run.cli, ["render", "-e", "mine", "--json"])
+    states = json.loads(done.stdout)
+    assert states[str(mine.recipe("sft"))] == "updated" and states[str(mine.recipe("rm"))] == "hand-edited"
+    assert read_yaml(mine.recipe("sft"))["cutoff_len"] == 300 and "the votes" not in done.stderr

@@ -3,9 +3,11 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from click.testing import CliRunner
 
+import run
 from common.errors import ArenaError
-from factory.state import PARTS, StageState, archive, last_checkpoint
+from factory.state import PARTS, StageState, archive, archived, last_checkpoint
 
 INPUTS = {"sft.yaml": {"learning_rate": 1.0e-4, "epochs": 2}, "data": {"train.jsonl": "sha256:aa"}}
 REMEDY = "--fresh begins anew"
@@ -120,3 +122,20 @@ def test_a_checkpoint_whose_file_ends_early_is_not_whole(name, kept):
     path = Path("saves/x/checkpoint-2") / name
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     assert last_checkpoint(Path("saves/x")) == Path("saves/x/checkpoint-1")
+
+
+def test_runs_put_aside_are_listed_with_their_size_and_deleted_after_a_yes():
+    made("outputs/demo/sft/merged/model"), made("saves/m/lora/demo_sft/a/b")
+    Path("factory_configs").mkdir()
+    kept = made("saves/m/lora/other/adapter")
+    archive(Path("outputs/demo/sft/merged"), Path("saves/m/lora/demo_sft"))
+    Path("saves/m/lora/link.earlier-3").symlink_to(kept.parent.absolute())
+    old = {"outputs/demo/sft/merged.earlier-1", "saves/m/lora/demo_sft.earlier-1", "saves/m/lora/link.earlier-3"}
+    assert {str(path) for path in archived()} == old and archived()[Path("saves/m/lora/demo_sft.earlier-1")] == 1
+    call = CliRunner().invoke
+    assert set(json.loads(call(run.cli, ["status", "--json"]).stdout)["earlier_runs"]) == old
+    assert "earlier runs: 3, " in call(run.cli, ["status"]).output
+    refused = call(run.cli, ["clean"], input="n\n")
+    assert refused.exit_code == 1 and all(name in refused.output for name in old) and len(archived()) == 3
+    assert call(run.cli, ["clean", "--yes"]).exit_code == 0
+    assert not archived() and kept.is_file() and "no earlier runs" in call(run.cli, ["clean"]).output

@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import ArenaError
 from scoring import metrics
-from scoring.compare import compare
+from scoring.compare import common_rows, compare, differing_settings
 from scoring.links import softmax
 
 CASE = Path(__file__).resolve().parents[3] / "shared" / "cases" / "compare"
@@ -82,3 +82,27 @@ def test_rows_without_a_verdict_are_refused():
     for broken in (rows.assign(verdict=None), rows.iloc[:0]):
         with pytest.raises(ArenaError, match="no rows to compare on, or rows without a verdict"):
             compare(broken, models, seed=0)
+
+
+def judged(**verdicts: str) -> pd.DataFrame:
+    return pd.DataFrame({"id": list(verdicts), "verdict": list(verdicts.values()), "group": list(verdicts)})
+
+
+def test_experiments_are_compared_on_the_battles_that_both_judged():
+    rows, left_out = common_rows({"one": judged(x="a", y="b", z="tie"), "two": judged(z="tie", w="a", x="a")})
+    assert rows["id"].tolist() == ["x", "z"] and left_out == {"one": 1, "two": 1}
+    with pytest.raises(ArenaError, match="1 battles have another verdict in two than in one, the first is x"):
+        common_rows({"one": judged(x="a"), "two": judged(x="b")})
+    with pytest.raises(ArenaError, match="they have none in common"):
+        common_rows({"one": judged(x="a"), "two": judged(y="a")})
+
+
+def test_the_settings_in_which_experiments_differ_are_named(workplace, make_experiment):
+    one, two = (make_experiment(name=name, cutoff_len=budget) for name, budget in (("one", 256), ("two", 512)))
+    for each, rate in ((one, "1.0e-4"), (two, "2.0e-4")):
+        each.folder.mkdir(parents=True)
+        each.recipe("sft").write_text(f"learning_rate: {rate}\nlora_rank: 8\ncutoff_len: {each.cutoff_len}\n")
+    assert differing_settings([one, two]) == {
+        "experiment.yaml: cutoff_len": {"one": 256, "two": 512},
+        "sft: learning_rate": {"one": 1e-4, "two": 2e-4},
+    }
