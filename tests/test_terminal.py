@@ -92,6 +92,8 @@ COMMANDS = {
     "show": ("1001", "-e", "exam"),
     "status": (),
     "ensemble": ("-e", "exam:sft", "-e", "exam:rm", "--name", "both"),
+    "probe": ("-e", "exam"),
+    "rank": (),
     "render": ("-e", "exam"),
     "clean": (),
     "verify": ("outputs/exam/sft",),
