@@ -75,6 +75,7 @@ def test_a_piped_run_says_plain_lines(chain):
 
 SNOWMAN = "☃ 你好 ünïcode \udcff"
 COMMANDS = {
+    "audit-labels": ("-e", "exam"),
     "board": ("--host", SNOWMAN),
     "compare": ("-e", "exam"),
     "completion": ("bash",),
