@@ -562,7 +562,8 @@ def test_any_battle_survives_the_cell_format(folder, battles, name):
     for i, (turns, verdict) in enumerate(battles):
         texts = list(zip(*turns, strict=True))
         rows.append([str(i), "m1", "m2", *(cell(list(text)) for text in texts), *ONE_HOT[verdict]])
-        expected.append(Battle(str(i), *(tuple(map(without_lone_surrogates, text)) for text in texts), verdict))
+        read_back = (tuple(map(without_lone_surrogates, text)) for text in texts)
+        expected.append(Battle(str(i), *read_back, verdict, model_a="m1", model_b="m2"))
     assert read(write_csv(folder / f"x.{name}.gz" if name == "z" else folder / "x.csv", rows)) == expected
     columns = {column: [row[i] for row in rows] for i, column in enumerate(COLUMNS)}
     assert read(write_parquet(folder / "x.parquet", columns)) == expected
