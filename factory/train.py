@@ -17,7 +17,7 @@ from data_prep.export_reader import MANIFEST, SPLITS, readable, require_intact
 from factory.distributed import Launch, plan_launch
 from factory.fingerprint import local_models, training_rows
 from factory.process import llamafactory, run_child
-from factory.stage_context import StageContext
+from factory.stage_context import CHOICE, StageContext
 from factory.state import archive, flag_to_go_on, is_occupied, last_checkpoint
 from factory.trainer_log import TrainerLog, loss_curve, show_points
 
@@ -69,6 +69,8 @@ def train(context: StageContext, *, resume: bool = False, fresh: bool = False, s
         checkpoint = _checkpoint(context, resume, show)
         if checkpoint:
             standing.require_same_inputs("train", context.folder, _FRESH)
+        (context.folder / CHOICE).unlink(missing_ok=True)  # of a training before this one
+        context.forget_choice()
         context.state.begin("train", inputs)
         with context.state.failures_of("train"):
             seconds = _run(context, checkpoint, launch, show)
