@@ -248,16 +248,17 @@ def status(experiment: str | None, as_json: bool) -> None:
 
 @cli.command()
 @cl.forecast_options
-def forecast(experiment: str, stages: tuple[str, ...], cards: tuple[str, ...], as_json: bool) -> None:
-    """Forecast memory and hours of every stage on named cards.
+def forecast(experiment: str, as_json: bool, **what: Any) -> None:
+    """Forecast memory and hours of every stage on cards.
 
-    Of training and scoring, from the exported rows' token lengths.
+    Of training and scoring, from the exported rows' token lengths; before any votes or model are on disk, from the
+    competition's.
     """
     from rich.console import Console
 
     from factory.forecast import forecast, print_forecast
 
-    found = forecast(start(experiment)[0].experiment, stages, cards)
+    found = forecast(start(experiment)[0].experiment, **what)
     click.echo(json.dumps(found, indent=2)) if as_json else print_forecast(Console(), found)
 
 

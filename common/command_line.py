@@ -280,7 +280,12 @@ show_options = several(
 forecast_options = several(
     experiment_option,
     option("--stage", "stages", multiple=True, type=click.Choice(TRAININGS), help="Only this stage (may be repeated)."),
-    option("--card", "cards", multiple=True, metavar="CARD", help="Only this card: T4, RTX-4090, H100, cpu, …"),
+    option("--card", "cards", multiple=True, metavar="CARD", help="Only this card: T4, 4090, H100, cpu, …"),
+    option("--gpu-memory", type=click.FloatRange(1, 1024), metavar="GB", help="A card of so many GB."),
+    option(
+        "--rows", type=click.IntRange(10), help="Votes, as long as the competition's [those exported, else 57,477]."
+    ),
+    option("--test-rows", type=click.IntRange(0), help="Battles to score [those exported, else 25,000]."),
     output_options,
 )
 score_options = several(

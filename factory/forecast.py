@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from common.error_hints import LESS_MEMORY
-from common.errors import UsageError
 from common.experiment import Experiment
 from common.stages import STEPS, TRAININGS
-from factory.gpu import CARD_START, CARDS, CPU_START, TOKEN_BUDGET, Device, this_cpu
+from factory.gpu import CARD_START, CARDS, CPU_START, TOKEN_BUDGET, Device, card_named, card_of, own_card, this_cpu
 from factory.memory import scoring_memory, training_memory
 from factory.model_size import ModelSize, size_of
 from factory.recipe_checks import check_recipes
 from factory.stage_context import StageContext
-from factory.train_config import TokenLengths, TrainConfig, exported_lengths, padded_tokens
+from factory.train_config import Counts, TokenLengths, TrainConfig, padded_tokens, sequence_lengths
 
 # This machine's CPU, beside the cards' names.
 CPU = "cpu"
 # Weights up to which training on a CPU is a matter of hours; its row costs a second of measuring.
 _SMALL = 5e8
+# The competition's votes, and its hidden test set as Kaggle states it.
+_VOTES, _TEST = 57_477, 25_000
+# GiB that a driver shows of a card's GB.
+_SHOWN = 0.98
 
 
-def forecast(experiment: Experiment, stages: Iterable[str], devices: Iterable[str]) -> dict[str, Any]:
-    """Return memory (GiB) and hours of each stage on each device: names of `CARDS`, or "cpu" for this machine.
+def forecast(
+    experiment: Experiment,
+    stages: Iterable[str],
+    cards: Iterable[str] = (),
+    gpu_memory: float | None = None,
+    rows: int | None = None,
+    test_rows: int | None = None,
+) -> dict[str, Any]:
+    """Return memory (GiB) and hours of each stage on each device: names of cards, or "cpu" for this machine.
 
-    No stages: all whose rows are exported; `left_out` says why the others are not. No devices: all cards, and this
-    machine's CPU for a small model.
+    No stages: all whose rows are exported; `left_out` says why the others are not. No devices: this machine's own card
+    and all others, and its CPU for a small model. `gpu_memory`: a card of so many GB. `rows` of votes, or nothing
+    exported yet: the competition's lengths and, where `rows` and `test_rows` are silent, its numbers.
     Raises UsageError for an unknown device, ArenaError where rows, recipe or the model's sizes are missing.
     """
-    stages, devices = list(stages), list(devices)
-    if unknown := [name for name in devices if name not in (*CARDS, CPU)]:
-        raise UsageError(f"there is no card {', '.join(unknown)}", remedy=f"choose from: {', '.join((*CARDS, CPU))}")
+    stages, named = list(stages), [CPU if each.lower() == CPU else card_named(each) for each in cards]
     size = size_of(experiment.model, experiment.revision)
-    devices = devices or [*CARDS, *([CPU] if size.parameters <= _SMALL else [])]
-    left_out = {} if stages else _left_out(experiment)
+    devices = {name: CARDS.get(name) for name in named}
+    if gpu_memory:
+        devices[f"{gpu_memory:g} GB"] = card_of(gpu_memory * _SHOWN)
+    if not devices:
+        devices = {**own_card(), **CARDS, **({CPU: None} if size.parameters <= _SMALL else {})}
+    assumed = Counts(rows, test_rows)
+    if rows or not (experiment.data_folder / "rows.parquet").is_file():
+        assumed = Counts(rows or _VOTES, _TEST if test_rows is None else test_rows)
+    left_out = {} if stages else _left_out(experiment, assumed)
     stages = stages or [name for name in TRAININGS if name not in left_out]
     check_recipes(experiment, stages)
     return {
@@ -47,30 +63,33 @@ def forecast(experiment: Experiment, stages: Iterable[str], devices: Iterable[st
         "model": experiment.model,
         "parameters": size.parameters,
         "stages": {
-            name: _forecast_stage(StageContext(experiment, name, fold=experiment.written_fold), size, devices)
+            name: _forecast_stage(StageContext(experiment, name, fold=experiment.written_fold), size, devices, assumed)
             for name in stages
         },
         "folds": experiment.folds,
         "left_out": left_out,
+        "assumed": asdict(assumed),
     }
 
 
-def _left_out(experiment: Experiment) -> dict[str, str]:
+def _left_out(experiment: Experiment, assumed: Counts) -> dict[str, str]:
     """Return the trainings that lack a recipe or rows, each with the command that makes them."""
     prepare = f"python run.py prepare -e {shlex.quote(experiment.name)} --train FILE"
-    pairs = (experiment.data_folder / "pairs.parquet").is_file()
+    pairs = assumed.votes is not None or (experiment.data_folder / "pairs.parquet").is_file()
     found = {}
     for stage in TRAININGS:
         if not experiment.recipe(stage).is_file():
-            found[stage] = f"{experiment.recipe(stage)} is not rendered yet: {prepare}"
+            found[stage] = f"{experiment.recipe(stage)} is missing: python run.py render -e {experiment.name}"
         elif STEPS[stage].data == "dpo_reward" and not pairs:
             found[stage] = f"the pairs that it trains on are not exported yet: {prepare} --pairs"
     return found
 
 
-def _forecast_stage(context: StageContext, size: ModelSize, devices: list[str]) -> dict[str, Any]:
+def _forecast_stage(
+    context: StageContext, size: ModelSize, devices: Mapping[str, Device | None], assumed: Counts
+) -> dict[str, Any]:
     config = TrainConfig.of(context.recipe)
-    lengths = exported_lengths(context, config["max_samples"])
+    lengths = sequence_lengths(context, config["max_samples"], assumed)
     training = training_work(size, config, lengths)
     # The implicit reward reads each response with and without the adapter.
     implicit = context.name == "dpo_reward" and config.has_reference
@@ -78,17 +97,18 @@ def _forecast_stage(context: StageContext, size: ModelSize, devices: list[str]) 
 
     def scoring_gib(device: Device) -> float:
         # The implicit reward's adapter is scored on the base that it was trained on.
-        bits = config["quantization_bit"] if implicit and device.kind == "cuda" else None
+        bits = {"8bit": 8, "4bit": 4}.get(context.experiment.precision)
+        bits = config["quantization_bit"] if implicit and device.kind == "cuda" else bits
         budget, longest = TOKEN_BUDGET[device.kind], int(lengths.scored.max())
         return sum(scoring_memory(size, bits=bits, budget=budget, longest=longest, device=device.kind).values())
 
     def on(name: str) -> dict[str, Any]:
         nf4 = config["quantization_bit"] == 4
-        device = CARDS[name] if name in CARDS else this_cpu(size.hidden, size.feed_forward, nf4=nf4)
+        device = devices[name] or this_cpu(size.hidden, size.feed_forward, nf4=nf4)
         parts = training_memory(size, config, lengths.longest, device.kind)
         memory, scored = sum(parts.values()), scoring_gib(device)
         advice = []
-        if name in CARDS and not device.bf16 and config.compute_bytes == 2:
+        if device.kind == "cuda" and not device.bf16 and config.compute_bytes == 2:
             advice.append("it has no bf16: write bf16: false and fp16: true in the recipe")
         if memory > device.memory:
             advice.append(f"the training does not fit: {LESS_MEMORY}")
@@ -181,6 +201,10 @@ def _token(size: ModelSize, lengths: np.ndarray) -> float:
 def print_forecast(console, found: dict[str, Any]) -> None:
     """Print one table a stage: memory, hours and what to change where it does not fit."""
     console.print(f"{found['model']}: {found['parameters'] / 1e6:,.1f} million parameters", highlight=False)
+    assumed = found["assumed"]
+    if assumed["votes"] is not None:
+        what = f"Assumed: {assumed['votes']:,} votes as long as the competition's, {assumed['test'] or 0:,} test rows"
+        console.print(f"{what} (--rows, --test-rows); votes that were prepared are measured", highlight=False)
     for stage, one in found["stages"].items():
         console.print(  # not the table's title, which would be broken to the width of the table
             f"{found['experiment']} / {stage}: {one['rows']:,} rows, {one['mean_tokens']:.0f} tokens on average, "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
+
+from common.errors import UsageError
+from factory.devices import devices
 
 GIB = 2**30
 # Tokens of one forward pass in scoring. A GPU wants many to be busy. A CPU is busy with one row, and what does not fit
@@ -47,6 +52,9 @@ def _card(memory: float, tflops: float, bf16: bool = True) -> Device:
 CARDS = {
     "T4": _card(14.6, 65, bf16=False),
     "RTX-3060-6GB": _card(5.8, 40),
+    "RTX-4060-8GB": _card(7.6, 30),
+    "RTX-3060-12GB": _card(11.7, 26),
+    "RTX-4060-Ti-16GB": _card(15.6, 44),
     "RTX-3090": _card(23.7, 71),
     "RTX-4090": _card(23.6, 165),
     "A100-40GB": _card(39.4, 312),
@@ -54,6 +62,37 @@ CARDS = {
     "H100": _card(79.1, 989),
     "H200": _card(139.8, 989),
 }
+
+# The card whose rate stands for one of which only the memory is known.
+_UNKNOWN = "RTX-3060-12GB"
+
+
+def card_named(text: str) -> str:
+    """Return the card of `CARDS` that a person means: t4, "RTX 4090", 4090; raises UsageError where that is none."""
+    short = _plain(text)
+    found = [name for name in CARDS if _plain(name) == short] or [name for name in CARDS if short in _plain(name)]
+    if len(found) == 1 and short:
+        return found[0]
+    what = f"{text!r} may be {' or '.join(found)}" if len(found) > 1 and short else f"there is no card {text}"
+    raise UsageError(what, remedy=f"choose from: {', '.join((*CARDS, 'cpu'))}; or --gpu-memory GB")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"nvidia|geforce|laptop|tesla|gpu|[^a-z0-9]", "", name.lower())
+
+
+def card_of(memory_gib: float, name: str = "", bf16: bool = True) -> Device:
+    """Return a GPU of this memory, at the rate of the card in `CARDS` that its name means, else of a slow one."""
+    known = [each for each in CARDS if _plain(each.rsplit("-", 1)[0] if each.endswith("GB") else each) == _plain(name)]
+    return replace(CARDS[known[0] if known else _UNKNOWN], memory=memory_gib, bf16=bf16)
+
+
+def own_card() -> dict[str, Device]:
+    """Return this machine's first GPU by its name; nothing where it has none."""
+    if not any(Path(each).exists() for each in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")):
+        return {}  # importing torch to ask takes seconds
+    return {f"this {gpu.name}": card_of(gpu.memory_gib, gpu.name, gpu.bf16) for gpu in devices().gpus[:1]}
+
 
 _TOKENS = 512  # a batch of the size that a CPU trains on
 # Products of larger matrices reach the same rate, and would make the probe a matter of minutes.

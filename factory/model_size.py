@@ -65,7 +65,7 @@ class ModelSize:
         return self.layers * rank * sum(i + o for i, o in self.linear_shapes())
 
 
-# From the config.json of models that people use: a forecast for these needs no network.
+# From the config.json of models that people use: a forecast for these needs neither network nor disk.
 _KNOWN = {
     "meta-llama/Meta-Llama-3-8B-Instruct": ModelSize(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
     "meta-llama/Llama-3.1-8B-Instruct": ModelSize(4096, 32, 32, 8, 128, 14336, 128256, tied=False),
@@ -77,6 +77,8 @@ _KNOWN = {
     "Qwen/Qwen3-1.7B": ModelSize(2048, 28, 16, 8, 128, 6144, 151936, tied=True, normed=True),
     "Qwen/Qwen3-4B-Instruct-2507": ModelSize(2560, 36, 32, 8, 128, 9728, 151936, tied=True, normed=True),
     "Qwen/Qwen3-8B": ModelSize(4096, 36, 32, 8, 128, 12288, 151936, tied=False, normed=True),
+    "models/SmolLM2-135M-Instruct": ModelSize(576, 30, 9, 3, 64, 1536, 49152, tied=True),
+    "models/arena-tiny": ModelSize(64, 2, 8, 8, 8, 128, 1024, tied=False, normed=True),
     "microsoft/Phi-4-mini-instruct": ModelSize(3072, 32, 24, 8, 128, 8192, 200064, tied=True),
 }
 

@@ -11,12 +11,12 @@ import factory.forecast
 from common.errors import ArenaError, UsageError
 from common.stages import STEPS
 from factory.forecast import forecast, print_forecast, training_work
-from factory.gpu import CARDS
+from factory.gpu import CARDS, card_named, card_of
 from factory.memory import scoring_memory, training_memory, weight_bytes
 from factory.model_size import ModelSize, size_of
 from factory.recipes import write_recipe
 from factory.stage_context import StageContext
-from factory.train_config import TokenLengths, TrainConfig, exported_lengths, padded_tokens
+from factory.train_config import TokenLengths, TrainConfig, padded_tokens, sequence_lengths
 
 MODEL = "Qwen/Qwen3-8B"
 RECIPE = {
@@ -70,7 +70,7 @@ def printed(found) -> str:
 
 
 def test_the_lengths_of_each_stage_are_those_of_its_export(exported):
-    sft, judge, reward = (exported_lengths(StageContext(exported, s)) for s in ("sft", "dpo_judge", "dpo_reward"))
+    sft, judge, reward = (sequence_lengths(StageContext(exported, s)) for s in ("sft", "dpo_judge", "dpo_reward"))
     assert sft.train.shape == (80, 1) and sft.valid.shape == (8, 1)
     assert len(sft.scored) == 2 * 8 + 2 * 12  # both orders of the fold, and of the test set with swap_tta
     assert judge.train.shape == (160, 2)  # both orders, each wrong label
@@ -176,9 +176,6 @@ def test_what_is_missing_is_an_error_with_the_command_that_makes_it(exported):
     (exported.data_folder / "pairs.parquet").unlink()
     with pytest.raises(ArenaError, match="--pairs"):
         forecast(exported, ["rm"], ["T4"])
-    (exported.data_folder / "rows.parquet").unlink()
-    with pytest.raises(ArenaError, match=r"run\.py prepare"):
-        forecast(exported, ["sft"], ["T4"])
 
 
 @pytest.mark.parametrize(("stage", "rows"), [("sft", 80), ("dpo_judge", 160), ("dpo_reward", 30)])
@@ -189,3 +186,34 @@ def test_max_samples_cuts_the_rows_that_are_trained_on(exported, stage, rows):
     assert (whole["rows"], cut["rows"]) == (rows, 6) and cut["steps"] < whole["steps"]
     assert cut["devices"]["T4"]["training_hours"] < whole["devices"]["T4"]["training_hours"]
     assert cut["scored_sequences"] == whole["scored_sequences"], "scoring reads every row"
+
+
+def test_before_votes_and_model_are_on_disk_the_competitions_are_assumed(workplace, make_experiment):
+    preset = make_experiment(model=MODEL, cutoff_len=2048)
+    for step in STEPS:
+        write_recipe(preset, step)
+    found = forecast(preset, [], ["4090", "rtx 4090"], gpu_memory=12)
+    assert found["assumed"] == {"votes": 57_477, "test": 25_000} and not found["left_out"]
+    sft = found["stages"]["sft"]
+    assert list(sft["devices"]) == ["RTX-4090", "12 GB"] and sft["longest"] == 2048
+    assert 700 < sft["mean_tokens"] < 900, "real battles: 852 before the longest were shortened"
+    assert not sft["devices"]["12 GB"]["fits"] and "57,477 votes" in printed(found)
+    small = forecast(preset, ["sft"], ["T4"], rows=1000, test_rows=50)["stages"]["sft"]
+    assert small["rows"] == 900 * (2 if preset.swap_copies else 1) and small["scored_sequences"] == 200 + 50
+
+
+def test_the_hidden_test_set_is_as_long_as_the_votes(exported):
+    shown, hidden = (forecast(exported, ["sft"], ["T4"], test_rows=n)["stages"]["sft"] for n in (None, 1000))
+    assert hidden["scored_sequences"] == 2 * 8 + 2 * 1000 and hidden["rows"] == shown["rows"]
+
+
+@pytest.mark.parametrize(
+    ("text", "card"), [("t4", "T4"), ("NVIDIA GeForce RTX 3090", "RTX-3090"), ("a100-80", "A100-80GB")]
+)
+def test_a_card_may_be_written_as_people_write_it(text, card):
+    assert card_named(text) == card
+
+
+def test_this_machines_own_card_comes_first(exported, monkeypatch):
+    monkeypatch.setattr("factory.forecast.own_card", lambda: {"this NVIDIA X": card_of(11.0, "NVIDIA X")})
+    assert next(iter(forecast(exported, ["sft"])["stages"]["sft"]["devices"])) == "this NVIDIA X"
