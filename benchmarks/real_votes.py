@@ -1,14 +1,15 @@
-"""What the methods reach on real votes with a tiny base model on a CPU, and what a target prior repairs.
+"""What the methods reach on real votes on a CPU, and what a target prior repairs.
 
     python benchmarks/real_votes.py --work FOLDER --natural train_natural.csv --clean train_clean.csv.gz [--write]
+    python benchmarks/real_votes.py … --model models/SmolLM2-135M-Instruct --stages base probe --precision bf16
 
 `natural` has the competition's own class balance; `clean` holds the same rows and many more, nearly without ties.
-The base has random weights and a tokenizer trained on these votes: it shows that the chain is honest on real text,
-not what a pretrained model would reach. Two parts:
+Without --model the base has random weights and a tokenizer trained on these votes: it shows that the chain is honest
+on real text. Two parts:
 
-1. sft, dpo and rm trained on `natural`, judged on its validation fold.
-2. sft and rm trained on `clean` less the held-out prompts, ties scarce, judged on held-out natural rows: without and
-   with `target_prior` set to the natural class shares.
+1. the stages on `natural`, judged on its validation fold.
+2. sft, rm and probe on `clean` less the held-out prompts, ties scarce, judged on held-out natural rows without and with
+   `target_prior` set to the natural class shares.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from figures import options, publish, table
 from workbench import Workbench, battles_of, bootstrap_interval, interval, paired_difference, texts_of, write_votes
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
-from common.stages import TRAININGS
+from common.stages import STAGES, TRAININGS
 from data_prep.folds import prompt_group
 from scoring.metrics import row_losses, verdict_codes
 
@@ -36,11 +37,11 @@ METHODS = ["method", "log loss [95%]", "below the prior [95%]", "beats the prior
 SCARCE = ["method", "target prior", "log loss on held-out natural rows [95%]", "above the natural prior [95%]"]
 
 
-def own_methods(bench: Workbench, natural: Path) -> list[list[str]]:
-    """Train every stage on the natural votes; return one row a method and baseline."""
+def own_methods(bench: Workbench, natural: Path, stages: list[str]) -> list[list[str]]:
+    """Run the stages on the natural votes; return one row a method and baseline."""
     bench.prepare("real", "--train", str(natural))
     rows = []
-    for stage in TRAININGS:
+    for stage in stages:
         bench.stage("real", stage)
         report = bench.report("real", stage)
         gain = f"{report['gain_over_prior']:+.4f} {interval(report['gain_over_prior_ci95'])}"
@@ -51,7 +52,7 @@ def own_methods(bench: Workbench, natural: Path) -> list[list[str]]:
     return rows
 
 
-def scarce_ties(bench: Workbench, battles: list[Battle], clean: Path) -> list[list[str]]:
+def scarce_ties(bench: Workbench, battles: list[Battle], clean: Path, stages: list[str]) -> list[list[str]]:
     """Train where ties are scarce, judge on held-out natural rows; return rows with and without the target prior."""
     by_group: dict[str, list[Battle]] = {}
     for battle in battles:
@@ -66,7 +67,7 @@ def scarce_ties(bench: Workbench, battles: list[Battle], clean: Path) -> list[li
     write_votes(bench.folder / "scarce.csv", rest)
     left = [battle.verdict for group in by_group.values() for battle in group]
     constant = np.tile([left.count(verdict) / len(left) for verdict in VERDICTS], (len(held), 1))
-    rows = [scarce_row(bench, stage, prior, held, constant) for stage in ("sft", "rm") for prior in (None, NATURAL)]
+    rows = [scarce_row(bench, stage, prior, held, constant) for stage in stages for prior in (None, NATURAL)]
     ties = sum(battle.verdict == "tie" for battle in rest) / len(rest)
     said = f"*training: {len(rest):,} battles, {ties:.1%} ties; judged: {len(held)} natural battles*"
     return [*rows, ["*natural class prior*", "", loss_of(constant, held), ""], [said, "", "", ""]]
@@ -105,14 +106,22 @@ def main() -> None:
     parser = options(__doc__, work=True)
     parser.add_argument("--natural", type=lambda path: Path(path).resolve(), required=True)
     parser.add_argument("--clean", type=lambda path: Path(path).resolve(), required=True)
+    parser.add_argument("--model", type=lambda path: Path(path).resolve(), help="the folder of a pretrained base")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(TRAININGS))
+    parser.add_argument("--precision", default="auto")
     asked = parser.parse_args()
     bench, battles = Workbench(asked.work), battles_of(asked.natural)
-    model = bench.base("real-tiny", texts_of(battles), **BASE)
-    recipes = {"dpo_judge": {"max_steps": 80}}
-    bench.variant("real", "demo", model=model, cutoff_len=320, valid_share=0.3, recipes=recipes)
-    print(f"A tiny base with random weights, trained on {asked.natural.name}:\n")
-    publish("", table(METHODS, own_methods(bench, asked.natural)))
-    publish("scarce ties", table(SCARCE, scarce_ties(bench, battles, asked.clean)), asked.write)
+    same = {"valid_share": 0.3, "precision": asked.precision}
+    if asked.model:
+        bench.variant("real", "smollm2-135m", model=str(asked.model), **same)
+    else:
+        model, recipes = bench.base("real-tiny", texts_of(battles), **BASE), {"dpo_judge": {"max_steps": 80}}
+        bench.variant("real", "demo", model=model, cutoff_len=320, recipes=recipes, **same)
+    print(f"{asked.model or 'A tiny base with random weights'}, on {asked.natural.name}:\n")
+    publish("", table(METHODS, own_methods(bench, asked.natural, asked.stages)))
+    scarce = [stage for stage in ("sft", "rm", "probe") if stage in asked.stages]
+    name = "pretrained" if asked.model else "scarce ties"
+    publish(name, table(SCARCE, scarce_ties(bench, battles, asked.clean, scarce)), asked.write)
 
 
 if __name__ == "__main__":

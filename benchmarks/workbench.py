@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
-from common.stages import STEPS
+from common.stages import STAGES
 from data_prep.chat_template import ChatFrame
 from data_prep.readers import VoteReader
 from data_prep.synthetic import TRAIN_COLUMNS, cell
@@ -52,7 +52,7 @@ class Workbench:
     def stage(self, experiment: str, stage: str) -> None:
         """Run a stage to its report, unless the report is there already."""
         if not self.has(experiment, stage):
-            self.run(*STEPS[stage].command.split(), "-e", experiment)
+            self.run(*STAGES[stage].command.split(), "-e", experiment)
 
     def has(self, experiment: str, stage: str) -> bool:
         """Return whether a stage was run to its report."""
