@@ -117,6 +117,8 @@ def _reached(context: StageContext, view: StageStatus) -> dict[str, Any] | None:
 
 def answer_tokens(context: StageContext) -> tuple[int | None, str | None]:
     """Return the tokens of an answer where the bound holds, else None and why it does not."""
+    if not context.is_trained:
+        return None, "nothing is trained; scoring measures it"
     if context.name != "sft":
         return None, f"the loss of {context.name} is that of pairs (a coin has 0.6931); scoring measures its log loss"
     try:
