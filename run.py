@@ -209,7 +209,7 @@ def rm(experiment: str, as_json: bool, **options: Any) -> None:
 def probe(experiment: str, as_json: bool, **options: Any) -> None:
     """Fit a linear probe on the untrained model; no GPU needed.
 
-    On its hidden states of both answers, layer and strength chosen by cross-fitting; then score and report.
+    On hidden states of both answers; cross-fitting chooses layer and strength. Then score and report.
     """
     from scoring.probe_stage import run_probe
 
