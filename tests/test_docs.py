@@ -143,6 +143,9 @@ def test_three_models_and_folds_give_one_submission_as_it_is_written(tmp_path):
     ]
     report = json.loads((folder / "outputs" / "demo" / "sft" / "report.json").read_text())
     assert report["set"] == "out-of-fold" and report["rows"] == 160 and len(report["folds"]) == 2
+    assert run_py(folder, "score", "-e", "demo", "--input", "test.csv").returncode == 0
+    scored = (folder / "outputs" / "demo" / "sft" / "scored" / "test.csv").read_text()
+    assert scored == (folder / "outputs" / "demo" / "sft" / "probabilities_test.csv").read_text(), "the folds' mean"
     adapters = sorted(path.name for path in (folder / "saves" / "arena-tiny" / "lora").iterdir())
     of_folds = [f"demo_{stage}_fold{n}" for stage in ("dpo_reward", "rm", "sft") for n in range(2)]
     assert adapters == [*of_folds, "student_sft"]
