@@ -228,9 +228,8 @@ def status(experiment: str | None, as_json: bool) -> None:
     Each scored stage has its log loss beside that of the class prior.
     """
 
-    from rich.console import Console
-
     from common.experiment import load_experiment
+    from common.progress import PlainConsole
     from factory.state import archived
     from factory.status import archived_lines, experiment_names, print_status, status_of
 
@@ -241,7 +240,7 @@ def status(experiment: str | None, as_json: bool) -> None:
         earlier = {str(path): size for path, size in archived().items()}
         click.echo(json.dumps({"experiments": [asdict(each) for each in found], "earlier_runs": earlier}, indent=2))
     else:
-        print_status(Console(), found)
+        print_status(PlainConsole(), found)
         for line in archived_lines(archived())[-1:]:
             click.echo(line)
 
@@ -254,12 +253,11 @@ def forecast(experiment: str, as_json: bool, **what: Any) -> None:
     Of training and scoring, from the exported rows' token lengths; before any votes or model are on disk, from the
     competition's.
     """
-    from rich.console import Console
-
+    from common.progress import PlainConsole
     from factory.forecast import forecast, print_forecast
 
     found = forecast(start(experiment)[0].experiment, **what)
-    click.echo(json.dumps(found, indent=2)) if as_json else print_forecast(Console(), found)
+    click.echo(json.dumps(found, indent=2)) if as_json else print_forecast(PlainConsole(), found)
 
 
 @cli.command()

@@ -8,16 +8,30 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.segment import Segment
 from rich.table import Column
 
 from common.console import duration, printable
 
 _INTERVAL = 30.0  # seconds between two plain lines
 _SOONEST = 1.0  # seconds of work before the time left is estimated
+
+
+class PlainConsole(Console):
+    """Shows what strangers wrote as it is: no markup, no emoji codes, no character that steers the terminal."""
+
+    def __init__(self, **options: Any):
+        """Take rich's own options."""
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render(self, *given: Any, **options: Any) -> Iterator[Segment]:
+        """Yield what is drawn; rich's own escapes are no text, and come later."""
+        for each in super().render(*given, **options):
+            yield each if each.control else Segment(printable(each.text), each.style)
 
 
 class Show:

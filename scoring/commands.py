@@ -46,8 +46,7 @@ def compare(names: tuple[str, ...], as_json: bool) -> None:
 
     With paired intervals, and a blend of them. Of several experiments, with the settings in which they differ.
     """
-    from rich.console import Console
-
+    from common.progress import PlainConsole
     from scoring.compare import compare_folder, compare_stages
     from scoring.report.console import print_comparison
 
@@ -56,7 +55,7 @@ def compare(names: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
-        print_comparison(Console(), compare_folder(experiments), result)
+        print_comparison(PlainConsole(), compare_folder(experiments), result)
 
 
 @_command()
@@ -93,8 +92,7 @@ def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped
 
     The verdict, the probabilities in both orders, and what the judge read, with its cut places marked.
     """
-    from rich.console import Console
-
+    from common.progress import PlainConsole
     from scoring.show import print_battle, show_battle
 
     context, _ = start(experiment, stage)
@@ -102,7 +100,7 @@ def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped
     if as_json:
         click.echo(json.dumps(asdict(shown), indent=2))
     else:
-        print_battle(Console(), shown, swapped=swapped)
+        print_battle(PlainConsole(), shown, swapped=swapped)
 
 
 @_command()
@@ -186,8 +184,7 @@ def rank(experiment: str, stage: str, as_json: bool, **options: Any) -> None:
     Bradley-Terry ratings with 95% intervals. With both the judge's error is measured on its validation fold, and taken
     off.
     """
-    from rich.console import Console
-
+    from common.progress import PlainConsole
     from scoring.rank import print_ratings, rank
 
     context = start(experiment, stage)[0] if options["judged"] else None
@@ -195,7 +192,7 @@ def rank(experiment: str, stage: str, as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(ranked.table.to_json(orient="records", indent=2))
     else:
-        print_ratings(Console(), ranked, options["output"])
+        print_ratings(PlainConsole(), ranked, options["output"])
 
 
 COMMANDS = (audit_labels, compare, ensemble, show, score, export, rank, verify)

@@ -22,7 +22,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
-from common.console import printable
+from common.console import name_of
 from common.errors import ArenaError, UsageError
 from common.files import atomic_file, csv_line
 from data_prep.audit import row_statistics
@@ -36,6 +36,7 @@ POINTS, MEAN = 400 / math.log(10), 1000.0
 _Z = 1.959963984540054  # of a two-sided 95% interval
 _OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 _STEPS, _ENOUGH = 100, 1e-10
+_MOST_MODELS, _LONGEST = 1000, 100  # memory grows with rows x models; characters of a name in the terminal
 _TRUST = np.linspace(0, 1, 21)  # weights of the judge's opinions that are tried
 
 
@@ -233,6 +234,9 @@ def _connected(rows: pd.DataFrame) -> tuple[list[str], tuple[str, ...]]:
     """
     score = rows["outcome"].fillna(rows["opinion"]).to_numpy()
     codes, names = pd.factorize(pd.concat([rows["a"], rows["b"]]))
+    if len(names) > _MOST_MODELS:
+        what, remedy = f"{len(names):,} models, more than {_MOST_MODELS:,}", "check the columns model_a and model_b"
+        raise ArenaError(what, where="rank", remedy=remedy)
     a, b = codes[: len(rows)], codes[len(rows) :]
     wins = [(a[score > 0], b[score > 0]), (b[score < 1], a[score < 1])]
     winner, loser = (np.concatenate([pair[side] for pair in wins]) for side in (0, 1))
@@ -269,7 +273,7 @@ def print_ratings(console: Console, ranked: Ranked, folder: Path) -> None:
         table.add_column(name, justify="left" if name == "model" else "right")
     for row in ranked.table.itertuples(index=False):
         ends = f"{row.low:,.0f} to {row.high:,.0f}"
-        table.add_row(printable(row.model), f"{row.rating:,.0f}", ends, f"{row.battles:,}")
+        table.add_row(name_of(row.model) if len(row.model) > _LONGEST else row.model, f"{row.rating:,.0f}", ends, f"{row.battles:,}")
     console.print(table)
     if ranked.length_effect:
         effect, low, high = ranked.length_effect
@@ -277,5 +281,5 @@ def print_ratings(console: Console, ranked: Ranked, folder: Path) -> None:
     if ranked.trust is not None:
         console.print(f"joined with weight {ranked.trust:.2f} for the judge's opinions, its error taken off")
     if ranked.left_out:
-        console.print(f"left out, not connected by wins and losses: {', '.join(map(printable, ranked.left_out))}")
+        console.print(f"left out, not connected by wins and losses: {', '.join(map(name_of, ranked.left_out[:_MOST_MODELS]))}")
     console.print(f"written: {folder / 'ratings.csv'}, {folder / 'ratings.html'}", soft_wrap=True)

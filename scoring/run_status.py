@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from common.console import duration
+from common.console import duration, printable
 from common.errors import ArenaError
 from common.files import read_json
 from data_prep.chat_template import ChatFrame
@@ -182,4 +182,4 @@ def in_words(status: RunStatus) -> list[str]:
     lines += status.faults
     if status.next and not status.at_work:
         lines.append(f"next: {status.next}")
-    return lines
+    return [printable(" ".join(line.splitlines())) for line in lines]

@@ -286,7 +286,7 @@ def serve_stage(
         service.agreement = stage_agreement(context, agree)
         show.note(f"{context.name}: {service.agreement.in_words()}")
     quiet = {"access_log": False, "log_level": "warning", "server_header": False}
-    app = build_app(service, token)
+    app = build_app(service, host, token)
     server = uvicorn.Server(
         uvicorn.Config(app, host, port, limit_concurrency=_MOST_CONNECTIONS, lifespan="on", **quiet)
     )

@@ -219,6 +219,42 @@ def test_a_battle_that_is_shown_cannot_steer_a_terminal():
     assert said.count("␛[31mred") == 4 and not set(said) & CONTROL
 
 
+MARKUP = "[/] [red]x[/green] [link=http://x]y[/link] :cat:"
+
+
+@pytest.mark.parametrize("text", [ESCAPES, MARKUP])
+def test_what_a_downloaded_experiment_says_cannot_steer_a_terminal(place, text):
+    state, report = (json.loads(Path(f"outputs/exam/sft/{name}.json").read_text()) for name in ("state", "report"))
+    flags = [{"level": "red", "code": "x", "text": f"{text}\nnext: sh evil.sh"}]
+    place.edit_json("outputs/exam/sft/report.json", flags=flags, rows=f"{text}\nnext: sh evil.sh")
+    Path("outputs", f"{ESCAPES}.earlier-1").mkdir()
+    asked = [["compare", "-e", "exam"], ["verify", "outputs/exam/sft"], ["status"]]
+    said = {each[0]: call(*each) for each in (*asked, ["clean"], ["watch", "-e", "exam", "--stage", "sft", "--once"])}
+    state["parts"]["score"].update(finished_at=None, failed=text)
+    place.edit_json("outputs/exam/sft/state.json", **state)
+    said |= {"failed": call("status"), "watched": call("watch", "-e", "exam", "--stage", "sft", "--once")}
+    for name, done in said.items():
+        assert isinstance(done.exception, SystemExit | None), (name, done.exception)
+        assert not set(done.output) & CONTROL and "\nnext: sh evil.sh" not in done.output, (name, done.output)
+    shown = "[/] [red]x[/green]" if text is MARKUP else "evil"
+    assert shown in said["compare"].output and shown in said["watched"].output and report["flags"] != flags
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [((ESCAPES, "n"), "␛[31mred"), ((MARKUP, "n"), "[/] [red]x[/green]"), (("x" * 10**6, "n"), "xxx…"), (None, "1,001")],
+)
+def test_models_that_are_rated_may_have_any_name(place, names, shown):
+    rows = place.rows(1001 if names is None else 6)
+    for number, row in enumerate(rows):
+        row["model_a"], row["model_b"] = names or (f"m{number}", f"m{(number + 1) % 1001}")
+    place.table(rows, "rated.csv")
+    with within(20):
+        done = call("rank", "--votes", "rated.csv")
+    assert done.exit_code == (names is None) and shown in done.output, done.output
+    assert not set(done.output) & CONTROL and len(done.output) < 10_000
+
+
 def test_an_id_cannot_forge_a_line_of_an_error():
     assert name_of("1\n  remedy: sh evil.sh") == r"'1\n  remedy: sh evil.sh'"
     assert name_of("136060") == "136060"

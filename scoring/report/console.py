@@ -14,6 +14,7 @@ from rich.table import Table
 from common.battle import PROBABILITY_COLUMNS
 from common.console import printable
 from common.experiment import Experiment
+from common.progress import PlainConsole
 from factory import status
 from factory.recipes import as_yaml
 from factory.stage_context import StageContext
@@ -30,7 +31,7 @@ _STYLES = {"red": "bold red", "amber": "yellow", "info": "dim"}
 def print_reached(context: StageContext, report: dict[str, Any] | None, as_json: bool) -> None:
     """Print what a run reached, for people a table, for programs the report; without one what was made so far."""
     if report is not None:
-        print(json.dumps(report, indent=2)) if as_json else print_summary(Console(), context, report)
+        print(json.dumps(report, indent=2)) if as_json else print_summary(PlainConsole(), context, report)
         return
     made = {"adapter": context.adapter, **({"merged": context.merged} if context.merged.is_dir() else {})}
     if as_json:
@@ -63,7 +64,7 @@ def print_summary(console: Console, context: StageContext, report: dict[str, Any
     _print(console, f"submission: {submission if submission.exists() else why_none}")
     for command in next_commands(context, report):
         # A command must stay one line that can be copied.
-        console.print(f"next:       {command}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"next:       {command}", soft_wrap=True)
 
 
 def next_commands(context: StageContext, report: dict[str, Any]) -> list[str]:
@@ -92,7 +93,7 @@ def print_comparison(console: Console, folder: Path, result: dict[str, Any]) -> 
 
 def print_ensemble(report: dict[str, Any]) -> None:
     """Print an ensemble beside its members and the baselines, its weights, and the files that were made."""
-    console, folder = Console(), Path("outputs") / report["experiment"] / "ensemble"
+    console, folder = PlainConsole(), Path("outputs") / report["experiment"] / "ensemble"
     _print_compared(console, report)
     for name, weight in report["blend"]["weights"].items():
         lost = f"; {report['left_out'][name]} of its battles are not judged by all" if report["left_out"][name] else ""
@@ -196,5 +197,5 @@ def _cells(mark: figures.Mark) -> tuple[str, str, str]:
 
 
 def _print(console: Console, line: str, style: str | None = None) -> None:
-    """Print a line as it is: what looks like markup in an id or a flag is text."""
-    console.print(line, style=style, highlight=False, markup=False)
+    """Print a line as it is: an id or a flag makes no second one."""
+    console.print(" ".join(line.splitlines()), style=style)

@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from common.battle import VERDICTS
 from common.errors import ArenaError
 from common.experiment import load_experiment
+from common.progress import Show
 from data_prep.readers import VoteReader
 from factory.stage_context import StageContext
 from scoring import service as service_module
+from scoring import service_app
 from scoring.calibration import AB_COLUMNS, Calibration
 from scoring.score_stage import read_report
 from scoring.service import Service
@@ -158,6 +160,19 @@ def test_a_token_is_asked_for_everywhere_but_at_the_page(tmp_path):
     right = {"Authorization": "Bearer s3cret"}
     calls = [("GET", "/v1/model", {"headers": right}), ("GET", "/", {}), ("GET", "/healthz", {})]
     assert [each.status_code for each in ask(calls, token=token)] == [200, 200, 200]
+
+
+def test_the_command_hands_host_and_token_to_what_it_serves(tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("s3cret")
+    built = []
+    service = Service(SimpleNamespace(name="sft", experiment=None), LengthScorer(), REPORT)
+    monkeypatch.setattr(service_app, "open_service", lambda *_: service)
+    monkeypatch.setattr(service_app, "build_app", lambda *given: built.append(given))
+    server = SimpleNamespace(run=lambda: None, started=True)
+    monkeypatch.setattr(service_app.uvicorn, "Server", lambda config: server)
+    options = {"port": None, "token_file": tmp_path / "token", "agree": None, "engine": "torch", "precision": None}
+    service_app.serve_stage(service.context, host="127.0.0.1", show=Show(), **options)
+    assert built == [(service, "127.0.0.1", "s3cret")]
 
 
 def test_a_page_of_another_site_gets_no_answer():
