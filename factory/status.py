@@ -305,7 +305,9 @@ def print_status(console: Console, found: list[ExperimentStatus]) -> None:
 
 def archived_lines(found: Mapping[Path, int]) -> list[str]:
     """Return a line for each run that was put aside, the largest last but one, and how much disk all of them take."""
-    lines = [printable(f"{size / 1e6:10,.1f} MB  {path}") for path, size in sorted(found.items(), key=lambda each: each[1])]
+    lines = [
+        printable(f"{size / 1e6:10,.1f} MB  {path}") for path, size in sorted(found.items(), key=lambda each: each[1])
+    ]
     total = f"earlier runs: {len(found)}, {sum(found.values()) / 1e6:,.1f} MB; python run.py clean deletes them"
     return [*lines, total] if found else []
 

@@ -273,7 +273,7 @@ def print_ratings(console: Console, ranked: Ranked, folder: Path) -> None:
         table.add_column(name, justify="left" if name == "model" else "right")
     for row in ranked.table.itertuples(index=False):
         ends = f"{row.low:,.0f} to {row.high:,.0f}"
-        table.add_row(name_of(row.model) if len(row.model) > _LONGEST else row.model, f"{row.rating:,.0f}", ends, f"{row.battles:,}")
+        table.add_row(_shown(row.model), f"{row.rating:,.0f}", ends, f"{row.battles:,}")
     console.print(table)
     if ranked.length_effect:
         effect, low, high = ranked.length_effect
@@ -281,5 +281,9 @@ def print_ratings(console: Console, ranked: Ranked, folder: Path) -> None:
     if ranked.trust is not None:
         console.print(f"joined with weight {ranked.trust:.2f} for the judge's opinions, its error taken off")
     if ranked.left_out:
-        console.print(f"left out, not connected by wins and losses: {', '.join(map(name_of, ranked.left_out[:_MOST_MODELS]))}")
+        console.print(f"left out, not connected by wins and losses: {', '.join(map(_shown, ranked.left_out))}")
     console.print(f"written: {folder / 'ratings.csv'}, {folder / 'ratings.html'}", soft_wrap=True)
+
+
+def _shown(name: str) -> str:
+    return name if len(name) <= _LONGEST else name_of(name)
