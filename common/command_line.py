@@ -197,7 +197,7 @@ columns_option = option(
     "--columns",
     metavar="OURS=THEIRS,…",
     callback=_pairs,
-    help="What your tables call our columns: prompt=question,response_a=left,response_b=right,winner=label.",
+    help="What your tables call our columns: prompt=question,response_a=left,winner=label.",
 )
 prepare_options = several(
     experiment_option,

@@ -179,7 +179,7 @@ def verify(output: Path, as_json: bool) -> None:
 @_command()
 @cl.rank_options
 def rank(experiment: str, stage: str, as_json: bool, **options: Any) -> None:
-    """Rate the models behind the battles, from votes, a judge's opinions or both.
+    """Rate models by votes, a judge's opinions or both.
 
     Bradley-Terry ratings with 95% intervals. With both the judge's error is measured on its validation fold, and taken
     off.

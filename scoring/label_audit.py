@@ -5,13 +5,12 @@ Only battles that the judge did not train on are listed: with folds all, else th
 
 from __future__ import annotations
 
-import csv
 from typing import Any
 
 import numpy as np
 
 from common.battle import VERDICTS
-from common.files import atomic_file
+from common.files import atomic_file, csv_line
 from data_prep.export_reader import read_rows
 from factory.stage_context import StageContext
 from scoring.compare import stage_probabilities
@@ -40,9 +39,7 @@ def audit_labels(context: StageContext, most: int) -> dict[str, Any]:
     ]
     path = context.folder / FILE
     with atomic_file(path) as file:
-        writer = csv.DictWriter(file, _HEADER, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(listed)
+        file.writelines(map(csv_line, [_HEADER, *(each.values() for each in listed)]))
     return {"file": str(path), "judged": len(rows), "rows": listed}
 
 

@@ -84,7 +84,7 @@ def truth_of_others(place: Place) -> None:
 LOAD_JUDGE = partial(load_judge, Path(MERGED))
 LOAD_MODEL = partial(load_model, Path(MERGED), "cpu")
 LOAD_ADAPTER = partial(TrainedAdapter(Path(ADAPTER), "models/tiny").load, "cpu")
-FIRST_PROMPTS = partial(shared_prompts, Path(DATA))
+FIRST_PROMPTS = partial(shared_prompts, Path(DATA), ["train"], ["valid"])
 TEST_IDS = partial(submission_ids, Path(DATA), [])
 SUBMISSION = partial(check_submission, Path("mine.csv"), ["1", "2", "3"])
 

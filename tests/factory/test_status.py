@@ -103,6 +103,7 @@ def test_each_state_is_told_with_the_command_that_goes_on(exam):
         "dpo_reward": ("interrupted", "python run.py dpo --view reward -e exam"),
         "rm": ("scored", "python run.py compare -e exam"),
         "base": ("new", "python run.py score --stage base -e exam"),
+        "probe": ("new", "python run.py probe -e exam"),
     }
     (checkpoint / "trainer_state.json").unlink()
     assert status(exam, "sft").next == "python run.py sft -e exam --fresh", "there is nothing to resume from"

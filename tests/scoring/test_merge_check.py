@@ -55,7 +55,7 @@ def laid_out(workplace, make_experiment, tiny_model, small_tokenizer, small_fram
     fitter = PairFitter(small_frame, small_tokenizer, cutoff_len=400, shares=experiment.budget_shares)
     pairs = [asdict(flatten(fitted.battle)) | {"dropped": 0} for fitted in fitter.fit(battles)]
     rows = pd.DataFrame({"id": [battle.id for battle in battles], "split": "valid", "verdict": "a", "dropped": 0})
-    rows.assign(language=None).to_parquet(data / "rows.parquet")
+    rows.assign(language=None, shares=None).to_parquet(data / "rows.parquet")
     pd.DataFrame([asdict(battle) for battle in battles]).to_parquet(data / "battles.parquet")
     pd.DataFrame(pairs).to_parquet(data / "pairs.parquet")
     manifest = {"format": FORMAT, "experiment": {}, "files": {}, "sources": {}, "views": []}

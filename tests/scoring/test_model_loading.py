@@ -101,9 +101,10 @@ def test_names_of_one_model(one, other, same):
 def test_a_stage_s_adapter_is_the_one_of_its_recipe(workplace, make_experiment):
     context = StageContext(make_experiment(model="some/base", revision="v2"), "sft")
     context.recipe_path.parent.mkdir(parents=True)
-    recipe = "model_name_or_path: some/base\noutput_dir: saves/x\nquantization_bit: 8\nquantization_type: fp4\n"
+    recipe = "model_name_or_path: some/base\noutput_dir: saves/base/lora/exam_sft\nquantization_bit: 8\n"
+    recipe += "quantization_type: fp4\n"
     context.recipe_path.write_text(recipe)
-    expected = TrainedAdapter(Path("saves/x"), "some/base", 8, "fp4", True, "v2", False)
+    expected = TrainedAdapter(Path("saves/base/lora/exam_sft"), "some/base", 8, "fp4", True, "v2", False)
     assert trained_adapter(context) == expected
     context = StageContext(context.experiment, "sft")
     context.recipe_path.write_text(f"{recipe}adapter_name_or_path: first\n")

@@ -186,7 +186,8 @@ def data(tmp_path):
     turns = [[[text] for text in texts] for texts in TEXTS]
     for column, second in zip(turns[2], ("second", "2", "4"), strict=True):
         column.append(second)
-    rows = {"split": ["valid", "train", "valid"], "verdict": ["a", "b", "tie"], "dropped": [0, 0, 3], "language": None}
+    rows = {"split": ["valid", "train", "valid"], "verdict": ["a", "b", "tie"], "dropped": [0, 0, 3]}
+    rows |= {"language": None, "shares": None}
     pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
     plural = ("prompts", "responses_a", "responses_b")
     pd.DataFrame(turns, columns=plural).assign(id=ids).to_parquet(tmp_path / "battles.parquet")

@@ -16,6 +16,9 @@ def result() -> dict:
     row = {"log_loss_ci95": [0.8, 1.1], "accuracy": 0.5, "ece": 0.02}
     losses = {"sft": 0.93, "rm": 0.95, "blend": 0.92}
     return {
+        "experiment": "exam",
+        "left_out": {},
+        "differs": {},
         "rows": 300,
         "table": [{"name": name, "log_loss": loss, **row} for name, loss in losses.items()],
         "baselines": {"prior": 0.9438, "tfidf": 0.94},
@@ -28,8 +31,7 @@ def result() -> dict:
 
 def printed(result: dict, tmp_path) -> str:
     out = io.StringIO()
-    experiment = SimpleNamespace(name="exam", output_folder=lambda stage: tmp_path / stage)
-    print_comparison(Console(file=out, width=200), experiment, result)
+    print_comparison(Console(file=out, width=200), tmp_path, result)
     return out.getvalue()
 
 
@@ -52,7 +54,7 @@ def test_the_summary_shows_the_baselines_the_findings_and_every_flag(tmp_path, m
     scores, texts, truth = arena(400, 3, both_orders=True)
     report = built(scores, texts, truth)[0]
     out = io.StringIO()
-    experiment = SimpleNamespace(name="exam", output_folder=lambda stage: tmp_path / stage)
+    experiment = SimpleNamespace(name="exam", output_folder=lambda stage, fold=None: tmp_path / stage)
     print_summary(Console(file=out, width=300), StageContext(experiment, "sft"), report)
     text = out.getvalue()
     losses = [float(line.split("│")[2]) for line in text.splitlines() if line.count("│") == 4]
