@@ -307,6 +307,11 @@ score_options = several(
         help="Where --input's probabilities go [outputs/EXP/STAGE/scored/NAME.csv]; only such a file is replaced.",
     ),
     agree_option,
+    option(
+        "--cascade",
+        metavar="EXP:STAGE",
+        help="With --input and --agree: a second judge, who answers the battles that the first abstains from.",
+    ),
     engine_options,
     output_options,
 )
@@ -323,6 +328,16 @@ export_options = several(
     ),
     option("--output", type=FILE, help="The file [outputs/EXP/STAGE/judge-Q.gguf, Q the quantization]."),
     option("--converter", type=FILE, help="A folder of llama.cpp [.venv/llama.cpp]."),
+    output_options,
+)
+publish_options = several(
+    experiment_option,
+    stage_option("The judge to publish"),
+    fold_option,
+    option("--repo", required=True, metavar="OWNER/NAME", help="A model repository of the hub; made where it is none."),
+    option("--adapter", is_flag=True, help="The adapter instead of the merged model."),
+    option("--private", is_flag=True, help="Only for the owner and those that they let in."),
+    option("--dry-run", is_flag=True, help="List every file and its size, and send nothing."),
     output_options,
 )
 watch_options = several(

@@ -113,15 +113,18 @@ def stage_agreement(context: StageContext, target: float) -> Agreement:
         return Agreement.of(read_json(path)["agreement"], target)
 
 
-def write_choices(table: Path, agreement: Agreement) -> tuple[Path, int, int]:
+def write_choices(
+    table: Path, agreement: Agreement, judged: tuple[list[str], np.ndarray] | None = None
+) -> tuple[Path, int, int]:
     """Write each row's first choice, or "abstain", beside a table of probabilities; return (path, answered, rows).
 
+    `judged` are ids and probabilities [rows, 3] that are not the table's own: those of the first judge of a cascade.
     Raises ArenaError where a file of that name is not an earlier output.
     """
     path = table.with_name(f"{table.stem}_choices.csv")
     if path.exists() and path.read_bytes()[: len(_HEADER)] != _HEADER:
         raise ArenaError("exists and is not an earlier output", where=str(path), remedy="move it away")
-    ids, probabilities = read_table(table)
+    ids, probabilities = judged or read_table(table)
     choices = agreement.choices(probabilities)
     with atomic_file(path) as file:
         file.writelines(map(csv_line, [("id", "choice"), *zip(ids, choices, strict=True)]))

@@ -113,16 +113,18 @@ def score(
     Without --input again those of the fold and the test set. What is scored is kept: after an interruption the
     same command goes on, without --fresh.
     """
-    from scoring.agreement import note_choices
+    from scoring.agreement import note_choices, stage_agreement
     from scoring.out_of_fold import out_of_fold_report
     from scoring.predictions import scored_file
     from scoring.report.console import input_lines
-    from scoring.score_input import score_input
+    from scoring.score_input import Cascade, score_input
     from scoring.score_stage import ScoreOptions, score_stage
 
-    agree, columns = how.pop("agree"), how.pop("columns")
+    agree, columns, cascade = how.pop("agree"), how.pop("columns"), how.pop("cascade")
     if (output is not None or columns) and source is None:
         raise click.UsageError("--output and --columns belong to --input: give it, too, or leave them out")
+    if cascade and (source is None or not agree or how["time_limit"] or ":" not in cascade):
+        raise click.UsageError("--cascade EXP:STAGE belongs to --input with --agree, and has no --time-limit")
     context, show = start(experiment, stage, fold)
     options = ScoreOptions.of(**how)
     if source is None:
@@ -131,10 +133,11 @@ def score(
         output = context.folder / "probabilities_test.csv"
     else:
         output = output or scored_file(context.experiment, context.name, source)
-        made = score_input(context, source, output, columns, show=show, options=options)
+        then = cascade and Cascade(start(*cascade.split(":", 1))[0], stage_agreement(context, agree))
+        made = score_input(context, source, output, columns, show=show, options=options, cascade=then)
         click.echo(json.dumps(made) if as_json else "\n".join(input_lines(made)))
         output = Path(made.get("probabilities", output))
-    if agree:
+    if agree and not cascade:
         note_choices(context, output, agree, show)
 
 
@@ -195,4 +198,19 @@ def rank(experiment: str, stage: str, as_json: bool, **options: Any) -> None:
         print_ratings(PlainConsole(), ranked, options["output"])
 
 
-COMMANDS = (audit_labels, compare, ensemble, show, score, export, rank, verify)
+@_command()
+@cl.publish_options
+def publish(experiment: str, stage: str, fold: str | None, as_json: bool, **how: Any) -> None:
+    """Send a judge or its adapter to the Hugging Face hub.
+
+    With its model card and calibration, in one commit; no vote, log or checkpoint goes with it.
+    """
+    from scoring.publish import publish, published_lines
+
+    context, show = start(experiment, stage, fold)
+    context.require_one_judge()
+    made = publish(context, **how, show=show)
+    click.echo(json.dumps(made, indent=2) if as_json else "\n".join(published_lines(made)))
+
+
+COMMANDS = (audit_labels, compare, ensemble, show, score, export, publish, rank, verify)

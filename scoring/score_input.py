@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import closing
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pandas as pd
 
 from common.battle import PROBABILITY_COLUMNS
 from common.console import name_of
+from common.errors import UsageError
 from common.files import only_run, sha256_of_table
 from common.progress import Show
 from data_prep.cells import is_formula
@@ -20,6 +23,7 @@ from data_prep.readers import VoteReader, require_used
 from data_prep.sources import votes_at
 from factory.stage_context import StageContext
 from scoring import metrics
+from scoring.agreement import Agreement, write_choices
 from scoring.baselines import TFIDF_CHARS, baseline_probabilities
 from scoring.calibration import Calibration
 from scoring.executor import Executor
@@ -31,6 +35,87 @@ from scoring.score_store import remove_empty
 from scoring.time_limit import Pace
 
 
+@dataclass(frozen=True)
+class Cascade:
+    """The second judge, who answers the battles from which the first abstains by this promise."""
+
+    context: StageContext
+    agreement: Agreement
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table to score: where it lies, what its columns are called; name and `inputs` of the jobs on it."""
+
+    path: Path
+    columns: Mapping[str, str] | None
+    name: str
+    target: str
+    inputs: Mapping[str, Any]
+
+
+class _TableJudge:
+    """The judge of a scored stage on its way through a table; no model is loaded before `score`."""
+
+    def __init__(self, context: StageContext, options: ScoreOptions):
+        self.context, self._options, self._jobs = context, options, []
+        self.report = read_report(context if context.fold is None else context.of(None))
+        self.calibration = Calibration.from_json(self.report)
+        self._both_orders = self.calibration.used.swap_tta
+        if self._both_orders and options.time_limit is not None:
+            self.calibration.require(1)
+        self._specs = [options.spec(each) for each in context.answering]
+        self._scorers = [spec.scorer() for spec in self._specs]
+
+    def require_scored(self) -> None:
+        """Raise ArenaError where its report is of an earlier judge."""
+        self._models = [scorer.inputs() for scorer in self._scorers]
+        for spec, model in zip(self._specs, self._models, strict=True):
+            spec.context.require_scored(model)
+        self.context.require_scored()
+
+    def score(self, table: _Table, show: Show, only: Collection[str] | None = None) -> None:
+        """Score the table's battles, or those with the ids `only`."""
+        options, inputs = self._options, {**table.inputs, "both_orders": self._both_orders}
+        if only is not None:
+            inputs["only"] = hashlib.sha256("\n".join(sorted(only)).encode("utf-8", "surrogatepass")).hexdigest()
+        for spec, scorer, model in zip(self._specs, self._scorers, self._models, strict=True):
+            with closing(options.open(spec, scorer, show)) as executor:
+                _note_other_engine(self.report, executor, self.context.name, show)
+                job = open_job(
+                    spec.context.folder / "scoring",
+                    table.target,
+                    scorer,
+                    executor,
+                    inputs={**inputs, "model": model},
+                    rows=lambda scorer=scorer: (
+                        row for row in scorer.read(table.path, table.columns) if only is None or row[0]["id"] in only
+                    ),
+                    label=f"{spec.context.label}: {table.name}",
+                    show=show,
+                    fresh=options.fresh,
+                )
+                self._jobs.append(job)
+                judges_left = len(self._specs) + 1 - len(self._jobs)
+                pace = Pace(job.tokens * judges_left, options.time_limit, started=options.started)
+                job.straight(executor, pace)
+                if self._both_orders or (options.time_limit is not None and 2 in self.calibration.links):
+                    job.swapped(executor, pace)
+        self.answered = MeanOfJobs(self._jobs)
+        unread = [(row["before"], row["id"]) for row in self.answered.unread]
+        self.answers = Answers.of(self.answered, self.calibration, unread, self.report)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that it read: of both orders, where it averages them, and in every fold that answers."""
+        return sum(job.tokens for job in self._jobs) * (2 if self._both_orders else 1)
+
+    def remove(self) -> None:
+        """Delete what was kept for a call that goes on."""
+        for job in self._jobs:
+            job.remove()
+
+
 def score_input(
     context: StageContext,
     source: str | Path,
@@ -39,62 +124,44 @@ def score_input(
     *,
     show: Show,
     options: ScoreOptions | None = None,
+    cascade: Cascade | None = None,
 ) -> dict[str, Any]:
     """Write the probabilities of any table of battles to `output`; return `rows`, `output` and how good they are.
 
     `source` is what `prepare` takes as votes: a file, a folder of parts, Kaggle's zip, or an address on the hub;
     `columns` are its own names for ours. For a test set of the WSDM Cup `output` is `id,winner`, and `probabilities`
     lie beside it. A row that cannot be read gets the class prior (`by_prior` of them). Where rows have verdicts,
-    `judged` has their log loss and the baselines'. Without verdicts memory does not grow with the texts, only by some
-    bytes a row. Raises ArenaError, and UsageError, before any work, where `output` is a file that this command did not
-    write.
+    `judged` has their log loss and the baselines'. In a `cascade` a row has the probabilities of the judge that
+    answered it. Without verdicts memory does not grow with the texts, only by some bytes a row. Raises ArenaError, and
+    UsageError, before any work, where `output` is a file that this command did not write.
     """
     options, stage = options or ScoreOptions(), context.name
     beside = output.with_name(f"{output.stem}_probabilities.csv")
     require_replaceable(output, source, context.experiment)
-    report = read_report(context if context.fold is None else context.of(None))
-    calibration = Calibration.from_json(report)
-    wanted = calibration.used.swap_tta
-    if wanted and options.time_limit is not None:
-        calibration.require(1)
-    specs = [options.spec(each) for each in context.answering]
-    scorers, path = [spec.scorer() for spec in specs], votes_at(source, labelled=False, columns=columns)
+    if cascade and cascade.context.folder == context.folder:
+        raise UsageError("is the first judge itself", where="--cascade", remedy="name another experiment or stage")
+    judges = [_TableJudge(each, options) for each in (context, *([cascade.context] if cascade else []))]
+    path, judge = votes_at(source, labelled=False, columns=columns), judges[0]
     # what is not a table of battles is refused before the model is loaded
     reader = VoteReader(path, labelled=False, columns=columns)
     require_used(columns or {}, reader)
     if reader.is_wsdm:
         require_replaceable(beside, source, context.experiment)
     show.note(f"{path}: {reader.read_as}")
-    models = [scorer.inputs() for scorer in scorers]
-    for spec, model in zip(specs, models, strict=True):
-        spec.context.require_scored(model)
-    context.require_scored()
-    target, jobs = f"input-{output.name}", []
-    base = context.folder / "scoring"
+    for each in judges:
+        each.require_scored()
     data = {"data": f"sha256:{sha256_of_table(path)}", **({"columns": columns} if columns else {})}
-    with only_run(base / target):
-        for spec, scorer, model in zip(specs, scorers, models, strict=True):
-            with closing(options.open(spec, scorer, show)) as executor:
-                _note_other_engine(report, executor, stage, show)
-                job = open_job(
-                    spec.context.folder / "scoring",
-                    target,
-                    scorer,
-                    executor,
-                    inputs={**data, "both_orders": wanted, "model": model},
-                    rows=lambda scorer=scorer: scorer.read(path, columns),
-                    label=f"{spec.context.label}: {Path(source).name}",
-                    show=show,
-                    fresh=options.fresh,
-                )
-                jobs.append(job)
-                pace = Pace(job.tokens * (len(specs) + 1 - len(jobs)), options.time_limit, started=options.started)
-                job.straight(executor, pace)
-                if wanted or (options.time_limit is not None and 2 in calibration.links):
-                    job.swapped(executor, pace)
-        answered = MeanOfJobs(jobs)
-        unread = [(row["before"], row["id"]) for row in answered.unread]
-        answers = Answers.of(answered, calibration, unread, report)
+    table, folders = _Table(path, columns, Path(source).name, f"input-{output.name}", data), []
+    with ExitStack() as locks:
+        for each in judges:
+            folders.append(each.context.folder / "scoring")
+            locks.enter_context(only_run(folders[-1] / table.target))
+        judge.score(table, show)
+        second, first = {}, cascade and _all_of(judge.answers)
+        answers = judge.answers
+        if cascade:
+            second = _second_answers(judges[1], cascade.agreement, first, table, show)
+            answers = replace(answers, pieces=lambda: _with_second(judge.answers, second))
         rows, cut = answers.write(output, winner=reader.is_wsdm)
         record_output(output)
         made: dict[str, Any] = {"rows": rows, "output": str(output), "by_prior": len(answers.lines)}
@@ -102,18 +169,24 @@ def score_input(
             answers.write(beside)
             record_output(beside)
             made["probabilities"] = str(beside)
-        made |= judge_answers(context, answered, calibration, report)
-        formulas = sum(map(is_formula, jobs[0].ids()))
-        for job in jobs:
-            job.remove()
-    remove_empty(base)  # its own lock lay in there until now
-    if unread:
-        first, lost = answered.unread[0], len(unread) - len(answers.lines)
+        if cascade:
+            choices, answered, read = write_choices(Path(made.get("probabilities", output)), cascade.agreement, first)
+            names, tokens = [_name(each.context) for each in judges], [each.tokens for each in judges]
+            answered_by = dict(zip(names, (answered, read - answered), strict=True))
+            made["cascade"] = {"answered": answered_by, "tokens": dict(zip(names, tokens, strict=True))}
+            made["cascade"] |= {"agreement": cascade.agreement.in_words(), "choices": str(choices)}
+        made |= judge_answers(judges, second)
+        formulas = sum(map(is_formula, judge.answered.ids()))
+        for each in judges:
+            each.remove()
+    for folder in folders:
+        remove_empty(folder)  # its own lock lay in there until now
+    if unread := judge.answered.unread:
+        row, lost = unread[0], len(unread) - len(answers.lines)
         missing = f"; {lost:,} without an id of their own have no line" if lost else ""
         show.note(
             f"warning: {len(unread):,} row(s) cannot be read: {len(answers.lines):,} get the class prior{missing}; "
-            f"the first is {first['file']} row {first['row']} (id {name_of(first['id'] or 'missing')}): "
-            f"{first['reason']}"
+            f"the first is {row['file']} row {row['row']} (id {name_of(row['id'] or 'missing')}): {row['reason']}"
         )
     if cut:
         show.note(f"{stage}: {cut:,} of {rows:,} rows ({cut / rows:.1%}) were shortened to the judge's token budget")
@@ -122,17 +195,43 @@ def score_input(
     return made
 
 
-def judge_answers(
-    context: StageContext, job: MeanOfJobs, calibration: Calibration, report: Mapping[str, Any]
-) -> dict[str, Any]:
+def _name(context: StageContext) -> str:
+    return f"{context.experiment.name}:{context.label}"
+
+
+def _all_of(answers: Answers) -> tuple[list[str], np.ndarray]:
+    """Return ids and probabilities [rows, 3] of all rows that were read."""
+    pieces = [(names, chances) for names, chances, _ in answers.pieces()]
+    return [name for names, _ in pieces for name in names], np.concatenate([np.empty((0, 3)), *(c for _, c in pieces)])
+
+
+def _second_answers(
+    judge: _TableJudge, agreement: Agreement, first: tuple[list[str], np.ndarray], table: _Table, show: Show
+) -> dict[str, np.ndarray]:
+    """Return the second judge's probabilities [3] of the battles from which the first abstains, by id."""
+    names, chances = first
+    passed_on = {name for name, answers in zip(names, agreement.answers(chances), strict=True) if not answers}
+    if not passed_on:
+        return {}  # its model is not even loaded
+    judge.score(table, show, passed_on)
+    return dict(zip(*_all_of(judge.answers), strict=True))
+
+
+def _with_second(answers: Answers, second: Mapping[str, np.ndarray]) -> Iterator[tuple[list[str], np.ndarray, int]]:
+    for names, chances, cut in answers.pieces():
+        yield names, np.array([second.get(name, row) for name, row in zip(names, chances, strict=True)]), cut
+
+
+def judge_answers(judges: Sequence[_TableJudge], second: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Return `judged`: log loss, interval and accuracy on the rows with a verdict, and the baselines' log losses.
 
     The baselines learn from the exported training rows; where these are not here, only those that read no text stand
-    there. Returns nothing where no row has a verdict.
+    there. `second` are a second judge's answers by id: the figures are then the cascade's, and `parts` has those of
+    the first judge alone, and of both on the rows that it passed on. Returns nothing where no row has a verdict.
     """
-    tables, first = [], 0
-    for table in job.tables():
-        table[list(PROBABILITY_COLUMNS)] = calibration.apply(table)
+    judge, tables, first = judges[0], [], 0
+    for table in judge.answered.tables():
+        table[list(PROBABILITY_COLUMNS)] = judge.calibration.apply(table)
         table["number"] = range(first, first + len(table))
         first += len(table)
         tables.append(table[table["verdict"].notna()])
@@ -140,16 +239,26 @@ def judge_answers(
     if not len(rows):
         return {}
     truth, chances = metrics.verdict_codes(rows["verdict"]), rows[list(PROBABILITY_COLUMNS)].to_numpy()
-    losses, baselines = metrics.row_losses(chances, truth), _baselines(context, job, rows, report)
-    bootstrap = metrics.GroupBootstrap(metrics.as_groups(rows["group"]), context.experiment.seed)
+    alone, passed_on = metrics.row_losses(chances, truth), rows["id"].isin(second).to_numpy()
+    chances = np.array([second.get(name, row) for name, row in zip(rows["id"], chances, strict=True)])
+    losses = metrics.row_losses(chances, truth)
+    baselines = _baselines(judge.context, judge.answered, rows, judge.report)
+    bootstrap = metrics.GroupBootstrap(metrics.as_groups(rows["group"]), judge.context.experiment.seed)
     judged = {
         "rows": len(rows),
         "log_loss": float(losses.mean()),
         "log_loss_ci95": bootstrap.interval(losses),
         "accuracy": metrics.accuracy(chances, truth),
         "baselines": {name: metrics.log_loss(each, truth) for name, each in baselines.items()},
-        "training_rows": _trained(context, rows),
+        "training_rows": int(np.any([_trained(each.context, rows) for each in judges], axis=0).sum()),
     }
+    if passed_on.any():
+        judged["parts"] = {
+            "first_alone": float(alone.mean()),
+            "passed_on": int(passed_on.sum()),
+            "first_there": float(alone[passed_on].mean()),
+            "second_there": float(losses[passed_on].mean()),
+        }
     return {"judged": judged}
 
 
@@ -166,15 +275,15 @@ def _baselines(
     return baseline_probabilities(texts(data, context.parts("train")), rows, context.experiment.seed)
 
 
-def _trained(context: StageContext, rows: pd.DataFrame) -> int:
-    """Return how many rows are training rows by rows.parquet (same id, same prompt); 0 where that is not here."""
+def _trained(context: StageContext, rows: pd.DataFrame) -> np.ndarray:
+    """Tell which rows are training rows by rows.parquet (same id, same prompt); none where that is not here."""
     path = context.experiment.data_folder / "rows.parquet"
     if not path.is_file():
-        return 0
+        return np.zeros(len(rows), dtype=bool)
     with readable(path):
         trained = read_columns(path, ["id", "group"], where=("split", context.parts("train"))).to_pandas()
     keys = set(zip(trained["id"].str.replace(PREFIX, "", regex=True), trained["group"], strict=True))
-    return sum(key in keys for key in zip(rows["id"], rows["group"], strict=True))
+    return np.array([key in keys for key in zip(rows["id"], rows["group"], strict=True)])
 
 
 def _note_other_engine(report: dict[str, Any], executor: Executor, stage: str, show: Show) -> None:

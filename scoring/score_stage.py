@@ -41,6 +41,7 @@ from scoring.checks.run_checks import require_sound, run_checks, stopping
 from scoring.executor import Executor, InProcess
 from scoring.judge import MANIFEST, make_base_judge
 from scoring.links import smoothed_prior
+from scoring.model_card import write_cards
 from scoring.predictions import REPORT, check_submission, probability_file, read_probabilities, write_probabilities
 from scoring.probe import PROBE
 from scoring.ray_scoring import RayActors
@@ -311,6 +312,7 @@ def write_result(
         names.append(name)
     battles = shown_battles(context.experiment.data_folder, context.parts("valid"), report, context.name)
     write_page(report, folder / "report.html", battles)
+    write_cards(context, report)
     write_json(folder / REPORT, report)
     return [folder / name for name in (*names, "probabilities_valid.csv", "report.html", REPORT)]
 

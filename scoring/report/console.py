@@ -145,11 +145,19 @@ def input_lines(made: Mapping[str, Any]) -> list[str]:
         lines = [f"submission:    {made['output']}   ({rows}: id, winner)", f"probabilities: {beside}   ({columns})"]
     else:
         lines = [f"probabilities: {made['output']}   ({rows}: {columns})"]
+    if cascade := made.get("cascade"):
+        shares = [f"{name} {n:,} ({cascade['tokens'][name]:,} tokens read)" for name, n in cascade["answered"].items()]
+        lines += [f"answered by:   {', '.join(shares)}", f"choices:       {cascade['choices']}   (abstain: the second)"]
     if judged:
         ends = judged["log_loss_ci95"]
         between = f" [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else ""
         others = ", ".join(f"{BASELINE_NAMES[name]} {loss:.4f}" for name, loss in judged["baselines"].items())
         lines.append(f"log loss:      {judged['log_loss']:.4f}{between} on {judged['rows']:,} labelled rows; {others}")
+        if parts := judged.get("parts"):
+            lines.append(
+                f"               the first alone {parts['first_alone']:.4f}; on the {parts['passed_on']:,} that it "
+                f"passed on {parts['first_there']:.4f}, the second {parts['second_there']:.4f}"
+            )
         if seen := judged["training_rows"]:
             lines.append(
                 f"warning:       {seen:,} of these are training rows (same id, same prompt): it knew the answer"
