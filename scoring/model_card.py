@@ -41,7 +41,7 @@ def write_cards(context: StageContext, report: Mapping[str, Any], *, keep: bool 
 
 def model_card(context: StageContext, report: Mapping[str, Any], *, adapter: bool) -> str:
     """Return the card of a stage's adapter or of its merged model."""
-    experiment, gate = context.experiment, report["merge_gate"]
+    experiment, gate, reason = context.experiment, report["merge_gate"], report["calibration"]["reason"]
     there = at_another_place(context)
     values = {
         "base": public_base(experiment.model),
@@ -67,7 +67,7 @@ def model_card(context: StageContext, report: Mapping[str, Any], *, adapter: boo
         "start_from_sft": context.start != experiment.model,
         "gate": gate and number(gate["max_abs_diff"], 4),
         "dequantised": experiment.merges_dequantised,
-        "calibration": report["calibration"]["reason"].capitalize(),
+        "calibration": reason[:1].upper() + reason[1:],
         "place": (there.adapter if adapter else there.merged).as_posix(),
         "merged": there.merged.as_posix(),
         "output": there.folder.as_posix(),

@@ -75,7 +75,8 @@ def published_files(context: StageContext, *, adapter: bool) -> dict[str, Path |
     found = {path.name: path for pattern in (_ADAPTER if adapter else _MERGED) for path in folder.glob(pattern)}
     if not any(name.endswith(".safetensors") for name in found):
         raise ArenaError("holds no weights to publish", where=str(folder), remedy=context.command)
-    judge = {name: context.merged / name for name in (MANIFEST, GOLDEN_ANSWERS) if (context.merged / name).is_file()}
+    own = (MANIFEST, GOLDEN_ANSWERS, "tokenizer.json")  # a judge's prompt and tokens lie beside its merged weights
+    judge = {name: context.merged / name for name in own if (context.merged / name).is_file()}
     settings = context.experiment.model_dump(mode="json", exclude=_OWN, exclude_defaults=True)
     settings["model"] = _elsewhere(context.experiment.model)
     kept = json.dumps({key: report[key] for key in _REPORT if key in report}, indent=2, ensure_ascii=False)

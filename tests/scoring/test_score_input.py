@@ -219,3 +219,32 @@ def test_engines_and_precisions_that_a_stage_lacks_are_wrong_use(judged):
 def test_an_experiments_precision_goes_where_it_can(make_experiment):
     experiment = make_experiment(precision="8bit")
     assert [own_precision(experiment, stage) for stage in ("sft", "rm", "dpo_reward")] == ["8bit", "8bit", "auto"]
+
+
+def test_a_cascade_passes_on_what_the_first_judge_is_not_sure_of(place):
+    rows = place.rows(30, start=5000)
+    place.table(rows, "mine.csv")
+    found = {}
+    for stage in ("sft", "base"):
+        run_py("score", "-e", "exam", "--stage", stage)
+        made = run_py("score", "-e", "exam", "--stage", stage, "--input", "mine.csv", "--json", out=True)
+        found[stage] = pandas.read_csv(json.loads(made)["output"])[list(PROBABILITY_COLUMNS)].to_numpy()
+    threshold = float(sorted(found["sft"].max(axis=1))[18]) - 1e-6  # 12 are surer
+    point = {"threshold": threshold, "coverage": 0.4, "rows": 12, "agreement": 0.95, "bound": 0.9}
+    place.edit_json(str(RESULT / "report.json"), agreement={"confidence": 0.95, "rows": 30, "curve": [point]})
+    call = ("score", "-e", "exam", "--input", "mine.csv", "--output", "out.csv", "--agree", "0.8", "--cascade")
+    made = json.loads(run_py(*call, "exam:base", "--json", out=True))
+    sure = found["sft"].max(axis=1) >= threshold
+    table = pandas.read_csv(OUTPUT)[list(PROBABILITY_COLUMNS)].to_numpy()
+    assert table[sure] == pytest.approx(found["sft"][sure]) and table[~sure] == pytest.approx(found["base"][~sure])
+    assert made["cascade"]["answered"] == {"exam:sft": 12, "exam:base": 18}
+    assert 0 < made["cascade"]["tokens"]["exam:base"] < made["cascade"]["tokens"]["exam:sft"]
+    assert (pandas.read_csv("out_choices.csv")["choice"] == "abstain").tolist() == (~sure).tolist()
+    first, second = ([-math.log(row[n % 3]) for n, row in enumerate(found[stage])] for stage in ("sft", "base"))
+    parts = made["judged"]["parts"]
+    assert parts["first_alone"] == pytest.approx(sum(first) / 30, abs=1e-6) and parts["passed_on"] == 18
+    both = sum(b if passed else a for a, b, passed in zip(first, second, ~sure, strict=True)) / 30
+    assert made["judged"]["log_loss"] == pytest.approx(both, abs=1e-6)
+    assert "answered by:   exam:sft 12" in run_py(*call, "exam:base")
+    for wrong in ([*call, "exam"], [*call, "exam:sft"], [*call[:-3], "--cascade", "exam:base"]):
+        assert CliRunner().invoke(run.cli, wrong).exit_code == 2
