@@ -20,7 +20,10 @@ from scoring.report.formatting import BASELINE_NAMES, count, interval, number, p
 CARD = "README.md"
 MARK = "arena-factory"  # a tag: LLaMA-Factory's own README.md lacks it
 # Keys of a recipe that say where things lie, who is told, or how often something is saved.
-_PLACES = re.compile("token|dir|path|dataset|hub|report|project|name|save|log|worker|cache|deepspeed|plot|ddp|^do_")
+_PLACES = re.compile(
+    "token|key|secret|url|space|dir|path|dataset|hub|report|project|name|swanlab|trackio|^ray|save|log|worker|cache"
+    "|deepspeed|plot|ddp|^do_"
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_CACHE = re.compile(r"datasets--([\w.-]+?)--([\w.-]+)/snapshots/")
 _ODD = re.compile(r"[^\w.,:/@+ -]")
@@ -41,39 +44,24 @@ def write_cards(context: StageContext, report: Mapping[str, Any], *, keep: bool 
 
 def model_card(context: StageContext, report: Mapping[str, Any], *, adapter: bool) -> str:
     """Return the card of a stage's adapter or of its merged model."""
-    experiment, gate, reason = context.experiment, report["merge_gate"], report["calibration"]["reason"]
+    experiment, base, data = context.experiment, public_base(context.experiment.model), context.experiment.data_folder
+    with readable(data / "rows.parquet"):
+        trained = len(read_columns(data / "rows.parquet", ["id"], where=("split", context.parts("train"))))
     there = at_another_place(context)
+    given = {"experiment": experiment, "context": context, "there": there, "report": report, "adapter": adapter}
     values = {
-        "base": public_base(experiment.model),
-        "model": _plain(experiment.model if public_base(experiment.model) else experiment.short_model),
-        "name": experiment.name,
-        "stage": context.name,
-        "adapter": adapter,
-        "rewards": context.step.data == "dpo_reward",
-        "versions": report["provenance"]["versions"],
         "headline": headline(report),
-        "rows": count(report["rows"]),
-        "folds": len(report["folds"]),
-        "full": context.fold == "full",
-        "kept": report["calibration"]["kept"],
+        "base": base,
+        "model": _plain(base or experiment.short_model),
+        "rewards": context.step.data == "dpo_reward",
         "losses": list(_losses(report)),
-        "accuracy": percent(report["accuracy"]),
-        "ece": percent(report["ece"]),
-        "flags": [flag["text"] for flag in report["flags"] if flag["level"] != "info"],
         "sources": list(_sources(context)),
-        "trained": count(_trained(context)),
-        "swapped": experiment.swap_copies and context.name in ("sft", "dpo_judge"),
+        "trained": count(trained),
         "recipe": {key: as_yaml(value) for key, value in public_recipe(context).items()},
-        "start_from_sft": context.start != experiment.model,
-        "gate": gate and number(gate["max_abs_diff"], 4),
-        "dequantised": experiment.merges_dequantised,
-        "calibration": reason[:1].upper() + reason[1:],
         "place": (there.adapter if adapter else there.merged).as_posix(),
-        "merged": there.merged.as_posix(),
-        "output": there.folder.as_posix(),
-        "config": experiment.folder.as_posix(),
     }
-    return render_template("model_card.md.j2", values)
+    shown = {"count": count, "percent": percent, "number": number}
+    return render_template("model_card.md.j2", given | values | shown)
 
 
 def public_base(model: str) -> str | None:
@@ -106,12 +94,6 @@ def _sources(context: StageContext) -> Iterator[tuple[str, str, str, str]]:
         shown = f"hf://datasets/{hub[1]}/{hub[2]}" if hub else Path(file).name  # where it lay is nobody's business
         what = f"{_plain(shown)} ({'test set' if name == 'test' else name.replace('_', ' ')})"
         yield what, count(rows.get("rows_read")), count(rows.get("rows_kept")), source["sha256"]
-
-
-def _trained(context: StageContext) -> int:
-    path = context.experiment.data_folder / "rows.parquet"
-    with readable(path):
-        return len(read_columns(path, ["id"], where=("split", context.parts("train"))))
 
 
 def _plain(text: str) -> str:

@@ -63,7 +63,9 @@ class Requests(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in hub.files]
             self.answer({"id": "me/judge", "private": hub.private, "sha": "0" * 40, "siblings": siblings})
         elif "/preupload/" in self.path:
-            kinds = {f["path"]: "lfs" if f["path"].endswith(".safetensors") else "regular" for f in json.loads(body)["files"]}
+            kinds = {
+                f["path"]: "lfs" if f["path"].endswith(".safetensors") else "regular" for f in json.loads(body)["files"]
+            }
             self.answer({"files": [{"path": p, "uploadMode": k, "shouldIgnore": False} for p, k in kinds.items()]})
         elif "/info/lfs/" in self.path:
             objects = [
@@ -77,7 +79,7 @@ class Requests(BaseHTTPRequestHandler):
         else:  # the card's metadata are checked there
             self.answer({"errors": [], "warnings": []})
 
-    do_GET = do_POST = do_PUT = handle_any  # noqa: N815
+    do_GET = do_POST = do_PUT = handle_any
 
     def log_message(self, *_):
         """Say nothing."""
