@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, V
 
 from common.battle import VERDICTS
 from common.errors import ArenaError, UsageError
-from common.files import read_regular
+from common.files import read_regular, refuse_endless
 from common.stages import STEPS, Fold, Start, fold_name
 
 _PROJECT = Path(__file__).resolve().parents[1]
@@ -273,7 +273,8 @@ def require_project(root: Path = Path()) -> None:
 def load_experiment(name: str, root: Path = Path()) -> Experiment:
     """Read and check factory_configs/<name>/experiment.yaml.
 
-    Raises UsageError for an unknown or unsafe name, ArenaError that lists every fault of the file.
+    Raises UsageError for an unknown or unsafe name, ArenaError that lists every fault of the file, or names a file of
+    the experiment that is none.
     """
     check_name(name)
     require_project(root)
@@ -284,7 +285,10 @@ def load_experiment(name: str, root: Path = Path()) -> Experiment:
             f"there is no experiment {name!r} ({path} is missing)",
             remedy=f"choose one of: {', '.join(known) or 'none yet'}; or make it: python run.py new {name} --model ID",
         )
-    return parse_experiment(read_yaml(path), name, where=str(path))
+    experiment = parse_experiment(read_yaml(path), name, where=str(path))
+    adapters = (root / experiment.adapter_folder("sft").parent).glob(f"{name}_*")
+    refuse_endless(root / "data" / name, root / "outputs" / name, *adapters)
+    return experiment
 
 
 def parse_experiment(content: dict[str, Any], name: str, where: str) -> Experiment:

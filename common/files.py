@@ -112,6 +112,14 @@ def read_regular(path: Path, most: int) -> bytes:
         return file.read(most)
 
 
+def refuse_endless(*folders: Path) -> None:
+    """Raise ArenaError for a device or a pipe in a folder: whoever reads it as a file never comes to an end."""
+    for path in (Path(top, name) for folder in folders for top, _, names in os.walk(folder) for name in names):
+        if path.exists() and not path.is_file():
+            remedy = "remove it, and ask where this experiment comes from"
+            raise ArenaError("is a device or a pipe, and no file", where=str(path), remedy=remedy)
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; raises OSError, or ValueError for any fault in its text."""
     try:

@@ -418,6 +418,23 @@ def test_a_configuration_that_is_no_file_is_refused_at_once(place, file, kind):
                 break
 
 
+@pytest.mark.parametrize("file", ["data/exam/rows.parquet", "outputs/exam/sft/merged/x", "saves/tiny/lora/exam_sft/x"])
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+def test_a_downloaded_result_that_is_no_file_is_refused_at_once(place, file, kind):
+    Path(file).unlink(missing_ok=True)
+    os.mkfifo(file) if kind == "pipe" else Path(file).symlink_to(kind)
+    with within(20):
+        for asked in (
+            ["status"],
+            ["watch", "-e", "exam", "--once"],
+            ["compare", "-e", "exam"],
+            ["score", "-e", "exam"],
+        ):
+            done = call(*asked)
+            said = " ".join(done.output.replace("│", " ").split())
+            assert "is a device or a pipe" in said and done.exit_code == (asked != ["status"]), done.output
+
+
 def test_another_hub_for_training_alone_is_refused(monkeypatch):
     monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
     with pytest.raises(ArenaError, match="from another hub than scoring does; unset it"):
