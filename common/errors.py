@@ -65,6 +65,7 @@ _AFTERWARDS = {
     "rm": "{same} goes on from what is finished; where a training had begun, with --fresh",  # it cannot be resumed
     "demo": "{same} goes on from what is finished; where a training had begun: python run.py sft -e demo --resume",
     "score": "{same} goes on from what is scored",
+    "probe": "{same} goes on from what is read",
     "prepare": "{same} starts over; an earlier export stays unchanged until it ends",
 }
 _SPACE = "free disk space (old checkpoints under saves/, earlier runs: python run.py clean)"

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("run.py s", {"sft", "score", "show", "status"}),
+        ("run.py s", {"sft", "score", "serve", "show", "status"}),
         ("./run.py show 1 -e ", {"demo", "exam"}),
         ("run.py watch --stage dpo_", {"dpo_judge", "dpo_reward"}),
         ("run.py sft --unt", {"--until"}),

@@ -120,7 +120,7 @@ def test_an_interrupted_demo_of_another_seed_goes_on(place, monkeypatch):
         monkeypatch.setattr("scoring.pipeline.run_stage", stage)
         return CliRunner().invoke(run.cli, ["demo", "--seed", seed]).exit_code
 
-    monkeypatch.setattr(run, "_finish", lambda *_: None)
+    monkeypatch.setattr(run, "finish", lambda *_: None)
     assert demo("1") == 0
     assert demo("2", Mock(side_effect=KeyboardInterrupt)) == 1, "right after prepare"
     assert demo("2") == 0 and demo("2") == 0 and demo("1") == 0
