@@ -26,12 +26,13 @@ import click  # noqa: E402
 from click.shell_completion import get_completion_class  # noqa: E402
 
 from common import command_line as cl  # noqa: E402
-from common.command_group import ErrorsWithRemedy  # noqa: E402
+from common.command_group import VERSION, ErrorsWithRemedy  # noqa: E402
 from common.console import make_output_safe  # noqa: E402
 from scoring.commands import COMMANDS, finish, start  # noqa: E402
 
 
 @click.group(cls=ErrorsWithRemedy, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(VERSION, prog_name="arena-factory")
 @click.option("--here", is_flag=True, envvar="ARENA_FACTORY_HERE", help="Work in a folder that is not this project's.")
 def cli(here: bool) -> None:
     """Turn pairwise human votes into a fine-tuned judge and calibrated probabilities of A / B / tie.

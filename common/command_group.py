@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import traceback
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,35 @@ import click
 
 from common.console import printable
 from common.errors import ArenaError, UsageError, stop_signals, user_error
+
+VERSION = "0.1.0"
+# One call of each command, as its --help shows it.
+EXAMPLES = {
+    "audit-labels": "-e qwen3-4b --stage sft --rows 50",
+    "board": "--no-open",
+    "clean": "",
+    "compare": "-e qwen3-4b -e qwen3-8b",
+    "completion": "bash",
+    "demo": "--seed 2",
+    "doctor": "",
+    "dpo": "-e qwen3-4b --view judge",
+    "ensemble": "-e qwen3-4b:sft -e qwen3-4b:tfidf --name both",
+    "export": "-e qwen3-4b --stage sft --quantization q4_k_m",
+    "forecast": "-e qwen3-4b --gpu-memory 12",
+    "new": "longer --from qwen3-4b",
+    "prepare": "-e qwen3-4b --train lmsys-chatbot-arena.zip --test lmsys-chatbot-arena.zip",
+    "probe": "-e smollm2-135m",
+    "rank": "--votes votes.csv --style",
+    "render": "-e qwen3-4b",
+    "rm": "-e qwen3-4b --until train",
+    "score": "-e qwen3-4b --stage sft --input test.csv --time-limit 8h",
+    "serve": "-e qwen3-4b --stage sft --agree 0.8",
+    "sft": "-e qwen3-4b --resume",
+    "show": "30192 -e qwen3-4b --swapped",
+    "status": "-e qwen3-4b",
+    "verify": "-e qwen3-4b --stage sft",
+    "watch": "-e qwen3-4b --terminal",
+}
 
 
 class OwnFolder(click.Command):
@@ -21,6 +51,10 @@ class OwnFolder(click.Command):
         if self.name not in ("completion", "doctor") and not ctx.find_root().params["here"]:
             require_own_folder()
         return super().invoke(ctx)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if example := EXAMPLES.get(str(self.name)):
+            formatter.write(f"\nExample: python run.py {self.name} {example}\n")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
@@ -34,6 +68,14 @@ class ErrorsWithRemedy(click.Group):
     """Turns our errors into a message with its remedy and an exit code; -v shows where they come from."""
 
     command_class = OwnFolder
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if near := get_close_matches(args[0], self.commands, 1):
+                error.message = f"No such command {args[0]!r}. Did you mean {near[0]!r}?"
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

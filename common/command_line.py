@@ -236,6 +236,13 @@ audit_options = several(
     option("--rows", type=click.IntRange(1), default=100, help="How many to write."),
     output_options,
 )
+verify_options = several(
+    click.argument("output", required=False, type=FILE, help="A scored stage's folder, outputs/EXP/STAGE."),
+    option("-e", "--experiment", metavar="EXP", shell_complete=complete_experiment, help="Instead of OUTPUT."),
+    stage_option("The stage, with -e"),
+    fold_option,
+    output_options,
+)
 compare_options = several(
     option(
         "-e",

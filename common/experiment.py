@@ -281,9 +281,11 @@ def load_experiment(name: str, root: Path = Path()) -> Experiment:
     path = root / "factory_configs" / name / "experiment.yaml"
     if not path.is_file():
         known = sorted(p.parent.name for p in path.parents[1].glob("*/experiment.yaml"))
+        meant = "".join(f"did you mean {near}? Else " for near in get_close_matches(name, known, 1))
         raise UsageError(
             f"there is no experiment {name!r} ({path} is missing)",
-            remedy=f"choose one of: {', '.join(known) or 'none yet'}; or make it: python run.py new {name} --model ID",
+            remedy=f"{meant}choose one of: {', '.join(known) or 'none yet'}; "
+            f"or make it: python run.py new {name} --model ID",
         )
     experiment = parse_experiment(read_yaml(path), name, where=str(path))
     adapters = (root / experiment.adapter_folder("sft").parent).glob(f"{name}_*")

@@ -114,7 +114,7 @@ def _summary(experiment: Experiment, audit: dict[str, Any]) -> str:
     if experiment.folds > 1:
         sets = f"{experiment.folds} folds of {min(folds):,} to {max(folds):,} training rows"
     else:
-        sets = f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation"
+        sets = f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation (prompts never trained on)"
     return (
         f"prepare {experiment.name}: {kept:,} battles kept{rejected}; {sets}, {rows['test']:,} to submit"
         f"{unread}; {cut:.1%} shortened to {experiment.cutoff_len} tokens"

@@ -76,7 +76,7 @@ def train(context: StageContext, *, resume: bool = False, fresh: bool = False, s
             seconds = _run(context, checkpoint, launch, show)
         context.state.finish("train", [context.adapter / name for name in ADAPTER_FILES], seconds)
     losses = [row["loss"] for row in loss_curve(context.adapter / "trainer_log.jsonl") if row["loss"] is not None]
-    summary = f", loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
+    summary = f", training loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
     show.note(f"{context.label}: trained in {duration(seconds)}{summary}")
     return context.adapter
 

@@ -164,16 +164,18 @@ def export(
 
 
 @_command()
-@click.argument("output", type=cl.FILE, help="A scored stage's folder, outputs/EXP/STAGE.")
-@cl.output_options
-def verify(output: Path, as_json: bool) -> None:
+@cl.verify_options
+def verify(output: Path | None, experiment: str | None, stage: str, fold: str | None, as_json: bool) -> None:
     """Check a result again: every hash, every row, the versions.
 
-    OUTPUT is a scored stage's folder, outputs/EXP/STAGE. Exit code 1: something changed.
+    OUTPUT is a scored stage's folder, outputs/EXP/STAGE, unless -e names it. Exit code 1: something changed.
     """
     from scoring.checks.verify import verify
     from scoring.report.console import print_verification
 
+    if (output is None) == (experiment is None):
+        raise click.UsageError("give a folder outputs/EXP/STAGE, or -e EXP --stage S")
+    output = output or start(str(experiment), stage, fold)[0].folder
     result = verify(output)
     click.echo(json.dumps(result.to_json(), indent=2)) if as_json else print_verification(result)
     click.get_current_context().exit(0 if result.sound else 1)

@@ -4,9 +4,12 @@ import csv
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
+from contextlib import chdir
 from pathlib import Path
 
 import click
@@ -16,6 +19,7 @@ from click.testing import CliRunner
 
 import run
 from common.battle import PROBABILITY_COLUMNS
+from common.command_group import EXAMPLES
 from data_prep.synthetic import write_arena
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +49,21 @@ def test_every_command_and_option_is_explained_and_stands_in_the_readme(command)
     shown = CliRunner().invoke(run.cli, [command, "--help"], terminal_width=80).output.split()
     texts = " ".join([definition.help, *(getattr(option, "help", None) or "" for option in definition.params)]).split()
     assert [word for word in texts if word not in shown] == [], "no word is broken at the edge"
+
+
+def test_the_version_an_example_a_command_and_what_was_meant():
+    call = CliRunner().invoke
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert call(run.cli, ["--version"]).output.split()[-1] == project["version"]
+    assert EXAMPLES.keys() == run.cli.commands.keys()
+    for name, example in EXAMPLES.items():
+        run.cli.commands[name].make_context(name, shlex.split(example), parent=click.Context(run.cli))
+        assert f"Example: python run.py {name} {example}".rstrip() in call(run.cli, [name, "--help"]).output
+    assert "Did you mean 'prepare'?" in call(run.cli, ["prepear"]).output
+    with chdir(ROOT):
+        assert "did you mean qwen3-4b?" in call(run.cli, ["status", "-e", "qwen-4b"]).output
+        assert call(run.cli, ["verify"]).exit_code == 2
+        assert "outputs/qwen3-4b/sft" in call(run.cli, ["verify", "-e", "qwen3-4b"]).output
 
 
 def test_the_list_of_commands_has_whole_sentences():

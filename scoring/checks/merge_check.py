@@ -60,7 +60,7 @@ def check_merge(context: StageContext, *, show: Show) -> dict[str, Any] | None:
             return None
         if record is None or not (context.merged / GOLDEN_ANSWERS).is_file():
             started = time.monotonic()
-            with show.line(f"{context.label}: merge check") as line:
+            with show.line(f"{context.label}: merge check (does the merged model answer as the adapter did?)") as line:
                 record = {"inputs": inputs, **_measure(context, line)}
             write_json(path, record)
             took = duration(time.monotonic() - started)

@@ -45,7 +45,7 @@ def print_reached(context: StageContext, report: dict[str, Any] | None, as_json:
 def print_summary(console: Console, context: StageContext, report: dict[str, Any]) -> None:
     """Print the log losses, worst first, the findings, the flags, and the files that were made."""
     experiment, stage = context.experiment, context.name
-    table = _table(f"{experiment.name} / {stage}: log loss on {report['rows']} held-out battles", 56)
+    table = _table(f"{experiment.name} / {stage}: log loss of the verdict, {report['rows']} held-out battles", 56)
     for mark in sorted(figures.report_chart(report).marks, key=lambda mark: -mark.value):
         table.add_row(*_cells(mark), style="bold" if mark.kind == "model" else None)
     console.print(table)

@@ -86,6 +86,7 @@ def log_loss_chart(compared: Mapping[str, Any], models: Sequence[Mark]) -> Inter
     marks += models
     if compared["bayes"] is not None:
         marks.append(Mark(BASELINES["bayes"][0], compared["bayes"], ends.get("bayes"), BASELINES["bayes"][1], "bayes"))
+    marks.sort(key=lambda mark: -mark.value)  # the judge stands among the methods that it beats or not
     return Intervals(marks, compared["baselines"].get("prior"))
 
 
@@ -105,7 +106,12 @@ def curve(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not train and not evals:
         return None
     steps = axis_of([step for step, _ in train + evals], padding=0.0)
-    losses = axis_of([loss for _, loss in train + evals], most_ticks=5)
+    begun = train[0][0] + (train[-1][0] - train[0][0]) / 10 if train else 0
+    later = [loss for step, loss in train + evals if step >= begun] or [loss for _, loss in train + evals]
+    highest = max(loss for _, loss in train + evals)
+    # A first loss far above all later ones would press those into a line.
+    clipped = highest > max(later) + (max(later) - min(later))
+    losses = axis_of(later if clipped else [*later, highest], most_ticks=5)
 
     def polyline(rows: list[tuple[float, float]]) -> str:
         return " ".join(f"{steps.at(step):g},{round(100 - losses.at(loss), 3):g}" for step, loss in rows)
@@ -113,6 +119,7 @@ def curve(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {
         "steps": steps,
         "losses": losses,
+        "clipped": highest if clipped else None,
         "train": polyline(train),
         "evals": evals,
         "eval_line": polyline(evals),
