@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 import traceback
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +67,6 @@ class ErrorsWithRemedy(click.Group):
     """Turns our errors into a message with its remedy and an exit code; -v shows where they come from."""
 
     command_class = OwnFolder
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            if near := get_close_matches(args[0], self.commands, 1):
-                error.message = f"No such command {args[0]!r}. Did you mean {near[0]!r}?"
-            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

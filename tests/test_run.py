@@ -59,7 +59,7 @@ def test_the_version_an_example_a_command_and_what_was_meant():
     for name, example in EXAMPLES.items():
         run.cli.commands[name].make_context(name, shlex.split(example), parent=click.Context(run.cli))
         assert f"Example: python run.py {name} {example}".rstrip() in call(run.cli, [name, "--help"]).output
-    assert "Did you mean 'prepare'?" in call(run.cli, ["prepear"]).output
+    assert "Did you mean one of: 'prepare'" in call(run.cli, ["prepear"]).output
     with chdir(ROOT):
         assert "did you mean qwen3-4b?" in call(run.cli, ["status", "-e", "qwen-4b"]).output
         assert call(run.cli, ["verify"]).exit_code == 2
