@@ -52,8 +52,8 @@ class OwnFolder(click.Command):
         return super().invoke(ctx)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        if example := EXAMPLES.get(str(self.name)):
-            formatter.write(f"\nExample: python run.py {self.name} {example}\n")
+        if self.name in EXAMPLES:
+            formatter.write(f"\nExample: python run.py {self.name} {EXAMPLES[self.name]}".rstrip() + "\n")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
