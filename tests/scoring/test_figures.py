@@ -27,3 +27,10 @@ def test_the_curve_is_drawn_in_step_order_and_thinned():
     assert figures.curve([{"step": 1, "loss": None}]) is None
     x, y = map(float, figures.curve([{"step": 10, "loss": 1.2}])["train"].split(","))
     assert x == 50 and 40 < y < 60, "one point lies in the middle"
+
+
+def test_a_first_loss_far_above_the_others_is_cut_off_and_told():
+    late = [{"step": step, "loss": 1.1 - step / 1000} for step in range(3, 101)]
+    drawing = figures.curve([{"step": 1, "loss": 12.0}, *late])
+    assert drawing["clipped"] == 12 and drawing["losses"].high < 1.2
+    assert figures.curve(late)["clipped"] is None
