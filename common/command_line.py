@@ -187,9 +187,9 @@ def _pairs(_ctx: click.Context, param: click.Parameter, given: str | None) -> di
     pairs = [pair.partition("=")[::2] for pair in (given or "").split(",") if pair.strip()]
     if wrong := [ours for ours, theirs in pairs if not (ours.strip() and theirs.strip())]:
         raise click.BadParameter(f"{wrong[0]!r} is no pair: write prompt=question,response_a=left", param=param)
-    names = [ours.strip() for ours, _ in pairs]
-    if double := sorted({name for name in names if names.count(name) > 1}):
-        raise click.BadParameter(f"{double[0]} is named twice", param=param)
+    for names in zip(*pairs, strict=True):
+        if double := sorted({name.strip() for name in names if names.count(name) > 1}):
+            raise click.BadParameter(f"{double[0]} is named twice", param=param)
     return {ours.strip(): theirs.strip() for ours, theirs in pairs}
 
 

@@ -202,8 +202,8 @@ def _doubts_of(source: Mapping[str, Any]) -> list[str]:
             f"WARNING: all {source['rows_kept']:,} verdicts of {file} are {given[0]!r}: no figure on them means "
             "anything. Was the winner always put on one side? Exchange A and B, with the verdict, in half of the rows"
         )
-    if source["verdicts"] == "shares":
-        lines.append(f"note: {file} has shares of votes: each battle's verdict is drawn from its shares, by its id")
+    if drawn := source["verdicts_of_shares"]:
+        lines.append(f"note: {drawn:,} battles of {file} have shares of votes, which draw their verdict, by the id")
     if seen := source["not_anonymous"]:
         lines.append(
             f"warning: in {seen:,} battles of {file} the voter knew the models (anony is false): votes on names, not "

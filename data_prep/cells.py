@@ -154,29 +154,27 @@ def first_turns(texts: Texts, cell: object) -> Texts:
     except (TypeError, ValueError):
         turn = 0.0
     if not 1 <= turn <= min(map(len, texts)) or turn % 1:
-        raise BadCell(f"turn {_shown(cell)} was judged, of {min(map(len, texts))}")
+        raise BadCell(f"turn {_shown(cell)} was judged, and turns count from 1 to {min(map(len, texts))}")
     prompts, responses_a, responses_b = (each[: int(turn)] for each in texts)
     return prompts, responses_a, responses_b
 
 
-def read_one_hot(cells: Sequence[object]) -> str:
-    """Return the verdict of winner_model_a, winner_model_b, winner_tie: 0 and 1, true and false. Raises BadVerdict."""
+def read_one_hot(cells: Sequence[object]) -> str | Shares:
+    """Return the verdict of winner_model_a, winner_model_b, winner_tie: 0 and 1, true and false; or their shares.
+
+    Raises BadVerdict.
+    """
     flags = _numbers(cells)
-    if sorted(flags) != [0, 0, 1]:
-        winners = flags.count(1)
-        what = "no winner" if not any(flags) else f"{winners} winners" if winners > 1 else "no clear winner"
-        raise BadVerdict(f"{what}: {', '.join(PROBABILITY_COLUMNS)} = {', '.join(map(_shown, cells))}")
-    return VERDICTS[flags.index(1)]
-
-
-def read_shares(cells: Sequence[object]) -> Shares:
-    """Return the shares of winner_model_a, winner_model_b, winner_tie, which sum to 1. Raises BadVerdict."""
-    a, b, tie = _numbers(cells) or (0.0, 0.0, 0.0)
-    total = a + b + tie
-    if not (min(a, b, tie) >= 0 and abs(total - 1) <= 0.01):
-        shown = ", ".join(map(_shown, cells))
-        raise BadVerdict(f"no shares that sum to 1: {', '.join(PROBABILITY_COLUMNS)} = {shown}")
-    return a / total, b / total, tie / total
+    if sorted(flags) == [0, 0, 1]:
+        return VERDICTS[flags.index(1)]
+    total = sum(flags)
+    if flags and min(flags) >= 0 and abs(total - 1) <= 0.01:
+        a, b, tie = flags
+        return a / total, b / total, tie / total
+    empty = all(cell is None or cell != cell or str(cell).strip() == "" or is_no(cell) for cell in cells)
+    both = sorted(flags)[1:] == [1, 1] and "several winners"
+    what = "no winner" if empty else both or "no clear winner, nor shares that sum to 1"
+    raise BadVerdict(f"{what}: {', '.join(PROBABILITY_COLUMNS)} = {', '.join(map(_shown, cells))}")
 
 
 def read_winner(cells: Sequence[object]) -> str:
@@ -193,7 +191,7 @@ def read_winner(cells: Sequence[object]) -> str:
 # Which columns hold the verdict, and what reads them.
 VERDICT_FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[object]], str | Shares]]] = {
     "one-hot": (PROBABILITY_COLUMNS, read_one_hot),
-    "shares": (PROBABILITY_COLUMNS, read_shares),
+    "shares": (PROBABILITY_COLUMNS, read_one_hot),  # one-hot where some rows hold shares
     "winner": (("winner",), read_winner),
     "chosen": ((), lambda _: "a"),  # of a preference table; the reader shuffles the sides
 }
@@ -253,7 +251,7 @@ def is_no(cell: object) -> bool:
 def are_shares(cells: Sequence[object]) -> bool:
     """Return whether three cells are shares of votes, and not one verdict."""
     try:
-        return max(read_shares(cells)) < 1
+        return not isinstance(read_one_hot(cells), str)
     except BadVerdict:
         return False
 

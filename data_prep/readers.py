@@ -90,7 +90,7 @@ class VoteReader:
         self.rows_read = 0
         self.formulas = 0  # ids that a spreadsheet would run
         self._verdicts: Counter[str | None] = Counter()
-        self._not_anonymous = 0
+        self._not_anonymous = self._shared = 0
         self._remedies: dict[str, str] = {}  # by kinds of reasons
         self._tables = open_tables(self.path)
         self.parts = [table.path for table in self._tables]  # the files that are read, in their order
@@ -150,6 +150,7 @@ class VoteReader:
             **made,
             "columns": self._named,
             "verdict_counts": {verdict: self._verdicts[verdict] for verdict in VERDICTS},
+            "verdicts_of_shares": self._shared,
             "not_anonymous": self._not_anonymous,
         }
 
@@ -168,7 +169,7 @@ class VoteReader:
         """
         if self._repeats is None:
             self._repeats = self._has_repeats()
-        self.rejected, self.rows_read, self.formulas, self._not_anonymous = [], 0, 0, 0
+        self.rejected, self.rows_read, self.formulas, self._not_anonymous, self._shared = [], 0, 0, 0, 0
         self._verdicts.clear()
         hashes = array("q")  # of all ids, eight bytes each
         for where, number, cells in self._rows(self._names):
@@ -293,6 +294,7 @@ class VoteReader:
         named = {name: text.strip() or None for name, text in texts.items() if isinstance(text, str)}
         self._not_anonymous += "anony" in extras and is_no(cells[extras["anony"]])
         if isinstance(found, tuple):
+            self._shared += 1
             verdict = drawn_verdict(found, identity)
             return Battle(identity, prompts, responses_a, responses_b, verdict, shares=found, **named)
         battle = Battle(identity, prompts, responses_a, responses_b, found, **named)

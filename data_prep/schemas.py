@@ -87,9 +87,7 @@ class Schema:
         first, end = len(self.columns) - len(self.texts) - len(self.verdict), len(self.columns) - len(self.verdict)
         texts, verdicts = cells[first:end], cells[end : len(self.columns)]
         encodings = _encodings(texts, "plain" if self.texts != _CONVERSATIONS else "JSON")
-        shared = self.verdict_format == "one-hot" and 2 * sum(map(are_shares, zip(*verdicts, strict=True))) > len(
-            sample
-        )
+        shared = self.verdict_format == "one-hot" and any(map(are_shares, zip(*verdicts, strict=True)))
         return replace(
             self,
             encodings=encodings,

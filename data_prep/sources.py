@@ -42,7 +42,7 @@ _DESCRIPTIONS = frozenset(
     f"{name}.json" for name in ("dataset_info", "dataset_infos", "dataset_dict", "dataset-metadata")
 )
 _FORMS = f"a file ({', '.join(PARTS)}), a folder of such parts, Kaggle's zip, or hf://datasets/OWNER/NAME"
-_WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?|\.\d+)", re.DOTALL)
+_WEIGHTED, _WEIGHT = re.compile("(.+):([^/:]*)", re.DOTALL), re.compile(r"\d+(\.\d+)?|\.\d+")
 _LARGEST_WEIGHT = 100.0
 # The number of a part, and the hash that the hub puts behind it: train-00000-of-00002-a09b74b3ef9c3b56.parquet
 _NUMBER, _HASH = re.compile(r"\d+"), re.compile(r"-[0-9a-f]{16}(?=\.)")
@@ -58,12 +58,14 @@ class Source:
 
 def with_weight(given: str | Path) -> tuple[str, float]:
     """Return a source and its weight, 1 where FILE:0.5 gives none; raises ArenaError for a weight out of bounds."""
-    found = None if Path(given).exists() else _WEIGHT.fullmatch(str(given))
-    if found is None:
+    found = None if Path(given).exists() else _WEIGHTED.fullmatch(str(given))
+    is_number = found and _WEIGHT.fullmatch(found[2])
+    if not found or not (is_number or Path(found[1]).exists()):
         return str(given), 1.0
-    if not 0 < (weight := float(found[2])) <= _LARGEST_WEIGHT:
-        remedy = f"give a number above 0, up to {_LARGEST_WEIGHT:.0f}, such as {found[1]}:0.5; or leave the source out"
-        raise ArenaError(f"the weight {found[2]} is out of bounds", where=str(given), remedy=remedy)
+    weight = float(found[2]) if is_number else 0.0
+    if not 0 < weight <= _LARGEST_WEIGHT:
+        what = f"the weight {found[2]!r} is no number above 0, up to {_LARGEST_WEIGHT:.0f}"
+        raise ArenaError(what, where=str(given), remedy=f"write {found[1]}:0.5, say; or leave the source out")
     return found[1], weight
 
 

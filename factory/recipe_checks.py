@@ -88,6 +88,7 @@ _TRAINING = (
         "are several adapters, of which the merge holds the last alone",
         "merge all but that one, and write the result as `model` of experiment.yaml",
     ),
+    Rule("max_steps", lambda v, x: x < 1 and x != -1, "limits nothing: all epochs are trained", _REMOVE),
     Rule(
         "early_stopping_steps",
         lambda v, x: x and not ((v.metric_for_best_model or v.load_best_model_at_end) and v.eval_strategy != "no"),
@@ -123,6 +124,14 @@ _NEVER = {
     "create_new_adapter": "trains a second adapter, and the merge holds that one alone",
     "resume_from_checkpoint": "trains nothing where that has more steps; --resume takes the last whole checkpoint",
 }
+_REWARD = (
+    Rule(
+        "ref_model",
+        lambda v, x: x and v.pref_loss == "sigmoid" and (x != v.model_name_or_path or v.ref_model_adapters),
+        "is another reference than the one that scoring subtracts: model_name_or_path",
+        _REMOVE,
+    ),
+)
 _MERGING = (
     Rule("quantization_bit", _is_set, "allows no merge: an adapter cannot be merged into a quantized model", _REMOVE),
 )
@@ -135,11 +144,12 @@ _NEEDS = {
     "(galore|apollo|badam)_.*|use_(galore|apollo|badam|hyper_parallel)|hyper_.*": "finetuning_type: full",
     "simpo_gamma": "pref_loss: simpo",
     "pref_.*|dpo_.*|ld_alpha|simpo_gamma|ref_model.*": "stage: dpo",
+    "ref_model_.*": "ref_model",
     "kto_.*": "stage: kto",
     "ppo_.*|reward_model.*": "stage: ppo",
     "use_(dft|asft|eaft)_loss|compute_accuracy|label_smoothing_factor": "stage: sft",
     "(image|video|audio)_.*|use_audio.*|crop_.*|freeze_(vision|multi|lang).*": "images",
-    "(vllm|sglang)_.*|generation_.*|eval_num_beams|sortish_sampler": "generation",
+    "(vllm|sglang)_.*|infer_backend|generation_.*|eval_num_beams|sortish_sampler": "generation",
     "export_.*|infer_dtype": "a merge",
     "interleave_probs|mix_strategy": "data sets of your own",
     "quantization_type|double_quantization": "quantization_bit",
@@ -210,6 +220,7 @@ def check_recipe(
         *weight_faults(sound, root),
         *_disagreements(experiment, its, recipe, sound),
         *_refusals((*_RANGES, *(_MERGING if its.merges else _TRAINING)), sound),
+        *_refusals(_REWARD if step == "dpo_reward" else (), sound),
         *(() if its.merges else _idle_faults(sound)),
         *reach_faults(further, experiment.model, allowed),
     ]

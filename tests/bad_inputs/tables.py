@@ -192,10 +192,10 @@ TRAIN = [
     ("csv_no_winners", without(*PROBABILITY_COLUMNS), "pass a file without verdicts as the test set"),
     ("csv_double_id", rows(lambda t: t[9].update(id="1003")), "'1003' is in row 4 and again in row 10"),
     ("csv_no_winner", flags("0", "0", "0"), "votes.csv row 5", "no winner", "both are bad"),
-    ("csv_two_winners", flags("1", "1", "0"), "row 5", "2 winners"),
+    ("csv_two_winners", flags("1", "1", "0"), "row 5", "several winners"),
     ("csv_negative_winner", flags("1", "-1", "0"), "row 5", "no clear winner"),
     ("csv_nan_winner", flags("nan", "1", "0"), "row 5", "no clear winner"),
-    ("csv_word_as_winner", flags("yes", "no", "no"), "row 5", "no winner"),
+    ("csv_word_as_winner", flags("yes", "no", "no"), "row 5", "no clear winner", "exactly one winner"),
     ("csv_many_bad_rows", rows(lambda t: [r.update(prompt="x") for r in t[3:9]]), "6 of 40 rows", "row 4"),
     ("csv_all_rows_bad", rows(lambda t: [r.update(prompt="[]") for r in t]), "no row is left"),
     ("csv_one_battle", votes(f"{HEADER}\n{LINE}"), "1 different prompt(s) in 1 rows", "change valid_share"),
@@ -378,6 +378,7 @@ LOSSES = [
 COLUMNS_GIVEN = [
     ("columns_no_pair", "prompt", "'prompt' is no pair: write prompt=question"),
     ("columns_twice", "prompt=a,prompt=b", "prompt is named twice"),
+    ("columns_for_two", "response_a=a,response_b=a", "a is named twice"),
     ("columns_unknown", "prompt=promt", "csv: has no column 'promt'", "prompt=prompt?", "It has: id"),
     ("columns_not_ours", "promt=prompt", "'promt' is no name of ours", "did you mean prompt?"),
 ]

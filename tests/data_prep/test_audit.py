@@ -139,7 +139,10 @@ def test_strange_verdicts_are_told(experiment, workplace):
     records = [{"prompt": p, "response_a": "yes", "response_b": "no", "anony": n < 7} for n, p in enumerate(prompts)]
     for votes, told in (
         ({"winner": "A"}, ["WARNING: all 40 verdicts of votes.jsonl are 'a'", "warning: in 33 battles of votes.jsonl"]),
-        (dict(zip(PROBABILITY_COLUMNS, (0.4, 0.3, 0.3), strict=True)), ["note: votes.jsonl has shares", "warning: in"]),
+        (
+            dict(zip(PROBABILITY_COLUMNS, (0.4, 0.3, 0.3), strict=True)),
+            ["note: 40 battles of votes.jsonl have shares", "warning: in"],
+        ),
     ):
         Path("votes.jsonl").write_text("\n".join(json.dumps(record | votes) for record in records))
         said = warnings_of(export(experiment, Path("votes.jsonl"), workers=0))

@@ -135,7 +135,7 @@ VOTES = [
     ("winner", ("winner",), [("model_a",), ("model_b",), ("tie (bothbad)",)]),
     ("winner", ("winner",), [("A",), ("b",), ("Tie",)]),
     ("winner", ("winner",), [("Model A",), ("response_b",), ("both_bad",)]),
-    ("shares", PROBABILITY_COLUMNS, [(0.98, 0.01, 0.01), (0.0, 1.0, 0.0), ("0", "0.001", "0.999")]),
+    ("shares", PROBABILITY_COLUMNS, [(0.98, 0.01, 0.01), (0.0, 1.0, 0.0), ("0", "0", "1")]),
 ]
 
 
@@ -158,7 +158,7 @@ def test_any_texts_go_with_any_verdicts(tmp_path, texts, votes):
     for battle in battles:
         shown = (battle.prompts, battle.responses_a, battle.responses_b)
         assert shown == (THREE if "plain" not in said else (THREE[0], ("a1", ""), ("a1", "b2")))
-        assert (battle.shares is None) == (votes[0] != "shares")
+    assert reader.facts["verdicts_of_shares"] == sum(b.shares is not None for b in battles) == (votes[0] == "shares")
     assert reader.facts["verdict_counts"] == {"a": 1, "b": 1, "tie": 1}
 
 
@@ -209,14 +209,14 @@ def test_most_cells_decide_how_texts_are_read(tmp_path, records, said):
 
 
 def test_shares_draw_verdicts_by_id_in_their_proportion(tmp_path):
-    votes = [(0.5, 0.3, 0.2)] * 3000
+    votes = [(0, 0, 1)] * 70 + [(0.5, 0.3, 0.2)] * 3000  # the first rows, which are looked at, hold none
     path = table(tmp_path / "x.csv", ANSWERS, ["q", "a", "b"], votes, PROBABILITY_COLUMNS)
     reader = VoteReader(path, labelled=True)
     battles = [battle for _, battle in reader]
     assert battles == [battle for _, battle in reader]
     counts = reader.facts["verdict_counts"]
-    assert all(abs(counts[each] / 3000 - share) < 0.03 for each, share in zip("ab", votes[0], strict=False))
-    assert battles[0].shares == votes[0] and swap(battles[0]).shares == (0.3, 0.5, 0.2)
+    assert all(abs(counts[each] / 3000 - share) < 0.03 for each, share in zip("ab", votes[-1], strict=False))
+    assert battles[-1].shares == votes[-1] and swap(battles[-1]).shares == (0.3, 0.5, 0.2)
 
 
 def mt_bench(**changed) -> list[dict]:
@@ -235,7 +235,10 @@ def test_ids_that_repeat_beside_judge_and_turn_are_made_of_all_and_the_judged_tu
     assert "'81:m:n:expert_1:2' is in row 1 and again in row 2" in error.what
     unique = [row | {"question_id": i} for i, row in enumerate(mt_bench(turn=2.0))]
     assert [battle.id for battle in read(write(tmp_path / "z.jsonl", unique))] == ["0", "1"]
-    assert "turn 3 was judged, of 2" in error_of(write(tmp_path / "w.jsonl", mt_bench(turn=3)[:1])).what
+    assert (
+        "turn 3 was judged, and turns count from 1 to 2"
+        in error_of(write(tmp_path / "w.jsonl", mt_bench(turn=3)[:1])).what
+    )
 
 
 def test_a_system_message_stands_before_the_question_and_language_and_anony_are_kept(tmp_path):
@@ -356,8 +359,8 @@ def test_what_cannot_be_read_is_named_with_its_remedy(tmp_path, content, words):
         (["1,0,0", ",,", ",,", ",,"], ["row 2", "no winner", "3 of 4 rows", "ties"]),
         (["model_a", "", "tie", ""], ["row 2", "no winner", "2 of 4 rows", "both are bad"]),
         (["model_a", "model_c", "tie", ""], ["row 2", "unknown winner 'model_c'", "2 of 4 rows", "one of these words"]),
-        (["1,0,0"] * 70 + [".5,.3,.2"], ["row 71", "no clear winner", "sum to 1"]),
-        ([".5,.3,.2"] * 3 + [".5,.3,.1"], ["row 4", "no shares that sum to 1"]),
+        ([".5,.3,.2"] * 3 + [".5,.3,.1"], ["row 4", "no clear winner, nor shares that sum to 1"]),
+        (["1,0,0", "yes,no,no", "1,1,"], ["row 2", "no clear winner", "2 of 3 rows", "exactly one winner"]),
     ],
 )
 def test_rows_without_a_winner_are_counted(tmp_path, votes, words):

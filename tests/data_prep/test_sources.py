@@ -96,8 +96,8 @@ def test_a_weight_stands_behind_a_colon(kaggle):
     given = ("x.csv", "x.csv:0.5", "hf://datasets/a/b@v1:3", "x.csv:.5", "x.csv:half", kaggle / "odd:2")
     assert [with_weight(each)[1] for each in given] == [1, 0.5, 3, 0.5, 1, 1]
     assert with_weight("hf://datasets/a/b@v1:3")[0] == "hf://datasets/a/b@v1"
-    for wrong in ("x.csv:0", "x.csv:1000"):
-        with pytest.raises(ArenaError, match="is out of bounds"):
+    for wrong in ("x.csv:0", "x.csv:1000", *(f"{kaggle / 'x.csv'}:{weight}" for weight in ("-1", "nan", "1e-3", ""))):
+        with pytest.raises(ArenaError, match="is no number above 0"):
             with_weight(wrong)
 
 
