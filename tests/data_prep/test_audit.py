@@ -141,7 +141,7 @@ def test_strange_verdicts_are_told(experiment, workplace):
         ({"winner": "A"}, ["WARNING: all 40 verdicts of votes.jsonl are 'a'", "warning: in 33 battles of votes.jsonl"]),
         (
             dict(zip(PROBABILITY_COLUMNS, (0.4, 0.3, 0.3), strict=True)),
-            ["note: 40 battles of votes.jsonl have shares", "warning: in"],
+            ["note: 40 battles of votes.jsonl", "warning: in"],
         ),
     ):
         Path("votes.jsonl").write_text("\n".join(json.dumps(record | votes) for record in records))
