@@ -230,7 +230,7 @@ TRAIN = [
     ("parquet_null_ids", parquet(id=[None] * 40), "has no id"),
     ("parquet_nan_ids", parquet(id=[float("nan")] * 40), "has no id"),
     ("parquet_equal_ids", parquet(id=[7.0] * 40), "'7' is in row 1 and again in row 2"),
-    ("parquet_null_winners", parquet(winner_tie=[None] * 40), "row 1", "no winner"),
+    ("parquet_null_winners", parquet(winner_tie=[None] * 40), "row 1", "no clear winner"),
     ("parquet_not_utf8", lambda p: parquet(prompt=raw_bytes())(p), "row 40", "is not UTF-8"),
     ("row_cut_off", altered(lambda d: d[:-20]), "votes.csv line 41", "is cut off"),
 ]
