@@ -30,6 +30,7 @@ EXAMPLES = {
     "new": "longer --from qwen3-4b",
     "prepare": "-e qwen3-4b --train lmsys-chatbot-arena.zip --test lmsys-chatbot-arena.zip",
     "probe": "-e smollm2-135m",
+    "publish": "-e qwen3-4b --stage sft --repo OWNER/NAME --dry-run",
     "rank": "--votes votes.csv --style",
     "render": "-e qwen3-4b",
     "rm": "-e qwen3-4b --until train",
