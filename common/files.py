@@ -31,6 +31,7 @@ from common.errors import ArenaError
 
 _LARGE = 16 * 2**20  # bytes; hashes of larger files are remembered
 _LARGEST_JSON = 2**30
+_MOST_DIGITS = 100
 # Folders of the project that a person may keep on another disk, by a link.
 _FOLDERS = ("data", "factory_configs", "models", "outputs", "saves", "templates")
 _NEEDS_QUOTES = re.compile('[",\r\n]')
@@ -123,9 +124,15 @@ def refuse_endless(*folders: Path) -> None:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; raises OSError, or ValueError for any fault in its text."""
     try:
-        return json.loads(read_regular(path, _LARGEST_JSON).decode())
+        return json.loads(read_regular(path, _LARGEST_JSON).decode(), parse_int=_integer)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:  # float() fails on them
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def csv_line(cells: Iterable[object]) -> str:

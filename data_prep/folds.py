@@ -146,7 +146,7 @@ def read_folds(path: Path, folds: int) -> dict[str, int]:
     for number, cells in enumerate(table.rows(("id", "fold")), 1):
         identity = None if isinstance(cells, BrokenRow) else parse_id(cells[0])
         fold = "" if identity is None else str(cells[1]).strip()
-        if not fold.isdecimal() or int(fold) >= folds:
+        if not fold.isdecimal() or len(fold) > 9 or int(fold) >= folds:
             what = f"holds no id with a fold from 0 to {folds - 1} (folds: {folds} in experiment.yaml)"
             raise ArenaError(what, where=f"{path} row {number}", remedy="write the fold's number, or change folds")
         if found.setdefault(identity, int(fold)) != int(fold):
@@ -163,7 +163,12 @@ def read_ids(path: Path) -> frozenset[str]:
     table = open_table(path)
     if "id" not in table.columns:
         raise ArenaError("lacks the column id", where=str(path), remedy="give a table with a column id")
-    return frozenset(name for cells in table.rows(("id",)) if (name := parse_id(cells[0])) is not None)
+    found = set()
+    for number, cells in enumerate(table.rows(("id",)), 1):
+        if isinstance(cells, BrokenRow):
+            raise ArenaError(cells.reason, where=f"{path} row {number}", remedy="correct or remove the row")
+        found.add(parse_id(cells[0]))
+    return frozenset(found - {None})
 
 
 def _seeded_order(numbers: np.ndarray, seed: int) -> np.ndarray:

@@ -198,7 +198,7 @@ class Calibration:
 def _fitted_from_json(value: Mapping[str, Any]) -> FittedLink:
     try:
         for key in ("source_prior", "target_prior"):
-            if value[key]:
+            if value[key] or key == "source_prior":
                 checked_prior(value[key], key)
         return FittedLink(
             **{name: value[name] for name in _PLAIN},

@@ -5,6 +5,7 @@ Only safetensors are read. No code of a merged folder runs; that of a base runs 
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
     from factory.stage_context import StageContext
 
 BROKEN_WEIGHTS = "the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve"
+
+
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+_REGEX = re.compile(r"[*+{]")
+
+
+def _texts_in(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [each for each in value or () if isinstance(each, str)]
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,11 @@ class TrainedAdapter:
         if missing := [name for name in files if not (self.folder / name).is_file()]:
             raise self._misfit(f"is no finished adapter: {' and '.join(missing)} missing")
         try:
-            trained_on = read_json(self.folder / files[0])["base_model_name_or_path"]
+            config = read_json(self.folder / files[0])
+            trained_on = config["base_model_name_or_path"]
+            # PEFT matches them with every module's name; one may never end
+            if patterns := [key for key in _PATTERNS if any(map(_REGEX.search, _texts_in(config.get(key))))]:
+                raise TypeError(f"{patterns[0]} holds a regular expression; give the modules' names")
             if not isinstance(trained_on, str):
                 raise TypeError("base_model_name_or_path is no text")
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -40,7 +41,6 @@ from scoring.checks.provenance import provenance
 from scoring.checks.run_checks import require_sound, run_checks, stopping
 from scoring.executor import Executor, InProcess
 from scoring.judge import MANIFEST, make_base_judge
-from scoring.links import smoothed_prior
 from scoring.model_card import write_cards
 from scoring.predictions import REPORT, check_submission, probability_file, read_probabilities, write_probabilities
 from scoring.probe import PROBE
@@ -52,6 +52,7 @@ from scoring.scorer import Scorer, ScorerSpec, own_precision
 from scoring.time_limit import Pace, parse_duration
 from scoring.workers import Workers, default_workers
 
+_FLAG = ("level", "text")
 _LABELS = {"valid": "scoring the validation fold", "test": "scoring the test set"}
 
 
@@ -146,10 +147,14 @@ def read_report(context: StageContext, *, remedy: str | None = None) -> dict[str
     path = context.folder / REPORT
     try:
         report = read_json(path)
-        if not isinstance(report["calibration"], dict) or not all(f["text"] for f in report.get("flags", [])):
+        flags, others = report.get("flags", []), report.get("calibrations") or {}
+        if not isinstance(report["calibration"], dict) or not all(isinstance(f[k], str) for f in flags for k in _FLAG):
             raise TypeError
+        counts = report.get("train_class_counts") or dict.fromkeys(VERDICTS, 0)
+        if not isinstance(others, dict) or not all(0 <= counts[name] < math.inf for name in VERDICTS):
+            raise ValueError
         return report
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         what, again = "there is no readable report of this stage", remedy or context.command
         raise ArenaError(what, where=str(path), remedy=again) from None
 
@@ -228,7 +233,8 @@ class Answers:
 def class_prior(report: Mapping[str, Any]) -> np.ndarray:
     """Return [3] the class shares of the training rows, as the baseline has them; the judge's own where unknown."""
     if counts := report.get("train_class_counts"):
-        return smoothed_prior(np.repeat(range(3), [counts[name] for name in VERDICTS]))
+        values = np.array([float(counts[name]) for name in VERDICTS]) + 1  # as scoring.links.smoothed_prior
+        return values / values.sum()
     return np.array([report["calibration"]["source_prior"][name] for name in VERDICTS])
 
 

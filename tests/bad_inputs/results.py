@@ -247,6 +247,7 @@ FAULTS = [
         "is no finished adapter",
         "adapter_model.safetensors",
     ),
+    ("adapter_endless_regex", edited(CONFIG, target_modules="(([a-z._0-9])+)+!"), LOAD_ADAPTER, "regular expression"),
     ("adapter_base_a_number", edited(CONFIG, base_model_name_or_path=7), LOAD_ADAPTER, "is no text"),
     (
         "adapter_of_another_base",
@@ -262,6 +263,17 @@ FAULTS = [
     ("merge_no_weights", remove(TENSORS), merge_again, "no finished adapter to merge"),
     ("report_missing", remove(REPORT), SCORE_INPUT, "no readable report of this stage", "run.py sft -e exam"),
     ("report_no_calibration", edited(REPORT, calibration=...), SCORE_INPUT, "no readable report"),
+    (
+        "ids_to_drop_end_in_a_quote",
+        write("drop.csv", 'id\n1\n"x\n"x\n'),
+        ("prepare", "-e", "exam", "--train", "votes.csv", "--drop-ids", "drop.csv"),
+        "drop.csv row 2",
+        "correct or remove the row",
+    ),
+    ("report_calibrations_a_word", edited(REPORT, calibrations="x"), SCORE_INPUT, "no readable report"),
+    ("report_counts_of_words", edited(REPORT, train_class_counts={"a": "x"}), SCORE_INPUT, "no readable report"),
+    ("report_flags_half", edited(REPORT, flags=[{"text": "x"}]), COMPARE, "no readable report"),
+    ("report_of_a_huge_number", edited(REPORT, log_loss=10**400), COMPARE, "no readable report"),
     ("report_calibration_empty", edited(REPORT, calibration={}), SCORE_INPUT, "the saved calibration lacks a value"),
     (
         "report_calibration_of_words",
