@@ -94,6 +94,7 @@ COMMANDS = {
     "status": (),
     "ensemble": ("-e", "exam:sft", "-e", "exam:rm", "--name", "both"),
     "probe": ("-e", "exam"),
+    "publish": ("-e", "exam", "--repo", "☃/x", "--dry-run"),
     "rank": (),
     "render": ("-e", "exam"),
     "clean": (),
