@@ -79,10 +79,10 @@ def audit_labels(experiment: str, stage: str, rows: int, as_json: bool) -> None:
 
     They are written to a table that `prepare --drop-ids` takes.
     """
-    from scoring.label_audit import audit_labels, in_words
+    from scoring.show import audit_in_words, audit_labels
 
     found = audit_labels(start(experiment, stage)[0], rows)
-    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(in_words(found)))
+    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(audit_in_words(found)))
 
 
 @_command()

@@ -32,9 +32,9 @@ from scoring.checks.provenance import provenance
 from scoring.compare import BLEND, blend, common_rows, compare, judged_rows, pool, red_flags, stage_probabilities
 from scoring.links import correct_prior
 from scoring.metrics import as_groups, verdict_codes
-from scoring.predictions import REPORT, check_submission, write_probabilities
+from scoring.predictions import REPORT, Answers, check_submission, write_probabilities
 from scoring.report.page import write_compare_page
-from scoring.score_stage import Answers, read_report, texts
+from scoring.score_stage import read_report, texts
 
 _BASELINES = ("length", "tfidf")
 _COLUMNS = ["a", "b", "tie"]

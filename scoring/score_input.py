@@ -28,9 +28,9 @@ from scoring.baselines import TFIDF_CHARS, baseline_probabilities
 from scoring.calibration import Calibration
 from scoring.executor import Executor
 from scoring.out_of_fold import MeanOfJobs
-from scoring.predictions import record_output, require_replaceable
+from scoring.predictions import Answers, class_prior, record_output, require_replaceable
 from scoring.runner import open_job
-from scoring.score_stage import Answers, ScoreOptions, class_prior, read_report, texts
+from scoring.score_stage import ScoreOptions, read_report, texts
 from scoring.score_store import remove_empty
 from scoring.time_limit import Pace
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from scoring.checks.run_checks import require_sound, run_checks, stopping
 from scoring.executor import Executor, InProcess
 from scoring.judge import MANIFEST, make_base_judge
 from scoring.model_card import write_cards
-from scoring.predictions import REPORT, check_submission, probability_file, read_probabilities, write_probabilities
+from scoring.predictions import REPORT, Answers, read_probabilities, write_probabilities
 from scoring.probe import PROBE
 from scoring.ray_scoring import RayActors
 from scoring.report.build import build_report
@@ -183,59 +182,6 @@ def audit_for(data: Path, stage: str) -> dict[str, Any]:
         return audit
     with readable(data / "audit.json"):
         return {**audit, "truncation": audit["pairs"]["reward"]["truncation"]}
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Ids and probabilities of rows, some thousand at a time with how many of them were cut (`pieces`), and of rows
-    that could not be read: `unread` are the rows before each and its id, `prior` [3] is what they get in their place,
-    for a submission that lacks an id is worth nothing."""
-
-    pieces: Callable[[], Iterable[tuple[list[str], np.ndarray, int]]]
-    unread: Sequence[tuple[int, str | None]]
-    prior: np.ndarray
-
-    @classmethod
-    def of(cls, job: Any, calibration: Calibration, unread: Sequence, report: Mapping[str, Any]) -> Answers:
-        """Return the answers to a job's rows; the prior is the declared one, else that of the training rows."""
-        declared = calibration.used.target_prior
-        prior = np.array([declared[name] for name in VERDICTS]) if declared else class_prior(report)
-
-        def pieces() -> Iterator[tuple[list[str], np.ndarray, int]]:
-            for table in job.tables():
-                yield table["id"].tolist(), calibration.apply(table), int(table["cut"].sum())
-
-        return cls(pieces, unread, prior)
-
-    @cached_property
-    def lines(self) -> list[tuple[int, str]]:
-        """The unread rows whose id is known and not also that of another row."""
-        seen = {name for names, *_ in self.pieces() for name in names} if self.unread else set()
-        return [(at, name) for at, name in self.unread if not (name is None or name in seen or seen.add(name))]
-
-    def write(self, path: Path, *, winner: bool = False) -> tuple[int, int]:
-        """Write all in the table's order and check what was written; return how many rows, how many cut."""
-        ids: list[str] = []
-        first = cut = 0
-        with probability_file(path, winner=winner) as add:
-            for names, chances, shortened in self.pieces():
-                here = [(at - first, name) for at, name in self.lines if first <= at < first + len(names)]
-                first, cut = first + len(names), cut + shortened
-                for at, name in reversed(here):
-                    names.insert(at, name)
-                add(names, np.insert(chances, [at for at, _ in here], self.prior, axis=0))
-                ids += names
-            if last := [name for at, name in self.lines if at >= first]:
-                add(last, np.tile(self.prior, (len(last), 1)))
-        return check_submission(path, ids + last, winner=winner), cut
-
-
-def class_prior(report: Mapping[str, Any]) -> np.ndarray:
-    """Return [3] the class shares of the training rows, as the baseline has them; the judge's own where unknown."""
-    if counts := report.get("train_class_counts"):
-        values = np.array([float(counts[name]) for name in VERDICTS]) + 1  # as scoring.links.smoothed_prior
-        return values / values.sum()
-    return np.array([report["calibration"]["source_prior"][name] for name in VERDICTS])
 
 
 def _score_splits(

@@ -1,4 +1,4 @@
-"""One battle as a stage's judge read it, with its verdict and the judge's answers in both orders."""
+"""Single battles: one as a stage's judge read it, with its answers in both orders; and the least likely verdicts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
 from common.console import visible
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, Labels
+from common.files import atomic_file, csv_line
 from common.stages import STAGES
 from data_prep.chat_template import ChatFrame, load_frame
-from data_prep.export_reader import read_columns, readable, require_pairs
+from data_prep.export_reader import read_columns, read_rows, readable, require_pairs
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import MARKER
 from factory.stage_context import StageContext
+from scoring.compare import stage_probabilities
 from scoring.links import softmax
-from scoring.metrics import EPS
+from scoring.metrics import EPS, verdict_codes
 
 _SETS = {"train": "training rows", "valid": "validation fold", "test": "test set"}
 _ROW = ("id", "source", "split", "verdict", "language", "turns", "dropped", "cut", "tokens", "tokens_full")
@@ -33,6 +35,10 @@ _PAIR = ("prompt", "response_a", "response_b", "dropped", "cut", "tokens_a", "to
 _AGAIN = "score the stage again"
 _VERDICT_NAMES = {"a": "A wins", "b": "B wins", "tie": "tie"}
 Shares = dict[str, float]
+# The verdicts that the judge finds least likely.
+LABEL_AUDIT = "label_audit.csv"
+_HEADER = ("id", "verdict", "p_verdict", "first_choice", "p_first_choice")
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -243,3 +249,42 @@ def _table(shown: ShownBattle) -> Table:
         label = final if name == "final" else f"{name}, softmax"
         table.add_row(label, *(f"{shares[verdict]:.4f}" for verdict in VERDICTS), loss)
     return table
+
+
+def audit_labels(context: StageContext, most: int) -> dict[str, Any]:
+    """Write the battles whose verdict is least likely, that one first; return the file's name and its rows.
+
+    Only battles that the judge did not train on are listed: with folds all, else those of the validation fold.
+    """
+    rows = read_rows(context.experiment.data_folder, context.parts("valid"))
+    probabilities = stage_probabilities(context, rows["id"].tolist())
+    given = probabilities[np.arange(len(rows)), verdict_codes(rows["verdict"])]
+    chosen = np.argsort(given, kind="stable")[:most]
+    first = probabilities.argmax(axis=1)
+    ids, verdicts = rows["id"].tolist(), rows["verdict"].tolist()
+    cells = [(ids[i], verdicts[i], given[i], VERDICTS[first[i]], probabilities[i, first[i]]) for i in chosen]
+    listed = [
+        {
+            name: round(float(cell), 6) if name.startswith("p_") else cell
+            for name, cell in zip(_HEADER, each, strict=True)
+        }
+        for each in cells
+    ]
+    path = context.folder / LABEL_AUDIT
+    with atomic_file(path) as file:
+        file.writelines(map(csv_line, [_HEADER, *(each.values() for each in listed)]))
+    return {"file": str(path), "judged": len(rows), "rows": listed}
+
+
+def audit_in_words(found: dict[str, Any]) -> list[str]:
+    """Return the audit as lines for people."""
+    lines = [
+        f"{row['id']}: voted {row['verdict']}, which has {row['p_verdict']:.1%}; its choice is {row['first_choice']} "
+        f"({row['p_first_choice']:.1%})"
+        for row in found["rows"][:_SHOWN]
+    ]
+    return [
+        *lines,
+        f"{found['file']}: the {len(found['rows']):,} least likely of {found['judged']:,} verdicts; "
+        "`run.py show ID` prints a battle, `run.py prepare --drop-ids FILE` trains without them",
+    ]
