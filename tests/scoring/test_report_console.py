@@ -4,9 +4,9 @@ import io
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 from scored_arena import arena, built
 
+from common.progress import PlainConsole
 from factory.stage_context import StageContext
 from scoring.report.console import print_comparison, print_summary
 
@@ -31,7 +31,7 @@ def result() -> dict:
 
 def printed(result: dict, tmp_path) -> str:
     out = io.StringIO()
-    print_comparison(Console(file=out, width=200), tmp_path, result)
+    print_comparison(PlainConsole(file=out, width=200), tmp_path, result)
     return out.getvalue()
 
 
@@ -55,7 +55,7 @@ def test_the_summary_shows_the_baselines_the_findings_and_every_flag(tmp_path, m
     report = built(scores, texts, truth)[0]
     out = io.StringIO()
     experiment = SimpleNamespace(name="exam", output_folder=lambda stage, fold=None: tmp_path / stage)
-    print_summary(Console(file=out, width=300), StageContext(experiment, "sft"), report)
+    print_summary(PlainConsole(file=out, width=300), StageContext(experiment, "sft"), report)
     text = out.getvalue()
     losses = [float(line.split("│")[2]) for line in text.splitlines() if line.count("│") == 4]
     assert len(losses) == 6 and losses == sorted(losses, reverse=True), "the worst first"
