@@ -221,7 +221,8 @@ def _encodings(texts: Sequence[Sequence[object]], usual: str) -> tuple[str, ...]
 def _shape(encoding: str, cells: Sequence[object]) -> str:
     """Return in words what the cells of a column hold."""
     if encoding == "plain" and not any(isinstance(cell, list) for cell in cells):
-        return "plain texts"
+        lists = sum(encoding_of(cell) in ("JSON", "Python") for cell in cells)
+        return "plain texts" + (f" ({lists} of the first {len(cells)} are written as lists)" if lists else "")
     known = [cell for cell in cells if cell is not None]
     written = "" if any(isinstance(cell, list) for cell in known) else f"{encoding} "
     try:

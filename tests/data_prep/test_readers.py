@@ -196,7 +196,7 @@ def test_of_preferences_the_chosen_side_is_drawn(tmp_path, suffix, columns, cell
     ("records", "said"),
     [
         ([("['not', but a text", "[]", "x")] * 3, "plain texts"),
-        ([('["a list"]', "a", "b"), ("two\nlines", "", "b"), ("p", "c", None)], "plain texts"),  # texts may look so
+        ([('["a list"]', "a", "b"), ("two\nlines", "", "b"), ("p", "c", None)], "plain texts (1 of the first 3"),
         ([("Write a JSON list", '["a", "b"]', '["c"]'), ("and now prose", "once", "upon")] * 9, "plain texts"),
         ([('["q"]', '["a"]', '["b"]')] * 30 + [("x", "x", "x")] * 9, "JSON lists of turns"),
         ([('["q"]', '["a"]', '["b"]')] * 30 + [("['x']", "x", "x")] * 2, "JSON lists of turns"),
@@ -205,7 +205,7 @@ def test_of_preferences_the_chosen_side_is_drawn(tmp_path, suffix, columns, cell
 )
 def test_most_cells_decide_how_texts_are_read(tmp_path, records, said):
     path = write(tmp_path / "x.csv", [dict(zip(ANSWERS, texts, strict=True)) for texts in records])
-    assert VoteReader(path, labelled=False).facts["texts"] == said
+    assert VoteReader(path, labelled=False).facts["texts"].startswith(said)
 
 
 def test_shares_draw_verdicts_by_id_in_their_proportion(tmp_path):
