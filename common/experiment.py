@@ -138,7 +138,7 @@ class Experiment(_Strict):
     fold_answer: Literal["mean", "full"] = "mean"  # what answers the test set where there are folds
     swap_copies: bool = True
     orders_together: bool = False  # a battle's two orders in one step: shuffled by the export, not by the trainer
-    epochs_as_rows: int = Field(default=1, ge=1, le=20)  # each with soft labels drawn anew; num_train_epochs is 1 then
+    epochs_as_rows: int = Field(default=1, ge=1, le=20)  # each with soft labels drawn again; num_train_epochs is 1 then
     dpo_rejected: Literal["each", "one"] = "each"  # the wrong labels that a judge pair rejects
     reward_length_normalised: bool = False  # implicit rewards: the mean over an answer's tokens instead of the sum
     swap_tta: bool = False  # score both orders and average

@@ -33,6 +33,7 @@ from scoring.score_stage import read_report, texts
 BLEND = "blend"
 # The smallest probability whose logarithm enters the blend: one certain mistake must not rule the weights.
 _FLOOR = 1e-6
+_SAME = "prepare the experiments with the same votes and the same folds, or with folds, which judge every battle"
 # Probabilities [rows, 3], None where there are none, and `weights` with the `reason`.
 Blend = tuple[np.ndarray | None, dict[str, Any]]
 
@@ -55,12 +56,13 @@ def compare_stages(*experiments: Experiment) -> dict[str, Any]:
             what, remedy = "no stage of this experiment was scored yet", f"python run.py sft -e {each.name}"
             raise ArenaError(what, where=f"outputs/{each.name}", remedy=f"{remedy}, then dpo and rm")
         contexts |= {f"{each.name}:{c.name}" if others else c.name: c for c in scored}
-    known, left_out = common_rows({each.name: judged_rows(each) for each in experiments})
+    tables = {each.name: judged_rows(each) for each in experiments}
+    known, left_out = common_rows(tables)
     ids = known["id"].tolist()
     rows = texts(data, experiment.parts("valid")).set_index("id").loc[ids].reset_index()
     models = {}
     for name, context in contexts.items():
-        own = judged_rows(context.experiment)["id"].tolist()
+        own = tables[context.experiment.name]["id"].tolist()
         models[name] = pd.DataFrame(stage_probabilities(context, own), index=own).loc[ids].to_numpy()
     baselines = baseline_probabilities(texts(data, experiment.parts("train")), rows, experiment.seed)
     truth = truth_of(data)
@@ -102,9 +104,6 @@ def common_rows(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, dict[
         what = f"{' and '.join(tables)} were scored on other battles: they have none in common"
         raise ArenaError(what, where="-e", remedy=_SAME)
     return rows.reset_index(drop=True), {name: len(table) - len(rows) for name, table in tables.items()}
-
-
-_SAME = "prepare the experiments with the same votes and the same folds, or with folds, which judge every battle"
 
 
 def differing_settings(experiments: Sequence[Experiment]) -> dict[str, dict[str, Any]]:
