@@ -46,7 +46,7 @@ def compare_stages(*experiments: Experiment) -> dict[str, Any]:
     earlier comparison is removed first, so that none is left that no longer holds.
     """
     experiment, *others = experiments
-    folder, data = compare_folder(experiments), experiment.data_folder
+    folder = compare_folder(experiments)
     for name in ("compare.json", "compare.html"):
         (folder / name).unlink(missing_ok=True)
     contexts = {}
@@ -59,15 +59,11 @@ def compare_stages(*experiments: Experiment) -> dict[str, Any]:
     tables = {each.name: judged_rows(each) for each in experiments}
     known, left_out = common_rows(tables)
     ids = known["id"].tolist()
-    rows = texts(data, experiment.parts("valid")).set_index("id").loc[ids].reset_index()
     models = {}
     for name, context in contexts.items():
         own = tables[context.experiment.name]["id"].tolist()
         models[name] = pd.DataFrame(stage_probabilities(context, own), index=own).loc[ids].to_numpy()
-    baselines = baseline_probabilities(texts(data, experiment.parts("train")), rows, experiment.seed)
-    truth = truth_of(data)
-    bayes = None if truth is None else probabilities_of(truth, ids, str(data / "truth.csv"))
-    compared = compare(rows, models, experiment.seed, baselines=baselines, bayes=bayes)
+    compared = compare(known, models, experiment.seed, **references(experiment, ids))
     result = {"experiment": " and ".join(each.name for each in experiments), **compared}
     result["flags"] = {name: red_flags(context) for name, context in contexts.items()}  # no comparison hides them
     result |= {"left_out": left_out, "differs": differing_settings(experiments) if others else {}}
@@ -80,6 +76,17 @@ def compare_folder(experiments: Sequence[Experiment]) -> Path:
     """Return outputs/A/compare, or outputs/A/compare_B for several."""
     first, *others = experiments
     return first.output_folder("_".join(["compare", *(each.name for each in others)]))
+
+
+def references(experiment: Experiment, ids: list[str]) -> dict[str, Any]:
+    """Return `baselines` and, on a synthetic arena, `bayes`: what `compare` shows with the models."""
+    data = experiment.data_folder
+    rows = texts(data, experiment.parts("valid")).set_index("id").loc[ids].reset_index()
+    truth = truth_of(data)
+    return {
+        "baselines": baseline_probabilities(texts(data, experiment.parts("train")), rows, experiment.seed),
+        "bayes": None if truth is None else probabilities_of(truth, ids, str(data / "truth.csv")),
+    }
 
 
 def judged_rows(experiment: Experiment) -> pd.DataFrame:

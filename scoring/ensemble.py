@@ -22,14 +22,23 @@ from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, check_name, load_experiment
 from common.files import only_run, write_json
 from common.stages import STAGES
-from data_prep.export_reader import readable, test_lines, truth_of
-from data_prep.ground_truth import probabilities_of
+from data_prep.export_reader import readable, test_lines
 from factory.stage_context import StageContext
 from factory.state import StageState
 from scoring.baselines import baseline_probabilities
 from scoring.calibration import Calibration
 from scoring.checks.provenance import provenance
-from scoring.compare import BLEND, blend, common_rows, compare, judged_rows, pool, red_flags, stage_probabilities
+from scoring.compare import (
+    BLEND,
+    blend,
+    common_rows,
+    compare,
+    judged_rows,
+    pool,
+    red_flags,
+    references,
+    stage_probabilities,
+)
 from scoring.links import correct_prior
 from scoring.metrics import as_groups, verdict_codes
 from scoring.predictions import REPORT, Answers, check_submission, write_probabilities
@@ -65,8 +74,6 @@ def ensemble(names: Sequence[str], name: str, weights: str = "fitted") -> dict[s
     rows, left_out = common_rows({each.name: judged_rows(each.experiment) for each in members})
     first, ids = members[0].experiment, rows["id"].tolist()
     held_out = {each.name: each.held_out.loc[ids].to_numpy() for each in members}
-    truth = truth_of(first.data_folder)
-    known = texts(first.data_folder, first.parts("valid")).set_index("id").loc[ids].reset_index()
     codes, groups = verdict_codes(rows["verdict"]), as_groups(rows["group"])
     judged, about = blend(held_out, codes, groups, first.seed, given)
     if judged is None:
@@ -75,8 +82,7 @@ def ensemble(names: Sequence[str], name: str, weights: str = "fitted") -> dict[s
         rows,
         held_out,
         first.seed,
-        baselines=baseline_probabilities(texts(first.data_folder, first.parts("train")), known, first.seed),
-        bayes=None if truth is None else probabilities_of(truth, ids),
+        **references(first, ids),
         blended=(judged, about),
     )
     own = next(row for row in compared["table"] if row["name"] == BLEND)

@@ -6,7 +6,6 @@ import random
 import time
 import tracemalloc
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +24,6 @@ from data_prep.folds import (
     validation_mask,
 )
 from data_prep.readers import VoteReader
-
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
 
 ROWS = st.lists(st.tuples(st.integers(0, 40).map(str), st.sampled_from(VERDICTS)), min_size=1, max_size=120)
 SHARES = st.floats(0.05, 0.5)
@@ -172,10 +169,8 @@ def test_a_share_that_whole_groups_cannot_meet_is_refused_with_a_remedy(groups, 
         ("mtbench/mtbench_human.csv", 80, 38),
     ],
 )
-def test_real_votes(file, prompts, tolerance):
-    path = REAL / file
-    if not path.exists():
-        pytest.skip("the real votes are not on this machine")
+def test_real_votes(real_data, file, prompts, tolerance):
+    path = real_data / file
     battles = [battle for _, battle in VoteReader(path, labelled=True)]
     groups = [prompt_group(battle) for battle in battles]
     verdicts = [battle.verdict for battle in battles]

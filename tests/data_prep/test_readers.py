@@ -470,10 +470,8 @@ def test_columns_may_stand_in_any_order_after_a_byte_order_mark_and_between_blan
         ("arena/test.csv", 3, {None: 3}),
     ],
 )
-def test_real_votes(file, rows, verdicts):
-    path = REAL / file
-    if not path.exists():
-        pytest.skip("the real votes are not on this machine")
+def test_real_votes(real_data, file, rows, verdicts):
+    path = real_data / file
     reader = VoteReader(path, labelled=None not in verdicts)
     battles = [battle for _, battle in reader]
     assert (reader.facts["texts"], reader.rows_read, reader.rejected) == ("JSON lists of turns", rows, [])
