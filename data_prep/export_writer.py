@@ -24,13 +24,12 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetWriter
 
 from common.battle import VERDICTS, Battle
-from common.console import name_of
 from common.errors import ArenaError
 from data_prep.audit import add_counts
 from data_prep.dataset_info import set_names
 from data_prep.export_reader import TEST_LINES, iter_battles, iter_pairs, read_columns
 from data_prep.export_rows import SCHEMAS, FittedChunk
-from data_prep.folds import LEFT_OUT, group_number, splits_beside, splits_of, trained_with
+from data_prep.folds import LEFT_OUT, GivenFolds, group_number, splits_beside, splits_of, trained_with
 from data_prep.preference_pairs import View
 from data_prep.truncation import in_chunks
 
@@ -51,7 +50,7 @@ class Written:
     counts: dict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     groups: array = field(default_factory=lambda: array("Q"))
     verdicts: array = field(default_factory=lambda: array("b"))
-    given: Mapping[str, int] | None = None  # the fold of each id, where somebody else drew them
+    given: GivenFolds | None = None
     folds: array = field(default_factory=lambda: array("b"))
 
     def add(self, chunk: FittedChunk) -> None:
@@ -63,18 +62,12 @@ class Written:
             self.groups.extend(map(group_number, rows.column("group").to_pylist()))
             self.verdicts.extend(map(VERDICTS.index, rows.column("verdict").to_pylist()))
             if self.given is not None and chunk.source == "train":
-                self.folds.extend(map(self._fold, rows.column("id").to_pylist()))
+                self.folds.extend(map(self.given.__getitem__, rows.column("id").to_pylist()))
 
     @property
     def prompts_in_several_folds(self) -> int:
         """How many prompts the given folds put on both sides."""
         return len(set(zip(self.groups, self.folds, strict=False))) - len(set(self.groups)) if self.folds else 0
-
-    def _fold(self, identity: str) -> int:
-        if identity in self.given:
-            return self.given[identity]
-        what, remedy = f"has no fold for the battle {name_of(identity)}", "give each battle of --train one"
-        raise ArenaError(what, where="--folds-from", remedy=remedy)
 
 
 def write_tables(
@@ -82,13 +75,13 @@ def write_tables(
     chunks: Iterable[FittedChunk],
     experiment: Experiment,
     weights: Mapping[str, float],
-    folds: Mapping[str, int] | None = None,
+    folds: GivenFolds | None = None,
     test: VoteReader | None = None,
     drop: Collection[str] = (),
 ) -> Written:
     """Write rows.parquet, battles.parquet and, where chunks hold pairs, pairs.parquet; labelled battles come first.
 
-    `weights` are those of the sources with verdicts, `folds` is the fold of each id where somebody else drew them,
+    `weights` are those of the sources with verdicts, `folds` are those of each id where somebody else drew them,
     `test` is read to its end with the chunks, the ids to `drop` are not trained on. Raises ArenaError where the folds
     cannot have the share that the experiment asks for.
     """
@@ -105,8 +98,8 @@ def write_tables(
     groups, verdicts = np.array(written.groups, np.uint64), np.array(written.verdicts, np.int8)
     # The first source is the target: it alone validates, so that a figure means the same with and without others.
     own = written.counts["train", "battles"]["rows"]
-    given = None if folds is None else np.array(written.folds, np.int64)
-    splits = splits_of(experiment, groups[:own], verdicts[:own], given)
+    given = () if folds is None else (np.array(written.folds, np.int64), folds.path)
+    splits = splits_of(experiment, groups[:own], verdicts[:own], *given)
     splits = np.concatenate([splits, splits_beside(experiment, splits, groups[:own], groups[own:])])
     lines = [(row.before, row.id) for row in (test.rejected if test else []) if row.id is not None]
     metadata = {TEST_LINES: json.dumps([test.is_wsdm, lines])} if test else {}

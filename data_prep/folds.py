@@ -97,12 +97,12 @@ def fold_numbers(groups: np.ndarray, kinds: np.ndarray, *, folds: int, seed: int
 
 
 def splits_of(
-    experiment: Experiment, groups: np.ndarray, kinds: np.ndarray, given: np.ndarray | None = None
+    experiment: Experiment, groups: np.ndarray, kinds: np.ndarray, given: np.ndarray | None = None, where: str = "folds"
 ) -> np.ndarray:
     """Return the split of each row that was voted on: train or valid, or the fold that it is judged in.
 
-    `given` are folds that somebody else drew. Raises ArenaError as `validation_mask` does, and where a fold lacks a
-    class that another one has.
+    `given` are folds that somebody else drew, in the table `where`. Raises ArenaError as `validation_mask` does, and
+    where a fold lacks a class that another one has.
     """
     if experiment.folds == 1:
         mask = validation_mask(groups, kinds, share=experiment.valid_share, seed=experiment.seed)
@@ -114,8 +114,8 @@ def splits_of(
         if lacking := set(range(experiment.folds)) - set(numbers[kinds == kind].tolist()):
             raise ArenaError(
                 f"fold {min(lacking)} has no battle with the verdict {VERDICTS[kind]}",
-                where="folds",
-                remedy="set folds to a lower number in experiment.yaml, or give more battles with this verdict",
+                where=where,
+                remedy="give it battles with this verdict, or set folds to a lower number in experiment.yaml",
             )
     return np.array([fold_name(number) for number in numbers.tolist()])
 
@@ -137,9 +137,21 @@ def trained_with(part: str) -> list[str]:
     return [part, f"{part}{_BESIDE}"]
 
 
-def read_folds(path: Path, folds: int) -> dict[str, int]:
+class GivenFolds(dict[str, int]):
+    """The fold of each id, as a table of somebody else's says."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = str(path)
+
+    def __missing__(self, identity: str) -> int:
+        what, remedy = f"has no fold for the battle {name_of(identity)}", "give each battle of --train one"
+        raise ArenaError(what, where=self.path, remedy=remedy)
+
+
+def read_folds(path: Path, folds: int) -> GivenFolds:
     """Return the fold of each id of a table (columns id, fold) whose folds are 0 to folds - 1; raises ArenaError."""
-    table, found = open_table(path), {}
+    table, found = open_table(path), GivenFolds(path)
     if missing := [name for name in ("id", "fold") if name not in table.columns]:
         what, remedy = f"lacks the column(s) {missing}", "give a table with the columns id and fold"
         raise ArenaError(what, where=str(path), remedy=remedy)

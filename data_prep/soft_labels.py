@@ -57,11 +57,11 @@ class Teacher:
 
     def require_used(self) -> None:
         """Raise ArenaError where the table has labels for battles that were not read."""
-        if foreign := sorted(self._shares.keys() - self._used):
+        if foreign := [row for row, name in enumerate(self._shares, 1) if name not in self._used]:
+            first = name_of(list(self._shares)[foreign[0] - 1])
             raise ArenaError(
-                f"has soft labels of {len(foreign):,} ids that are no battles of --train, the first is "
-                f"{name_of(foreign[0])}",
-                where=str(self._path),
+                f"has soft labels of {len(foreign):,} ids that are no battles of --train, the first is {first}",
+                where=f"{self._path} row {foreign[0]}",
                 remedy="give the battles with another --train, or remove these rows",
             )
 
@@ -95,10 +95,10 @@ def _require_unseen(path: Path, ids: Iterable[str]) -> None:
     read_manifest(folder)
     rows = read_columns(folder / "rows.parquet", ["id", "split"]).to_pydict()
     trained = {i for i, split in zip(rows["id"], rows["split"], strict=True) if split not in ("test", "valid")}
-    if seen := sorted(trained.intersection(ids)):
+    if seen := [(row, name) for row, name in enumerate(ids, 1) if name in trained]:
         raise ArenaError(
-            f"its judge was trained on {len(seen):,} of these battles, the first is {name_of(seen[0])}: it teaches "
+            f"its judge was trained on {len(seen):,} of these battles, the first is {name_of(seen[0][1])}: it teaches "
             "back what it was told",
-            where=str(path),
+            where=f"{path} row {seen[0][0]}",
             remedy=f"train with folds and give outputs/{name}/STAGE/{_HELD_OUT}, which is out-of-fold",
         )

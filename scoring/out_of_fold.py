@@ -103,6 +103,7 @@ def _write(context: StageContext) -> tuple[dict[str, Any], list]:
             "stage": context.name,
             "set": "out-of-fold",
             "folds": [{key: report[key] for key in ("rows", "log_loss", "log_loss_ci95")} for report in reports],
+            "checkpoint": _chosen(context.judging),
             "merge_gate": max(gates, key=lambda gate: gate["max_abs_diff"], default=None),
             "checks": checks,
             "loss_curve": [],  # each fold's report has its own
@@ -129,6 +130,20 @@ def _write(context: StageContext) -> tuple[dict[str, Any], list]:
     answers = SimpleNamespace(rows=len(test), ids=lambda: test["id"], tables=lambda: [test])
     outputs = write_result(context, report, scores["id"], probabilities, calibration, answers)
     return report, [*(folder / f"scores_{name}.parquet" for name in ("valid", "test")), *outputs]
+
+
+def _chosen(judging: Iterable[StageContext]) -> dict[str, Any] | None:
+    """Return what choosing checkpoints by log loss did to all folds in which one was; None where none was."""
+    chosen = {each.label.split()[-1]: each.choice for each in judging if "curve" in each.choice}
+    if not chosen:
+        return None
+    rows = [its["rows"] for its in chosen.values()]
+    losses = {
+        key: float(np.average([its[key] for its in chosen.values()], weights=rows))
+        for key in ("log_loss", "cross_fitted")
+    }
+    names = ", ".join(f"{fold} {its['chosen'] or 'the last'}" for fold, its in chosen.items())
+    return {"chosen": names, "rows": sum(rows), **losses, "curve": []}  # each fold's report has its own
 
 
 def _scores(context: StageContext, split: str) -> pd.DataFrame:

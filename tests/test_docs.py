@@ -8,10 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import click
+import psutil
 import pytest
 from chain import place, run_py
 
@@ -122,10 +124,23 @@ def test_the_tutorial_runs_as_it_is_written(chain):
     assert (chain / "outputs" / "demo" / "compare" / "compare.json").is_file()
 
 
+def kill_at(file: Path, folder: Path, *arguments: str) -> None:
+    """Call run.py in a folder, and kill it as soon as the file is there."""
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
+    call = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *arguments], cwd=folder, env=environment)
+    while call.poll() is None and not file.exists():
+        time.sleep(0.01)
+    family = psutil.Process(call.pid).children(recursive=True)
+    call.kill()
+    assert call.wait() < 0
+    psutil.wait_procs(family, timeout=20)
+
+
 @pytest.mark.slow
 def test_three_models_and_folds_give_one_submission_as_it_is_written(tmp_path):
-    """The worked example of docs/folds.md, with two folds and a few steps."""
-    folder = place(tmp_path / "place", **{step: {"max_steps": 3} for step in ("sft", "dpo_reward", "rm")})
+    """The worked example of docs/folds.md, with two folds and a few steps; the second fold is killed on its way."""
+    steps = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+    folder = place(tmp_path / "place", sft=steps, **{step: {"max_steps": 3} for step in ("dpo_reward", "rm")})
     arena = write_arena(folder / "arena", seed=7, train_rows=160, test_rows=12)
     for path in (arena.train, arena.test):
         shutil.copy(path, folder / path.name)
@@ -134,7 +149,14 @@ def test_three_models_and_folds_give_one_submission_as_it_is_written(tmp_path):
     config.write_text(single.replace("folds: 1", "folds: 2"))
     shutil.copytree(config.parent, config.parents[1] / "student")
     (config.parents[1] / "student" / config.name).write_text(single)
-    for line, _ in commands_of(ROOT / "docs" / "folds.md", "run in a test"):
+    for number, (line, _) in enumerate(commands_of(ROOT / "docs" / "folds.md", "run in a test")):
+        if number == 1:
+            second = folder / "saves" / "arena-tiny" / "lora" / "demo_sft_fold1"
+            call = ("sft", "-e", "demo", "--checkpoint", "best", "--resume")
+            kill_at(second / "checkpoint-1" / "trainer_state.json", folder, *call)
+            done = run_py(folder, *call)
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert "sft fold0: scores kept" in done.stderr and "demo_sft_fold1/checkpoint-" in done.stderr
         done = run_py(folder, *shlex.split(line)[2:])
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     rows = (folder / "outputs" / "all" / "ensemble" / "submission.csv").read_text().splitlines()
@@ -142,6 +164,7 @@ def test_three_models_and_folds_give_one_submission_as_it_is_written(tmp_path):
         str(row["id"]) for row in csv.DictReader(arena.test.read_text().splitlines())
     ]
     report = json.loads((folder / "outputs" / "demo" / "sft" / "report.json").read_text())
+    assert "fold1 " in next(flag["text"] for flag in report["flags"] if flag["code"] == "checkpoint")
     assert report["set"] == "out-of-fold" and report["rows"] == 160 and len(report["folds"]) == 2
     assert run_py(folder, "score", "-e", "demo", "--input", "test.csv").returncode == 0
     scored = (folder / "outputs" / "demo" / "sft" / "scored" / "test.csv").read_text()

@@ -69,12 +69,14 @@ def _cautions(report: Mapping[str, Any], test_rows: int) -> Iterator[tuple[str, 
             f"{losses}). What answers the test set, {report['scoring']['answer']}, is judged by no battle.",
         )
     if (choice := report["checkpoint"]) and "curve" in choice:
-        curve = ", ".join(f"{point['checkpoint']} {number(point['log_loss'], 4)}" for point in choice["curve"])
+        points = (f"{point['checkpoint']} {number(point['log_loss'], 4)}" for point in choice["curve"])
+        curve = ", ".join(points) or "the curves are in the folds' reports"
         yield (
             *("info", "checkpoint"),
-            f"{choice['chosen'] or 'The last checkpoint'} was chosen by its log loss on {count(choice['rows'])} of "
-            f"these battles ({curve}). Choosing flatters this report: chosen on other battles than it is judged on, "
-            f"it has {number(choice['cross_fitted'], 4)} instead of {number(choice['log_loss'], 4)}.",
+            f"Chosen by log loss on {count(choice['rows'])} of these battles: "
+            f"{choice['chosen'] or 'the last checkpoint'} ({curve}). Choosing flatters this report: chosen on "
+            f"other battles than those judged, the figure is {number(choice['cross_fitted'], 4)} "
+            f"instead of {number(choice['log_loss'], 4)}.",
         )
     if report["rows"] < FEW_ROWS:
         yield "amber", "few_rows", f"Only {report['rows']} rows: the figures are rough."

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from click.testing import CliRunner
 from pyarrow.parquet import read_table, write_table
 
+import run
 from common.experiment import load_experiment
 from common.progress import Show
 from factory.merge import merge
@@ -22,6 +25,8 @@ from scoring.score_store import RowStore
 from scoring.watch import baseline_losses
 from tests.bad_inputs.place import (
     COMPARE,
+    PREPARE,
+    PREPARE_TEST,
     SCORE,
     SCORE_INPUT,
     SFT,
@@ -49,6 +54,7 @@ CONFIG, TENSORS = f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.sa
 CHANCES = f"{OUT}/probabilities_valid.csv"
 TEST_SCORES, TEST_CHANCES = f"{OUT}/scores_test.parquet", f"{OUT}/probabilities_test.csv"
 NO_MODEL, NO_STATE = "the model cannot be loaded", "state.json: is not a state"
+SCORED = f"{OUT}/scored/votes.csv"
 AGAIN = "run prepare again"
 GOOD = "1,.5,.25,.25\n2,.5,.25,.25\n3,.5,.25,.25\n"
 HEAD = "id,winner_model_a,winner_model_b,winner_tie\n"
@@ -80,6 +86,8 @@ def truth_of_others(place: Place) -> None:
     Path(DATA, "truth.csv").write_text(f"{HEAD}1,.5,.25,.25\n")
 
 
+BLEND = ("ensemble", "--name", "both", "-e", "exam:sft", "-e", "exam:tfidf")
+MEAN = (*BLEND, "--weights", "mean")
 # What is called other than by a command.
 LOAD_JUDGE = partial(load_judge, Path(MERGED))
 LOAD_MODEL = partial(load_model, Path(MERGED), "cpu")
@@ -104,6 +112,21 @@ def half_store(place: Place) -> None:
 
 def stored_ids() -> None:
     list(RowStore(Path("store"), checked=False).ids())
+
+
+def other_votes(place: Place) -> None:
+    """Prepare a second experiment with votes of its own."""
+    place.table(place.rows(start=5000), "others.csv")
+    shutil.copytree("factory_configs/exam", "factory_configs/other")
+    call = [*PREPARE_TEST[:2], "other", "--train", "others.csv", *PREPARE_TEST[-2:]]
+    assert CliRunner().invoke(run.cli, call).exit_code == 0
+
+
+def answered_its_own_rows(place: Place) -> None:
+    """Write what `score --input` would answer for the battles that the judge was trained on."""
+    rows = [json.loads(line)["id"] for line in Path(DATA, "sft_train.jsonl").read_text().splitlines()]
+    Path(SCORED).parent.mkdir()
+    Path(SCORED).write_text(HEAD + "".join(f"{each},.2,.3,.5\n" for each in dict.fromkeys(rows)))
 
 
 def mine(content: str | bytes) -> Breaks:
@@ -341,6 +364,26 @@ EXPORT = [
     ("battles_empty", unscored(write(BATTLES, b"PAR1PAR1")), SCORE, "battles.parquet: is damaged"),
     ("battles_are_rows", unscored(lambda p: Path(ROWS).replace(BATTLES)), SCORE, "is damaged"),
 ]
+MEMBERS = [
+    ("members_too_few_rows_to_fit", nothing, BLEND, "remedy: --weights mean needs no fit"),
+    ("members_not_scored", nothing, (*BLEND, "-e", "exam:rm"), "rm"),
+    ("members_of_other_rows", other_votes, (*MEAN, "-e", "other:length"), "have none in common", "with the same votes"),
+    (
+        "teacher_that_has_seen_its_targets",
+        answered_its_own_rows,
+        (*PREPARE, "--soft", SCORED),
+        f"{SCORED} row 1",
+        "its judge was trained on 28 of these battles",
+        f"give outputs/exam/STAGE/{Path(CHANCES).name}",
+    ),
+]
+NO_MEMBERS = [
+    ("weights_do_not_sum", nothing, (*BLEND, "--weights", "0.5,0.4"), "weights of at least 0 that sum to 1"),
+    ("weights_negative", nothing, (*BLEND, "--weights", "1.5,-0.5"), "weights of at least 0 that sum to 1"),
+    ("weights_one_for_two", nothing, (*BLEND, "--weights", "1"), "is not 2 weights"),
+    ("member_twice", nothing, (*BLEND, "-e", "exam:sft"), "two different members"),
+    ("member_no_stage", nothing, (*BLEND, "-e", "exam:nothing"), "is no member"),
+]
 OUTPUTS = [
     ("output_is_a_truth", write("truth.csv", f"{HEAD}1,1,0,0\n"), into("truth.csv"), "is not an earlier output"),
     (
@@ -354,4 +397,5 @@ OUTPUTS = [
     ("output_is_exported", nothing, into("data/exam/rows.parquet"), "lies in data/"),
     ("output_is_in_an_arena", nothing, into("data/synthetic_arena/truth.csv"), "lies in data/"),
 ]
-CASES = [*DAMAGED, *cases(FAULTS), *cases(EXPORT, writes=COMPUTED), *cases(OUTPUTS, code=2)]
+CASES = [*DAMAGED, *cases(FAULTS), *cases(EXPORT, writes=COMPUTED), *cases(MEMBERS)]
+CASES += [*cases(NO_MEMBERS, code=2), *cases(OUTPUTS, code=2)]

@@ -156,6 +156,16 @@ def own(name: str) -> Any:
 LIES_IN, STRANGERS = "lies in data/exam, and an export replaces this folder", "holds 1 file(s) that no export wrote"
 
 
+def folds(of, count: int = 40) -> Any:
+    """Return what asks for two folds and writes the fold of each battle."""
+    table = "id,fold\n" + "".join(f"{1000 + n},{int(of(n))}\n" for n in range(count))
+    return lambda place: (write("folds.csv", table)(place), place.edit_experiment("folds: 2\n"))
+
+
+def soft(text: str, path: str = "soft.csv") -> Any:
+    return write(path, f"{NAMES}{text}\n")
+
+
 def truth(text: str) -> Any:
     return write("truth.csv", text)
 
@@ -358,6 +368,22 @@ OTHERS = [
     ("truth_packed", write("truth.csv", gzip.compress(NAMES.encode())), WITH_TRUTH, "is no plain CSV file"),
     ("truth_short_row", truth(f"{NAMES}1,1,0,0\n2,1\n"), WITH_TRUTH, "truth.csv row 2"),
 ]
+FOLDS = [
+    (
+        "folds_lack_a_class",
+        folds(lambda n: n % 3 == 2 or n % 2),
+        "folds.csv: fold 0 has no battle with the",
+    ),
+    ("folds_lack_a_battle", folds(lambda n: n % 2, 39), "folds.csv: has no fold for the battle 1039"),
+    ("folds_of_another_number", folds(lambda n: n % 3), "folds.csv row 3: holds no id with a fold from 0 to 1"),
+]
+SOFT = [
+    ("soft_foreign_ids", soft("1000,.2,.3,.5\n77,.2,.3,.5"), "soft.csv row 2", "1 ids that are no battles of --train"),
+    ("soft_nan", soft("1000,.2,.3,.5\n1001,nan,.5,.5"), "soft.csv row 2: holds no three probabilities", "run.py score"),
+    ("soft_negative", soft("1000,-.2,.7,.5"), "soft.csv row 1: holds no three probabilities"),
+    ("soft_does_not_sum", soft("1000,1,.5,.5"), "soft.csv row 1: holds no three probabilities"),
+    ("soft_twice", soft("1000,.2,.3,.5\n1000,.2,.3,.5"), "soft.csv row 2: the id 1000 is in row 1 and again in row 2"),
+]
 LOSSES = [
     *(
         (f"own_file_{i}", own("own.jsonl"), call, STRANGERS, "own.jsonl", "outside of data/exam")
@@ -392,5 +418,6 @@ NAMED = [
 ]
 CASES = [
     *(*cases(TRAIN, PREPARE), *cases(CELLS, PREPARE, code=0)),
+    *(*cases(FOLDS, (*PREPARE, "--folds-from", "folds.csv")), *cases(SOFT, (*PREPARE_TEST, "--soft", "soft.csv"))),
     *(*cases(OTHERS), *cases(LOSSES), *cases(NAMED, code=2)),
 ]

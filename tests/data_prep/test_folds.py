@@ -20,7 +20,6 @@ from data_prep.folds import (
     normalise_prompt,
     prompt_group,
     read_folds,
-    splits_of,
     validation_mask,
 )
 from data_prep.readers import VoteReader
@@ -234,9 +233,3 @@ def test_folds_of_somebody_else_are_refused_unless_they_are_folds(tmp_path, rows
     with pytest.raises(ArenaError) as caught:
         read_folds(tmp_path / "folds.csv", 2)
     assert what in caught.value.what and "folds.csv" in caught.value.where and caught.value.remedy
-
-
-def test_a_fold_that_lacks_a_class_is_refused(make_experiment):
-    groups, kinds = np.arange(6, dtype=np.uint64), np.array([0, 0, 1, 1, 0, 2])
-    with pytest.raises(ArenaError, match="fold 0 has no battle with the verdict tie"):
-        splits_of(make_experiment(folds=2), groups, kinds, np.array([0, 1, 0, 1, 0, 1]))
