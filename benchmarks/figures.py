@@ -17,13 +17,13 @@ sys.path.insert(0, str(ROOT))
 _FOLDERS = ("--work", "--demo", "--wide")
 
 
-def options(doc: str, *, votes: bool = False, work: bool = False) -> argparse.ArgumentParser:
+def options(doc: str, *, votes: bool = False, work: bool = False, required: bool = True) -> argparse.ArgumentParser:
     """Return a script's parser with the options that scripts share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if votes:
-        parser.add_argument("--votes", nargs="+", type=lambda path: Path(path).resolve(), required=True)
+        parser.add_argument("--votes", nargs="+", type=lambda path: Path(path).resolve(), required=required)
     if work:
-        parser.add_argument("--work", type=lambda path: Path(path).resolve(), required=True, metavar="FOLDER")
+        parser.add_argument("--work", type=lambda path: Path(path).resolve(), required=required, metavar="FOLDER")
     parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/")
     return parser
 

@@ -1,6 +1,7 @@
-"""How close the forecast comes on this CPU: seconds and peak memory of real short trainings against the formula.
+"""How close the forecast comes: to real short trainings on this CPU, and to figures that others published of GPUs.
 
     python benchmarks/forecast_check.py --votes FILE --work FOLDER [--steps 8] [--write]
+    python benchmarks/forecast_check.py --published [--write]      # arithmetic, a second
 
 Random bases of three sizes, with a tokenizer of the votes, are trained for a few steps through LLaMA-Factory as run.py
 does it. Forecast and measurement see the same rows, recipe and number of steps. Peak memory is the largest resident set
@@ -11,16 +12,22 @@ from __future__ import annotations
 
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
-from figures import options, publish, table
+import numpy as np
+from figures import options, publish, put, table
 from workbench import Workbench, battles_of, child_peak, texts_of, write_votes
 
 from common.battle import Battle
 from common.experiment import load_experiment
-from factory.forecast import forecast
+from factory.forecast import forecast, training_work
+from factory.gpu import CARDS, GIB
+from factory.memory import SLACK, training_memory
+from factory.model_size import ModelSize, size_of
 from factory.process import llamafactory
+from factory.train_config import TokenLengths, TrainConfig
 
 
 class Case(NamedTuple):
@@ -54,6 +61,59 @@ CASES = (
 )
 
 
+class Published(NamedTuple):
+    """A training that somebody measured on an A100 at batch 1: GB of its card, and tokens a second where they say."""
+
+    name: str
+    size: ModelSize
+    bits: int | None
+    rank: int
+    tokens: int
+    gigabytes: float
+    speed: float | None = None
+    casts: bool = False  # by peft's prepare_model_for_kbit_training, which LLaMA-Factory does not call
+
+    def forecast(self) -> tuple[float, float]:
+        """Return GiB and tokens a second by the formula, for the code that was measured."""
+        recipe = {"stage": "sft", "per_device_train_batch_size": 1, "bf16": True, "num_train_epochs": 1.0}
+        config = TrainConfig.of({**recipe, "quantization_bit": self.bits, "lora_rank": self.rank})
+        parts, rows = training_memory(self.size, config, self.tokens), np.full((1000, 1), self.tokens)
+        if self.casts:
+            # Embedding, head and so the residual stream have 32 bits; the loss of transformers 4.4x copied the
+            # shifted logits: 16 bytes an entry of the vocabulary instead of 12 (allocations counted on a CPU).
+            parts["weights"] += 2 * (self.size.embedding + self.size.head) * SLACK["cuda"] / GIB
+            parts["activations"], parts["logits"] = 2 * parts["activations"], parts["logits"] * 16 / 12
+        work = training_work(self.size, config, TokenLengths(rows, rows[:0], rows.ravel()))
+        return sum(parts.values()), rows.sum() / (work.operations / CARDS["A100-80GB"].training_rate)
+
+
+# github.com/QwenLM/Qwen, README.md, "Profiling of Memory and Speed": s/it of 8 x 2,048 tokens; FlashAttention 2.
+_QWEN_7B = ModelSize(4096, 32, 32, 32, 128, 11008, 151936, tied=False)
+_QWEN_14B = ModelSize(5120, 40, 40, 40, 128, 13696, 152064, tied=False)
+# github.com/unslothai/unsloth, README.md, "Context length benchmarks": the longest row that "Hugging Face + FA2" fits.
+_LLAMA = size_of("meta-llama/Llama-3.1-8B-Instruct")
+PUBLISHED = (
+    Published("Qwen-7B, QLoRA", _QWEN_7B, 4, 64, 2048, 13.9, 8 * 2048 / 7.0),
+    Published("Qwen-7B, LoRA", _QWEN_7B, None, 64, 2048, 23.8, 8 * 2048 / 5.2),
+    Published("Qwen-14B, QLoRA", _QWEN_14B, 4, 64, 2048, 19.9, 8 * 2048 / 11.8),
+    Published("Llama-3.1-8B, QLoRA", _LLAMA, 4, 32, 932, 12, casts=True),
+    Published("Llama-3.1-8B, QLoRA", _LLAMA, 4, 32, 5789, 24, casts=True),
+    Published("Llama-3.1-8B, QLoRA", _LLAMA, 4, 32, 28454, 80, casts=True),
+)
+
+
+def published() -> list[list[str]]:
+    """Return a row a published training."""
+    rows = []
+    for each in PUBLISHED:
+        gib, speed = each.forecast()
+        there = [f"{gib:.1f}", f"{each.gigabytes:g}", f"{gib / each.gigabytes - 1:+.0%}"]
+        if each.speed:
+            there += [f"{speed:,.0f}", f"{each.speed:,.0f}", f"{each.speed / speed - 1:+.0%}"]
+        rows.append([each.name, f"{each.tokens:,}", *there, *[""] * (6 - len(there))])
+    return rows
+
+
 def prepare(bench: Workbench, case: Case, battles: list[Battle], steps: int) -> str:
     """Build the base and export the votes for a case; return the experiment's name."""
     name = f"{case.size}-{case.stage.replace('_', '-')}-{case.bits}-{case.checkpointing}".lower()
@@ -66,10 +126,30 @@ def prepare(bench: Workbench, case: Case, battles: list[Battle], steps: int) -> 
 
 
 def main() -> None:
-    parser = options(__doc__, votes=True, work=True)
+    parser = options(__doc__, votes=True, work=True, required=False)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first ones, to try the script")
+    parser.add_argument("--published", action="store_true", help="only the table of published figures")
     asked = parser.parse_args()
+    if asked.published:
+        publish_arithmetic(asked.write)
+    elif asked.votes and asked.work:
+        publish_trainings(asked)
+    else:
+        parser.error("--votes and --work, or --published")
+
+
+def publish_arithmetic(write: bool) -> None:
+    """Print the published figures beside the formula's, which no machine changes."""
+    headings = ["training", "tokens a row", "GiB, forecast", "published", "off by"]
+    text = table([*headings, "tokens/s, forecast", "published", "time off by"], published())
+    print(text)
+    if write:
+        put("published figures", f"{text}\n\nCommand: `python benchmarks/forecast_check.py --published`")
+
+
+def publish_trainings(asked: Namespace) -> None:
+    """Train every case and publish the table."""
     bench, battles, lines = Workbench(asked.work), battles_of(*asked.votes), []
     os.chdir(bench.folder)
     write_votes(Path("votes.csv"), battles)

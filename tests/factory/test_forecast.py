@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from forecast_check import PUBLISHED
 from rich.console import Console
 
 import factory.forecast
@@ -132,6 +133,14 @@ def test_work_grows_with_passes_and_rows():
     assert half.operations == pytest.approx(plain.operations / 2, rel=0.01)
     judged = training_work(size, config(eval_strategy="steps", eval_steps=0.25), lengths)
     assert judged.operations > plain.operations
+
+
+@pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: f"{case.name} {case.tokens}")
+def test_figures_that_others_published_of_an_a100_are_met(case):
+    """The sources are named where the figures stand."""
+    gib, speed = case.forecast()
+    assert gib == pytest.approx(case.gigabytes, rel=0.15)
+    assert case.speed is None or 1 / speed == pytest.approx(1 / case.speed, rel=0.4)
 
 
 def test_what_does_not_fit_comes_with_what_to_change(exported):
