@@ -77,6 +77,9 @@ def train(context: StageContext, *, resume: bool = False, fresh: bool = False, s
         context.state.finish("train", [context.adapter / name for name in ADAPTER_FILES], seconds)
     losses = [row["loss"] for row in loss_curve(context.adapter / "trainer_log.jsonl") if row["loss"] is not None]
     summary = f", training loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
+    if losses and context.name == "sft":  # a mean, of which the label is one token and the others are soon sure
+        tokens = context.manifest["frame"]["answer_len"]
+        summary += f", the mean of {tokens} tokens: at most {losses[-1] * tokens:.2f} for the label (a guess: 1.10)"
     show.note(f"{context.label}: trained in {duration(seconds)}{summary}")
     return context.adapter
 

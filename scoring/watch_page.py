@@ -19,6 +19,7 @@ from scoring.watch import Watcher
 
 _TICK = 2.0  # seconds between two looks
 _LOG_LINES = 40
+_MEAN = ", a mean over the label and the tokens that close the turn: of three, 0.37 is 1.10 for the label, a guess"
 _HIGHEST = 1.6  # log loss at the top of the chart; a third for each class costs 1.0986
 
 
@@ -57,7 +58,7 @@ def build(experiment: str, stage: str, score: str) -> Any:
         words = gr.Markdown(elem_id="words")
         progress = gr.Slider(0, 100, visible=False, interactive=False)
         with gr.Row():
-            losses = gr.Plot(label="Training loss", elem_id="losses")
+            losses = gr.Plot(label=f"Training loss{_MEAN if context.name == 'sft' else ''}", elem_id="losses")
             ladder = gr.Plot(label="Validation log loss and what it must beat", elem_id="ladder")
         with gr.Accordion("The end of train.log", open=False):
             tail = gr.Code(interactive=False, language=None)

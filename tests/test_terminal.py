@@ -58,6 +58,8 @@ def test_an_attended_run_has_a_live_line_and_trains_the_same_bytes(chain, tmp_pa
     assert "\x1b[2K" in said and COLOUR.search(said), "the line is drawn again in its place, in colours"
     for said_once in ("sft: trained in", "sft: merged in", "sft: scored"):
         assert sum(line.startswith(said_once) for line in bare.splitlines()) == 1
+    last, tokens, label = re.search(r"loss \S+ -> (\S+), the mean of (\d+) tokens: at most (\S+) for", bare).groups()
+    assert float(label) == pytest.approx(float(last) * int(tokens), abs=0.006)
     for word in ("report:", "submission:", "next:"):
         assert word in bare
     (adapter,) = folder.glob("saves/*/lora/demo_sft/adapter_model.safetensors")
