@@ -175,12 +175,12 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys of experiment.yaml")
     asked = parser.parse_args()
     bench, battles = Workbench(asked.work), battles_of(asked.natural)
-    same = OmegaConf.merge({"valid_share": 0.3}, OmegaConf.from_dotlist(asked.set))
     if asked.model:
-        bench.variant("real", "smollm2-135m", model=str(asked.model), **same)
+        of, changed = "smollm2-135m", {"model": str(asked.model)}
     else:
-        model, recipes = bench.base("real-tiny", texts_of(battles), **BASE), {"dpo_judge": {"max_steps": 80}}
-        bench.variant("real", "demo", model=model, cutoff_len=320, recipes=recipes, **same)
+        model = bench.base("real-tiny", texts_of(battles), **BASE)
+        of, changed = "demo", {"model": model, "cutoff_len": 320, "recipes": {"dpo_judge": {"max_steps": 80}}}
+    bench.variant("real", of, **OmegaConf.merge(changed, {"valid_share": 0.3}, OmegaConf.from_dotlist(asked.set)))
     bench.prepare("real", "--train", str(asked.natural))
     ids = set(read_rows(bench.folder / "data" / "real", "valid")["id"])
     held = [battle for battle in battles if battle.id in ids]
