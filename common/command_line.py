@@ -82,6 +82,19 @@ def fold_named(text: str | None, experiment: Any, usual: str | None = "all") -> 
     raise UsageError(f"--fold {text}: there is no such fold", where=where, remedy=remedy)
 
 
+engine_choice = (
+    option("--engine", type=click.Choice(ENGINES), default="torch", help="What runs the model."),
+    option(
+        "--precision",
+        metavar="P",
+        help="auto, fp32, bf16, fp16, 8bit, 4bit, adapter (not merged); a GGUF file's own [experiment.yaml].",
+    ),
+    option(
+        "--workers",
+        type=click.IntRange(1),
+        help="Processes with a model each [one a visible GPU; 1 on a CPU]. With --ray: actors.",
+    ),
+)
 training_options = several(
     experiment_option,
     option(
@@ -115,17 +128,7 @@ probe_options = several(
     output_options,
 )
 engine_options = several(
-    option("--engine", type=click.Choice(ENGINES), default="torch", help="What runs the model."),
-    option(
-        "--precision",
-        metavar="P",
-        help="auto, fp32, bf16, fp16, 8bit, 4bit, adapter (not merged); a GGUF file's own [experiment.yaml].",
-    ),
-    option(
-        "--workers",
-        type=click.IntRange(1),
-        help="Processes with a model each [one a visible GPU; 1 on a CPU]. With --ray: actors.",
-    ),
+    *engine_choice,
     option(
         "--ray",
         is_flag=False,
@@ -163,8 +166,7 @@ serve_options = several(
     option("--token-file", type=FILE, help="Answer only requests with the bearer token in this file."),
     option("--host", default="127.0.0.1", help="The address to listen on."),
     option("--port", type=click.IntRange(1, 65535), help="[the first free one from 7860 on]"),
-    option("--engine", type=click.Choice(ENGINES), default="torch", help="What runs the model."),
-    option("--precision", metavar="P", help="As for score [experiment.yaml]."),
+    *engine_choice,
     verbose_option,
 )
 new_options = several(

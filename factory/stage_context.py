@@ -88,6 +88,11 @@ class StageContext:
         """The trainings whose scores its result is made of."""
         return list(dict.fromkeys([*self.judging, *self.answering]))
 
+    @property
+    def reported(self) -> StageContext:
+        """The stage whose report has its calibration and figures: its own, or that of the folds for a judge of all."""
+        return self.of(None) if self.fold == "full" else self
+
     def scores(self, split: str) -> bool:
         """Tell whether these rows are scored: not what `full` trained on, and the test set by those who answer it."""
         if split == "test" and self.fold is not None:

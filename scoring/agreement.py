@@ -108,7 +108,7 @@ def stage_agreement(context: StageContext, target: float) -> Agreement:
             where="--agree",
             remedy="remove target_prior from experiment.yaml and score again",
         )
-    path = context.folder / REPORT
+    path = context.reported.folder / REPORT
     with readable(path, context.command):
         return Agreement.of(read_json(path)["agreement"], target)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,13 @@ class Executor:
     engine: str
     precision: str
     device: str
+    models = 1  # that compute at the same time
 
     def run(self, store: RowStore, shards: Iterator[Shard], progress: Progress) -> Iterator[tuple[Shard, np.ndarray]]:
         """Yield each shard with its scores [rows, columns], in any order; `shards` are taken as late as possible."""
+
+    def ask(self, prepared: list) -> np.ndarray:
+        """Return the scores [rows, columns] of prepared rows; `models` threads may call it at the same time."""
 
     def close(self) -> None:
         """Free the models' memory and end every process."""
@@ -46,6 +51,9 @@ class InProcess(Executor):
     def run(self, store: RowStore, shards: Iterator[Shard], progress: Progress) -> Iterator[tuple[Shard, np.ndarray]]:
         for shard in shards:
             yield shard, _score(self._scorer, store, shard, progress)
+
+    def ask(self, prepared: list) -> np.ndarray:
+        return _ask(self._scorer, prepared)
 
     def close(self) -> None:
         self._scorer.close()
@@ -80,6 +88,10 @@ class Asker:
         self._notes.clear()
         return scores, notes
 
+    def ask(self, prepared: list) -> np.ndarray:
+        """Return the scores [rows, columns] of prepared rows."""
+        return _ask(self._scorer, prepared)
+
 
 class SideBySide(Executor):
     """Several processes that compute side by side, an `Asker` in each."""
@@ -88,7 +100,10 @@ class SideBySide(Executor):
 
     def __init__(self, askers: Sequence[Callable[..., Future]], note: Callable[[str], None]):
         """Load the first model; each of `askers` calls a method of its Asker by name, with arguments."""
-        self._askers, self._note = askers, note
+        self._askers, self._note, self.models = askers, note, len(askers)
+        self._free: SimpleQueue = SimpleQueue()
+        for asker in askers:
+            self._free.put(asker)
         self.engine, self.precision, self.device = self._result(askers[0]("loaded"))
 
     def run(self, store: RowStore, shards: Iterator[Shard], progress: Progress) -> Iterator[tuple[Shard, np.ndarray]]:
@@ -107,6 +122,13 @@ class SideBySide(Executor):
                     self._note(f"{self.name}: {text}")
                 yield shard, scores
 
+    def ask(self, prepared: list) -> np.ndarray:
+        asker = self._free.get()
+        try:
+            return asker("ask", prepared).result()
+        finally:
+            self._free.put(asker)
+
     def _result(self, future: Future) -> Any:
         """Return a call's result; raises ArenaError where it failed or its process died."""
         return future.result()
@@ -115,6 +137,10 @@ class SideBySide(Executor):
 def _loaded(scorer: Scorer) -> tuple[str, str, str]:
     """Return engine, precision and device of an open scorer; only torch uses a GPU here."""
     return scorer.engine, scorer.precision, device_name() if scorer.engine == "torch" else "cpu"
+
+
+def _ask(scorer: Scorer, prepared: list) -> np.ndarray:
+    return scorer.ask(prepared, progress=lambda _: None, name="request {}".format)
 
 
 def _score(scorer: Scorer, store: RowStore, shard: Shard, progress: Progress = lambda *_: None) -> np.ndarray:

@@ -63,14 +63,14 @@ def published_files(context: StageContext, *, adapter: bool) -> dict[str, Path |
     """Return what would be sent by its name in the repository: files of the model, and what is made of others."""
     if not context.is_trained:
         raise UsageError(f"{context.name} trains no model", where="--stage", remedy="choose sft, dpo or rm")
-    report = read_report(context.of(None) if context.fold == "full" else context)
+    report = read_report(context)
     options = ScoreOptions(precision="adapter") if adapter and context.step.data != "dpo_reward" else ScoreOptions()
     context.require_scored(options.spec(context).scorer().inputs())
     record = context.state.record("train")
     if record and record.finished_at and record.damaged:
         what = f"changed since the training: {', '.join(record.damaged)}"
         raise ArenaError(what, where=str(context.adapter), remedy=f"train it again: {context.command} --fresh")
-    write_cards(context.of(None) if context.fold == "full" else context, report, keep=True)
+    write_cards(context.reported, report, keep=True)
     folder = context.adapter if adapter else context.merged
     found = {path.name: path for pattern in (_ADAPTER if adapter else _MERGED) for path in folder.glob(pattern)}
     if not any(name.endswith(".safetensors") for name in found):

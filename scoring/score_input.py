@@ -59,7 +59,7 @@ class _TableJudge:
 
     def __init__(self, context: StageContext, options: ScoreOptions):
         self.context, self._options, self._jobs = context, options, []
-        self.report = read_report(context if context.fold is None else context.of(None))
+        self.report = read_report(context)
         self.calibration = Calibration.from_json(self.report)
         self._both_orders = self.calibration.used.swap_tta
         if self._both_orders and options.time_limit is not None:
@@ -135,18 +135,17 @@ def score_input(
     answered it. Without verdicts memory does not grow with the texts, only by some bytes a row. Raises ArenaError, and
     UsageError, before any work, where `output` is a file that this command did not write.
     """
-    options, stage = options or ScoreOptions(), context.name
-    beside = output.with_name(f"{output.stem}_probabilities.csv")
+    options = options or ScoreOptions()
     require_replaceable(output, source, context.experiment)
     if cascade and cascade.context.folder == context.folder:
         raise UsageError("is the first judge itself", where="--cascade", remedy="name another experiment or stage")
     judges = [_TableJudge(each, options) for each in (context, *([cascade.context] if cascade else []))]
-    path, judge = votes_at(source, labelled=False, columns=columns), judges[0]
+    path = votes_at(source, labelled=False, columns=columns)
     # what is not a table of battles is refused before the model is loaded
     reader = VoteReader(path, labelled=False, columns=columns)
     require_used(columns or {}, reader)
     if reader.is_wsdm:
-        require_replaceable(beside, source, context.experiment)
+        require_replaceable(_beside(output), source, context.experiment)
     show.note(f"{path}: {reader.read_as}")
     for each in judges:
         each.require_scored()
@@ -156,31 +155,41 @@ def score_input(
         for each in judges:
             folders.append(each.context.folder / "scoring")
             locks.enter_context(only_run(folders[-1] / table.target))
-        judge.score(table, show)
-        second, first = {}, cascade and _all_of(judge.answers)
-        answers = judge.answers
-        if cascade:
-            second = _second_answers(judges[1], cascade.agreement, first, table, show)
-            answers = replace(answers, pieces=lambda: _with_second(judge.answers, second))
-        rows, cut = answers.write(output, winner=reader.is_wsdm)
-        record_output(output)
-        made: dict[str, Any] = {"rows": rows, "output": str(output), "by_prior": len(answers.lines)}
-        if reader.is_wsdm:
-            answers.write(beside)
-            record_output(beside)
-            made["probabilities"] = str(beside)
-        if cascade:
-            choices, answered, read = write_choices(Path(made.get("probabilities", output)), cascade.agreement, first)
-            names, tokens = [_name(each.context) for each in judges], [each.tokens for each in judges]
-            answered_by = dict(zip(names, (answered, read - answered), strict=True))
-            made["cascade"] = {"answered": answered_by, "tokens": dict(zip(names, tokens, strict=True))}
-            made["cascade"] |= {"agreement": cascade.agreement.in_words(), "choices": str(choices)}
-        made |= judge_answers(judges, second)
-        formulas = sum(map(is_formula, judge.answered.ids()))
+        judges[0].score(table, show)
+        made = _write(judges, cascade, table, output, reader.is_wsdm, show)
         for each in judges:
             each.remove()
     for folder in folders:
         remove_empty(folder)  # its own lock lay in there until now
+    return made
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(f"{output.stem}_probabilities.csv")
+
+
+def _write(
+    judges: Sequence[_TableJudge], cascade: Cascade | None, table: _Table, output: Path, is_wsdm: bool, show: Show
+) -> dict[str, Any]:
+    """Write what the first judge says, and the second of what it is handed; return what `score_input` does."""
+    judge, answers, second = judges[0], judges[0].answers, {}
+    if cascade:
+        first = _all_of(answers)
+        second = _second_answers(judges[1], cascade.agreement, first, table, show)
+        answers = replace(answers, pieces=lambda: _with_second(judge.answers, second))
+    rows, cut = answers.write(output, winner=is_wsdm)
+    record_output(output)
+    made: dict[str, Any] = {"rows": rows, "output": str(output), "by_prior": len(answers.lines)}
+    if is_wsdm:
+        answers.write(_beside(output))
+        record_output(_beside(output))
+        made["probabilities"] = str(_beside(output))
+    if cascade:
+        choices, answered, read = write_choices(Path(made.get("probabilities", output)), cascade.agreement, first)
+        names, tokens = [_name(each.context) for each in judges], [each.tokens for each in judges]
+        answered_by = dict(zip(names, (answered, read - answered), strict=True))
+        made["cascade"] = {"answered": answered_by, "tokens": dict(zip(names, tokens, strict=True))}
+        made["cascade"] |= {"agreement": cascade.agreement.in_words(), "choices": str(choices)}
     if unread := judge.answered.unread:
         row, lost = unread[0], len(unread) - len(answers.lines)
         missing = f"; {lost:,} without an id of their own have no line" if lost else ""
@@ -189,10 +198,11 @@ def score_input(
             f"the first is {row['file']} row {row['row']} (id {name_of(row['id'] or 'missing')}): {row['reason']}"
         )
     if cut:
-        show.note(f"{stage}: {cut:,} of {rows:,} rows ({cut / rows:.1%}) were shortened to the judge's token budget")
-    if formulas:
+        name = judge.context.name
+        show.note(f"{name}: {cut:,} of {rows:,} rows ({cut / rows:.1%}) were shortened to the judge's token budget")
+    if formulas := sum(map(is_formula, judge.answered.ids())):
         show.note(f"warning: {formulas} id(s) begin as a spreadsheet's formula does: do not open {output} in one")
-    return made
+    return made | judge_answers(judges, second)
 
 
 def _name(context: StageContext) -> str:

@@ -143,7 +143,7 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
 
 def read_report(context: StageContext, *, remedy: str | None = None) -> dict[str, Any]:
     """Return a stage's report.json; raises ArenaError if the stage was not scored or the file is damaged."""
-    path = context.folder / REPORT
+    path = context.reported.folder / REPORT
     try:
         report = read_json(path)
         flags, others = report.get("flags", []), report.get("calibrations") or {}

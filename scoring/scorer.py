@@ -209,9 +209,9 @@ class RewardScorer(Scorer):
         """Load the frame and the tokenizer that the export was made with."""
         super().__init__(context, precision)
         experiment = context.experiment
-        self._frame, self.tokenizer = load_frame(experiment)
+        self.frame, self.tokenizer = load_frame(experiment)
         shares, cutoff = experiment.budget_shares, experiment.cutoff_len
-        self._fitter = PairFitter(self._frame, self.tokenizer, cutoff_len=cutoff, shares=shares)
+        self._fitter = PairFitter(self.frame, self.tokenizer, cutoff_len=cutoff, shares=shares)
         # What pairs are fitted by, in an export and in any other table.
         self._fitting = {"template": experiment.template, "cutoff_len": cutoff, "shares": shares.model_dump()}
 
@@ -236,7 +236,7 @@ class RewardScorer(Scorer):
             yield fitted, {name: getattr(pair, name) for name in _PAIR}
 
     def prepare(self, inputs: Sequence[ModelInput], *, swapped: bool) -> list:
-        return pair_sequences(self._frame, self.tokenizer, [Pair(**row) for row in inputs])
+        return pair_sequences(self.frame, self.tokenizer, [Pair(**row) for row in inputs])
 
 
 class ImplicitRewardScorer(RewardScorer):

@@ -1,18 +1,20 @@
-"""A judge that answers while it runs: battles of several requests are scored together, by one model.
+"""A judge that answers while it runs: battles of several requests are scored together.
 
     service = open_service(context, ScoreOptions(), show)
     answers = await service.judge(battles)      # calibrated probabilities, as /v1/judge gives them
 
-While the model works on a batch, requests wait in a bounded queue; whatever waits then goes into the next batch.
+While the model works on a batch, requests wait in a bounded queue; whatever waits then goes into the next batch. With
+several models, one a GPU, those that are free share what waits.
 Prompt, budget, label tokens and calibration are those of scoring a table, so the answers are the same.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,8 @@ from common.progress import Show
 from data_prep.audit import row_statistics
 from factory.stage_context import StageContext
 from scoring.agreement import Agreement
-from scoring.calibration import AB_COLUMNS, BA_COLUMNS, Calibration
+from scoring.calibration import AB_COLUMNS, BA_COLUMNS, REWARD_COLUMNS, Calibration
+from scoring.executor import Executor
 from scoring.score_stage import ScoreOptions, read_report
 from scoring.scorer import Scorer
 
@@ -41,31 +44,31 @@ class Busy(Exception):
 
 
 def open_service(context: StageContext, options: ScoreOptions, show: Show) -> Service:
-    """Return the service of a scored stage, its model loaded.
+    """Return the service of a scored stage, its models loaded.
 
     Raises ArenaError where the stage was not scored, or its judge has changed since.
     """
-    report, scorer = read_report(context), options.spec(context).scorer()
+    report, spec = read_report(context), options.spec(context)
+    scorer = spec.scorer()
     context.require_scored(scorer.inputs())
-    show.note(f"{context.name}: loading the trained model")
-    scorer.note = show.note
-    scorer.open()
-    return Service(context, scorer, report)
+    return Service(context, scorer, report, options.open(spec, scorer, show))
 
 
 class Service:
-    """The judge of one scored stage, its model loaded; one event loop uses it."""
+    """The judge of one scored stage, its models loaded; one event loop uses it."""
 
     agreement: Agreement | None = None  # the promise, where one was asked for
+    ending = False  # whether answers are the last ones of their connections
+    fault: Exception | None = None  # why it can answer no more
 
-    def __init__(self, context: StageContext, scorer: Scorer, report: Mapping[str, Any]):
-        """Keep an opened scorer, and the report of its stage; raises ArenaError for a broken calibration."""
-        self.context, self.scorer, self.report = context, scorer, report
+    def __init__(self, context: StageContext, scorer: Scorer, report: Mapping[str, Any], executor: Executor):
+        """Keep what reads battles and what computes, and the stage's report; raises ArenaError for a broken one."""
+        self.context, self.scorer, self.report, self.executor = context, scorer, report, executor
         self.calibration = Calibration.from_json(report)
-        # One thread: a model works on one batch at a time, and the event loop stays free.
-        self._model = ThreadPoolExecutor(1)
+        # A thread a model: each works on one batch at a time, and the event loop stays free.
+        self._threads = ThreadPoolExecutor(executor.models)
         self._waiting: deque[tuple[Any, int, asyncio.Future]] = deque()
-        self._characters, self._work = 0, None
+        self._characters, self._work, self._busy = 0, set(), 0
 
     async def judge(self, battles: Sequence[Battle]) -> list[dict[str, Any]]:
         """Return what /v1/judge says of each battle.
@@ -76,15 +79,14 @@ class Service:
         return await self._ask(tuple(battles), size)
 
     async def text_rewards(self, texts: Sequence[str]) -> list[float]:
-        """Return a reward model's score behind each whole conversation, chat template included; raises as `judge`."""
+        """Return the reward of the last answer of whole conversations, chat template included; raises as `judge`."""
         return await self._ask(list(texts), sum(map(len, texts)))
 
     async def close(self) -> None:
-        """Answer what was taken, then free the model."""
-        while self._waiting or (self._work and not self._work.done()):
-            await asyncio.sleep(0.01)
-        self._model.shutdown()
-        self.scorer.close()
+        """Answer what was taken, then free the models."""
+        await asyncio.gather(*self._work)
+        self._threads.shutdown()
+        self.executor.close()
 
     async def _ask(self, job: Any, size: int) -> Any:
         if len(self._waiting) >= _MOST_WAITING or (self._waiting and self._characters + size > _QUEUE):
@@ -92,24 +94,31 @@ class Service:
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append((job, size, answer))
         self._characters += size
-        if self._work is None or self._work.done():
-            self._work = asyncio.create_task(self._run())
+        self._work = {each for each in self._work if not each.done()}
+        if len(self._work) < self.executor.models:
+            self._work.add(asyncio.create_task(self._run()))
         return await answer
 
     async def _run(self) -> None:
-        """Work on batches until nothing waits."""
+        """Work on batches with one model until nothing waits."""
         loop = asyncio.get_running_loop()
         while self._waiting:
             await asyncio.sleep(_GATHER)
-            batch, taken = [], 0
-            while self._waiting and (not batch or taken + self._waiting[0][1] <= _BATCH):
+            batch, taken, free = [], 0, self.executor.models - self._busy
+            share = -(-len(self._waiting) // free)
+            while self._waiting and (not batch or (len(batch) < share and taken + self._waiting[0][1] <= _BATCH)):
                 batch.append(self._waiting.popleft())
                 taken += batch[-1][1]
             self._characters -= taken
+            self._busy += 1
             try:
-                results = await loop.run_in_executor(self._model, self._together, [job for job, _, _ in batch])
+                results = await loop.run_in_executor(self._threads, self._together, [job for job, _, _ in batch])
+            except BrokenExecutor as error:  # a model's process was killed: the server ends, for it would go on failing
+                self.fault, results = error, [Busy()] * len(batch)
+                signal.raise_signal(signal.SIGTERM)
             except Exception as error:  # whatever it is, the callers must hear of it
                 results = [error] * len(batch)
+            self._busy -= 1
             for (_, _, answer), result in zip(batch, results, strict=True):
                 if not answer.done():  # else the caller has gone
                     answer.set_exception(result) if isinstance(result, Exception) else answer.set_result(result)
@@ -124,7 +133,7 @@ class Service:
                 fitted, inputs = zip(*self.scorer.fit(judged), strict=True)
                 orders = (False, True) if self.scorer.label_ids else (False,)
                 rows = [row for swapped in orders for row in self.scorer.prepare(inputs, swapped=swapped)]
-            scores = self.scorer.ask([*rows, *texts], progress=lambda _: None, name="request {}".format)
+            scores = self.executor.ask([*rows, *texts])
             if judged:
                 answers = iter(self._answers(judged, fitted, scores[: len(rows)]))
             rewards = iter(scores[len(rows) :, 0].tolist())
@@ -153,17 +162,20 @@ class Service:
                 answer["orders"] = {name: one[row].tolist() for name, one in zip(("ab", "ba"), both, strict=True)}
                 # Total variation distance: the share of probability that moves when the answers change places.
                 answer["disagreement"] = float(np.abs(both[0][row] - both[1][row]).sum() / 2)
-            else:
+            elif self.scorer.columns == REWARD_COLUMNS:
                 answer["rewards"] = dict(zip(("a", "b"), scores[row].tolist(), strict=True))
             facts = {"tokens": each.tokens, "tokens_uncut": each.tokens_full, "cut": each.cut}
             answers.append({**answer, **facts, "turns_dropped": each.dropped})
         return answers
 
     def _text_ids(self, text: str) -> tuple[list[int], list[int], list[int]]:
-        """Return a conversation as a reward model's row: its last token stands for both answers."""
-        ids = self.scorer.tokenizer.encode(text, add_special_tokens=False).ids
-        limit = self.context.experiment.cutoff_len
-        if not 2 <= len(ids) <= limit:
-            what = f"{name_of(text[:40])} has {len(ids)} tokens"
-            raise ArenaError(what, where="messages", remedy=f"send 2 to {limit} tokens (cutoff_len)")
-        return ids[:-1], ids[-1:], ids[-1:]
+        """Return a conversation as a stage of rewards reads it: what precedes the last answer, and it for both."""
+        tokenizer, frame = self.scorer.tokenizer, self.scorer.frame
+        begin = frame.after + tokenizer.decode(list(frame.suffix_ids), skip_special_tokens=False)
+        before, mark, reply = text.rpartition(begin)
+        prompt, answer = (tokenizer.encode(part, add_special_tokens=False).ids for part in (before + mark, reply))
+        size, limit = len(prompt) + len(answer), self.context.experiment.cutoff_len
+        if not (prompt and answer) or size > limit:
+            what = f"{name_of(text[:40])} has {len(prompt)} tokens up to {name_of(begin)} and {len(answer)} behind it"
+            raise ArenaError(what, where="messages", remedy=f"send both, {limit} tokens at most (cutoff_len)")
+        return prompt, answer, answer

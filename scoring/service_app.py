@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import signal
 from collections.abc import AsyncIterator
@@ -26,6 +27,7 @@ from data_prep.export_reader import iter_battles
 from factory.serve_page import OwnPagesOnly, exposure, free_port
 from factory.stage_context import StageContext
 from scoring.agreement import stage_agreement
+from scoring.calibration import REWARD_COLUMNS
 from scoring.score_stage import ScoreOptions
 from scoring.service import Busy, Service, open_service
 
@@ -36,7 +38,8 @@ _RETRY_AFTER = "1"  # seconds: a batch takes about as long
 _EXAMPLES, _LONGEST_EXAMPLE = 12, 2000
 _LONGEST_TOKEN_FILE = 4096
 _OPEN = ("/", "/healthz")  # paths that need no token
-_MOST_CONNECTIONS = 256
+_LAST_REQUESTS = 0.5  # seconds
+_MOST_REQUESTS, _MOST_CONNECTIONS = 256, 1024
 
 Text = Annotated[str, Field(max_length=_LONGEST)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=_MOST_TURNS)]
@@ -117,28 +120,16 @@ def build_app(service: Service, host: str, token: str | None = None) -> Any:
 
     With a `token` all but the page and /healthz wants it as a bearer token.
     """
-    rewards, experiment = not service.scorer.label_ids, service.context.experiment
+    context, experiment = service.context, service.context.experiment
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         yield
         await service.close()
 
-    app = FastAPI(title=f"arena-factory: {experiment.name} {service.context.name}", lifespan=life, redoc_url=None)
-
-    @app.exception_handler(ArenaError)
-    async def refused(_: Request, error: ArenaError) -> JSONResponse:
-        return _problem(422, printable(f"{error.where}: {error.what}" if error.where else error.what))
-
-    @app.exception_handler(Busy)
-    async def busy(*_: Any) -> JSONResponse:
-        return _problem(503, "too many requests are waiting", {"Retry-After": _RETRY_AFTER})
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        # pydantic's faults would repeat what was sent, which may be no JSON (NaN, lone surrogates)
-        faults = [f"{'.'.join(map(str, each['loc'][:6]))}: {each['msg']}" for each in islice(error.errors(), 5)]
-        return _problem(422, printable("; ".join(faults)))
+    title, faults = f"arena-factory: {experiment.name} {context.name}", {ArenaError: _refused, Busy: _busy}
+    faults[RequestValidationError] = _invalid
+    app = FastAPI(title=title, lifespan=life, redoc_url=None, exception_handlers=faults)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -153,15 +144,15 @@ def build_app(service: Service, host: str, token: str | None = None) -> Any:
     @app.get("/v1/model")
     async def model() -> dict[str, Any]:
         """Say which judge this is: its log loss on the validation fold, its calibration and its promise."""
-        report = service.report
         return {
             "experiment": experiment.name,
-            "stage": service.context.name,
+            "stage": context.name,
+            "fold": context.fold,
             "model": experiment.model,
-            "rewards": rewards,
+            "rewards": service.scorer.columns == REWARD_COLUMNS,
             "cutoff_len": experiment.cutoff_len,
-            "precision": service.scorer.precision,
-            **{key: report.get(key) for key in ("rows", "log_loss", "log_loss_ci95", "calibration")},
+            "precision": service.executor.precision,
+            **{key: service.report.get(key) for key in ("rows", "log_loss", "log_loss_ci95", "calibration")},
             "agreement": service.agreement and asdict(service.agreement),
         }
 
@@ -178,24 +169,40 @@ def build_app(service: Service, host: str, token: str | None = None) -> Any:
         answers = await service.judge(battles)
         return answers[0] if single else answers
 
-    if rewards:
+    if service.scorer.columns == REWARD_COLUMNS:
+        _answer_with_rewards(app, service)
+    return OwnPagesOnly(_Guard(app, service, token), host)
 
-        @app.post("/v1/reward")
-        async def reward(body: ResponseIn | Responses) -> Any:
-            """Return the reward of a response, or of each of a list; only differences of rewards mean something."""
-            single = isinstance(body, ResponseIn)
-            battles = [each.battle(each.response, each.response) for each in ([body] if single else body)]
-            found = [{"id": each["id"], "reward": each["rewards"]["a"]} for each in await service.judge(battles)]
-            return found[0] if single else found
 
-    if service.context.name == "rm":
+def _answer_with_rewards(app: FastAPI, service: Service) -> None:
+    """Add what only the stages of rewards answer."""
 
-        @app.post("/v1/score/evaluation")
-        async def evaluation(body: EvaluationIn) -> dict[str, Any]:
-            """Return the scores of whole conversations, as LLaMA-Factory's PPO asks (`reward_model_type: api`)."""
-            return {"model": body.model, "scores": await service.text_rewards(body.messages)}
+    @app.post("/v1/reward")
+    async def reward(body: ResponseIn | Responses) -> Any:
+        """Return the reward of a response, or of each of a list; only differences of rewards mean something."""
+        single = isinstance(body, ResponseIn)
+        battles = [each.battle(each.response, each.response) for each in ([body] if single else body)]
+        found = [{"id": each["id"], "reward": each["rewards"]["a"]} for each in await service.judge(battles)]
+        return found[0] if single else found
 
-    return OwnPagesOnly(_Guard(app, token), host)
+    @app.post("/v1/score/evaluation")
+    async def evaluation(body: EvaluationIn) -> dict[str, Any]:
+        """Return the scores of whole conversations, as LLaMA-Factory's PPO asks (`reward_model_type: api`)."""
+        return {"model": body.model, "scores": await service.text_rewards(body.messages)}
+
+
+async def _refused(_: Request, error: ArenaError) -> JSONResponse:
+    return _problem(422, printable(f"{error.where}: {error.what}" if error.where else error.what))
+
+
+async def _busy(*_: Any) -> JSONResponse:
+    return _problem(503, "too many requests are waiting", {"Retry-After": _RETRY_AFTER})
+
+
+async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    # pydantic's faults would repeat what was sent, which may be no JSON (NaN, lone surrogates)
+    faults = [f"{'.'.join(map(str, each['loc'][:6]))}: {each['msg']}" for each in islice(error.errors(), 5)]
+    return _problem(422, printable("; ".join(faults)))
 
 
 def example_battles(experiment: Experiment) -> list[dict[str, Any]]:
@@ -212,15 +219,31 @@ def example_battles(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 class _Guard:
-    """Refuses a request without the token, and a body that is longer than LARGEST_BODY, whatever its header says."""
+    """Refuses a request without the token, one too many at a time, and a body that is longer than LARGEST_BODY."""
 
-    def __init__(self, app: Any, token: str | None):
-        self._app, self._token = app, token and f"Bearer {token}".encode()
+    def __init__(self, app: Any, service: Service, token: str | None):
+        self._app, self._service, self._token, self._open = app, service, token and f"Bearer {token}".encode(), 0
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._open >= _MOST_REQUESTS:
+            await (await _busy())(scope, receive, send)
+            return
+
+        async def last(message: dict) -> None:
+            if self._service.ending and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        self._open += 1
+        try:
+            await self._answer(scope, receive, last)
+        finally:
+            self._open -= 1
+
+    async def _answer(self, scope: dict, receive: Any, send: Any) -> None:
         if self._token and scope["path"] not in _OPEN:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._token):
@@ -262,6 +285,20 @@ def read_token(path: Path) -> str:
     return token
 
 
+class _Server(uvicorn.Server):
+    """Ends so that clients with a lasting connection hear of it in an answer, not in the middle of their request."""
+
+    service: Service
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Take no more connections, answer what still comes on those that are open, and end."""
+        for each in self.servers:
+            each.close()
+        self.service.ending = True
+        await asyncio.sleep(_LAST_REQUESTS)
+        await super().shutdown(sockets)
+
+
 def serve_stage(
     context: StageContext,
     *,
@@ -269,27 +306,24 @@ def serve_stage(
     port: int | None,
     token_file: Path | None,
     agree: float | None,
-    engine: str,
-    precision: str | None,
     show: Show,
+    **options: Any,
 ) -> None:
-    """Serve a scored stage until SIGTERM or Ctrl-C; what was taken is answered first.
+    """Serve a scored stage until SIGTERM or Ctrl-C; what was taken is answered first. `options` are ScoreOptions'.
 
-    Raises UsageError where it cannot listen, ArenaError where the stage has no judge.
+    Raises UsageError where it cannot listen, ArenaError where the stage has no judge or a model's process was killed.
     """
     token, port = token_file and read_token(token_file), free_port(host, port)
     if exposure(host):
         show.note(f"warning: everybody who reaches this machine at {host} can ask the judge; --token-file limits that")
-    options = ScoreOptions(engine=engine, precision=precision)
-    service = open_service(context, options, show)
+    service = open_service(context, ScoreOptions(**options), show)
     if agree:
         service.agreement = stage_agreement(context, agree)
         show.note(f"{context.name}: {service.agreement.in_words()}")
     quiet = {"access_log": False, "log_level": "warning", "server_header": False}
     app = build_app(service, host, token)
-    server = uvicorn.Server(
-        uvicorn.Config(app, host, port, limit_concurrency=_MOST_CONNECTIONS, lifespan="on", **quiet)
-    )
+    server = _Server(uvicorn.Config(app, host, port, limit_concurrency=_MOST_CONNECTIONS, lifespan="on", **quiet))
+    server.service = service
     show.note(f"{context.name}: judging at http://{host}:{port}/   (Ctrl-C ends it)")
     # uvicorn raises the signal again once it has ended in order, which is the usual end here, and no failure
     usual = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -300,4 +334,7 @@ def serve_stage(
             signal.signal(number, handler)
     if not server.started:
         raise UsageError(f"cannot listen at {host}:{port}", where="--host, --port", remedy="choose others")
+    if service.fault:
+        what, remedy = "the process of a model was killed, probably for want of memory", "serve with fewer --workers"
+        raise ArenaError(what, where=context.name, remedy=remedy)
     show.note(f"{context.name}: ended")

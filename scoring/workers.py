@@ -76,7 +76,8 @@ _asker: Asker | None = None  # of this process, where it is a worker
 def _begin(spec: ScorerSpec, folder: str, workers: int, gpu: str | None) -> None:
     """Begin as a worker, on a GPU or a share of the cores; it ends with the process that started it."""
     global _asker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the parent ends its workers
+        signal.signal(number, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch looks

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.battle import PROBABILITY_COLUMNS
+from factory.stage_context import StageContext
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("id", "model_a", "model_b", "prompt", "response_a", "response_b", *PROBABILITY_COLUMNS)
@@ -102,8 +103,6 @@ def build(folder: Path, frame, tokenizer, write_votes: Callable[[Place], object]
     import run
     from common.experiment import load_experiment
     from data_prep.chat_template import write_cache
-    from factory.stage_context import StageContext
-    from scoring.judge import write_judge_manifest
 
     (folder / "templates").symlink_to(ROOT / "templates")
     for name in ("factory_configs/exam", "models"):
@@ -114,11 +113,25 @@ def build(folder: Path, frame, tokenizer, write_votes: Callable[[Place], object]
     write_cache(experiment, frame, tokenizer.to_str())
     write_votes(Place())
     _call(CliRunner(), run.cli, "prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs")
-    merged = experiment.merged_folder("sft")
-    merged.mkdir(parents=True)
-    train_and_merge(experiment.adapter_folder("sft"), merged)
-    write_judge_manifest(merged, StageContext(experiment, "sft"))
+    lay_stage(StageContext(experiment, "sft"))
     _call(CliRunner(), run.cli, "score", "-e", "exam", "--json")
+
+
+def lay_stage(context: StageContext) -> None:
+    """Lay down what a stage's training and merge leave."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from scoring.judge import write_judge_manifest
+
+    context.merged.mkdir(parents=True)
+    train_and_merge(context.adapter, context.merged)
+    if context.name == "rm":
+        weight = np.linspace(-3, 3, 16, dtype=np.float32)[None]
+        for folder in (context.adapter, context.merged):
+            tensors = {"v_head.summary.weight": weight, "v_head.summary.bias": np.zeros(1, np.float32)}
+            save_file(tensors, folder / "value_head.safetensors")
+    write_judge_manifest(context.merged, context)
 
 
 def _model(folder: Path, tokenizer) -> None:

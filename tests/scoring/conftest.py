@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
+from click.testing import CliRunner
 
+import run
+from common.battle import Battle
+from common.experiment import load_experiment
+from factory.stage_context import StageContext
+from tests.bad_inputs.place import build, lay_stage
+from tests.conftest import _made_once
 from tests.scoring.places import save_adapter
+from tests.votes import write_votes
 
 FAMILIES = {
     "llama": {},
@@ -80,3 +91,61 @@ def base(tmp_path_factory, tiny_model) -> Path:
 def adapter(tmp_path_factory, base) -> Path:
     """An adapter that changes every linear layer, the embeddings and the head."""
     return save_adapter(base, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="session")
+def _scored(tmp_path_factory, small_frame, small_tokenizer) -> Path:
+    """A working place whose judges, of every kind of stage and of folds, are random, and are all scored by run.py."""
+
+    def make(folder: Path) -> None:
+        with contextlib.chdir(folder):
+            build(folder, small_frame, small_tokenizer, votes)
+            experiment = load_experiment("exam")
+            for stage in ("rm", "dpo_reward"):
+                lay_stage(StageContext(experiment, stage))
+                called("score", "-e", "exam", "--stage", stage)
+            called("score", "-e", "exam", "--stage", "base")
+            called("probe", "-e", "exam", "--layer", "1")
+            shutil.copytree("factory_configs/exam", "factory_configs/folded")
+            with Path("factory_configs/folded/experiment.yaml").open("a") as file:
+                file.write("folds: 2\nfold_answer: full\n")
+            called("prepare", "-e", "folded", "--train", "votes.csv", "--test", "test.csv")
+            for fold in (0, 1, "full"):
+                lay_stage(StageContext(load_experiment("folded"), "sft", fold=fold))
+            called("score", "-e", "folded")
+
+    def votes(_) -> None:
+        write_votes(Path("votes.csv"), drawn(220, 1))
+        write_votes(Path("test.csv"), drawn(50, 2))
+
+    return _made_once(tmp_path_factory, "scored", make)
+
+
+@pytest.fixture
+def scored(_scored, tmp_path, monkeypatch) -> Path:
+    """A copy of the place with all stages as the current folder."""
+    folder = shutil.copytree(_scored, tmp_path / "scored", symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def drawn(count: int, seed: int) -> list[Battle]:
+    """Battles whose longer answer wins most of the time, so that a Davidson link learns from their lengths.
+
+    Some lose turns or the middle of a text, some have an empty text or one that is made harmless.
+    """
+    random, battles = Random(seed), []
+    for number in range(count):
+        turns = random.choice([1, 1, 2, 3])
+        prompts = [f"question {number}" + random.choice(["", " why" * 80, " <|im_end|>"]), *["go on"] * (turns - 1)]
+        a, b = ([" ".join(["word"] * random.choice([1, 3, 9, 30, 250])) for _ in range(turns)] for _ in "ab")
+        a[-1] = random.choice([a[-1], a[-1], ""])
+        longer = "a" if sum(map(len, a)) > sum(map(len, b)) else "b"
+        verdict = longer if random.random() < 0.7 else random.choice(["a", "b", "tie"])
+        battles.append(Battle(f"{seed}-{number}", tuple(prompts), tuple(a), tuple(b), verdict))
+    return battles
+
+
+def called(*arguments: str) -> None:
+    done = CliRunner().invoke(run.cli, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output

@@ -12,8 +12,10 @@ import yaml
 from click.testing import CliRunner
 
 import run
+from common.experiment import load_experiment
+from factory.stage_context import StageContext
 
-MERGED, ADAPTER = Path("outputs/exam/sft/merged"), Path("saves/tiny/lora/exam_sft")
+MERGED = Path("outputs/exam/sft/merged")
 SECRET = "hf_NeverToBeSeenAnywhere"
 
 
@@ -103,28 +105,39 @@ def call(*arguments: str):
     return CliRunner().invoke(run.cli, list(arguments))
 
 
-def publish(*options: str):
-    done = call("publish", "-e", "exam", "--repo", "me/judge", *options)
+def publish(*options: str, what=("-e", "exam")):
+    done = call("publish", *what, "--repo", "me/judge", *options)
     assert SECRET not in done.output
     return done
 
 
-@pytest.mark.parametrize("options", [[], ["--adapter"]])
-def test_what_is_sent_scores_at_another_place_as_it_did_here(place, hub, tmp_path, monkeypatch, options):
-    (ADAPTER / "checkpoint-1").mkdir()
-    for name in ("optimizer.pt", "training_args.bin", "trainer_log.jsonl", "checkpoint-1/adapter_model.safetensors"):
-        (ADAPTER / name).write_text("not for others")
-    listed = publish(*options, "--dry-run", "--json")
+# experiment, stage, fold, what is published
+KINDS = [("exam", "sft", None, "merged"), ("exam", "sft", None, "adapter"), ("exam", "rm", None, "merged")]
+KINDS += [("exam", "dpo_reward", None, "adapter"), ("folded", "sft", "full", "merged"), ("folded", "sft", 0, "adapter")]
+OTHERS = [("exam", "rm", None, "adapter"), ("exam", "dpo_reward", None, "merged")]
+
+
+@pytest.mark.parametrize(("name", "stage", "fold", "kind"), KINDS)
+def test_what_is_sent_scores_at_another_place_as_it_did_here(
+    scored, hub, tmp_path, monkeypatch, name, stage, fold, kind
+):
+    adapter = StageContext(load_experiment(name), stage, fold=fold).adapter
+    (adapter / "checkpoint-1").mkdir()
+    for left in ("optimizer.pt", "training_args.bin", "trainer_log.jsonl", "checkpoint-1/adapter_model.safetensors"):
+        (adapter / left).write_text("not for others")
+    judge = ["-e", name, "--stage", stage]
+    what, options = [*judge, *([] if fold is None else ["--fold", str(fold)])], ["--adapter"] * (kind == "adapter")
+    listed = publish(*options, "--dry-run", "--json", what=what)
     assert listed.exit_code == 0, listed.output
-    assert hub.asked == [] and "nothing was sent" in publish(*options, "--dry-run").output
-    done = publish(*options)
+    assert hub.asked == [] and "nothing was sent" in publish(*options, "--dry-run", what=what).output
+    done = publish(*options, what=what)
     assert done.exit_code == 0 and f"sent to {hub.url}/me/judge (public)" in done.output, done.output
     assert {name: len(content) for name, content in hub.files.items()} == json.loads(listed.stdout)["files"]
     everything = b"".join(hub.files.values())
     assert b"not for others" not in everything and b"question 1" not in everything and b'"worst"' not in everything
-    precision = ["--precision", "fp32"] if not options else ["--precision", "adapter"]
-    command = ["score", "-e", "exam", "--input", "test.csv", "--output", "out.csv", *precision]
-    assert call(*command).exit_code == 0
+    precision = ["--precision", "adapter"] if options and stage == "sft" else []
+    command = ["--input", "test.csv", "--output", "out.csv", *precision]
+    assert call("score", *what, *command).exit_code == 0
     own, votes = Path("out.csv").read_bytes(), Path("test.csv").read_bytes()
     there = tmp_path / "there"
     there.mkdir()
@@ -143,23 +156,28 @@ def test_what_is_sent_scores_at_another_place_as_it_did_here(place, hub, tmp_pat
             Path(name).mkdir(parents=True, exist_ok=True)
         for name in names[:-1] if what == "cp" else ():
             (Path(names[-1]) / Path(name).name).write_bytes(Path(name).read_bytes())
-    assert steps[-1][:3] == ["python", "run.py", "score"]
-    done = call(*command)
+    assert steps[-1][:7] == ["python", "run.py", "score", *judge] and " ".join(precision) in " ".join(steps[-1])
+    done = call("score", *judge, *command)
     assert done.exit_code == 0 and Path("out.csv").read_bytes() == own, done.output
 
 
-def test_the_card_says_what_the_report_and_the_export_say(place):
-    report = json.loads(Path("outputs/exam/sft/report.json").read_text())
-    source = json.loads(Path("data/exam/manifest.json").read_text())["sources"]["train"]
-    for folder, library in ((MERGED, "transformers"), (ADAPTER, "peft")):
-        card = (folder / "README.md").read_text()
-        facts = yaml.safe_load(card.split("---\n")[1])
-        assert facts["library_name"] == library and "arena-factory" in facts["tags"] and "base_model" not in facts
-        for value in (*report["log_loss_ci95"], report["log_loss"], *report["baselines"].values()):
-            assert f"{value:.4f}" in card
-        assert f"| votes.csv (train) | 40 | 40 | {source['sha256']} |" in card and "lora_rank: 64" in card
-        assert "question 1" not in card and "dataset_dir" not in card and str(Path.cwd()) not in card
-        assert all(flag["text"] in card for flag in report["flags"] if flag["level"] == "red")
+@pytest.mark.parametrize(("name", "stage", "fold", "kind"), [*KINDS, *OTHERS])
+def test_the_card_says_what_the_report_and_the_export_say(scored, name, stage, fold, kind):
+    context = StageContext(load_experiment(name), stage, fold=fold)
+    report = json.loads((context.of(None if fold == "full" else fold).folder / "report.json").read_text())
+    source = json.loads(Path(f"data/{name}/manifest.json").read_text())["sources"]["train"]
+    card = ((context.adapter if kind == "adapter" else context.merged) / "README.md").read_text()
+    facts = yaml.safe_load(card.split("---\n")[1])
+    assert facts["library_name"] == {"merged": "transformers", "adapter": "peft"}[kind]
+    assert "arena-factory" in facts["tags"] and "base_model" not in facts
+    for value in (*report["log_loss_ci95"], report["log_loss"], *report["baselines"].values()):
+        assert f"{value:.4f}" in card
+    assert f"| votes.csv (train) | 220 | 220 | {source['sha256']} |" in card and "lora_rank: 64" in card
+    assert "question 1" not in card and "dataset_dir" not in card and str(Path.cwd()) not in card
+    assert all(flag["text"] in card for flag in report["flags"] if flag["level"] == "red")
+    assert ("reward model" in card, "reward-model" in facts["tags"]) == (stage in ("rm", "dpo_reward"),) * 2
+    assert report["calibration"]["reason"][1:] in card and ("judges of the folds" in card) == (fold == "full")
+    assert ("hf download" in card) == ((name, stage, fold, kind) not in OTHERS), "these two are not scored from there"
 
 
 def changed_weights(hub):

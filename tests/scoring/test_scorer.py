@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from pathlib import Path
-from random import Random
 
 import pandas as pd
 import pyarrow as pa
 import pytest
-from click.testing import CliRunner
 from pyarrow import parquet
 
-import run
-from common.battle import Battle
 from common.experiment import load_experiment
 from factory.stage_context import StageContext
 from scoring.calibration import Calibration
 from scoring.predictions import write_probabilities
 from scoring.score_stage import audit_for
 from scoring.scorer import ScorerSpec
-from tests.bad_inputs.place import build, train_and_merge
+from tests.scoring.conftest import called
 from tests.scoring.places import identity
-from tests.votes import write_votes
 
 STAGES = ("sft", "dpo_reward")
 DATA = Path("data/exam")
@@ -34,58 +28,13 @@ def scorer(stage: str):
     return ScorerSpec(StageContext(load_experiment("exam"), stage)).scorer()
 
 
-def drawn(count: int, seed: int) -> list[Battle]:
-    """Battles whose longer answer wins most of the time, so that a Davidson link learns from their lengths.
-
-    Some lose turns or the middle of a text, some have an empty text or one that is made harmless.
-    """
-    random, battles = Random(seed), []
-    for number in range(count):
-        turns = random.choice([1, 1, 2, 3])
-        prompts = [f"question {number}" + random.choice(["", " why" * 80, " <|im_end|>"]), *["go on"] * (turns - 1)]
-        a, b = ([" ".join(["word"] * random.choice([1, 3, 9, 30, 250])) for _ in range(turns)] for _ in "ab")
-        a[-1] = random.choice([a[-1], a[-1], ""])
-        longer = "a" if sum(map(len, a)) > sum(map(len, b)) else "b"
-        verdict = longer if random.random() < 0.7 else random.choice(["a", "b", "tie"])
-        battles.append(Battle(f"{seed}-{number}", tuple(prompts), tuple(a), tuple(b), verdict))
-    return battles
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory, small_frame, small_tokenizer):
-    """A working place whose judge and whose preference adapter are random, both scored by run.py."""
-    folder, earlier = tmp_path_factory.mktemp("scored"), Path.cwd()
-    os.chdir(folder)
-
-    def votes(_) -> None:
-        write_votes(Path("votes.csv"), drawn(220, 1))
-        write_votes(Path("test.csv"), drawn(50, 2))
-
-    try:
-        build(folder, small_frame, small_tokenizer, votes)
-        experiment = load_experiment("exam")
-        unused = experiment.merged_folder("dpo_reward")
-        unused.mkdir(parents=True)
-        train_and_merge(experiment.adapter_folder("dpo_reward"), unused)
-        called("score", "-e", "exam", "--stage", "dpo_reward")
-    finally:
-        os.chdir(earlier)
-    return folder
-
-
-def called(*arguments: str) -> None:
-    done = CliRunner().invoke(run.cli, arguments, catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-
-
 def table(path: Path) -> list[list[str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.reader(file))
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_input_gives_the_last_digit_of_the_test_set_s_own_table(scored, stage, monkeypatch):
-    monkeypatch.chdir(scored)
+def test_input_gives_the_last_digit_of_the_test_set_s_own_table(scored, stage):
     folder = Path("outputs/exam", stage)
     report = json.loads((folder / "report.json").read_text())
     if stage == "sft":  # the link of a random judge says the same of every battle
@@ -103,8 +52,7 @@ def test_input_gives_the_last_digit_of_the_test_set_s_own_table(scored, stage, m
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_exported_battle_is_described_and_fed_as_its_vote_is(scored, stage, monkeypatch):
-    monkeypatch.chdir(scored)
+def test_every_exported_battle_is_described_and_fed_as_its_vote_is(scored, stage):
     asked = scorer(stage)
     exported = {facts["id"]: (facts, inputs) for split in ("train", "valid") for facts, inputs in asked.exported(split)}
     cut = 0

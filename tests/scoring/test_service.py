@@ -1,11 +1,15 @@
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -13,11 +17,12 @@ from urllib.request import Request, urlopen
 import httpx
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.battle import VERDICTS
+from common.battle import PROBABILITY_COLUMNS, VERDICTS
 from common.errors import ArenaError
 from common.experiment import load_experiment
 from common.progress import Show
@@ -26,10 +31,14 @@ from factory.stage_context import StageContext
 from scoring import service as service_module
 from scoring import service_app
 from scoring.calibration import AB_COLUMNS, Calibration
-from scoring.score_stage import read_report
-from scoring.service import Service
+from scoring.executor import InProcess
+from scoring.score_input import score_input
+from scoring.score_stage import ScoreOptions, read_report
+from scoring.service import Service, open_service
 from scoring.service_app import LARGEST_BODY, build_app, read_token
 from tests.conftest import ROOT
+from tests.scoring.fakes import quiet_show
+from tests.scoring.places import identity
 
 LINK = {"kind": "softmax", "errors": {}, "inverse_temperature": 1.0, "bias": [0.0, 0.0, 0.0], "limit": 50.0}
 CALIBRATION = {"scores": "logits", "kept": True, "link": LINK | {"temperature": 1.0}, "swap_tta": False, "reason": ""}
@@ -41,7 +50,7 @@ BATTLE = {"prompt": "Which?", "response_a": "this one", "response_b": "that"}
 class LengthScorer:
     """Scores an answer by its length; `asked` keeps how many rows each call had."""
 
-    columns, label_ids, precision = AB_COLUMNS, (1, 2, 3), "fp32"
+    columns, label_ids, precision, engine = AB_COLUMNS, (1, 2, 3), "fp32", "llama.cpp"
 
     def __init__(self, seconds=0.0):
         self.asked, self._seconds = [], seconds
@@ -62,20 +71,27 @@ class LengthScorer:
         self.asked.append(len(prepared))
         return np.array([[a / 10, b / 10, 0.0] for a, b in prepared])
 
-    def close(self):
-        """Nothing was opened."""
+    def open(self):
+        """There is nothing to open."""
+
+    close = open
 
 
-def ask(calls, *, scorer=None, token=None, experiment=None):
+def service_of(scorer, experiment=None):
+    context = SimpleNamespace(name="sft", fold=None, experiment=experiment)
+    return Service(context, scorer, REPORT, InProcess(scorer))
+
+
+def ask(calls, *, scorer=None, token=None, experiment=None, service=None):
     """Return the answers to calls of (method, path, options of httpx) that are all made at once."""
 
     async def run():
         experiment_ = experiment or SimpleNamespace(name="exam", model="m", cutoff_len=99)
-        service = Service(SimpleNamespace(name="sft", experiment=experiment_), scorer or LengthScorer(), REPORT)
-        transport = httpx.ASGITransport(build_app(service, "localhost", token))
+        asked = service or service_of(scorer or LengthScorer(), experiment_)
+        transport = httpx.ASGITransport(build_app(asked, "localhost", token))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             found = await asyncio.gather(*(client.request(method, path, **more) for method, path, more in calls))
-        await service.close()
+        await asked.close()
         return found
 
     return asyncio.run(run())
@@ -121,7 +137,7 @@ def test_a_wrong_body_is_answered_with_what_is_wrong(body, words):
     assert found.status_code == 422 and words in found.json()["detail"]
 
 
-@settings(max_examples=300)
+@settings(max_examples=int(os.environ.get("BODIES", "300")), deadline=None)
 @given(
     st.binary(max_size=200)
     | st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists).map(
@@ -165,12 +181,12 @@ def test_a_token_is_asked_for_everywhere_but_at_the_page(tmp_path):
 def test_the_command_hands_host_and_token_to_what_it_serves(tmp_path, monkeypatch):
     (tmp_path / "token").write_text("s3cret")
     built = []
-    service = Service(SimpleNamespace(name="sft", experiment=None), LengthScorer(), REPORT)
+    service = service_of(LengthScorer())
     monkeypatch.setattr(service_app, "open_service", lambda *_: service)
     monkeypatch.setattr(service_app, "build_app", lambda *given: built.append(given))
     server = SimpleNamespace(run=lambda: None, started=True)
-    monkeypatch.setattr(service_app.uvicorn, "Server", lambda config: server)
-    options = {"port": None, "token_file": tmp_path / "token", "agree": None, "engine": "torch", "precision": None}
+    monkeypatch.setattr(service_app, "_Server", lambda config: server)
+    options = {"port": None, "token_file": tmp_path / "token", "agree": None, "engine": "torch"}
     service_app.serve_stage(service.context, host="127.0.0.1", show=Show(), **options)
     assert built == [(service, "127.0.0.1", "s3cret")]
 
@@ -191,15 +207,15 @@ def test_a_body_is_read_up_to_its_bound():
 
 
 @contextmanager
-def served(folder, *options):
-    """Start `run.py serve` in a folder; yield (process, address)."""
+def served(*options):
+    """Start `run.py serve` in the current folder; yield (process, address)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "run.py"), "serve", "-e", "demo", "--port", str(port), *options]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    command = [sys.executable, str(ROOT / "run.py"), "serve", "--port", str(port), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
-            for _ in range(600):
+            for _ in range(1200):
                 try:
                     urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5)
                     break
@@ -216,6 +232,61 @@ def post(address, body):
     return json.load(urlopen(Request(address, json.dumps(body).encode(), headers), timeout=60))
 
 
+def under_load(address, event):
+    """Let 8 clients with a lasting connection each ask all the time; after `event()` return (their statuses, faults).
+
+    A client ends where an answer says that the connection does.
+    """
+    statuses, faults = [], []
+
+    def client():
+        connection = HTTPConnection(address.removeprefix("http://"), timeout=60)
+        try:
+            while True:
+                connection.request("POST", "/v1/judge", json.dumps([BATTLE] * 3), {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                statuses.append((answer.status, len(answer.read()) > 0))
+                if answer.will_close:
+                    return
+        except (OSError, HTTPException) as fault:
+            faults.append(fault)
+
+    clients = [Thread(target=client) for _ in range(8)]
+    for each in clients:
+        each.start()
+    while len(statuses) < 40 and not faults:
+        time.sleep(0.05)
+    event()
+    for each in clients:
+        each.join(60)
+    return statuses, faults
+
+
+@pytest.mark.slow
+def test_a_kill_under_load_leaves_nothing_behind_and_the_next_start_ends_in_order(place):
+    before = place.snapshot()
+    with served("-e", "exam", "--workers", "2") as (process, address):
+        workers = psutil.Process(process.pid).children()
+        statuses, faults = under_load(address, process.kill)
+        assert set(statuses) == {(200, True)} and len(faults) == 8
+        assert not psutil.wait_procs(workers, timeout=30)[1] and len(workers) >= 2
+    with served("-e", "exam") as (process, address):
+        statuses, faults = under_load(address, process.terminate)
+        assert set(statuses) == {(200, True)} and faults == [], "what was sent on an open connection is answered"
+        output = process.stdout.read()
+        assert process.wait(30) == 0 and "Traceback" not in output and BATTLE["prompt"] not in output
+    assert place.snapshot() == before
+
+
+@pytest.mark.slow
+def test_a_killed_model_ends_the_server_with_an_error(place):
+    with served("-e", "exam", "--workers", "2") as (process, address):
+        workers = [each for each in psutil.Process(process.pid).children() if "spawn_main" in str(each.cmdline())]
+        statuses, faults = under_load(address, workers[0].kill)
+        assert set(statuses) == {(200, True), (503, True)} and faults == []
+        assert process.wait(30) == 1 and "was killed" in process.stdout.read()
+
+
 def test_a_real_server_answers_as_the_table_was_scored_and_ends_in_order(chain, monkeypatch):
     monkeypatch.chdir(chain)
     context = StageContext(load_experiment("demo"), "sft")
@@ -223,9 +294,8 @@ def test_a_real_server_answers_as_the_table_was_scored_and_ends_in_order(chain, 
     expected = Calibration.from_json(read_report(context)).used.apply(scores)
     votes = VoteReader(context.manifest["sources"]["train"]["file"], labelled=True)
     battles = {battle.id: battle for _, battle in votes}
-    names = {"prompt": "prompts", "response_a": "responses_a", "response_b": "responses_b"}
-    bodies = [{"id": i, **{k: list(getattr(battles[i], v)) for k, v in names.items()}} for i in scores["id"]]
-    with served(chain, "--agree", "0.5") as (process, address):
+    bodies = [body_of(battles[i]) for i in scores["id"]]
+    with served("-e", "demo", "--agree", "0.5") as (process, address):
         answers = post(f"{address}/v1/judge", bodies)
         assert [each["id"] for each in answers] == list(scores["id"])
         assert np.allclose([[each[name] for name in VERDICTS] for each in answers], expected, atol=1e-4)
@@ -237,3 +307,32 @@ def test_a_real_server_answers_as_the_table_was_scored_and_ends_in_order(chain, 
         process.send_signal(signal.SIGTERM)
         output = process.stdout.read()
         assert process.wait(30) == 0 and "Traceback" not in output and bodies[0]["prompt"][0] not in output
+
+
+def body_of(battle):
+    names = {"prompt": "prompts", "response_a": "responses_a", "response_b": "responses_b"}
+    return {"id": battle.id, **{key: list(getattr(battle, name)) for key, name in names.items()}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "fold"), [("sft", None), ("base", None), ("probe", None), ("rm", None), ("dpo_reward", None), ("sft", 0)]
+)
+def test_a_served_battle_and_a_scored_table_have_the_same_probabilities(scored, stage, fold):
+    context = StageContext(load_experiment("exam" if fold is None else "folded"), stage, fold=fold)
+    report = read_report(context)
+    if stage in ("sft", "base"):  # the link of a random judge says the same of every battle
+        report |= {"calibration": identity(), "calibrations": {"one_order": identity()}}
+        (context.folder / "report.json").write_text(json.dumps(report))
+    score_input(context, Path("test.csv"), Path(f"{stage}{fold}.csv"), show=quiet_show())
+    expected = pd.read_csv(f"{stage}{fold}.csv", index_col="id")[list(PROBABILITY_COLUMNS)]
+    bodies = [body_of(battle) for _, battle in VoteReader(Path("test.csv"), labelled=False)]
+    service = open_service(context, ScoreOptions(), quiet_show())
+    calls = [("POST", "/v1/judge", {"json": each}) for each in bodies]
+    evaluated = ("POST", "/v1/score/evaluation", {"json": {"messages": ["x"]}})
+    *found, other = ask([*calls, evaluated], service=service)
+    answers = [each.json() for each in found]
+    assert np.allclose([[each[name] for name in VERDICTS] for each in answers], expected, atol=1e-4)
+    assert expected.std().min() > 1e-3, "a judge that says the same of all would prove nothing"
+    is_reward = stage in ("rm", "dpo_reward")
+    assert other.status_code == (422 if is_reward else 404)
+    assert all(("rewards" in each, "orders" in each) == (is_reward, stage in ("sft", "base")) for each in answers)
