@@ -69,14 +69,14 @@ async def measure(server: psutil.Process, asked: Namespace) -> tuple[list[list[s
             assert server.is_running() and server.status() != psutil.STATUS_ZOMBIE, "the server has ended"
             await asyncio.sleep(0.2)
     bodies = [json.dumps(each).encode() for each in await answer(reader, writer, "/v1/examples")]
-    await load(max(asked.clients), 64, bodies)
+    await load(max(asked.clients), asked.requests // 10, bodies)
     lines, first = [], 0.0
     for count in asked.clients if asked.requests else ():
-        seconds, waits = await load(count, asked.requests, bodies)
+        seconds, waits = await load(count, max(asked.requests, count), bodies)
         speed = len(waits) / seconds
         first = first or speed
         waited = [f"{1000 * np.percentile(waits, q):,.0f} ms" for q in (50, 99)]
-        lines.append([f"{count}", f"{speed:,.0f}", f"**{speed / first:.2f}**", *waited])
+        lines.append([f"{count}", f"{len(waits)}", f"{speed:,.3g}", f"**{speed / first:.2f}**", *waited])
         print(" | ".join(lines[-1]), flush=True)
     soak, sent = [], 0
     for minute in range(1, asked.minutes + 1):
@@ -105,7 +105,7 @@ def main() -> None:
         finally:
             server.terminate()
     if lines:
-        text = table(["clients", "requests/s", "against one at a time", "median wait", "99% wait"], lines)
+        text = table(["clients", "requests", "requests/s", "against one at a time", "median wait", "99% wait"], lines)
         publish(f"serving-{asked.experiment}", text, asked.write)
     if soak:
         shown = [soak[at - 1] for at in (2, len(soak) // 2, len(soak))]

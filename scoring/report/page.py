@@ -45,6 +45,7 @@ def write_page(report: Mapping[str, Any], path: Path, battles: Sequence[Mapping[
             (name, figures.reliability(report["reliability"][key]))
             for key, name in {"top": "Its first choice", **CLASS_NAMES}.items()
         ],
+        "coverage": _coverage(report["agreement"]["curve"]),
         "slices": {family: _slices(rows, report["log_loss"]) for family, rows in report["slices"].items() if rows},
         "curve": figures.curve(report["loss_curve"]),
         "truncation": {k: v for k, v in report["truncation"].items() if k != "judged"},
@@ -162,6 +163,21 @@ def _shortened(text: str) -> str:
     if len(text) > LONGEST:
         text = f"{text[:half]} [… {len(text) - 2 * half:,} characters are not shown here …] {text[-half:]}"
     return visible(text)
+
+
+def _coverage(points: Sequence[Mapping[str, Any]]) -> figures.Intervals:
+    """Return how often the first choice agrees with people, by the share of battles that is answered."""
+    marks = [
+        figures.Mark(
+            formatting.percent(point["coverage"]),
+            point["agreement"],
+            (point["bound"], point["agreement"]),
+            note=f"{point['rows']:,} battles",
+            extra={"from": point["threshold"]},
+        )
+        for point in points
+    ]
+    return figures.Intervals(marks)
 
 
 def _slices(rows: Sequence[Mapping[str, Any]], log_loss: float) -> figures.Intervals:

@@ -10,7 +10,7 @@ def widths(tab) -> list[float]:
 
 
 def test_examples_and_own_texts_move_the_bar(browser, tab, chain):
-    with served(chain, "--agree", "0.9") as (_, address):
+    with served("-e", "demo", "--agree", "0.9", folder=chain) as (_, address):
         tab.page.goto(address)
         tab.page.locator("#model", has_text="log loss").wait_for()
         before = tab.until(lambda: widths(tab), lambda found: all(found))

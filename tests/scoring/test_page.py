@@ -97,6 +97,8 @@ def test_the_page_holds_the_numbers_of_the_report(tmp_path, report):
     finnish = next(row for row in report["slices"]["language"] if row["name"] == "Finnish")
     assert page.row("Finnish")[-1] == str(finnish["rows"])
     assert page.row("loss not rising")[1] == "not applicable"
+    for point in report["agreement"]["curve"]:
+        assert f"{percent(point['bound'])} to {percent(point['agreement'])}" in page.text
     for row, more in ((worst, ""), (biased, " --swapped")):
         assert f"python run.py show {row['id']} -e demo --stage sft{more}" in page.text
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from threading import Thread
@@ -30,10 +31,11 @@ from data_prep.readers import VoteReader
 from factory.stage_context import StageContext
 from scoring import service as service_module
 from scoring import service_app
-from scoring.calibration import AB_COLUMNS, Calibration
+from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS, Calibration
 from scoring.executor import InProcess
 from scoring.score_input import score_input
 from scoring.score_stage import ScoreOptions, read_report
+from scoring.scorer import ScorerSpec
 from scoring.service import Service, open_service
 from scoring.service_app import LARGEST_BODY, build_app, read_token
 from tests.conftest import ROOT
@@ -207,13 +209,13 @@ def test_a_body_is_read_up_to_its_bound():
 
 
 @contextmanager
-def served(*options):
-    """Start `run.py serve` in the current folder; yield (process, address)."""
+def served(*options, folder="."):
+    """Start `run.py serve` in a folder; yield (process, address)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(ROOT / "run.py"), "serve", "--port", str(port), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             for _ in range(1200):
                 try:
@@ -336,3 +338,21 @@ def test_a_served_battle_and_a_scored_table_have_the_same_probabilities(scored, 
     is_reward = stage in ("rm", "dpo_reward")
     assert other.status_code == (422 if is_reward else 404)
     assert all(("rewards" in each, "orders" in each) == (is_reward, stage in ("sft", "base")) for each in answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rm", "dpo_reward"])
+def test_llamafactory_s_ppo_gets_the_rewards_that_were_scored(scored, stage):
+    from llamafactory.train.ppo.ppo_utils import get_rewards_from_server
+
+    context = StageContext(load_experiment("exam"), stage)
+    scorer = ScorerSpec(context).scorer()
+    rows = scorer.prepare([inputs for _, inputs in scorer.exported("test")], swapped=False)
+    decode = partial(scorer.tokenizer.decode, skip_special_tokens=False)  # as PPO does
+    with served("-e", "exam", "--stage", stage) as (_, address):
+        url = f"{address}/v1/score/evaluation"
+        found = [get_rewards_from_server(url, [decode([*row[0], *row[side]]) for row in rows]) for side in (1, 2)]
+        with pytest.raises(KeyError):  # its client looks at no status
+            get_rewards_from_server(url, ["no conversation"])
+    expected = pd.read_parquet(context.folder / "scores_test.parquet")[list(REWARD_COLUMNS)]
+    assert np.allclose(np.transpose(found), expected, atol=1e-4) and expected.std().min() > 1e-3
