@@ -32,6 +32,9 @@ class Executor:
     def run(self, store: RowStore, shards: Iterator[Shard], progress: Progress) -> Iterator[tuple[Shard, np.ndarray]]:
         """Yield each shard with its scores [rows, columns], in any order; `shards` are taken as late as possible."""
 
+    def load(self) -> None:
+        """Load what the first rows would load: the models of other processes."""
+
     def ask(self, prepared: list) -> np.ndarray:
         """Return the scores [rows, columns] of prepared rows; `models` threads may call it at the same time."""
 
@@ -121,6 +124,10 @@ class SideBySide(Executor):
                 for text in notes:
                     self._note(f"{self.name}: {text}")
                 yield shard, scores
+
+    def load(self) -> None:
+        for loaded in [asker("loaded") for asker in self._askers]:
+            self._result(loaded)
 
     def ask(self, prepared: list) -> np.ndarray:
         asker = self._free.get()

@@ -50,14 +50,18 @@ def open_service(context: StageContext, options: ScoreOptions, show: Show) -> Se
     """
     report, spec = read_report(context), options.spec(context)
     scorer = spec.scorer()
-    context.require_scored(scorer.inputs())
-    return Service(context, scorer, report, options.open(spec, scorer, show))
+    context.require_scored(manifest := scorer.inputs())
+    service = Service(context, scorer, report, options.open(spec, scorer, show))
+    service.executor.load()  # no request waits for that
+    service.manifest = manifest
+    return service
 
 
 class Service:
     """The judge of one scored stage, its models loaded; one event loop uses it."""
 
     agreement: Agreement | None = None  # the promise, where one was asked for
+    manifest: Mapping[str, Any] = {}  # what its scores depend on, weights as sums
     ending = False  # whether answers are the last ones of their connections
     fault: Exception | None = None  # why it can answer no more
 

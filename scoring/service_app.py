@@ -1,4 +1,7 @@
-"""The judge service over HTTP: `run.py serve`. The OpenAPI description is at /openapi.json, a page to try it at /."""
+"""The judge service over HTTP: `run.py serve`. At / is a page to try it, which shows /openapi.json, too.
+
+FastAPI's own page of the API loads its script from another site, which our pages do not.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +132,7 @@ def build_app(service: Service, host: str, token: str | None = None) -> Any:
 
     title, faults = f"arena-factory: {experiment.name} {context.name}", {ArenaError: _refused, Busy: _busy}
     faults[RequestValidationError] = _invalid
-    app = FastAPI(title=title, lifespan=life, redoc_url=None, exception_handlers=faults)
+    app = FastAPI(title=title, lifespan=life, docs_url=None, redoc_url=None, exception_handlers=faults)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -143,7 +146,7 @@ def build_app(service: Service, host: str, token: str | None = None) -> Any:
 
     @app.get("/v1/model")
     async def model() -> dict[str, Any]:
-        """Say which judge this is: its log loss on the validation fold, its calibration and its promise."""
+        """Say which judge this is: its files' sums, log loss on the validation fold, calibration and promise."""
         return {
             "experiment": experiment.name,
             "stage": context.name,
@@ -153,6 +156,7 @@ def build_app(service: Service, host: str, token: str | None = None) -> Any:
             "cutoff_len": experiment.cutoff_len,
             "precision": service.executor.precision,
             **{key: service.report.get(key) for key in ("rows", "log_loss", "log_loss_ci95", "calibration")},
+            "manifest": service.manifest,
             "agreement": service.agreement and asdict(service.agreement),
         }
 

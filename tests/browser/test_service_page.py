@@ -20,6 +20,8 @@ def test_examples_and_own_texts_move_the_bar(browser, tab, chain):
         moved = tab.until(lambda: widths(tab), lambda found: found != before)
         shown = [float(tab.page.locator(f"#p{name}").inner_text().split()[1].rstrip("%")) for name in ("a", "tie", "b")]
         assert abs(sum(shown) - 100) < 0.2 and "exchanging the answers" in words.inner_text()
+        tab.page.get_by_text("The API").click()
+        assert "POST /v1/judge" in tab.page.locator("#api").inner_text()
         tab.picture("service")
         for name, text in {
             "prompt": "How do I cook rice?",

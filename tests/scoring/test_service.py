@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -160,8 +160,20 @@ def test_requests_that_come_together_are_one_pass_and_one_bad_row_hurts_only_its
     assert [each.status_code for each in found] == [200, 422, 200]
 
 
-def test_a_full_queue_says_when_to_come_again(monkeypatch):
-    monkeypatch.setattr(service_module, "_MOST_WAITING", 5)
+def test_free_models_share_what_waits():
+    scorer, both = LengthScorer(), Barrier(2, timeout=60)
+    service = service_of(scorer)
+    asked, service.executor.models = service.executor.ask, 2
+    service = Service(service.context, scorer, REPORT, service.executor)
+    service.context.experiment = SimpleNamespace(name="exam")
+    service.executor.ask = lambda rows: both.wait() >= 0 and asked(rows)  # goes on once both models are at work
+    found = ask([("POST", "/v1/judge", {"json": BATTLE})] * 6, service=service)
+    assert {each.status_code for each in found} == {200} and scorer.asked == [6, 6]
+
+
+@pytest.mark.parametrize("limit", [(service_module, "_MOST_WAITING"), (service_app, "_MOST_REQUESTS")])
+def test_a_full_queue_says_when_to_come_again(monkeypatch, limit):
+    monkeypatch.setattr(*limit, 5)
     found = ask([("POST", "/v1/judge", {"json": BATTLE})] * 30, scorer=LengthScorer(seconds=0.05))
     codes = [each.status_code for each in found]
     assert set(codes) == {200, 503} and codes.count(200) >= 5
@@ -171,7 +183,7 @@ def test_a_full_queue_says_when_to_come_again(monkeypatch):
 def test_a_token_is_asked_for_everywhere_but_at_the_page(tmp_path):
     (tmp_path / "token").write_text("s3cret\n")
     token = read_token(tmp_path / "token")
-    paths = ["/v1/model", "/v1/judge", "/openapi.json", "/docs", "/nothing"]
+    paths = ["/v1/model", "/v1/judge", "/openapi.json", "/nothing"]
     wrong = [{}, {"Authorization": "Bearer s3cre"}, {"Authorization": "Bearer s3cret2"}, {"Authorization": "s3cret"}]
     calls = [("GET", path, {"headers": headers}) for path in paths for headers in wrong]
     assert {each.status_code for each in ask(calls, token=token)} == {401}
