@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -39,6 +40,21 @@ def test_help_answers_without_heavy_imports(command):
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.rstrip().endswith("HEAVY [] 0")
     assert "Usage:" in shown and "--help" in shown
+
+
+@pytest.mark.parametrize(("given", "seen"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_children_wait_passively_unless_the_user_chose_otherwise(given, seen):
+    code = (
+        "import os, runpy, sys\n"
+        "sys.argv = ['run.py', '--version']\n"
+        "try: runpy.run_path('run.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "from factory.process import child_environment\n"
+        "print(child_environment()['OMP_WAIT_POLICY'])"
+    )
+    given = {**{key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}, **given}
+    call = [sys.executable, "-c", code]
+    assert subprocess.run(call, cwd=ROOT, env=given, capture_output=True, text=True).stdout.split()[-1] == seen
 
 
 @pytest.mark.parametrize("command", COMMANDS)
