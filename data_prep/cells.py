@@ -180,12 +180,17 @@ def read_one_hot(cells: Sequence[object]) -> str | Shares:
 def read_winner(cells: Sequence[object]) -> str:
     """Return the verdict of one `winner` cell: model_a, B, tie, both_bad, … in any case. Raises BadVerdict."""
     (cell,) = cells
-    verdict = _WINNERS.get(re.sub("[^a-z]", "", cell.lower())) if isinstance(cell, str) else None
+    verdict = winner_of(cell)
     if verdict is None:
         empty = cell is None or cell != cell or cell == ""
         what = "no winner" if empty else f"unknown winner {_shown(cell)}"
         raise BadVerdict(f"{what}: must be model_a, model_b (or A, B), tie or both_bad")
     return verdict
+
+
+def winner_of(cell: object) -> str | None:
+    """Return the verdict that a `winner` cell says, None where it says none."""
+    return _WINNERS.get(re.sub("[^a-z]", "", cell.lower())) if isinstance(cell, str) else None
 
 
 # Which columns hold the verdict, and what reads them.

@@ -34,6 +34,7 @@ from data_prep.cells import (
     is_formula,
     is_no,
     parse_id,
+    winner_of,
 )
 from data_prep.schemas import (
     EXTRAS,
@@ -102,6 +103,7 @@ class VoteReader:
         schema = find_schema(columns)
         found = set(columns)
         extras = (*EXTRAS, *(KEYS if schema.id == "question_id" else ()))
+        extras += ("winner",) if schema.verdict_format == "one-hot" else ()
         extras = tuple(name for name in dict.fromkeys(extras) if name in found)
         for table in self._tables:
             columns = self._ours(table)
@@ -290,6 +292,11 @@ class VoteReader:
             except BadVerdict:
                 if self.labelled:
                     raise
+        said = winner_of(cells[extras["winner"]]) if "winner" in extras and isinstance(found, str) else None
+        if said not in (None, found):
+            if self.labelled:
+                raise BadCell(f"winner says {said}, and {', '.join(schema.verdict)} say {found}")
+            found = None
         texts = {name: cells[extras[name]] for name in ("language", "model_a", "model_b") if name in extras}
         named = {name: text.strip() or None for name, text in texts.items() if isinstance(text, str)}
         self._not_anonymous += "anony" in extras and is_no(cells[extras["anony"]])

@@ -7,8 +7,10 @@ fitted here, in both orders; data_prep.preference_pairs fits pairs of responses 
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate, islice
@@ -106,13 +108,14 @@ class BudgetFitter:
         letters = sum(len(text) for job in jobs for text in texts_of(job.battle).values())
         names = " to ".join(dict.fromkeys(name_of(job.battle.id) for job in (jobs[:1] + jobs[-1:])))
         slow = self._unreadable("takes too long", names)
-        clock = Timer(_PATIENCE + letters / _SLOWEST, end_process, [slow])
+        clock = Timer(_PATIENCE + letters / _SLOWEST, _end, [slow])
         clock.daemon = True
         clock.start()
         try:
-            return self._fit_in_time(jobs)
+            with _without_panics():
+                return self._fit_in_time(jobs)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of the tokenizer's Rust code, and no Exception
+            if not _is_panic(error):
                 raise
             if len(jobs) > 1:
                 return [fitted for job in jobs for fitted in self._fit([job])]
@@ -281,6 +284,46 @@ class Fitter(BudgetFitter):
     def _bare(self, turns: int, dropped: int, text: str) -> str:
         column = (text,) * turns
         return self.frame.wrap(self.prompt.message(Battle("", column, column, column), dropped))
+
+
+_stderr: list[int] = []  # of this process, while file descriptor 2 is another file
+
+
+@contextmanager
+def _without_panics() -> Iterator[None]:
+    """Keep Rust from writing the trace of a tokenizer's panic, which we report, to the terminal.
+
+    What else is written within the block comes behind it. One thread of a process fits at a time.
+    """
+    try:
+        _stderr.append(os.dup(2))
+    except OSError:  # it is closed
+        yield
+        return
+    with open(os.memfd_create("stderr"), "w+b") as aside:  # noqa: PTH123
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if _is_panic(error):
+                aside.truncate(0)
+            raise
+        finally:
+            os.dup2(_stderr[-1], 2)
+            os.close(_stderr.pop())
+            aside.seek(0)
+            with suppress(OSError), open(2, "wb", closefd=False) as real:
+                real.write(aside.read())
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"  # of the tokenizer's Rust code, and no Exception
+
+
+def _end(error: ArenaError) -> None:
+    if _stderr:
+        os.dup2(_stderr[-1], 2)
+    end_process(error)
 
 
 def _letters(battle: Battle) -> int:

@@ -20,7 +20,8 @@ from factory.fingerprint import local_models, model_files
 from factory.process import llamafactory, run_child
 from factory.stage_context import StageContext
 from factory.state import archive
-from factory.train import ADAPTER_FILES, require_files, show_phase
+from factory.train import require_files, show_phase
+from factory.weight_checks import ADAPTER_FILES, adapter_config
 
 MANIFEST = "dequantised.json"
 VALUE_HEAD = "value_head.safetensors"
@@ -43,6 +44,10 @@ def merge(context: StageContext, complete: Callable[[Path], None], show: Show) -
                 where=str(adapter),
                 remedy=f"train {name} first (`--until train`), or go on with it by --resume",
             )
+        try:
+            adapter_config(adapter)
+        except ValueError as error:
+            raise ArenaError(str(error), where=str(adapter), remedy="train again, that stage with --fresh") from None
         base = DequantisedBase(context) if context.experiment.merges_dequantised else None
         inputs = {str(context.merge_recipe_path): recipe, **local_models(recipe)}
         if base:  # its source, so that the copy itself may be deleted

@@ -69,12 +69,6 @@ _TRAINING = (
         "write dataloader_num_workers of 1 or more",
     ),
     Rule("use_dora", lambda v, x: x and v.quantization_bit, "is refused on a quantized model", "take use_rslora"),
-    Rule(
-        "lora_rank lora_alpha lora_dropout lora_target use_rslora use_dora additional_target",
-        lambda v, x: v.adapter_name_or_path and x and x not in (8, "all"),  # LLaMA-Factory's defaults
-        "does nothing beside adapter_name_or_path, whose adapter_config.json decides",
-        _REMOVE,
-    ),
     Rule("flash_attn", lambda v, x: x == "fa3", "is not implemented in LLaMA-Factory", "write fa2, sdpa or auto"),
     Rule(
         "adapter_name_or_path",

@@ -20,8 +20,8 @@ from factory.process import llamafactory, run_child
 from factory.stage_context import CHOICE, StageContext
 from factory.state import archive, flag_to_go_on, is_occupied, last_checkpoint
 from factory.trainer_log import TrainerLog, loss_curve, show_points
+from factory.weight_checks import ADAPTER_FILES
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What the child's log says when it comes to something new, and what the live line says then.
 _PHASES = {
     "reading the data": re.compile(r"Loading dataset|Converting format|Running tokenizer"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,19 @@ from factory.reach import Fault, Recipe
 
 # Keys whose value may name a local folder of weights.
 _WEIGHTS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTERS = ("adapter_name_or_path", "ref_model_adapters", "reward_model_adapters")
+# Keys of adapter_config.json that PEFT matches with every module's name: a regular expression may never end.
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+_REGEX = re.compile(r"[*+{]")
+_STRANGE = ("megatron_config", "layer_replication")  # import a module that is named; change the base
+# What the keys of a recipe are called there.
+_SHAPE = {
+    "lora_rank": "r",
+    "lora_target": "target_modules",
+    "additional_target": "modules_to_save",
+    **{key: key for key in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")},
+}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # What a trainer writes of itself beside the weights, and what no loader of weights opens.
 _NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
@@ -36,6 +50,8 @@ def weight_faults(recipe: Recipe, root: Path = Path()) -> Iterator[Fault]:
                 )
             elif (root / name).is_file():
                 yield key, f"{name} is a file; give the folder with config.json in it"
+    if recipe.get("do_train"):  # a merge's adapter is its training's, and looked at when it is there
+        yield from _adapter_faults(recipe, root)
     model = recipe.get("model_name_or_path")
     if not isinstance(model, str):
         return
@@ -52,8 +68,55 @@ def weight_faults(recipe: Recipe, root: Path = Path()) -> Iterator[Fault]:
             f"{cutoff:,} is more than the {most:,} positions of {model}, which was taught nothing beyond them; lower "
             "cutoff_len in experiment.yaml and prepare again, or take a base with more",
         )
-    if fault := _target_fault(recipe, model, root):
+    if fault := _target_fault(recipe, root):
         yield "lora_target", fault
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """Return an adapter's configuration, which PEFT can be given; raises ValueError for any other."""
+    try:
+        config = read_json(folder / ADAPTER_FILES[0])
+        if config["peft_type"] != "LORA":
+            raise ValueError("peft_type is not LORA")
+        if not isinstance(config["base_model_name_or_path"], str):
+            raise ValueError("base_model_name_or_path is no text")
+        if patterns := [key for key in _PATTERNS if any(map(_REGEX.search, _texts_in(config.get(key))))]:
+            raise ValueError(f"{patterns[0]} holds a regular expression; give the modules' names")
+        if strange := [key for key in _STRANGE if config.get(key)]:
+            raise ValueError(f"{strange[0]} must be null")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"adapter_config.json is damaged: {error}") from None
+    return config
+
+
+def _texts_in(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [each for each in value or () if isinstance(each, str)]
+
+
+def _adapter_faults(recipe: Recipe, root: Path) -> Iterator[Fault]:
+    """Yield what is wrong with the adapters that a training begins with, and keys that say otherwise than they do."""
+    for key in _ADAPTERS:
+        for name in names(recipe.get(key)):
+            path = root / name / ADAPTER_FILES[0] if (root / name).is_dir() else cached_file(name, ADAPTER_FILES[0])
+            try:
+                config = adapter_config(path.parent) if path and path.is_file() else {}
+            except ValueError as error:
+                yield key, f"{name}: {error}; take another adapter"
+                continue
+            for ours, its in _SHAPE.items() if key == "adapter_name_or_path" else ():
+                if (given := recipe.get(ours)) and not _agree(given, config.get(its), bool(config), recipe, root):
+                    its_own = f", where {its} is {config.get(its)!r}" if config else ""
+                    what = f"does nothing beside adapter_name_or_path, whose adapter_config.json decides{its_own}"
+                    yield ours, f"{given!r} {what}; remove it"
+
+
+def _agree(given: Any, own: Any, known: bool, recipe: Recipe, root: Path) -> bool:
+    """Tell whether a recipe's value is the adapter's own; where that is not known, whether it is the usual one."""
+    if given == "all":
+        return not known or set(names(own)).issuperset(_layer_names(_modules_of(recipe, root)))
+    if not known:
+        return given == 8  # LLaMA-Factory's rank
+    return set(names(given)) == set(names(own)) if isinstance(given, str | list) else given == own
 
 
 def _pickles(folder: Path) -> list[str]:
@@ -94,19 +157,29 @@ def require_fit_base(experiment: Experiment) -> None:
         raise ArenaError(what, where=f"{experiment.folder / 'experiment.yaml'}", remedy=remedy)
 
 
-def _target_fault(recipe: Recipe, model: str, root: Path) -> str | None:
+def _target_fault(recipe: Recipe, root: Path) -> str | None:
     """Return which names of `lora_target` match no module of the model: PEFT leaves such a name out silently."""
     targets = names(recipe.get("lora_target"))
     if not targets or targets == ["all"]:
         return None
-    modules = _modules(str(root / model) if (root / model).is_dir() else model, recipe.get("model_revision") or "main")
+    modules = _modules_of(recipe, root)
     known = {*modules, "lm_head"}  # which has no tensor of its own where it shares the embedding's
     lacking = [name for name in targets if not any(each == name or each.endswith(f".{name}") for each in known)]
     if not modules or not lacking:
         return None
-    ends = {each.rsplit(".", 1)[-1] for each in modules if any(p.isdigit() for p in each.split("."))}
-    its = ", ".join(sorted(name for name in ends if "norm" not in name))
+    model, its = recipe["model_name_or_path"], ", ".join(_layer_names(modules))
     return f"{model} has no module {', '.join(map(repr, lacking))}; its layers hold {its} (all takes every linear one)"
+
+
+def _layer_names(modules: Iterable[str]) -> list[str]:
+    """Return what the linear modules of a model's layers are called."""
+    ends = {each.rsplit(".", 1)[-1] for each in modules if any(p.isdigit() for p in each.split("."))}
+    return sorted(name for name in ends if "norm" not in name)
+
+
+def _modules_of(recipe: Recipe, root: Path) -> set[str]:
+    model = str(recipe.get("model_name_or_path"))
+    return _modules(str(root / model) if (root / model).is_dir() else model, recipe.get("model_revision") or "main")
 
 
 def _modules(model: str, revision: str) -> set[str]:

@@ -5,15 +5,14 @@ Only safetensors are read. No code of a merged folder runs; that of a base runs 
 
 from __future__ import annotations
 
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ArenaError
-from common.files import read_json
 from data_prep.hub import offline_if_unreachable
+from factory.weight_checks import ADAPTER_FILES, adapter_config
 
 if TYPE_CHECKING:
     import torch
@@ -22,14 +21,6 @@ if TYPE_CHECKING:
     from factory.stage_context import StageContext
 
 BROKEN_WEIGHTS = "the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve"
-
-
-_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
-_REGEX = re.compile(r"[*+{]")
-
-
-def _texts_in(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [each for each in value or () if isinstance(each, str)]
 
 
 @dataclass(frozen=True)
@@ -92,19 +83,12 @@ class TrainedAdapter:
 
     def _check_folder(self) -> None:
         """Raise ArenaError unless the folder holds safetensors that were trained on the base."""
-        files = ("adapter_config.json", "adapter_model.safetensors")
-        if missing := [name for name in files if not (self.folder / name).is_file()]:
+        if missing := [name for name in ADAPTER_FILES if not (self.folder / name).is_file()]:
             raise self._misfit(f"is no finished adapter: {' and '.join(missing)} missing")
         try:
-            config = read_json(self.folder / files[0])
-            trained_on = config["base_model_name_or_path"]
-            # PEFT matches them with every module's name; one may never end
-            if patterns := [key for key in _PATTERNS if any(map(_REGEX.search, _texts_in(config.get(key))))]:
-                raise TypeError(f"{patterns[0]} holds a regular expression; give the modules' names")
-            if not isinstance(trained_on, str):
-                raise TypeError("base_model_name_or_path is no text")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._misfit(f"adapter_config.json is damaged: {error}") from None
+            trained_on = adapter_config(self.folder)["base_model_name_or_path"]
+        except ValueError as error:
+            raise self._misfit(str(error)) from None
         if not is_same_model(trained_on, self.base):
             raise self._misfit(f"was trained on {trained_on}, not on {self.base}: another reference, other rewards")
 

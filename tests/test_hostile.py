@@ -48,10 +48,11 @@ from factory import board_page, launcher, serve_page
 from factory.board import _BAR as log_bar
 from factory.board import lay_out
 from factory.fingerprint import data_sets
-from factory.merge import dequantise
+from factory.merge import dequantise, merge
 from factory.process import run_child
 from factory.recipe_checks import check_device, check_recipe
 from factory.serve_page import exposure
+from factory.stage_context import StageContext
 from factory.train import RowsCheck
 from factory.weight_checks import weight_faults
 from scoring import watch_page
@@ -587,6 +588,27 @@ def test_loading_runs_no_code_of_the_folder(place, loader, kind):
     assert not Path("pwned").exists()
 
 
+STRANGE = {  # what PEFT matches for ever, imports, or builds without end
+    "target_modules": "(([a-z._0-9])+)+!",
+    "rank_pattern": ["(a+)+$"],
+    "megatron_config": {"x": 1},
+    "layer_replication": [[0, 1]] * 9,
+    "peft_type": "LOHA",
+}
+
+
+@pytest.mark.parametrize("key", STRANGE)
+def test_an_adapter_that_runs_on_or_imports_is_neither_trained_nor_merged(place, key):
+    shutil.copytree("saves/tiny/lora/exam_sft", "saves/theirs")
+    place.edit_json("saves/theirs/adapter_config.json", **{key: STRANGE[key]})
+    place.edit_recipe("sft", "adapter_name_or_path: saves/theirs\nlora_rank: null\nlora_target: null\n")
+    done = call("sft", "-e", "exam")
+    assert done.exit_code == 1 and "sft.yaml: adapter_name_or_path: saves/theirs: adapter_config.json" in done.output
+    place.edit_json("saves/tiny/lora/exam_sft/adapter_config.json", **{key: STRANGE[key]})
+    with pytest.raises(ArenaError, match=r"adapter_config.json is damaged"):
+        merge(StageContext(load_experiment("exam"), "sft"), lambda folder: None, Show(sys.stderr, attended=False))
+
+
 def test_remote_code_is_warned_of(place):
     assert "warning" not in call("compare", "-e", "exam").output
     place.edit_experiment("trust_remote_code: true\n")
@@ -898,13 +920,14 @@ def catastrophic(tokenizer):
 
 
 def test_a_tokenizer_that_fails_on_a_text_is_named_with_the_battle(
-    small_frame, small_tokenizer, judge_prompt, make_experiment
+    small_frame, small_tokenizer, judge_prompt, make_experiment, capfd
 ):
     shares = make_experiment().budget_shares
     fitter = Fitter(small_frame, catastrophic(small_tokenizer), judge_prompt, cutoff_len=300, shares=shares)
     battles = [Battle(name, (text,), ("x",), ("y",), "a") for name, text in (("1", "hi"), ("2", "a" * 40 + "!"))]
     with pytest.raises(ArenaError, match="battle 2: the tokenizer of the model fails"):
         fitter.fit(battles, both_orders=True)
+    assert "panicked" not in capfd.readouterr().err
 
 
 def test_a_tokenizer_that_runs_for_ever_ends_the_process_with_the_reason(tmp_path):

@@ -328,6 +328,24 @@ def test_targets_are_compared_as_peft_does(place, targets, part):
     assert found == {} if part is None else part in found["lora_target"]
 
 
+@pytest.mark.parametrize(
+    ("own", "key"),
+    [
+        ({"lora_rank": 8}, "lora_rank"),
+        ({"lora_rank": 2, "lora_alpha": 16}, "lora_alpha"),
+        ({"lora_rank": 2, "lora_target": "all"}, "lora_target"),
+        ({"lora_rank": 2, "lora_target": "o_proj, q_proj"}, None),
+        ({}, None),
+    ],
+)
+def test_a_recipe_says_of_its_adapter_what_the_adapter_is(place, own, key):
+    named = {"model_name_or_path": "models/tiny", "adapter_name_or_path": "saves/tiny/lora/exam_sft"}
+    found = dict(weight_faults({"do_train": True, **named, **own}))
+    assert list(found) == ([key] if key else []) and all(
+        "adapter_config.json decides" in each for each in found.values()
+    )
+
+
 def test_an_index_and_a_hubs_cache_are_read_too(tmp_path, monkeypatch):
     kept = tmp_path / "hub" / "models--some--model"
     (kept / "refs").mkdir(parents=True)
