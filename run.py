@@ -26,7 +26,7 @@ import click  # noqa: E402
 from click.shell_completion import get_completion_class  # noqa: E402
 
 from common import command_line as cl  # noqa: E402
-from common.command_group import VERSION, ErrorsWithRemedy  # noqa: E402
+from common.command_group import VERSION, ErrorsWithRemedy, say  # noqa: E402
 from common.console import make_output_safe  # noqa: E402
 from scoring.commands import COMMANDS, finish, start  # noqa: E402
 
@@ -68,7 +68,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
     findings = examine()
     report = as_report(findings)
-    click.echo(json.dumps(report, indent=2) if as_json else "\n".join(as_lines(findings)))
+    say(json.dumps(report, indent=2) if as_json else "\n".join(as_lines(findings)))
     ctx.exit(0 if report["ok"] else 1)
 
 
@@ -101,7 +101,7 @@ def new(
         exp, following = new_experiment(wanted, show=Show()), f"python run.py prepare -e {name} --train FILE"
     made = {"folder": str(exp.folder), "model": exp.model, "template": exp.template}
     line = f"{exp.folder}: {exp.model} with template {exp.template}; next: {following}"
-    click.echo(json.dumps(made) if as_json else line)
+    say(json.dumps(made) if as_json else line)
 
 
 @cli.command()
@@ -116,7 +116,7 @@ def render(experiment: str, force: bool, as_json: bool) -> None:
     context, show = start(experiment)
     states = render_recipes(context.experiment, force=force, show=show)
     lines = [f"{path}: {state}" for path, state in states.items() if state in ("unchanged", "hand-edited")]
-    click.echo(json.dumps(states) if as_json else "\n".join(lines))
+    say(json.dumps(states) if as_json else "\n".join(lines))
 
 
 @cli.command()
@@ -130,13 +130,13 @@ def clean(yes: bool, as_json: bool) -> None:
     from factory.status import archived_lines
 
     found = archived()
-    click.echo("\n".join(archived_lines(found)) or "there are no earlier runs", err=as_json)
+    say("\n".join(archived_lines(found)) or "there are no earlier runs", err=as_json)
     if found and not yes:
         click.confirm("Delete them?", abort=True, err=True)
     for path in found:
         delete(path)
     if as_json:
-        click.echo(json.dumps({"deleted": {str(path): size for path, size in found.items()}}))
+        say(json.dumps({"deleted": {str(path): size for path, size in found.items()}}))
 
 
 @cli.command()
@@ -154,11 +154,11 @@ def prepare(experiment: str, as_json: bool, **options: Any) -> None:
     context, show = start(experiment)
     audit = prepare(context.experiment, **options, show=show)
     if as_json:
-        click.echo(json.dumps(audit, indent=2))
+        say(json.dumps(audit, indent=2))
         return
-    click.echo(f"data: {context.experiment.data_folder}   (what was read, cut and rejected: audit.json)")
+    say(f"data: {context.experiment.data_folder}   (what was read, cut and rejected: audit.json)")
     for command in next_commands(experiment_status(context)):
-        click.echo(f"next: {command}")
+        say(f"next: {command}")
 
 
 def _train(experiment: str, stage: str, as_json: bool, fold: str | None, **options: Any) -> None:
@@ -239,11 +239,11 @@ def status(experiment: str | None, as_json: bool) -> None:
     found = status_of([experiment] if experiment else experiment_names())
     if as_json:
         earlier = {str(path): size for path, size in archived().items()}
-        click.echo(json.dumps({"experiments": [asdict(each) for each in found], "earlier_runs": earlier}, indent=2))
+        say(json.dumps({"experiments": [asdict(each) for each in found], "earlier_runs": earlier}, indent=2))
     else:
         print_status(PlainConsole(), found)
         for line in archived_lines(archived())[-1:]:
-            click.echo(line)
+            say(line)
 
 
 @cli.command()
@@ -258,7 +258,7 @@ def forecast(experiment: str, as_json: bool, **what: Any) -> None:
     from factory.forecast import forecast, print_forecast
 
     found = forecast(start(experiment)[0].experiment, **what)
-    click.echo(json.dumps(found, indent=2)) if as_json else print_forecast(PlainConsole(), found)
+    say(json.dumps(found, indent=2)) if as_json else print_forecast(PlainConsole(), found)
 
 
 @cli.command()
@@ -304,7 +304,7 @@ def watch(experiment: str, stage: str | None, fold: str | None, as_json: bool, *
         context.require_one_judge()
     seen = watch(context.experiment, stage and context.label, as_json=as_json, **options, show=show)
     if seen is not None:
-        click.echo(json.dumps(asdict(seen), indent=2) if as_json else "\n".join(in_words(seen)))
+        say(json.dumps(asdict(seen), indent=2) if as_json else "\n".join(in_words(seen)))
 
 
 @cli.command()

@@ -86,6 +86,11 @@ class ErrorsWithRemedy(click.Group):
             raise failure from None
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Print a result, whatever strangers wrote into it."""
+    click.echo(printable(text), err=err)
+
+
 def is_verbose(ctx: click.Context) -> bool:
     return bool(ctx.find_root().ensure_object(dict).get("verbose"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def _remember_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> No
 def complete_experiment(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """Name the experiments for the shell: the folders that hold an experiment.yaml."""
     names = sorted(path.parent.name for path in Path("factory_configs").glob("*/experiment.yaml"))
-    return [name for name in names if name.startswith(incomplete)]
+    # another name is no experiment's, and might be a command to the shell
+    return [name for name in names if name.startswith(incomplete) and re.fullmatch(r"[\w.-]+", name, re.ASCII)]
 
 
 def several(*options):

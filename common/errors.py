@@ -40,7 +40,8 @@ class ArenaError(Exception):
         return partial(type(self), where=self.where, remedy=self.remedy), (self.what,)  # for another process
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.what}" if self.where else self.what
+        where = (self.where or "").replace("\n", "␊")  # a file's name is no line of an error
+        head = f"{where}: {self.what}" if where else self.what
         return printable(f"{head}\n  remedy: {self.remedy}" if self.remedy else head)
 
 
@@ -97,6 +98,9 @@ def user_error(error: BaseException, command: str | None = None) -> ArenaError |
     again = _AFTERWARDS.get(command or "", "give {same} again").format(same=same_command())
     if isinstance(error, (KeyboardInterrupt, Stopped)):
         return ArenaError(f"interrupted{f' by {error}' if str(error) else ''}", remedy=again)
+    if is_panic(error):
+        what = f"the model's tokenizer fails on a text ({error})"
+        return ArenaError(what, remedy="choose another model: its tokenizer.json holds a bad regular expression")
     if isinstance(error, BrokenPipeError):  # the reader of our output has closed it
         return None
     where = str(error.filename) if isinstance(error, (OSError, SyntaxError)) and error.filename else None
@@ -120,6 +124,11 @@ def _number(error: BaseException) -> int | None:
         return error.errno
     found = _NUMBER.search(str(error))
     return int(found[1]) if found else None
+
+
+def is_panic(error: BaseException) -> bool:
+    """Tell whether Rust code gave up, such as a tokenizer's: no Exception, and of a class that nobody can import."""
+    return type(error).__name__ == "PanicException"
 
 
 def end_process(error: ArenaError) -> None:

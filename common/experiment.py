@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from common.battle import VERDICTS
+from common.console import name_of
 from common.errors import ArenaError, UsageError
 from common.files import read_regular, refuse_endless
 from common.stages import STEPS, Fold, Start, fold_name
@@ -23,7 +24,7 @@ from common.stages import STEPS, Fold, Start, fold_name
 _PROJECT = Path(__file__).resolve().parents[1]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Far more than any experiment or recipe has, and far less than hurts.
-_LARGEST, _MOST_VALUES, _DEEPEST = 1 << 18, 10_000, 32
+_LARGEST, _MOST_VALUES, _DEEPEST, _MOST_BITS = 1 << 18, 10_000, 32, 400
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -289,7 +290,9 @@ def load_experiment(name: str, root: Path = Path()) -> Experiment:
         )
     experiment = parse_experiment(read_yaml(path), name, where=str(path))
     adapters = (root / experiment.adapter_folder("sft").parent).glob(f"{name}_*")
-    refuse_endless(root / "data" / name, root / "outputs" / name, *adapters)
+    model = root / experiment.model
+    models = [model] if (model / "config.json").exists() else []
+    refuse_endless(*models, root / "data" / name, root / "outputs" / name, *adapters)
     return experiment
 
 
@@ -335,6 +338,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     if too_large:
         raise ArenaError(too_large, where=str(path), remedy="write the values out; a configuration is a page or two")
+    if odd := next(_odd_values(content), None):
+        raise ArenaError(odd, where=str(path), remedy="write it as a person would")
     if not isinstance(content, dict):
         raise ArenaError("must be a YAML mapping", where=str(path), remedy="write `key: value` lines")
     return {str(key): value for key, value in content.items()}
@@ -361,6 +366,19 @@ def _size_fault(text: str) -> str | None:
         if len(open_nodes) > _DEEPEST:
             return f"nests more than {_DEEPEST} levels deep"
     return None
+
+
+def _odd_values(content: Any) -> Iterator[str]:
+    """Yield what no configuration needs and no error can show: endless numbers, keys of several lines."""
+    if isinstance(content, int) and content.bit_length() > _MOST_BITS:
+        yield f"holds a number of {content.bit_length():,} bits"
+    elif isinstance(content, dict | list):
+        for key in content if isinstance(content, dict) else ():
+            if isinstance(key, str) and not key.isprintable():
+                yield f"holds the key {name_of(key)}"
+            yield from () if isinstance(key, str) else _odd_values(key)
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _odd_values(value)
 
 
 def _yaml_fault(error: Exception) -> str:

@@ -114,11 +114,22 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def refuse_endless(*folders: Path) -> None:
-    """Raise ArenaError for a device or a pipe in a folder: whoever reads it as a file never comes to an end."""
+    """Raise ArenaError for a device, a pipe or a file of holes in a folder: whoever reads it comes to no end."""
     for path in (Path(top, name) for folder in folders for top, _, names in os.walk(folder) for name in names):
-        if path.exists() and not path.is_file():
-            remedy = "remove it, and ask where this experiment comes from"
-            raise ArenaError("is a device or a pipe, and no file", where=str(path), remedy=remedy)
+        if not path.exists():
+            continue
+        status, what = path.stat(), ""
+        if not stat.S_ISREG(status.st_mode):
+            what = "is a device or a pipe, and no file"
+        elif status.st_size > max(_LARGE, 1000 * 512 * status.st_blocks) and _has_holes(path, status.st_size):
+            what = f"claims {status.st_size:,} bytes, of which the disk holds {512 * status.st_blocks:,}"
+        if what:
+            raise ArenaError(what, where=str(path), remedy="remove it, and ask where this experiment comes from")
+
+
+def _has_holes(path: Path, size: int) -> bool:
+    with path.open("rb") as file:
+        return os.lseek(file.fileno(), 0, os.SEEK_HOLE) < size
 
 
 def read_json(path: Path) -> Any:

@@ -104,7 +104,7 @@ def _fitting(folder: Path, labelled: bool, columns: Mapping[str, str] | None) ->
     if not found:
         return folder  # its reader says what it holds instead
     kind = "votes (prompt, responses, winner)" if labelled else "battles without a winner"
-    names = ", ".join(_named(parts) for parts in (fit or found)[:5])
+    names = ", ".join(_named(parts) for parts in (fit or found)[:5]).replace("\n", "␊")
     raise ArenaError(
         f"{'several tables hold' if fit else 'no table holds'} {kind}: {names}",
         where=str(folder),
@@ -187,6 +187,8 @@ def _tables_in(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInf
     fault, remedy = "", "unpack it yourself and give the path of the file"
     if long := [name for name, _ in found if len(os.fsencode(name)) > _LONGEST_NAME]:
         fault = f"a table's name is longer than {_LONGEST_NAME} bytes: {name_of(long[0])}"
+    elif odd := [name for name, _ in found if not name.isprintable()]:
+        fault = f"a table's name holds control characters: {name_of(odd[0])}"
     elif size > LARGEST_ARCHIVE or (size > _HARMLESS and size > _MOST_PACKED * packed):
         fault, remedy = f"{would}: no table of texts is packed so well", f"check where it comes from, or {remedy}"
     elif size > free:

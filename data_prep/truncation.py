@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from common.battle import Battle, swap
 from common.console import name_of
-from common.errors import ArenaError, end_process
+from common.errors import ArenaError, end_process, is_panic
 from data_prep.prompt import FIELDS, JudgePrompt, texts_of
 from data_prep.sanitize import Neutralizer
 
@@ -112,10 +112,10 @@ class BudgetFitter:
         clock.daemon = True
         clock.start()
         try:
-            with _without_panics():
+            with without_panics():
                 return self._fit_in_time(jobs)
         except BaseException as error:
-            if not _is_panic(error):
+            if not is_panic(error):
                 raise
             if len(jobs) > 1:
                 return [fitted for job in jobs for fitted in self._fit([job])]
@@ -290,7 +290,7 @@ _stderr: list[int] = []  # of this process, while file descriptor 2 is another f
 
 
 @contextmanager
-def _without_panics() -> Iterator[None]:
+def without_panics() -> Iterator[None]:
     """Keep Rust from writing the trace of a tokenizer's panic, which we report, to the terminal.
 
     What else is written within the block comes behind it. One thread of a process fits at a time.
@@ -305,7 +305,7 @@ def _without_panics() -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            if _is_panic(error):
+            if is_panic(error):
                 aside.truncate(0)
             raise
         finally:
@@ -314,10 +314,6 @@ def _without_panics() -> Iterator[None]:
             aside.seek(0)
             with suppress(OSError), open(2, "wb", closefd=False) as real:
                 real.write(aside.read())
-
-
-def _is_panic(error: BaseException) -> bool:
-    return type(error).__name__ == "PanicException"  # of the tokenizer's Rust code, and no Exception
 
 
 def _end(error: ArenaError) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.console import name_of
 from common.files import is_in_project, read_regular
 from factory.fingerprint import names
 
@@ -40,6 +41,8 @@ def reach_faults(recipe: Recipe, model: str, allowed: Collection[str] = ()) -> I
     for key, name, what in [*_uploads(recipe), *_places(recipe, model), *_engine(recipe)]:
         if not name:
             yield key, what
+        elif not str(name).isprintable():
+            yield key, f"{name_of(name)} holds control characters"
         elif name not in allowed:
             yield key, f"{name} {what}; if that is what you want: --allow {shlex.quote(name)}"
 

@@ -53,6 +53,9 @@ _RANGES = (
     Rule("learning_rate num_train_epochs logging_steps pref_beta", lambda v, x: x <= 0, "must be above 0"),
     Rule("per_device_train_batch_size per_device_eval_batch_size", _below(1), "must be at least 1"),
     Rule("gradient_accumulation_steps lora_rank preprocessing_num_workers", _below(1), "must be at least 1"),
+    Rule(
+        "preprocessing_num_workers dataloader_num_workers", lambda v, x: x and x > 1024, "are more processes than fit"
+    ),
     Rule("save_total_limit max_samples", _below(1), "must be at least 1"),
     Rule("warmup_steps weight_decay max_grad_norm seed dataloader_num_workers", _below(0), "must not be negative"),
     Rule("lora_dropout", lambda v, x: not 0 <= x < 1, "must lie in [0, 1)"),

@@ -139,7 +139,8 @@ def _read(path: Path) -> dict[str, Record]:
 
 def listed(what: str, lines: Sequence[str]) -> str:
     """Return a heading with a list below it."""
-    return "\n".join([what, *(f"  - {line}" for line in lines)])
+    shown = (line.replace("\n", "␊") for line in lines)  # a name in a stranger's state is no line of the error
+    return "\n".join([what, *(f"  - {line}" for line in shown)])
 
 
 def archive(*paths: Path) -> list[Path]:

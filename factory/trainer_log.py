@@ -18,6 +18,7 @@ from common.progress import Line
 
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # what a bad line raises
 _MOST_STEPS = 10**12
+_MOST_READ = 1 << 24  # bytes at its end: some hundred thousand steps
 _ELAPSED = re.compile(r"(?:(\d{1,5}) days?, )?(\d{1,2}):(\d\d):(\d\d)(?:\.\d+)?")  # str(timedelta)
 _SHOWN = ("loss", "eval_loss", "lr")
 
@@ -49,8 +50,10 @@ class TrainerLog:
     def read_new(self) -> list[LogPoint]:
         """Return the points since the last call; a half-written last line waits, a damaged one is left out."""
         try:
-            if self.path.stat().st_size < self._offset:  # a new run emptied it
+            size = self.path.stat().st_size
+            if size < self._offset:  # a new run emptied it
                 self._offset = 0
+            self._offset = max(self._offset, size - _MOST_READ)
             with self.path.open("rb") as file:
                 file.seek(self._offset)
                 block = file.read()

@@ -33,6 +33,11 @@ _SHAPE = {
     **{key: key for key in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")},
 }
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Settings that may name a kernel of the hub: compiled code of a stranger, without trust_remote_code.
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+_MOST_LAYERS = 10_000
+# What transformers and PEFT load; beside any other file they take a pickle.
+_SAFE = ("model.safetensors", "model.safetensors.index.json", ADAPTER_FILES[1])
 # What a trainer writes of itself beside the weights, and what no loader of weights opens.
 _NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
 
@@ -55,7 +60,9 @@ def weight_faults(recipe: Recipe, root: Path = Path()) -> Iterator[Fault]:
     model = recipe.get("model_name_or_path")
     if not isinstance(model, str):
         return
-    config = _config(model, recipe.get("model_revision"), root)
+    config = config_of(model, recipe.get("model_revision"), root)
+    if odd := odd_setting(config) or odd_index(root / model):
+        yield "model_name_or_path", f"{model}: {odd}; use another model, or remove that"
     if config.get("quantization_config"):
         yield (
             "model_name_or_path",
@@ -122,12 +129,36 @@ def _agree(given: Any, own: Any, known: bool, recipe: Recipe, root: Path) -> boo
 def _pickles(folder: Path) -> list[str]:
     """Return the pickled weights of a folder; none where safetensors lie beside them, which are loaded then."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    if any(path.suffix == ".safetensors" and path.name != "value_head.safetensors" for path in files):
+    if any(path.name in _SAFE for path in files):
         return []
     return [path.name for path in files if path.suffix in _PICKLES and path.name not in _NO_WEIGHTS]
 
 
-def _config(model: str, revision: str | None, root: Path) -> dict[str, Any]:
+def odd_setting(config: Any) -> str | None:
+    """Return which setting of a config.json would run foreign code or never end, whoever loads the model."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key.strip("_").startswith(_IMPLEMENTATIONS) and "/" in str(value):
+            return f"config.json: {key} {value!r} fetches code from the hub"
+        if key == "transformers_weights":
+            return f"config.json: {key} {value!r} names other weights than the folder's"
+        if isinstance(value, int) and re.search("(layers?|experts)$", key) and value > _MOST_LAYERS:
+            return f"config.json: {key} {value:,} is more than {_MOST_LAYERS:,}"
+        if nested := odd_setting(value):
+            return nested
+    return None
+
+
+def odd_index(folder: Path) -> str | None:
+    """Return which file of an index of weights is none of the folder's own safetensors."""
+    try:
+        files = read_json(folder / "model.safetensors.index.json")["weight_map"].values()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # whoever loads damaged weights reports them
+    odd = next((file for file in files if "/" in str(file) or not str(file).endswith(".safetensors")), None)
+    return None if odd is None else f"model.safetensors.index.json: {odd!r} is no safetensors file of this folder"
+
+
+def config_of(model: str, revision: str | None, root: Path = Path()) -> dict[str, Any]:
     """Return a model's config.json; nothing where it is not on this disk or damaged: whoever loads it reports that."""
     folder = root / model
     path = folder / "config.json" if folder.is_dir() else cached_file(model, "config.json", revision or "main")

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from common import command_line as cl
-from common.command_group import OwnFolder, is_verbose
+from common.command_group import OwnFolder, is_verbose, say
 
 _command = partial(click.command, cls=OwnFolder)
 
@@ -53,7 +53,7 @@ def compare(names: tuple[str, ...], as_json: bool) -> None:
     experiments = [start(name)[0].experiment for name in dict.fromkeys(names)]
     result = compare_stages(*experiments)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        say(json.dumps(result, indent=2))
     else:
         print_comparison(PlainConsole(), compare_folder(experiments), result)
 
@@ -69,7 +69,7 @@ def ensemble(members: tuple[str, ...], name: str, weights: str, as_json: bool) -
     from scoring.report.console import print_ensemble
 
     report = ensemble(members, name, weights)
-    click.echo(json.dumps(report, indent=2)) if as_json else print_ensemble(report)
+    say(json.dumps(report, indent=2)) if as_json else print_ensemble(report)
 
 
 @_command("audit-labels")
@@ -82,7 +82,7 @@ def audit_labels(experiment: str, stage: str, rows: int, as_json: bool) -> None:
     from scoring.show import audit_in_words, audit_labels
 
     found = audit_labels(start(experiment, stage)[0], rows)
-    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(audit_in_words(found)))
+    say(json.dumps(found, indent=2) if as_json else "\n".join(audit_in_words(found)))
 
 
 @_command()
@@ -98,7 +98,7 @@ def show(battle_id: str, experiment: str, stage: str, split: str | None, swapped
     context, _ = start(experiment, stage)
     shown = show_battle(context, battle_id, split)
     if as_json:
-        click.echo(json.dumps(asdict(shown), indent=2))
+        say(json.dumps(asdict(shown), indent=2))
     else:
         print_battle(PlainConsole(), shown, swapped=swapped)
 
@@ -135,7 +135,7 @@ def score(
         output = output or scored_file(context.experiment, context.name, source)
         then = cascade and Cascade(start(*cascade.split(":", 1))[0], stage_agreement(context, agree))
         made = score_input(context, source, output, columns, show=show, options=options, cascade=then)
-        click.echo(json.dumps(made) if as_json else "\n".join(input_lines(made)))
+        say(json.dumps(made) if as_json else "\n".join(input_lines(made)))
         output = Path(made.get("probabilities", output))
     if agree and not cascade:
         note_choices(context, output, agree, show)
@@ -156,7 +156,7 @@ def export(
     context, show = start(experiment, stage, fold)
     context.require_one_judge()
     manifest = export_gguf(context, quantization, **places, show=show)
-    click.echo(
+    say(
         json.dumps(manifest, indent=2)
         if as_json
         else "\n".join(export_lines(context.experiment, context.name, manifest))
@@ -177,7 +177,7 @@ def verify(output: Path | None, experiment: str | None, stage: str, fold: str | 
         raise click.UsageError("give a folder outputs/EXP/STAGE, or -e EXP --stage S")
     output = output or start(str(experiment), stage, fold)[0].folder
     result = verify(output)
-    click.echo(json.dumps(result.to_json(), indent=2)) if as_json else print_verification(result)
+    say(json.dumps(result.to_json(), indent=2)) if as_json else print_verification(result)
     click.get_current_context().exit(0 if result.sound else 1)
 
 
@@ -195,7 +195,7 @@ def rank(experiment: str, stage: str, as_json: bool, **options: Any) -> None:
     context = start(experiment, stage)[0] if options["judged"] else None
     ranked = rank(context, **options)
     if as_json:
-        click.echo(ranked.table.to_json(orient="records", indent=2))
+        say(ranked.table.to_json(orient="records", indent=2))
     else:
         print_ratings(PlainConsole(), ranked, options["output"])
 
@@ -212,7 +212,7 @@ def publish(experiment: str, stage: str, fold: str | None, as_json: bool, **how:
     context, show = start(experiment, stage, fold)
     context.require_one_judge()
     made = publish(context, **how, show=show)
-    click.echo(json.dumps(made, indent=2) if as_json else "\n".join(published_lines(made)))
+    say(json.dumps(made, indent=2) if as_json else "\n".join(published_lines(made)))
 
 
 COMMANDS = (audit_labels, compare, ensemble, show, score, export, publish, rank, verify)

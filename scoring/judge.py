@@ -22,7 +22,7 @@ from data_prep.chat_template import ChatFrame, load_frame
 from data_prep.export_reader import readable
 from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
 from data_prep.prompt import JudgePrompt
-from data_prep.truncation import Fitted, Fitter
+from data_prep.truncation import Fitted, Fitter, without_panics
 from factory.status import experiment_status, is_at_work, stage_status
 from scoring.model_loading import BROKEN_WEIGHTS, base_folder
 
@@ -281,4 +281,5 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    with without_panics():
+        return tokenizer.encode(text, add_special_tokens=False).ids

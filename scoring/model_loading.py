@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import ArenaError
 from data_prep.hub import offline_if_unreachable
-from factory.weight_checks import ADAPTER_FILES, adapter_config
+from factory.weight_checks import ADAPTER_FILES, adapter_config, config_of, odd_index, odd_setting
 
 if TYPE_CHECKING:
     import torch
@@ -203,6 +203,7 @@ def loading_errors() -> tuple[type[Exception], ...]:
     from safetensors import SafetensorError
 
     usual = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
+    usual += (ImportError, AssertionError)  # a quantisation or a kernel whose library is not installed
     return (*usual, SafetensorError, StrictDataclassError)
 
 
@@ -211,6 +212,8 @@ def _load(source: str | Path, device: str, dtype: torch.dtype, quantisation: Any
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if odd := odd_setting(config_of(str(source), options.get("revision"))) or odd_index(Path(source)):
+        raise ValueError(odd)
     if quantisation is not None:
         options |= {"quantization_config": quantisation, "device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)

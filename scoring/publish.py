@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from common.errors import ArenaError, UsageError
+from common.files import is_in_project
 from common.progress import Show
 from factory.merge import VALUE_HEAD
 from factory.stage_context import StageContext
@@ -73,10 +74,13 @@ def published_files(context: StageContext, *, adapter: bool) -> dict[str, Path |
     write_cards(context.reported, report, keep=True)
     folder = context.adapter if adapter else context.merged
     found = {path.name: path for pattern in (_ADAPTER if adapter else _MERGED) for path in folder.glob(pattern)}
-    if not any(name.endswith(".safetensors") for name in found):
-        raise ArenaError("holds no weights to publish", where=str(folder), remedy=context.command)
     own = (MANIFEST, GOLDEN_ANSWERS, "tokenizer.json")  # a judge's prompt and tokens lie beside its merged weights
     judge = {name: context.merged / name for name in own if (context.merged / name).is_file()}
+    if out := [path for path in (*found.values(), *judge.values()) if not is_in_project(path)]:
+        what, remedy = "is a link that leads out of the project", "put the file itself there, if others may read it"
+        raise ArenaError(what, where=str(out[0]), remedy=remedy)
+    if not any(name.endswith(".safetensors") for name in found):
+        raise ArenaError("holds no weights to publish", where=str(folder), remedy=context.command)
     settings = context.experiment.model_dump(mode="json", exclude=_OWN, exclude_defaults=True)
     settings["model"] = _elsewhere(context.experiment.model)
     kept = json.dumps({key: report[key] for key in _REPORT if key in report}, indent=2, ensure_ascii=False)

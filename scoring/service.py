@@ -22,7 +22,7 @@ import pandas as pd
 
 from common.battle import SWAPPED_ORDER, VERDICTS, Battle
 from common.console import name_of
-from common.errors import ArenaError
+from common.errors import ArenaError, is_panic, user_error
 from common.progress import Show
 from data_prep.audit import row_statistics
 from factory.stage_context import StageContext
@@ -122,6 +122,10 @@ class Service:
                 signal.raise_signal(signal.SIGTERM)
             except Exception as error:  # whatever it is, the callers must hear of it
                 results = [error] * len(batch)
+            except BaseException as error:
+                if not is_panic(error):
+                    raise
+                results = [user_error(error)] * len(batch)
             self._busy -= 1
             for (_, _, answer), result in zip(batch, results, strict=True):
                 if not answer.done():  # else the caller has gone

@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.battle import Battle
 from common.console import printable
@@ -36,13 +37,14 @@ from scoring.service import Busy, Service, open_service
 
 PAGE = Path(__file__).resolve().parents[1] / "templates" / "service_page.html"
 LARGEST_BODY = 8 << 20  # bytes
-_MOST_BATTLES, _MOST_TURNS, _LONGEST = 256, 100, 1 << 20
+_MOST_BATTLES, _MOST_TURNS, _MOST_KEYS, _LONGEST = 256, 100, 16, 1 << 20
 _RETRY_AFTER = "1"  # seconds: a batch takes about as long
 _EXAMPLES, _LONGEST_EXAMPLE = 12, 2000
 _LONGEST_TOKEN_FILE = 4096
 _OPEN = ("/", "/healthz")  # paths that need no token
 _LAST_REQUESTS = 0.5  # seconds
 _MOST_REQUESTS, _MOST_CONNECTIONS = 256, 1024
+SLOWEST_REQUEST = 20.0  # seconds, up to twice as long
 
 Text = Annotated[str, Field(max_length=_LONGEST)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=_MOST_TURNS)]
@@ -50,6 +52,13 @@ Texts = Annotated[list[Text], Field(min_length=1, max_length=_MOST_TURNS)]
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, content: Any) -> Any:
+        if isinstance(content, dict) and len(content) > _MOST_KEYS:  # pydantic takes seconds to name them all
+            raise ValueError(f"has more than {_MOST_KEYS} keys")
+        return content
 
 
 class Message(_Body):
@@ -205,7 +214,7 @@ async def _busy(*_: Any) -> JSONResponse:
 
 async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     # pydantic's faults would repeat what was sent, which may be no JSON (NaN, lone surrogates)
-    faults = [f"{'.'.join(map(str, each['loc'][:6]))}: {each['msg']}" for each in islice(error.errors(), 5)]
+    faults = [f"{'.'.join(map(str, each['loc'][:6]))[:200]}: {each['msg']}" for each in islice(error.errors(), 5)]
     return _problem(422, printable("; ".join(faults)))
 
 
@@ -273,6 +282,28 @@ class _Guard:
         await self._app(scope, again, send)
 
 
+class Impatient(H11Protocol):
+    """Closes a connection that waits for the same request, or for the rest of it, at two looks one after the other.
+
+    Else some hundred that send nothing, or a letter a minute, would keep everybody else out.
+    """
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._seen: Any = self
+        self._look()
+
+    def _look(self) -> None:
+        if self.transport.is_closing():
+            return
+        waits = self.cycle is None or self.cycle.more_body or self.cycle.response_complete
+        if waits and self._seen is self.cycle:
+            self.transport.abort()
+            return
+        self._seen = self.cycle if waits else self
+        self.loop.call_later(SLOWEST_REQUEST, self._look)
+
+
 def _problem(status: int, what: str, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"detail": what}, status, headers)
 
@@ -324,9 +355,11 @@ def serve_stage(
     if agree:
         service.agreement = stage_agreement(context, agree)
         show.note(f"{context.name}: {service.agreement.in_words()}")
-    quiet = {"access_log": False, "log_level": "warning", "server_header": False}
+    quiet = {"access_log": False, "log_level": "error", "server_header": False}
     app = build_app(service, host, token)
-    server = _Server(uvicorn.Config(app, host, port, limit_concurrency=_MOST_CONNECTIONS, lifespan="on", **quiet))
+    server = _Server(
+        uvicorn.Config(app, host, port, limit_concurrency=_MOST_CONNECTIONS, lifespan="on", http=Impatient, **quiet)
+    )
     server.service = service
     show.note(f"{context.name}: judging at http://{host}:{port}/   (Ctrl-C ends it)")
     # uvicorn raises the signal again once it has ended in order, which is the usual end here, and no failure

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
-from common.console import visible
+from common.console import name_of, visible
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, Labels
 from common.files import atomic_file, csv_line
@@ -279,8 +279,8 @@ def audit_labels(context: StageContext, most: int) -> dict[str, Any]:
 def audit_in_words(found: dict[str, Any]) -> list[str]:
     """Return the audit as lines for people."""
     lines = [
-        f"{row['id']}: voted {row['verdict']}, which has {row['p_verdict']:.1%}; its choice is {row['first_choice']} "
-        f"({row['p_first_choice']:.1%})"
+        f"{name_of(row['id'])}: voted {row['verdict']}, which has {row['p_verdict']:.1%}; "
+        f"its choice is {row['first_choice']} ({row['p_first_choice']:.1%})"
         for row in found["rows"][:_SHOWN]
     ]
     return [

@@ -30,6 +30,7 @@ from pyarrow.csv import ConvertOptions, ParseOptions, read_csv
 
 import run
 from common.battle import Battle, swap
+from common.command_line import complete_experiment
 from common.console import hide_secrets, name_of, printable
 from common.error_hints import all_errors, remedy_for
 from common.errors import ArenaError
@@ -276,6 +277,69 @@ def test_a_hostile_id_in_a_real_run(place):
     assert not set(done.output) & CONTROL and "\nremedy: none" not in done.output
 
 
+def test_what_strangers_wrote_steers_no_terminal_and_no_page_of_any_command(place):
+    markup = """<script>alert(1)</script>"'><img src=x onerror=alert(1)>"""
+    rows = place.rows(60)
+    for number, row in enumerate(rows):
+        row["id"], row["model_a"], row["model_b"] = f"{markup}{number}{ESCAPES}", f"{markup}{number % 3}", ESCAPES
+        row |= {name: json.dumps([f"{markup}{ESCAPES}</script>{number}"]) for name in ("prompt", "response_a")}
+    place.table(rows, "evil.csv")
+    exam = ("-e", "exam")
+    for asked in (
+        ("prepare", *exam, "--train", "evil.csv", "--test", "test.csv"),
+        ("score", *exam, "--fresh"),
+        ("show", rows[0]["id"], *exam),
+        ("audit-labels", *exam),
+        ("compare", *exam),
+        ("rank", "--votes", "evil.csv"),
+        ("ensemble", "-e", "exam:sft", "-e", "exam:tfidf", "--name", "both", "--weights", "mean"),
+    ):
+        done = call(*asked)
+        assert done.exit_code == 0 and not set(done.output) & CONTROL, done.output
+    pages = [path.read_text() for path in Path("outputs").rglob("*.html")]
+    assert len(pages) == 4 and any("&lt;script&gt;alert" in page for page in pages)
+    assert not [page for page in pages if "<script>alert" in page or "<img src=x" in page or set(page) & CONTROL]
+
+
+FORGED = "a\n  remedy: sh evil"
+
+
+def _forged_zip(place) -> tuple[str, ...]:
+    with zipfile.ZipFile("z.zip", "w") as archive:
+        archive.writestr(f"{FORGED}.csv", "x,y\n1,2\n")
+    return ("prepare", "-e", "exam", "--train", "z.zip")
+
+
+def _forged_folder(place) -> tuple[str, ...]:
+    Path("parts").mkdir()
+    for name in (f"{FORGED}.csv", "b.csv"):
+        Path("parts", name).write_text("x,y\n1,2\n")
+    return ("prepare", "-e", "exam", "--train", "parts")
+
+
+def _forged_state(place) -> tuple[str, ...]:
+    path = Path("outputs/exam/sft/state.json")
+    path.write_text(path.read_text().replace('"inputs": {', f'"inputs": {{{json.dumps(FORGED)}: 1, ', 1))
+    return ("score", "-e", "exam")
+
+
+def _forged_recipe(place) -> tuple[str, ...]:
+    place.edit_recipe("sft", f"ref_model: {json.dumps(FORGED)}\n")
+    return ("sft", "-e", "exam")
+
+
+def _forged_key(place) -> tuple[str, ...]:
+    place.edit_experiment(f"recipes: {{sft: {{{json.dumps(FORGED)}: 1}}}}\n")
+    return ("prepare", "-e", "exam", "--train", "votes.csv")
+
+
+@pytest.mark.parametrize("forge", [_forged_zip, _forged_folder, _forged_state, _forged_recipe, _forged_key])
+def test_a_name_cannot_forge_a_remedy(place, forge):
+    done = call(*forge(place))
+    assert done.exit_code == 1 and done.output.count("\n  remedy: ") == 1, done.output
+    assert "\n  remedy: sh evil" not in done.output
+
+
 def test_html_in_ids_and_flags_is_escaped_in_the_report():
     from scoring.report.page import environment
 
@@ -318,6 +382,9 @@ def test_no_secret_in_a_childs_log_or_command_line(secrets, tmp_path, monkeypatc
     [
         *(("recipe", f"{key}: hf_0123\n", f"{key}: a secret in a file") for key in TOKENS),
         ("recipe", "trust_remote_code: true\n", "trust_remote_code"),
+        ("recipe", "dataloader_num_workers: 100000\n", "dataloader_num_workers: 100000 are more processes"),
+        ("experiment", f"seed: 0x{'f' * 20_000}\n", "holds a number of 80,000 bits"),
+        ("experiment", f"cutoff_len: {':'.join(['59'] * 5_000)}\n", "holds a number of"),
         *(
             ("experiment", f"trust_remote_code: {value}\n", "trust_remote_code: must be a valid boolean")
             for value in ("1", '"yes"', '"true"', "on_")
@@ -420,10 +487,14 @@ def test_a_configuration_that_is_no_file_is_refused_at_once(place, file, kind):
 
 
 @pytest.mark.parametrize("file", ["data/exam/rows.parquet", "outputs/exam/sft/merged/x", "saves/tiny/lora/exam_sft/x"])
-@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "holes"])
 def test_a_downloaded_result_that_is_no_file_is_refused_at_once(place, file, kind):
     Path(file).unlink(missing_ok=True)
-    os.mkfifo(file) if kind == "pipe" else Path(file).symlink_to(kind)
+    if kind == "holes":
+        with Path(file).open("wb") as sparse:
+            sparse.truncate(1 << 42)
+    else:
+        os.mkfifo(file) if kind == "pipe" else Path(file).symlink_to(kind)
     with within(20):
         for asked in (
             ["status"],
@@ -433,7 +504,8 @@ def test_a_downloaded_result_that_is_no_file_is_refused_at_once(place, file, kin
         ):
             done = call(*asked)
             said = " ".join(done.output.replace("│", " ").split())
-            assert "is a device or a pipe" in said and done.exit_code == (asked != ["status"]), done.output
+            words = "claims 4,398,046,511,104 bytes" if kind == "holes" else "is a device or a pipe"
+            assert words in said and done.exit_code == (asked != ["status"]), done.output
 
 
 def test_another_hub_for_training_alone_is_refused(monkeypatch):
@@ -543,6 +615,8 @@ def test_pickled_weights_are_refused(tmp_path, key, name):
     (tmp_path / "config.json").write_text("{}")
     ((faulty, fault),) = weight_faults({key: str(tmp_path)})
     assert faulty == key and "as a pickle" in fault and "use a model with *.safetensors" in fault
+    (tmp_path / "decoy.safetensors").write_bytes(b"")
+    assert len(list(weight_faults({key: str(tmp_path)}))) == 1
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert list(weight_faults({key: str(tmp_path)})) == []
 
@@ -607,6 +681,57 @@ def test_an_adapter_that_runs_on_or_imports_is_neither_trained_nor_merged(place,
     place.edit_json("saves/tiny/lora/exam_sft/adapter_config.json", **{key: STRANGE[key]})
     with pytest.raises(ArenaError, match=r"adapter_config.json is damaged"):
         merge(StageContext(load_experiment("exam"), "sft"), lambda folder: None, Show(sys.stderr, attended=False))
+
+
+ODD_CONFIGS = {  # of a model: what would fetch code, load other files, never end or end in a traceback
+    "attn_implementation": "stranger/kernel",
+    "experts_implementation": {"": "stranger/kernel"},
+    "transformers_weights": "../../x.safetensors",
+    "num_hidden_layers": 10**7,
+    "pad_token_id": 10**9,
+    "quantization_config": {"quant_method": "gptq", "bits": 4},
+}
+
+
+@pytest.mark.parametrize("key", ODD_CONFIGS)
+def test_a_models_config_fetches_no_code_and_comes_to_an_end(place, key):
+    for folder in ("models/tiny", "outputs/exam/sft/merged"):
+        place.edit_json(f"{folder}/config.json", **{key: ODD_CONFIGS[key]})
+    with within(20), pytest.raises(ArenaError, match="the model cannot be loaded"):
+        load_model(Path("outputs/exam/sft/merged"), "cpu")
+    done = call("sft", "-e", "exam")
+    assert done.exit_code == 1 and (key == "pad_token_id" or f"config.json: {key}" in done.output or "quant" in key)
+
+
+def test_an_index_of_weights_names_files_of_its_folder(place):
+    merged, other = Path("outputs/exam/sft/merged"), Path("outputs/exam/other.safetensors")
+    (merged / "model.safetensors").rename(other)
+    names = {"model.embed_tokens.weight": "../../other.safetensors"}
+    (merged / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    with pytest.raises(ArenaError, match="no safetensors file of this folder"):
+        load_model(merged, "cpu")
+
+
+def test_a_judge_whose_tokenizer_fails_ends_with_the_reason(place, small_tokenizer, capfd):
+    merged = Path("outputs/exam/sft/merged")
+    (merged / "tokenizer.json").write_text(catastrophic(small_tokenizer).to_str())
+    place.edit_json(f"{merged}/judge.json", canaries={"a" * 40 + "!": [1]})
+    done = call("score", "-e", "exam", "--fresh")
+    assert done.exit_code == 1 and "the model's tokenizer fails on a text" in done.output, done.output
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_what_is_published_is_no_link_to_a_file_elsewhere(place):
+    asked = ("publish", "-e", "exam", "--repo", "me/judge", "--dry-run")
+    assert call(*asked).exit_code == 0
+    Path("outputs/exam/sft/merged/vocab.json").symlink_to("/etc/hostname")
+    done = call(*asked)
+    assert done.exit_code == 1 and "vocab.json: is a link that leads out of the project" in done.output
+
+
+def test_a_folder_that_is_a_command_is_not_completed(place):
+    shutil.copytree("factory_configs/exam", "factory_configs/exam;touch pwned")
+    assert complete_experiment(None, None, "ex") == ["exam"]
 
 
 def test_remote_code_is_warned_of(place):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+import uvicorn
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
@@ -19,6 +23,7 @@ from starlette.websockets import WebSocketDisconnect
 from factory import board_page
 from factory.process import child_environment, module
 from factory.serve_page import OwnPagesOnly, free_port, refusal
+from scoring import service_app
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("psutil", "filelock", "multiprocessing", "sitecustomize", "factory/launcher", "factory/process")
@@ -154,6 +159,39 @@ def test_a_websocket_is_guarded_as_well():
     for headers in ({"Host": "evil.example"}, {"Host": own, "Origin": "http://evil.example"}):
         with pytest.raises(WebSocketDisconnect), client.websocket_connect("/", headers=headers):
             pass
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HTTP/1.1\r\nHost: 127", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nab"]
+)
+def test_a_connection_that_sends_nothing_is_closed(monkeypatch, sent):
+    monkeypatch.setattr(service_app, "SLOWEST_REQUEST", 0.1)
+
+    async def app(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+
+    port = free_port("127.0.0.1", None)
+    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, http=service_app.Impatient, lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+            slow.sendall(sent)
+            with suppress(ConnectionResetError):
+                assert slow.recv(1) == b""
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.mark.parametrize("model", [service_app.BattleIn, service_app.ResponseIn])
+def test_thousands_of_unknown_keys_are_one_fault(model):
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({f"k{number}": 1 for number in range(100_000)})
+    assert caught.value.error_count() == 1
 
 
 def test_a_log_does_not_leave_its_box():

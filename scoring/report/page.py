@@ -112,8 +112,8 @@ def write_rank_page(ranked: Any, path: Path) -> None:
 def _write(template: str, view: dict[str, Any], path: Path) -> None:
     html = environment().get_template(template).render(class_names=CLASS_NAMES, **view)
     with atomic_file(path, "wb") as file:
-        # Votes may hold lone surrogates, which no encoding can write.
-        file.write(html.encode("utf-8", "replace"))
+        # Votes may hold lone surrogates, which no encoding can write, and signs that turn the writing round.
+        file.write(visible(html).encode("utf-8"))
 
 
 @functools.cache
