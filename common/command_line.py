@@ -351,6 +351,24 @@ publish_options = several(
     option("--dry-run", is_flag=True, help="List every file and its size, and send nothing."),
     output_options,
 )
+kaggle_options = several(
+    experiment_option,
+    stage_option("The judge to pack: sft, dpo_judge or rm"),
+    fold_option,
+    option(
+        "--competition",
+        default="llm-classification-finetuning",
+        metavar="SLUG",
+        help="Its name in the page's address.",
+    ),
+    option("--user", envvar="KAGGLE_USERNAME", metavar="NAME", help="Who owns the data set [KAGGLE_USERNAME]."),
+    option(
+        "--precision", type=click.Choice(["fp32", "fp16", "8bit", "4bit"]), default="fp16", help="T4s have no bf16."
+    ),
+    option("--time-limit", default="8h", metavar="8h", help="As for score: below what the competition allows."),
+    option("--output", type=FILE, help="The folder [outputs/EXP/STAGE/kaggle]."),
+    output_options,
+)
 watch_options = several(
     experiment_option,
     option(

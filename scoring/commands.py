@@ -215,4 +215,19 @@ def publish(experiment: str, stage: str, fold: str | None, as_json: bool, **how:
     say(json.dumps(made, indent=2) if as_json else "\n".join(published_lines(made)))
 
 
-COMMANDS = (audit_labels, compare, ensemble, show, score, export, publish, rank, verify)
+@_command("kaggle-pack")
+@cl.kaggle_options
+def kaggle_pack(experiment: str, stage: str, fold: str | None, as_json: bool, **how: Any) -> None:
+    """Pack a judge for a Kaggle code competition, with its notebook.
+
+    Code, judge, notebook and the list of wheels in one folder; prints the commands and clicks that submit it.
+    """
+    from scoring.kaggle_pack import kaggle_pack, pack_lines
+
+    context, show = start(experiment, stage, fold)
+    context.require_one_judge()
+    made = kaggle_pack(context, **how, show=show)
+    click.echo(json.dumps(made, indent=2) if as_json else "\n".join(pack_lines(made)))
+
+
+COMMANDS = (audit_labels, compare, ensemble, show, score, export, publish, kaggle_pack, rank, verify)

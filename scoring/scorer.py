@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from common.battle import Battle
 from common.errors import ArenaError, UsageError
@@ -206,14 +207,17 @@ class RewardScorer(Scorer):
     columns = REWARD_COLUMNS
 
     def __init__(self, context: StageContext, precision: str):
-        """Load the frame and the tokenizer that the export was made with."""
+        """Load the frame and the tokenizer: those of the base model, or of the judge that was merged from it."""
         super().__init__(context, precision)
         experiment = context.experiment
-        self.frame, self.tokenizer = load_frame(experiment)
+        self.frame, self.tokenizer = self._read_with()
         shares, cutoff = experiment.budget_shares, experiment.cutoff_len
         self._fitter = PairFitter(self.frame, self.tokenizer, cutoff_len=cutoff, shares=shares)
         # What pairs are fitted by, in an export and in any other table.
         self._fitting = {"template": experiment.template, "cutoff_len": cutoff, "shares": shares.model_dump()}
+
+    def _read_with(self) -> tuple[ChatFrame, Tokenizer]:
+        return load_frame(self._context.experiment)
 
     def _settle_precision(self) -> str:
         """Replace "auto" by what it is on this machine; return the device."""
@@ -286,6 +290,10 @@ class ValueHeadScorer(RewardScorer):
         """Read the value head."""
         super().__init__(context, precision)
         self._head = load_value_head(context.merged)
+
+    def _read_with(self) -> tuple[ChatFrame, Tokenizer]:
+        judge = load_judge(self._context.merged)  # so that it needs neither the base nor LLaMA-Factory
+        return judge.frame, judge.tokenizer
 
     def inputs(self) -> dict[str, Any]:
         return {**_hashes(self._context.merged, VALUE_HEAD, "*.safetensors"), **self._fitting}

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import supply_chain
-from supply_chain import DEPENDENCIES, audit, direct, licences, locked, locks
+from supply_chain import DEPENDENCIES, ROOT, audit, direct, for_scoring, licences, locked, locks
 
 
 def test_every_direct_dependency_has_a_reason_and_the_page_is_up_to_date():
@@ -49,3 +49,11 @@ def test_an_audit_says_what_it_found_and_what_it_could_not_look_at(monkeypatch):
         assert answer(monkeypatch, output)[-1].startswith("audit: NOT DONE")
     monkeypatch.setattr(supply_chain, "find_spec", lambda name: None)
     assert audit() == ["audit: NOT DONE: pip-audit is not installed (make extra-audit)"]
+
+
+def test_the_wheels_for_kaggle_are_what_scoring_needs_of_the_lock():
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    wheels = (ROOT / "templates" / "kaggle_wheels.txt").read_text(encoding="utf-8")
+    lines = [line for line in wheels.splitlines() if "==" in line]
+    assert {line.split("==")[0] for line in lines} == for_scoring()
+    assert [line for line in lines if not all(part in lock for part in line.split("  #")[0].split())] == []

@@ -95,6 +95,7 @@ COMMANDS = {
     "show": ("1001", "-e", "exam"),
     "status": (),
     "ensemble": ("-e", "exam:sft", "-e", "exam:rm", "--name", "both"),
+    "kaggle-pack": ("-e", "exam", "--competition", SNOWMAN),
     "probe": ("-e", "exam"),
     "publish": ("-e", "exam", "--repo", "☃/x", "--dry-run"),
     "rank": (),

@@ -1,0 +1,120 @@
+"""`run.py kaggle-pack`: its notebook scores from that very folder, with the listed wheels alone and no network."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from supply_chain import needed
+
+import run
+
+FOLDER = Path("outputs/exam/sft/kaggle")
+_PIN = re.compile(r"^([\w-]+)==\S+", re.MULTILINE)
+NO_NETWORK = """
+import socket
+connect = socket.socket.connect
+def refuse(self, address):
+    if self.family != socket.AF_UNIX:
+        raise OSError("no network")
+    return connect(self, address)
+socket.socket.connect = refuse
+"""
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(run.cli, list(arguments))
+
+
+def pack(*options: str):
+    return call("kaggle-pack", "-e", "exam", *options)
+
+
+def packages_of(names: set[str], folder: Path) -> Path:
+    """Make a folder of links to these packages, as Kaggle's with the wheels installed."""
+    folder.mkdir()
+    for name in names:
+        distribution = metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
+    (folder / "sitecustomize.py").write_text(NO_NETWORK)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_notebook_writes_the_submission_from_its_folder(place, tmp_path):
+    slug = "another-arena"
+    done = pack("--competition", slug, "--user", "me", "--precision", "fp32", "--json")
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout)
+    assert made["dataset"] == "me/arena-factory-exam-sft" and made["wheels"]["count"] > 30
+    assert json.loads((FOLDER / "dataset-metadata.json").read_text())["id"] == made["dataset"]
+    content = {path: path.read_bytes() for path in FOLDER.rglob("*") if path.is_file()}
+    assert sum(map(len, content.values())) == made["bytes"]
+    assert not any(b"question 1" in each or str(Path.cwd()).encode() in each for each in content.values()), "no vote"
+    given, working = tmp_path / "input", tmp_path / "working"
+    (given / "competitions" / slug).mkdir(parents=True)
+    Path("test.csv").rename(given / "competitions" / slug / "test.csv")
+    mounted = given / "datasets" / made["dataset"]
+    mounted.parent.mkdir(parents=True)
+    FOLDER.rename(mounted)
+    listed = mounted / "project" / "templates" / "kaggle_wheels.txt"
+    names = set(_PIN.findall(listed.read_text()))
+    # the list is of Kaggle's Python; an older one has an older NumPy
+    listed.write_text(_PIN.sub(lambda pin: f"{pin[1]}=={metadata.version(pin[1])}", listed.read_text()))
+    lies = {path: path.stat().st_mtime_ns for path in given.rglob("*")}
+    for path in given.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    cells = json.loads((mounted / made["notebook"].split("/")[-1]).read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    two_cards = code.replace('SCORE = ["', 'SCORE = ["--workers", "2", "')
+    (tmp_path / "cells.py").write_text(two_cards)
+    own = {"PYTHONPATH": str(packages_of(names | needed({"torch"}, set()), tmp_path / "site"))}
+    own |= {"KAGGLE_INPUT": str(given), "KAGGLE_WORKING": str(working), "PYTHONDONTWRITEBYTECODE": "1"}
+    python = getattr(sys, "_base_executable", sys.executable)
+    ended = subprocess.run(
+        [python, str(tmp_path / "cells.py")], env={**os.environ, **own}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0 and "nothing to install" in ended.stdout, ended.stdout + ended.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in given.rglob("*")} == lies, "nothing is written into the inputs"
+    options = ["--precision", "fp32", "--time-limit", "8h", "--workers", "2", "--output", "own.csv"]
+    done = call("score", "-e", "exam", "--input", str(given / "competitions" / slug / "test.csv"), *options)
+    assert done.exit_code == 0, done.output
+    assert (working / "submission.csv").read_bytes() == Path("own.csv").read_bytes()
+    rows = [line.split(",") for line in (working / "submission.csv").read_text().splitlines()]
+    assert rows[0][0] == "id" and len(rows) == 7 and all(abs(sum(map(float, row[1:])) - 1) < 1e-6 for row in rows[1:])
+
+
+def test_a_pack_is_replaced_with_its_wheels_kept_and_says_what_is_left_to_do(place):
+    first = pack()
+    assert first.exit_code == 0 and "INSERT_USER_HERE" in first.stdout and "pip download" in first.stdout, first.output
+    (FOLDER / "wheels").mkdir()
+    (FOLDER / "wheels" / "click.whl").write_text("a wheel")
+    again = pack("--user", "me")
+    assert again.exit_code == 0 and "INSERT_USER_HERE" not in again.stdout and "pip download" not in again.stdout
+    assert (FOLDER / "wheels" / "click.whl").read_text() == "a wheel"
+
+
+@pytest.mark.parametrize(
+    ("before", "options", "words", "code"),
+    [
+        (lambda: FOLDER.mkdir(), [], "no earlier kaggle-pack", 2),
+        (lambda: None, ["--stage", "dpo_reward"], "its base model", 2),
+        (lambda: None, ["--stage", "rm"], "run.py rm -e exam", 1),
+        (lambda: None, ["--competition", "https://kaggle.com"], "no name on Kaggle", 2),
+        (lambda: None, ["--time-limit", "soon"], "not a length of time", 2),
+        (lambda: Path("outputs/exam/sft/report.json").unlink(), [], "run.py sft -e exam", 1),
+        (lambda: Path("outputs/exam/sft/merged").rename("outputs/gguf"), [], "run.py sft -e exam", 1),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_with_what_to_do(place, before, options, words, code):
+    before()
+    done = pack(*options)
+    assert done.exit_code == code and words in " ".join(done.output.split()), done.output
+    assert not list(FOLDER.glob("*")) and not list(FOLDER.parent.glob(".kaggle.*"))
