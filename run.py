@@ -220,7 +220,11 @@ def probe(experiment: str, as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @cl.option(
-    "-e", "--experiment", metavar="EXP", shell_complete=cl.complete_experiment, help="Only this one [all of them]."
+    "-e",
+    "--experiment",
+    metavar="EXP",
+    shell_complete=cl.complete_experiment,
+    help="Only this one.  [default: all of them]",
 )
 @cl.output_options
 def status(experiment: str | None, as_json: bool) -> None:

@@ -89,21 +89,25 @@ engine_choice = (
     option(
         "--precision",
         metavar="P",
-        help="auto, fp32, bf16, fp16, 8bit, 4bit, adapter (not merged); a GGUF file's own [experiment.yaml].",
+        help="auto, fp32, bf16, fp16, 8bit, 4bit, adapter (not merged), a GGUF's own.  [default: experiment.yaml's]",
     ),
     option(
         "--workers",
         type=click.IntRange(1),
-        help="Processes with a model each [one a visible GPU; 1 on a CPU]. With --ray: actors.",
+        help="Processes with a model each; with --ray: actors.  [default: one a visible GPU, 1 on a CPU]",
     ),
 )
 training_options = several(
     experiment_option,
     option(
-        "--fold", metavar="N", help="With folds: only this one (0, 1, …), full (all votes), or all [all that answer]."
+        "--fold",
+        metavar="N",
+        help="With folds: only this one (0, 1, …), full (all votes), or all.  [default: all that answer]",
     ),
     option(
-        "--checkpoint", metavar="S", help="Merge the best (by held-out log loss), the last, or a step's [as before]."
+        "--checkpoint",
+        metavar="S",
+        help="Merge the best (by held-out log loss), the last, or a step's.  [default: as before]",
     ),
     option("--until", type=click.Choice(["train", "merge", "score"]), default="score", help="Stop after this step."),
     option("--resume", is_flag=True, help="Go on from the last checkpoint; from the beginning where none is whole."),
@@ -123,9 +127,13 @@ probe_options = several(
         "layers",
         type=click.IntRange(1),
         multiple=True,
-        help="A layer that may be chosen; may be repeated [at 1/2 and 2/3 of the depth].",
+        help="A layer that may be chosen; may be repeated.  [default: at 1/2 and 2/3 of the depth]",
     ),
-    option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="What it computes in [experiment.yaml]."),
+    option(
+        "--precision",
+        type=click.Choice(["fp32", "bf16", "fp16"]),
+        help="What it computes in.  [default: experiment.yaml's]",
+    ),
     option("--fresh", is_flag=True, help="Fit again; what was read of these votes is kept."),
     output_options,
 )
@@ -149,9 +157,12 @@ engine_options = several(
 )
 
 
-page_options = several(
+address_options = several(
     option("--host", default="127.0.0.1", help="The address to listen on."),
-    option("--port", type=click.IntRange(1, 65535), help="[the first free one from 7860 on]"),
+    option("--port", type=click.IntRange(1, 65535), help="The port.  [default: the first free one from 7860 on]"),
+)
+page_options = several(
+    address_options,
     option("--no-open", is_flag=True, help="Do not open a browser."),
 )
 agree_option = option(
@@ -166,8 +177,7 @@ serve_options = several(
     fold_option,
     agree_option,
     option("--token-file", type=FILE, help="Answer only requests with the bearer token in this file."),
-    option("--host", default="127.0.0.1", help="The address to listen on."),
-    option("--port", type=click.IntRange(1, 65535), help="[the first free one from 7860 on]"),
+    address_options,
     *engine_choice,
     verbose_option,
 )
@@ -175,9 +185,11 @@ new_options = several(
     click.argument("name", metavar="EXP", help="Its name, a new folder of factory_configs/."),
     option("--model", metavar="ID", help="A Hugging Face hub id, or a folder that holds config.json."),
     option("--from", "source", metavar="EXP", shell_complete=complete_experiment, help="Copy this one instead."),
-    option("--template", metavar="T", help="LLaMA-Factory's chat template [the model's own, where it is known]."),
-    option("--bits", type=click.Choice(["4", "8", "none"]), help="Of the frozen base [4]."),
-    option("--cutoff", type=click.IntRange(32), help="Token budget of prompt and label [2048]."),
+    option(
+        "--template", metavar="T", help="LLaMA-Factory's chat template.  [default: the model's own, where it is known]"
+    ),
+    option("--bits", type=click.Choice(["4", "8", "none"]), help="Of the frozen base.  [default: 4]"),
+    option("--cutoff", type=click.IntRange(32), help="Token budget of prompt and label.  [default: 2048]"),
     output_options,
 )
 render_options = several(
@@ -230,7 +242,7 @@ prepare_options = several(
     option(
         "--workers",
         type=click.IntRange(0, 256),
-        help="Processes that fit the votes; 0: a thread [by the number of cores].",
+        help="Processes that fit the votes; 0: a thread.  [default: by the number of cores]",
     ),
     output_options,
 )
@@ -294,9 +306,11 @@ forecast_options = several(
     option("--card", "cards", multiple=True, metavar="CARD", help="Only this card: T4, 4090, H100, cpu, …"),
     option("--gpu-memory", type=click.FloatRange(1, 1024), metavar="GB", help="A card of so many GB."),
     option(
-        "--rows", type=click.IntRange(10), help="Votes, as long as the competition's [those exported, else 57,477]."
+        "--rows",
+        type=click.IntRange(10),
+        help="Votes, as long as the competition's.  [default: those exported, else 57,477]",
     ),
-    option("--test-rows", type=click.IntRange(0), help="Battles to score [those exported, else 25,000]."),
+    option("--test-rows", type=click.IntRange(0), help="Battles to score.  [default: those exported, else 25,000]"),
     output_options,
 )
 score_options = several(
@@ -315,7 +329,7 @@ score_options = several(
     option(
         "--output",
         type=FILE,
-        help="Where --input's probabilities go [outputs/EXP/STAGE/scored/NAME.csv]; only such a file is replaced.",
+        help="For --input's probabilities; only such a file is replaced.  [default: outputs/EXP/STAGE/scored/NAME.csv]",
     ),
     agree_option,
     option(
@@ -337,8 +351,8 @@ export_options = several(
         default="q8_0",
         help="Bits of the weights; docs/edge.md has what each costs.",
     ),
-    option("--output", type=FILE, help="The file [outputs/EXP/STAGE/judge-Q.gguf, Q the quantization]."),
-    option("--converter", type=FILE, help="A folder of llama.cpp [.venv/llama.cpp]."),
+    option("--output", type=FILE, help="The file; Q is the quantization.  [default: outputs/EXP/STAGE/judge-Q.gguf]"),
+    option("--converter", type=FILE, help="A folder of llama.cpp.  [default: .venv/llama.cpp]"),
     output_options,
 )
 publish_options = several(
@@ -355,24 +369,23 @@ kaggle_options = several(
     experiment_option,
     stage_option("The judge to pack: sft, dpo_judge or rm"),
     fold_option,
+    option("--competition", default="llm-classification-finetuning", metavar="SLUG", help="As in its page's address."),
     option(
-        "--competition",
-        default="llm-classification-finetuning",
-        metavar="SLUG",
-        help="Its name in the page's address.",
+        "--user", envvar="KAGGLE_USERNAME", metavar="NAME", help="Who owns the data set.  [default: KAGGLE_USERNAME]"
     ),
-    option("--user", envvar="KAGGLE_USERNAME", metavar="NAME", help="Who owns the data set [KAGGLE_USERNAME]."),
     option(
         "--precision", type=click.Choice(["fp32", "fp16", "8bit", "4bit"]), default="fp16", help="T4s have no bf16."
     ),
     option("--time-limit", default="8h", metavar="8h", help="As for score: below what the competition allows."),
-    option("--output", type=FILE, help="The folder [outputs/EXP/STAGE/kaggle]."),
+    option("--output", type=FILE, help="The folder.  [default: outputs/EXP/STAGE/kaggle]"),
     output_options,
 )
 watch_options = several(
     experiment_option,
     option(
-        "--stage", type=click.Choice((*STAGES, "dpo")), help="The stage to watch [the one that runs]; dpo: its view."
+        "--stage",
+        type=click.Choice((*STAGES, "dpo")),
+        help="The stage to watch; dpo: its view.  [default: the one that runs]",
     ),
     fold_option,
     option("--terminal", is_flag=True, help="Here instead of in a browser, until the run ends."),
