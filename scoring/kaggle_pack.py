@@ -95,9 +95,11 @@ def kaggle_pack(
         write_json(fresh / "dataset-metadata.json", {**metadata, "description": licence})
         size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
         wheels, listed = folder / "wheels", folder / "project" / WHEEL_LIST
-        if wheels.is_dir() and listed.read_bytes() == (project / WHEEL_LIST).read_bytes():
+        same = listed.is_file() and listed.read_bytes() == (project / WHEEL_LIST).read_bytes()
+        if same and wheels.is_dir():
             wheels.rename(fresh / "wheels")
     sizes = re.findall(r"# ([\d.]+) MB$", (_ROOT / WHEEL_LIST).read_text(encoding="utf-8"), re.MULTILINE)
+    downloaded = len(list(wheels.glob("*.whl"))) >= len(sizes)
     place = {"wheels": shlex.quote(str(wheels)), "list": shlex.quote(str(listed))}
     return {
         "folder": str(folder),
@@ -106,7 +108,7 @@ def kaggle_pack(
         "competition": competition,
         "notebook": str(folder / NOTEBOOK),
         "licence": licence,
-        "wheels": {"count": len(sizes), "bytes": int(sum(map(float, sizes)) * 1e6), "downloaded": wheels.is_dir()},
+        "wheels": {"count": len(sizes), "bytes": int(sum(map(float, sizes)) * 1e6), "downloaded": downloaded},
         "download": DOWNLOAD.format(python=PYTHON, **place),
         "upload": f"kaggle datasets create -p {shlex.quote(str(folder))} --dir-mode zip",
     }

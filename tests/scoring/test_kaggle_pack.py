@@ -92,13 +92,18 @@ def test_the_notebook_writes_the_submission_from_its_folder(place, tmp_path):
 
 
 def test_a_pack_is_replaced_with_its_wheels_kept_and_says_what_is_left_to_do(place):
-    first = pack()
-    assert first.exit_code == 0 and "INSERT_USER_HERE" in first.stdout and "pip download" in first.stdout, first.output
-    (FOLDER / "wheels").mkdir()
-    (FOLDER / "wheels" / "click.whl").write_text("a wheel")
+    first = pack("--json")
+    assert first.exit_code == 0, first.output
+    wheels = [FOLDER / "wheels" / f"{number}.whl" for number in range(json.loads(first.stdout)["wheels"]["count"])]
+    wheels[0].parent.mkdir()
+    for wheel in wheels[1:]:
+        wheel.write_text("a wheel")
+    unfinished = pack()
+    assert "INSERT_USER_HERE" in unfinished.stdout and "pip download" in unfinished.stdout
+    wheels[0].write_text("a wheel")
     again = pack("--user", "me")
     assert again.exit_code == 0 and "INSERT_USER_HERE" not in again.stdout and "pip download" not in again.stdout
-    assert (FOLDER / "wheels" / "click.whl").read_text() == "a wheel"
+    assert all(wheel.is_file() for wheel in wheels)
 
 
 @pytest.mark.parametrize(
