@@ -162,7 +162,8 @@ def input_lines(made: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"warning:       {seen:,} of these are training rows (same id, same prompt): it knew the answer"
             )
-    return [*lines, "next:          hand it in where a submission.csv is asked for, or read it with any table program"]
+    then = "hand it in where a submission.csv is asked for; where Kaggle wants a notebook: run.py kaggle-pack"
+    return [*lines, f"next:          {then}"]
 
 
 def export_lines(experiment: Experiment, stage: str, manifest: dict[str, Any]) -> list[str]:
