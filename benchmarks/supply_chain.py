@@ -186,7 +186,7 @@ def wheel_list() -> str:
         with tempfile.TemporaryDirectory() as folder:
             (asked := Path(folder) / "wheels.txt").write_text("\n".join(pins), encoding="utf-8")
             call = shlex.split(DOWNLOAD.format(python=python, wheels=shlex.quote(folder), list=shlex.quote(str(asked))))
-            subprocess.run([sys.executable, "-m", *call, "--quiet"], check=True)
+            subprocess.run([sys.executable, *call[1:], "--quiet"], check=True)
             for wheel in Path(folder).glob("*.whl"):
                 name = wheel.name.split("-")[0].lower().replace("_", "-").replace(".", "-")
                 hashes.setdefault(name, {})[hashlib.sha256(wheel.read_bytes()).hexdigest()] = None

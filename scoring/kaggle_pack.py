@@ -34,8 +34,8 @@ from scoring.time_limit import parse_duration
 PYTHON = "3.12"
 NOTEBOOK, WHEEL_LIST = "arena_factory.ipynb", Path("templates") / "kaggle_wheels.txt"
 DOWNLOAD = (
-    "pip download --only-binary=:all: --no-deps --require-hashes --python-version {python} --platform "
-    "manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_24_x86_64 "
+    "python -m pip download --only-binary=:all: --no-deps --require-hashes --python-version {python} "
+    "--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_24_x86_64 "
     "--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d {wheels} -r {list}"
 )
 _CARD = "T4"
