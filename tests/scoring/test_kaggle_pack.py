@@ -8,11 +8,14 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from supply_chain import needed
 
 import run
+from common.battle import PROBABILITY_COLUMNS
 
 FOLDER = Path("outputs/exam/sft/kaggle")
 _PIN = re.compile(r"^([\w-]+)==\S+", re.MULTILINE)
@@ -83,12 +86,12 @@ def test_the_notebook_writes_the_submission_from_its_folder(place, tmp_path):
     )
     assert ended.returncode == 0 and "nothing to install" in ended.stdout, ended.stdout + ended.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in given.rglob("*")} == lies, "nothing is written into the inputs"
-    options = ["--precision", "fp32", "--time-limit", "8h", "--workers", "2", "--output", "own.csv"]
+    options = ["--precision", "fp32", "--time-limit", "8h", "--output", "own.csv"]
     done = call("score", "-e", "exam", "--input", str(given / "competitions" / slug / "test.csv"), *options)
     assert done.exit_code == 0, done.output
-    assert (working / "submission.csv").read_bytes() == Path("own.csv").read_bytes()
-    rows = [line.split(",") for line in (working / "submission.csv").read_text().splitlines()]
-    assert rows[0][0] == "id" and len(rows) == 7 and all(abs(sum(map(float, row[1:])) - 1) < 1e-6 for row in rows[1:])
+    here, there = pd.read_csv("own.csv"), pd.read_csv(working / "submission.csv")
+    assert list(there) == ["id", *PROBABILITY_COLUMNS] and there["id"].tolist() == here["id"].tolist()
+    assert np.abs(there - here).to_numpy().max() < 1e-6 and np.abs(there.iloc[:, 1:].sum(axis=1) - 1).max() < 1e-6
 
 
 def test_a_pack_is_replaced_with_its_wheels_kept_and_says_what_is_left_to_do(place):
