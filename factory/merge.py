@@ -3,6 +3,9 @@
 A QLoRA training freezes rounded weights, and the adapter learns on top of them: base + adapter is not the trained
 function, rounded base + adapter is. LLaMA-Factory cannot merge into a quantised model; it can merge into an ordinary
 folder that holds the rounded weights. One such copy serves all trainings from the same weights and quantisation.
+
+LLaMA-Factory adds the adapter in the type that the weights are stored in. A copy of bf16 weights is stored in fp16,
+which holds the same values (to 3e-8) and three more bits of the sum; docs/merge.md has what that is worth.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from factory.weight_checks import ADAPTER_FILES, adapter_config
 
 MANIFEST = "dequantised.json"
 VALUE_HEAD = "value_head.safetensors"
+# Half of fp16's largest number (65,504): the adapter is still to be added.
+_LARGEST_FP16 = 32_752
 # LLaMA-Factory's own values where a recipe leaves them out (hparams/model_args.py).
 _QUANTISATION = {"quantization_type": "nf4", "double_quantization": True}
 
@@ -64,13 +69,13 @@ def merge(context: StageContext, complete: Callable[[Path], None], show: Show) -
         with context.state.failures_of("merge"):
             if base:
                 base.ensure(show)
-            seconds = _run(context, complete, show)
+            seconds = _run(context, base, complete, show)
         context.state.finish("merge", [merged / "config.json"], seconds)
     show.note(f"{name}: merged in {duration(seconds)}")
     return merged
 
 
-def _run(context: StageContext, complete: Callable[[Path], None], show: Show) -> float:
+def _run(context: StageContext, base: DequantisedBase | None, complete: Callable[[Path], None], show: Show) -> float:
     log, what = context.folder / "merge.log", f"merging {context.label}"
     overrides = context.overrides(merge_of(context.name))
     with atomic_folder(context.merged) as folder, show.line(context.label) as line:
@@ -84,6 +89,8 @@ def _run(context: StageContext, complete: Callable[[Path], None], show: Show) ->
         )
         head = (VALUE_HEAD,) if context.merge_recipe.get("stage") == "rm" else ()
         require_files(folder, ("config.json", "tokenizer_config.json", "*.safetensors", *head), log, what)
+        if base:
+            base.restore_type(folder / "config.json")
         complete(folder)
     return seconds
 
@@ -128,11 +135,20 @@ class DequantisedBase:
         from transformers import AutoTokenizer
 
         model = self._load(show)
+        own_type = str(model.dtype).removeprefix("torch.")
         with atomic_folder(self.folder) as folder:
-            model.save_pretrained(folder)
+            in_fp16(model, show).save_pretrained(folder)
             AutoTokenizer.from_pretrained(self._model, revision=self._revision).save_pretrained(folder)
             sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-            write_json(folder / MANIFEST, {"source": self.source, "sizes": sizes})
+            write_json(folder / MANIFEST, {"source": self.source, "sizes": sizes, "dtype": own_type})
+
+    def restore_type(self, path: Path) -> None:
+        """Name the base's own type in a merged model's config.json, whatever its weights are stored in.
+
+        Others compute in the type that is named there, and a model that was trained in bf16 may overflow in fp16.
+        """
+        if own_type := read_json(self.folder / MANIFEST).get("dtype"):
+            write_json(path, read_json(path) | {"dtype": own_type})
 
     def _load(self, show: Show) -> Any:
         """Return the quantised and dequantised model, on the device where it was trained if it fits there."""
@@ -146,6 +162,21 @@ class DequantisedBase:
             # Only here, where the exception and with it the failed model are gone, can memory be given back.
             torch.cuda.empty_cache()
         return dequantise(self._model, self._revision, self._quantisation, "cpu")
+
+
+def in_fp16(model: Any, show: Show) -> Any:
+    """Return a bf16 model in fp16; as it is where it has another type, or a weight too large for fp16."""
+    import torch
+
+    if model.dtype != torch.bfloat16:
+        return model
+    largest = max(float(weight.detach().abs().max()) for weight in model.parameters())
+    if not largest < _LARGEST_FP16:
+        show.note(
+            f"the dequantised base stays in bf16, for its largest weight is {largest:,.0f}: the merge rounds more"
+        )
+        return model
+    return model.to(torch.float16)
 
 
 def dequantise(model: str, revision: str, quantisation: dict[str, Any], device: str) -> Any:

@@ -205,8 +205,8 @@ def _merge(report: Mapping[str, Any]) -> Iterator[str]:
         return
     losses = [number(merge[f"log_loss_{model}"], 4) for model in ("adapter", "merged")]
     yield (
-        f"{count(merge['rows'])} battles were scored by the trained adapter on its quantised base and by the model "
-        f"that it was merged into, {merge['merged_into']} ({merge['measure']}): the largest difference is "
+        f"{count(merge['rows'])} battles were scored by the trained adapter on its base, as in training, and by the "
+        f"model that it was merged into, {merge['merged_into']} ({merge['measure']}): the largest difference is "
         f"{points(merge['max_abs_diff'])} percentage points ({points(merge['mean_abs_diff'])} on average); up to "
         f"{points(merge['threshold'])} are allowed. Log losses: {losses[0]} and {losses[1]}."
     )

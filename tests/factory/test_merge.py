@@ -70,6 +70,30 @@ def test_the_4_bit_copy_is_the_quantised_base_and_the_base_is_not(place):
     assert one("Which, <|im_end|>?").input_ids == other("Which, <|im_end|>?").input_ids
 
 
+@pytest.mark.parametrize(("factor", "kept_in"), [(1, "float16"), (1e6, "bfloat16")])
+def test_a_copy_of_bf16_weights_keeps_them_in_fp16_where_they_fit(place, factor, kept_in):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = Path("models/tiny/model.safetensors")
+    weights = {name: (weight * factor).to(torch.bfloat16) for name, weight in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    config = json.loads(Path("models/tiny/config.json").read_text())
+    Path("models/tiny/config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    copy, shown = place(), io.StringIO()
+    copy.ensure(Show(shown))
+    stored = load_file(copy.folder / "model.safetensors")
+    assert {str(weight.dtype) for weight in stored.values()} == {f"torch.{kept_in}"}
+    assert all(torch.isfinite(weight).all() for weight in stored.values())
+    embedding = "model.embed_tokens.weight"
+    assert (stored[embedding].float() - weights[embedding].float()).abs().max() <= 2**-25, (
+        "half of fp16's smallest step"
+    )
+    assert ("stays in bf16" in shown.getvalue()) == (factor > 1)
+    copy.restore_type(copy.folder / "config.json")
+    assert json.loads((copy.folder / "config.json").read_text())["dtype"] == "bfloat16", "what it computes in"
+
+
 def test_the_8_bit_copy_is_nearer_than_the_base(place):
     copy = place(quantization_bit=8)
     copy.ensure(Show(io.StringIO()))
