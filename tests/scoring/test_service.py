@@ -292,15 +292,6 @@ def test_a_kill_under_load_leaves_nothing_behind_and_the_next_start_ends_in_orde
     assert place.snapshot() == before
 
 
-@pytest.mark.slow
-def test_a_killed_model_ends_the_server_with_an_error(place):
-    with served("-e", "exam", "--workers", "2") as (process, address):
-        workers = [each for each in psutil.Process(process.pid).children() if "spawn_main" in str(each.cmdline())]
-        statuses, faults = under_load(address, workers[0].kill)
-        assert set(statuses) == {(200, True), (503, True)} and faults == []
-        assert process.wait(30) == 1 and "was killed" in process.stdout.read()
-
-
 def test_a_real_server_answers_as_the_table_was_scored_and_ends_in_order(chain, monkeypatch):
     monkeypatch.chdir(chain)
     context = StageContext(load_experiment("demo"), "sft")
