@@ -33,7 +33,7 @@ from data_prep.export_reader import read_rows
 from data_prep.folds import prompt_group
 from factory.stage_context import StageContext
 from factory.trainer_log import loss_curve
-from scoring.baselines import BASELINES, baseline_probabilities
+from scoring.baselines import baseline_probabilities
 from scoring.calibration import grouped_parts
 from scoring.links import correct_prior
 from scoring.metrics import as_groups, row_losses, verdict_codes
@@ -50,7 +50,7 @@ SCARCE = ["method", "target prior", "log loss on held-out natural rows [95%]", "
 
 
 def own_methods(bench: Workbench, stages: list[str]) -> list[list[str]]:
-    """Run the stages on the natural votes; return one row a method and baseline."""
+    """Run the stages on the natural votes; return one row a method."""
     rows = []
     for stage in stages:
         bench.stage("real", stage)
@@ -59,10 +59,6 @@ def own_methods(bench: Workbench, stages: list[str]) -> list[list[str]]:
         members = [word for name in (*stages, "length", "tfidf") for word in ("-e", f"real:{name}")]
         bench.run("ensemble", *members, "--name", "real-all")
         rows.append(["their ensemble with length and tfidf", "", "", *judged_as(bench.report("real-all", "ensemble"))])
-    report = bench.report("real", stages[0])
-    for name in BASELINES:
-        ends = interval(report["baselines_ci95"].get(name))
-        rows.append([f"*{name}*", "", "", f"{report['baselines'][name]:.4f} {ends}", ""])
     return rows
 
 
@@ -87,14 +83,19 @@ def judged_as(report: dict) -> list[str]:
     return [f"{report['log_loss']:.4f} {interval(report['log_loss_ci95'])}", f"{gain:+.4f} {ends}"]
 
 
-def clean_baselines(held: list[Battle], rest: list[Battle]) -> list[list[str]]:
-    """Return length and TF-IDF, learned from all other votes and with natural shares, on held-out rows."""
-    train, judged = (pd.DataFrame([frame_row(battle) for battle in each]) for each in (rest, held))
-    shares = {verdict: float((train["verdict"] == verdict).mean()) for verdict in VERDICTS}
-    learned = baseline_probabilities(train, judged, seed=1)
-    found = {name: correct_prior(learned[name], shares, NATURAL) for name in ("length", "tfidf")}
-    about = f"{len(rest):,} clean votes, target prior"
-    return [[f"*{name}*", about, "", loss_of(chances, held), ""] for name, chances in found.items()]
+def baselines(votes: list[Battle], held: list[Battle], constant: np.ndarray, *, clean: bool) -> list[list[str]]:
+    """Return what reads no model, learned from natural votes or from clean ones (then with natural class shares)."""
+    train, judged = (pd.DataFrame([frame_row(battle) for battle in each]) for each in (votes, held))
+    shares, rows = {verdict: float((train["verdict"] == verdict).mean()) for verdict in VERDICTS}, []
+    for name, chances in baseline_probabilities(train, judged, seed=1).items():
+        if clean and name in ("uniform", "prior"):
+            continue
+        found = correct_prior(chances, shares, NATURAL) if clean else chances
+        paired = paired_difference(constant, found, *truth_and_groups(held), seed=1)
+        gain = f"{paired['difference']:+.4f} {interval(paired['ci95'])}"
+        about = f"{len(votes):,} {'clean votes, target prior' if clean else 'votes'}"
+        rows.append([f"*{name}*", about, "", loss_of(found, held), gain])
+    return rows
 
 
 def fewer_votes(bench: Workbench) -> list[list[str]]:
@@ -125,11 +126,12 @@ def frame_row(battle: Battle) -> dict:
     return row_statistics(battle) | answers
 
 
-def scarce_ties(bench: Workbench, held: list[Battle], rest: list[Battle], stages: list[str]) -> list[list[str]]:
+def scarce_ties(
+    bench: Workbench, held: list[Battle], rest: list[Battle], constant: np.ndarray, stages: list[str]
+) -> list[list[str]]:
     """Train where ties are scarce, judge on held-out natural rows; return rows with and without the target prior."""
     write_votes(bench.folder / "held_out.csv", held)
     write_votes(bench.folder / "scarce.csv", rest)
-    constant = np.tile([NATURAL[verdict] for verdict in VERDICTS], (len(held), 1))
     rows = [scarce_row(bench, stage, prior, held, constant) for stage in stages for prior in (None, NATURAL)]
     ties = sum(battle.verdict == "tie" for battle in rest) / len(rest)
     said = f"*training: {len(rest):,} battles, {ties:.1%} ties; judged: {len(held)} natural battles*"
@@ -171,7 +173,7 @@ def main() -> None:
     parser.add_argument("--clean", type=lambda path: Path(path).resolve(), required=True)
     parser.add_argument("--clean-rows", type=int, default=1 << 20, help="of part 2; 0 leaves it out")
     parser.add_argument("--model", type=lambda path: Path(path).resolve(), help="the folder of a pretrained base")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(TRAININGS))
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(TRAININGS))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys of experiment.yaml")
     asked = parser.parse_args()
     bench, battles = Workbench(asked.work), battles_of(asked.natural)
@@ -185,21 +187,24 @@ def main() -> None:
     ids = set(read_rows(bench.folder / "data" / "real", "valid")["id"])
     held = [battle for battle in battles if battle.id in ids]
     groups = {prompt_group(battle) for battle in held}
-    rest = [battle for battle in battles_of(asked.clean) if prompt_group(battle) not in groups]
-    print(f"{asked.model or 'A tiny base with random weights'}, on {asked.natural.name}:\n")
-    tables = [table(METHODS, [*own_methods(bench, asked.stages), *clean_baselines(held, rest)])]
-    if "probe" in asked.stages:
-        tables.append(table(CURVE, fewer_votes(bench)))
-    if asked.clean_rows:
-        random.Random(1).shuffle(rest)
-        scarce = [stage for stage in ("sft", "rm", "probe") if stage in asked.stages]
-        chosen = ["probe"] if asked.model else scarce
-        tables.append(table(SCARCE, scarce_ties(bench, held, rest[: asked.clean_rows], chosen)))
+    own, rest = ([b for b in each if prompt_group(b) not in groups] for each in (battles, battles_of(asked.clean)))
+    verdicts = [battle.verdict for battle in own]
+    constant = np.tile([verdicts.count(verdict) / len(own) for verdict in VERDICTS], (len(held), 1))
+    rows = [*own_methods(bench, asked.stages), *baselines(own, held, constant, clean=False)]
+    text = f"Judged: {len(held)} natural battles.\n\n"
+    text += table(METHODS, [*rows, *baselines(rest, held, constant, clean=True)])
+    if asked.model and "probe" in asked.stages:
+        publish("pretrained", table(CURVE, fewer_votes(bench)), asked.write)
+    random.Random(1).shuffle(rest)
+    scarce = [stage for stage in ("sft", "rm", "probe") if stage in asked.stages and asked.clean_rows]
     if asked.model:
-        publish("pretrained", "\n\n".join(tables), asked.write)
-    else:
-        publish("", tables[0])
-        publish("scarce ties", tables[-1], asked.write)
+        scarce = [stage for stage in scarce if stage == "probe"]
+    if scarce:
+        ties = table(SCARCE, scarce_ties(bench, held, rest[: asked.clean_rows], constant, scarce))
+        text = f"{text}\n\n{ties}"
+        if not asked.model:
+            publish("scarce ties", ties, asked.write)
+    publish("real votes" if asked.model else "", text, asked.write)
 
 
 if __name__ == "__main__":
