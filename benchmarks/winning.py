@@ -1,6 +1,6 @@
 """What folds, teachers, ensembles and both orders in one step are worth on the synthetic arena, whose truth is known.
 
-    python benchmarks/winning.py --work FOLDER [--seeds 1 2 3] [--folds 5] [--fold-seeds 1] [--write]
+    python benchmarks/winning.py --work FOLDER [--seeds 1 2 3] [--folds 5] [--fold-seeds 1] [--tables] [--write]
 
 Uses the runs of benchmarks/methods.py in the same FOLDER, or makes them. Finished parts are kept, and an interrupted
 training goes on: start it again. Differences are paired on the same battles; below 0 the ingredient helps. Those of
@@ -92,12 +92,12 @@ def gains(bench: Workbench) -> dict[str, str]:
     single = bench.judged("demo", "sft")
     names = {"both orders in one step": "together", "soft labels of Bayes": "bayes", "out-of-fold teacher": "student"}
     found = {name: difference(bench.judged(arm, "sft"), single) for name, arm in names.items() if bench.has(arm, "sft")}
-    report = bench.report("all", "ensemble")
-    best = min((row for row in report["table"] if row["name"] != "blend"), key=lambda row: row["log_loss"])["name"]
-    pair = next(pair for pair in report["differences"] if {pair["first"], pair["second"]} == {best, "blend"})
-    sign = 1 if pair["first"] == "blend" else -1
-    ends, of = interval(sorted(sign * end for end in pair["ci95"])), best.split(":")[1]
-    found["ensemble against its best member"] = f"{sign * pair['difference']:+.4f} {ends} ({of})"
+    if bench.has("all", "ensemble"):
+        report = bench.report("all", "ensemble")
+        best = min((row for row in report["table"] if row["name"] != "blend"), key=lambda row: row["log_loss"])["name"]
+        pair = next(p for p in report["differences"] if (p["first"], p["second"]) == (best, "blend"))
+        ends, of = interval([0 - end for end in reversed(pair["ci95"])]), best.split(":")[1]
+        found["ensemble against its best member"] = f"{0 - pair['difference']:+.4f} {ends} ({of})"
     if bench.has("folds", "sft"):
         found["mean of the folds against one of them, test set"] = expected(bench, "folds/sft", "folds/sft/fold0")
         found["mean of the folds against SFT on one fold's rest, test set"] = expected(bench, "folds/sft", "demo/sft")
@@ -127,15 +127,17 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--fold-seeds", nargs="*", type=int, help="only these seeds train the folds and their student")
+    parser.add_argument("--tables", action="store_true", help="of what is finished; train nothing")
     asked = parser.parse_args()
     asked.fold_seeds = asked.seeds if asked.fold_seeds is None else asked.fold_seeds
     benches = {seed: Workbench(asked.work / f"seed{seed}") for seed in asked.seeds}
-    for seed, bench in benches.items():
-        run_labels(bench, seed)
-    for bench in benches.values():
-        run_members(bench)
-    for seed in asked.fold_seeds:
-        run_folds(benches[seed], asked.folds)
+    if not asked.tables:
+        for seed, bench in benches.items():
+            run_labels(bench, seed)
+        for bench in benches.values():
+            run_members(bench)
+        for seed in asked.fold_seeds:
+            run_folds(benches[seed], asked.folds)
     learned, added = ({seed: of(bench) for seed, bench in benches.items()} for of in (shares, gains))
     publish(
         "winning",

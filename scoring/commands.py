@@ -129,7 +129,7 @@ def score(
     options = ScoreOptions.of(**how)
     if source is None:
         reports = [score_stage(each, show=show, options=options) for each in context.scored_one_by_one]
-        finish(context, out_of_fold_report(context, show=show) if context.of_folds else reports[0], as_json)
+        finish(context, out_of_fold_report(context, show=show) if context.of_folds else reports[0] or None, as_json)
         output = context.folder / "probabilities_test.csv"
     else:
         output = output or scored_file(context.experiment, context.name, source)

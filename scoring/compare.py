@@ -207,7 +207,8 @@ def blend(
     """Return cross-fitted probabilities [rows, 3] of the weighted mean of log probabilities, and its description.
 
     p(c) ∝ Π p_m(c)^w_m with w_m ≥ 0: a logarithmic opinion pool (Genest & Zidek, Statistical Science 1986). The
-    weights need not sum to 1, so that the blend may be sharper than its parts. `given` weights are not fitted.
+    weights need not sum to 1, so that the blend may be sharper than its parts; where it is not better than the best of
+    them, that one has all the weight. `given` weights are not fitted.
     """
     if given is not None:
         return pool(models.values(), given), {
@@ -224,6 +225,11 @@ def blend(
         weights = dict(zip(models, fit_conditional_logit(design, truth, lower)[0].tolist(), strict=True))
     except ArenaError as error:  # the table itself needs no blend
         return None, {"weights": {}, "reason": f"no blend: {error.what}"}
+    losses = {name: metrics.log_loss(p, truth) for name, p in models.items()}
+    best, fitted = min(losses, key=losses.get), metrics.log_loss(mixed, truth)
+    if fitted >= losses[best]:
+        reason = f"{best} alone: fitted weights had a cross-fitted log loss of {fitted:.4f}, it has {losses[best]:.4f}"
+        return models[best], {"weights": {name: float(name == best) for name in models}, "reason": reason}
     return mixed, {"weights": weights, "reason": "cross-fitted; the weights shown are those of all rows"}
 
 

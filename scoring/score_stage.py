@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from pyarrow.parquet import ParquetWriter
+from pyarrow.parquet import ParquetWriter, read_metadata
 
 from common.battle import VERDICTS
 from common.console import duration
@@ -113,7 +113,7 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
     again = f"python run.py score -e {context.experiment.name} --stage {context.name}{context.fold_option} --fresh"
     with only_run(folder):
         standing = context.state.standing("score", inputs)
-        if standing.is_finished and not options.fresh:
+        if standing.is_finished and not options.fresh and _answered(context):
             standing.require_same_inputs("score", folder, again)
             show.note(f"{stage}: scores kept, finished {standing.record.finished_at}")
             if not context.scores("valid"):
@@ -139,6 +139,15 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
     rows = f"{jobs['valid'].rows} validation and {jobs['test'].rows} test battles"
     show.note(f"{stage}: scored {rows} in {duration(seconds)}")
     return report
+
+
+def _answered(context: StageContext) -> bool:
+    """Tell whether the test set was scored, where it is asked for: another fold_answer asks other judges."""
+    path = context.folder / "scores_test.parquet"
+    if context.fold is None or not context.scores("test") or not path.is_file():
+        return True
+    with readable(path):
+        return read_metadata(path).num_rows == read_audit(context.experiment.data_folder)["exported"]["test"]
 
 
 def read_report(context: StageContext, *, remedy: str | None = None) -> dict[str, Any]:

@@ -98,6 +98,7 @@ def print_ensemble(report: dict[str, Any]) -> None:
     for name, weight in report["blend"]["weights"].items():
         lost = f"; {report['left_out'][name]} of its battles are not judged by all" if report["left_out"][name] else ""
         _print(console, f"weight {weight:.3f}: {name}{lost}")
+    _print(console, f"weights: {report['blend']['reason']}")
     _print_flags(console, report)
     for each in ("report.html", "submission.csv"):
         _print(console, f"made: {folder / each}") if (folder / each).exists() else None

@@ -44,6 +44,13 @@ def test_the_table_the_pairs_and_the_blend():
     assert len(found["differences"]) == 3
     weights = found["blend"]["weights"]
     assert weights["sft"] > weights["dpo"] >= 0
+    assert by_name["blend"]["log_loss"] <= by_name["sft"]["log_loss"]
+
+
+def test_a_member_that_nothing_is_better_than_stands_alone():
+    found = compare(*stages(300, noise=(0.0, 2.0)), seed=1)  # the first knows the truth
+    assert found["blend"]["weights"] == {"sft": 1, "dpo": 0} and "sft alone" in found["blend"]["reason"]
+    assert found["differences"][1]["difference"] == 0 and found["differences"][1]["better"] is None
 
 
 def test_two_judges_with_independent_noise_blend_into_a_better_one():
