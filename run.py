@@ -219,6 +219,7 @@ def probe(experiment: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+<<<<<<< HEAD
 @cl.option(
     "-e",
     "--experiment",
@@ -226,6 +227,9 @@ def probe(experiment: str, as_json: bool, **options: Any) -> None:
     shell_complete=cl.complete_experiment,
     help="Only this one.  [default: all of them]",
 )
+=======
+@cl.experiment_or(None, "Only this one [all of them].")
+>>>>>>> 538dcc0 (The watch page draws as the report does; runs of LLaMA Board become stages' runs; the report at 400 px)
 @cl.output_options
 def status(experiment: str | None, as_json: bool) -> None:
     """List the experiments, their stages and what to do next.
@@ -295,15 +299,15 @@ def board(host: str, port: int | None, no_open: bool) -> None:
 
 @cli.command()
 @cl.watch_options
-def watch(experiment: str, stage: str | None, fold: str | None, as_json: bool, **options: Any) -> None:
+def watch(experiment: str | None, stage: str | None, fold: str | None, as_json: bool, **options: Any) -> None:
     """Watch a run: progress, losses, log loss beside the baselines.
 
     A run of the command line, in the browser or in the terminal.
     """
     from scoring.run_status import in_words
-    from scoring.watch import watch
+    from scoring.watch import experiment_at_work, watch
 
-    context, show = start(experiment, stage, fold)
+    context, show = start(experiment or experiment_at_work(), stage, fold)
     if stage and not options["tensorboard"]:
         context.require_one_judge()
     seen = watch(context.experiment, stage and context.label, as_json=as_json, **options, show=show)

@@ -1,23 +1,41 @@
-"""What a run of the demo ends with, and how long it takes, for README.md.
+"""What a run of the demo ends with, as a picture of its report, and how long it takes, for README.md.
 
 python benchmarks/demo.py --work FOLDER [--seed 1] [--write]
+
+Needs Chromium and `make extra-browser`. A FOLDER that holds a run already is not timed: only the picture is made.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
+from pathlib import Path
 
-from figures import options, put
+from figures import ROOT, options, put
+from PIL import Image
 from workbench import Workbench
 
-SESSION = """```console
-$ make demo
-…
-{printed}
-```
+PICTURE = Path("docs") / "report.png"
+SESSION = """![The top of a report: the judge beside simple methods on the same battles]({picture})
 
-From one run of the demo on two cores without a GPU, the installation done: {seconds:.0f} s."""
+The top of the report that `make demo` ends with: {seconds:.0f} s on two cores without a GPU, the installation done."""
+WIDTH = 900
+
+
+def take_picture(page: Path, to: Path) -> None:
+    """Write the top of a report page, down to the chart of the baselines, as a small PNG file."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme="light")
+        tab.goto(page.as_uri())
+        tab.add_style_tag(content=".flag, nav, details { display: none }")  # the picture shows one thing
+        box = tab.locator("#baselines").bounding_box()
+        clip = {"x": 0, "y": 0, "width": WIDTH, "height": box["y"] + box["height"] + 16}
+        tab.screenshot(path=to, full_page=True, clip=clip)
+        browser.close()
+    with Image.open(to) as picture:
+        picture.convert("RGB").quantize(64).save(to, optimize=True)
+    print(f"{to}: {to.stat().st_size:,} bytes")
 
 
 def main() -> None:
@@ -25,18 +43,14 @@ def main() -> None:
     parser.add_argument("--seed", default="1")
     asked = parser.parse_args()
     bench = Workbench(asked.work)
-    if bench.output("demo", "sft").exists():
-        raise SystemExit(f"{bench.folder} holds a run already: give another --work")
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": {**os.environ, "COLUMNS": "96"}}
-    seconds, printed = bench.run("demo", "--seed", asked.seed, **piped)
-    lines = [line.rstrip() for line in printed.splitlines()]
-    # The table of log losses and the figures below it, up to the position bias.
-    first = next(number for number, line in enumerate(lines) if "log loss on" in line)
-    last = next(number for number, line in enumerate(lines) if line.startswith("Position bias"))
-    session = SESSION.format(printed="\n".join(lines[first:last]), seconds=seconds)
-    print(session)
-    if asked.write:
-        put("session", session)
+    seconds = None if bench.has("demo", "sft") else bench.run("demo", "--seed", asked.seed)[0]
+    to = ROOT / PICTURE if asked.write else bench.folder / PICTURE.name
+    take_picture(bench.output("demo", "sft") / "report.html", to)
+    if seconds:
+        session = SESSION.format(picture=PICTURE, seconds=seconds)
+        print(session)
+        if asked.write:
+            put("session", session)
 
 
 if __name__ == "__main__":

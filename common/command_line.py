@@ -46,14 +46,15 @@ verbose_option = option(
 output_options = several(
     option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."), verbose_option
 )
-experiment_option = option(
-    "-e",
-    "--experiment",
-    default=DEFAULT_EXPERIMENT,
-    metavar="EXP",
-    shell_complete=complete_experiment,
-    help="A folder of factory_configs/.",
-)
+
+
+def experiment_or(default: str | None, what: str):
+    """Return the option that chooses an experiment."""
+    words = {"default": default, "metavar": "EXP", "shell_complete": complete_experiment, "help": what}
+    return option("-e", "--experiment", **words)
+
+
+experiment_option = experiment_or(DEFAULT_EXPERIMENT, "A folder of factory_configs/.")
 
 
 def stage_option(which: str):
@@ -381,7 +382,7 @@ kaggle_options = several(
     output_options,
 )
 watch_options = several(
-    experiment_option,
+    experiment_or(None, "A folder of factory_configs/ [the one that is at work]."),
     option(
         "--stage",
         type=click.Choice((*STAGES, "dpo")),

@@ -150,7 +150,7 @@ def _chunks(
             progress(f"{seen:,} {name} battles", share)
     if teacher:
         teacher.require_used()
-    progress("dividing into folds", None)
+    progress("dividing into folds (parts that share no prompt)", None)
 
 
 def ensure_views(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +21,18 @@ from omegaconf import OmegaConf
 
 from common.error_hints import clean_lines
 from common.errors import ArenaError, UsageError
-from common.experiment import Experiment, load_experiment
+from common.experiment import Experiment
 from common.files import atomic_file
+from common.llamafactory_schema import arguments
 from common.progress import Show
 from common.stages import TRAININGS
+from data_prep.export_reader import MANIFEST
 from factory.fingerprint import names
 from factory.recipe_checks import check_recipe
 from factory.recipes import render_recipe
 from factory.serve_page import free_port, serve_page
 from factory.stage_context import StageContext
-from factory.status import experiment_names
+from factory.status import readable_experiments
 
 CONFIGS, CACHE = Path("llamaboard_config"), Path("llamaboard_cache")
 RUN_CONFIG, RUN_LOG = "llamaboard_config.yaml", "running_log.txt"  # as LLaMA-Factory calls them
@@ -88,6 +91,8 @@ _NOT_EXTRA = {
     *_SLIDERS,
     *_LATE_SLIDERS,
 }
+# Arguments that the page adds or makes itself.
+_OF_THE_PAGE = {"do_train", "output_dir", "dataset_dir", "plot_loss", "include_num_input_tokens_seen", "ddp_timeout"}
 
 
 def board_config(context: StageContext, recipe: dict[str, Any], model_name: str) -> dict[str, Any]:
@@ -182,17 +187,6 @@ def board_models(experiments: list[Experiment]) -> dict[tuple[str, str], BoardMo
     return models
 
 
-def readable_experiments() -> tuple[list[Experiment], list[str]]:
-    """Return the experiments of the current folder, and a sentence for each that cannot be read."""
-    found, faults = [], []
-    for name in experiment_names():
-        try:
-            found.append(load_experiment(name))
-        except ArenaError as error:
-            faults.append(f"experiment {name} is left out: {str(error).splitlines()[0]}")
-    return found, faults
-
-
 def serve_board(host: str, port: int | None, *, open_browser: bool, show: Show) -> None:
     """Serve LLaMA Board in the current folder until Ctrl-C."""
     free_port(host, port)  # rejects an invalid address before any file is written
@@ -224,6 +218,13 @@ def lay_out() -> tuple[list[Path], list[str]]:
                 raise ArenaError("; ".join(faults))
             path = CONFIGS / f"{context.experiment.name}_{context.name}.yaml"
             _write_yaml(path, configuration(context, model))
+            sources = (
+                context.experiment.folder / "experiment.yaml",
+                context.recipe_path,
+                _manifest(context.experiment),
+            )
+            changed = max(file.stat().st_mtime for file in sources if file.is_file())
+            os.utime(path, (changed, changed))  # the page lists the newest first
             configs.append(path)
         except ArenaError as error:
             notes.append(f"{name} is left out: {str(error).splitlines()[0]}")
@@ -231,12 +232,22 @@ def lay_out() -> tuple[list[Path], list[str]]:
             publish_run(context, model)
         except ArenaError as error:
             notes.append(f"the run of {name} is left out: {str(error).splitlines()[0]}")
-    prepared = [each for each in experiments if (each.data_folder / "manifest.json").is_file()]
+    prepared = [each for each in experiments if _manifest(each).is_file()]
     if prepared and not (CACHE / "user_config.yaml").exists():
         first = models[prepared[0].name, "sft"].name
         user = {"lang": "en", "hub_name": None, "last_model": first, "path_dict": {}, "cache_dir": None}
         _write_yaml(CACHE / "user_config.yaml", user)
     return configs, notes
+
+
+def _manifest(experiment: Experiment) -> Path:
+    return experiment.data_folder / MANIFEST
+
+
+def configs_newest_first() -> list[str]:
+    """Return the names of all saved configurations: the demo's, then what was changed last."""
+    found = [(not path.name.startswith("demo_"), -path.stat().st_mtime, path.name) for path in CONFIGS.glob("*.yaml")]
+    return [name for *_, name in sorted(found)]
 
 
 def configuration(context: StageContext, model: BoardModel) -> dict[str, Any]:
@@ -286,6 +297,34 @@ def log_lines(log: Path) -> list[str]:
         file.seek(max(0, log.stat().st_size - _LOG_TAIL))
         lines = clean_lines(file.read().decode("utf-8", "replace"))
     return [line for line in lines if line.strip() and not _BAR.search(line)]
+
+
+def stage_of(started: dict[str, Any]) -> StageContext | None:
+    """Return the stage that the page trains with these arguments, by their data sets; None where it is none of ours."""
+    for experiment in readable_experiments()[0] if started.get("do_train") else ():
+        for context in (StageContext(experiment, stage, fold=experiment.written_fold) for stage in TRAININGS):
+            with suppress(ArenaError):  # a recipe that cannot be read was not started
+                if all(_same(_recipe(context).get(key), started.get(key)) for key in ("stage", "dataset")):
+                    return context
+    return None
+
+
+def recipe_started(context: StageContext, started: dict[str, Any]) -> dict[str, Any]:
+    """Return a stage's recipe with what the page's arguments say otherwise."""
+    recipe, known = _recipe(context), arguments()
+    usual = {"lora_alpha": 2 * (recipe.get("lora_rank") or 8), "max_samples": int(_EVERY_ROW)}
+    changed = {}
+    for key in {**recipe, **started}.keys() - _OF_THE_PAGE:
+        default = usual.get(key, known[key].default if key in known else None)
+        # The page leaves out what is None, false or empty.
+        ours, theirs = recipe.get(key, default), started.get(key, default if recipe.get(key) == default else None)
+        if (ours or theirs) and not _same(ours, theirs):
+            changed[key] = theirs
+    return {**recipe, **changed}
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    return ours == theirs or names(ours) == names(theirs)
 
 
 def _write_yaml(path: Path, values: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,11 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ArenaError
+from common.experiment import read_yaml
+from common.progress import Show
 from common.stages import TRAININGS
-from factory.board import BoardModel, board_models, log_lines, publish_run, readable_experiments
+from factory.board import (
+    BoardModel,
+    board_models,
+    configs_newest_first,
+    log_lines,
+    publish_run,
+    recipe_started,
+    stage_of,
+)
 from factory.process import child_environment, llamafactory
 from factory.serve_page import serve_gradio
 from factory.stage_context import StageContext
+from factory.status import readable_experiments
+from factory.train import adopt
 
 
 def main(arguments: list[str]) -> int:
@@ -32,8 +45,9 @@ def build() -> Any:
     """Return LLaMA Board's page (gradio.Blocks). What is replaced in it, and why, is listed here in full.
 
     engine.Runner          a run of the command line is shown; keys stay out of files; code of models is not trusted
-    runner.Popen           jobs run in our launcher, which holds our guards, and write to a file (see `Job`)
+    runner.Popen           jobs run in our launcher, which holds our guards, write to a file, and become a stage's runs
     list_checkpoints       adapters are offered on the base that they were trained on only
+    list_config_paths      the demo's saved configurations first, then the newest
     extra arguments        of Train, Chat and Export: they do not trust code of models
     get_infer_args         of Chat and Export, in this process: what trusts code unasked is refused (see `Trust`)
     get_trainer_info       a log's fence does not end the box in which it is shown
@@ -64,6 +78,7 @@ def build() -> Any:
     runner.Popen = Job
     bases = {adapter: models[experiment.name, stage].name for adapter, (experiment, stage) in runs.items()}
     top.list_checkpoints = train.list_checkpoints = on_own_base(train.list_checkpoints, bases)
+    train.list_config_paths = list_config_paths
     page = interface.create_ui()
     (check,) = (function for function in page.fns.values() if function.name == "check_output_dir")
     manager = check.fn.__self__.manager
@@ -107,6 +122,17 @@ class Job(subprocess.Popen):
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+        threading.Thread(target=self._adopt, args=(Path(command[-1]),), daemon=True).start()
+
+    def _adopt(self, arguments: Path) -> None:
+        """Make it the run of the stage whose data it trains on, so that `status`, `merge` and `score` know it."""
+        try:
+            started = read_yaml(arguments)
+            if context := stage_of(started):
+                recipe = recipe_started(context, started)
+                adopt(context, recipe, arguments.parent, self._log, self.wait, Show())
+        except ArenaError as error:  # into the page's log: the page itself shows how the job ended
+            print(f"{arguments.parent} is no stage's run: {error}", file=sys.stderr, flush=True)
 
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[None, str]:
         """Wait as Popen does, and return the end of the log as the text of the error stream."""
@@ -196,6 +222,13 @@ def runner_class(refresh: Callable[[Path], None], trust: Trust) -> type:
             return {**arguments, "trust_remote_code": arguments["model_name_or_path"] in trust.models}
 
     return OurRunner
+
+
+def list_config_paths(current_time: str) -> Any:
+    """Return the choices of 'Config path': a name for the page's own settings, then what is saved."""
+    import gradio as gr
+
+    return gr.Dropdown(choices=[f"{current_time}.yaml", *configs_newest_first()])
 
 
 def on_own_base(native: Callable, bases: dict[Path, str]) -> Callable:

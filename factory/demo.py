@@ -14,9 +14,8 @@ from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
 from data_prep.synthetic import ArenaFiles, write_arena
 from factory.base_model import build_base_model
-from factory.board import readable_experiments
 from factory.stage_context import StageContext
-from factory.status import running_stages
+from factory.status import readable_experiments, running_stages
 
 # The folder that stands for the embedded base wherever an experiment names it as its model.
 EMBEDDED_BASE = "models/arena-tiny"

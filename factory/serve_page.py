@@ -9,6 +9,7 @@ import argparse
 import ipaddress
 import os
 import re
+import signal
 import socket
 import sys
 import webbrowser
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from starlette.middleware import Middleware
 
 from common.errors import ArenaError, UsageError
@@ -29,6 +31,7 @@ FIRST_PORT = 7860  # Gradio's
 _NAME = re.compile(r"(\[[0-9a-f:.]+\]|[^:]+)(?::\d+)?", re.IGNORECASE)  # of a Host header, without the port
 # Nothing is loaded from elsewhere: an image in a model's answer or a log would tell its server what is shown.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+QUIET = {"access_log": False, "log_level": "error", "server_header": False, "lifespan": "on"}  # uvicorn's
 _LISTENING = ("Running on local URL:", "(Press CTRL+C to quit)")  # what Gradio and TensorBoard print then
 
 
@@ -116,23 +119,32 @@ def serve_tensorboard(experiment: Experiment, host: str, port: int | None, *, op
     serve_page("factory.serve_page", arguments, "tensorboard", log, host, port, open_browser=open_browser, show=show)
 
 
-def serve_gradio(build: Callable[..., Any], arguments: list[str], *options: str) -> int:
-    """Serve the page (gradio.Blocks) that `build` returns until this process is ended; the child's side of serve_page.
+def run_server(server: uvicorn.Server) -> None:
+    """Serve in this process until SIGTERM or Ctrl-C; raises UsageError where it cannot listen."""
+    # uvicorn raises the signal again once it has ended in order, which is the usual end here, and no failure
+    usual = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run()
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    if not server.started:
+        what = f"cannot listen at {server.config.host}:{server.config.port}"
+        raise UsageError(what, where="--host, --port", remedy="choose others")
 
-    `build` gets the values of the named options.
-    """
+
+def serve_gradio(build: Callable[[], Any], arguments: list[str]) -> int:
+    """Serve the page (gradio.Blocks) that `build` returns until this process ends; the child's side of serve_page."""
     follow_parent()
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
-    for name in options:
-        parser.add_argument(f"--{name}", required=True)
     given = vars(parser.parse_args(arguments))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from llamafactory.extras.misc import fix_proxy
 
     fix_proxy()
-    page = build(**{name: given[name] for name in options})
+    page = build()
     guard = {"middleware": [Middleware(OwnPagesOnly, host=given["host"])]}
     page.queue().launch(
         server_name=given["host"], server_port=given["port"], share=False, inbrowser=False, app_kwargs=guard

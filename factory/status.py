@@ -5,8 +5,10 @@ Reads files only and takes no lock, so that it may look on while runs are at wor
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -30,8 +32,9 @@ _RUNNING = {"train": "training", "merge": "merging", "score": "scoring"}
 _DONE = {"train": "trained", "merge": "merged", "score": "scored"}
 INTERRUPTED, FAILED, OUTDATED = "interrupted", "failed", "outdated"
 _STYLES = {INTERRUPTED: "yellow", OUTDATED: "yellow", FAILED: "red", "unreadable": "red"}
-# The order in which the methods are worth a try; docs/methods.md has the figures behind it.
+# The order in which the methods are worth a try, and how far below SFT the second was; docs/methods.md has the figures.
 _WORTH_TRYING = ("sft", "dpo_reward", "rm", "dpo_judge")
+REWARD_VIEW_BELOW_SFT = "0.05 to 0.09"
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,43 @@ def stage_named(experiment: Experiment, name: str) -> str:
     raise UsageError(what, where=f"--stage {name}", remedy=f"choose {' or '.join(calls)}")
 
 
+def readable_experiments() -> tuple[list[Experiment], list[str]]:
+    """Return the experiments of the current folder, and a sentence for each that cannot be read."""
+    found, faults = [], []
+    for name in experiment_names():
+        try:
+            found.append(load_experiment(name))
+        except ArenaError as error:
+            faults.append(f"experiment {name} is left out: {str(error).splitlines()[0]}")
+    return found, faults
+
+
 def running_stages(experiment: Experiment) -> list[str]:
     """Return the stages of an experiment, or their folds, on which a run is at work on this machine."""
-    stages = [StageContext(experiment, stage) for stage in STAGES]
-    contexts = [each for stage in stages for each in dict.fromkeys([stage, *stage.trainings])]
-    return [context.label for context in contexts if is_at_work(context.folder)]
+    return [context.label for context, _ in _at_work(experiment)]
+
+
+def _at_work(experiment: Experiment) -> Iterator[tuple[StageContext, psutil.Process]]:
+    for stage in STAGES:
+        context = StageContext(experiment, stage)
+        for each in dict.fromkeys([context, *context.trainings]):
+            if process := holder_of(each.folder):
+                yield each, process
+
+
+def beside_on_the_card(context: StageContext) -> list[str]:
+    """Name the other runs at work here that can see a card which this process sees: all, without CUDA_VISIBLE_DEVICES.
+
+    Where there is no card they share the processor.
+    """
+    own = set(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+    found = []
+    for other, process in (each for experiment in readable_experiments()[0] for each in _at_work(experiment)):
+        with suppress(psutil.Error):
+            theirs = set(filter(None, process.environ().get("CUDA_VISIBLE_DEVICES", "").split(",")))
+            if other.folder != context.folder and (not own or not theirs or own & theirs):
+                found.append(f"{other.experiment.name} {other.label}")
+    return found
 
 
 def refuse_while_at_work(experiment: Experiment) -> None:
@@ -132,18 +167,23 @@ def refuse_while_at_work(experiment: Experiment) -> None:
 
 
 def is_at_work(folder: Path) -> bool:
-    """Return whether a living process of this machine holds a stage's lock, by what its holder wrote into it.
+    """Return whether a living process of this machine holds a stage's lock."""
+    return holder_of(folder) is not None
+
+
+def holder_of(folder: Path) -> psutil.Process | None:
+    """Return the living process of this machine that holds a stage's lock, by what it wrote into it.
 
     The lock itself is not tried: that would hold it for a moment, and refuse a run that starts then.
     """
     try:
         owner = read_json(folder.with_name(f".{folder.name}.lock"))
-        begun = psutil.Process(int(owner["pid"])).create_time()
+        process = psutil.Process(int(owner["pid"]))
         # A process number that the system gave away again belongs to a younger process.
-        is_ours = begun <= datetime.fromisoformat(owner["started_at"]).timestamp() + 1
-        return owner["host"] == socket.gethostname() and is_ours
+        is_ours = process.create_time() <= datetime.fromisoformat(owner["started_at"]).timestamp() + 1
+        return process if owner["host"] == socket.gethostname() and is_ours else None
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-        return False
+        return None
 
 
 def experiment_status(context: StageContext) -> ExperimentStatus:
@@ -342,5 +382,7 @@ def next_commands(found: ExperimentStatus) -> list[str]:
         base = "another base: python run.py new EXP --model ID"
         return [f"{_prepare(found.name)}   (with more votes or a larger cutoff_len; or {base})"]
     new = {stage.stage: stage.next for stage in found.stages if stage.state == "new"}
-    why = "   (another method on the same votes)" if trained else ""
-    return [f"{new[name]}{why}" for name in _WORTH_TRYING if name in new][:1]
+    first = next((name for name in _WORTH_TRYING if name in new), None)
+    measured = found.name == "demo" and first == "dpo_reward"
+    below = f", {REWARD_VIEW_BELOW_SFT} below SFT on three such arenas: docs/methods.md" if measured else ""
+    return [f"{new[first]}{f'   (another method on the same votes{below})' if trained else ''}"] if first else []

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common.console import duration
-from common.errors import ArenaError, UsageError
+from common.errors import ArenaError, Interrupted, UsageError
 from common.files import only_run, read_json
 from common.progress import Line, Show
 from data_prep.chat_template import load_frame
@@ -19,6 +22,7 @@ from factory.fingerprint import local_models, training_rows
 from factory.process import llamafactory, run_child
 from factory.stage_context import CHOICE, StageContext
 from factory.state import archive, flag_to_go_on, is_occupied, last_checkpoint
+from factory.status import beside_on_the_card
 from factory.trainer_log import TrainerLog, loss_curve, show_points
 from factory.weight_checks import ADAPTER_FILES
 
@@ -69,6 +73,8 @@ def train(context: StageContext, *, resume: bool = False, fresh: bool = False, s
         checkpoint = _checkpoint(context, resume, show)
         if checkpoint:
             standing.require_same_inputs("train", context.folder, _FRESH)
+        if others := beside_on_the_card(context):
+            show.note(f"warning: {' and '.join(others)} at work on the same card: both need its memory and time")
         (context.folder / CHOICE).unlink(missing_ok=True)  # of a training before this one
         context.forget_choice()
         context.state.begin("train", inputs)
@@ -82,6 +88,38 @@ def train(context: StageContext, *, resume: bool = False, fresh: bool = False, s
         summary += f", the mean of {tokens} tokens: at most {losses[-1] * tokens:.2f} for the label (a guess: 1.10)"
     show.note(f"{context.label}: trained in {duration(seconds)}{summary}")
     return context.adapter
+
+
+def adopt(
+    context: StageContext, recipe: dict[str, Any], folder: Path, log: Path, wait: Callable[[], int], show: Show
+) -> None:
+    """Follow a training that LLaMA Board runs in `folder` to its end as this stage's; the adapter is a link there.
+
+    `recipe` is what the page started, `wait` returns the exit code. Raises ArenaError where `run.py` trained the stage,
+    and where the training ended badly.
+    """
+    with only_run(context.folder):
+        if is_occupied(context.adapter) and not context.adapter.is_symlink():
+            raise ArenaError("the stage has a training of its own", where=str(context.adapter))
+        _put_aside(show, context.adapter, context.folder)
+        vars(context).pop("state", None)
+        for link, place in ((context.adapter, folder), (context.folder / "train.log", log)):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(place, link.parent), target_is_directory=place.is_dir())
+        inputs = {**context.training_inputs, **local_models(recipe), str(context.recipe_path): recipe}
+        context.state.begin("train", inputs)
+        began = time.monotonic()
+        with context.state.failures_of("train"):
+            if code := wait():
+                ended = Interrupted if code < 0 else ArenaError
+                raise ended(f"LLaMA Board's training ended with exit code {code}", where=str(log))
+            require_files(folder, ADAPTER_FILES, log, "LLaMA Board's training")
+            if training_rows(recipe) not in (None, rows := trained_rows(log)):
+                raise ArenaError(
+                    f"LLaMA-Factory trained on {rows} rows, not on those that were exported", where=str(log)
+                )
+            _require_sound(folder, log, recipe)
+        context.state.finish("train", [context.adapter / name for name in ADAPTER_FILES], time.monotonic() - began)
 
 
 def trained_rows(log: Path) -> int | None:

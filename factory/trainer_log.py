@@ -109,7 +109,7 @@ def seconds_left(point: LogPoint, start_step: int = 0) -> float | None:
 
 def describe(point: LogPoint) -> str:
     """Return loss, validation loss and learning rate of a point as one short text."""
-    parts = {"loss {:.4f}": point.loss, "validation loss {:.4f}": point.eval_loss, "lr {:.2e}": point.lr}
+    parts = {"training loss {:.4f}": point.loss, "validation loss {:.4f}": point.eval_loss, "lr {:.2e}": point.lr}
     return "  ".join(text.format(value) for text, value in parts.items() if value is not None)
 
 

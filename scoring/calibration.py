@@ -24,9 +24,11 @@ from scoring.links import (
     SoftmaxLink,
     checked_prior,
     correct_prior,
+    fit_conditional_logit,
     link_from_json,
     log_softmax,
     smoothed_prior,
+    softmax,
 )
 from scoring.metrics import EPS, as_groups, log_loss, verdict_codes
 
@@ -46,6 +48,10 @@ _WITHOUT = {"logits": "the plain softmax stays", "rewards": "every row gets the 
 _RIVALS = {"logits": "the plain softmax", "rewards": "a class prior fitted in the same way"}
 # What a fitted link and its JSON hold alike.
 _PLAIN = ("kept", "reason", "log_loss_before", "log_loss_cross_fitted", "rows", "source_prior", "target_prior")
+# The smallest probability whose logarithm enters the blend: one certain mistake must not rule the weights.
+_FLOOR = 1e-6
+# Probabilities [rows, 3], None where there are none, and `weights` with the `reason`.
+Blend = tuple[np.ndarray | None, dict[str, Any]]
 _ORDERS = {"one_order": 1, "both_orders": 2}  # as report.json names them
 
 
@@ -279,6 +285,51 @@ def _fit(scores: pd.DataFrame, orders: int, seed: int, train: Shares | None, tar
         target_prior=target,
         probabilities=probabilities,
     )
+
+
+def blend(
+    models: Mapping[str, np.ndarray],
+    truth: np.ndarray,
+    groups: np.ndarray,
+    seed: int,
+    given: np.ndarray | None = None,
+) -> Blend:
+    """Return cross-fitted probabilities [rows, 3] of the weighted mean of log probabilities, and its description.
+
+    p(c) ∝ Π p_m(c)^w_m with w_m ≥ 0: a logarithmic opinion pool (Genest & Zidek, Statistical Science 1986). The
+    weights need not sum to 1, so that the blend may be sharper than its parts; where it is not better than the best of
+    them, that one has all the weight. `given` weights are not fitted.
+    """
+    if given is not None:
+        return pool(models.values(), given), {
+            "weights": dict(zip(models, given.tolist(), strict=True)),
+            "reason": "given",
+        }
+    if reason := "a blend needs at least two stages" if len(models) < 2 else too_few_to_fit(truth, groups):
+        return None, {"weights": {}, "reason": f"no blend: {reason}"}
+    design = _design(models.values())
+    mixed, lower = np.empty((len(truth), 3)), np.zeros(len(models))
+    try:
+        for fit, judge in grouped_parts(groups, seed):
+            mixed[judge] = softmax(design[judge] @ fit_conditional_logit(design[fit], truth[fit], lower)[0])
+        weights = dict(zip(models, fit_conditional_logit(design, truth, lower)[0].tolist(), strict=True))
+    except ArenaError as error:  # the table itself needs no blend
+        return None, {"weights": {}, "reason": f"no blend: {error.what}"}
+    losses = {name: log_loss(p, truth) for name, p in models.items()}
+    best, fitted = min(losses, key=losses.get), log_loss(mixed, truth)
+    if fitted >= losses[best]:
+        reason = f"{best} alone: fitted weights had a cross-fitted log loss of {fitted:.4f}, it has {losses[best]:.4f}"
+        return models[best], {"weights": {name: float(name == best) for name in models}, "reason": reason}
+    return mixed, {"weights": weights, "reason": "cross-fitted; the weights shown are those of all rows"}
+
+
+def pool(members: Iterable[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """Return the blend [rows, 3] of members' probabilities with these weights."""
+    return softmax(_design(members) @ weights)
+
+
+def _design(members: Iterable[np.ndarray]) -> np.ndarray:
+    return np.stack([np.log(np.clip(p, _FLOOR, 1)) for p in members], axis=2)
 
 
 def grouped_parts(groups: np.ndarray, seed: int, parts: int = PARTS) -> Iterator[tuple[np.ndarray, np.ndarray]]:

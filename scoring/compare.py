@@ -5,7 +5,7 @@ compare(rows, {"sft": probabilities, "dpo_judge": probabilities}, seed=42)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,13 @@ from factory.recipes import shared_values
 from factory.stage_context import StageContext
 from scoring import metrics
 from scoring.baselines import baseline_probabilities
-from scoring.calibration import grouped_parts, too_few_to_fit
-from scoring.links import fit_conditional_logit, softmax
+from scoring.calibration import Blend, blend
 from scoring.predictions import REPORT, read_probabilities
 from scoring.report.page import write_compare_page
 from scoring.score_stage import read_report, texts
 
 BLEND = "blend"
-# The smallest probability whose logarithm enters the blend: one certain mistake must not rule the weights.
-_FLOOR = 1e-6
 _SAME = "prepare the experiments with the same votes and the same folds, or with folds, which judge every battle"
-# Probabilities [rows, 3], None where there are none, and `weights` with the `reason`.
-Blend = tuple[np.ndarray | None, dict[str, Any]]
 
 
 def compare_stages(*experiments: Experiment) -> dict[str, Any]:
@@ -195,51 +190,6 @@ def _differences(losses: Mapping[str, np.ndarray], bootstrap: metrics.GroupBoots
         pair = {"first": first, "second": second, "difference": float(gap.mean()), "ci95": ends}
         found.append({**pair, "better": better})
     return found
-
-
-def blend(
-    models: Mapping[str, np.ndarray],
-    truth: np.ndarray,
-    groups: np.ndarray,
-    seed: int,
-    given: np.ndarray | None = None,
-) -> Blend:
-    """Return cross-fitted probabilities [rows, 3] of the weighted mean of log probabilities, and its description.
-
-    p(c) ∝ Π p_m(c)^w_m with w_m ≥ 0: a logarithmic opinion pool (Genest & Zidek, Statistical Science 1986). The
-    weights need not sum to 1, so that the blend may be sharper than its parts; where it is not better than the best of
-    them, that one has all the weight. `given` weights are not fitted.
-    """
-    if given is not None:
-        return pool(models.values(), given), {
-            "weights": dict(zip(models, given.tolist(), strict=True)),
-            "reason": "given",
-        }
-    if reason := "a blend needs at least two stages" if len(models) < 2 else too_few_to_fit(truth, groups):
-        return None, {"weights": {}, "reason": f"no blend: {reason}"}
-    design = _design(models.values())
-    mixed, lower = np.empty((len(truth), 3)), np.zeros(len(models))
-    try:
-        for fit, judge in grouped_parts(groups, seed):
-            mixed[judge] = softmax(design[judge] @ fit_conditional_logit(design[fit], truth[fit], lower)[0])
-        weights = dict(zip(models, fit_conditional_logit(design, truth, lower)[0].tolist(), strict=True))
-    except ArenaError as error:  # the table itself needs no blend
-        return None, {"weights": {}, "reason": f"no blend: {error.what}"}
-    losses = {name: metrics.log_loss(p, truth) for name, p in models.items()}
-    best, fitted = min(losses, key=losses.get), metrics.log_loss(mixed, truth)
-    if fitted >= losses[best]:
-        reason = f"{best} alone: fitted weights had a cross-fitted log loss of {fitted:.4f}, it has {losses[best]:.4f}"
-        return models[best], {"weights": {name: float(name == best) for name in models}, "reason": reason}
-    return mixed, {"weights": weights, "reason": "cross-fitted; the weights shown are those of all rows"}
-
-
-def pool(members: Iterable[np.ndarray], weights: np.ndarray) -> np.ndarray:
-    """Return the blend [rows, 3] of members' probabilities with these weights."""
-    return softmax(_design(members) @ weights)
-
-
-def _design(members: Iterable[np.ndarray]) -> np.ndarray:
-    return np.stack([np.log(np.clip(p, _FLOOR, 1)) for p in members], axis=2)
 
 
 def stage_probabilities(context: StageContext, ids: list[str]) -> np.ndarray:

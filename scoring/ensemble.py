@@ -26,15 +26,13 @@ from data_prep.export_reader import readable, test_lines
 from factory.stage_context import StageContext
 from factory.state import StageState
 from scoring.baselines import baseline_probabilities
-from scoring.calibration import Calibration
+from scoring.calibration import Calibration, blend, pool
 from scoring.checks.provenance import provenance
 from scoring.compare import (
     BLEND,
-    blend,
     common_rows,
     compare,
     judged_rows,
-    pool,
     red_flags,
     references,
     stage_probabilities,

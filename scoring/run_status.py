@@ -144,11 +144,11 @@ def events(status: RunStatus, ladder: dict[str, float] | None) -> list[tuple[str
         what, bound = f"step {each['step']}", each["log_loss"]
         text = f"{what}: evaluation loss {each['eval_loss']:.4f}"
         if bound is not None:
-            text += f", so a log loss of at most {bound:.4f}{_compared(ladder)}"
+            text += f", so a log loss of the verdict of at most {bound:.4f}{_compared(ladder)}"
         found.append((each["step"], what, text))
     for each in status.measured:
         what = f"checkpoint {each['step']}"
-        text = f"{what}: log loss {each['log_loss']:.4f} on {each['rows']} validation battles"
+        text = f"{what}: log loss of the verdict {each['log_loss']:.4f} on {each['rows']} validation battles"
         found.append((each["step"], what, text + _compared(each["ladder"])))
     return [(what, text) for _, what, text in sorted(found, key=lambda event: event[0])]
 
@@ -163,16 +163,31 @@ def _listed(ladder: dict[str, float]) -> str:
 
 def in_words(status: RunStatus) -> list[str]:
     """Return a run as lines: how far it is, its losses, the baselines, and the command that comes next."""
-    lines = [f"{status.experiment} {status.stage}: {status.state} {status.detail}".rstrip()]
-    if status.point:
-        left = f"  {duration(status.seconds_left)} left" if status.seconds_left is not None else ""
-        losses = describe(status.last_loss)
-        lines.append(f"step {status.point.step}/{status.point.total}  {losses}{left}")
-    lines += [text for _, text in events(status, None)]
+    head = f"{status.experiment} {status.stage}: {state_in_words(status)}"
+    lines = [head, *filter(None, [step_in_words(status)]), *remarks(status)]
+    return [printable(" ".join(line.splitlines())) for line in lines]
+
+
+def state_in_words(status: RunStatus) -> str:
+    """Return how far a run is; its step is said by `step_in_words`."""
+    return status.state if status.point and status.state == "training" else f"{status.state} {status.detail}".rstrip()
+
+
+def step_in_words(status: RunStatus) -> str:
+    """Return step, losses and the time left, nothing before the first step."""
+    if not status.point:
+        return ""
+    left = f"  {duration(status.seconds_left)} left" if status.seconds_left is not None else ""
+    return f"step {status.point.step}/{status.point.total}  {describe(status.last_loss)}{left}"
+
+
+def remarks(status: RunStatus) -> list[str]:
+    """Return what is known of the log loss, the baselines to beat, faults, and the command that comes next."""
+    lines = [text for _, text in events(status, None)]
     if reached := status.reached:
         than = "better" if reached["beats_prior"] else "not better"
         rows = f"on {reached['rows']} held-out battles"
-        lines.append(f"log loss {reached['log_loss']:.4f} {rows}: {than} than the class prior")
+        lines.append(f"log loss of the verdict {reached['log_loss']:.4f} {rows}: {than} than the class prior")
     elif status.why_no_log_loss:
         lines.append(f"no log loss yet: {status.why_no_log_loss}")
     elif not (status.evaluations or status.measured):
@@ -182,4 +197,4 @@ def in_words(status: RunStatus) -> list[str]:
     lines += status.faults
     if status.next and not status.at_work:
         lines.append(f"next: {status.next}")
-    return [printable(" ".join(line.splitlines())) for line in lines]
+    return lines

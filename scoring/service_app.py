@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -15,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -28,7 +26,7 @@ from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
 from common.progress import Show
 from data_prep.export_reader import iter_battles
-from factory.serve_page import OwnPagesOnly, exposure, free_port
+from factory.serve_page import QUIET, OwnPagesOnly, exposure, free_port, run_server
 from factory.stage_context import StageContext
 from scoring.agreement import stage_agreement
 from scoring.calibration import REWARD_COLUMNS
@@ -355,22 +353,11 @@ def serve_stage(
     if agree:
         service.agreement = stage_agreement(context, agree)
         show.note(f"{context.name}: {service.agreement.in_words()}")
-    quiet = {"access_log": False, "log_level": "error", "server_header": False}
     app = build_app(service, host, token)
-    server = _Server(
-        uvicorn.Config(app, host, port, limit_concurrency=_MOST_CONNECTIONS, lifespan="on", http=Impatient, **quiet)
-    )
+    server = _Server(uvicorn.Config(app, host, port, limit_concurrency=_MOST_CONNECTIONS, http=Impatient, **QUIET))
     server.service = service
     show.note(f"{context.name}: judging at http://{host}:{port}/   (Ctrl-C ends it)")
-    # uvicorn raises the signal again once it has ended in order, which is the usual end here, and no failure
-    usual = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        server.run()
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-    if not server.started:
-        raise UsageError(f"cannot listen at {host}:{port}", where="--host, --port", remedy="choose others")
+    run_server(server)
     if service.fault:
         what, remedy = "the process of a model was killed, probably for want of memory", "serve with fewer --workers"
         raise ArenaError(what, where=context.name, remedy=remedy)

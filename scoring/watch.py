@@ -19,10 +19,10 @@ from data_prep.chat_template import load_frame
 from data_prep.export_reader import read_battles, truth_of
 from data_prep.ground_truth import probabilities_of
 from data_prep.prompt import JudgePrompt
-from factory.serve_page import serve_page, serve_tensorboard
+from factory.serve_page import serve_tensorboard
 from factory.stage_context import StageContext, context_labelled
 from factory.state import last_checkpoint
-from factory.status import OUTDATED, running_stages
+from factory.status import OUTDATED, readable_experiments, running_stages
 from factory.trainer_log import show_points
 from scoring.baselines import baseline_probabilities
 from scoring.engines.torch_engine import score_labels
@@ -32,6 +32,16 @@ from scoring.metrics import row_losses, verdict_codes
 from scoring.model_loading import device_name, trained_adapter
 from scoring.run_status import RunStatus, events, run_status
 from scoring.score_stage import texts
+from scoring.watch_page import serve_watch
+
+
+def experiment_at_work() -> str:
+    """Return the experiment on which a run is at work; raises UsageError where that is none or more than one."""
+    names = [each.name for each in readable_experiments()[0] if running_stages(each)]
+    if len(names) == 1:
+        return names[0]
+    what = f"runs of {' and '.join(names)} are at work" if names else "no run is at work here"
+    raise UsageError(what, remedy="name an experiment: -e EXP; `python run.py status` lists them")
 
 
 def stage_to_watch(experiment: Experiment, stage: str | None, score_rows: int = 0) -> str:
@@ -101,10 +111,13 @@ class CheckpointScorer:
 
 
 class Watcher:
-    """Reads a run's status again and again, and adds baselines and checkpoints' scores from a thread of its own."""
+    """Reads a run's status again and again, and adds baselines and checkpoints' scores from a thread of its own.
+
+    `score_rows` may be set later: from then on the newest checkpoint is scored on so many validation battles.
+    """
 
     def __init__(self, experiment: Experiment, stage: str, score_rows: int = 0):
-        self._experiment, self._stage, self._rows = experiment, stage, score_rows
+        self._experiment, self._stage, self.score_rows = experiment, stage, score_rows
         self._baselines: pd.DataFrame | None = None
         self._scorer: CheckpointScorer | None = None
         self._measured: list[dict[str, Any]] = []
@@ -133,15 +146,14 @@ class Watcher:
             time.sleep(2)
 
     def _advance(self) -> bool:
-        """Fit the baselines once and score the newest checkpoint; return whether there may be more to score."""
+        """Fit the baselines once and score the newest checkpoint; return whether to look again."""
         try:
             context = context_labelled(self._experiment, self._stage)
             status = run_status(context)
-            if self._baselines is None:
-                if not self._rows and status.ladder:
-                    return False  # its report has the baselines
+            if self._baselines is None and (self.score_rows or not status.ladder):  # its report has the baselines
                 self._baselines = baseline_losses(context)
-                self._scorer = CheckpointScorer(context, self._rows) if self._rows else None
+            if self._scorer is None and self.score_rows:
+                self._scorer = CheckpointScorer(context, self.score_rows)
             if self._scorer and status.state != OUTDATED:
                 self._score_newest(context.adapter)
         except Exception as error:  # in a thread it would reach no user; the next checkpoint would end the same way
@@ -150,7 +162,7 @@ class Watcher:
             what = str(error) if isinstance(error, ArenaError) else f"{type(error).__name__}: {first}"
             self._faults.append(then + what)
             return False
-        return self._scorer is not None
+        return True
 
     def _score_newest(self, adapter: Path) -> None:
         checkpoint = last_checkpoint(adapter, to_go_on=False)
@@ -196,10 +208,8 @@ def watch(
         return None
     stage = stage_to_watch(experiment, stage, score)
     if not (once or terminal or as_json):
-        arguments = ["--experiment", experiment.name, "--stage", stage, "--score", str(score)]
-        folder = context_labelled(experiment, stage).folder
-        log = folder.with_name(f"{folder.name}_watch.log")
-        serve_page("scoring.watch_page", arguments, f"watch {experiment.name} {stage}", log, host, port, **page)
+        context = context_labelled(experiment, stage)
+        serve_watch(context, Watcher(experiment, stage, score).start(), host, port, **page)
         return None
     watcher = Watcher(experiment, stage, score)
     seen = watcher.finish().status() if once or as_json else follow(watcher.start(), show)

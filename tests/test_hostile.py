@@ -56,7 +56,6 @@ from factory.serve_page import exposure
 from factory.stage_context import StageContext
 from factory.train import RowsCheck
 from factory.weight_checks import weight_faults
-from scoring import watch_page
 from scoring.model_loading import TrainedAdapter, load_model
 from tests.bad_inputs.place import COLUMNS
 
@@ -860,13 +859,11 @@ def test_servers_listen_to_this_machine_only(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for module in (launcher, serve_page):
         monkeypatch.setattr(module, "follow_parent", lambda: None)
-    for module in (board_page, watch_page):
-        monkeypatch.setattr(module, "build", lambda **_: page)
+    monkeypatch.setattr(board_page, "build", lambda: page)
     assert launcher.main(["webui"]) == 0
     assert seen.get("GRADIO_SERVER_NAME") == seen.get("API_HOST") == "127.0.0.1"
     board_page.main(["--port", "1"])
-    watch_page.main(["--port", "1", "--experiment", "x", "--stage", "sft", "--score", "0"])
-    assert [(each["server_name"], each["share"]) for each in launched] == [("127.0.0.1", False)] * 2
+    assert [(each["server_name"], each["share"]) for each in launched] == [("127.0.0.1", False)]
 
 
 def test_no_code_of_ours_binds_to_every_network():

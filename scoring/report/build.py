@@ -26,6 +26,7 @@ from scoring.calibration import (
     BA_COLUMNS,
     Calibration,
     FittedLink,
+    blend,
     calibrate,
     has_both_orders,
     kind_of,
@@ -180,6 +181,7 @@ def _quality(judged: _Judged, fitted: FittedLink) -> dict[str, Any]:
         "bayes_expected": None if judged.bayes is None else _entropy(judged.bayes),
         "learned_share": share,
         "learned_share_ci95": share_interval,
+        "with_baselines": _with_baselines(judged, loss, baselines),
         **_position(judged, fitted, intervals),
         "reliability": metrics.reliability(model, truth),
         "confusion": metrics.confusion(model, truth),
@@ -187,6 +189,14 @@ def _quality(judged: _Judged, fitted: FittedLink) -> dict[str, Any]:
         "worst": _listed(judged, losses, lambda row: {"probabilities": _by_class(model[row]), "log_loss": losses[row]}),
         "most_biased": biased,
     }
+
+
+def _with_baselines(judged: _Judged, loss: float, baselines: Mapping[str, float]) -> dict[str, Any] | None:
+    """Return what `ensemble` makes of the judge and the baselines that are better; None where none is."""
+    better = {name: judged.baselines[name] for name in ("length", "tfidf") if baselines[name] < loss}
+    groups, seed = judged.bootstrap.groups, judged.bootstrap.seed
+    mixed = blend({"judge": judged.model, **better}, judged.truth, groups, seed)[0] if better else None
+    return None if mixed is None else {"names": list(better), "log_loss": metrics.log_loss(mixed, judged.truth)}
 
 
 def _intervals(judged: _Judged) -> tuple[dict[str, list | None], float | None, list | None]:

@@ -19,7 +19,7 @@ from factory import status
 from factory.recipes import as_yaml
 from factory.stage_context import StageContext
 from scoring.report import figures
-from scoring.report.findings import findings, headline, main_figures, outcome
+from scoring.report.findings import LEVELS, findings, headline, main_figures, outcome
 from scoring.report.formatting import BASELINE_NAMES, percent, points
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def print_summary(console: Console, context: StageContext, report: dict[str, Any
         if sentences := [sentence for sentence in found[section] if sentence not in flagged]:
             _print(console, f"{name}: {' '.join(sentences)}")
     for flag in report["flags"]:
-        _print(console, f"[{flag['level']}] {flag['text']}", _STYLES[flag["level"]])
+        _print(console, f"{LEVELS[flag['level']]}: {flag['text']}", _STYLES[flag["level"]])
     folder = context.folder
     _print(console, f"report:     {folder / 'report.html'}   (numbers: report.json)")
     submission, why_none = folder / "submission.csv", "none: no test set was exported; prepare with --test FILE"
@@ -68,8 +68,13 @@ def print_summary(console: Console, context: StageContext, report: dict[str, Any
 
 
 def next_commands(context: StageContext, report: dict[str, Any]) -> list[str]:
-    """Return what to look at or to run after a report: the worst row, then what `status` says."""
+    """Return what to look at or to run after a report: its worst row, a blend with better baselines, another method."""
     commands = status.next_commands(status.experiment_status(context))
+    if blended := report.get("with_baselines"):
+        own, loss = context.experiment.name, blended["log_loss"]
+        members = " ".join(f"-e {own}:{name}" for name in (context.name, *blended["names"]))
+        gain = f"log loss {loss:.4f} on these battles, {report['log_loss'] - loss:.4f} lower"
+        commands.insert(0, f"python run.py ensemble {members} --name {own}_blend   ({gain})")
     if report.get("worst"):
         worst = shlex.quote(report["worst"][0]["id"])
         where = f"-e {context.experiment.name} --stage {context.name}"
@@ -122,7 +127,7 @@ def _print_compared(console: Console, result: dict[str, Any]) -> None:
 def _print_flags(console: Console, result: dict[str, Any]) -> None:
     for stage, texts in result["flags"].items():
         for text in texts:
-            _print(console, f"[red] {stage}: {text}", _STYLES["red"])
+            _print(console, f"{LEVELS['red']}: {stage}: {text}", _STYLES["red"])
 
 
 def _advice(result: dict[str, Any]) -> Iterable[str]:

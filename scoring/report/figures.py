@@ -15,6 +15,8 @@ from scoring.report.formatting import BASELINES
 
 # More points than this are averaged in groups, which smooths the curve and keeps the page small.
 CURVE_POINTS = 100
+# The log loss at the top of a running training's chart; a third for each class costs 1.0986.
+_HIGHEST = 1.6
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,30 @@ def curve(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         "train": polyline(train),
         "evals": evals,
         "eval_line": polyline(evals),
+    }
+
+
+def log_losses_by_step(
+    bounds: Sequence[tuple[int, float]], measured: Sequence[tuple[int, float]], ladder: Mapping[str, float], steps: int
+) -> dict[str, Any] | None:
+    """Return the drawing of a running training's log losses, as (step, loss), over the baselines' lines; None if empty.
+
+    A bound that is far above all baselines lies at the top: it must not flatten the rest.
+    """
+    highest = max([_HIGHEST, *ladder.values()])
+    found = [min(loss, highest) for _, loss in (*bounds, *measured)] + list(ladder.values())
+    if not found:
+        return None
+    losses, lines, place = axis_of(found, most_ticks=5), [], 0.0
+    for name, loss in sorted(ladder.items(), key=lambda item: item[1]):
+        place = max(losses.at(loss), place + 7)  # names do not cover each other
+        lines.append({"name": BASELINES[name][0], "loss": loss, "y": 100 - losses.at(loss), "text_y": 100 - place})
+    return {
+        "steps": axis_of([0, max(steps, 1)], padding=0.0),
+        "losses": losses,
+        "lines": lines,
+        "bounds": bounds,
+        "measured": measured,
     }
 
 

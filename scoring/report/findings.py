@@ -14,13 +14,13 @@ from scoring.report.formatting import BASELINE_NAMES, CLASS_NAMES, count, interv
 
 # Beyond these a figure is worth a warning.
 FEW_ROWS, FLIP_RATE, CUT_SHARE, ECE, PRIOR_SHIFT = 200, 0.15, 0.1, 0.03, 0.1
-LEVELS = ("red", "amber", "info")
+LEVELS = {"red": "Stop", "amber": "Caution", "info": "Note"}  # gravest first, as a reader is told
 
 
 def flags_of(report: Mapping[str, Any], test_rows: int) -> list[dict[str, str]]:
     """Return what a reader must not overlook (level, code, text), gravest first; `test_rows`: those of the test set."""
     flags = [*_failures(report), *_cautions(report, test_rows)]
-    flags.sort(key=lambda flag: LEVELS.index(flag[0]))
+    flags.sort(key=lambda flag: list(LEVELS).index(flag[0]))
     return [{"level": level, "code": code, "text": text} for level, code, text in flags]
 
 
@@ -57,10 +57,7 @@ def _cautions(report: Mapping[str, Any], test_rows: int) -> Iterator[tuple[str, 
     better = {name: its for name, its in report["baselines"].items() if its < loss and name not in ignorant}
     if better:
         named = ", ".join(f"{BASELINE_NAMES[name]} ({value:.3f})" for name, value in better.items())
-        own, also = report["experiment"], [name for name in better if name in ("length", "tfidf")]
-        members = " ".join(f"-e {own}:{name}" for name in (report["stage"], *also))
-        way = f" A blend has both: `python run.py ensemble {members} --name {own}_blend`." if also else ""
-        yield "amber", "baseline_ahead", f"A simple baseline is better ({loss:.3f} here): {named}.{way}"
+        yield "amber", "baseline_ahead", f"A simple baseline is better ({loss:.3f} here): {named}."
     if folds := report["folds"]:
         losses = ", ".join(number(fold["log_loss"], 4) for fold in folds)
         yield (
@@ -94,7 +91,7 @@ def _cautions(report: Mapping[str, Any], test_rows: int) -> Iterator[tuple[str, 
         yield "amber", "prior_shift", text
     if calibration["scores"] == "logits" or calibration["kept"]:
         level = "amber" if calibration["log_loss_cross_fitted"] is None else "info"
-        yield level, "calibration", _sentence(calibration["reason"])
+        yield level, "calibration", f"Calibration, a last correction of the probabilities: {calibration['reason']}."
     if "time_limit_seconds" in scoring and calibration["scores"] == "logits":
         both = scoring["rows_in_both_orders"]["test"]
         if both < test_rows:

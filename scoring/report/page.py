@@ -19,7 +19,7 @@ from common.files import atomic_file
 from common.stages import STAGES
 from data_prep.export_reader import Split, iter_battles, iter_pairs
 from scoring.report import figures, formatting
-from scoring.report.findings import findings, headline, main_figures, outcome
+from scoring.report.findings import LEVELS, findings, headline, main_figures, outcome
 from scoring.report.formatting import CLASS_NAMES, number
 
 # Characters of one text: a page is for reading; `run.py show` prints all of it, as the model reads it.
@@ -53,6 +53,7 @@ def write_page(report: Mapping[str, Any], path: Path, battles: Sequence[Mapping[
         "worst": {row["id"]: row for row in report["worst"]},
         "most_biased": {row["id"]: row for row in report["most_biased"]},
         "few_rows": FEW_ROWS,
+        "levels": LEVELS,
     }
     _write("report.html.j2", view, path)
 

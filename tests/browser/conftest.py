@@ -150,7 +150,7 @@ def place(browser, tmp_path_factory, tiny_base) -> Path:
 def servers(place) -> Iterator[dict[str, Server]]:
     """LLaMA Board and the watch page, started together."""
     started = {
-        "watch": Server(place, "watch", "-e", "demo", "--stage", "sft", "--score", "30"),
+        "watch": Server(place, "watch", "-e", "demo", "--stage", "sft"),
         "board": Server(place, "board"),
     }
     yield started

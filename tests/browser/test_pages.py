@@ -1,43 +1,52 @@
-"""The watch page while a run of the command line is at work, then the real LLaMA Board on what it trained.
+"""The watch page while a run of the command line is at work, on a phone and a desk, then the real LLaMA Board.
 
 In this order: whatever comes first starts the one training that all of them look at.
 """
 
+import json
 import re
+import shutil
+
+from chain import run_py
 
 
-def drawn(tab, name) -> str:
-    """Return the source of a chart's picture, empty while none is drawn."""
-    picture = tab.page.locator(f"#{name} img")
-    if picture.count() == 0 or picture.first.evaluate("each => each.naturalWidth") < 200:
-        return ""
-    return picture.first.get_attribute("src")
+def see(tab, name: str) -> None:
+    """Look at a page on a phone and on a desk, in the light and in the dark: nothing hangs over the edge."""
+    for width, scheme in ((400, "light"), (400, "dark"), (1280, "dark"), (1280, "light")):
+        tab.page.set_viewport_size({"width": width, "height": 900})
+        tab.page.emulate_media(color_scheme=scheme)
+        tab.picture(f"{name}_{width}_{scheme}")
+        assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_a_run_is_watched_while_it_runs(tab, servers, training):
     tab.page.goto(servers["watch"].url)
-    words = tab.page.locator("#words")
+    words, bar = tab.page.locator("#now"), tab.page.get_by_role("progressbar")
+    line = tab.page.locator("#losses polyline").first
 
     def step() -> int:
-        found = re.search(r"step (\d+)/40", words.inner_text())
-        return int(found[1]) if found else 0
+        return int(bar.evaluate("each => each.value")) if bar.count() else 0
 
     words.get_by_text("training").first.wait_for()
     first = tab.until(step, lambda n: n > 0)
-    before = tab.until(lambda: drawn(tab, "losses"), bool)
-    tab.picture("watch_running")
-    # LLaMA-Factory's own bar: Gradio fetches the script of what is first shown now, so it may come after the chart.
-    tab.page.get_by_text(re.compile(r"Running \d+/40")).wait_for()
+    assert words.inner_text().count("step ") == 1, "the step is said in one place"
+    before = tab.until(lambda: line.get_attribute("points") if line.count() else "", bool)
+    tab.page.get_by_role("button", name="Log loss of the newest checkpoint").click()
     later = tab.until(step, lambda n: n > first)
-    tab.until(lambda: drawn(tab, "losses"), lambda now: now and now != before)
-    text = tab.until(words.inner_text, lambda text: "so a log loss of at most" in text and "Class prior" in text)
-    assert later > first and re.search(r"loss \d\.\d{4}", text)
-    assert drawn(tab, "ladder")
-    tab.until(words.inner_text, lambda text: "demo sft: trained" in text and "checkpoint 40: log loss" in text)
-    found = re.search(r"checkpoint 40: log loss (\d\.\d{4}) on 30 validation battles", words.inner_text())
+    tab.until(lambda: line.get_attribute("points"), lambda now: now != before)
+    text = tab.until(words.inner_text, lambda text: "of the verdict of at most" in text and "Class prior" in text)
+    assert later > first and re.search(r"training loss \d\.\d{4}", text) and not tab.page.locator("button").count()
+    see(tab, "watch_running")
+    tab.page.set_viewport_size({"width": 400, "height": 900})
+    upper, lower = (tab.page.locator(f"#{name}").bounding_box() for name in ("losses", "ladder"))
+    assert upper["y"] + upper["height"] <= lower["y"] and lower["x"] == upper["x"], "plots below each other"
+    tab.until(words.inner_text, lambda text: "trained" in text and "checkpoint 40: log loss" in text)
+    found = re.search(
+        r"checkpoint 40: log loss of the verdict (\d\.\d{4}) on \d+ validation battles", words.inner_text()
+    )
     assert 0.3 < float(found[1]) < 3
     assert "next: python run.py sft -e demo" in words.inner_text()
-    tab.picture("watch_finished")
+    see(tab, "watch_finished")
     assert training.wait(60) == 0
     assert tab.errors == []
 
@@ -82,7 +91,10 @@ def data_sets(tab) -> list[str]:
     return [each.inner_text().strip() for each in tab.page.locator(".token:visible").all()]
 
 
-def test_an_experiment_is_loaded_started_and_its_chart_moves(tab, servers, trained):
+def test_an_experiment_is_loaded_started_and_becomes_its_stage(tab, servers, trained):
+    adapters, own = trained / "saves" / "arena-tiny" / "lora", trained / "outputs" / "demo"
+    shutil.rmtree(adapters / "demo_sft")  # a stage that `run.py` trained stays what it is
+    shutil.rmtree(own)
     open_board(tab, servers["board"].url)
     load(tab, "demo_sft.yaml")
     tab.until(lambda: data_sets(tab), lambda seen: seen == ["demo_sft_train"])
@@ -99,9 +111,12 @@ def test_an_experiment_is_loaded_started_and_its_chart_moves(tab, servers, train
     tab.until(lambda: chart(tab), lambda now: now and now != before)
     tab.page.get_by_text("Finished.").first.wait_for()
     tab.picture("board_finished")
-    adapters = {folder.name for folder in (trained / "saves" / "arena-tiny" / "lora").iterdir()}
-    made = [name for name in adapters if name.startswith("train_")]
-    assert len(made) == 1 and "demo_sft" in adapters
-    job = (trained / "saves" / "arena-tiny" / "lora" / made[0] / "board_job.log").read_text()
+    (made,) = adapters.glob("train_*")
+    assert (adapters / "demo_sft").resolve() == made.resolve()
+    job = (own / "sft" / "train.log").read_text()
     assert "Running training" in job and "Num examples = 1,260" in job.replace("1260", "1,260")
+    found = json.loads(run_py(trained, "status", "-e", "demo", "--json").stdout)["experiments"][0]["stages"][0]
+    assert (found["state"], found["next"]) == ("trained", "python run.py sft -e demo")
+    merged = run_py(trained, "sft", "-e", "demo", "--until", "merge")
+    assert merged.returncode == 0 and "training kept" in merged.stderr, merged.stderr
     assert tab.errors == []

@@ -32,6 +32,8 @@ def test_it_is_read_at_any_width_in_light_and_dark(tab, report, width, scheme):
     page.goto(report)
     assert "beats the class prior" in page.locator("h1").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing hangs over the edge"
+    cut = "[...document.querySelectorAll('.scroll')].filter(each => each.scrollWidth > each.clientWidth + 1).length"
+    assert page.evaluate(cut) == 0, "no table is wider than its place"
     for drawing in ("#baselines svg.lane circle", "#reliability svg circle.bin", "#training svg polyline"):
         box = page.locator(drawing).first.bounding_box()
         assert box["width"] > 3 and box["height"] > 3, f"{drawing} is drawn"

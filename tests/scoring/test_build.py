@@ -52,6 +52,17 @@ def test_a_good_judge_on_the_synthetic_arena():
     assert weighted / 2_000 == pytest.approx(report["log_loss"])
 
 
+def test_a_better_baseline_is_blended_with_the_judge():
+    scores, texts, _ = arena(400, 3, skill=0.1)
+    train = arena(600, 1_000)[1]
+    for table in (texts, train):  # the words tell the verdict in half of the rows
+        table["text_a"] = [f"{verdict if row % 2 else 'unknown'} word" for row, verdict in enumerate(table["verdict"])]
+    report = built(scores, texts, train=train)[0]
+    assert report["with_baselines"]["names"] == ["tfidf"]
+    assert report["with_baselines"]["log_loss"] < report["baselines"]["tfidf"] < report["log_loss"]
+    assert built(*arena(400, 3))[0]["with_baselines"] is None
+
+
 def test_position_bias_and_what_averaging_both_orders_gains():
     scores, texts, _ = arena(2_000, 2, both_orders=True)
     report, _, _ = built(scores, texts)

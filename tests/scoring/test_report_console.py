@@ -9,6 +9,7 @@ from scored_arena import arena, built
 from common.progress import PlainConsole
 from factory.stage_context import StageContext
 from scoring.report.console import print_comparison, print_summary
+from scoring.report.findings import LEVELS
 
 
 @pytest.fixture
@@ -38,10 +39,10 @@ def printed(result: dict, tmp_path) -> str:
 def test_the_best_stage_without_a_flag_is_advised(result, tmp_path):
     text = printed(result, tmp_path)
     assert "next: python run.py score -e exam --stage sft --input FILE" in text and "sft is better" in text
-    assert "[red]" not in text and "or better" not in text
+    assert "Stop:" not in text and "or better" not in text
     result["flags"]["sft"] = ["Log loss 0.9300 is below [b]the class prior's 0.9438[/b], but nothing is shown."]
     text = printed(result, tmp_path)
-    assert "[red] sft: Log loss 0.9300 is below [b]the class prior's 0.9438[/b]" in text
+    assert "Stop: sft: Log loss 0.9300 is below [b]the class prior's 0.9438[/b]" in text
     assert "--stage rm --input" in text and "rm, or better: Class prior, TF-IDF" in text
     result["flags"]["rm"] = ["Log loss 0.9500 does not beat the class prior."]
     text = printed(result, tmp_path)
@@ -55,13 +56,16 @@ def test_the_summary_shows_the_baselines_the_findings_and_every_flag(tmp_path, m
     report = built(scores, texts, truth)[0]
     out = io.StringIO()
     experiment = SimpleNamespace(name="exam", output_folder=lambda stage, fold=None: tmp_path / stage)
+    report["with_baselines"] = {"names": ["tfidf"], "log_loss": report["log_loss"] - 0.05}
     print_summary(PlainConsole(file=out, width=300), StageContext(experiment, "sft"), report)
     text = out.getvalue()
     losses = [float(line.split("│")[2]) for line in text.splitlines() if line.count("│") == 4]
     assert len(losses) == 6 and losses == sorted(losses, reverse=True), "the worst first"
-    assert all(f"[{flag['level']}] {flag['text']}" in text for flag in report["flags"])
+    assert all(f"{LEVELS[flag['level']]}: {flag['text']}" in text for flag in report["flags"])
     assert "Run checks: 1 passed, 0 failed, 1 not applicable." in text and "report.html" in text
     assert f"next:       python run.py show {report['worst'][0]['id']} -e exam --stage sft" in text
     assert "next:       python run.py compare -e exam" in text
+    assert "python run.py ensemble -e exam:sft -e exam:tfidf --name exam_blend   (log loss" in text
+    assert "on these battles, 0.0500 lower)" in text
     flips = next(flag["text"] for flag in report["flags"] if flag["code"] == "position_bias")
     assert text.count(flips) == 1, "a sentence is printed once"

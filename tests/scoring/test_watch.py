@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from starlette.testclient import TestClient
 
 import run
 from common.errors import ArenaError, UsageError
@@ -26,8 +27,8 @@ from factory.state import StageState
 from factory.status import OUTDATED, next_commands
 from scoring import watch as watching
 from scoring.run_status import in_words, run_status
-from scoring.watch import CheckpointScorer, Watcher, baseline_losses, follow, stage_to_watch
-from scoring.watch_page import ladder_plot
+from scoring.watch import CheckpointScorer, Watcher, baseline_losses, experiment_at_work, follow, stage_to_watch
+from scoring.watch_page import build_app
 from tests.scoring.places import configured
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,8 +84,8 @@ def test_an_evaluation_loss_becomes_an_upper_bound_of_the_log_loss(exam):
     status = status_of(exam)
     assert status.evaluations == [{"step": 4, "eval_loss": 0.3, "log_loss": pytest.approx(0.9)}], "3 tokens an answer"
     text = "\n".join(in_words(status))
-    assert "evaluation loss 0.3000, so a log loss of at most 0.9000" in text
-    assert "step 4/10  loss 0.4000" in text, "an evaluation's line keeps the last loss in sight"
+    assert "evaluation loss 0.3000, so a log loss of the verdict of at most 0.9000" in text
+    assert "step 4/10  training loss 0.4000" in text, "an evaluation's line keeps the last loss in sight"
 
 
 @pytest.mark.parametrize("evaluates", [True, False])
@@ -140,8 +141,10 @@ def test_the_stage_that_runs_is_watched(exam):
         stage_to_watch(exam, None)
     assert "python run.py sft -e exam" in caught.value.remedy and "--stage sft" in caught.value.remedy
     assert stage_to_watch(exam, "rm") == "rm"
+    with pytest.raises(UsageError, match="no run is at work here"):
+        experiment_at_work()
     with only_run(exam.output_folder("sft")):
-        assert stage_to_watch(exam, None) == "sft"
+        assert stage_to_watch(exam, None) == "sft" and experiment_at_work() == "exam"
         with only_run(exam.output_folder("rm")), pytest.raises(UsageError, match="sft and rm run"):
             stage_to_watch(exam, None)
     with only_run(exam.output_folder("rm")), pytest.raises(UsageError, match="no labels"):
@@ -169,7 +172,7 @@ def test_the_terminal_prints_each_evaluation_once_beside_the_baselines(exam, cap
     status = follow(watcher, Show(attended=False), pause=0.01)
     printed = capsys.readouterr().err
     assert status.state == "trained" and watcher.looks == 8
-    assert printed.count("step 2: evaluation loss 0.3500, so a log loss of at most 1.0500") == 1
+    assert printed.count("step 2: evaluation loss 0.3500, so a log loss of the verdict of at most 1.0500") == 1
     assert printed.count("step 5: evaluation loss 0.3000") == 1 and "Class prior 1.0956" in printed
     assert "exam sft: training" in printed and printed.count("step 10/10") == 1
 
@@ -190,7 +193,7 @@ def test_ctrl_c_in_a_terminal_is_no_failure(exam):
             process.kill()
     assert first == "exam sft: training\n" and process.returncode == 0, err
     assert "watching ended; the training goes on" in err and "Error" not in err
-    assert "exam sft: training step 4/10" in out
+    assert "exam sft: training\nstep 4/10" in out
 
 
 def test_a_fault_of_the_baselines_is_printed_and_does_not_end_the_watch(exam):
@@ -228,18 +231,20 @@ def test_whatever_ends_the_scoring_is_reported(exam, monkeypatch, error):
     assert str(error).splitlines()[0] in fault and "long advice" not in fault
 
 
-def test_the_chart_compares_a_measured_point_with_the_baselines_on_its_own_rows(exam):
+def test_the_page_compares_a_measured_point_with_the_baselines_on_its_own_rows(exam, monkeypatch):
     log(exam, "sft", (4, {"eval_loss": 0.3}))
-    whole = replace(status_of(exam), ladder={"uniform": 1.0986, "prior": 1.05})
-    axes = ladder_plot(whole).axes[0]
-    assert {text.get_text() for text in axes.texts} == {"Uniform, 1/3 each 1.0986", "Class prior 1.0500"}
-    assert "all validation battles" in axes.get_xlabel()
+    watcher = Watcher(exam, "sft")
+    now = replace(status_of(exam), ladder={"uniform": 1.0986, "prior": 1.05})
+    monkeypatch.setattr(watcher, "status", lambda: now)
+    page = TestClient(build_app(StageContext(exam, "sft"), watcher, "127.0.0.1"), "http://127.0.0.1")
+    shown = page.get("/").text
+    assert "Uniform, 1/3 each 1.0986" in shown and "Class prior 1.0500" in shown and "step 4: 0.9000" in shown
     measured = {"step": 4, "log_loss": 1.0, "rows": 30, "ladder": {"prior": 1.02}}
-    axes = ladder_plot(replace(whole, measured=[measured])).axes[0]
-    assert [text.get_text() for text in axes.texts] == ["Class prior 1.0200"]
-    assert "these 30 validation battles" in axes.get_xlabel()
-    bound, point = (line for line in axes.lines if len(line.get_xdata()) == 1)
-    assert list(bound.get_ydata()) == [pytest.approx(0.9)] and list(point.get_ydata()) == [1.0]
+    now = replace(now, measured=[measured])
+    shown = page.post("/score").text
+    assert watcher.score_rows == 200 and "<button" not in shown
+    assert "Uniform" not in shown.partition("<svg")[2] and "Class prior 1.0200" in shown and "step 4: 1.0000" in shown
+    assert "measured on 30 validation battles" in shown
 
 
 @pytest.mark.parametrize("see", [lambda watcher: watcher.finish().status(), lambda w: follow(w, Show(), pause=0)])
@@ -254,7 +259,7 @@ def test_a_scored_stage_is_shown_with_what_it_reached(exam, monkeypatch, see):
     shutil.rmtree(exam.output_folder("sft"))
     lines = in_words(status)
     assert status.faults == [] and status.reached["log_loss"] == 1.1061 and status.next == expected
-    assert "log loss 1.1061 on 60 held-out battles: not better than the class prior" in lines
+    assert "log loss of the verdict 1.1061 on 60 held-out battles: not better than the class prior" in lines
     (to_beat,) = (line for line in lines if line.startswith("to beat:"))
     assert "Class prior 1.0956" in to_beat and "Bayes: the best possible 0.8187" in to_beat
     assert not any("evaluation" in line or "no log loss" in line for line in lines)
