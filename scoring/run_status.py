@@ -137,7 +137,7 @@ def answer_tokens(context: StageContext) -> tuple[int | None, str | None]:
 def events(status: RunStatus, ladder: dict[str, float] | None) -> list[tuple[str, str]]:
     """Return each evaluation and each scored checkpoint as (name, sentence), in order of steps.
 
-    An evaluation is compared with `ladder`, a checkpoint with the baselines on its own rows.
+    With a `ladder` an evaluation is compared with it, a checkpoint with the baselines on its own rows.
     """
     found: list[tuple[int, str, str]] = []
     for each in status.evaluations:
@@ -149,7 +149,7 @@ def events(status: RunStatus, ladder: dict[str, float] | None) -> list[tuple[str
     for each in status.measured:
         what = f"checkpoint {each['step']}"
         text = f"{what}: log loss of the verdict {each['log_loss']:.4f} on {each['rows']} validation battles"
-        found.append((each["step"], what, text + _compared(each["ladder"])))
+        found.append((each["step"], what, text + (_compared(each["ladder"]) if ladder else "")))
     return [(what, text) for _, what, text in sorted(found, key=lambda event: event[0])]
 
 
@@ -192,7 +192,9 @@ def remarks(status: RunStatus) -> list[str]:
         lines.append(f"no log loss yet: {status.why_no_log_loss}")
     elif not (status.evaluations or status.measured):
         lines.append("no evaluation yet" + ("" if status.evaluates else f": {_HOW_TO_EVALUATE}"))
-    if status.ladder:
+    if status.measured:
+        lines.append(f"to beat on these {status.measured[-1]['rows']}: {_listed(status.measured[-1]['ladder'])}")
+    elif status.ladder:
         lines.append(f"to beat: {_listed(status.ladder)}")
     lines += status.faults
     if status.next and not status.at_work:
