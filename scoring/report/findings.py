@@ -57,7 +57,9 @@ def _cautions(report: Mapping[str, Any], test_rows: int) -> Iterator[tuple[str, 
     better = {name: its for name, its in report["baselines"].items() if its < loss and name not in ignorant}
     if better:
         named = ", ".join(f"{BASELINE_NAMES[name]} ({value:.3f})" for name, value in better.items())
-        yield "amber", "baseline_ahead", f"A simple baseline is better ({loss:.3f} here): {named}."
+        both = report["with_baselines"]
+        way = f" A blend (`run.py ensemble`) reaches {both['log_loss']:.3f} on these battles." if both else ""
+        yield "amber", "baseline_ahead", f"A simple baseline is better ({loss:.3f} here): {named}.{way}"
     if folds := report["folds"]:
         losses = ", ".join(number(fold["log_loss"], 4) for fold in folds)
         yield (

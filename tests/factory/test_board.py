@@ -1,13 +1,14 @@
 """LLaMA Board's folder: configurations, runs and models, and what stays of the user's."""
 
 import json
+import os
 
 import pytest
 import yaml
 
 from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment, read_yaml
-from factory.board import BoardModel, board_config, board_models, lay_out
+from factory.board import BoardModel, board_config, board_models, configs_newest_first, lay_out
 from factory.fingerprint import model_files
 from factory.recipes import write_recipe
 from factory.stage_context import StageContext
@@ -41,6 +42,13 @@ def test_the_folder_holds_what_the_page_reads(place):
     configs, notes = lay_out()
     assert not exam.adapter_folder("rm").exists(), "nothing is published where nothing was trained"
     assert [path.name for path in configs] == [f"exam_{s}.yaml" for s in ("sft", "dpo_judge", "dpo_reward", "rm")]
+    (place / "llamaboard_config" / "demo_sft.yaml").touch()
+    os.utime(place / "llamaboard_config" / "demo_sft.yaml", (1, 1))
+    write_recipe(exam, "rm")
+    listed = configs_newest_first()
+    assert listed[:2] == ["demo_sft.yaml", "mine.yaml"], "the demo's, then the newest"
+    lay_out()
+    assert configs_newest_first()[1] == "exam_rm.yaml"
     assert notes == []
     assert yaml.safe_load(configs[0].read_text())["train.dataset"] == ["exam_sft_train"]
     assert (place / "llamaboard_config" / "mine.yaml").read_text() == "a: 1\n"

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from common.experiment import load_experiment
 from common.stages import TRAININGS
-from factory.board import board_models, configuration
+from factory.board import board_models, configuration, recipe_started, stage_of
 from factory.board_page import Job, Trust, build
 from factory.process import child_environment
 from factory.recipes import render_recipe
@@ -58,6 +58,8 @@ def pressed(page, runner, button: str, values: dict) -> dict:
 @pytest.mark.parametrize("stage", TRAININGS)
 @pytest.mark.parametrize("name", ["demo", "qwen3-4b"])
 def test_loading_and_starting_a_configuration_is_running_the_recipe(page, runner, name, stage):
+    from llamafactory.webui.common import _clean_cmd
+
     experiment = load_experiment(name)
     model = board_models([experiment])[name, stage]
     values = configuration(StageContext(experiment, stage), model)
@@ -81,6 +83,11 @@ def test_loading_and_starting_a_configuration_is_running_the_recipe(page, runner
     additions = {k: v for k, v in started.items() if k not in recipe and v not in (False, "", 0) and k not in own}
     unchanged = {"enable_thinking": True, "max_grad_norm": 1.0, "pref_loss": "sigmoid", "template": recipe["template"]}
     assert additions.items() <= unchanged.items(), additions
+    context = stage_of(_clean_cmd(started))  # as it is written into training_args.yaml
+    assert (context.experiment.name, context.name) == (name, stage)
+    assert recipe_started(context, _clean_cmd(started)) == rendered
+    other = {"learning_rate": 0.1, "seed": 7}
+    assert recipe_started(context, _clean_cmd(started | other)) == rendered | other
 
 
 def test_the_page_lists_our_models_first_with_path_and_template(page, runner):

@@ -17,6 +17,7 @@ from common.stages import TRAININGS
 from factory.stage_context import StageContext
 from factory.state import StageState
 from factory.status import (
+    beside_on_the_card,
     experiment_names,
     is_at_work,
     next_commands,
@@ -121,6 +122,8 @@ def test_a_run_at_work_is_known_by_its_lock_and_a_dead_one_is_not(exam):
         assert (view.state, view.detail, view.step) == ("training", "step 7/100", 7)
         assert view.next == "python run.py watch -e exam --stage sft"
         assert running_stages(exam) == ["sft"]
+        assert beside_on_the_card(StageContext(exam, "rm")) == ["exam sft"]
+        assert beside_on_the_card(StageContext(exam, "sft")) == []
     assert status(exam, "sft").state == "interrupted"
     lock = folder.with_name(".sft.lock")
     now = datetime.now().astimezone()
