@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import webbrowser
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -19,13 +19,19 @@ from factory.serve_page import QUIET, OwnPagesOnly, exposure, free_port, run_ser
 from factory.stage_context import StageContext
 from scoring.report import figures
 from scoring.report.page import environment
-from scoring.run_status import remarks, state_in_words, step_in_words
-
-if TYPE_CHECKING:
-    from scoring.watch import Watcher
+from scoring.run_status import RunStatus, remarks, state_in_words, step_in_words
 
 _LOG_LINES = 40
 BUTTON_ROWS = 200  # validation battles that the page's button scores each checkpoint on
+
+
+class Watcher(Protocol):
+    """What the page asks: scoring.watch.Watcher."""
+
+    score_rows: int
+
+    def status(self) -> RunStatus:
+        """Return the run as it is now."""
 
 
 def serve_watch(
