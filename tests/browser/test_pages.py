@@ -110,7 +110,7 @@ def test_an_experiment_is_loaded_started_and_becomes_its_stage(tab, servers, tra
     tab.until(lambda: progress.first.inner_text() if progress.count() else "gone", lambda now: now != first)
     tab.until(lambda: chart(tab), lambda now: now and now != before)
     tab.page.get_by_text("Finished.").first.wait_for()
-    tab.picture("board_finished")
+    see(tab, "board_finished")
     (made,) = adapters.glob("train_*")
     assert (adapters / "demo_sft").resolve() == made.resolve()
     job = (own / "sft" / "train.log").read_text()
