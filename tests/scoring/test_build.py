@@ -18,7 +18,7 @@ CONTRACT = {
     *("stage", "experiment", "set", "beats_prior", "flags", "class_counts", "baselines_ci95", "learned_share"),
     *("reliability", "confusion", "slices", "loss_curve", "worst", "most_biased", "train_class_counts"),
     *("gain_over_prior", "gain_over_prior_ci95", "learned_share_ci95", "bayes_expected", "ece_by_chance"),
-    *("baseline_notes", "position_bias_reason", "calibrations", "scoring", "agreement"),
+    *("baseline_notes", "position_bias_reason", "with_baselines", "calibrations", "scoring", "agreement"),
 }
 
 
