@@ -105,19 +105,17 @@ def adopt(
         vars(context).pop("state", None)
         for link, place in ((context.adapter, folder), (context.folder / "train.log", log)):
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(os.path.relpath(place, link.parent), target_is_directory=place.is_dir())
-        inputs = {**context.training_inputs, **local_models(recipe), str(context.recipe_path): recipe}
-        context.state.begin("train", inputs)
+            link.symlink_to(os.path.relpath(place, link.parent))
+        own = {**local_models(recipe), str(context.recipe_path): recipe}
+        context.state.begin("train", {**context.training_inputs, **own})
         began = time.monotonic()
         with context.state.failures_of("train"):
             if code := wait():
-                ended = Interrupted if code < 0 else ArenaError
-                raise ended(f"LLaMA Board's training ended with exit code {code}", where=str(log))
+                what = f"LLaMA Board's training ended with exit code {code}"
+                raise (Interrupted if code < 0 else ArenaError)(what, where=str(log))
             require_files(folder, ADAPTER_FILES, log, "LLaMA Board's training")
             if training_rows(recipe) not in (None, rows := trained_rows(log)):
-                raise ArenaError(
-                    f"LLaMA-Factory trained on {rows} rows, not on those that were exported", where=str(log)
-                )
+                raise ArenaError(f"LLaMA-Factory trained on {rows} rows, not on the exported ones", where=str(log))
             _require_sound(folder, log, recipe)
         context.state.finish("train", [context.adapter / name for name in ADAPTER_FILES], time.monotonic() - began)
 
