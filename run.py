@@ -219,17 +219,7 @@ def probe(experiment: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-<<<<<<< HEAD
-@cl.option(
-    "-e",
-    "--experiment",
-    metavar="EXP",
-    shell_complete=cl.complete_experiment,
-    help="Only this one.  [default: all of them]",
-)
-=======
-@cl.experiment_or(None, "Only this one [all of them].")
->>>>>>> 538dcc0 (The watch page draws as the report does; runs of LLaMA Board become stages' runs; the report at 400 px)
+@cl.experiment_or(None, "Only this one.  [default: all of them]")
 @cl.output_options
 def status(experiment: str | None, as_json: bool) -> None:
     """List the experiments, their stages and what to do next.

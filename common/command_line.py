@@ -382,7 +382,7 @@ kaggle_options = several(
     output_options,
 )
 watch_options = several(
-    experiment_or(None, "A folder of factory_configs/ [the one that is at work]."),
+    experiment_or(None, "A folder of factory_configs/.  [default: the one that is at work]"),
     option(
         "--stage",
         type=click.Choice((*STAGES, "dpo")),
