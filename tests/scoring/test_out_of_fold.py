@@ -73,6 +73,7 @@ def test_each_gpu_trains_one_fold_at_a_time_and_a_failure_is_named(make_experime
     assert set(gpus) == {"4", "7"} and len(gpus) == 3
 
 
+@pytest.mark.slow
 def test_another_fold_answer_asks_the_judges_that_did_not_answer(place):
     place.edit_experiment("folds: 2\n")
     votes = ("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv")
