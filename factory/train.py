@@ -83,7 +83,8 @@ def train(context: StageContext, *, resume: bool = False, fresh: bool = False, s
         context.state.finish("train", [context.adapter / name for name in ADAPTER_FILES], seconds)
     losses = [row["loss"] for row in loss_curve(context.adapter / "trainer_log.jsonl") if row["loss"] is not None]
     summary = f", training loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
-    if losses and context.name == "sft":  # a mean, of which the label is one token and the others are soon sure
+    # A mean, of which the label is one token and the others are soon sure; of a data set of the user's own not known.
+    if losses and context.name == "sft" and (context.experiment.data_folder / MANIFEST).is_file():
         tokens = context.manifest["frame"]["answer_len"]
         summary += f", the mean of {tokens} tokens: at most {losses[-1] * tokens:.2f} for the label (a guess: 1.10)"
     show.note(f"{context.label}: trained in {duration(seconds)}{summary}")
