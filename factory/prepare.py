@@ -112,7 +112,8 @@ def _summary(experiment: Experiment, audit: dict[str, Any]) -> str:
     unread += [f"{lost:,} without a readable id will be missing"] if lost else []
     unread = f" ({'; '.join(unread)}: {where})" if unread else ""
     if experiment.folds > 1:
-        sets = f"{experiment.folds} folds of {min(folds):,} to {max(folds):,} training rows"
+        sizes = " to ".join(f"{size:,}" for size in sorted({min(folds), max(folds)}))
+        sets = f"{experiment.folds} folds of {sizes} rows, each judged by a model trained on the others"
     else:
         sets = f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation (prompts never trained on)"
     return (

@@ -138,12 +138,13 @@ def _member(name: str) -> Member:
         tables = [_frame(each["id"], p) for each, p in zip(frames, found, strict=True)]
         return Member(name, experiment, *tables, [data / "rows.parquet", data / "battles.parquet"], [])
     context = StageContext(experiment, stage)
+    report = read_report(context)  # first: of a stage that is not scored it names the command
     ids = judged_rows(experiment)["id"]
     held_out = _frame(ids, stage_probabilities(context, ids.tolist()))
     path = context.folder / "scores_test.parquet"
     with readable(path, "score the stage again"):
         scores = pd.read_parquet(path)
-    calibration = Calibration.from_json(read_report(context))
+    calibration = Calibration.from_json(report)
     # Without the correction for a target prior, which is made once, behind the blend.
     plain = {number: replace(link, target_prior=None) for number, link in calibration.links.items()}
     test = _frame(scores["id"], replace(calibration, links=plain).apply(scores))

@@ -104,6 +104,7 @@ def _read(folder: Path, scorer: ProbeScorer, inputs: dict[str, Any], show: Show)
     rows = [row for row in scorer.exported("train") if row[0]["verdict"] is not None]
     chunks, found, kept, opened = list(in_chunks(rows, _ROWS)), [], 0, 0.0
     with show.line("probe: reading the training battles") as line:
+        line.update(f"0/{len(rows):,}", 0.0)  # the first part may take minutes
         for number, chunk in enumerate(chunks):
             path = folder / f"{number:05d}.npy"
             states = _kept(path, len(chunk))

@@ -102,6 +102,7 @@ def test_a_quantization_may_be_written_as_llama_cpp_writes_it(workplace):
         ("prepare -e demo", 2, ["--train"]),
         ("sft -e demo --until never", 2, ["--until"]),
         ("score -e demo --input x.csv", 1, ["no readable report", "remedy: python run.py sft -e demo"]),
+        ("ensemble -e demo:rm -e demo:sft --name both", 1, ["no readable report", "remedy: python run.py rm -e demo"]),
         ("score -e demo --stage nonsense", 2, ["is not one of 'sft'"]),
         ("score -e demo --output x.csv", 2, ["--output and --columns belong to --input"]),
         ("prepare -e demo --train nowhere.csv", 1, ["nowhere.csv", "remedy"]),
