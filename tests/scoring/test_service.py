@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 from common.battle import PROBABILITY_COLUMNS, VERDICTS
 from common.errors import ArenaError
 from common.experiment import load_experiment
-from common.progress import Show
 from data_prep.readers import VoteReader
 from factory.stage_context import StageContext
 from scoring import service as service_module
@@ -192,19 +191,6 @@ def test_a_token_is_asked_for_everywhere_but_at_the_page(tmp_path):
     assert [each.status_code for each in ask(calls, token=token)] == [200, 200, 200]
 
 
-def test_the_command_hands_host_and_token_to_what_it_serves(tmp_path, monkeypatch):
-    (tmp_path / "token").write_text("s3cret")
-    built = []
-    service = service_of(LengthScorer())
-    monkeypatch.setattr(service_app, "open_service", lambda *_: service)
-    monkeypatch.setattr(service_app, "build_app", lambda *given: built.append(given))
-    server = SimpleNamespace(run=lambda: None, started=True)
-    monkeypatch.setattr(service_app, "_Server", lambda config: server)
-    options = {"port": None, "token_file": tmp_path / "token", "agree": None, "engine": "torch"}
-    service_app.serve_stage(service.context, host="127.0.0.1", show=Show(), **options)
-    assert built == [(service, "127.0.0.1", "s3cret")]
-
-
 def test_a_page_of_another_site_gets_no_answer():
     foreign = [{"Host": "rebound.example"}, {"Origin": "http://elsewhere.example"}]
     found = ask([("POST", "/v1/judge", {"json": BATTLE, "headers": headers}) for headers in foreign])
@@ -229,21 +215,25 @@ def served(*options, folder="."):
     command = [sys.executable, str(ROOT / "run.py"), "serve", "--port", str(port), *options]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
-            for _ in range(1200):
+            patience = time.monotonic() + 300
+            while True:
                 try:
                     urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5)
                     break
                 except OSError:
                     assert process.poll() is None, process.stdout.read()
+                    assert time.monotonic() < patience, "it does not start"
                     time.sleep(0.1)
             yield process, f"http://127.0.0.1:{port}"
         finally:
             process.kill()
 
 
-def post(address, body):
-    headers = {"Content-Type": "application/json"}
-    return json.load(urlopen(Request(address, json.dumps(body).encode(), headers), timeout=60))
+def called(address, body=None):
+    """Return the JSON of an answer; `body` is posted where there is one."""
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer s3cret"}
+    data = None if body is None else json.dumps(body).encode()
+    return json.load(urlopen(Request(address, data, headers), timeout=60))
 
 
 def under_load(address, event):
@@ -292,6 +282,15 @@ def test_a_kill_under_load_leaves_nothing_behind_and_the_next_start_ends_in_orde
     assert place.snapshot() == before
 
 
+@pytest.mark.slow
+def test_a_killed_model_ends_the_server_with_an_error(place):
+    with served("-e", "exam", "--workers", "2") as (process, address):
+        workers = [each for each in psutil.Process(process.pid).children() if "spawn_main" in str(each.cmdline())]
+        statuses, faults = under_load(address, workers[0].kill)
+        assert len(workers) == 2 and faults == [] and set(statuses) == {(200, True), (503, True)}
+        assert process.wait(30) == 1 and "was killed" in process.stdout.read()
+
+
 def test_a_real_server_answers_as_the_table_was_scored_and_ends_in_order(chain, monkeypatch):
     monkeypatch.chdir(chain)
     context = StageContext(load_experiment("demo"), "sft")
@@ -300,15 +299,18 @@ def test_a_real_server_answers_as_the_table_was_scored_and_ends_in_order(chain, 
     votes = VoteReader(context.manifest["sources"]["train"]["file"], labelled=True)
     battles = {battle.id: battle for _, battle in votes}
     bodies = [body_of(battles[i]) for i in scores["id"]]
-    with served("-e", "demo", "--agree", "0.5") as (process, address):
-        answers = post(f"{address}/v1/judge", bodies)
+    Path("token").write_text("s3cret\n")
+    with served("-e", "demo", "--agree", "0.5", "--token-file", "token") as (process, address):
+        answers = called(f"{address}/v1/judge", bodies)
         assert [each["id"] for each in answers] == list(scores["id"])
         assert np.allclose([[each[name] for name in VERDICTS] for each in answers], expected, atol=1e-4)
-        assert post(f"{address}/v1/judge", bodies[3])["a"] == pytest.approx(answers[3]["a"], abs=1e-4)
-        for name in ("openapi.json", "v1/model", "v1/examples", ""):
-            assert urlopen(f"{address}/{name}").status == 200
+        assert called(f"{address}/v1/judge", bodies[3])["a"] == pytest.approx(answers[3]["a"], abs=1e-4)
+        assert called(f"{address}/v1/model")["agreement"]["target"] == 0.5
+        assert called(f"{address}/v1/examples") and called(f"{address}/openapi.json")
         with pytest.raises(HTTPError, match="404"):
-            post(f"{address}/v1/reward", {"prompt": "x", "response": "y"})
+            called(f"{address}/v1/reward", {"prompt": "x", "response": "y"})
+        with pytest.raises(HTTPError, match="401"):
+            urlopen(f"{address}/v1/model")
         process.send_signal(signal.SIGTERM)
         output = process.stdout.read()
         assert process.wait(30) == 0 and "Traceback" not in output and bodies[0]["prompt"][0] not in output
