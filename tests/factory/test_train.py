@@ -136,7 +136,7 @@ def run(experiment, mode="", step="train", **options):
 def test_a_training_is_recorded_with_what_it_was_made_from_and_kept(experiment):
     adapter, shown = run(experiment)
     assert adapter == experiment.adapter_folder("sft")
-    assert "sft: training\n" in shown and "step 4/4  loss 1.6000" in shown and "loss 1.9000 -> 1.6000" in shown
+    assert "sft: training\n" in shown and "step 4/4  training loss 1.6000" in shown and "loss 1.9000 -> 1.6000" in shown
     record = StageState(Path("outputs/demo/sft")).record("train")
     assert record.finished_at and record.inputs["data"] == {
         "data/demo/dataset_info.json demo_sft_train": {"file_name": "sft_train.jsonl"},
