@@ -75,7 +75,7 @@ for step in range(first + 1, 5):
         time.sleep(60)
 ended = {"log_history": history, "global_step": 3 if mode == "short" else 4, "max_steps": 4}
 (out / "trainer_state.json").write_text(json.dumps(ended))
-(out / "adapter_config.json").write_text("{}")
+(out / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "models/tiny"}')
 if mode != "no adapter":
     weights(out / "adapter_model.safetensors", float("nan") if mode == "nan weights" else 1.0)
 """
