@@ -103,13 +103,21 @@ def look(*, products: bool) -> Devices:
     )
 
 
+def has_bf16(device: int | str) -> bool:
+    """Return whether a GPU that torch sees in this process computes in bf16 by itself."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return bool(torch.version.hip) or (properties.major, properties.minor) >= _FIRST_BF16
+
+
 def _gpu(index: int) -> Gpu:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
     free, _ = torch.cuda.mem_get_info(index)
-    capable = bool(torch.version.hip) or (properties.major, properties.minor) >= _FIRST_BF16
-    return Gpu(properties.name, round(properties.total_memory / 2**30, 1), round(free / 2**30, 1), capable)
+    sizes = (round(each / 2**30, 1) for each in (properties.total_memory, free))
+    return Gpu(properties.name, *sizes, has_bf16(index))
 
 
 def four_bit_product(device: str) -> Product:

@@ -227,7 +227,7 @@ def kaggle_pack(experiment: str, stage: str, fold: str | None, as_json: bool, **
     context, show = start(experiment, stage, fold)
     context.require_one_judge()
     made = kaggle_pack(context, **how, show=show)
-    click.echo(json.dumps(made, indent=2) if as_json else "\n".join(pack_lines(made)))
+    say(json.dumps(made, indent=2) if as_json else "\n".join(pack_lines(made)))
 
 
 COMMANDS = (audit_labels, compare, ensemble, show, score, export, publish, kaggle_pack, rank, verify)

@@ -213,9 +213,10 @@ def require_judge(context: StageContext) -> None:
         else f"{view.state} {view.detail}".rstrip()
     )
     what, remedy = f"is not a judge yet: {context.name} is {state}", view.next
-    if context.merged.is_dir() and not is_at_work(context.folder):
+    if (context.merged.is_dir() or view.state == "scored") and not is_at_work(context.folder):
         what = f"is not a judge: {MANIFEST} is missing"
-        remedy = f"move the folder away and merge again: {context.command} --until merge"
+        away = "move the folder away and " if context.merged.is_dir() else ""
+        remedy = f"{away}merge again: {context.command} --until merge"
     elif whole.next:
         remedy = f"{whole.next}; then {context.command}"
     raise ArenaError(what, where=str(context.merged), remedy=remedy)

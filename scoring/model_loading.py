@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import ArenaError
 from data_prep.hub import offline_if_unreachable
+from factory.devices import has_bf16
 from factory.weight_checks import ADAPTER_FILES, adapter_config, config_of, odd_index, odd_setting
 
 if TYPE_CHECKING:
@@ -175,7 +176,9 @@ def device_name() -> str:
 
 def float_precision(device: str) -> str:
     """Return the precision that "auto" stands for on a device."""
-    return "bf16" if device.startswith("cuda") else "fp32"
+    if not device.startswith("cuda"):
+        return "fp32"
+    return "bf16" if has_bf16(device) else "fp16"
 
 
 def weight_dtype(device: str, precision: str | None = None) -> torch.dtype:

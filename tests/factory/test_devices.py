@@ -7,6 +7,7 @@ import pytest
 
 from factory import devices as module
 from factory.devices import Devices, Gpu, Product, devices, look
+from scoring.model_loading import float_precision, weight_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,7 @@ def test_gpus_are_read_from_torch(monkeypatch, capability, hip, bf16):
     seen = look(products=False)
     assert seen.gpus == (Gpu("Card", 24.0, 6.0, bf16),) * 2
     assert seen.accelerator == "cuda"
+    assert (float_precision("cuda"), weight_dtype("cuda")) == (("fp16", torch.float16), ("bf16", torch.bfloat16))[bf16]
 
 
 @pytest.mark.parametrize("error", [subprocess.TimeoutExpired("x", 1), OSError("no python")])

@@ -16,6 +16,9 @@ from supply_chain import needed
 
 import run
 from common.battle import PROBABILITY_COLUMNS
+from common.experiment import load_experiment
+from factory.stage_context import StageContext
+from tests.bad_inputs.place import lay_stage
 
 FOLDER = Path("outputs/exam/sft/kaggle")
 _PIN = re.compile(r"^([\w-]+)==\S+", re.MULTILINE)
@@ -51,14 +54,19 @@ def packages_of(names: set[str], folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_notebook_writes_the_submission_from_its_folder(place, tmp_path):
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_the_notebook_writes_the_submission_from_its_folder(place, tmp_path, stage):
     slug = "another-arena"
-    done = pack("--competition", slug, "--user", "me", "--precision", "fp32", "--json")
+    if stage == "rm":
+        lay_stage(StageContext(load_experiment("exam"), stage))
+        assert call("score", "-e", "exam", "--stage", stage).exit_code == 0
+    done = pack("--stage", stage, "--competition", slug, "--user", "me", "--precision", "fp32", "--json")
     assert done.exit_code == 0, done.output
     made = json.loads(done.stdout)
-    assert made["dataset"] == "me/arena-factory-exam-sft" and made["wheels"]["count"] > 30
-    assert json.loads((FOLDER / "dataset-metadata.json").read_text())["id"] == made["dataset"]
-    content = {path: path.read_bytes() for path in FOLDER.rglob("*") if path.is_file()}
+    assert made["dataset"] == f"me/arena-factory-exam-{stage}" and made["wheels"]["count"] > 30
+    folder = Path(made["folder"])
+    assert json.loads((folder / "dataset-metadata.json").read_text())["id"] == made["dataset"]
+    content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert sum(map(len, content.values())) == made["bytes"]
     assert not any(b"question 1" in each or str(Path.cwd()).encode() in each for each in content.values()), "no vote"
     given, working = tmp_path / "input", tmp_path / "working"
@@ -66,7 +74,7 @@ def test_the_notebook_writes_the_submission_from_its_folder(place, tmp_path):
     Path("test.csv").rename(given / "competitions" / slug / "test.csv")
     mounted = given / "datasets" / made["dataset"]
     mounted.parent.mkdir(parents=True)
-    FOLDER.rename(mounted)
+    folder.rename(mounted)
     listed = mounted / "project" / "templates" / "kaggle_wheels.txt"
     names = set(_PIN.findall(listed.read_text()))
     # the list is of Kaggle's Python; an older one has an older NumPy
@@ -86,12 +94,13 @@ def test_the_notebook_writes_the_submission_from_its_folder(place, tmp_path):
     )
     assert ended.returncode == 0 and "nothing to install" in ended.stdout, ended.stdout + ended.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in given.rglob("*")} == lies, "nothing is written into the inputs"
-    options = ["--precision", "fp32", "--time-limit", "8h", "--output", "own.csv"]
+    options = ["--stage", stage, "--precision", "fp32", "--time-limit", "8h", "--output", "own.csv"]
     done = call("score", "-e", "exam", "--input", str(given / "competitions" / slug / "test.csv"), *options)
     assert done.exit_code == 0, done.output
     here, there = pd.read_csv("own.csv"), pd.read_csv(working / "submission.csv")
     assert list(there) == ["id", *PROBABILITY_COLUMNS] and there["id"].tolist() == here["id"].tolist()
     assert np.abs(there - here).to_numpy().max() < 1e-6 and np.abs(there.iloc[:, 1:].sum(axis=1) - 1).max() < 1e-6
+    assert there["winner_model_a"].nunique() == len(there), "no row has another's scores"
 
 
 def test_a_pack_is_replaced_with_its_wheels_kept_and_says_what_is_left_to_do(place):
