@@ -69,7 +69,8 @@ def test_the_notebook_writes_the_submission_from_its_folder(place, tmp_path, sta
     content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert sum(map(len, content.values())) == made["bytes"]
     assert not any(b"question 1" in each or str(Path.cwd()).encode() in each for each in content.values()), "no vote"
-    given, working = tmp_path / "input", tmp_path / "working"
+    given, working, scratch = (tmp_path / name for name in ("input", "working", "scratch"))
+    working.mkdir()
     (given / "competitions" / slug).mkdir(parents=True)
     Path("test.csv").rename(given / "competitions" / slug / "test.csv")
     mounted = given / "datasets" / made["dataset"]
@@ -87,13 +88,15 @@ def test_the_notebook_writes_the_submission_from_its_folder(place, tmp_path, sta
     two_cards = code.replace('SCORE = ["', 'SCORE = ["--workers", "2", "')
     (tmp_path / "cells.py").write_text(two_cards)
     own = {"PYTHONPATH": str(packages_of(names | needed({"torch"}, set()), tmp_path / "site"))}
-    own |= {"KAGGLE_INPUT": str(given), "KAGGLE_WORKING": str(working), "PYTHONDONTWRITEBYTECODE": "1"}
+    own |= {"KAGGLE_INPUT": str(given), "KAGGLE_WORKING": str(working), "KAGGLE_SCRATCH": str(scratch)}
+    own |= {"PYTHONDONTWRITEBYTECODE": "1"}
     python = getattr(sys, "_base_executable", sys.executable)
     ended = subprocess.run(
         [python, str(tmp_path / "cells.py")], env={**os.environ, **own}, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0 and "nothing to install" in ended.stdout, ended.stdout + ended.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in given.rglob("*")} == lies, "nothing is written into the inputs"
+    assert [path.name for path in working.rglob("*")] == ["submission.csv"], "Kaggle keeps nothing else"
     options = ["--stage", stage, "--precision", "fp32", "--time-limit", "8h", "--output", "own.csv"]
     done = call("score", "-e", "exam", "--input", str(given / "competitions" / slug / "test.csv"), *options)
     assert done.exit_code == 0, done.output
