@@ -127,8 +127,7 @@ def read_cells(data: bytes) -> None:
 
 @cache
 def _tokenizer() -> Tokenizer:
-    text = "### User\n### Assistant A\nWhich assistant do people prefer? Verdict:"
-    return train_tokenizer([text] * 3, 400)
+    return train_tokenizer(["### User\n### Assistant A\nWhich assistant do people prefer? Verdict:"] * 3, 400)
 
 
 @cache
@@ -178,8 +177,7 @@ def load_experiment(data: bytes) -> None:
 
 @target("recipe", lambda: [render_recipe(_experiment(), step) for step in STEPS])
 def check_a_recipe(data: bytes) -> None:
-    experiment = _experiment()
-    path = experiment.recipe("sft")
+    path = (experiment := _experiment()).recipe("sft")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     assert all(isinstance(fault, str) for fault in check_recipe(experiment, "sft"))
@@ -224,12 +222,10 @@ def read_a_manifest(data: bytes) -> None:
     ChatFrame.from_dict(read_manifest(Path())["frame"])
 
 
-def _info_seeds() -> list[str]:
-    entry = {"file_name": "dataset_info.json", "formatting": "sharegpt", "num_samples": 3}
-    return [json.dumps({"exam_sft_train": entry, "exam_sft_valid": {**entry, "file_name": "x.jsonl"}})]
+_ENTRY = {"file_name": "dataset_info.json", "formatting": "sharegpt", "num_samples": 3}
 
 
-@target("dataset_info", _info_seeds)
+@target("dataset_info", lambda: [json.dumps({"exam_sft_train": _ENTRY, "exam_sft_valid": _ENTRY | {"file_name": "x"}})])
 def read_dataset_info(data: bytes) -> None:
     Path("dataset_info.json").write_bytes(data)
     recipe = {"dataset": "exam_sft_train", "eval_dataset": "exam_sft_valid", "dataset_dir": "."}

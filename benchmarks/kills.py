@@ -7,7 +7,7 @@ A round copies the project in the state before a step (and so moves it to anothe
 again, kills it, and lets it end at last. After each kill every finished step must be whole and no process left; in the
 end data, adapter, merged model and probabilities must be those of an undisturbed run, byte for byte. Calls of run.py
 are forked from one process that has imported everything: a kill costs the work, not the imports.
-Results go to benchmarks/results/kills.json.
+Results go to benchmarks/results/kills.json; remove it and outputs/.kills for other code.
 """
 
 from __future__ import annotations
@@ -321,11 +321,7 @@ def main() -> int:
     parser.add_argument("--steps", nargs="+", choices=names, default=names, help="only these")
     parser.add_argument("--place", type=Path, default=ROOT / "outputs" / ".kills", help="where the states are kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--fresh", action="store_true", help="forget earlier rounds and states (other code)")
     asked = parser.parse_args()
-    if asked.fresh:
-        shutil.rmtree(asked.place, ignore_errors=True)
-        asked.results.unlink(missing_ok=True)
     place, steps = asked.place.absolute(), [step for step in STEPS if step.name in asked.steps]
     place.mkdir(parents=True, exist_ok=True)
     found = {"seed": asked.seed, "wanted": asked.kills, "rounds": []}

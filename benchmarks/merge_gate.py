@@ -1,110 +1,114 @@
-"""What a merge loses: the trained adapter on its quantised base against merges of it, on the same battles.
+"""What a merge of real weights loses: a trained adapter on its base against merges of it, on the same real battles.
 
-python benchmarks/merge_gate.py --demo FOLDER            # a folder where `run.py demo` was run to its end
-python benchmarks/merge_gate.py --wide FOLDER            # trains a wider judge from scratch in FOLDER (minutes)
-python benchmarks/merge_gate.py --demo … --wide … --write   # both, into docs/merge.md
+    python benchmarks/merge_gate.py --votes FILE --model FOLDER --work FOLDER [--steps 60] [--rows 148] [--write]
+
+FOLDER of --model is a pretrained model in 32 bits (make extra-smollm2). It is trained for some steps, at a rate that
+moves its answers as a long training would: LoRA on the weights as they are, and QLoRA (nf4) on a copy in bf16, as most
+models are published. LLaMA-Factory merges in the type that the weights are stored in; all answers are then computed in
+fp32, so that only the merge differs. Answers are kept in --work: an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from figures import ROOT, options, publish, table
-from workbench import Workbench, battles_of
+import numpy as np
+from figures import options, publish, table
+from workbench import Workbench
 
-from common.experiment import Labels, load_experiment
+from common.experiment import load_experiment
 from common.progress import Show
 from data_prep.export_reader import read_battles
-from data_prep.prompt import JudgePrompt
-from data_prep.synthetic import write_arena
 from factory.merge import DequantisedBase
 from factory.stage_context import StageContext
 from scoring.checks.merge_check import compared
 from scoring.engines.torch_engine import score_labels
 from scoring.judge import load_judge
 from scoring.links import softmax
-from scoring.model_loading import trained_adapter
 
-BASES = {"the base": "base", "the dequantised base": "dequantised"}
-HEADINGS = ["judge", "merged into", "stored in", "largest difference", "log loss difference"]
-
-
-def train_wide(folder: Path) -> None:
-    """Train a judge on a random base whose weights are large enough for nf4's rounding to matter."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    bench = Workbench(folder)
-    if (bench.output("wide", "sft") / "merged").is_dir():
-        return
-    write_arena(folder / "arena", seed=3, train_rows=2000, test_rows=50)
-    prompt = JudgePrompt.load(ROOT / "templates" / "judge_prompt.j2", Labels())
-    texts = map(prompt.message, battles_of(folder / "arena" / "train.csv"))
-    plain = folder / bench.base("plain", texts, seed=3, hidden=256, layers=2, heads=8, feed_forward=512)
-    shutil.copytree(plain, folder / "models" / "wide", dirs_exist_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(plain)
-    with torch.no_grad():  # linear layers four times as large as fresh ones, as those of trained models are
-        for key, weight in model.named_parameters():
-            if "_proj" in key:
-                weight.mul_(4)
-    model.save_pretrained(folder / "models" / "wide")
-    recipe = {"learning_rate": 1.0e-3, "lora_rank": 16, "lora_alpha": 32, "max_steps": 120}
-    bench.variant("wide", "demo", model="models/wide", recipes={"sft": recipe})
-    bench.prepare("wide", "--train", "arena/train.csv", "--truth", "arena/truth.csv")
-    bench.run("sft", "-e", "wide", "--until", "merge")
+RECIPE = {"lora_rank": 64, "lora_alpha": 128, "learning_rate": 1.0e-3, "gradient_accumulation_steps": 1}
+RECIPE |= {"per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none"}
+JUDGES = {"lora": "LoRA, base in fp32", "qlora": "QLoRA, base in bf16"}
+TYPES, BESIDE, WITHOUT = ("bfloat16", "float16", "float32"), "beside", "without the adapter"
+HEADINGS = ["training", "merged into", "in", "largest difference", "mean difference", "log loss difference"]
 
 
-def measure(folder: Path, name: str, title: str, count: int) -> list[list[str]]:
-    """Return one row a kind of merge of a trained adapter, the first `count` validation battles asked."""
-    import torch
+def train(bench: Workbench, name: str, asked: Namespace) -> None:
+    """Train and merge one judge, unless that was done."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    os.chdir(folder)
-    experiment = load_experiment(name)
-    context = StageContext(experiment, "sft")
-    judge, battles = load_judge(context.merged), read_battles(experiment.data_folder, "valid")[:count]
+    base, bits = (asked.model.name, None) if name == "lora" else (f"{asked.model.name}-bf16", 4)
+    folder = bench.folder / "models" / base
+    if not folder.is_dir():
+        AutoTokenizer.from_pretrained(asked.model).save_pretrained(folder)
+        dtype = "bfloat16" if bits else "float32"
+        AutoModelForCausalLM.from_pretrained(asked.model, dtype=dtype).save_pretrained(folder)
+    recipes = {"sft": RECIPE | {"max_steps": asked.steps}}
+    keys = {"valid_share": 0.3, "cutoff_len": asked.cutoff, "quantization_bit": bits, "recipes": recipes}
+    bench.variant(name, "smollm2-135m", model=f"models/{base}", **keys)
+    bench.prepare(name, "--train", str(asked.votes[0]))
+    if not (bench.output(name, "sft") / "merged").is_dir():
+        bench.run("sft", "-e", name, "--until", "merge")
+
+
+def measure(name: str, title: str, count: int) -> list[list[str]]:
+    """Return how far a trained adapter moved its base, and one row a kind of merge; drawn validation battles asked."""
+    context = StageContext(load_experiment(name), "sft")
+    judge, battles = load_judge(context.merged), read_battles(context.experiment.data_folder, "valid")
+    battles = [battles[i] for i in np.random.default_rng(1).permutation(len(battles))[:count]]
     sequences, verdicts = judge.sequences(battles), [battle.verdict for battle, _ in battles]
+    copy = DequantisedBase(context) if context.experiment.merges_dequantised else None
+    if copy:
+        copy.ensure(Show())
 
-    def ask(model: Any) -> Any:
-        return softmax(score_labels(model, sequences, judge.frame.label_ids))
+    def answers(weights: Path, how: str) -> np.ndarray:
+        kept = Path(f"answers-{name}-{weights.name}-{how}-{count}.npy")
+        if not kept.is_file():
+            model = on(weights, how, context.adapter)
+            np.save(kept, softmax(score_labels(model, sequences, judge.frame.label_ids)))
+        return np.load(kept)
 
-    trained, rows = ask(trained_adapter(context).load("cpu")), []
-    for onto, value in BASES.items():
-        model = merged(StageContext(experiment.model_copy(update={"merge_onto": value}), "sft"))
-        for stored in ("fp32", "bf16"):
-            if stored == "bf16":
-                model = model.to(torch.bfloat16).float()
-            found = compared(trained, ask(model), verdicts, 1.0)
-            apart = found["log_loss_merged"] - found["log_loss_adapter"]
-            rows.append([title, onto, stored, f"**{found['max_abs_diff']:.1e}**", f"{apart:+.5f}"])
+    bases = {"the base": Path(context.recipe["model_name_or_path"])}
+    if copy:
+        bases["the dequantised base"] = copy.folder
+    own, rows = list(bases)[-1], []
+    trained = answers(bases[own], BESIDE)
+    for onto, how in [(own, WITHOUT), *((onto, dtype) for onto in bases for dtype in TYPES)]:
+        found = compared(trained, answers(bases[onto], how), verdicts, 1.0)
+        apart = found["log_loss_merged"] - found["log_loss_adapter"]
+        moved = [f"**{100 * found[f'{which}_abs_diff']:.2f}** points" for which in ("max", "mean")]
+        rows.append([title, onto, how, *moved, f"{apart:+.5f}"])
+        print(" | ".join(rows[-1]), flush=True)
     return rows
 
 
-def merged(context: StageContext) -> Any:
-    """Return base and adapter as one model in fp32, merged as LLaMA-Factory merges."""
+def on(weights: Path, how: str, adapter: Path) -> Any:
+    """Return the weights in fp32, with the adapter merged in a type, beside them, or without it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    if context.experiment.merges_dequantised:
-        DequantisedBase(context).ensure(Show())
-    model = AutoModelForCausalLM.from_pretrained(context.experiment.merge_model("sft"))
-    return PeftModel.from_pretrained(model, str(context.adapter)).merge_and_unload().eval()
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=how if how in TYPES else "float32")
+    if how != WITHOUT:
+        model = PeftModel.from_pretrained(model, adapter)
+    return (model.merge_and_unload() if how in TYPES else model).float().eval()
 
 
 def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--demo", type=lambda path: Path(path).resolve(), help="a folder with a finished demo")
-    parser.add_argument("--wide", type=lambda path: Path(path).resolve(), help="a folder to train a wider judge in")
-    parser.add_argument("--rows", type=int, default=200, help="validation battles that each model answers [200]")
+    parser = options(__doc__, votes=True, work=True)
+    parser.add_argument("--model", type=lambda path: Path(path).resolve(), required=True)
+    parser.add_argument("--steps", type=int, default=60, help="of 4 battles [60]")
+    parser.add_argument("--cutoff", type=int, default=192, help="tokens of a battle [192]")
+    parser.add_argument("--rows", type=int, default=148, help="validation battles that each model answers [148]")
+    parser.add_argument("--only", choices=JUDGES, help="one of the two trainings")
     asked = parser.parse_args()
-    rows = []
-    if asked.demo:
-        rows += measure(asked.demo, "demo", "the demo's (hidden 64)", asked.rows)
-    if asked.wide:
-        train_wide(asked.wide)
-        rows += measure(asked.wide, "wide", "wider (hidden 256, weights x4)", asked.rows)
+    bench, rows = Workbench(asked.work), []
+    os.chdir(bench.folder)
+    for name in [asked.only] if asked.only else JUDGES:
+        train(bench, name, asked)
+        rows += measure(name, JUDGES[name], asked.rows)
     publish("merge figures", table(HEADINGS, rows), asked.write)
 
 

@@ -8,7 +8,6 @@ Bad inputs and hostile cases are run now. The rest takes long: its last results 
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from figures import ROOT, options, publish, table
+
+from common.files import read_json
 
 HOSTILE = ("tests/test_hostile.py", "tests/test_hostile_servers.py")
 
@@ -31,15 +32,9 @@ def tests(prefix: str, *paths: str) -> str:
     return f"{len(passed)} / {len(cases)}"
 
 
-def kept(name: str) -> dict:
-    """Return the results of an earlier measurement, which `make kills` or `make fuzz` writes."""
-    return json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
-
-
 def main() -> None:
-    """Run what is quick, read what is slow, write the table."""
     asked = options(__doc__).parse_args()
-    kills, fuzz = kept("kills.json"), kept("fuzz.json")
+    kills, fuzz = (read_json(ROOT / "benchmarks" / "results" / f"{name}.json") for name in ("kills", "fuzz"))
     limit = f"{fuzz['seconds']} s" if fuzz["seconds"] else f"{fuzz['runs']:,} inputs"
     executions = sum(each["executions"] for each in fuzz["targets"])
     crashes = sum(max(len(each["crashes"]), int(not each["ended_well"])) for each in fuzz["targets"])
