@@ -324,7 +324,7 @@ for each in COMMANDS:
 
 if __name__ == "__main__":
     os.environ["PYTHONSAFEPATH"] = "1"  # workers import nothing from the current folder
-    # On a busy machine threads that spin while they wait for each other cost most of the time. torch reads this when it
+    # Beside another busy process, threads that spin while they wait for each other lose time. torch reads this when it
     # is loaded, here and in every child.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     make_output_safe()
