@@ -193,7 +193,7 @@ def winner_of(cell: object) -> str | None:
     return _WINNERS.get(re.sub("[^a-z]", "", cell.lower())) if isinstance(cell, str) else None
 
 
-# Which columns hold the verdict, and what reads them.
+# Which columns hold the verdict, and what reads them; schemas.find_schema chooses among them.
 VERDICT_FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[object]], str | Shares]]] = {
     "one-hot": (PROBABILITY_COLUMNS, read_one_hot),
     "shares": (PROBABILITY_COLUMNS, read_one_hot),  # one-hot where some rows hold shares

@@ -2,6 +2,8 @@
 
 `StageState.standing` decides whether a part is finished or outdated: it compares what state.json recorded with today's
 inputs (factory.stage_context and factory.fingerprint name them), which whoever does the part passes in.
+Changed settings and another export are refused before that: `require_current_settings` and `require_current_training`
+of factory.stage_context.
 """
 
 from __future__ import annotations
