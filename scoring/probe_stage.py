@@ -31,7 +31,7 @@ from scoring.score_stage import score_stage
 from scoring.scorer import ProbeScorer, own_precision
 
 # Battles whose states are kept together: what a kill can cost.
-_ROWS = 64
+_ROWS = 16
 # The layers that are read where none is asked for, as shares of all: what an answer is like stands in the middle.
 _DEPTHS = (1 / 2, 2 / 3)
 
