@@ -40,7 +40,7 @@ def test_a_run_is_watched_while_it_runs(tab, servers, training):
     tab.page.set_viewport_size({"width": 400, "height": 900})
     upper, lower = (tab.page.locator(f"#{name}").bounding_box() for name in ("losses", "ladder"))
     assert upper["y"] + upper["height"] <= lower["y"] and lower["x"] == upper["x"], "plots below each other"
-    tab.until(words.inner_text, lambda text: "trained" in text and "checkpoint 40: log loss" in text)
+    tab.until(words.inner_text, lambda text: "Trained on" in text and "checkpoint 40: log loss" in text)
     found = re.search(
         r"checkpoint 40: log loss of the verdict (\d\.\d{4}) on \d+ validation battles", words.inner_text()
     )
