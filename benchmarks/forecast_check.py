@@ -1,7 +1,7 @@
 """How close the forecast comes: to real short trainings on this CPU, and to figures that others published of GPUs.
 
     python benchmarks/forecast_check.py --votes FILE --work FOLDER [--steps 8] [--write]
-    python benchmarks/forecast_check.py --published [--write]      # arithmetic, a second
+    python benchmarks/forecast_check.py [--write]      # what others published: arithmetic, a second
 
 Random bases of three sizes, with a tokenizer of the votes, are trained for a few steps through LLaMA-Factory as run.py
 does it. Forecast and measurement see the same rows, recipe and number of steps. Peak memory is the largest resident set
@@ -11,22 +11,19 @@ of the training process; seconds count from the command's start to its end.
 from __future__ import annotations
 
 import os
-import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from figures import options, publish, put, table
-from workbench import Workbench, battles_of, child_peak, texts_of, write_votes
+from workbench import Workbench, battles_of, texts_of, write_votes
 
 from common.battle import Battle
-from common.experiment import load_experiment
-from factory.forecast import forecast, training_work
+from factory.forecast import training_work
 from factory.gpu import CARDS, GIB
 from factory.memory import SLACK, training_memory
 from factory.model_size import ModelSize, size_of
-from factory.process import llamafactory
 from factory.train_config import TokenLengths, TrainConfig
 
 
@@ -128,24 +125,15 @@ def prepare(bench: Workbench, case: Case, battles: list[Battle], steps: int) -> 
 def main() -> None:
     parser = options(__doc__, votes=True, work=True, required=False)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first ones, to try the script")
-    parser.add_argument("--published", action="store_true", help="only the table of published figures")
     asked = parser.parse_args()
-    if asked.published:
-        publish_arithmetic(asked.write)
-    elif asked.votes and asked.work:
-        publish_trainings(asked)
-    else:
-        parser.error("--votes and --work, or --published")
-
-
-def publish_arithmetic(write: bool) -> None:
-    """Print the published figures beside the formula's, which no machine changes."""
+    if asked.votes and asked.work:
+        return publish_trainings(asked)
     headings = ["training", "tokens a row", "GiB, forecast", "published", "off by"]
     text = table([*headings, "tokens/s, forecast", "published", "time off by"], published())
     print(text)
-    if write:
-        put("published figures", f"{text}\n\nCommand: `python benchmarks/forecast_check.py --published`")
+    return (
+        put("published figures", f"{text}\n\nCommand: `python benchmarks/forecast_check.py`") if asked.write else None
+    )
 
 
 def publish_trainings(asked: Namespace) -> None:
@@ -153,15 +141,11 @@ def publish_trainings(asked: Namespace) -> None:
     bench, battles, lines = Workbench(asked.work), battles_of(*asked.votes), []
     os.chdir(bench.folder)
     write_votes(Path("votes.csv"), battles)
-    for case in CASES[: asked.cases]:
+    for case in CASES:
         name = prepare(bench, case, battles, asked.steps)
-        device = forecast(load_experiment(name), [case.stage], ["cpu"])["stages"][case.stage]["devices"]["cpu"]
-        formula = device["training_hours"] * 3600, device["memory"]
-        shutil.rmtree(load_experiment(name).adapter_folder(case.stage), ignore_errors=True)
-        call = llamafactory("train", f"factory_configs/{name}/{case.stage}.yaml")
-        real = child_peak(call, bench.folder, bench.folder / f"{name}.log")
-        off = [f"{a / b - 1:+.0%}" for a, b in zip(formula, real, strict=True)]
-        seconds, gib = zip(formula, real, strict=True)
+        device, *real = bench.trained(name, case.stage, "cpu")
+        seconds, gib = zip((3600 * device["training_hours"], device["memory"]), real, strict=True)
+        off = [f"{a / b - 1:+.0%}" for a, b in (seconds, gib)]
         lines.append([str(case), *(f"{s:.0f} s" for s in seconds), off[0], *(f"{g:.2f} GiB" for g in gib), off[1]])
         print(" | ".join(lines[-1]), flush=True)
     headings = ["training", "forecast", "measured", "off by", "peak forecast", "peak measured", "off by"]

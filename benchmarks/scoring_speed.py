@@ -1,14 +1,13 @@
 """How fast and how exact scoring is, engine by engine, against the usual loop.
 
     python benchmarks/scoring_speed.py --votes FILE [FILE ...] [--rows 32] [--runs 3] [--write]
-    python benchmarks/scoring_speed.py --votes FILE [FILE ...] --gpu      # an 8B shape in bf16 and 4 bit
 
 The usual loop: a Hugging Face forward pass, batches of four in file order, padded on the right to the longest with an
 attention mask, full logits. Real rows are fitted to 2,048 tokens by the project's own budget with a byte-level BPE of
 32,000 entries trained on the same votes; the model has a Llama shape with random weights, its head scaled so that
 probabilities spread as a trained judge's do. Speeds: all ways in turn in one process, medians over the runs. Peak
 memory: each way in a fresh process. The floor: the matrix products of the same shapes alone, a row at a time.
---gpu measures real lengths and rows of 2,048 tokens against the card's matrix rate.
+benchmarks/gpu.py measures an 8B shape on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from figures import ROOT, options, publish, table
-from workbench import alone, battles_of, frame_of, matrix_rate, texts_of, train_tokenizer
+from workbench import alone, battles_of, frame_of, texts_of, train_tokenizer
 
 from common.experiment import BudgetShares, Labels
 from data_prep.prompt import JudgePrompt
@@ -40,10 +39,8 @@ KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_
 SHAPES = {
     "tiny": dict(zip(KEYS, (64, 128, 2, 4, 4), strict=True)),
     "134M": dict(zip(KEYS, (768, 2048, 12, 12, 12), strict=True)),
-    "8B": dict(zip(KEYS, (4096, 14336, 32, 32, 8), strict=True)),
 }
-CPU_HEADINGS = ["way", "tokens/s", "against the usual loop", "share of the floor", "largest difference", "peak memory"]
-GPU_HEADINGS = ["rows", "way", "tokens/s", "against the usual loop", "share of the matrix rate", "h, 25,000 rows, TTA"]
+HEADINGS = ["way", "tokens/s", "against the usual loop", "share of the floor", "largest difference", "peak memory"]
 Score = Callable[[list[list[int]]], np.ndarray]
 
 
@@ -58,21 +55,16 @@ class Way(NamedTuple):
 
 
 WAYS = [Way("usual loop", "fp32"), Way("torch", "fp32"), Way("torch", "bf16")]
-GPU_WAYS = [Way("usual loop", "bf16"), Way("torch", "bf16"), Way("torch", "4bit")]
 
 
-def make_model(folder: Path, shape: str, device: str) -> None:
+def make_model(folder: Path, shape: str) -> None:
     """Save a random model; its logits' deviation is about 2."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **SHAPES[shape])
-    with torch.device(device):
-        model = LlamaForCausalLM(config)
-    if shape == "8B":
-        model = model.to(torch.bfloat16)
-    model.lm_head.weight.data *= 2 / (0.02 * config.hidden_size**0.5)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **SHAPES[shape]))
+    model.lm_head.weight.data *= 2 / (0.02 * model.config.hidden_size**0.5)
     model.save_pretrained(folder / "merged")
 
 
@@ -172,10 +164,10 @@ def one_peak(folder: Path, way: Way) -> None:
     open_way(folder, way)(sorted(rows_of(folder)[0], key=len)[-8:])
 
 
-def on_cpu(asked: Namespace, folder: Path) -> None:
+def measure(asked: Namespace, folder: Path) -> None:
     """Publish the table of the engines."""
     make_rows(folder, asked.votes, asked.rows)
-    make_model(folder, asked.shape, "cpu")
+    make_model(folder, asked.shape)
     opened, (rows, labels) = {way: open_way(folder, way) for way in WAYS}, rows_of(folder)
     exact = softmax(usual_loop(one_model(folder, "fp32"), labels, size=1)(rows))
     (found, logits), lines = speeds(opened, rows, asked.runs), []
@@ -192,31 +184,7 @@ def on_cpu(asked: Namespace, folder: Path) -> None:
     said = ", ".join(f"{precision} {speed:,.0f}" for precision, speed in floors.items())
     text = f"{len(rows)} real rows, {sum(map(len, rows)):,} tokens; a Llama shape, {asked.shape}. "
     text += f"The floor (matrix products alone), tokens/s: {said}."
-    publish("scoring figures", f"{table(CPU_HEADINGS, lines)}\n\n{text}", asked.write)
-
-
-def on_gpu(asked: Namespace, folder: Path) -> None:
-    """Publish the table of an 8B shape: real lengths and rows of 2,048 tokens, every way in turn."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise SystemExit("--gpu needs a GPU")
-    draw, lines, rate = np.random.default_rng(2), [], matrix_rate(gpu=True)
-    make_rows(folder, asked.votes, asked.rows)
-    sets = {"real lengths": rows_of(folder)[0]}
-    sets["2,048 tokens"] = [draw.integers(0, VOCABULARY, CUTOFF).tolist() for _ in range(max(8, asked.rows // 4))]
-    make_model(folder, "8B", "cuda")
-    hidden, inner, layers, heads, keys = SHAPES["8B"].values()
-    weights = layers * (2 * hidden * (hidden + hidden // heads * keys) + 3 * hidden * inner)
-    opened = {way: open_way(folder, way) for way in GPU_WAYS}
-    for name, rows in sets.items():
-        found, _ = speeds(opened, rows, asked.runs)
-        for way, each in found.items():
-            speed, length = statistics.median(each), sum(map(len, rows)) / len(rows)
-            shares = [f"{ratio(found, way):.2f}", f"{2 * weights * speed / rate:.2f}"]
-            lines.append([name, str(way), f"{speed:,.0f}", *shares, f"{25_000 * 2 * length / speed / 3600:.1f}"])
-    text = f"{table(GPU_HEADINGS, lines)}\n\nMeasured bf16 matrix rate: {rate / 1e12:,.0f} TFLOP/s."
-    publish("", text)
+    publish("scoring figures", f"{table(HEADINGS, lines)}\n\n{text}", asked.write)
 
 
 def main() -> None:
@@ -224,10 +192,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--shape", choices=["134M", "tiny"], default="134M", help="tiny tries the script itself")
-    parser.add_argument("--gpu", action="store_true", help="an 8B shape on a GPU")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        (on_gpu if asked.gpu else on_cpu)(asked, Path(folder))
+        measure(asked, Path(folder))
 
 
 if __name__ == "__main__":

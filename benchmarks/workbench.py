@@ -22,11 +22,14 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
+from common.experiment import load_experiment
 from common.stages import STAGES
 from data_prep.chat_template import ChatFrame
 from data_prep.readers import VoteReader
 from data_prep.synthetic import TRAIN_COLUMNS, cell
 from factory.base_model import SPECIAL_TOKENS, BaseModelSize, build_base_model
+from factory.forecast import forecast
+from factory.process import llamafactory
 from scoring.metrics import GroupBootstrap, as_groups, row_losses
 
 os.environ["ARENA_FACTORY_HERE"] = "1"  # run.py is called in folders of the measurements
@@ -76,6 +79,15 @@ class Workbench:
         if not (self.folder / "models" / name).is_dir():
             build_base_model(self.folder / "models" / name, texts, seed=seed, size=BaseModelSize(**size))
         return f"models/{name}"
+
+    def trained(self, name: str, stage: str, device: str | None = None) -> tuple[dict[str, Any], float, float]:
+        """Train by LLaMA-Factory alone, in this folder; return a device's forecast, seconds and peak memory in GiB."""
+        experiment = load_experiment(name)
+        devices = forecast(experiment, [stage], [device] if device else [])["stages"][stage]["devices"]
+        shutil.rmtree(experiment.adapter_folder(stage), ignore_errors=True)
+        call = llamafactory("train", f"factory_configs/{name}/{stage}.yaml")
+        # This machine's own card comes first.
+        return devices[device or next(iter(devices))], *child_peak(call, self.folder, self.folder / f"{name}.log")
 
     def report(self, experiment: str, stage: str) -> dict[str, Any]:
         """Return a stage's report.json."""
