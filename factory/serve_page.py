@@ -31,6 +31,7 @@ FIRST_PORT = 7860  # Gradio's
 _NAME = re.compile(r"(\[[0-9a-f:.]+\]|[^:]+)(?::\d+)?", re.IGNORECASE)  # of a Host header, without the port
 # Nothing is loaded from elsewhere: an image in a model's answer or a log would tell its server what is shown.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+_WHAT_PAGES_DO = "start trainings, load models and read files there; prefer 127.0.0.1 and `ssh -L`"
 QUIET = {"access_log": False, "log_level": "error", "server_header": False, "lifespan": "on"}  # uvicorn's
 _LISTENING = ("Running on local URL:", "(Press CTRL+C to quit)")  # what Gradio and TensorBoard print then
 
@@ -56,14 +57,16 @@ def free_port(host: str, wanted: int | None = None) -> int:
     raise UsageError(f"{taken} of {host} is in use or not allowed", remedy="choose another one with --port")
 
 
-def exposure(host: str) -> str | None:
-    """Return a warning where other machines can reach a page, None on the loopback."""
+def exposure(host: str, what: str = _WHAT_PAGES_DO) -> str | None:
+    """Return a warning, with what others can do, where other machines can reach a page; None on the loopback."""
     if host in ("127.0.0.1", "localhost"):
         return None
-    return (
-        f"warning: everybody who reaches this machine at {host} can start trainings, load models and read files there; "
-        "prefer 127.0.0.1 and `ssh -L`"
-    )
+    return f"warning: everybody who reaches this machine at {host} can {what}"
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the address at which this machine reaches a page."""
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/"
 
 
 def serve_page(
@@ -85,7 +88,7 @@ def serve_page(
     port = free_port(host, port)
     if warning := exposure(host):
         show.note(warning)
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/"
+    url = url_of(host, port)
     show.note(f"{label}: starting (up to half a minute)")
     listens = False
 

@@ -348,8 +348,8 @@ def serve_stage(
     Raises UsageError where it cannot listen, ArenaError where the stage has no judge or a model's process was killed.
     """
     token, port = token_file and read_token(token_file), free_port(host, port)
-    if exposure(host):
-        show.note(f"warning: everybody who reaches this machine at {host} can ask the judge; --token-file limits that")
+    if warning := exposure(host, "ask the judge; --token-file limits that"):
+        show.note(warning)
     service = open_service(context, ScoreOptions(**options), show)
     if agree:
         service.agreement = stage_agreement(context, agree)

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from common.progress import Show
 from factory.board import log_lines
-from factory.serve_page import QUIET, OwnPagesOnly, exposure, free_port, run_server
+from factory.serve_page import QUIET, OwnPagesOnly, exposure, free_port, run_server, url_of
 from factory.stage_context import StageContext
 from scoring.report import figures
 from scoring.report.page import environment
@@ -39,9 +39,9 @@ def serve_watch(
 ) -> None:
     """Serve the page until Ctrl-C; raises UsageError where it cannot listen."""
     port = free_port(host, port)
-    if exposure(host):
-        show.note(f"warning: everybody who reaches this machine at {host} can read this run; prefer `ssh -L`")
-    url, label = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/", context.label
+    if warning := exposure(host, "read this run; prefer `ssh -L`"):
+        show.note(warning)
+    url, label = url_of(host, port), context.label
     show.note(f"watch {context.experiment.name} {label}: {url}   (Ctrl-C ends it)")
     if open_browser:
         threading.Timer(1.0, webbrowser.open, [url]).start()
