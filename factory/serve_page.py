@@ -122,8 +122,21 @@ def serve_tensorboard(experiment: Experiment, host: str, port: int | None, *, op
     serve_page("factory.serve_page", arguments, "tensorboard", log, host, port, open_browser=open_browser, show=show)
 
 
-def run_server(server: uvicorn.Server) -> None:
+class PageServer(uvicorn.Server):
+    """A server that says so once it listens: an address that is printed earlier may refuse whoever opens it."""
+
+    on_listening: Callable[[], None]
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Listen, then call `on_listening`."""
+        await super().startup(sockets)
+        if self.started:
+            self.on_listening()
+
+
+def run_server(server: PageServer, on_listening: Callable[[], None]) -> None:
     """Serve in this process until SIGTERM or Ctrl-C; raises UsageError where it cannot listen."""
+    server.on_listening = on_listening
     # uvicorn raises the signal again once it has ended in order, which is the usual end here, and no failure
     usual = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from common.progress import Show
 from factory.board import log_lines
-from factory.serve_page import QUIET, OwnPagesOnly, exposure, free_port, run_server, url_of
+from factory.serve_page import QUIET, OwnPagesOnly, PageServer, exposure, free_port, run_server, url_of
 from factory.stage_context import StageContext
 from scoring.report import figures
 from scoring.report.page import environment
@@ -42,10 +42,13 @@ def serve_watch(
     if warning := exposure(host, "read this run; prefer `ssh -L`"):
         show.note(warning)
     url, label = url_of(host, port), context.label
-    show.note(f"watch {context.experiment.name} {label}: {url}   (Ctrl-C ends it)")
-    if open_browser:
-        threading.Timer(1.0, webbrowser.open, [url]).start()
-    run_server(uvicorn.Server(uvicorn.Config(build_app(context, watcher, host), host, port, **QUIET)))
+
+    def announce() -> None:
+        show.note(f"watch {context.experiment.name} {label}: {url}   (Ctrl-C ends it)")
+        if open_browser:
+            threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()  # some browsers keep us waiting
+
+    run_server(PageServer(uvicorn.Config(build_app(context, watcher, host), host, port, **QUIET)), announce)
     show.note("watching ended; a run goes on")
 
 

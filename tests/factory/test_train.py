@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -357,8 +358,8 @@ def test_the_first_row_that_is_trained_on_is_compared_token_by_token(place, stag
 
 
 @pytest.mark.slow
-def test_a_prompt_that_no_list_knows_of_stops_the_run_before_its_first_step(chain, monkeypatch):
-    monkeypatch.chdir(chain)
+def test_a_prompt_that_no_list_knows_of_stops_the_run_before_its_first_step(chain, monkeypatch, tmp_path):
+    monkeypatch.chdir(shutil.copytree(chain, tmp_path / "copy", symlinks=True))  # --fresh would take the others' judge
     monkeypatch.setattr("factory.train.plan_launch", lambda *_: Launch(options=("default_system=Be kind.",)))
     with pytest.raises(ArenaError, match=r"other prompts than scoring would ask(.|\n)*Be kind"):
         train(StageContext(load_experiment("demo"), "sft"), fresh=True, show=Show(io.StringIO()))
