@@ -111,7 +111,7 @@ def _torch(seen: Devices) -> Finding:
 def _gpus(seen: Devices) -> Iterator[Finding]:
     if not seen.gpus:
         hidden = " (CUDA_VISIBLE_DEVICES hides them)" if _hidden() else ""
-        remedy = "`-e demo` and models of some million weights train on a CPU; the presets need a GPU"
+        remedy = "a CPU trains `-e demo`, and reads for `run.py probe -e smollm2-135m`; the other presets need a GPU"
         yield Finding("gpu", "warning", f"none{hidden}", remedy)
     for number, gpu in enumerate(seen.gpus):
         said = (

@@ -15,15 +15,13 @@ from common.experiment import Experiment
 from common.stages import STEPS, TRAININGS
 from factory.gpu import CARD_START, CARDS, CPU_START, TOKEN_BUDGET, Device, card_named, card_of, own_card, this_cpu
 from factory.memory import scoring_memory, training_memory
-from factory.model_size import ModelSize, size_of
+from factory.model_size import SMALL, ModelSize, size_of, time_on_cpu
 from factory.recipe_checks import check_recipes
 from factory.stage_context import StageContext
 from factory.train_config import Counts, TokenLengths, TrainConfig, padded_tokens, sequence_lengths
 
 # This machine's CPU, beside the cards' names.
 CPU = "cpu"
-# Weights up to which training on a CPU is a matter of hours; its row costs a second of measuring.
-_SMALL = 5e8
 # The competition's votes, and its hidden test set as Kaggle states it.
 _VOTES, _TEST = 57_477, 25_000
 # GiB that a driver shows of a card's GB.
@@ -51,7 +49,7 @@ def forecast(
     if gpu_memory:
         devices[f"{gpu_memory:g} GB"] = card_of(gpu_memory * _SHOWN)
     if not devices:
-        devices = {**own_card(), **CARDS, **({CPU: None} if size.parameters <= _SMALL else {})}
+        devices = {**own_card(), **CARDS, **({CPU: None} if size.parameters <= SMALL else {})}
     assumed = Counts(rows, test_rows)
     if rows or not (experiment.data_folder / "rows.parquet").is_file():
         assumed = Counts(rows or _VOTES, _TEST if test_rows is None else test_rows)
@@ -114,6 +112,9 @@ def _forecast_stage(
             advice.append(f"the training does not fit: {LESS_MEMORY}")
         if scored > device.memory:
             advice.append("scoring does not fit: write precision: 8bit (or 4bit) in experiment.yaml")
+        own = context.experiment
+        if (device.kind, context.label) == ("cpu", "sft") and time_on_cpu(own.model) == "hours":
+            advice.append(f"python run.py probe -e {own.name} first: it reads each battle once and trains nothing")
         return {
             "memory": memory,
             "memory_parts": parts,

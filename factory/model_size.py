@@ -83,6 +83,19 @@ _KNOWN = {
 }
 
 
+# Weights up to which a CPU trains in minutes, and up to which in hours.
+_TINY, SMALL = 1e7, 5e8
+
+
+def time_on_cpu(model: str) -> str:
+    """Return what a CPU takes to train it: minutes, hours or days; nothing where only a hub knows its sizes."""
+    try:
+        size = size_of(model).parameters if model in _KNOWN or Path(model).is_dir() else 0
+    except ArenaError:
+        size = 0
+    return ("minutes" if size <= _TINY else "hours" if size <= SMALL else "days") if size else ""
+
+
 def size_of(model: str, revision: str = "main") -> ModelSize:
     """Return the sizes of a model folder or hub id; raises ArenaError where they are not to be had.
 

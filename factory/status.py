@@ -23,6 +23,8 @@ from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, load_experiment, require_project
 from common.files import read_json
 from common.stages import STAGES, TRAININGS
+from factory.gpu import may_have_gpu
+from factory.model_size import time_on_cpu
 from factory.stage_context import StageContext, prepare_again, some
 from factory.state import PARTS, flag_to_go_on
 from factory.trainer_log import TrainerLog
@@ -74,6 +76,7 @@ class ExperimentStatus:
     stages: list[StageStatus] = field(default_factory=list)
     fault: str | None = None
     next: str = ""
+    folds: int = 1
     changed: list[str] = field(default_factory=list)
 
     @property
@@ -203,7 +206,7 @@ def experiment_status(context: StageContext) -> ExperimentStatus:
     except (OSError, ValueError, KeyError, TypeError):
         battles = None
     about = (name, experiment.description, experiment.model, prepared, battles, stages)
-    return ExperimentStatus(*about, next=following, changed=changed)
+    return ExperimentStatus(*about, next=following, folds=experiment.folds, changed=changed)
 
 
 def _statuses(context: StageContext, prepared: bool) -> list[StageStatus]:
@@ -382,7 +385,16 @@ def next_commands(found: ExperimentStatus) -> list[str]:
         base = "another base: python run.py new EXP --model ID"
         return [f"{_prepare(found.name)}   (with more votes or a larger cutoff_len; or {base})"]
     new = {stage.stage: stage.next for stage in found.stages if stage.state == "new"}
-    first = next((name for name in _WORTH_TRYING if name in new), None)
-    measured = found.name == "demo" and first == "dpo_reward"
-    below = f", {REWARD_VIEW_BELOW_SFT} below SFT on three such arenas: docs/methods.md" if measured else ""
-    return [f"{new[first]}{f'   (another method on the same votes{below})' if trained else ''}"] if first else []
+    first, why = next((name for name in _WORTH_TRYING if name in new), None), ""
+    takes = "" if trained or may_have_gpu() else time_on_cpu(found.model)
+    if trained:
+        measured = found.name == "demo" and first == "dpo_reward"
+        below = f", {REWARD_VIEW_BELOW_SFT} below SFT on three such arenas: docs/methods.md" if measured else ""
+        why = f"another method on the same votes{below}"
+    elif takes == "hours" and "probe" in new and found.folds == 1:
+        first, why = "probe", "no GPU here: this reads each battle once, a training takes hours"
+    elif takes == "hours":
+        why = f"hours, for no GPU is here: python run.py forecast -e {found.name} --card cpu"
+    elif takes == "days":
+        why = "days, for no GPU is here; made for a CPU: -e smollm2-135m, see README.md"
+    return [f"{new[first]}{f'   ({why})' if why else ''}"] if first else []

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from common.errors import ArenaError
-from factory.model_size import size_of
+from factory.model_size import size_of, time_on_cpu
 
 # Billions of parameters, from the models' own cards.
 CARDS = {
@@ -20,6 +20,11 @@ CARDS = {
 @pytest.mark.parametrize(("model", "billions"), CARDS.items())
 def test_a_known_model_has_the_parameters_of_its_card(model, billions):
     assert size_of(model).parameters / 1e9 == pytest.approx(billions, rel=5e-3)
+
+
+def test_what_a_cpu_takes_follows_from_the_size_and_no_hub_is_asked():
+    models = "models/arena-tiny", "models/SmolLM2-135M-Instruct", "Qwen/Qwen3-4B-Instruct-2507", "somebody/unknown"
+    assert [time_on_cpu(model) for model in models] == ["minutes", "hours", "days", ""]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -96,6 +96,24 @@ def test_prepare_after_a_run_that_was_left_recommends_what_is_not_refused(place)
     assert told == ["python run.py sft -e exam --fresh"] and starts_by(told[0])
 
 
+@pytest.mark.parametrize(
+    ("gpu", "takes", "told"),
+    [
+        (False, "minutes", "python run.py sft -e exam"),
+        (False, "hours", "python run.py probe -e exam   (no GPU here"),
+        (False, "days", "python run.py sft -e exam   (days, for no GPU is here; made for a CPU: -e smollm2-135m"),
+        (True, "hours", "python run.py sft -e exam"),
+    ],
+)
+def test_without_a_gpu_what_a_cpu_can_do_comes_first(place, monkeypatch, gpu, takes, told):
+    monkeypatch.setattr("factory.status.may_have_gpu", lambda: gpu)
+    monkeypatch.setattr("factory.status.time_on_cpu", lambda model: takes)
+    shutil.rmtree(OUT)
+    shutil.rmtree(ADAPTER)
+    (found,) = prepare()
+    assert found.startswith(told) and ("(" in found) == ("(" in told)
+
+
 def test_a_changed_recipe_makes_a_stage_outdated(place):
     place.edit_recipe("sft", "optim: adamw_torch_fused\nlogging_steps: 7")
     trained()
