@@ -39,12 +39,11 @@ _FAMILIES = {"MPL": "MPL 2.0", "Apache": "Apache 2.0", "BSD": "BSD", "MIT": "MIT
 _PAGE = """\
 # Dependencies and licences
 
-For whoever reviews packages. `pyproject.toml` and `extras/*.in` list the direct dependencies, each with its reason
-beside it. Everything is pinned with hashes in `requirements.lock` and `extras/*.lock`. `make audit` reports known
-vulnerabilities; `python benchmarks/supply_chain.py licences` lists the licence of each package.
+For whoever reviews packages. `pyproject.toml` and `extras/*.in` give the reason for each direct dependency,
+`requirements.lock` and `extras/*.lock` pin everything with hashes. `make audit` reports known vulnerabilities;
+`python benchmarks/supply_chain.py licences` lists the licence of each package.
 
-`make tables` writes this table of all {count} locked packages from their metadata. "Not installed" are packages of
-other systems, and of extras that were not installed then.
+`make tables` writes this table of all {count} locked packages. "Not installed": of other systems or extras.
 
 | licence | packages | direct dependencies among them |
 |---|---|---|
