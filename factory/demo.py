@@ -7,13 +7,15 @@ from pathlib import Path
 from common.errors import ArenaError
 from common.experiment import Experiment
 from common.files import atomic_folder, read_json, write_json
+from common.llamafactory_schema import templates
 from common.progress import Show
 from data_prep.export_reader import earlier_manifest
 from data_prep.overwrite_check import check_overwrite
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
 from data_prep.synthetic import ArenaFiles, write_arena
-from factory.base_model import build_base_model
+from factory.base_model import SPECIAL_TOKENS, build_base_model
+from factory.recipes import check_first_values
 from factory.stage_context import StageContext
 from factory.status import readable_experiments, running_stages
 
@@ -83,6 +85,7 @@ def _draw(experiment: Experiment, seed: int, show: Show) -> None:
                 where=EMBEDDED_BASE,
                 remedy="wait for it or end it",
             )
+    prompt = _checked_prompt(experiment)
     drawn, own = _drawn(seed), _FILES if (ARENA / "drawn.json").is_file() else ()
     check_overwrite(ARENA, own=own.__contains__, maker="demo")
     with atomic_folder(ARENA) as folder:
@@ -90,13 +93,25 @@ def _draw(experiment: Experiment, seed: int, show: Show) -> None:
         write_json(folder / "drawn.json", {**drawn, "base": "is being built"})
     show.note(f"drew {TRAIN_ROWS:,} battles with known probabilities and {TEST_ROWS} to submit (seed {seed}): {ARENA}")
     # the tokenizer learns from whole judge prompts, so that their fixed parts take few tokens
-    prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
     with show.line("embedded base") as line:
         line.update("training a tokenizer, drawing random weights")
         texts = (prompt.message(battle) for _, battle in VoteReader(ARENA / "train.csv", labelled=True))
         build_base_model(Path(experiment.model), texts, seed=seed)
     show.note(f"built a tiny base model with random weights (seed {seed}): {experiment.model}")
     write_json(ARENA / "drawn.json", drawn)
+
+
+def _checked_prompt(experiment: Experiment) -> JudgePrompt:
+    """Return the judge prompt; raises ArenaError for a key that the export would refuse once the base is built."""
+    check_first_values(experiment)
+    template, where = templates().get(experiment.template), f"{experiment.folder / 'experiment.yaml'}"
+    if template is None or not set(template.tokens) <= set(SPECIAL_TOKENS):
+        what = f"{experiment.template} is no chat template of the embedded base"
+        raise ArenaError(what, where=f"{where}: template", remedy="write qwen3_nothink")
+    if not all(len(label) == 1 and label.isascii() for label in experiment.labels.in_order()):
+        what = "the embedded base has no token for a label of several characters"
+        raise ArenaError(what, where=f"{where}: labels", remedy="write single letters, such as A, B, C")
+    return JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
 
 
 def _drawn(seed: int) -> dict[str, int]:

@@ -72,6 +72,25 @@ def test_nor_does_the_demo_build_its_base_in_the_place_of_another_model(place, m
         assert demo_arena(exam, 1, Show()).train == ARENA / "train.csv"
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("labels: {a: Answer A, b: Answer B, tie: Tie}", "no token for a label of several"),
+        ("template: llama3", "llama3 is no chat template of the embedded base"),
+        ("template: qwen3_nothing", "qwen3_nothing is no chat template"),
+        ("prompt_template: templates/none.j2", "the judge prompt cannot be read"),
+        ("recipes: {sft: {lora_rnk: 4}}", r"recipes\.sft\.lora_rnk: .*did you mean lora_rank"),
+    ],
+)
+def test_a_fault_of_experiment_yaml_is_told_before_arena_and_base_are_made(place, monkeypatch, key, said):
+    as_demo(place, monkeypatch)
+    place.edit_experiment(key)
+    exam, before = load_experiment("exam"), place.snapshot()
+    with pytest.raises(ArenaError, match=said):
+        demo_arena(exam, 1, Show())
+    assert place.snapshot() == before
+
+
 @pytest.mark.parametrize("other", [None, "other"])
 def test_nothing_is_replaced_while_a_run_is_at_work_on_it(place, monkeypatch, other):
     exam = as_demo(place, monkeypatch)
