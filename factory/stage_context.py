@@ -8,14 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.errors import ArenaError, UsageError
+from common.errors import ArenaError, UsageError, same_command
 from common.experiment import Experiment, read_yaml
 from common.files import read_json, sha256_of
 from common.stages import STAGES, UNTRAINED, Fold, Step, fold_name, merge_of
 from data_prep.export_reader import MANIFEST, read_columns, read_manifest, readable
 from factory.fingerprint import data_sets, differences, exported_files
 from factory.recipes import as_yaml, fold_overrides
-from factory.state import Record, StageState, Standing, listed
+from factory.state import Record, StageState, Standing, flag_to_go_on, listed
 
 # The keys of experiment.yaml that the exported rows depend on; dpo_rejected shapes the rows of one stage only.
 _SHAPING = (
@@ -41,6 +41,8 @@ class StageContext:
         self.experiment, self.name, self.fold = experiment, name, fold
         self._family = {} if family is None else family
         self._family[name, fold] = self
+        # The stage that the user's command named, itself or all folds; and that command's options.
+        self.called, self.asked = self, ""
 
     def other(self, name: str) -> StageContext:
         """Return another stage of the same experiment and fold, on the same exported data."""
@@ -117,6 +119,13 @@ class StageContext:
     def command(self) -> str:
         """The command that runs this stage: python run.py sft -e demo [--fold 0]"""
         return f"python run.py {self.step.command} -e {self.experiment.name}{self.fold_option}"
+
+    def way_on(self) -> str:
+        """Return how an interrupted training goes on: a whole command, since `demo` trains too."""
+        flag = flag_to_go_on(self.adapter, self.step.stage)
+        if flag == "--fresh" and self.called is not self:  # the finished folds would begin again
+            return f"go on with {self.command}{self.asked} --fresh, then {same_command()}"
+        return f"go on with {self.called.command}{self.asked} {flag}".rstrip()
 
     @property
     def fold_option(self) -> str:

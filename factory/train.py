@@ -240,7 +240,7 @@ def _run(context: StageContext, checkpoint: Path | None, launch: Launch, show: S
             what=what,
             on_line=read,
             on_look=look,
-            interrupted_remedy=lambda: _way_on(context),
+            interrupted_remedy=context.way_on,
             environment=launch.environment,
         )
     require_files(adapter, ADAPTER_FILES, log, what)
@@ -259,11 +259,6 @@ def _command(context: StageContext, launch: Launch, checkpoint: Path | None) -> 
     # Named, for LLaMA-Factory itself would also take a checkpoint that was only half written.
     resume = [f"resume_from_checkpoint={checkpoint}"] if checkpoint else []
     return llamafactory("train", str(context.recipe_path), *context.overrides(context.name), *launch.options, *resume)
-
-
-def _way_on(context: StageContext) -> str:
-    """Return the whole command by which an interrupted training goes on, since `demo` trains too."""
-    return f"go on with {context.command} {flag_to_go_on(context.adapter, context.step.stage)}".rstrip()
 
 
 def show_phase(text: str, line: Line, show: Show) -> None:

@@ -10,6 +10,7 @@ score      scoring.score_stage           judge -> probabilities, report, submiss
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -61,6 +62,8 @@ def run_folds(
     Several visible GPUs train a fold each. Interrupted anywhere, the same call goes on; what is finished is kept.
     """
     chosen = context.scored_one_by_one if fold == "all" else [context.of(fold)]
+    for each in chosen:
+        each.called = context if fold == "all" else each
     gpus = visible_gpus() if len(chosen) > 1 and context.experiment.distributed == "auto" else []
     if len(gpus) > 1:
         run_side_by_side(chosen, gpus, options, show)
@@ -73,9 +76,7 @@ def run_side_by_side(
     contexts: Sequence[StageContext], gpus: Sequence[str], options: Mapping[str, Any], show: Show
 ) -> None:
     """Run each training in a process of its own, one on each GPU at a time; raises ArenaError that names who failed."""
-    flags = [f"--{name}" for name in ("resume", "fresh") if options.get(name)]
-    flags += [word for name in ("until", "checkpoint") if options.get(name) for word in (f"--{name}", options[name])]
-    flags += [word for name in options.get("allow", ()) for word in ("--allow", name)]
+    flags, asked = [f"--{name}" for name in ("resume", "fresh") if options.get(name)], _words(**options)
     logs = {context: context.folder.with_name(f"{context.folder.name}.log") for context in contexts}
     free, running = SimpleQueue(), []
     for gpu in gpus:
@@ -85,7 +86,7 @@ def run_side_by_side(
         gpu, log = free.get(), logs[context]
         show.note(f"{context.label}: on GPU {gpu}, its log is {log}")
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(_RUN_PY), *context.command.split()[2:], *flags]
+        command = [sys.executable, str(_RUN_PY), *context.command.split()[2:], *asked, *flags]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "ARENA_FACTORY_HERE": "1"}
         with log.open("ab") as output:
             running.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
@@ -106,8 +107,15 @@ def run_side_by_side(
         raise ArenaError(
             f"{len(failed)} of {len(contexts)} trainings failed; what is finished is kept",
             where=", ".join(str(logs[context]) for context in failed),
-            remedy=f"the end of the log says why; then {failed[0].command}",
+            remedy=f"the end of the log says why; then {shlex.join([*failed[0].command.split(), *asked])}",
         )
+
+
+def _words(*, until: str, allow: Collection[str] = (), checkpoint: str | None = None, **_: Any) -> list[str]:
+    """Return the options of a command that change what it does, in a command's words."""
+    given = {"--until": until != "score" and until, "--checkpoint": checkpoint}
+    found = [word for name, value in given.items() if value for word in (name, value)]
+    return [*found, *(word for name in allow for word in ("--allow", name))]
 
 
 def run_stage(
@@ -125,6 +133,7 @@ def run_stage(
     `allow` names what its recipes may reach beyond the project; `checkpoint` is best, last or a step, None as before.
     """
     experiment, stage = context.experiment, context.name
+    context.asked = "".join(f" {shlex.quote(word)}" for word in _words(until=until, allow=allow, checkpoint=checkpoint))
     merges = until != "train" and (stage != "dpo_reward" or until == "merge")  # implicit rewards need no merge
     read = {stage: context.written} if context.recipe_path.is_file() else {}
     if merges and context.merge_recipe_path.is_file():

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from common.errors import ArenaError
+from common.errors import ArenaError, Interrupted
 from common.experiment import load_experiment
 from common.files import only_run
 from common.stages import STEPS, TRAININGS
@@ -36,11 +36,12 @@ class Started(Exception):
     """LLaMA-Factory would have been started."""
 
 
+def started(*_, **__):
+    raise Started
+
+
 @pytest.fixture(autouse=True)
 def starts(monkeypatch):
-    def started(*_, **__):
-        raise Started
-
     monkeypatch.setattr("factory.train.run_child", started)
     monkeypatch.setattr("factory.merge.run_child", started)
 
@@ -94,6 +95,39 @@ def test_prepare_after_a_run_that_was_left_recommends_what_is_not_refused(place)
     assert told == ["python run.py sft -e exam --resume"] and starts_by(told[0])
     told = prepare(str(place.table(place.rows(44, start=5000), "others.csv")))
     assert told == ["python run.py sft -e exam --fresh"] and starts_by(told[0])
+
+
+@pytest.mark.parametrize(
+    ("folds", "checkpoint", "goes_on"),
+    [
+        (1, True, "python run.py sft -e exam OPTIONS --resume"),
+        (1, False, "python run.py sft -e exam OPTIONS --fresh"),
+        (2, True, "python run.py sft -e exam OPTIONS --resume"),
+        (2, False, "python run.py sft -e exam --fold 0 OPTIONS --fresh, then the same command"),
+    ],
+)
+def test_what_goes_on_after_an_interruption_keeps_the_options_that_change_the_work(
+    place, monkeypatch, folds, checkpoint, goes_on
+):
+    def interrupted(command, log, *, interrupted_remedy, **_):
+        adapter = StageContext(load_experiment("exam"), "sft").of(0 if folds > 1 else None).adapter
+        saved = adapter / "checkpoint-4"
+        saved.mkdir(parents=True)
+        for name in ("optimizer.pt", "scheduler.pt") if checkpoint else ():
+            ZipFile(saved / name, "w").close()
+        (saved / "trainer_state.json").write_text("{}")
+        raise Interrupted("training was interrupted", remedy=interrupted_remedy())
+
+    place.edit_experiment(f"folds: {folds}")
+    shutil.rmtree(ADAPTER)
+    prepare()
+    monkeypatch.setattr("factory.train.run_child", interrupted)
+    options = ["--until", "train", "--checkpoint", "best", "--allow", "my tracker"]
+    said = call("sft", "-e", "exam", *options).output
+    told = goes_on.replace("OPTIONS", shlex.join(options))
+    assert f"remedy: go on with {told}\n" in said, said
+    monkeypatch.setattr("factory.train.run_child", started)
+    assert starts_by(told.split(", then")[0])
 
 
 @pytest.mark.parametrize(

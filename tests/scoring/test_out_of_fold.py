@@ -62,11 +62,12 @@ def test_each_gpu_trains_one_fold_at_a_time_and_a_failure_is_named(make_experime
     )
     monkeypatch.setattr(pipeline, "_RUN_PY", child)
     whole = StageContext(make_experiment(folds=3), "sft")
-    options = {"resume": True, "fresh": False, "until": "score"}
+    options = {"resume": True, "fresh": False, "until": "train", "allow": ["my tracker"]}
     if fails:
         with pytest.raises(ArenaError, match="1 of 3 trainings failed") as caught:
             pipeline.run_side_by_side(whole.judging, ["4", "7"], options, Show())
-        assert caught.value.where == "outputs/exam/sft/fold0.log" and caught.value.remedy.endswith("-e exam --fold 0")
+        assert caught.value.where == "outputs/exam/sft/fold0.log"
+        assert caught.value.remedy.endswith("-e exam --fold 0 --until train --allow 'my tracker'")
         return
     pipeline.run_side_by_side(whole.judging, ["4", "7"], options, Show())
     gpus = [(workplace / f"done-{fold}").read_text() for fold in range(3)]
