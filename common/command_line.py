@@ -150,7 +150,7 @@ engine_options = several(
     option(
         "--time-limit",
         metavar="9h",
-        help="Score all rows once within 9h (90m, 1h30m, 3600s), then the most uncertain ones in the other order.",
+        help="Score all rows once within 9h (90m, 1h30m, 3600s), and in the other order too where that fits.",
     ),
     option(
         "--fresh", is_flag=True, help="Score again, also what an interrupted call left; an earlier report is put aside."

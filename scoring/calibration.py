@@ -152,7 +152,7 @@ class FittedLink:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The fitted links of a stage by the number of orders that a row was scored in, 1 or 2.
+    """The fitted links of a stage by the number of orders that rows were scored in, 1 or 2.
 
     `orders` says which of them the stage's own figures are made with: 2 where it averages both orders (swap_tta).
     """
@@ -166,14 +166,10 @@ class Calibration:
         return self.links[self.orders]
 
     def apply(self, scores: pd.DataFrame) -> np.ndarray:
-        """Return final [rows, 3] probabilities, each row by the link for the number of its orders."""
-        both = scores.reindex(columns=list(BA_COLUMNS)).notna().all(axis=1).to_numpy()
-        found = np.empty((len(scores), 3))
-        for orders, rows in ((1, ~both), (2, both)):
-            if rows.any():
-                self.require(orders)
-                found[rows] = self.links[orders].apply(scores[rows])
-        return found
+        """Return final [rows, 3] probabilities by the link for the number of orders that the rows were scored in."""
+        orders = 2 if has_both_orders(scores) else 1
+        self.require(orders)
+        return self.links[orders].apply(scores)
 
     def require(self, orders: int) -> None:
         """Raise ArenaError where there is no link for rows that were scored in so many orders."""

@@ -1,8 +1,8 @@
 """One set of rows on its way to raw scores, interruptible at any moment.
 
 job = open_job(base, "test", scorer, executor, inputs=…, rows=…, label=…, show=show)
-job.straight(executor, pace)               # every row, A before B
-job.swapped(executor, pace)                # B before A, the most uncertain rows first, as far as the pace allows
+job.score(executor, pace)                  # every row, A before B
+job.score(executor, pace, swapped=True)    # every row, B before A
 for table in job.tables(): ...             # facts and scores of some thousand rows at a time, in the input's order
 job.remove()                               # once the final files are written
 
@@ -25,8 +25,7 @@ from common.progress import Line, Show
 from scoring import score_store
 from scoring.calibration import AB_COLUMNS, BA_COLUMNS
 from scoring.executor import Executor
-from scoring.links import log_softmax
-from scoring.score_store import FACTS_SCHEMA, STRAIGHT, SWAPPED, Facts, ModelInput, RowStore, Shard, ShardFolder
+from scoring.score_store import FACTS_SCHEMA, STRAIGHT, SWAPPED, Facts, ModelInput, RowStore, Shard, ShardFolder, shards
 from scoring.scorer import Scorer
 from scoring.time_limit import Pace
 
@@ -78,19 +77,17 @@ class Job:
         self.inputs = store.inputs
         self._scores = {order: np.full((store.rows, len(columns)), np.nan) for order in (STRAIGHT, SWAPPED)}
 
-    def straight(self, executor: Executor, pace: Pace) -> None:
-        """Score every row, A before B."""
-        self._run(executor, pace, STRAIGHT, score_store.straight_shards(self._store), whole=True)
-
-    def swapped(self, executor: Executor, pace: Pace, *, whole: bool = False) -> int:
-        """Score rows with B before A, the most uncertain first, while the pace allows; return how many have both.
-
-        With `whole` all rows are scored, whatever the pace. A row is uncertain whose plain softmax in the straight
-        order has a high entropy.
-        """
-        logs = log_softmax(self._scores[STRAIGHT])
-        uncertainty = -(np.exp(logs) * logs).sum(axis=1)
-        return self._run(executor, pace, SWAPPED, score_store.swapped_shards(self._store, uncertainty), whole=whole)
+    def score(self, executor: Executor, pace: Pace, *, swapped: bool = False) -> None:
+        """Score every row, A before B or `swapped`: take the shards that are there and have the others computed."""
+        order, label = (SWAPPED, f"{self._label}, swapped") if swapped else (STRAIGHT, self._label)
+        with self._show.line(label) as line:
+            count = _Count(line, pace, self, must=not swapped)
+            for shard, scores in executor.run(self._store, self._missing(order, count), count.progress):
+                self._folder.write(shard, scores)
+                self._scores[order][shard.rows] = scores
+                count.finish(shard)
+        if count.kept:
+            self._show.note(f"{label}: {count.kept:,} rows were scored by an earlier call, and kept")
 
     def tables(self) -> Iterator[pd.DataFrame]:
         """Yield facts and scores of some thousand rows at a time; a row without the swapped order has NaN there."""
@@ -112,34 +109,15 @@ class Job:
         """Delete the folder of the job: its scores are in the final files."""
         self._folder.remove()
 
-    def _run(self, executor: Executor, pace: Pace, order: str, plan: Iterator[Shard], *, whole: bool) -> int:
-        """Take the shards that are there and have the others computed; return the number of rows with a score."""
-        label = self._label + (", swapped" if order == SWAPPED else "")
-        with self._show.line(label) as line:
-            count = _Count(line, pace, self, must=order == STRAIGHT)
-            for shard, scores in executor.run(self._store, self._missing(order, plan, count, whole), count.progress):
-                self._folder.write(shard, scores)
-                self._scores[order][shard.rows] = scores
-                count.finish(shard)
-        if count.kept:
-            self._show.note(f"{label}: {count.kept:,} rows were scored by an earlier call, and kept")
-        if count.rows < self.rows:
-            self._show.note(
-                f"{label}: {count.rows:,} of {self.rows:,} rows within the time limit, the most uncertain first"
-            )
-        return count.rows
-
-    def _missing(self, order: str, plan: Iterator[Shard], count: _Count, whole: bool) -> Iterator[Shard]:
+    def _missing(self, order: str, count: _Count) -> Iterator[Shard]:
         """Yield the shards that must be computed; the scores of the others are taken from the folder."""
-        spent = False
-        for shard in plan:
+        for shard in shards(self._store, order):
             scores = self._folder.read(shard, len(self._columns))
-            if scores is not None:
+            if scores is None:
+                yield shard
+            else:
                 self._scores[order][shard.rows] = scores
                 count.keep(shard)
-            elif whole or not (spent := spent or not count.pace.allows(shard.tokens)):
-                count.pace.send(shard.tokens)
-                yield shard
 
 
 class _Count:

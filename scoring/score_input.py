@@ -32,7 +32,7 @@ from scoring.predictions import Answers, class_prior, record_output, require_rep
 from scoring.runner import open_job
 from scoring.score_stage import ScoreOptions, read_report, texts
 from scoring.score_store import remove_empty
-from scoring.time_limit import Pace
+from scoring.time_limit import ONE_ORDER, Pace
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,12 @@ class _TableJudge:
                 self._jobs.append(job)
                 judges_left = len(self._specs) + 1 - len(self._jobs)
                 pace = Pace(job.tokens * judges_left, options.time_limit, started=options.started)
-                job.straight(executor, pace)
+                job.score(executor, pace)
                 if self._both_orders or (options.time_limit is not None and 2 in self.calibration.links):
-                    job.swapped(executor, pace)
+                    if pace.allows(job.tokens * (2 * judges_left - 1)):
+                        job.score(executor, pace, swapped=True)
+                    else:
+                        show.note(f"{spec.context.label}: {ONE_ORDER}")
         self.answered = MeanOfJobs(self._jobs)
         unread = [(row["before"], row["id"]) for row in self.answered.unread]
         self.answers = Answers.of(self.answered, self.calibration, unread, self.report)

@@ -48,7 +48,7 @@ from scoring.report.build import build_report
 from scoring.report.page import shown_battles, write_page
 from scoring.runner import Job, open_job
 from scoring.scorer import Scorer, ScorerSpec, own_precision
-from scoring.time_limit import Pace, parse_duration
+from scoring.time_limit import ONE_ORDER, Pace, parse_duration
 from scoring.workers import Workers, default_workers
 
 _FLAG = ("level", "text")
@@ -219,15 +219,15 @@ def _score_splits(
     valid, test = jobs.values()
     pace = Pace(valid.tokens + test.tokens, options.time_limit, started=options.started)
     for job in jobs.values():
-        job.straight(executor, pace)
-    both = {"valid": 0, "test": 0}
-    if scorer.label_ids:  # rewards have no order
-        if pace.allows(valid.tokens):
-            both["valid"] = valid.swapped(executor, pace, whole=True)
-            if context.experiment.swap_tta or options.time_limit is not None:
-                both["test"] = test.swapped(executor, pace)
-        else:
-            show.note(f"{context.label}: the time limit leaves no room for the other order of the answers")
+        job.score(executor, pace)
+    both, test_too = {"valid": 0, "test": 0}, context.experiment.swap_tta or options.time_limit is not None
+    # Rewards have no order; the test set's other one has no calibration without the fold's.
+    for split in ("valid", *(("test",) if test_too else ())) if scorer.label_ids else ():
+        if not pace.allows(jobs[split].tokens):
+            show.note(f"{context.label}: {ONE_ORDER}")
+            break
+        jobs[split].score(executor, pace, swapped=True)
+        both[split] = jobs[split].rows
     scoring = {"engine": executor.engine, "precision": executor.precision, "device": executor.device}
     limit = {} if options.time_limit is None else {"time_limit_seconds": options.time_limit}
     return jobs, {**scoring, "rows_in_both_orders": both, **limit}

@@ -39,10 +39,8 @@ WINDOW = 8192
 # A shard is what a kill can cost: seconds on a GPU, minutes on a CPU. Several full batches of the engine fit in it.
 SHARD_TOKENS = 2**17
 SHARD_ROWS = 1024
-# Rows of similar uncertainty that are put in order of length together: few enough to spend a last hour well.
-_RANKED_TOGETHER = 1024
 STRAIGHT, SWAPPED = "ab", "ba"
-_FILES, _MARKER, _MANIFEST, _FORMAT = ("rows.jsonl", "rows.parquet"), "rows.json", "manifest.json", 3
+_FILES, _MARKER, _MANIFEST, _FORMAT = ("rows.jsonl", "rows.parquet"), "rows.json", "manifest.json", 4
 _AGAIN = "score again: the rows are then read again"
 
 
@@ -140,27 +138,15 @@ class Shard:
 
 def plan() -> list[int]:
     """Return the numbers that the plan is made with: shards of another plan are not those of this one."""
-    return [_FORMAT, WINDOW, SHARD_TOKENS, SHARD_ROWS, _RANKED_TOGETHER]
+    return [_FORMAT, WINDOW, SHARD_TOKENS, SHARD_ROWS]
 
 
-def straight_shards(store: RowStore) -> Iterator[Shard]:
-    """Yield the shards of all rows in the straight order, window by window, in each the longest rows first."""
-    yield from _shards(STRAIGHT, np.arange(store.rows), WINDOW, store.lengths)
-
-
-def swapped_shards(store: RowStore, uncertainty: np.ndarray) -> Iterator[Shard]:
-    """Yield the shards of all rows in the swapped order, the most uncertain rows first; `uncertainty` [rows]."""
-    ranked = np.argsort(-uncertainty, kind="stable")
-    yield from _shards(SWAPPED, ranked, _RANKED_TOGETHER, store.lengths)
-
-
-def _shards(order: str, ranked: np.ndarray, together: int, lengths: np.ndarray) -> Iterator[Shard]:
-    """Cut ranked rows, so many together and of these the longest first, into shards of at most `SHARD_ROWS` rows and
-    `SHARD_TOKENS` tokens (or one row)."""
-    number = 0
-    for first in range(0, len(ranked), together):
-        rows = ranked[first : first + together]
-        rows = rows[np.argsort(-lengths[rows], kind="stable")]
+def shards(store: RowStore, order: str) -> Iterator[Shard]:
+    """Yield all rows in an order of their answers, window by window, in each the longest rows first, as shards of at
+    most `SHARD_ROWS` rows and `SHARD_TOKENS` tokens (or one row)."""
+    number, lengths = 0, store.lengths
+    for first in range(0, store.rows, WINDOW):
+        rows = first + np.argsort(-lengths[first : first + WINDOW], kind="stable")
         sums, start = np.concatenate([[0], np.cumsum(lengths[rows], dtype=np.int64)]), 0
         while start < len(rows):
             stop = int(np.searchsorted(sums, sums[start] + SHARD_TOKENS, side="right")) - 1

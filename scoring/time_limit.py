@@ -2,7 +2,7 @@
 
 pace = Pace(must=9_000_000, limit=parse_duration("9h"))
 pace.update(tokens_done)     # raises ArenaError early where even one order of the answers does not fit
-pace.allows(tokens)          # whether the other order of some more rows does
+pace.allows(tokens)          # whether the other order does, too: it is scored whole or not at all
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _MEASURED, _MEASURED_SECONDS = 0.01, 20.0
 # How far over the limit a forecast may be: much at first, because the longest rows come first, later little.
 _EARLY, _LATE, _EARLY_UNTIL = 1.25, 1.05, 0.1
 _SAFETY = 1.1
+ONE_ORDER = "the time limit leaves no room for the other order of the answers"
 
 
 def parse_duration(text: str) -> float:
@@ -53,7 +54,7 @@ class Pace:
         self._clock, self.limit, self._begun = clock, limit, clock()
         self._started = self._begun if started is None else started
         self._must = self._total = must
-        self._tokens = self._in_flight = 0.0
+        self._tokens = 0.0
 
     @property
     def speed(self) -> float | None:
@@ -76,25 +77,18 @@ class Pace:
         """Count tokens that every row needs as done by an earlier call."""
         self._must -= tokens
 
-    def send(self, tokens: float) -> None:
-        """Count tokens as being worked on, until `update` counts them as done."""
-        self._in_flight += tokens
-
     def update(self, tokens: float, *, must: bool) -> None:
         """Count tokens as done, `must` where every row needs them; raises ArenaError where the limit cannot be kept."""
         self._tokens += tokens
-        self._in_flight = max(self._in_flight - tokens, 0)
         if must:
             self._must -= tokens
         if self.limit is not None and self._must > 0.5:
             self._require_possible()
 
     def allows(self, tokens: float) -> bool:
-        """Return whether so many tokens, after those being worked on, still fit in the limit."""
-        if self.limit is None:
-            return True
-        needed = self.forecast(tokens + self._in_flight)
-        return self.seconds_left > 0 if needed is None else needed * _SAFETY <= self.seconds_left
+        """Return whether so many more tokens fit in the limit; not where this call has measured nothing yet."""
+        needed = self.forecast(tokens)
+        return self.limit is None or (needed is not None and needed * _SAFETY <= self.seconds_left)
 
     def _require_possible(self) -> None:
         """Raise ArenaError where the rows cannot all be scored once within the limit."""

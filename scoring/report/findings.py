@@ -94,11 +94,9 @@ def _cautions(report: Mapping[str, Any], test_rows: int) -> Iterator[tuple[str, 
     if calibration["scores"] == "logits" or calibration["kept"]:
         level = "amber" if calibration["log_loss_cross_fitted"] is None else "info"
         yield level, "calibration", f"Calibration, a last correction of the probabilities: {calibration['reason']}."
-    if "time_limit_seconds" in scoring and calibration["scores"] == "logits":
-        both = scoring["rows_in_both_orders"]["test"]
-        if both < test_rows:
-            text = f"{both:,} of {test_rows:,} test rows were scored in both orders, the others in one: a time limit."
-            yield "info", "one_order", text
+    limited = "time_limit_seconds" in scoring and calibration["scores"] == "logits"
+    if limited and scoring["rows_in_both_orders"]["test"] < test_rows:
+        yield "info", "one_order", "The test rows were scored in one order of the answers: a time limit."
 
 
 def findings(report: Mapping[str, Any]) -> dict[str, list[str]]:

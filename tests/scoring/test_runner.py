@@ -38,14 +38,10 @@ def opened(base, scorer=None, show=None, count=ROWS, target="valid", fresh=False
     return job, executor
 
 
-def no_limit(job):
-    return Pace(job.tokens)
-
-
 def scored(base, scorer=None, show=None, **options) -> pd.DataFrame:
     job, executor = opened(base, scorer, show, **options)
-    job.straight(executor, no_limit(job))
-    assert job.swapped(executor, no_limit(job)) == job.rows
+    for swapped in (False, True):
+        job.score(executor, Pace(job.tokens), swapped=swapped)
     return pd.concat(job.tables(), ignore_index=True)
 
 
@@ -127,37 +123,13 @@ def test_rows_that_were_damaged_are_read_again(tmp_path):
     assert scorer.asked == []
 
 
-def test_a_time_limit_swaps_as_many_rows_as_it_allows_the_most_uncertain_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_plan, "_RANKED_TOGETHER", 20)
-    now, scorer = [100.0], FakeScorer()
-    scorer.before = lambda prepared: now.__setitem__(0, now[0] + len(prepared) * 0.1)
-    show = quiet_show()
-    job, executor = opened(tmp_path, scorer, show)
-    # each row takes 0.1 s: 30 s for all of them once, and about half as many again within 46 s
-    pace = Pace(job.tokens, 46.0, clock=lambda: now[0])
-    job.straight(executor, pace)
-    both = job.swapped(executor, pace)
-    assert f"{both} of 300 rows within the time limit" in show.stream.getvalue()
-    assert 80 <= both <= 160 and now[0] - 100 <= 46
-    table = pd.concat(job.tables(), ignore_index=True)
-    assert table[["ab_a", "ab_b", "ab_tie"]].notna().all(axis=None)
-    has_both = table["ba_a"].notna()
-    assert has_both.sum() == both
-    assert table.index[has_both].max() < 20 + both, "the uncertain ones are those with small numbers"
-    # without a limit the next call does the rest, and nothing twice
-    rest = FakeScorer()
-    expected = scored(tmp_path / "whole")
-    pd.testing.assert_frame_equal(scored(tmp_path, rest), expected)
-    assert sum(map(len, rest.asked)) == ROWS - both
-
-
 def test_a_store_gives_back_what_was_written_and_the_plan_holds_every_row_once(tmp_path):
     store = RowStore.write(tmp_path, rows(2500))
     facts, texts = zip(*rows(2500), strict=True)
     assert store.inputs([2499, 0, 7]) == [texts[2499], texts[0], texts[7]]
     assert (store.rows, store.tokens) == (2500, sum(f["tokens"] for f in facts))
     assert list(store.ids()) == [f["id"] for f in facts]
-    shards = list(shard_plan.straight_shards(store))
+    shards = list(shard_plan.shards(store, shard_plan.STRAIGHT))
     assert sorted(np.concatenate([s.rows for s in shards]).tolist()) == list(range(2500))
     for shard in shards:
         assert shard.tokens == store.lengths[shard.rows].sum() <= 600

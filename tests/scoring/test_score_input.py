@@ -22,6 +22,7 @@ from factory.stage_context import StageContext
 from scoring.score_input import score_input
 from scoring.score_stage import ScoreOptions
 from scoring.scorer import ScorerSpec, own_precision
+from scoring.time_limit import Pace
 from tests.bad_inputs.place import COLUMNS
 from tests.scoring.fakes import quiet_show
 from tests.scoring.places import judged_place, write_battles
@@ -93,11 +94,14 @@ def test_a_limit_that_does_not_hold_writes_nothing_and_loses_nothing(judged):
     assert len(probabilities()) == 40
 
 
-def test_a_generous_limit_swaps_every_row(judged):
+def test_a_limit_scores_both_orders_of_all_rows_or_one(judged, monkeypatch):
     scored(judged)
     one_order = probabilities()
-    assert "within the time limit" not in scored(judged, time_limit=3600.0)
+    assert "no room" not in scored(judged, time_limit=3600.0)
     assert probabilities() != one_order
+    monkeypatch.setattr(Pace, "allows", lambda self, tokens: False)
+    assert "no room for the other order" in scored(judged, time_limit=3600.0)
+    assert probabilities() == one_order
 
 
 def test_a_row_that_cannot_be_read_gets_the_class_prior_in_its_place(judged):

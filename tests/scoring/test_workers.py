@@ -25,8 +25,8 @@ def scored(base, executor, show):
     job = open_job(base, "valid", scorer, executor, inputs={}, rows=lambda: rows(200), label="sft", show=show)
     pace = Pace(job.tokens)
     try:
-        job.straight(executor, pace)
-        job.swapped(executor, pace)
+        job.score(executor, pace)
+        job.score(executor, pace, swapped=True)
     finally:
         executor.close()
     return pd.concat(job.tables(), ignore_index=True)
