@@ -24,7 +24,7 @@ from factory.forecast import training_work
 from factory.gpu import CARDS, GIB
 from factory.memory import SLACK, training_memory
 from factory.model_size import ModelSize, size_of
-from factory.train_config import TokenLengths, TrainConfig
+from factory.workload import TokenLengths, TrainConfig
 
 
 class Case(NamedTuple):

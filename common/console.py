@@ -20,6 +20,11 @@ def printable(text: str) -> str:
     return visible(hide_secrets(text))
 
 
+def one_line(text: str) -> str:
+    """Return the text of a file's or a setting's name without ends of lines, which are none of an error."""
+    return text.replace("\n", "␊")
+
+
 def name_of(value: object) -> str:
     """Return an id as an error names it: a plain one as it is, any other quoted, in ASCII and not too long."""
     text = str(value)

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common.console import printable
+from common.console import one_line, printable
 
 OLDEST_PYTHON = (3, 11)
 LEAST_MEMORY = 2**30  # of addresses (ulimit -v), for the libraries of the smallest command
@@ -40,7 +40,7 @@ class ArenaError(Exception):
         return partial(type(self), where=self.where, remedy=self.remedy), (self.what,)  # for another process
 
     def __str__(self) -> str:
-        where = (self.where or "").replace("\n", "␊")  # a file's name is no line of an error
+        where = one_line(self.where or "")
         head = f"{where}: {self.what}" if where else self.what
         return printable(f"{head}\n  remedy: {self.remedy}" if self.remedy else head)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
-from common.console import name_of
+from common.console import name_of, one_line
 from common.errors import ArenaError
 from common.files import atomic_folder
 from data_prep.readers import VoteReader
@@ -104,7 +104,7 @@ def _fitting(folder: Path, labelled: bool, columns: Mapping[str, str] | None) ->
     if not found:
         return folder  # its reader says what it holds instead
     kind = "votes (prompt, responses, winner)" if labelled else "battles without a winner"
-    names = ", ".join(_named(parts) for parts in (fit or found)[:5]).replace("\n", "␊")
+    names = one_line(", ".join(_named(parts) for parts in (fit or found)[:5]))
     raise ArenaError(
         f"{'several tables hold' if fit else 'no table holds'} {kind}: {names}",
         where=str(folder),

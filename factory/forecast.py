@@ -18,7 +18,7 @@ from factory.memory import scoring_memory, training_memory
 from factory.model_size import SMALL, ModelSize, size_of, time_on_cpu
 from factory.recipe_checks import check_recipes
 from factory.stage_context import StageContext
-from factory.train_config import Counts, TokenLengths, TrainConfig, padded_tokens, sequence_lengths
+from factory.workload import Counts, TokenLengths, TrainConfig, padded_tokens, sequence_lengths
 
 # This machine's CPU, beside the cards' names.
 CPU = "cpu"

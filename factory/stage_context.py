@@ -276,7 +276,7 @@ class StageContext:
             "target_prior": experiment.target_prior and experiment.target_prior.model_dump(),
         }
 
-    def standing(self, part: str) -> Standing:
+    def glance(self, part: str) -> Standing:
         """Return how a part stands by what can be compared at once; the weights of local models are not read."""
         if part == "merge":
             inputs = {str(self.merge_recipe_path): self.merge_recipe}
@@ -336,7 +336,7 @@ class StageContext:
 
     def earlier_scores(self) -> str | None:
         """Return why the report is not of the judge as it is now, None where it is, or where no state.json is."""
-        if self.of_folds and (changes := self.standing("score").changes):
+        if self.of_folds and (changes := self.glance("score").changes):
             return f"the report of all folds is of other scores or rows than today's ({some(list(changes))})"
         records = {part: record for part in ("train", "merge", "score") if (record := self.state.record(part))}
         if not self.state.path.is_file() or ("score" in records and records["score"].finished_at):

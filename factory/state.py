@@ -22,6 +22,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from common.console import one_line
 from common.errors import ArenaError, Interrupted
 from common.files import read_json, sha256_of, write_json
 from factory.fingerprint import differences
@@ -141,8 +142,7 @@ def _read(path: Path) -> dict[str, Record]:
 
 def listed(what: str, lines: Sequence[str]) -> str:
     """Return a heading with a list below it."""
-    shown = (line.replace("\n", "␊") for line in lines)  # a name in a stranger's state is no line of the error
-    return "\n".join([what, *(f"  - {line}" for line in shown)])
+    return "\n".join([what, *(f"  - {one_line(line)}" for line in lines)])
 
 
 def archive(*paths: Path) -> list[Path]:

@@ -272,7 +272,7 @@ def _outdated(context: StageContext, parts: list[str]) -> tuple[str, str] | None
     }
     for part in parts:
         try:
-            changes = context.standing(part).changes
+            changes = context.glance(part).changes
         except ArenaError:  # nothing is exported, or a recipe is missing: the next command says so
             continue
         if any(line.startswith("data: ") for line in changes):

@@ -167,7 +167,8 @@ class Calibration:
 
     def apply(self, scores: pd.DataFrame) -> np.ndarray:
         """Return final [rows, 3] probabilities by the link for the number of orders that the rows were scored in."""
-        orders = 2 if has_both_orders(scores) else 1
+        both = scores.reindex(columns=list(BA_COLUMNS)).notna().all(axis=None)
+        orders = 2 if both and len(scores) else 1
         self.require(orders)
         return self.links[orders].apply(scores)
 

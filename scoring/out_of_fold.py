@@ -38,11 +38,11 @@ def out_of_fold_report(context: StageContext, *, show: Show) -> dict[str, Any] |
     A result of the same scores is kept. Raises ArenaError where a fold was made from other rows or settings.
     """
     members = context.scored_one_by_one
-    if missing := [each for each in members if not each.standing("score").is_finished]:
+    if missing := [each for each in members if not each.glance("score").is_finished]:
         show.note(f"{context.name}: the report of all folds waits for {missing[0].label}: {missing[0].command}")
         return None
     for each in members:
-        each.standing("score").require_same_inputs("score", each.folder, f"train it again: {each.command} --fresh")
+        each.glance("score").require_same_inputs("score", each.folder, f"train it again: {each.command} --fresh")
         each.require_current_training()
     with only_run(context.folder):
         inputs = context.scoring_inputs

@@ -77,9 +77,6 @@ class LlamaCppEngine:
 
 def load_gguf(path: Path, *, context: int, threads: int | None = None) -> Any:
     """Load a GGUF file for prompts of up to `context` tokens; raises ArenaError if llama.cpp cannot read it."""
-    # Threads that wait for each other spin for a long time by default, which on a busy machine made two threads
-    # twenty times slower than one. The library reads this when it is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from llama_cpp import Llama, llama_cpp
 
     threads = threads or len(os.sched_getaffinity(0))

@@ -17,7 +17,7 @@ from factory.memory import scoring_memory, training_memory, weight_bytes
 from factory.model_size import ModelSize, size_of
 from factory.recipes import write_recipe
 from factory.stage_context import StageContext
-from factory.train_config import TokenLengths, TrainConfig, padded_tokens, sequence_lengths
+from factory.workload import TokenLengths, TrainConfig, padded_tokens, sequence_lengths
 
 MODEL = "Qwen/Qwen3-8B"
 RECIPE = {

@@ -225,7 +225,7 @@ def test_nothing_is_outdated_while_the_export_is_the_same(place, stage, pairs):
         context = StageContext(load_experiment("exam"), stage)
         assert context.outdated_files() == []
         context.require_current_training()
-        assert [context.standing(part).changes for part in ("train", "score")] == [(), ()]
+        assert [context.glance(part).changes for part in ("train", "score")] == [(), ()]
         assert (DATA / "pairs.parquet").is_file() == (bool(pairs) or "dpo_reward" in STEPS[stage].data)
 
 

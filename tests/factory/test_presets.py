@@ -15,7 +15,7 @@ from factory.new_experiment import NewExperiment, render_experiment
 from factory.recipe_checks import check_recipes
 from factory.recipes import render_recipe
 from factory.stage_context import StageContext
-from factory.train_config import TrainConfig
+from factory.workload import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
