@@ -19,8 +19,7 @@ from tokenizers import Tokenizer
 from common.error_hints import remedy_for
 from common.errors import ArenaError
 from common.files import atomic_file, read_json
-from data_prep.hub import offline_if_unreachable
-from data_prep.template_choice import own_template
+from data_prep.model_lookup import offline_if_unreachable, own_template
 
 if TYPE_CHECKING:
     from common.experiment import Experiment

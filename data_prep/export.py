@@ -32,19 +32,17 @@ from common.errors import ArenaError
 from common.files import atomic_file, atomic_folder, only_run, sha256_of, sha256_of_table, write_json
 from data_prep.audit import check_overlap, preferences_audit, refuse_same_table, truncation_audit
 from data_prep.chat_template import ChatFrame, load_frame
-from data_prep.dataset_info import dataset_entries, entries_of_others, listed_sets
+from data_prep.export_folder import check_overwrite, dataset_entries, entries_of_others, listed_sets
 from data_prep.export_reader import FORMAT, read_manifest
 from data_prep.export_rows import RowMaker, open_pool, usual_workers
 from data_prep.export_writer import CHUNK, Written, write_sets, write_tables
 from data_prep.folds import read_folds, read_ids
-from data_prep.ground_truth import read_truth_ids, require_truth_of
-from data_prep.overwrite_check import check_overwrite
 from data_prep.preference_pairs import VIEWS, View
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
-from data_prep.soft_labels import Soft, Teacher
 from data_prep.sources import Source
 from data_prep.truncation import in_chunks
+from data_prep.verdict_shares import Soft, Teacher, read_truth_ids, require_truth_of
 
 if TYPE_CHECKING:
     from common.experiment import Experiment

@@ -24,7 +24,7 @@ import pyarrow as pa
 from common.battle import VERDICTS, Battle, swap, swap_verdict
 from common.errors import ArenaError
 from data_prep.audit import count_fitted, count_pairs, first_prompts, row_statistics
-from data_prep.dataset_info import set_names
+from data_prep.export_folder import set_names
 from data_prep.preference_pairs import (
     Pair,
     PairFitter,
@@ -36,8 +36,8 @@ from data_prep.preference_pairs import (
     wrong_verdicts,
 )
 from data_prep.prompt import JudgePrompt
-from data_prep.soft_labels import drawn
 from data_prep.truncation import Fitted, Fitter
+from data_prep.verdict_shares import drawn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

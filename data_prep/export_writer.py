@@ -26,7 +26,7 @@ from pyarrow.parquet import ParquetWriter
 from common.battle import VERDICTS, Battle
 from common.errors import ArenaError
 from data_prep.audit import add_counts
-from data_prep.dataset_info import set_names
+from data_prep.export_folder import set_names
 from data_prep.export_reader import TEST_LINES, iter_battles, iter_pairs, read_columns
 from data_prep.export_rows import SCHEMAS, FittedChunk
 from data_prep.folds import LEFT_OUT, GivenFolds, group_number, splits_beside, splits_of, trained_with

@@ -15,7 +15,7 @@ from common.console import name_of
 from common.errors import ArenaError
 from common.stages import fold_name
 from data_prep.cells import parse_id
-from data_prep.sanitize import BREAK
+from data_prep.prompt import BREAK
 from data_prep.tables import BrokenRow, open_table
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _BESIDE = "_beside"  # behind a fold's name: rows of further sources that are tr
 def normalise_prompt(text: str) -> str:
     """Return a prompt without what does not make it another: case, width, white space, punctuation at its ends.
 
-    A prompt and the sanitized prompt (`data_prep.sanitize`) are equal: what is fed alike is in one group.
+    A prompt and the sanitized prompt (`data_prep.prompt`) are equal: what is fed alike is in one group.
     """
     if text.isascii():
         text = " ".join(text.lower().split())

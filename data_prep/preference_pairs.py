@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from common.battle import VERDICTS, Battle
 from common.errors import ArenaError
-from data_prep.prompt import FIELDS
-from data_prep.sanitize import Neutralizer
+from data_prep.prompt import FIELDS, Neutralizer
 from data_prep.truncation import BudgetFitter, Fitted, Job, share_out
 
 if TYPE_CHECKING:

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 from common.battle import Battle, swap
 from common.console import name_of
 from common.errors import ArenaError, end_process, is_panic
-from data_prep.prompt import FIELDS, JudgePrompt, texts_of
-from data_prep.sanitize import Neutralizer
+from data_prep.prompt import FIELDS, JudgePrompt, Neutralizer, texts_of
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

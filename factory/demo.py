@@ -9,8 +9,8 @@ from common.experiment import Experiment
 from common.files import atomic_folder, read_json, write_json
 from common.llamafactory_schema import templates
 from common.progress import Show
+from data_prep.export_folder import check_overwrite
 from data_prep.export_reader import earlier_manifest
-from data_prep.overwrite_check import check_overwrite
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
 from data_prep.synthetic import ArenaFiles, write_arena

@@ -15,7 +15,7 @@ from typing import Any
 
 from common.errors import ArenaError
 from common.files import read_json, sha256_of
-from data_prep.dataset_info import ELSEWHERE
+from data_prep.export_folder import ELSEWHERE
 
 # Recipe keys that change neither weights nor probabilities.
 NEUTRAL_KEYS = frozenset(

@@ -13,7 +13,7 @@ from common.experiment import Experiment, check_name, load_experiment, parse_exp
 from common.files import atomic_folder
 from common.progress import Show
 from common.stages import STEPS, TRAININGS
-from data_prep.template_choice import Choice, choose_template
+from data_prep.model_lookup import Choice, choose_template
 from factory.devices import Devices, cpu_with_bf16, devices
 from factory.recipes import as_yaml, is_as_rendered, render_recipe, render_template, shared_values
 from factory.stage_context import StageContext, prepare_again

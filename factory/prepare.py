@@ -13,11 +13,11 @@ from common.progress import Show
 from common.stages import STEPS
 from data_prep.audit import warnings_of
 from data_prep.export import export
+from data_prep.export_folder import check_overwrite
 from data_prep.export_reader import earlier_manifest, read_manifest
-from data_prep.overwrite_check import check_overwrite
 from data_prep.readers import VoteReader, require_used
-from data_prep.soft_labels import Soft
 from data_prep.sources import Source, votes_at, with_weight
+from data_prep.verdict_shares import Soft
 from factory.demo import ensure_embedded_base
 from factory.recipes import check_first_values, write_recipe
 from factory.status import refuse_while_at_work

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from common.errors import ArenaError
 from common.experiment import Experiment
 from common.files import read_json
-from data_prep.hub import cached_file
+from data_prep.model_lookup import cached_file
 from factory.fingerprint import names
 from factory.reach import Fault, Recipe
 

@@ -19,7 +19,7 @@ from common.experiment import Experiment
 from common.files import write_json
 from common.stages import STAGES, TRAININGS
 from data_prep.export_reader import read_rows, readable, truth_of
-from data_prep.ground_truth import probabilities_of
+from data_prep.verdict_shares import probabilities_of
 from factory.recipes import shared_values
 from factory.stage_context import StageContext
 from scoring import metrics

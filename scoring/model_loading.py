@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ArenaError
-from data_prep.hub import offline_if_unreachable
+from data_prep.model_lookup import offline_if_unreachable
 from factory.devices import has_bf16
 from factory.weight_checks import ADAPTER_FILES, adapter_config, config_of, odd_index, odd_setting
 

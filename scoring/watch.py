@@ -17,8 +17,8 @@ from common.progress import Show
 from common.stages import TRAININGS
 from data_prep.chat_template import load_frame
 from data_prep.export_reader import read_battles, truth_of
-from data_prep.ground_truth import probabilities_of
 from data_prep.prompt import JudgePrompt
+from data_prep.verdict_shares import probabilities_of
 from factory.serve_page import serve_tensorboard
 from factory.stage_context import StageContext, context_labelled
 from factory.state import last_checkpoint

@@ -39,11 +39,10 @@ from common.files import atomic_file, atomic_folder, only_run
 from common.progress import Show
 from data_prep.export_reader import read_rows
 from data_prep.folds import normalise_prompt
+from data_prep.model_lookup import choose_template
 from data_prep.preference_pairs import PairFitter, flatten
-from data_prep.prompt import JudgePrompt
-from data_prep.sanitize import Neutralizer
+from data_prep.prompt import JudgePrompt, Neutralizer
 from data_prep.sources import votes_at
-from data_prep.template_choice import choose_template
 from data_prep.truncation import Fitter
 from factory import board_page, launcher, serve_page
 from factory.board import _BAR as log_bar

@@ -17,7 +17,7 @@ import pandas as pd
 from common.battle import VERDICTS
 from common.console import name_of
 from common.errors import ArenaError
-from data_prep.ground_truth import probabilities_of
+from data_prep.verdict_shares import probabilities_of
 from scoring import metrics
 from scoring.agreement import agreement_curve
 from scoring.baselines import baseline_notes, baseline_probabilities

@@ -20,8 +20,7 @@ from data_prep.audit import first_prompts, row_statistics, warnings_of
 from data_prep.export import export
 from data_prep.export_reader import read_manifest
 from data_prep.folds import prompt_group
-from data_prep.prompt import JudgePrompt
-from data_prep.sanitize import EMPTY, Neutralizer
+from data_prep.prompt import EMPTY, JudgePrompt, Neutralizer
 from data_prep.sources import Source
 from data_prep.synthetic import write_arena
 from scoring.checks.run_checks import shared_prompts

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from common.errors import ArenaError
 from common.experiment import parse_experiment, read_yaml
 from data_prep.chat_template import load_frame, probe_frame
-from data_prep.sanitize import Neutralizer
-from data_prep.template_choice import choose_template
+from data_prep.model_lookup import choose_template
+from data_prep.prompt import Neutralizer
 
 ROOT = Path(__file__).parents[2]
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

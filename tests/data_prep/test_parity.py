@@ -12,8 +12,8 @@ import pytest
 from data_prep.chat_template import load_frame
 from data_prep.export import export
 from data_prep.export_reader import read_battles, read_pairs, read_rows
+from data_prep.model_lookup import choose_template
 from data_prep.preference_pairs import pair_sequences
-from data_prep.template_choice import choose_template
 from scoring.judge import load_judge, write_judge
 from tests.real_tokenizers import FAMILIES, with_tokenizer
 from tests.votes import lines

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from common.battle import Battle, swap
 from common.errors import ArenaError
 from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
+from data_prep.prompt import EMPTY
 from data_prep.readers import VoteReader
-from data_prep.sanitize import EMPTY
 from data_prep.truncation import MARKER, Fitter, share_out
 
 SHARES = SimpleNamespace(prompt=0.2, a=0.4, b=0.4)

@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import ArenaError
 from data_prep.export import ensure_views, export
-from data_prep.overwrite_check import check_overwrite
+from data_prep.export_folder import check_overwrite
 from data_prep.synthetic import write_arena
 
 FOLDER = Path("data/exam")
