@@ -34,7 +34,7 @@ from data_prep.export_reader import FORMAT, read_manifest
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
 from data_prep.truncation import Fitter
-from factory.base_model import SPECIAL_TOKENS
+from factory.demo import SPECIAL_TOKENS
 from factory.fingerprint import data_sets, training_rows
 from factory.recipe_checks import check_recipe
 from factory.recipes import render_recipe

@@ -27,7 +27,7 @@ from common.stages import STAGES
 from data_prep.chat_template import ChatFrame
 from data_prep.readers import VoteReader
 from data_prep.synthetic import TRAIN_COLUMNS, cell
-from factory.base_model import SPECIAL_TOKENS, BaseModelSize, build_base_model
+from factory.demo import SPECIAL_TOKENS, BaseModelSize, build_base_model
 from factory.forecast import forecast
 from factory.process import llamafactory
 from scoring.metrics import GroupBootstrap, as_groups, row_losses

@@ -170,7 +170,7 @@ def verify(output: Path | None, experiment: str | None, stage: str, fold: str | 
 
     OUTPUT is a scored stage's folder, outputs/EXP/STAGE, unless -e names it. Exit code 1: something changed.
     """
-    from scoring.checks.verify import verify
+    from scoring.checks.provenance import verify
     from scoring.report.console import print_verification
 
     if (output is None) == (experiment is None):

@@ -1,22 +1,37 @@
-"""What computes shards: one engine in this process, or several processes with a model each (workers, Ray's actors)."""
+"""What computes shards: one engine in this process, or several processes with a model each (workers, Ray's actors).
+
+Workers are processes of this machine, each on a GPU or a share of the cores. Ray's actors are on this machine or on a
+cluster; all of its machines must see this folder under the same path (a shared disk): the model and the rows are read
+from it. All score the same shards from the same store, so the scores are the same.
+"""
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from functools import cached_property
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
 
 from common.console import name_of
+from common.errors import ArenaError, same_command
 from scoring.model_loading import device_name
 from scoring.score_store import RowStore, Shard
 from scoring.scorer import Scorer, ScorerSpec
 
+LOCAL = "local"  # the address of a Ray that is started here
+# What every process of Ray needs: our modules, and no usage statistics sent.
+_ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "RAY_USAGE_STATS_ENABLED": "0"}
 # Called with a shard and the share of it that is done, rising from 0 to 1.
 Progress = Callable[[Shard, float], None]
 
@@ -141,6 +156,11 @@ class SideBySide(Executor):
         return future.result()
 
 
+def _died(what: str, where: str) -> ArenaError:
+    again = f"{same_command()} goes on from what is scored; give fewer --workers or a smaller --precision"
+    return ArenaError(what, where=where, remedy=again)
+
+
 def _loaded(scorer: Scorer) -> tuple[str, str, str]:
     """Return engine, precision and device of an open scorer; only torch uses a GPU here."""
     return scorer.engine, scorer.precision, device_name() if scorer.engine == "torch" else "cpu"
@@ -158,3 +178,141 @@ def _score(scorer: Scorer, store: RowStore, shard: Shard, progress: Progress = l
         progress=lambda share: progress(shard, share),
         name=lambda i: f"id {name_of(inputs[i]['id'])}",
     )
+
+
+class Workers(SideBySide):
+    """As many processes as asked for; where one dies the run ends, and what is finished is kept."""
+
+    name = "a worker"
+
+    def __init__(self, spec: ScorerSpec, note: Callable[[str], None], count: int):
+        """Start the processes and load the first model; raises ArenaError where it cannot be loaded."""
+        gpus = visible_gpus() if spec.engine == "torch" else []
+        if gpus and count > len(gpus):
+            raise ArenaError(
+                f"{count} workers for {len(gpus)} visible GPU(s): two models would share one",
+                where="--workers",
+                remedy=f"give at most {len(gpus)}, or leave it out",
+            )
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+        self._pools = [
+            ProcessPoolExecutor(1, context, _begin, (spec, str(Path.cwd()), count, gpus[number] if gpus else None))
+            for number in range(count)
+        ]
+        super().__init__([partial(pool.submit, _call) for pool in self._pools], note)
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():  # also in the middle of a shard
+            process.kill()
+
+    def _result(self, future: Future) -> Any:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise _died("a scoring worker was killed, probably for want of memory", "--workers") from None
+
+
+def default_workers(engine: str) -> int:
+    """Return one for each GPU that is visible to torch, 1 on a CPU."""
+    return max(len(visible_gpus()), 1) if engine == "torch" else 1
+
+
+def visible_gpus() -> list[str]:
+    """Return the names by which CUDA_VISIBLE_DEVICES shows each visible GPU to a process of its own."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] if named else [str(number) for number in range(count)]
+
+
+_asker: Asker | None = None  # of this process, where it is a worker
+
+
+def _begin(spec: ScorerSpec, folder: str, workers: int, gpu: str | None) -> None:
+    """Begin as a worker, on a GPU or a share of the cores; it ends with the process that started it."""
+    global _asker
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the parent ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch looks
+    else:
+        import torch
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(cores // workers, 1))
+    _asker = Asker(spec, folder)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _call(method: str, *arguments: Any) -> Any:
+    return getattr(_asker, method)(*arguments)
+
+
+class RayActors(SideBySide):
+    """A pool of Ray's actors; one that dies is started again once, on another machine if need be."""
+
+    name = "Ray"
+
+    def __init__(self, spec: ScorerSpec, note: Callable[[str], None], *, address: str, actors: int | None):
+        """Connect to the cluster at `address` ("local": start one on 127.0.0.1) and load the first model there.
+
+        `actors` is their number (None: one a GPU of the cluster, else one). Raises ArenaError where Ray is missing,
+        cannot be reached, or the model cannot be loaded there.
+        """
+        if find_spec("ray") is None:
+            raise ArenaError("Ray is not installed", where="--ray", remedy="make extra-ray")
+        _connect(address, actors)
+        import ray
+
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if spec.engine == "torch" else 0
+        count = actors or max(gpus, 1)
+        actor = ray.remote(num_cpus=1, num_gpus=float(bool(gpus)), max_restarts=1, max_task_retries=1)(Asker)
+        self._actors = [actor.remote(spec, str(Path.cwd())) for _ in range(count)]  # they end when nothing names them
+
+        def asker(actor: Any) -> Callable[..., Future]:
+            return lambda method, *arguments: getattr(actor, method).remote(*arguments).future()
+
+        super().__init__([asker(actor) for actor in self._actors], note)
+        note(f"Ray: {count} actor(s) on {len(ray.nodes())} machine(s)")
+
+    def close(self) -> None:
+        import ray
+
+        ray.shutdown()  # a cluster that was started here ends
+
+    def _result(self, future: Future) -> Any:
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            return future.result()
+        except RayTaskError as error:  # what an Asker raised
+            raise error.cause from None
+        except RayActorError as error:
+            raise _died(f"a Ray actor died twice: {str(error).splitlines()[0]}", "--ray") from None
+
+
+def _connect(address: str, actors: int | None) -> None:
+    os.environ.update(_ENVIRONMENT)
+    import ray
+
+    options: dict[str, Any] = {"runtime_env": {"env_vars": _ENVIRONMENT}}
+    if address == LOCAL:
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's name for: listen on 127.0.0.1 only
+        options = {"num_cpus": max(actors or 1, os.cpu_count() or 1), "include_dashboard": False}
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
+        raise ArenaError(
+            f"Ray cannot be reached: {str(error).strip().splitlines()[0]}",
+            where=f"--ray {address}",
+            remedy="check the address (ray://HOST:10001) and that the cluster runs the same versions of Python and "
+            "Ray; --ray alone starts one here",
+        ) from None

@@ -28,7 +28,7 @@ from factory.stage_context import StageContext
 from scoring.model_card import at_another_place, public_base
 from scoring.predictions import REPORT
 from scoring.publish import published_files
-from scoring.time_limit import parse_duration
+from scoring.runner import parse_duration
 
 # Kaggle's image of August 2026, from Kaggle/docker-python: this Python, PyTorch 2.10 for CUDA 12.8.
 PYTHON = "3.12"

@@ -32,10 +32,10 @@ from factory.status import refuse_while_at_work
 from factory.train import train
 from scoring.checkpoints import choose
 from scoring.checks.merge_check import check_merge
+from scoring.executor import visible_gpus
 from scoring.judge import write_judge_manifest
 from scoring.out_of_fold import out_of_fold_report
 from scoring.score_stage import score_stage
-from scoring.workers import visible_gpus
 
 _RUN_PY = Path(__file__).resolve().parents[1] / "run.py"
 

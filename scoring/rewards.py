@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.errors import ArenaError
-from scoring.batches import run_batches
 from scoring.model_loading import BROKEN_WEIGHTS
-from scoring.packed_model import Pack, PackedModel, Piece
+from scoring.packed_model import Pack, PackedModel, Piece, run_batches
 
 if TYPE_CHECKING:
     import torch

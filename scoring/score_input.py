@@ -29,10 +29,9 @@ from scoring.calibration import Calibration
 from scoring.executor import Executor
 from scoring.out_of_fold import MeanOfJobs
 from scoring.predictions import Answers, class_prior, record_output, require_replaceable
-from scoring.runner import open_job
+from scoring.runner import ONE_ORDER, Pace, open_job
 from scoring.score_stage import ScoreOptions, read_report, texts
 from scoring.score_store import remove_empty
-from scoring.time_limit import ONE_ORDER, Pace
 
 
 @dataclass(frozen=True)

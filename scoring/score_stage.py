@@ -38,18 +38,15 @@ from scoring.calibration import Calibration
 from scoring.checks.merge_check import check_merge
 from scoring.checks.provenance import provenance
 from scoring.checks.run_checks import require_sound, run_checks, stopping
-from scoring.executor import Executor, InProcess
+from scoring.executor import Executor, InProcess, RayActors, Workers, default_workers
 from scoring.judge import MANIFEST, make_base_judge
 from scoring.model_card import write_cards
 from scoring.predictions import REPORT, Answers, read_probabilities, write_probabilities
 from scoring.probe import PROBE
-from scoring.ray_scoring import RayActors
 from scoring.report.build import build_report
 from scoring.report.page import shown_battles, write_page
-from scoring.runner import Job, open_job
+from scoring.runner import ONE_ORDER, Job, Pace, open_job, parse_duration
 from scoring.scorer import Scorer, ScorerSpec, own_precision
-from scoring.time_limit import ONE_ORDER, Pace, parse_duration
-from scoring.workers import Workers, default_workers
 
 _FLAG = ("level", "text")
 _LABELS = {"valid": "scoring the validation fold", "test": "scoring the test set"}

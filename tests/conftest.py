@@ -154,7 +154,7 @@ def tiny_base(tmp_path_factory) -> Path:
 
     def make(folder: Path) -> None:
         from data_prep.synthetic import synthetic_battles
-        from factory.base_model import build_base_model
+        from factory.demo import build_base_model
 
         battles = [row.battle for row in synthetic_battles(seed=3, rows=400)]
         texts = (text for b in battles for text in b.prompts + b.responses_a + b.responses_b)

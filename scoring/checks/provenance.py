@@ -1,15 +1,25 @@
-"""Where a result comes from: versions, hashes, seeds, hardware. Nothing secret, no absolute path."""
+"""Where a result comes from: versions, hashes, seeds, hardware, recorded when it is made and checked again by `verify`.
+
+Nothing secret, no absolute path. `verify` hashes every file again that provenance (in report.json) or a finished part
+(in state.json beside it) names; versions are compared with those of today.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from common.files import sha256_of
+from common.errors import ArenaError, UsageError
+from common.files import read_json, sha256_of
+from factory.state import PARTS, StageState
+from scoring.checks.run_checks import stopping
+from scoring.predictions import REPORT
 
 _PACKAGES = (
     *("llamafactory", "transformers", "peft", "trl", "bitsandbytes", "torch", "tokenizers", "datasets"),
@@ -57,3 +67,101 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
+
+
+# `changed` and `missing` mean that the folder is no longer what was made, `failed` that it was wrong when it was made;
+# a warning is for a person to weigh.
+BAD = ("changed", "missing", "failed")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a verification: `state` is ok, changed, missing, failed or warning."""
+
+    what: str
+    state: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All findings about one output folder."""
+
+    folder: str
+    findings: list[Finding]
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing changed, nothing is missing and no run check failed."""
+        return not any(finding.state in BAD for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"folder": self.folder, "sound": self.sound, "findings": [asdict(finding) for finding in self.findings]}
+
+
+def verify(folder: Path) -> Verification:
+    """Check outputs/EXP/STAGE again; raises UsageError if it is no such folder, ArenaError if its report is damaged."""
+    root, path = _root_of(folder), folder / REPORT
+    try:
+        report = read_json(path)
+        made_from, recorded = (dict[str, str](report["provenance"][key]) for key in ("sha256", "versions"))
+        failed = stopping(report.get("checks", []))
+        failures = [Finding(f"run check: {check['name']}", "failed", check["detail"]) for check in failed]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArenaError(f"cannot be read: {error}", where=str(path), remedy="score the stage again") from None
+    findings = [*_files("made from", root, made_from), *_parts(root, folder), *failures, *_versions(recorded)]
+    return Verification(folder.as_posix(), findings)
+
+
+def _root_of(folder: Path) -> Path:
+    """Return where the relative paths of outputs/EXP/STAGE or outputs/EXP/STAGE/FOLD start from: what holds outputs/.
+
+    It is found without ".." and without links that stand for the folder; outputs/ may be a link to another disk.
+    """
+    remedy = "give a scored stage's folder, such as outputs/EXP/sft"
+    if not (folder / REPORT).is_file():
+        raise UsageError(f"holds no {REPORT}", where=str(folder), remedy=remedy)
+    for path in (Path(os.path.normpath(folder.absolute())), folder.resolve()):
+        outputs = [above for above in (*path.parents,)[1:3] if above.name == "outputs"]
+        if outputs and path.exists() and path.samefile(folder):
+            return outputs[0].parent
+    raise UsageError("is not the folder of a stage", where=str(folder), remedy=remedy)
+
+
+def _files(role: str, root: Path, hashes: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield one finding a file; a path that leads out of the root is not opened."""
+    for name, digest in hashes.items():
+        what = f"{role}: {name}"
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            yield Finding(what, "changed", "the path leads out of this folder; it was not written by a run")
+        elif not (root / name).is_file():
+            yield Finding(what, "missing")
+        elif sha256_of(root / name) != digest:
+            yield Finding(what, "changed", "has other content than when the result was made")
+        else:
+            yield Finding(what, "ok")
+
+
+def _parts(root: Path, folder: Path) -> Iterator[Finding]:
+    """Yield the outputs of the finished parts, from state.json."""
+    if not (folder / "state.json").is_file():
+        yield Finding("state.json", "missing", "the hashes of the outputs are not known")
+        return
+    state = StageState(folder)
+    for part in PARTS:
+        if (record := state.record(part)) is None:
+            continue
+        if record.finished_at is None:
+            yield Finding(f"{part}: finished", "changed", f"{part} was started again and did not end: run it again")
+        yield from _files(part, root, record.sha256)
+
+
+def _versions(recorded: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield where the versions of today are not those that the result was made with."""
+    today = versions()
+    for name, value in recorded.items():
+        if today.get(name) == value:
+            yield Finding(f"version of {name}", "ok", value)
+        else:
+            yield Finding(f"version of {name}", "warning", f"{value} when it was made, {today.get(name)} now")

@@ -1,6 +1,6 @@
 """The torch engine: label logits by one pass a prompt, the head only where the label stands and only its rows.
 
-scoring.packed_model makes the hidden states, scoring.batches the batches.
+scoring.packed_model makes the hidden states, scoring.packed_model the batches.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.errors import ArenaError, UsageError
-from scoring.batches import run_batches
 from scoring.model_loading import BROKEN_WEIGHTS, TrainedAdapter, device_name, float_precision, load_model
-from scoring.packed_model import Pack, PackedModel, Piece
+from scoring.packed_model import Pack, PackedModel, Piece, run_batches
 
 if TYPE_CHECKING:
     from scoring.judge import Judge

@@ -33,8 +33,8 @@ from scoring.calibration import (
     raw_scores,
 )
 from scoring.links import correct_prior, smoothed_prior, softmax
+from scoring.metrics import slice_losses
 from scoring.report.findings import flags_of
-from scoring.report.slices import slice_losses
 
 # How many rows the lists of worst and most biased rows hold.
 LISTED = 20

@@ -23,7 +23,7 @@ from scoring.report.findings import LEVELS, findings, headline, main_figures, ou
 from scoring.report.formatting import BASELINE_NAMES, percent, points
 
 if TYPE_CHECKING:
-    from scoring.checks.verify import Verification
+    from scoring.checks.provenance import Verification
 
 _STYLES = {"red": "bold red", "amber": "yellow", "info": "dim"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.experiment import parse_experiment
-from factory.base_model import BaseModelSize, build_base_model
+from factory.demo import BaseModelSize, build_base_model
 from factory.recipes import TEMPLATES, write_recipe
 
 RECIPE = {

@@ -9,7 +9,7 @@ import pytest
 from common.errors import ArenaError
 from common.experiment import parse_experiment
 from common.progress import Show
-from factory.base_model import BaseModelSize, build_base_model
+from factory.demo import BaseModelSize, build_base_model
 from factory.merge import MANIFEST, DequantisedBase
 from factory.recipes import write_recipe
 from factory.stage_context import StageContext

@@ -19,10 +19,10 @@ import run
 from common.battle import PROBABILITY_COLUMNS, VERDICTS
 from common.errors import ArenaError, UsageError
 from factory.stage_context import StageContext
+from scoring.runner import Pace
 from scoring.score_input import score_input
 from scoring.score_stage import ScoreOptions
 from scoring.scorer import ScorerSpec, own_precision
-from scoring.time_limit import Pace
 from tests.bad_inputs.place import COLUMNS
 from tests.scoring.fakes import quiet_show
 from tests.scoring.places import judged_place, write_battles

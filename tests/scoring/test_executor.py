@@ -1,16 +1,17 @@
-"""scoring.workers: several processes give what one gives; one that dies is reported, and loses nothing."""
+"""scoring.executor: several processes give what one gives; one that dies is reported, and loses nothing."""
 
 from __future__ import annotations
+
+import importlib.util
 
 import pandas as pd
 import pytest
 
 from common.errors import ArenaError
+from scoring import executor as executor_module
 from scoring import score_store as shard_plan
-from scoring.executor import InProcess
-from scoring.runner import open_job
-from scoring.time_limit import Pace
-from scoring.workers import Workers, default_workers, visible_gpus
+from scoring.executor import LOCAL, InProcess, RayActors, Workers, default_workers, visible_gpus
+from scoring.runner import Pace, open_job
 from tests.scoring.fakes import FakeScorer, FakeSpec, quiet_show, rows
 
 
@@ -67,3 +68,27 @@ def test_each_visible_gpu_gets_a_process_by_the_name_that_the_user_gave(monkeypa
     with pytest.raises(ArenaError, match="3 workers for 2 visible GPU") as caught:
         Workers(FakeSpec(engine="torch"), lambda _: None, 3)
     assert "at most 2" in caught.value.remedy
+
+
+def test_without_the_extra_its_name_is_told(monkeypatch):
+    monkeypatch.setattr(executor_module, "find_spec", lambda _: None)
+    with pytest.raises(ArenaError, match="Ray is not installed") as caught:
+        RayActors(FakeSpec(), lambda _: None, address=LOCAL, actors=2)
+    assert caught.value.remedy == "make extra-ray"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed (make extra-ray)")
+def test_two_actors_on_a_local_cluster_give_what_one_process_gives(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_plan, "SHARD_TOKENS", 2500)
+    expected = scored(tmp_path / "one", InProcess(FakeScorer()), quiet_show())
+    show = quiet_show()
+    executor = RayActors(FakeSpec(), show.note, address=LOCAL, actors=2)
+    import ray
+
+    assert {node["NodeManagerAddress"] for node in ray.nodes()} == {"127.0.0.1"}
+    assert (executor.engine, executor.precision, executor.device) == ("fake", "fp32", "cpu")
+    pd.testing.assert_frame_equal(scored(tmp_path / "ray", executor, show), expected)
+    assert "Ray: 2 actor(s) on 1 machine(s)" in show.stream.getvalue()
+    assert "Ray: out of memory: continuing with 512 tokens a batch" in show.stream.getvalue()
+    assert not ray.is_initialized()

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import run
-from scoring.checks.verify import verify
+from scoring.checks.provenance import verify
 
 OUT = Path("outputs/exam/sft")
 
@@ -65,7 +65,7 @@ def test_a_changed_and_a_missing_file_are_found(place, path, what):
 
 
 def test_another_version_is_a_warning_and_no_fault(place, monkeypatch):
-    monkeypatch.setattr("scoring.checks.verify.versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr("scoring.checks.provenance.versions", lambda: {"torch": "0.1"})
     result = verify(OUT)
     assert result.sound
     (told,) = [finding for finding in result.findings if finding.what == "version of torch"]
