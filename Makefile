@@ -19,7 +19,7 @@ $(STAMP): requirements.lock
 	@VIRTUAL_ENV="$$PWD/$(VENV)" $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
 	@touch $@
 
-# What not everybody needs, each from its own lock beside it: make extra-ray, extra-gguf, …
+# Optional parts, each with its own lock: make extra-ray, extra-gguf, …
 $(EXTRAS:%=extra-%): extra-%: install
 	@VIRTUAL_ENV="$$PWD/$(VENV)" $(BIN)/uv pip install --quiet --require-hashes -r extras/$*.lock
 

@@ -1,4 +1,4 @@
-"""What the fuzzer feeds bytes to: all that reads files of strangers, of users, of trainers and of earlier runs.
+"""What the fuzzer feeds bytes to: all code that reads files of others, of trainers and of earlier runs.
 
 A target takes bytes and returns, or raises one of our own errors; anything else is a crash. Each has seeds, good
 inputs to start from. No fuzzer is needed to import this: the tests replay seeds and crashes.

@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, help="what the script calls itself with")
     asked = parser.parse_args()
     if asked.tiny and asked.write:
-        parser.error("the figures of --tiny are none")
+        parser.error("--tiny only tries the script on a CPU: --write needs a run on a GPU")
     bench = Workbench(asked.work)
     os.chdir(bench.folder)
     if asked.part:

@@ -6,7 +6,7 @@
 FOLDER is a place where the stage was scored. Each client has a connection of its own and sends a battle of the
 validation fold, waits for the answer and sends the next one; one client is one request at a time. With --minutes the
 largest number of clients goes on so long, with a pause behind each answer, and the server's memory, files and threads
-are looked at every minute.
+are measured every minute.
 """
 
 from __future__ import annotations

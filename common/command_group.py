@@ -46,7 +46,7 @@ EXAMPLES = {
 
 
 class OwnFolder(click.Command):
-    """Refuses an option that is given twice, where click would silently use the last one, and a stranger's folder."""
+    """Refuses to run in another folder, and an option given twice, of which click would silently use the last."""
 
     def invoke(self, ctx: click.Context) -> Any:
         if self.name not in ("completion", "doctor") and not ctx.find_root().params["here"]:
@@ -88,7 +88,7 @@ class ErrorsWithRemedy(click.Group):
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a result, whatever strangers wrote into it."""
+    """Print a result; control characters in it do not reach the terminal."""
     click.echo(printable(text), err=err)
 
 
@@ -99,7 +99,7 @@ def is_verbose(ctx: click.Context) -> bool:
 def require_own_folder() -> None:
     """Raise UsageError where the current folder does not hold this project."""
     here = Path.cwd()
-    # On Kaggle the project's files are links in a folder of one's own.
+    # On Kaggle the project's files are links in a folder of the user's.
     roots = Path(__file__).resolve().parents[1], Path(sys.argv[0]).absolute().parent
     if here not in roots and here not in [root.resolve() for root in roots]:
         raise UsageError(

@@ -360,9 +360,9 @@ publish_options = several(
     experiment_option,
     stage_option("The judge to publish"),
     fold_option,
-    option("--repo", required=True, metavar="OWNER/NAME", help="A model repository of the hub; made where it is none."),
+    option("--repo", required=True, metavar="OWNER/NAME", help="A model repository of the hub; made if there is none."),
     option("--adapter", is_flag=True, help="The adapter instead of the merged model."),
-    option("--private", is_flag=True, help="Only for the owner and those that they let in."),
+    option("--private", is_flag=True, help="Only its owner can read it, and whom they allow."),
     option("--dry-run", is_flag=True, help="List every file and its size, and send nothing."),
     output_options,
 )

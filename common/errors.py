@@ -127,7 +127,7 @@ def _number(error: BaseException) -> int | None:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Tell whether Rust code gave up, such as a tokenizer's: no Exception, and of a class that nobody can import."""
+    """Tell whether Rust code panicked, such as a tokenizer's: no Exception, and its class cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 

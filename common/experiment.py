@@ -274,8 +274,8 @@ def require_project(root: Path = Path()) -> None:
 def load_experiment(name: str, root: Path = Path()) -> Experiment:
     """Read and check factory_configs/<name>/experiment.yaml.
 
-    Raises UsageError for an unknown or unsafe name, ArenaError that lists every fault of the file, or names a file of
-    the experiment that is none.
+    Raises UsageError for an unknown or unsafe name, ArenaError with every fault of the file, or with a name in it that
+    leads to no regular file.
     """
     check_name(name)
     require_project(root)

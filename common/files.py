@@ -114,7 +114,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def refuse_endless(*folders: Path) -> None:
-    """Raise ArenaError for a device, a pipe or a file of holes in a folder: whoever reads it comes to no end."""
+    """Raise ArenaError for a device, a pipe or a sparse file in a folder: reading it would never end."""
     for path in (Path(top, name) for folder in folders for top, _, names in os.walk(folder) for name in names):
         if not path.exists():
             continue
@@ -204,7 +204,7 @@ def _umask() -> int:
 
 def is_within(path: str | Path, folder: Path) -> bool:
     """Tell whether a path is the folder or leads into it, by its text or through links."""
-    ways = (os.path.abspath, os.path.realpath)  # neither raises for loops and names that are too long
+    ways = (os.path.abspath, os.path.realpath)  # neither raises for a loop of links or a name that is too long
     return any(Path(way(path)).is_relative_to(way(folder)) for way in ways)
 
 

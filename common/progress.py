@@ -22,7 +22,7 @@ _SOONEST = 1.0  # seconds of work before the time left is estimated
 
 
 class PlainConsole(Console):
-    """Shows what strangers wrote as it is: no markup, no emoji codes, no character that steers the terminal."""
+    """Shows text of unknown origin literally: no markup, no emoji codes, no character that steers the terminal."""
 
     def __init__(self, **options: Any):
         """Take rich's own options."""

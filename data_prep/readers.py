@@ -211,7 +211,7 @@ class VoteReader:
             raise ArenaError(
                 f"holds {its.described()['texts']}, and the training table {mine.described()['texts']} ({self.path})",
                 where=str(test.path),
-                remedy="write both tables in one way; cells decide, so look at the first rows of both",
+                remedy="write both tables in one format; compare their first rows",
             )
 
     def _ours(self, table: Table) -> list[str]:

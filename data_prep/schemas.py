@@ -40,7 +40,7 @@ _ANSWERS, _CONVERSATIONS = ("prompt", "response_a", "response_b"), ("conversatio
 # Here the layout is the verdict: the chosen answer won.
 _PREFERENCES = tuple(names for names in LAYOUTS if {"chosen", "rejected"} <= set(names))
 IDS = ("id", "question_id")
-KEYS = ("model_a", "model_b", "judge", "turn")  # what tells apart several votes on one question
+KEYS = ("model_a", "model_b", "judge", "turn")  # they make ids of several votes on one question differ
 EXTRAS = ("language", "turn", "anony", "model_a", "model_b")
 VERDICT_NAMES = ("winner", *PROBABILITY_COLUMNS)
 NAMES = tuple(dict.fromkeys([*IDS, *sum(LAYOUTS, ()), *VERDICT_NAMES, *EXTRAS, *KEYS]))
@@ -144,7 +144,7 @@ def missing_columns(schema: Schema, columns: Sequence[str], *, labelled: bool) -
 def renamed(columns: Collection[str], given: Mapping[str, str], *, labelled: bool, where: str) -> dict[str, str]:
     """Return which of the --columns apply to a table: those of the verdict need not, or none where all are ours.
 
-    Raises UsageError for a name that is none of ours, and for one that the table lacks.
+    Raises UsageError for an unknown name of ours, and for one that the table lacks.
     """
     for name in given:
         if name not in NAMES:

@@ -184,7 +184,7 @@ class BudgetFitter:
         columns = (job.kept.prompts, job.kept.responses_a, job.kept.responses_b)
         granted = self._share(list(map(len, spans)), room)
         cuts = [cut_middle(c[0], s, g, self._marker_len) for c, s, g in zip(columns, spans, granted, strict=True)]
-        prompt, a, b = ((self._neutral(text),) for text, _ in cuts)  # what stands behind the marker begins a line now
+        prompt, a, b = ((self._neutral(text),) for text, _ in cuts)  # the text after the marker begins a line now
         job.kept = replace(job.kept, prompts=prompt, responses_a=a, responses_b=b)
         job.lost = tuple(lost for _, lost in cuts)
 

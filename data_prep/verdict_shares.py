@@ -46,7 +46,7 @@ def read_truth_ids(path: Path) -> Collection[str]:
 
 
 def read_distributions(path: Path, remedy: str) -> dict[str, Shares]:
-    """Return the three probabilities of each id of a plain CSV; raises ArenaError, with `remedy`, for what is none."""
+    """Return the three probabilities of each id of a plain CSV; raises ArenaError, with `remedy`, for other rows."""
     table = open_table(path)
     if not isinstance(table, CsvTable) or table.compressed:
         raise ArenaError("is no plain CSV file", where=str(path), remedy=remedy)
@@ -179,8 +179,8 @@ def _require_unseen(path: Path, ids: Iterable[str]) -> None:
     trained = {i for i, split in zip(rows["id"], rows["split"], strict=True) if split not in ("test", "valid")}
     if seen := [(row, name) for row, name in enumerate(ids, 1) if name in trained]:
         raise ArenaError(
-            f"its judge was trained on {len(seen):,} of these battles, the first is {name_of(seen[0][1])}: it teaches "
-            "back what it was told",
+            f"its judge was trained on {len(seen):,} of these battles, the first is {name_of(seen[0][1])}: it knows "
+            "their verdicts",
             where=f"{path} row {seen[0][0]}",
             remedy=f"train with folds and give outputs/{name}/STAGE/{_HELD_OUT}, which is out-of-fold",
         )

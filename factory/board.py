@@ -300,7 +300,7 @@ def log_lines(log: Path) -> list[str]:
 
 
 def stage_of(started: dict[str, Any]) -> StageContext | None:
-    """Return the stage that the page trains with these arguments, by their data sets; None where it is none of ours."""
+    """Return the stage that the page trains with these arguments, by their data sets; None for any other training."""
     for experiment in readable_experiments()[0] if started.get("do_train") else ():
         for context in (StageContext(experiment, stage, fold=experiment.written_fold) for stage in TRAININGS):
             with suppress(ArenaError):  # a recipe that cannot be read was not started

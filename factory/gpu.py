@@ -63,12 +63,12 @@ CARDS = {
     "H200": _card(139.8, 989),
 }
 
-# The card whose rate stands for one of which only the memory is known.
+# A card of which only the memory is known is taken to be as fast as this one.
 _UNKNOWN = "RTX-3060-12GB"
 
 
 def card_named(text: str) -> str:
-    """Return the card of `CARDS` that a person means: t4, "RTX 4090", 4090; raises UsageError where that is none."""
+    """Return the card of `CARDS` that a person means: t4, "RTX 4090", 4090; raises UsageError for any other name."""
     short = _plain(text)
     found = [name for name in CARDS if _plain(name) == short] or [name for name in CARDS if short in _plain(name)]
     if len(found) == 1 and short:

@@ -37,7 +37,7 @@ class NewExperiment:
 
 
 def new_experiment(wanted: NewExperiment, root: Path = Path(), *, show: Show | None = None) -> Experiment:
-    """Make factory_configs/<name>, whole or not at all, and return the experiment; `show` is told what was chosen.
+    """Make factory_configs/<name>, whole or not at all, and return the experiment; `show` reports what was chosen.
 
     Raises UsageError for a name that exists or is unfit, for an unknown model or template, and outside of the project's
     folder.

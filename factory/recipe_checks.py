@@ -82,7 +82,7 @@ _TRAINING = (
     Rule(
         "adapter_name_or_path",
         lambda v, x: len(names(x)) > 1,
-        "are several adapters, of which the merge holds the last alone",
+        "are several adapters; the merge would hold only the last",
         "merge all but that one, and write the result as `model` of experiment.yaml",
     ),
     Rule("max_steps", lambda v, x: x < 1 and x != -1, "limits nothing: all epochs are trained", _REMOVE),
@@ -134,7 +134,7 @@ _MERGING = (
 )
 
 
-# Keys (patterns of their names) that do nothing, and without a word, but for the key (or its value) behind them.
+# Keys (patterns of their names) that LLaMA-Factory silently ignores without the key (or its value) after the colon.
 _NEEDS = {
     "freeze_(trainable|extra)_.*": "use_llama_pro",
     "oft_.*|module_dropout": "finetuning_type: oft",

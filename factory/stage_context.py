@@ -184,7 +184,7 @@ class StageContext:
 
     @property
     def exported(self) -> dict[str, str]:
-        """The exported files' sums by path; empty where nothing was exported (data sets of one's own)."""
+        """The exported files' hashes by path; empty where the recipe trains on a data set of the user's."""
         folder = self.experiment.data_folder
         return exported_files(self.manifest, folder) if (folder / MANIFEST).is_file() else {}
 

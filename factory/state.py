@@ -1,7 +1,7 @@
 """state.json: what of a stage began, from which inputs, what ended and what it wrote; checkpoints; runs put aside.
 
 `StageState.standing` decides whether a part is finished or outdated: it compares what state.json recorded with today's
-inputs (factory.stage_context and factory.fingerprint name them), which whoever does the part passes in.
+inputs (factory.stage_context and factory.fingerprint name them), which its caller passes in.
 Changed settings and another export are refused before that: `require_current_settings` and `require_current_training`
 of factory.stage_context.
 """

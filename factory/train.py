@@ -83,7 +83,7 @@ def train(context: StageContext, *, resume: bool = False, fresh: bool = False, s
         context.state.finish("train", [context.adapter / name for name in ADAPTER_FILES], seconds)
     losses = [row["loss"] for row in loss_curve(context.adapter / "trainer_log.jsonl") if row["loss"] is not None]
     summary = f", training loss {losses[0]:.4f} -> {losses[-1]:.4f}" if losses else ""
-    # A mean, of which the label is one token and the others are soon sure; of a data set of the user's own not known.
+    # A mean over an answer's tokens, which only `prepare` counts: the label, and others that the model soon knows.
     if losses and context.name == "sft" and (context.experiment.data_folder / MANIFEST).is_file():
         tokens = context.manifest["frame"]["answer_len"]
         summary += f", the mean of {tokens} tokens: at most {losses[-1] * tokens:.2f} for the label (a guess: 1.10)"
@@ -303,7 +303,7 @@ class FirstExample:
 
     def __init__(self, context: StageContext):
         self._recipe_path, self.expected, self._training, self._key = context.recipe_path, {}, False, ""
-        # A shuffled stream begins with any row, and data sets of one's own are not ours to know.
+        # A shuffled stream begins with any row; so may a data set that `prepare` did not write.
         if (context.experiment.data_folder / MANIFEST).is_file() and not context.recipe.get("streaming"):
             self._tokenizer, self.expected = _first_example(context)
 

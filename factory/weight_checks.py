@@ -55,7 +55,7 @@ def weight_faults(recipe: Recipe, root: Path = Path()) -> Iterator[Fault]:
                 )
             elif (root / name).is_file():
                 yield key, f"{name} is a file; give the folder with config.json in it"
-    if recipe.get("do_train"):  # a merge's adapter is its training's, and looked at when it is there
+    if recipe.get("do_train"):  # a merge's adapter is its training's; it is checked once it exists
         yield from _adapter_faults(recipe, root)
     model = recipe.get("model_name_or_path")
     if not isinstance(model, str):
@@ -135,7 +135,7 @@ def _pickles(folder: Path) -> list[str]:
 
 
 def odd_setting(config: Any) -> str | None:
-    """Return which setting of a config.json would run foreign code or never end, whoever loads the model."""
+    """Return a setting of a config.json that would run foreign code, or take for ever, when the model is loaded."""
     for key, value in config.items() if isinstance(config, dict) else ():
         if key.strip("_").startswith(_IMPLEMENTATIONS) and "/" in str(value):
             return f"config.json: {key} {value!r} fetches code from the hub"
@@ -149,7 +149,7 @@ def odd_setting(config: Any) -> str | None:
 
 
 def odd_index(folder: Path) -> str | None:
-    """Return which file of an index of weights is none of the folder's own safetensors."""
+    """Return a file of an index of weights that is no safetensors file of this folder; None if all are."""
     try:
         files = read_json(folder / "model.safetensors.index.json")["weight_map"].values()
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -159,7 +159,7 @@ def odd_index(folder: Path) -> str | None:
 
 
 def config_of(model: str, revision: str | None, root: Path = Path()) -> dict[str, Any]:
-    """Return a model's config.json; nothing where it is not on this disk or damaged: whoever loads it reports that."""
+    """Return a model's config.json; empty if it is damaged or not on this disk, which loading the model reports."""
     folder = root / model
     path = folder / "config.json" if folder.is_dir() else cached_file(model, "config.json", revision or "main")
     try:

@@ -59,7 +59,7 @@ class Agreement:
         return [VERDICTS[i] if yes else ABSTAIN for i, yes in zip(first, self.answers(probabilities), strict=True)]
 
     def in_words(self) -> str:
-        """Return the promise, or that there is none, as a sentence."""
+        """Return as a sentence what is promised, if anything."""
         wanted = f"agreement with people of {self.target:.0%} (at {self.confidence:.0%} confidence)"
         if self.threshold is None:
             return f"{wanted}: cannot be promised for any share of the battles; the judge abstains from all"

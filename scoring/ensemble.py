@@ -63,7 +63,7 @@ def ensemble(names: Sequence[str], name: str, weights: str = "fitted") -> dict[s
     """Blend members, each EXPERIMENT:STAGE, write outputs/NAME/ensemble and return its report.
 
     `weights`: fitted; mean; or one for each member, which sum to 1. Raises ArenaError where members judged no battle in
-    common or contradict each other, UsageError for names and weights that are none.
+    common or contradict each other, UsageError for malformed names and weights.
     """
     check_name(name)
     given = _weights(weights, names)
@@ -123,7 +123,7 @@ def _write(members: list[Member], report: dict[str, Any], ids: list[str], judged
 
 
 def _member(name: str) -> Member:
-    """Read one member; raises UsageError for a name that is none, ArenaError where its stage is not scored."""
+    """Read one member; raises UsageError for a malformed name, ArenaError where its stage is not scored."""
     of, _, stage = name.partition(":")
     if stage not in (*STAGES, *_BASELINES):
         what = f"{name!r} is no member"
@@ -169,7 +169,7 @@ def _require_alike(members: list[Member]) -> None:
 
 
 def _weights(text: str, names: Sequence[str]) -> np.ndarray | None:
-    """Return the weights that a text gives, None for those to be fitted; raises UsageError for what are none."""
+    """Return the weights that a text gives, None for those to be fitted; raises UsageError for a malformed text."""
     if len(names) < 2 or len(set(names)) < len(names):
         raise UsageError(
             "an ensemble is of two different members or more", where="-e", remedy="give -e EXP:STAGE twice"

@@ -165,7 +165,7 @@ def make_base_judge(context: StageContext) -> None:
 
 
 def load_judge(folder: Path) -> Judge:
-    """Return the judge in a merged folder; raises ArenaError if it is none, is damaged or has another tokenizer."""
+    """Return the judge in a merged folder; raises ArenaError if it is missing, damaged or has another tokenizer."""
     path = folder / MANIFEST
     try:
         content = read_json(path)
@@ -247,7 +247,7 @@ def require_golden_answers(folder: Path, precision: str, answer: Callable[[], np
             f"this model does not answer as it did when it was merged: the golden prompts' probabilities "
             f"moved by up to {distance:.2g} ({golden['precision']} then, {precision} now), allowed {tolerance}",
             where=str(folder / GOLDEN_ANSWERS),
-            remedy="the weights, the engine or its kernels are others: copy the folder again, or merge again; "
+            remedy="the weights, the engine or its kernels have changed: copy the folder again, or merge again; "
             "--precision fp32 shows whether it is the precision",
         )
 

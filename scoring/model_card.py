@@ -19,7 +19,7 @@ from scoring.report.formatting import BASELINE_NAMES, count, interval, number, p
 
 CARD = "README.md"
 MARK = "arena-factory"  # a tag: LLaMA-Factory's own README.md lacks it
-# Keys of a recipe that say where things lie, who is told, or how often something is saved.
+# Keys of a recipe about paths, trackers and how often something is saved.
 _PLACES = re.compile(
     "token|key|secret|url|space|dir|path|dataset|hub|report|project|name|swanlab|trackio|^ray|save|log|worker|cache"
     "|deepspeed|plot|ddp|^do_"
@@ -76,7 +76,7 @@ def public_recipe(context: StageContext) -> dict[str, Any]:
 
 
 def at_another_place(context: StageContext) -> StageContext:
-    """Return the stage as somebody else has it, who scores with this one judge: without folds."""
+    """Return the stage as it is for others, who have only this judge: without folds."""
     return StageContext(context.experiment.model_copy(update={"folds": 1}), context.name)
 
 
@@ -91,7 +91,7 @@ def _sources(context: StageContext) -> Iterator[tuple[str, str, str, str]]:
     read = read_audit(context.experiment.data_folder)["sources"]
     for name, source in context.manifest["sources"].items():
         rows, file, hub = read.get(name, {}), source["file"], _HUB_CACHE.search(source["file"])
-        shown = f"hf://datasets/{hub[1]}/{hub[2]}" if hub else Path(file).name  # where it lay is nobody's business
+        shown = f"hf://datasets/{hub[1]}/{hub[2]}" if hub else Path(file).name  # not the path on this machine
         what = f"{_plain(shown)} ({'test set' if name == 'test' else name.replace('_', ' ')})"
         yield what, count(rows.get("rows_read")), count(rows.get("rows_kept")), source["sha256"]
 

@@ -103,7 +103,7 @@ def read_probabilities(path: Path, ids: Iterable) -> np.ndarray:
 
 
 def read_table(path: Path) -> tuple[list[str], np.ndarray]:
-    """Return ids and probabilities [rows, 3] of a table, an empty cell as NaN; raises ArenaError if it is none."""
+    """Return ids and probabilities [rows, 3] of a table, an empty cell as NaN; raises ArenaError for another table."""
     table = _table(path, HEADER, pa.float64())
     return table["id"].to_pylist(), np.column_stack([table[name].to_numpy() for name in PROBABILITY_COLUMNS])
 

@@ -36,7 +36,7 @@ _REPORT = (
     *("baselines", "baselines_ci95", "beats_prior", "calibration", "calibrations", "agreement", "target_prior"),
     *("train_class_counts", "scoring"),
 )
-# What says nothing to somebody who scores with it, or where things lie here.
+# What is of no use to others who score with it, or names paths of this machine.
 _OWN = {"name", "description", "recipes", "prompt_template", "folds", "fold_answer", "distributed"}
 _REPOSITORY = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
 _HUBS_OWN = {".gitattributes"}
@@ -47,7 +47,7 @@ def publish(
 ) -> dict[str, Any]:
     """Send a stage's merged judge, or its adapter, to the model repository `repo` in one commit; return what was sent.
 
-    With `dry_run` nothing is asked of the hub. Raises UsageError for a name that is none or a stage without a model,
+    `dry_run` does not reach the hub. Raises UsageError for a malformed name or a stage without a model,
     ArenaError where the judge is not the one that was scored, or the hub refuses.
     """
     if not _REPOSITORY.fullmatch(repo) or ".." in repo or "--" in repo:
@@ -131,7 +131,7 @@ def _send(repo: str, files: Mapping[str, Path | bytes], what: str, private: bool
 
 
 def _elsewhere(model: str) -> str:
-    """Return what somebody else calls a model: a folder outside the project is nobody's business."""
+    """Return what others may call a model: of a folder outside the project only the last part of its path."""
     return f"models/{Path(model).name}" if Path(model).is_absolute() else model
 
 

@@ -169,7 +169,7 @@ def in_words(status: RunStatus) -> list[str]:
 
 
 def state_in_words(status: RunStatus) -> str:
-    """Return how far a run is; its step is said by `step_in_words`."""
+    """Return how far a run is; `step_in_words` names its step."""
     return status.state if status.point and status.state == "training" else f"{status.state} {status.detail}".rstrip()
 
 

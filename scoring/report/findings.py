@@ -14,7 +14,7 @@ from scoring.report.formatting import BASELINE_NAMES, CLASS_NAMES, count, interv
 
 # Beyond these a figure is worth a warning.
 FEW_ROWS, FLIP_RATE, CUT_SHARE, ECE, PRIOR_SHIFT = 200, 0.15, 0.1, 0.03, 0.1
-LEVELS = {"red": "Stop", "amber": "Caution", "info": "Note"}  # gravest first, as a reader is told
+LEVELS = {"red": "Stop", "amber": "Caution", "info": "Note"}  # gravest first, as the report lists them
 
 
 def flags_of(report: Mapping[str, Any], test_rows: int) -> list[dict[str, str]]:
