@@ -23,6 +23,7 @@ from common.stages import STEPS, Fold, Start, fold_name
 
 _PROJECT = Path(__file__).resolve().parents[1]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+LONGEST = 1 << 20  # tokens that a judge may read
 # Far more than any experiment or recipe has, and far less than hurts.
 _LARGEST, _MOST_VALUES, _DEEPEST, _MOST_BITS = 1 << 18, 10_000, 32, 400
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -129,7 +130,7 @@ class Experiment(_Strict):
     template: Line  # LLaMA-Factory's chat template
     enable_thinking: bool | None = None
     trust_remote_code: StrictBool = False
-    cutoff_len: int = Field(ge=32, le=1 << 20)
+    cutoff_len: int = Field(ge=32, le=LONGEST)
     quantization_bit: Literal[4, 8] | None = 4
     labels: Labels = Labels()
     prompt_template: Annotated[Line, AfterValidator(_within)] = "templates/judge_prompt.j2"

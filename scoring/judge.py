@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from common.battle import VERDICTS, Battle, swap
 from common.errors import ArenaError
-from common.experiment import BudgetShares, Experiment, Labels
+from common.experiment import LONGEST, BudgetShares, Experiment, Labels
 from common.files import atomic_folder, only_run, read_json, sha256_of, write_json
 from data_prep.chat_template import ChatFrame, load_frame
 from data_prep.export_reader import readable
@@ -174,6 +174,8 @@ def load_judge(folder: Path) -> Judge:
         for key, kind in _TYPES.items():
             if type(content[key]) is not kind:
                 raise ValueError(f"{key} is not of type {kind.__name__}")
+        if not 0 < content["cutoff_len"] <= LONGEST:
+            raise ValueError(f"cutoff_len is not between 1 and {LONGEST:,}")
         tokenizer, frame = _tokenizer(folder), ChatFrame.from_dict(content["frame"])
         lists = (frame.prefix_ids, frame.suffix_ids, frame.label_ids, frame.answer_prefix_ids, frame.answer_suffix_ids)
         vocabulary = tokenizer.get_vocab_size()

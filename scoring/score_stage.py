@@ -158,6 +158,7 @@ def read_report(context: StageContext, *, remedy: str | None = None) -> dict[str
         counts = report.get("train_class_counts") or dict.fromkeys(VERDICTS, 0)
         if not isinstance(others, dict) or not all(0 <= counts[name] < math.inf for name in VERDICTS):
             raise ValueError
+        Calibration.from_json(report)
         return report
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         what, again = "there is no readable report of this stage", remedy or context.command

@@ -23,6 +23,7 @@ SFT = ("sft", "-e", "exam")
 SCORE = ("score", "-e", "exam")
 SCORE_INPUT = ("score", "-e", "exam", "--input", "test.csv", "--output", "mine.csv")
 COMPARE = ("compare", "-e", "exam")
+PUBLISH = ("publish", "-e", "exam", "--repo", "me/judge", "--dry-run")
 SHOW = ("show", "9000", "-e", "exam")
 SHOW_PAIR = (*SHOW, "--stage", "dpo_reward")
 # What a run may leave beside the work itself: locks, and the cache of frames.

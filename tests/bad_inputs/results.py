@@ -27,6 +27,7 @@ from tests.bad_inputs.place import (
     COMPARE,
     PREPARE,
     PREPARE_TEST,
+    PUBLISH,
     SCORE,
     SCORE_INPUT,
     SFT,
@@ -240,6 +241,7 @@ FAULTS = [
     ("judge_frame_negative_id", frame(JUDGE, suffix_ids=[-5]), LOAD_JUDGE, "token -5 is not among"),
     ("judge_labels_equal", edited(JUDGE, labels={"a": "A", "b": "A", "tie": "C"}), LOAD_JUDGE, "is damaged"),
     ("judge_cutoff_a_word", edited(JUDGE, cutoff_len="many"), LOAD_JUDGE, "cutoff_len is not of type int"),
+    ("judge_cutoff_endless", edited(JUDGE, cutoff_len=10**18), LOAD_JUDGE, "cutoff_len is not between 1 and 1,048,576"),
     ("judge_prompt_broken", edited(JUDGE, judge_prompt="{{"), LOAD_JUDGE, "is not a valid Jinja template"),
     ("judge_prompt_hostile", edited(JUDGE, judge_prompt="{{ lipsum(9) }}"), LOAD_JUDGE, "does more than place texts"),
     ("judge_shares", edited(JUDGE, budget_shares={"prompt": 1}), LOAD_JUDGE, "is damaged"),
@@ -298,6 +300,7 @@ FAULTS = [
     ("report_flags_half", edited(REPORT, flags=[{"text": "x"}]), COMPARE, "no readable report"),
     ("report_of_a_huge_number", edited(REPORT, log_loss=10**400), COMPARE, "no readable report"),
     ("report_calibration_empty", edited(REPORT, calibration={}), SCORE_INPUT, "the saved calibration lacks a value"),
+    ("report_published", edited(REPORT, calibration={}), PUBLISH, "the saved calibration lacks a value"),
     (
         "report_calibration_of_words",
         edited(REPORT, calibration={"source_prior": "x"}),
