@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
-from chain import SECRETS, place, run_py
+from chain import SECRETS, run_py
 from click.testing import CliRunner
 
 import run
@@ -97,19 +96,14 @@ def test_a_quantization_may_be_written_as_llama_cpp_writes_it(workplace):
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        ("prepare -e nowhere --train x.csv", 2, ["no experiment 'nowhere'", "remedy: choose one of: demo"]),
         ("prepare -e ../demo --train x.csv", 2, ["is not an experiment's name", "remedy"]),
         ("prepare -e demo", 2, ["--train"]),
         ("sft -e demo --until never", 2, ["--until"]),
-        ("score -e demo --input x.csv", 1, ["no readable report", "remedy: python run.py sft -e demo"]),
         ("ensemble -e demo:rm -e demo:sft --name both", 1, ["no readable report", "remedy: python run.py rm -e demo"]),
         ("score -e demo --stage nonsense", 2, ["is not one of 'sft'"]),
-        ("score -e demo --output x.csv", 2, ["--output and --columns belong to --input"]),
-        ("prepare -e demo --train nowhere.csv", 1, ["nowhere.csv", "remedy"]),
         ("sft -e demo --nothing", 2, ["No such option"]),
         ("verify nowhere", 2, ["nowhere"]),
         ("watch -e demo --once", 2, ["remedy"]),
-        ("score -e demo --stage dpo", 2, ["remedy"]),
         ("sft -e demo", 1, ["there is no exported data", "remedy: python run.py prepare -e demo"]),
         ("nonsense", 2, ["No such command"]),
     ],
@@ -185,28 +179,6 @@ def test_the_chain_leaves_a_report_and_a_submission(chain):
     assert str(chain.parent) not in page + json.dumps(report), "no path of this machine in a report"
 
 
-def test_finished_steps_are_kept(chain):
-    report = chain / "outputs" / "demo" / "sft" / "report.json"
-    before = report.stat().st_mtime_ns
-    again = run_py(chain, "sft", "-e", "demo")
-    assert again.returncode == 0 and again.stderr.count("kept") == 3
-    assert report.stat().st_mtime_ns == before
-    assert "This judge (sft)" in again.stdout and "class prior" in again.stdout
-
-
-def test_any_file_can_be_scored(chain):
-    scored = run_py(chain, "score", "-e", "demo", "--input", "arena/test.csv")
-    assert scored.returncode == 0, scored.stderr
-    written = chain / "outputs" / "demo" / "sft" / "scored" / "test.csv"
-    check_probabilities(written, ids_of(chain / "arena" / "test.csv"))
-    verified = run_py(chain, "verify", "outputs/demo/sft")
-    assert verified.returncode == 0, "a table with the name of the test set's leaves the result as it was made"
-    ours = written.read_text().splitlines()[1:]
-    theirs = (chain / "outputs" / "demo" / "sft" / "submission.csv").read_text().splitlines()[1:]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert [float(x) for x in mine.split(",")] == pytest.approx([float(x) for x in other.split(",")], abs=1e-5)
-
-
 def test_no_secret_is_in_anything_that_a_run_wrote_or_prints(chain):
     done = run_py(chain, "verify", "outputs/demo/sft", "-v")
     told = [done.stdout, done.stderr]
@@ -280,38 +252,6 @@ def test_a_failed_check_ends_in_an_error_and_leaves_no_submission(chain):
         log.write_text(before, encoding="utf-8")
     assert run_py(chain, "score", "-e", "demo", "--fresh").returncode == 0
     assert (output / "submission.csv").is_file()
-
-
-def test_hand_edits_are_kept_and_change_what_is_trained(chain, tmp_path):
-    folder = shutil.copytree(chain, tmp_path / "copy", symlinks=True)  # others go on with the chain as it was
-    recipe = folder / "factory_configs" / "demo" / "sft.yaml"
-    recipe.write_text(recipe.read_text().replace("max_steps: 12", "max_steps: 13"))
-    refused = run_py(folder, "sft", "-e", "demo")
-    assert refused.returncode == 1 and "max_steps 12 -> 13" in refused.stderr and "--fresh" in refused.stderr
-    kept = run_py(folder, "prepare", "-e", "demo", "--train", "arena/train.csv")
-    assert "edited by hand, kept" in kept.stderr and "max_steps: 13" in recipe.read_text()
-
-
-@pytest.mark.slow
-def test_real_votes_go_through_to_a_submission(tmp_path, real_data):
-    folder = place(tmp_path / "real", sft={"max_steps": 6})
-    table = real_data / "arena" / "train_natural.csv"
-    with table.open(newline="", encoding="utf-8") as source, (folder / "votes.csv").open("w", newline="") as target:
-        reader, writer = csv.reader(source), csv.writer(target)
-        writer.writerows(row for number, row in enumerate(reader) if number <= 300)
-    test = real_data / "arena" / "test.csv"
-    done = run_py(folder, "prepare", "-e", "demo", "--train", "votes.csv", "--test", str(test))
-    assert done.returncode == 0, done.stderr
-    done = run_py(folder, "sft", "-e", "demo")
-    assert done.returncode == 0, done.stderr
-    output = folder / "outputs" / "demo" / "sft"
-    check_probabilities(output / "submission.csv", ids_of(test))
-    report = json.loads((output / "report.json").read_text())
-    assert report["rows"] == 30 and math.isfinite(report["log_loss"])
-    assert report["bayes"] is None and report["learned_share"] is None
-    if not report["beats_prior"]:
-        assert any(flag["level"] == "red" for flag in report["flags"])
-    assert report["calibration"]["kept"] is False, "30 rows are too few for a calibration"
 
 
 SINGLE = [

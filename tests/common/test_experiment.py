@@ -5,8 +5,7 @@ from click.testing import CliRunner
 
 import run
 from common.errors import ArenaError
-from common.experiment import load_experiment, parse_experiment, read_yaml
-from common.stages import DEFAULT_EXPERIMENT
+from common.experiment import parse_experiment, read_yaml
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = {"model": "org/base-4b", "template": "qwen3_nothink", "cutoff_len": 1024}
@@ -14,13 +13,6 @@ MINIMAL = {"model": "org/base-4b", "template": "qwen3_nothink", "cutoff_len": 10
 
 def parse(**values):
     return parse_experiment(MINIMAL | values, "exp", where="experiment.yaml")
-
-
-def test_the_default_experiment_is_committed():
-    its = load_experiment(DEFAULT_EXPERIMENT, ROOT)
-    assert its.model == "Qwen/Qwen3-4B-Instruct-2507"
-    assert (its.template, its.cutoff_len, its.quantization_bit) == ("qwen3_nothink", 2048, 4)
-    assert load_experiment("demo", ROOT).model == "models/arena-tiny"
 
 
 def test_all_faults_come_together_each_with_its_key():  # tests/bad_inputs/configs.py has the others

@@ -22,7 +22,6 @@ from data_prep.folds import (
     read_folds,
     validation_mask,
 )
-from data_prep.readers import VoteReader
 
 ROWS = st.lists(st.tuples(st.integers(0, 40).map(str), st.sampled_from(VERDICTS)), min_size=1, max_size=120)
 SHARES = st.floats(0.05, 0.5)
@@ -158,29 +157,6 @@ def test_a_share_that_whole_groups_cannot_meet_is_refused_with_a_remedy(groups, 
     with pytest.raises(ArenaError) as caught:
         validation_rows(groups, ["a"] * len(groups), share=share, seed=1)
     assert "valid_share" in caught.value.remedy
-
-
-@pytest.mark.parametrize(
-    ("file", "prompts", "tolerance"),
-    [
-        ("arena/train_natural.csv", 1458, 1),
-        ("arena/train_clean.csv.gz", 12923, 1),
-        ("mtbench/mtbench_human.csv", 80, 38),
-    ],
-)
-def test_real_votes(real_data, file, prompts, tolerance):
-    path = real_data / file
-    battles = [battle for _, battle in VoteReader(path, labelled=True)]
-    groups = [prompt_group(battle) for battle in battles]
-    verdicts = [battle.verdict for battle in battles]
-    assert len(set(groups)) == prompts
-    chosen = validation_rows(groups, verdicts, share=0.1, seed=42)
-    assert abs(sum(chosen) - 0.1 * len(battles)) <= tolerance
-    for verdict, count in Counter(verdicts).items():
-        inside = sum(c for c, v in zip(chosen, verdicts, strict=True) if v == verdict)
-        assert abs(inside - 0.1 * count) <= tolerance
-    first = {battle.prompts[0] for battle, is_in in zip(battles, chosen, strict=True) if is_in}
-    assert not first & {battle.prompts[0] for battle, is_in in zip(battles, chosen, strict=True) if not is_in}
 
 
 def test_hundreds_of_thousands_of_rows_take_seconds_and_some_bytes_each():

@@ -9,10 +9,12 @@ import json
 import random
 import tracemalloc
 from collections import Counter
+from contextlib import chdir
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from fuzz_targets import TARGETS, never_crashes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -571,23 +573,6 @@ def test_any_battle_survives_the_cell_format(folder, battles, name):
     assert read(write_parquet(folder / "x.parquet", columns)) == expected
 
 
-def never_a_traceback(path: Path) -> None:
-    for labelled in (True, False):
-        try:
-            reader = VoteReader(path, labelled=labelled)
-            for row, battle in reader:
-                assert 1 <= row <= reader.rows_read
-                assert isinstance(battle, Battle)
-                assert battle.id
-                assert len(battle.prompts) == len(battle.responses_a) == len(battle.responses_b) >= 1
-                json.dumps(battle.prompts, ensure_ascii=False).encode("utf-8")
-                assert battle.verdict in VERDICTS or (battle.verdict is None and not labelled)
-        except ArenaError as error:
-            assert error.what
-            assert error.remedy
-            assert str(path) in error.where
-
-
 KNOWN = [*COLUMNS, "winner", "scored", "language", "question_id", "conversation_a", "conversation_b"]
 ANY_CELL = st.one_of(
     st.text(max_size=12),
@@ -607,26 +592,10 @@ ANY_CELL = st.one_of(
 @settings(deadline=None, max_examples=150)
 def test_any_table_is_read_or_refused(folder, columns, data):
     rows = data.draw(st.lists(st.lists(ANY_CELL, min_size=len(columns), max_size=len(columns)), max_size=6))
-    never_a_traceback(write_csv(folder / "table.csv", rows, columns))
+    tables = [write_csv(folder / "table.csv", rows, columns)]
     if len(set(columns)) == len(columns):
         by_name = {name: [row[i] for row in rows] for i, name in enumerate(columns)}
-        never_a_traceback(write_parquet(folder / "table.parquet", by_name))
-
-
-ANY_BYTES = st.binary(max_size=60)
-STARTS = [
-    b"",
-    b"\x1f\x8b\x08",
-    b"PAR1",
-    b"\xff\xfe",
-    ",".join(COLUMNS).encode() + b"\n",
-    b"id,prompt,response_a,response_b\n",
-]
-
-
-@given(start=st.sampled_from(STARTS), rest=ANY_BYTES, zipped=st.booleans())
-@settings(deadline=None, max_examples=200)
-def test_any_bytes_are_read_or_refused(folder, start, rest, zipped):
-    path = folder / "bytes.csv"
-    path.write_bytes(gzip.compress(start + rest, 1) if zipped else start + rest)
-    never_a_traceback(path)
+        tables.append(write_parquet(folder / "table.parquet", by_name))
+    with chdir(folder):
+        for table_ in tables:
+            never_crashes(TARGETS["csv"], table_.read_bytes())

@@ -150,6 +150,3 @@ def test_a_folder_holds_parts_alone(tmp_path):
     for name in ("b.csv", "a.csv", "_SUCCESS", ".hidden"):
         (tmp_path / name).write_text("id,text\n1,a\n")
     assert [table.path.name for table in open_tables(tmp_path)] == ["a.csv", "b.csv"]
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ArenaError, match=r"more than parts of a table: notes\.txt"):
-        open_tables(tmp_path)

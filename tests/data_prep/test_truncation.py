@@ -148,17 +148,6 @@ def test_sharing_is_fair_and_within_the_room(wanted, room, floor):
         assert sum(granted.values()) >= room - 3, "no room is wasted but by rounding"
 
 
-@BOTH
-@pytest.mark.parametrize("cutoff", [256, 1024])
-def test_real_rows_fit_and_use_their_budget(make, real_data, kind, cutoff):
-    reader = VoteReader(real_data / "arena" / "train_natural.csv", labelled=True)
-    _, results = make(kind, cutoff, *(battle for _, battle in islice(reader, 200)))
-    assert max(max(f.lengths) for f in results) <= cutoff
-    assert sum(f.cut for f in results) > 50
-    full = [f.tokens / cutoff for f in results if any(f.lost)]
-    assert sum(full) / len(full) > 0.95
-
-
 def test_the_orders_of_real_battles_differ_by_less_than_is_looked_for(make, real_data):
     reader = VoteReader(real_data / "arena" / "train_clean.csv.gz", labelled=True)
     _, results = make("prompt", 100_000, *(battle for _, battle in islice(reader, 400)))

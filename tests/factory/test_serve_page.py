@@ -25,7 +25,7 @@ def test_a_port_is_free_or_refused():
 
 @pytest.mark.parametrize(
     "host",
-    ["no.such.host.invalid", "a..b", "a" * 70, "\udcff", "127.0.0.1:80", "http://localhost", "::1", "fe80::1", "[::1]"],
+    ["no.such.host.invalid", "\udcff", "http://localhost", "::1", "fe80::1", "[::1]"],
 )
 def test_an_invalid_host_is_refused_with_what_to_give_instead(host):
     with pytest.raises(UsageError, match="no address of this machine") as caught:

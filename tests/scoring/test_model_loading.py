@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import ArenaError
 from factory.stage_context import StageContext
-from scoring.model_loading import TrainedAdapter, is_same_model, load_model, trained_adapter
+from scoring.model_loading import TrainedAdapter, is_same_model, trained_adapter
 from tests.scoring.places import save_adapter
 
 
@@ -21,16 +21,6 @@ def changed(adapter: Path, folder: Path, change) -> Path:
     (folder / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     save_file(change(load_file(adapter / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
     return folder
-
-
-def test_pickled_weights_are_refused(tiny_model, tmp_path):
-    import torch
-
-    tiny_model().config.save_pretrained(tmp_path)
-    torch.save(tiny_model().state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ArenaError, match="cannot be loaded") as caught:
-        load_model(tmp_path, "cpu")
-    assert caught.value.where == str(tmp_path) and "merge" in caught.value.remedy
 
 
 def test_an_adapter_switched_off_is_the_base_to_the_bit(base, adapter, plain_logits):

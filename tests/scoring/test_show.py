@@ -92,18 +92,6 @@ def test_cut_places_and_dropped_turns_are_named(shown):
     assert "first" not in turns.prompts["prompt"] and "TWO" in turns.prompts["prompt"]
 
 
-def test_a_hostile_text_cannot_move_the_terminal(shown):
-    with pytest.raises(UsageError, match="--split") as caught:
-        shown("nasty")
-    split = caught.value.remedy.split()[-1]
-    text = printed(shown("nasty", split=split))
-    assert "\x1b" not in text and "\x07" not in text and "\u202e" not in text
-    assert "␛]0;owned␇␛[2J\\u202e [bold]not markup[/bold]" in text
-    result = CliRunner().invoke(run.cli, ["show", "nasty", "-e", "exam", "--split", split, "--json"])
-    assert result.exit_code == 0 and "\x1b" not in result.output
-    assert NASTY.split(" <")[0] in json.loads(result.output)["prompts"]["prompt"], "a program gets the text itself"
-
-
 def test_probabilities_are_shown_in_both_orders_and_as_submitted(experiment, shown):
     folder = experiment.output_folder("sft")
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,6 +137,11 @@ def test_a_pair_is_shown_as_the_model_reads_it_and_has_cuts_and_lengths_of_its_o
 def test_an_id_that_is_not_there_a_stage_without_scores_and_a_missing_export(shown, monkeypatch, tmp_path):
     with pytest.raises(UsageError, match="'none' is not an id of train, valid or test"):
         shown("none")
+    with pytest.raises(UsageError, match="--split") as caught:
+        shown("nasty")  # of the test set, too
+    split = caught.value.remedy.split()[-1]
+    result = CliRunner().invoke(run.cli, ["show", "nasty", "-e", "exam", "--split", split, "--json"])
+    assert NASTY.split(" <")[0] in json.loads(result.output)["prompts"]["prompt"], "a program gets the text itself"
     with pytest.raises(UsageError, match="is an id of test"):
         shown("t1", split="train")
     assert "probabilities: none" in printed(shown("plain1", "dpo_judge"))
