@@ -20,8 +20,8 @@ from figures import options, publish, put, table
 from workbench import Workbench, battles_of, texts_of, write_votes
 
 from common.battle import Battle
+from factory.devices import CARDS, GIB
 from factory.forecast import training_work
-from factory.gpu import CARDS, GIB
 from factory.memory import SLACK, training_memory
 from factory.model_size import ModelSize, size_of
 from factory.workload import TokenLengths, TrainConfig

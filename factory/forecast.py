@@ -13,7 +13,7 @@ from rich.table import Table
 from common.error_hints import LESS_MEMORY
 from common.experiment import Experiment
 from common.stages import STEPS, TRAININGS
-from factory.gpu import CARD_START, CARDS, CPU_START, TOKEN_BUDGET, Device, card_named, card_of, own_card, this_cpu
+from factory.devices import CARD_START, CARDS, CPU_START, TOKEN_BUDGET, Device, card_named, card_of, own_card, this_cpu
 from factory.memory import scoring_memory, training_memory
 from factory.model_size import SMALL, ModelSize, size_of, time_on_cpu
 from factory.recipe_checks import check_recipes

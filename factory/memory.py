@@ -6,8 +6,8 @@ came where it was measured.
 
 from __future__ import annotations
 
+from factory.devices import GIB
 from factory.fingerprint import names
-from factory.gpu import GIB
 from factory.model_size import ModelSize
 from factory.workload import TrainConfig
 

@@ -21,10 +21,10 @@ from common.progress import Show
 from common.stages import merge_of
 from factory.fingerprint import local_models, model_files
 from factory.process import llamafactory, run_child
+from factory.recipe_reach import ADAPTER_FILES, adapter_config
 from factory.stage_context import StageContext
 from factory.state import archive
 from factory.train import require_files, show_phase
-from factory.weight_checks import ADAPTER_FILES, adapter_config
 
 MANIFEST = "dequantised.json"
 VALUE_HEAD = "value_head.safetensors"

@@ -19,9 +19,9 @@ from data_prep.readers import VoteReader, require_used
 from data_prep.sources import Source, votes_at, with_weight
 from data_prep.verdict_shares import Soft
 from factory.demo import ensure_embedded_base
+from factory.recipe_reach import require_fit_base
 from factory.recipes import check_first_values, write_recipe
 from factory.status import refuse_while_at_work
-from factory.weight_checks import require_fit_base
 
 _TRAINED = re.compile(r"sft_(train|fold[0-9]+)\.jsonl")
 

@@ -21,9 +21,8 @@ from common.llamafactory_schema import arguments, key_fault, reporters, template
 from common.stages import STEPS, Step
 from factory.devices import Devices, devices
 from factory.fingerprint import names
-from factory.reach import Fault, Recipe, reach_faults
+from factory.recipe_reach import Fault, Recipe, reach_faults, weight_faults
 from factory.recipes import shared_values
-from factory.weight_checks import weight_faults
 
 _PATHS = frozenset({"model_name_or_path", "adapter_name_or_path", "dataset_dir", "output_dir", "export_dir"})
 _REPORTER_PACKAGES = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio", "comet_ml")

@@ -23,7 +23,7 @@ from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, load_experiment, require_project
 from common.files import read_json
 from common.stages import STAGES, TRAININGS
-from factory.gpu import may_have_gpu
+from factory.devices import may_have_gpu
 from factory.model_size import time_on_cpu
 from factory.stage_context import StageContext, prepare_again, some
 from factory.state import PARTS, flag_to_go_on

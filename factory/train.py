@@ -20,11 +20,11 @@ from data_prep.export_reader import MANIFEST, SPLITS, readable, require_intact
 from factory.distributed import Launch, plan_launch
 from factory.fingerprint import local_models, training_rows
 from factory.process import llamafactory, run_child
+from factory.recipe_reach import ADAPTER_FILES
 from factory.stage_context import CHOICE, StageContext
 from factory.state import archive, flag_to_go_on, is_occupied, last_checkpoint
 from factory.status import beside_on_the_card
 from factory.trainer_log import TrainerLog, loss_curve, show_points
-from factory.weight_checks import ADAPTER_FILES
 
 # What the child's log says when it comes to something new, and what the live line says then.
 _PHASES = {

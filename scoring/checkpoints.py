@@ -1,10 +1,11 @@
-"""The choice of a checkpoint by its true log loss: which of a training's saved adapters is merged.
+"""Checkpoints by their true log loss: scored while a run is watched, and chosen to be merged.
 
 choose(context, "best", show)   ->   outputs/EXP/STAGE/checkpoint.json, which StageContext.weights follows
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,47 @@ import numpy as np
 from common.errors import UsageError
 from common.files import write_json
 from common.progress import Show
-from data_prep.export_reader import read_rows
+from data_prep.chat_template import load_frame
+from data_prep.export_reader import read_battles, read_rows
+from data_prep.prompt import JudgePrompt
 from factory.stage_context import CHOICE, StageContext
 from factory.state import archive, whole_checkpoints
 from scoring.calibration import grouped_parts
-from scoring.metrics import as_groups
-from scoring.watch import CheckpointScorer
+from scoring.engines.torch_engine import score_labels
+from scoring.judge import judge_sequences
+from scoring.links import log_softmax
+from scoring.metrics import as_groups, row_losses, verdict_codes
+from scoring.model_loading import device_name, trained_adapter
 
 # Validation battles that each checkpoint is asked about; more would cost more than they tell apart.
 ROWS = 1000
+
+
+class CheckpointScorer:
+    """Scores a run's checkpoints on some validation battles, on the base as it was trained.
+
+    A second copy of the model: on a GPU it shares the training's memory.
+    """
+
+    def __init__(self, context: StageContext, rows: int):
+        """Choose the rows, the same for every checkpoint."""
+        self._context, experiment = context, context.experiment
+        frame, tokenizer = load_frame(experiment)
+        source = (experiment.data_folder / "judge_prompt.j2").read_text(encoding="utf-8")
+        prompt = JudgePrompt(source, experiment.labels, where="judge_prompt.j2")
+        battles = read_battles(experiment.data_folder, context.parts("valid"))
+        chosen = np.sort(np.random.default_rng(experiment.seed).permutation(len(battles))[:rows])
+        picked = [battles[i] for i in chosen]
+        self.ids = [battle.id for battle, _ in picked]
+        self._truth = verdict_codes([battle.verdict for battle, _ in picked])
+        self._label_ids = tuple(context.manifest["frame"]["label_ids"])
+        self._sequences = judge_sequences(frame, tokenizer, prompt, picked)
+
+    def losses(self, adapter: Path) -> np.ndarray:
+        """Return the log loss (plain softmax, A first) of an adapter's folder on each of the chosen rows."""
+        model = replace(trained_adapter(self._context), folder=adapter)
+        logits = score_labels(model.load(device_name()), self._sequences, self._label_ids)
+        return row_losses(np.exp(log_softmax(logits)), self._truth)
 
 
 def choose(context: StageContext, wanted: str, show: Show) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from common.errors import UsageError
 from common.files import atomic_folder, write_json
 from common.progress import Show
-from factory.gpu import CARDS
+from factory.devices import CARDS
 from factory.memory import scoring_memory
 from factory.model_size import size_of
 from factory.recipes import TEMPLATES, render_template

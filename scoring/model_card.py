@@ -14,8 +14,7 @@ from common.files import atomic_file
 from data_prep.export_reader import read_audit, read_columns, readable
 from factory.recipes import as_yaml, render_template
 from factory.stage_context import StageContext
-from scoring.report.findings import headline
-from scoring.report.formatting import BASELINE_NAMES, count, interval, number, percent
+from scoring.report.findings import BASELINE_NAMES, count, headline, interval, number, percent
 
 CARD = "README.md"
 MARK = "arena-factory"  # a tag: LLaMA-Factory's own README.md lacks it

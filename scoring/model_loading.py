@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import ArenaError
 from data_prep.model_lookup import offline_if_unreachable
 from factory.devices import has_bf16
-from factory.weight_checks import ADAPTER_FILES, adapter_config, config_of, odd_index, odd_setting
+from factory.recipe_reach import ADAPTER_FILES, adapter_config, config_of, odd_index, odd_setting
 
 if TYPE_CHECKING:
     import torch

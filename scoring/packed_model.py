@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from common.errors import ArenaError
-from factory.gpu import TOKEN_BUDGET
+from factory.devices import TOKEN_BUDGET
 from scoring.packed_attention import NAME, Span, UnknownAttention, packed_attention
 
 if TYPE_CHECKING:

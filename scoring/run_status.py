@@ -23,7 +23,7 @@ from factory.fingerprint import names
 from factory.stage_context import StageContext
 from factory.status import StageStatus, experiment_status, next_commands, stage_status
 from factory.trainer_log import LogPoint, TrainerLog, describe, loss_curve, resumed_at, seconds_left
-from scoring.report.formatting import BASELINE_NAMES
+from scoring.report.findings import BASELINE_NAMES
 
 _HOW_TO_EVALUATE = (
     "score checkpoints with --score 200, or set eval_strategy: steps in the recipe "

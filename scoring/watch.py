@@ -1,38 +1,53 @@
-"""Watching a run from another process: in the terminal, in a page, or once; with baselines and scored checkpoints."""
+"""Watching a run from another process: in the terminal, once, or in a page; with baselines and scored checkpoints.
+
+The page is drawn as the report is, and read again every two seconds.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+import webbrowser
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Route
 
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
 from common.progress import Show
 from common.stages import TRAININGS
-from data_prep.chat_template import load_frame
-from data_prep.export_reader import read_battles, truth_of
-from data_prep.prompt import JudgePrompt
+from data_prep.export_reader import truth_of
 from data_prep.verdict_shares import probabilities_of
-from factory.serve_page import serve_tensorboard
+from factory.board import log_lines
+from factory.serve_page import (
+    QUIET,
+    OwnPagesOnly,
+    PageServer,
+    exposure,
+    free_port,
+    run_server,
+    serve_tensorboard,
+    url_of,
+)
 from factory.stage_context import StageContext, context_labelled
 from factory.state import last_checkpoint
 from factory.status import OUTDATED, readable_experiments, running_stages
 from factory.trainer_log import show_points
 from scoring.baselines import baseline_probabilities
-from scoring.engines.torch_engine import score_labels
-from scoring.judge import judge_sequences
-from scoring.links import log_softmax
+from scoring.checkpoints import CheckpointScorer
 from scoring.metrics import row_losses, verdict_codes
-from scoring.model_loading import device_name, trained_adapter
-from scoring.run_status import RunStatus, events, run_status
+from scoring.report import figures
+from scoring.report.page import environment
+from scoring.run_status import RunStatus, events, remarks, run_status, state_in_words, step_in_words
 from scoring.score_stage import texts
-from scoring.watch_page import serve_watch
 
 
 def experiment_at_work() -> str:
@@ -81,33 +96,6 @@ def baseline_losses(context: StageContext) -> pd.DataFrame:
 
 def _log_losses(losses: pd.DataFrame) -> dict[str, float]:
     return {str(name): float(column.to_numpy().mean()) for name, column in losses.items()}
-
-
-class CheckpointScorer:
-    """Scores a run's checkpoints on some validation battles, on the base as it was trained.
-
-    A second copy of the model: on a GPU it shares the training's memory.
-    """
-
-    def __init__(self, context: StageContext, rows: int):
-        """Choose the rows, the same for every checkpoint."""
-        self._context, experiment = context, context.experiment
-        frame, tokenizer = load_frame(experiment)
-        source = (experiment.data_folder / "judge_prompt.j2").read_text(encoding="utf-8")
-        prompt = JudgePrompt(source, experiment.labels, where="judge_prompt.j2")
-        battles = read_battles(experiment.data_folder, context.parts("valid"))
-        chosen = np.sort(np.random.default_rng(experiment.seed).permutation(len(battles))[:rows])
-        picked = [battles[i] for i in chosen]
-        self.ids = [battle.id for battle, _ in picked]
-        self._truth = verdict_codes([battle.verdict for battle, _ in picked])
-        self._label_ids = tuple(context.manifest["frame"]["label_ids"])
-        self._sequences = judge_sequences(frame, tokenizer, prompt, picked)
-
-    def losses(self, adapter: Path) -> np.ndarray:
-        """Return the log loss (plain softmax, A first) of an adapter's folder on each of the chosen rows."""
-        model = replace(trained_adapter(self._context), folder=adapter)
-        logits = score_labels(model.load(device_name()), self._sequences, self._label_ids)
-        return row_losses(np.exp(log_softmax(logits)), self._truth)
 
 
 class Watcher:
@@ -248,3 +236,61 @@ def follow(watcher: Watcher, show: Show, *, pause: float = 1.0) -> RunStatus:
     except KeyboardInterrupt:  # it does not reach the run, which is a process of another terminal
         show.note(f"watching ended; the {status.state} goes on" if status.at_work else "watching ended")
         return status
+
+
+_LOG_LINES = 40
+BUTTON_ROWS = 200  # validation battles that the page's button scores each checkpoint on
+
+
+def serve_watch(
+    context: StageContext, watcher: Watcher, host: str, port: int | None, *, open_browser: bool, show: Show
+) -> None:
+    """Serve the page until Ctrl-C; raises UsageError where it cannot listen."""
+    port = free_port(host, port)
+    if warning := exposure(host, "read this run; prefer `ssh -L`"):
+        show.note(warning)
+    url, label = url_of(host, port), context.label
+
+    def announce() -> None:
+        show.note(f"watch {context.experiment.name} {label}: {url}   (Ctrl-C ends it)")
+        if open_browser:
+            threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()  # some browsers keep us waiting
+
+    run_server(PageServer(uvicorn.Config(build_app(context, watcher, host), host, port, **QUIET)), announce)
+    show.note("watching ended; a run goes on")
+
+
+def build_app(context: StageContext, watcher: Watcher, host: str) -> Starlette:
+    """Return the page's ASGI app: GET / shows the run, POST /score scores its checkpoints from now on."""
+
+    def page(_: Request) -> Response:
+        return HTMLResponse(environment().get_template("watch.html.j2").render(**_view(context, watcher)))
+
+    def score(_: Request) -> Response:
+        watcher.score_rows = watcher.score_rows or BUTTON_ROWS
+        return RedirectResponse("/", 303)
+
+    routes = [Route("/", page), Route("/score", score, methods=["POST"])]
+    return Starlette(routes=routes, middleware=[Middleware(OwnPagesOnly, host=host)])
+
+
+def _view(context: StageContext, watcher: Watcher) -> dict[str, Any]:
+    status = watcher.status()
+    bounds = [(each["step"], each["log_loss"]) for each in status.evaluations if each["log_loss"] is not None]
+    measured = [(each["step"], each["log_loss"]) for each in status.measured]
+    # Compared with the baselines on its own rows, or a lucky sample would look like a good judge.
+    ladder = (status.measured[-1]["ladder"] if measured else status.ladder) or {}
+    has_labels = context.is_trained and context.step.data != "dpo_reward"
+    return {
+        "title": f"{status.experiment} {status.stage}",
+        "class_names": {},
+        "status": status,
+        "state": state_in_words(status),
+        "step": step_in_words(status),
+        "remarks": remarks(status),
+        "curve": figures.curve(status.curve),
+        "log_losses": figures.log_losses_by_step(bounds, measured, ladder, status.point.total if status.point else 1),
+        "button_rows": BUTTON_ROWS if has_labels and not (watcher.score_rows or status.reached) else 0,
+        "score_rows": watcher.score_rows,
+        "log": "\n".join(log_lines(context.folder / "train.log")[-_LOG_LINES:]),
+    }

@@ -51,10 +51,10 @@ from factory.fingerprint import data_sets
 from factory.merge import dequantise, merge
 from factory.process import run_child
 from factory.recipe_checks import check_device, check_recipe
+from factory.recipe_reach import weight_faults
 from factory.serve_page import exposure
 from factory.stage_context import StageContext
 from factory.train import RowsCheck
-from factory.weight_checks import weight_faults
 from scoring.model_loading import TrainedAdapter, load_model
 from tests.bad_inputs.place import COLUMNS
 

@@ -34,7 +34,7 @@ from scoring.judge import GOLDEN_ANSWERS, Judge, load_judge, write_golden_answer
 from scoring.links import softmax
 from scoring.metrics import log_loss
 from scoring.model_loading import device_name, float_precision, load_model, trained_adapter
-from scoring.report.formatting import points
+from scoring.report.findings import points
 from scoring.rewards import a_beats_b, load_value_head, value_rewards
 
 RECORD = "merge_gate.json"

@@ -28,7 +28,7 @@ from factory.stage_context import StageContext
 from factory.train import trained_rows
 from scoring.calibration import AB_COLUMNS, REWARD_COLUMNS
 from scoring.links import softmax
-from scoring.report.formatting import points
+from scoring.report.findings import points
 
 # Below this a difference of probabilities or rewards is no difference.
 NOTHING = 1e-6

@@ -19,8 +19,7 @@ from factory import status
 from factory.recipes import as_yaml
 from factory.stage_context import StageContext
 from scoring.report import figures
-from scoring.report.findings import LEVELS, findings, headline, main_figures, outcome
-from scoring.report.formatting import BASELINE_NAMES, percent, points
+from scoring.report.findings import BASELINE_NAMES, LEVELS, findings, headline, main_figures, outcome, percent, points
 
 if TYPE_CHECKING:
     from scoring.checks.provenance import Verification

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from scoring.report.formatting import BASELINES
+from scoring.report.findings import BASELINES
 
 # More points than this are averaged in groups, which smooths the curve and keeps the page small.
 CURVE_POINTS = 100

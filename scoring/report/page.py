@@ -18,9 +18,22 @@ from common.console import visible
 from common.files import atomic_file
 from common.stages import STAGES
 from data_prep.export_reader import Split, iter_battles, iter_pairs
-from scoring.report import figures, formatting
-from scoring.report.findings import LEVELS, findings, headline, main_figures, outcome
-from scoring.report.formatting import CLASS_NAMES, number
+from scoring.report import figures
+from scoring.report.findings import (
+    CLASS_NAMES,
+    LEVELS,
+    count,
+    findings,
+    headline,
+    interval,
+    main_figures,
+    number,
+    outcome,
+    percent,
+    points,
+    shares,
+    signed,
+)
 
 # Characters of one text: a page is for reading; `run.py show` prints all of it, as the model reads it.
 LONGEST = 1_200
@@ -127,8 +140,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ["number", "signed", "count", "percent", "shares", "points", "interval"]
-    shown = {name: getattr(formatting, name) for name in names}
+    shown = {write.__name__: write for write in (number, signed, count, percent, shares, points, interval)}
     made.filters.update(shown, yaml=_as_yaml)
     made.globals.update(shown)
     return made
@@ -170,7 +182,7 @@ def _coverage(points: Sequence[Mapping[str, Any]]) -> figures.Intervals:
     """Return how often the first choice agrees with people, by the share of battles that is answered."""
     marks = [
         figures.Mark(
-            formatting.percent(point["coverage"]),
+            percent(point["coverage"]),
             point["agreement"],
             (point["bound"], point["agreement"]),
             note=f"{point['rows']:,} battles",

@@ -11,8 +11,8 @@ from rich.console import Console
 import factory.forecast
 from common.errors import ArenaError, UsageError
 from common.stages import STEPS
+from factory.devices import CARDS, card_named, card_of
 from factory.forecast import forecast, print_forecast, training_work
-from factory.gpu import CARDS, card_named, card_of
 from factory.memory import scoring_memory, training_memory, weight_bytes
 from factory.model_size import ModelSize, size_of
 from factory.recipes import write_recipe

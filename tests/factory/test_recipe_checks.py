@@ -11,8 +11,8 @@ from common.experiment import load_experiment, parse_experiment, read_yaml
 from common.stages import STEPS
 from factory.devices import Devices, Gpu
 from factory.recipe_checks import check_device, check_recipe, check_recipes, device_faults
+from factory.recipe_reach import require_fit_base, weight_faults
 from factory.recipes import write_recipe
-from factory.weight_checks import require_fit_base, weight_faults
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "cases" / "recipes"

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scored_arena import arena, as_rewards, built, comparison
 
-from scoring.report.formatting import number, percent, shares
+from scoring.report.findings import number, percent, shares
 from scoring.report.page import LONGEST, shown_battles, write_compare_page, write_page
 
 SECTIONS = {

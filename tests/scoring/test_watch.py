@@ -27,8 +27,15 @@ from factory.state import StageState
 from factory.status import OUTDATED, next_commands
 from scoring import watch as watching
 from scoring.run_status import in_words, run_status
-from scoring.watch import CheckpointScorer, Watcher, baseline_losses, experiment_at_work, follow, stage_to_watch
-from scoring.watch_page import build_app
+from scoring.watch import (
+    CheckpointScorer,
+    Watcher,
+    baseline_losses,
+    build_app,
+    experiment_at_work,
+    follow,
+    stage_to_watch,
+)
 from tests.scoring.places import configured
 
 ROOT = Path(__file__).resolve().parents[2]
