@@ -25,7 +25,7 @@ from workbench import frame_of, train_tokenizer
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
 from common.error_hints import all_errors, clean_lines, remedy_for
 from common.errors import ArenaError
-from common.experiment import BudgetShares, Experiment, Labels, parse_experiment, read_yaml
+from common.experiment import Experiment, Labels, parse_experiment, read_yaml
 from common.stages import STEPS
 from data_prep import cells
 from data_prep.cells import BadCell, BadVerdict, parse_id
@@ -144,7 +144,7 @@ def _fit_seeds() -> list[str]:
 def fit(data: bytes) -> None:
     """Fit texts from the bytes, split at NUL, to a budget from their first byte; nothing is ever longer."""
     cutoff = 300 + 4 * (data[0] if data else 0)
-    fitter = Fitter(frame_of(_tokenizer()), _tokenizer(), _prompt(), cutoff_len=cutoff, shares=BudgetShares())
+    fitter = Fitter(frame_of(_tokenizer()), _tokenizer(), _prompt(), cutoff_len=cutoff, prompt_share=0.2)
     texts = data[1:].decode("utf-8", "replace").split("\0")
     turns = max(1, len(texts) // 3)
     texts = (texts + [""] * 3)[: 3 * turns]
@@ -235,7 +235,7 @@ def read_dataset_info(data: bytes) -> None:
 
 def _judge_seeds() -> list[str]:
     content = {"format": 1, "classes": list(VERDICTS), "labels": Labels().model_dump(), "cutoff_len": 512}
-    content |= {"judge_prompt": _prompt().source, "budget_shares": BudgetShares().model_dump()}
+    content |= {"judge_prompt": _prompt().source, "prompt_share": 0.2}
     content |= {"frame": asdict(frame_of(_tokenizer()))}
     golden = {"Verdict:": _tokenizer().encode("Verdict:").ids}
     return [json.dumps({**content, "canaries": golden, "source": {}})]

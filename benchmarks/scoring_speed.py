@@ -27,7 +27,7 @@ import numpy as np
 from figures import ROOT, options, publish, table
 from workbench import alone, battles_of, frame_of, texts_of, train_tokenizer
 
-from common.experiment import BudgetShares, Labels
+from common.experiment import Labels
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import Fitter
 from scoring.engines import open_engine
@@ -74,7 +74,7 @@ def make_rows(folder: Path, votes: list[Path], count: int) -> None:
     tokenizer = train_tokenizer(texts_of(battles[:4000]), VOCABULARY)
     frame, prompt = frame_of(tokenizer), JudgePrompt.load(ROOT / "templates" / "judge_prompt.j2", Labels())
     sample = [battles[i] for i in np.random.default_rng(1).permutation(len(battles))[:count]]
-    fitted = Fitter(frame, tokenizer, prompt, cutoff_len=CUTOFF, shares=BudgetShares()).fit(sample, both_orders=False)
+    fitted = Fitter(frame, tokenizer, prompt, cutoff_len=CUTOFF, prompt_share=0.2).fit(sample, both_orders=False)
     texts = [frame.wrap(prompt.message(f.battle, f.dropped)) for f in fitted]
     rows = [frame.surround(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
     (folder / "rows.json").write_text(json.dumps({"rows": rows, "labels": list(frame.label_ids)}), encoding="utf-8")

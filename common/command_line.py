@@ -345,7 +345,6 @@ export_options = several(
     experiment_option,
     stage_option("The judge to export"),
     fold_option,
-    option("--format", type=click.Choice(["gguf"]), default="gguf", expose_value=False, help="Its file."),
     option(
         "--quantization",
         type=click.Choice(["f16", "bf16", "q8_0", "q4_k_m"], case_sensitive=False),

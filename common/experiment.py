@@ -75,22 +75,6 @@ class Labels(_Strict):
         return (self.a, self.b, self.tie)
 
 
-class BudgetShares(_Strict):
-    """How prompt, A and B share the token budget when the last turn alone exceeds it; they sum to 1."""
-
-    prompt: Share = 0.2
-    a: Share = 0.4
-    b: Share = 0.4
-
-    @model_validator(mode="after")
-    def _sums_to_one(self) -> BudgetShares:
-        if abs(self.prompt + self.a + self.b - 1) > 1e-6:
-            raise ValueError("prompt + a + b must be 1")
-        if self.a != self.b:
-            raise ValueError("a and b must be equal: anything else would be a position bias by construction")
-        return self
-
-
 class Prior(_Strict):
     """The class shares of the rows to come, where they differ from those of the votes; they sum to 1."""
 
@@ -134,7 +118,7 @@ class Experiment(_Strict):
     quantization_bit: Literal[4, 8] | None = 4
     labels: Labels = Labels()
     prompt_template: Annotated[Line, AfterValidator(_within)] = "templates/judge_prompt.j2"
-    budget_shares: BudgetShares = BudgetShares()
+    prompt_share: Share = 0.2  # of the token budget, where the last turn alone exceeds it; A and B share the rest
     valid_share: float = Field(default=0.1, gt=0, lt=0.9)
     folds: int = Field(default=1, ge=1, le=50)  # above 1 each fold validates once, and valid_share says nothing
     fold_answer: Literal["mean", "full"] = "mean"  # what answers the test set where there are folds

@@ -31,7 +31,7 @@ PREFIX = r"^train_\d+:"
 TEST_LINES = b"test_lines"
 MANIFEST = "manifest.json"
 # Of the manifest and the files that it names.
-FORMAT = 6
+FORMAT = 7
 _BATCH = 1024
 _NAMED = 5  # experiments that a remedy names
 _SUM_TOLERANCE = 1e-3

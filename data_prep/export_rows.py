@@ -96,7 +96,7 @@ class RowMaker:
         self._experiment, self._views = experiment, tuple(views)
         self._labels = dict(zip(VERDICTS, experiment.labels.in_order(), strict=True))
         self._prompt = JudgePrompt(source, experiment.labels, where=experiment.prompt_template)
-        budget = {"cutoff_len": experiment.cutoff_len, "shares": experiment.budget_shares}
+        budget = {"cutoff_len": experiment.cutoff_len, "prompt_share": experiment.prompt_share}
         self._fitter = Fitter(frame, tokenizer, self._prompt, **budget)
         self._pair_fitter = PairFitter(frame, tokenizer, **budget) if "reward" in views else None
         for each in filter(None, (self._fitter, self._pair_fitter)):

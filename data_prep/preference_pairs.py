@@ -118,10 +118,10 @@ def _wrapped(frame: ChatFrame, pairs: Sequence[Pair]) -> list[str]:
 class PairFitter(BudgetFitter):
     """Fits battles to the budget as pairs, so that the prompt with either response is within it."""
 
-    def __init__(self, frame: ChatFrame, tokenizer: Tokenizer, *, cutoff_len: int, shares):
+    def __init__(self, frame: ChatFrame, tokenizer: Tokenizer, *, cutoff_len: int, prompt_share: float):
         """Measure the fixed parts; raises ArenaError if `cutoff_len` cannot hold even a marker for each text."""
         neutral = Neutralizer(frame.special_strings)
-        super().__init__(frame, tokenizer, neutral, cutoff_len=cutoff_len, shares=shares)
+        super().__init__(frame, tokenizer, neutral, cutoff_len=cutoff_len, prompt_share=prompt_share)
         self._overhead = len(frame.surround([])) + len(frame.answer([]))
         self._around = self._overhead + self._count(frame.wrap("x") + frame.wrap_answer("x")) - 2
         self._between = self._count(USER + ASSISTANT)
@@ -169,6 +169,6 @@ class PairFitter(BudgetFitter):
         return self._between * (turns - 1) + prompt + max(a, b)
 
     def _share(self, wanted: list[int], room: int) -> list[int]:
-        shares, longer = {"prompt": self.shares.prompt, "answer": self.shares.a}, max(wanted[1:])
-        granted = share_out({"prompt": wanted[0], "answer": longer}, shares, room, floor=self._marker_len)
-        return [granted["prompt"], granted["answer"], granted["answer"]]
+        # of the answers each is read without the other
+        granted = share_out({"prompt": wanted[0], "a": max(wanted[1:])}, self._shares, room, floor=self._marker_len)
+        return [granted["prompt"], granted["a"], granted["a"]]

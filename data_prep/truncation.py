@@ -89,9 +89,12 @@ class BudgetFitter:
     _share(wanted, room)                     divide tokens among prompt, A and B of the last turn
     """
 
-    def __init__(self, frame: ChatFrame, tokenizer: Tokenizer, neutral: Neutralizer, *, cutoff_len: int, shares):
-        self.frame, self.tokenizer, self.cutoff_len, self.shares = frame, tokenizer, cutoff_len, shares
-        self._neutral = neutral
+    def __init__(
+        self, frame: ChatFrame, tokenizer: Tokenizer, neutral: Neutralizer, *, cutoff_len: int, prompt_share: float
+    ):
+        self.frame, self.tokenizer, self.cutoff_len, self._neutral = frame, tokenizer, cutoff_len, neutral
+        # The answers have equal shares: anything else would be a position bias by construction.
+        self._shares = {"prompt": prompt_share, "a": (1 - prompt_share) / 2, "b": (1 - prompt_share) / 2}
         self._marker_len = self._count(MARKER) + 1
         self.model = "the model"  # as an error names it
 
@@ -195,10 +198,12 @@ class BudgetFitter:
 class Fitter(BudgetFitter):
     """Fits battles to the budget as judge prompts, so that both orders are within it."""
 
-    def __init__(self, frame: ChatFrame, tokenizer: Tokenizer, prompt: JudgePrompt, *, cutoff_len: int, shares):
+    def __init__(
+        self, frame: ChatFrame, tokenizer: Tokenizer, prompt: JudgePrompt, *, cutoff_len: int, prompt_share: float
+    ):
         """Measure the prompt's fixed parts; raises ArenaError if `cutoff_len` cannot hold even them."""
         neutral = Neutralizer(frame.special_strings, prompt.lines)
-        super().__init__(frame, tokenizer, neutral, cutoff_len=cutoff_len, shares=shares)
+        super().__init__(frame, tokenizer, neutral, cutoff_len=cutoff_len, prompt_share=prompt_share)
         self.prompt = prompt
         self._fixed = cache(self._measure_fixed)
         smallest = self._count(self._bare(1, dropped=1, text=MARKER)) + frame.overhead
@@ -277,8 +282,7 @@ class Fitter(BudgetFitter):
         return self._count(self._bare(turns, dropped, text="x")) - 3 * turns
 
     def _share(self, wanted: list[int], room: int) -> list[int]:
-        shares = {"prompt": self.shares.prompt, "a": self.shares.a, "b": self.shares.b}
-        return list(share_out(dict(zip(FIELDS, wanted, strict=True)), shares, room, self._marker_len).values())
+        return list(share_out(dict(zip(FIELDS, wanted, strict=True)), self._shares, room, self._marker_len).values())
 
     def _bare(self, turns: int, dropped: int, text: str) -> str:
         column = (text,) * turns

@@ -5,7 +5,6 @@ one is, in LLaMA-Factory's own names:
 
     NPROC_PER_NODE                            processes here (the GPUs there are)
     NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT                      several nodes
-    RDZV_ID, MIN_NNODES, MAX_NNODES, MAX_RESTARTS                    elastic: nodes may come and go
     USE_RAY                                   Ray instead, where `distributed` is auto
 """
 
@@ -29,7 +28,7 @@ _RAY_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's name for: 0, listen 
 _CONFIGS = {"zero2": _FOLDER / "zero2.json", "zero3": _FOLDER / "zero3.json", "fsdp": _FOLDER / "fsdp.yaml"}
 _TRUE = ("true", "y", "1")  # as LLaMA-Factory reads switches
 # The least value of each number that the environment may give.
-_LEAST = {"NNODES": 1, "NODE_RANK": 0, "NPROC_PER_NODE": 1, "MASTER_PORT": 1, "MIN_NNODES": 1, "MAX_NNODES": 1}
+_LEAST = {"NNODES": 1, "NODE_RANK": 0, "NPROC_PER_NODE": 1, "MASTER_PORT": 1}
 
 
 @dataclass(frozen=True)
@@ -119,17 +118,17 @@ def _node_faults(given: Mapping[str, str]) -> Iterator[str]:
         yield f"{name}={given[name]!r} is not a whole number of {_LEAST[name]} or more"
     if bad:
         return
-    nodes, rank, elastic = int(given.get("NNODES", "1")), int(given.get("NODE_RANK", "-1")), "RDZV_ID" in given
-    if nodes > 1 and not elastic and not 0 <= rank < nodes:
+    nodes, rank = int(given.get("NNODES", "1")), int(given.get("NODE_RANK", "-1"))
+    if nodes > 1 and not 0 <= rank < nodes:
         yield f"NNODES={nodes} needs a NODE_RANK below it: 0 on the first node, 1 on the next, …"
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in given]
-    if (nodes > 1 or elastic) and missing:
+    if nodes > 1 and missing:
         yield (
             f"{' and '.join(missing)} missing: give every node the same address (of node 0) and the same free port, "
             "for example MASTER_ADDR=10.0.0.1 MASTER_PORT=29500"
         )
-    if not elastic and (useless := [name for name in ("MIN_NNODES", "MAX_RESTARTS") if name in given]):
-        yield f"{' and '.join(useless)} without RDZV_ID: elastic training needs one name for all nodes, RDZV_ID=myrun"
+    if elastic := [name for name in ("RDZV_ID", "MIN_NNODES", "MAX_RESTARTS") if name in given]:
+        yield f"{' and '.join(elastic)}: nodes that come and go are not supported, unset it"
 
 
 def _is_number(text: str, least: int) -> bool:

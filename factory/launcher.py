@@ -75,17 +75,9 @@ def torchrun_options(given: Mapping[str, str], devices: int) -> list[str]:
     """Return torchrun's options from the environment, by the names and defaults of LLaMA-Factory's launcher."""
     nodes, port = given.get("NNODES", "1"), given.get("MASTER_PORT") or _free_port()
     address, processes = given.get("MASTER_ADDR", "127.0.0.1"), given.get("NPROC_PER_NODE", str(max(devices, 1)))
-    if "RDZV_ID" not in given:
-        rank = given.get("NODE_RANK", "0")
-        return [
-            *("--nnodes", nodes, "--node_rank", rank, "--nproc_per_node", processes),
-            *("--master_addr", address, "--master_port", port),
-        ]
-    if "MIN_NNODES" in given and "MAX_NNODES" in given:
-        nodes = f"{given['MIN_NNODES']}:{given['MAX_NNODES']}"
     return [
-        *("--nnodes", nodes, "--nproc-per-node", processes, "--max-restarts", given.get("MAX_RESTARTS", "0")),
-        *("--rdzv-id", given["RDZV_ID"], "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}"),
+        *("--nnodes", nodes, "--node_rank", given.get("NODE_RANK", "0"), "--nproc_per_node", processes),
+        *("--master_addr", address, "--master_port", port),
     ]
 
 
@@ -95,10 +87,7 @@ def accelerate_options(given: Mapping[str, str], devices: int) -> list[str]:
     options = ["--num_processes", str(nodes * processes), "--num_machines", str(nodes)]
     options += ["--machine_rank", given.get("NODE_RANK", "0")]
     options += ["--main_process_ip", given.get("MASTER_ADDR", "127.0.0.1")]
-    options += ["--main_process_port", given.get("MASTER_PORT") or _free_port()]
-    if "RDZV_ID" in given:
-        options += ["--rdzv_backend", "c10d", "--max_restarts", given.get("MAX_RESTARTS", "0")]
-    return options
+    return [*options, "--main_process_port", given.get("MASTER_PORT") or _free_port()]
 
 
 def _free_port() -> str:

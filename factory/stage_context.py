@@ -19,7 +19,7 @@ from factory.state import Record, StageState, Standing, flag_to_go_on, listed
 
 # The keys of experiment.yaml that the exported rows depend on; dpo_rejected shapes the rows of one stage only.
 _SHAPING = (
-    *("template", "enable_thinking", "cutoff_len", "labels", "budget_shares", "valid_share", "folds", "swap_copies"),
+    *("template", "enable_thinking", "cutoff_len", "labels", "prompt_share", "valid_share", "folds", "swap_copies"),
     *("orders_together", "epochs_as_rows", "seed"),
 )
 _SHAPING_ONE = {"dpo_judge": ["dpo_rejected"]}

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from common.battle import VERDICTS, Battle, swap
 from common.errors import ArenaError
-from common.experiment import LONGEST, BudgetShares, Experiment, Labels
+from common.experiment import LONGEST, Experiment, Labels
 from common.files import atomic_folder, only_run, read_json, sha256_of, write_json
 from data_prep.chat_template import ChatFrame, load_frame
 from data_prep.export_reader import readable
@@ -31,12 +31,19 @@ if TYPE_CHECKING:
     from scoring.rewards import Triple
 
 MANIFEST = "judge.json"
-FORMAT = 1
+FORMAT = 2
 _REMEDY, _MERGE = "merge the adapter again", "python run.py sft (dpo, rm) -e EXP --until merge"
 # Encoded once when the judge is made and compared whenever it is loaded: another tokenizer would answer nonsense.
 _ENCODED = ("Verdict:", "naïve 日本語 😀\n\n  code();", "### Assistant A\n")
 # What judge.json must hold; another type would fail only later, in the middle of scoring.
-_TYPES = {"cutoff_len": int, "judge_prompt": str, "canaries": dict, "source": dict, "labels": dict}
+_TYPES = {
+    "cutoff_len": int,
+    "prompt_share": float,
+    "judge_prompt": str,
+    "canaries": dict,
+    "source": dict,
+    "labels": dict,
+}
 
 GOLDEN_ANSWERS = "canaries.json"
 # Short enough for any budget, unlike each other, and frozen: a change makes the answers in every judge's folder stale.
@@ -64,14 +71,16 @@ class Judge:
     frame: ChatFrame
     labels: Labels
     cutoff_len: int
-    shares: BudgetShares
+    prompt_share: float
     tokenizer: Tokenizer
     prompt: JudgePrompt
     source: dict[str, Any]
 
     def fitter(self) -> Fitter:
         """Return the same fitter that made this judge's training rows."""
-        return Fitter(self.frame, self.tokenizer, self.prompt, cutoff_len=self.cutoff_len, shares=self.shares)
+        return Fitter(
+            self.frame, self.tokenizer, self.prompt, cutoff_len=self.cutoff_len, prompt_share=self.prompt_share
+        )
 
     def sequences(self, fitted: Sequence[tuple[Battle, int]], *, swapped: bool = False) -> list[list[int]]:
         """Return each fitted battle's whole prompt as token ids, exactly those that training put before the label."""
@@ -88,7 +97,7 @@ class Judge:
 
     def golden_triples(self) -> list[Triple]:
         """Return the golden prompts as pairs of responses behind the user's prompt, for a reward model."""
-        fitter = PairFitter(self.frame, self.tokenizer, cutoff_len=self.cutoff_len, shares=self.shares)
+        fitter = PairFitter(self.frame, self.tokenizer, cutoff_len=self.cutoff_len, prompt_share=self.prompt_share)
         pairs = [flatten(fitted.battle) for fitted in fitter.fit(GOLDEN_PROMPTS)]
         return pair_sequences(self.frame, self.tokenizer, pairs)
 
@@ -116,7 +125,7 @@ def write_judge(folder: Path, experiment: Experiment, frame: ChatFrame, prompt_s
             "frame": asdict(frame),
             "judge_prompt": prompt_source,
             "cutoff_len": experiment.cutoff_len,
-            "budget_shares": experiment.budget_shares.model_dump(),
+            "prompt_share": experiment.prompt_share,
             "canaries": {text: _ids(tokenizer, text) for text in _ENCODED},
             "source": source,
         },
@@ -143,7 +152,7 @@ def write_judge_manifest(folder: Path, context: StageContext) -> None:
         remedy = "check that the merge recipe and experiment.yaml name the same model"
         raise ArenaError(what, where=str(folder), remedy=remedy)
     with readable(experiment.data_folder / "manifest.json"):
-        learned = {key: manifest["experiment"][key] for key in ("labels", "cutoff_len", "budget_shares")}
+        learned = {key: manifest["experiment"][key] for key in ("labels", "cutoff_len", "prompt_share")}
         exported = Experiment.model_validate({**experiment.model_dump(mode="json"), **learned})
     prompt = (experiment.data_folder / "judge_prompt.j2").read_text(encoding="utf-8")
     write_judge(folder, exported, ChatFrame.from_dict(manifest["frame"]), prompt, source)
@@ -191,7 +200,7 @@ def load_judge(folder: Path) -> Judge:
             frame=frame,
             labels=labels,
             cutoff_len=content["cutoff_len"],
-            shares=BudgetShares(**content["budget_shares"]),
+            prompt_share=content["prompt_share"],
             tokenizer=tokenizer,
             prompt=JudgePrompt(content["judge_prompt"], labels, where=f"{path}: judge_prompt"),
             source=content["source"],

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.errors import ArenaError
+from factory.merge import VALUE_HEAD
 from scoring.model_loading import BROKEN_WEIGHTS
 from scoring.packed_model import Pack, PackedModel, Piece, run_batches
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 Triple = tuple[Sequence[int], Sequence[int], Sequence[int]]
 Name = Callable[[int], str]
 
-VALUE_HEAD = "value_head.safetensors"
 # The most logits (positions x vocabulary) that exist at a time: 256 MiB in fp32, and two such tensors beside it.
 LOGITS = 2**26
 # The most answers of one prompt in one pass.

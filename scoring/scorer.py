@@ -211,10 +211,10 @@ class RewardScorer(Scorer):
         super().__init__(context, precision)
         experiment = context.experiment
         self.frame, self.tokenizer = self._read_with()
-        shares, cutoff = experiment.budget_shares, experiment.cutoff_len
-        self._fitter = PairFitter(self.frame, self.tokenizer, cutoff_len=cutoff, shares=shares)
+        budget = {"cutoff_len": experiment.cutoff_len, "prompt_share": experiment.prompt_share}
+        self._fitter = PairFitter(self.frame, self.tokenizer, **budget)
         # What pairs are fitted by, in an export and in any other table.
-        self._fitting = {"template": experiment.template, "cutoff_len": cutoff, "shares": shares.model_dump()}
+        self._fitting = {"template": experiment.template, **budget}
 
     def _read_with(self) -> tuple[ChatFrame, Tokenizer]:
         return load_frame(self._context.experiment)

@@ -67,9 +67,10 @@ FAKES = ["### Assistant B", "### assistant  b:", "#Assistant A", "### User", "##
 
 
 @pytest.fixture
-def fitter(small_frame, small_tokenizer, judge_prompt, make_experiment):
-    shares = make_experiment().budget_shares
-    return lambda cutoff_len: Fitter(small_frame, small_tokenizer, judge_prompt, cutoff_len=cutoff_len, shares=shares)
+def fitter(small_frame, small_tokenizer, judge_prompt):
+    return lambda cutoff_len: Fitter(
+        small_frame, small_tokenizer, judge_prompt, cutoff_len=cutoff_len, prompt_share=0.2
+    )
 
 
 @pytest.fixture
@@ -116,16 +117,13 @@ def in_both_orders(prompt: JudgePrompt, fitted) -> list[str]:
 
 @pytest.mark.parametrize("special", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
 @pytest.mark.parametrize("view", ["judge", "reward"])
-def test_a_special_token_in_a_text_is_text(
-    fitter, judge_prompt, small_frame, small_tokenizer, make_experiment, special, view
-):
+def test_a_special_token_in_a_text_is_text(fitter, judge_prompt, small_frame, small_tokenizer, special, view):
     battle = Battle("1", (f"a{special}b",), (special,), (special * 2,), "a")
     if view == "judge":
         (fitted,) = fitter(500).fit([battle], both_orders=True)
         texts = in_both_orders(judge_prompt, fitted)
     else:
-        shares = make_experiment().budget_shares
-        (fitted,) = PairFitter(small_frame, small_tokenizer, cutoff_len=300, shares=shares).fit([battle])
+        (fitted,) = PairFitter(small_frame, small_tokenizer, cutoff_len=300, prompt_share=0.2).fit([battle])
         pair = flatten(fitted.battle)
         texts = [pair.prompt, pair.response_a, pair.response_b]
     own = small_tokenizer.token_to_id(special)
@@ -1040,11 +1038,8 @@ def catastrophic(tokenizer):
     return type(tokenizer).from_str(json.dumps(content))
 
 
-def test_a_tokenizer_that_fails_on_a_text_is_named_with_the_battle(
-    small_frame, small_tokenizer, judge_prompt, make_experiment, capfd
-):
-    shares = make_experiment().budget_shares
-    fitter = Fitter(small_frame, catastrophic(small_tokenizer), judge_prompt, cutoff_len=300, shares=shares)
+def test_a_tokenizer_that_fails_on_a_text_is_named_with_the_battle(small_frame, small_tokenizer, judge_prompt, capfd):
+    fitter = Fitter(small_frame, catastrophic(small_tokenizer), judge_prompt, cutoff_len=300, prompt_share=0.2)
     battles = [Battle(name, (text,), ("x",), ("y",), "a") for name, text in (("1", "hi"), ("2", "a" * 40 + "!"))]
     with pytest.raises(ArenaError, match="battle 2: the tokenizer of the model fails"):
         fitter.fit(battles, both_orders=True)

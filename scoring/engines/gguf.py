@@ -96,7 +96,7 @@ def find_converter(folder: Path | None = None) -> Path:
     Raises ArenaError with the way to get it, or where llama-cpp-python itself is missing.
     """
     if find_spec("llama_cpp") is None:
-        raise ArenaError("llama-cpp-python is not installed", where="export --format gguf", remedy="make extra-gguf")
+        raise ArenaError("llama-cpp-python is not installed", where="run.py export", remedy="make extra-gguf")
     found = folder or Path(sys.prefix, "llama.cpp")
     if not (found / SCRIPT).is_file():
         remedy = "make extra-gguf unpacks it; or name a folder of llama.cpp with --converter"

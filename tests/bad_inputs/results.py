@@ -244,7 +244,7 @@ FAULTS = [
     ("judge_cutoff_endless", edited(JUDGE, cutoff_len=10**18), LOAD_JUDGE, "cutoff_len is not between 1 and 1,048,576"),
     ("judge_prompt_broken", edited(JUDGE, judge_prompt="{{"), LOAD_JUDGE, "is not a valid Jinja template"),
     ("judge_prompt_hostile", edited(JUDGE, judge_prompt="{{ lipsum(9) }}"), LOAD_JUDGE, "does more than place texts"),
-    ("judge_shares", edited(JUDGE, budget_shares={"prompt": 1}), LOAD_JUDGE, "is damaged"),
+    ("judge_share", edited(JUDGE, prompt_share="most"), LOAD_JUDGE, "is damaged"),
     ("judge_canaries_a_list", edited(JUDGE, canaries=[]), LOAD_JUDGE, "canaries is not of type dict"),
     ("judge_other_tokenizer", edited(JUDGE, canaries={"x": [1, 2, 3]}), LOAD_JUDGE, "the tokenizer in this folder"),
     ("judge_no_tokenizer", remove(TOKENIZER), LOAD_JUDGE, "tokenizer.json is missing"),

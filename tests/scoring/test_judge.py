@@ -39,7 +39,7 @@ ANSWERS = np.tile([0.5, 0.3, 0.2], (len(GOLDEN_PROMPTS), 1))
 @pytest.fixture
 def experiment(make_experiment):
     """An experiment whose keys that a judge keeps differ from their defaults."""
-    return make_experiment(cutoff_len=300, budget_shares={"prompt": 0.4, "a": 0.3, "b": 0.3})
+    return make_experiment(cutoff_len=300, prompt_share=0.4)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def folder(tmp_path, experiment, small_tokenizer, small_frame, judge_prompt) -> 
 def test_a_judge_is_loaded_as_it_was_written(folder, experiment, small_frame, judge_prompt):
     judge = load_judge(folder)
     assert (judge.folder, judge.frame, judge.labels, judge.source) == (folder, small_frame, experiment.labels, SOURCE)
-    assert (judge.cutoff_len, judge.shares) == (300, experiment.budget_shares)
+    assert (judge.cutoff_len, judge.prompt_share) == (300, 0.4)
     assert judge.prompt.message(BATTLES[1]) == judge_prompt.message(BATTLES[1])
     content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     assert (content["classes"], content["labels"]) == (["a", "b", "tie"], {"a": "A", "b": "B", "tie": "C"})
@@ -64,7 +64,7 @@ def test_sequences_are_the_frame_around_each_message(
     folder, experiment, small_frame, small_tokenizer, judge_prompt, swapped
 ):
     judge = load_judge(folder)
-    fitter = Fitter(small_frame, small_tokenizer, judge_prompt, cutoff_len=300, shares=experiment.budget_shares)
+    fitter = Fitter(small_frame, small_tokenizer, judge_prompt, cutoff_len=300, prompt_share=0.4)
     expected = fitter.fit(BATTLES, both_orders=True)
     sequences = judge.sequences([(one.battle, one.dropped) for one in expected], swapped=swapped)
     for one, ids in zip(expected, sequences, strict=True):

@@ -52,7 +52,7 @@ def laid_out(workplace, make_experiment, tiny_model, small_tokenizer, small_fram
     tiny_model("qwen3", seed=3).save_pretrained("models/tiny")
     data, battles = experiment.data_folder, GOLDEN_PROMPTS * 3
     data.mkdir(parents=True)
-    fitter = PairFitter(small_frame, small_tokenizer, cutoff_len=400, shares=experiment.budget_shares)
+    fitter = PairFitter(small_frame, small_tokenizer, cutoff_len=400, prompt_share=experiment.prompt_share)
     pairs = [asdict(flatten(fitted.battle)) | {"dropped": 0} for fitted in fitter.fit(battles)]
     rows = pd.DataFrame({"id": [battle.id for battle in battles], "split": "valid", "verdict": "a", "dropped": 0})
     rows.assign(language=None, shares=None).to_parquet(data / "rows.parquet")
