@@ -34,7 +34,7 @@ from data_prep.audit import check_overlap, preferences_audit, refuse_same_table,
 from data_prep.chat_template import ChatFrame, load_frame
 from data_prep.export_folder import check_overwrite, dataset_entries, entries_of_others, listed_sets
 from data_prep.export_reader import FORMAT, read_manifest
-from data_prep.export_rows import RowMaker, open_pool, usual_workers
+from data_prep.export_rows import RowMaker, open_pool
 from data_prep.export_writer import CHUNK, Written, write_sets, write_tables
 from data_prep.folds import read_folds, read_ids
 from data_prep.preference_pairs import VIEWS, View
@@ -75,12 +75,11 @@ def export(
     The first source of `train` is the target, from which alone battles validate; ids of the others get the source's
     name in front (train_2:…).
     `truth` is a table of known probabilities of all votes (synthetic arena only), copied beside the data.
-    `views` are the preference sets to write beside those of SFT; "reward" tokenizes every text once more, and
-    may follow later with `ensure_views`. `unchanged` are SHA-256 sums of files that must come out as they were.
-    `workers` is the number of processes that fit (0: a thread; None: what suits the machine); the files do not
-    depend on it. `columns` are the tables' own names for ours. `folds` is a table of each battle's fold; without it
-    they are drawn. With `soft` labels the further sources may lack verdicts. `drop` is a table of ids that are not
-    trained on; they are judged as the others. Raises ArenaError; an earlier export then stays as it was.
+    `views` are the preference sets to write beside those of SFT; "reward" may follow later with `ensure_views`.
+    `unchanged` are SHA-256 sums of files that must come out as they were. `workers` is the number of processes that
+    fit (0: a thread; None: what suits the machine). `columns` are the tables' own names for ours. `folds` is a table of
+    each battle's fold. With `soft` labels the further sources may lack verdicts. The ids of the table `drop` are judged
+    and not trained on. Raises ArenaError; an earlier export then stays as it was.
     """
     folder = experiment.data_folder
     votes = [Source(train)] if isinstance(train, Path) else train
@@ -94,25 +93,17 @@ def export(
     dropped = read_ids(drop) if drop else frozenset()
     refuse_same_table(paths, test)
     teacher = Teacher(soft) if soft else None
-    readers = {
-        name: VoteReader(each.path, labelled=not soft or name == "train", columns=columns)
-        for name, each in votes.items()
-    }
-    readers |= {"test": VoteReader(test, labelled=False, columns=columns)} if test else {}
+    tables = {name: (each.path, not soft or name == "train") for name, each in votes.items()}
+    tables |= {"test": (test, False)} if test else {}
+    readers = {name: VoteReader(path, labelled=known, columns=columns) for name, (path, known) in tables.items()}
     frame, tokenizer = load_frame(experiment)
     prompt = JudgePrompt.load(Path(experiment.prompt_template), experiment.labels)
-    maker = RowMaker(experiment, frame, tokenizer, views, prompt.source)
-    with (
-        only_run(folder),
-        atomic_folder(folder) as fresh,
-        open_pool(maker, usual_workers() if workers is None else workers) as work,
-    ):
+    pool = open_pool(RowMaker(experiment, frame, tokenizer, views, prompt.source), workers)
+    with only_run(folder), atomic_folder(folder) as fresh, pool as work:
         weights = {name: each.weight for name, each in votes.items()}
         fitted = work("fit", _chunks(readers, teacher, progress))
         written = write_tables(fresh, fitted, experiment, weights, given, readers.get("test"), dropped)
-        if missing := len(dropped) - sum(counts["dropped"] for counts in written.counts.values()):
-            what = f"{missing:,} of its {len(dropped):,} ids are no training rows"
-            raise ArenaError(what, where=str(drop), remedy="give ids of training rows; with folds all are")
+        _require_dropped(written, len(dropped), drop)
         counts = write_sets(fresh, experiment, views, work)
         audit = _audit(experiment, readers, weights, written, counts, views)
         rows = fresh / "rows.parquet"
@@ -120,16 +111,17 @@ def export(
             audit["test_rows_in_train"] = check_overlap(rows, reader.path, has_verdicts=reader.has_verdicts)
         if truth:
             require_truth_of(rows, truth_ids, truth)
-        tables = {"folds": (folds, 1.0), "soft": (soft and soft.path, soft and soft.share), "drop": (drop, 1.0)}
-        beside = {
-            name: {"file": str(path), "sha256": sha256_of_table(path), "weight": weight, "columns": {}}
-            for name, (path, weight) in tables.items()
-            if path
-        }
+        beside = {"folds": (folds, 1.0), "soft": (soft.path, soft.share) if soft else (None, 1.0), "drop": (drop, 1.0)}
         _describe(fresh, experiment, prompt, frame, audit, truth, unchanged or {}, beside)
         check_overwrite(folder)  # again, for files that came meanwhile, or with a folder that was put back
     _publish(experiment, audit)
     return audit
+
+
+def _require_dropped(written: Written, ids: int, where: Path | None) -> None:
+    if missing := ids - sum(counts["dropped"] for counts in written.counts.values()):
+        what, remedy = f"{missing:,} of its {ids:,} ids are no training rows", "give ids of training rows"
+        raise ArenaError(what, where=str(where), remedy=f"{remedy}; with folds all are")
 
 
 def _chunks(
@@ -254,9 +246,9 @@ def _describe(
     audit: Mapping[str, Any],
     truth: Path | None,
     unchanged: Mapping[str, str],
-    beside: Mapping[str, Any],
+    beside: Mapping[str, tuple[Path | None, float]],
 ) -> None:
-    """Write the small files and last the manifest with the hash of each file.
+    """Write the small files and last the manifest with the hash of each file; `beside` are tables but those of votes.
 
     Raises ArenaError where a file of `unchanged` has another hash.
     """
@@ -274,20 +266,16 @@ def _describe(
             where=str(experiment.data_folder),
             remedy=f"python run.py prepare -e {experiment.name} --train FILE, and train again",
         )
+    votes = {name: (its["file"], its.get("weight", 1.0), its["columns"]) for name, its in audit["sources"].items()}
+    tables = votes | {name: (path, weight, {}) for name, (path, weight) in beside.items() if path}
     manifest = {
         "format": FORMAT,
         "experiment": experiment.model_dump(mode="json", exclude={"recipes", "description", "distributed"}),
         "views": list(audit["pairs"]),
         "sources": {
-            name: {
-                "file": source["file"],
-                "sha256": sha256_of_table(Path(source["file"])),
-                "weight": source.get("weight", 1.0),
-                "columns": source["columns"],
-            }
-            for name, source in audit["sources"].items()
-        }
-        | beside,
+            name: {"file": str(path), "sha256": sha256_of_table(Path(path)), "weight": weight, "columns": columns}
+            for name, (path, weight, columns) in tables.items()
+        },
         "frame": asdict(frame),
         "files": files,
     }

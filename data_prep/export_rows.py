@@ -180,12 +180,13 @@ def usual_workers() -> int:
 
 
 @contextmanager
-def open_pool(maker: RowMaker, workers: int) -> Iterator[Callable[[str, Iterable[tuple]], Iterator[Any]]]:
+def open_pool(maker: RowMaker, workers: int | None) -> Iterator[Callable[[str, Iterable[tuple]], Iterator[Any]]]:
     """Yield a function that calls a method of `maker` by name with each of many arguments, elsewhere, in their order.
 
-    `workers` is the number of processes, 0 stands for one thread. Two calls a worker are under way or wait, so that
-    memory stays flat.
+    `workers` is the number of processes, 0 stands for one thread, None for what suits this machine. Two calls a worker
+    are under way or wait, so that memory stays flat.
     """
+    workers = usual_workers() if workers is None else workers
     if workers:  # spawned, not forked: a tokenizer's threads do not survive a fork
         context = get_context("spawn")
         executor = ProcessPoolExecutor(workers, context, initializer=_start_process, initargs=(maker,))

@@ -63,16 +63,9 @@ def kaggle_pack(
     A folder that an earlier call wrote is replaced; its wheels stay as long as the wheel list does. Raises UsageError
     for a stage, a precision or a folder that cannot do, ArenaError where the judge is not the one that was scored.
     """
-    for option, text in (("--competition", competition), ("--user", user or "user")):
-        if not _SLUG.fullmatch(text.lower()):
-            raise UsageError(f"{text!r} is no name on Kaggle", where=option, remedy="take it from the page's address")
-    parse_duration(time_limit)
-    if context.name not in _PACKED:
-        what = f"{context.name} is scored with its base model, which is not in its folder"
-        raise UsageError(what, where="--stage", remedy=f"choose one of: {', '.join(_PACKED)}")
     folder = output or context.folder / "kaggle"
-    if folder.exists() and not (folder / NOTEBOOK).is_file():
-        raise UsageError("exists, and no earlier kaggle-pack", where=str(folder), remedy="name another --output")
+    _require_possible(context, competition, user or "user", folder)
+    parse_duration(time_limit)
     files = published_files(context, adapter=False)
     _require_fit(context, precision)
     there, experiment, base = at_another_place(context), context.experiment, context.experiment.model
@@ -112,6 +105,18 @@ def kaggle_pack(
         "download": DOWNLOAD.format(python=PYTHON, **place),
         "upload": f"kaggle datasets create -p {shlex.quote(str(folder))} --dir-mode zip",
     }
+
+
+def _require_possible(context: StageContext, competition: str, user: str, folder: Path) -> None:
+    """Raise UsageError for what is no name on Kaggle, a stage that needs its base, or a folder of something else."""
+    for option, text in (("--competition", competition), ("--user", user)):
+        if not _SLUG.fullmatch(text.lower()):
+            raise UsageError(f"{text!r} is no name on Kaggle", where=option, remedy="take it from the page's address")
+    if context.name not in _PACKED:
+        what = f"{context.name} is scored with its base model, which is not in its folder"
+        raise UsageError(what, where="--stage", remedy=f"choose one of: {', '.join(_PACKED)}")
+    if folder.exists() and not (folder / NOTEBOOK).is_file():
+        raise UsageError("exists, and no earlier kaggle-pack", where=str(folder), remedy="name another --output")
 
 
 def pack_lines(made: Mapping[str, Any]) -> list[str]:
