@@ -13,6 +13,8 @@ VERDICTS = ("a", "b", "tie")
 PROBABILITY_COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")
 # Where each class goes when the two answers change places.
 SWAPPED_ORDER = (1, 0, 2)
+# The columns of a battle's texts.
+TEXTS = ("prompts", "responses_a", "responses_b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,16 @@ class Battle:
     def turns(self) -> int:
         """The number of turns."""
         return len(self.prompts)
+
+    @property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """The columns of TEXTS."""
+        return self.prompts, self.responses_a, self.responses_b
+
+    @property
+    def characters(self) -> int:
+        """The characters of all texts."""
+        return sum(len(text) for column in self.texts for text in column)
 
 
 def swap_verdict(verdict: str | None) -> str | None:

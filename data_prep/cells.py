@@ -36,7 +36,7 @@ _ARRAY = re.compile(r"S\s*S|[}\]]\s*[{\[]|\.\.\.|array\(")  # what numpy writes 
 _TURN_OF_TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")
 _LARGEST_LITERAL = 1 << 22  # characters; Python's parser takes a hundred times their memory
 # A raw tab or newline inside a JSON string is against the letter of JSON, but it can mean one thing only.
-_decode_json = json.JSONDecoder(strict=False).decode
+DECODER = json.JSONDecoder(strict=False)
 
 
 class BadCell(ValueError):
@@ -56,7 +56,7 @@ def from_json(cell: object, name: str) -> list:
     value, is_text = cell, isinstance(cell, str)
     if is_text:
         try:
-            value = _decode_json(cell)
+            value = DECODER.decode(cell)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply or too large"
             raise BadCell(f"{name} is not a JSON list ({reason}): {_shown(cell)}") from None

@@ -283,11 +283,10 @@ def _describe(
 
 
 def _publish(experiment: Experiment, audit: Mapping[str, Any]) -> None:
-    """List the sets in data/dataset_info.json too, where LLaMA Board looks, and leave the newest audit there."""
+    """List the sets in data/dataset_info.json too, where LLaMA Board looks."""
     path = DATA / "dataset_info.json"
     with only_run(path, wait=lambda _: None):  # an export of another experiment has it for a moment
         write_json(path, _with_own_entries(experiment, audit, DATA, f"{experiment.name}/"))
-        write_json(DATA / "audit.json", audit)
 
 
 def _with_own_entries(

@@ -16,7 +16,7 @@ from pyarrow import compute
 from pyarrow.parquet import ParquetFile, read_schema
 from pydantic import AfterValidator, BaseModel, ValidationError
 
-from common.battle import PROBABILITY_COLUMNS, Battle
+from common.battle import PROBABILITY_COLUMNS, TEXTS, Battle
 from common.errors import ArenaError
 from common.files import read_json, sha256_of
 from data_prep.chat_template import ChatFrame
@@ -160,9 +160,9 @@ def read_battles(folder: Path, split: Split) -> list[tuple[Battle, int]]:
 
 def iter_battles(folder: Path, split: Split) -> Iterator[tuple[Battle, int]]:
     """Yield what `read_battles` returns, without holding more than some hundred texts."""
-    texts = ("id", "prompts", "responses_a", "responses_b")
-    for row in rows_of(folder, split, "battles.parquet", texts, ("verdict", "language", "shares", "dropped")):
-        turns = (tuple(row[name]) for name in texts[1:])
+    known = ("verdict", "language", "shares", "dropped")
+    for row in rows_of(folder, split, "battles.parquet", ("id", *TEXTS), known):
+        turns = (tuple(row[name]) for name in TEXTS)
         shares = row["shares"] and tuple(row["shares"])
         yield Battle(row["id"], *turns, row["verdict"], row["language"], shares), row["dropped"]
 

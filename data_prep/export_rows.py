@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from common.battle import VERDICTS, Battle, swap, swap_verdict
+from common.battle import TEXTS, VERDICTS, Battle, swap, swap_verdict
 from common.errors import ArenaError
 from data_prep.audit import count_fitted, count_pairs, first_prompts, row_statistics
 from data_prep.export_folder import set_names
@@ -50,7 +50,6 @@ def _schema(**columns: pa.DataType) -> pa.Schema:
     return pa.schema(list(columns.items()))
 
 
-_TEXTS = ("prompts", "responses_a", "responses_b")
 _STATISTICS = ("turns", "dropped", "tokens", "tokens_full", "chars_prompt", "chars_a", "chars_b")
 SCHEMAS = {
     # what is known of each battle; `source` is a key of the manifest's sources, `times` how often it is trained on,
@@ -64,7 +63,7 @@ SCHEMAS = {
         first_prompt=pa.uint64(),
     ),
     # the texts that were fitted to the judge prompt
-    "battles": _schema(id=pa.string(), **dict.fromkeys(_TEXTS, pa.list_(pa.string()))),
+    "battles": _schema(id=pa.string(), **dict.fromkeys(TEXTS, pa.list_(pa.string()))),
     # the texts that were fitted as a pair; tokens count prompt and response together
     "pairs": _schema(
         **dict.fromkeys(("id", "prompt", "response_a", "response_b"), pa.string()),
@@ -122,7 +121,7 @@ class RowMaker:
             }
             for battle, each, first in zip(battles, fitted, first_prompts(battles).tolist(), strict=True)
         ]
-        texts = [{name: getattr(each.battle, name) for name in ("id", *_TEXTS)} for each in fitted]
+        texts = [{name: getattr(each.battle, name) for name in ("id", *TEXTS)} for each in fitted]
         tables, counts = {"rows": rows, "battles": texts}, {"battles": count_fitted(battles, fitted)}
         if self._pair_fitter:
             pairs = self._pair_fitter.fit(battles)

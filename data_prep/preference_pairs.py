@@ -149,8 +149,7 @@ class PairFitter(BudgetFitter):
             job.tokens = max(job.lengths)
 
     def _locate(self, jobs: list[Job]) -> None:
-        columns = [(job.battle.prompts, job.battle.responses_a, job.battle.responses_b) for job in jobs]
-        texts = [text for each in columns for column in each for text in column]
+        texts = [text for job in jobs for column in job.battle.texts for text in column]
         encodings = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
         for job in jobs:
             turns = range(job.battle.turns)

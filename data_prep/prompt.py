@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from common.battle import Battle
+from common.battle import TEXTS, Battle
 from common.errors import ArenaError
 from common.files import is_in_project, read_regular
 
@@ -70,8 +70,7 @@ class Neutralizer:
 
     def battle(self, battle: Battle) -> Battle:
         """Return the battle with each of its texts so treated."""
-        fields = ("prompts", "responses_a", "responses_b")
-        return replace(battle, **{name: tuple(map(self, getattr(battle, name))) for name in fields})
+        return replace(battle, **{name: tuple(map(self, getattr(battle, name))) for name in TEXTS})
 
 
 def _line_pattern(lines: Lines) -> re.Pattern[str] | None:
@@ -211,8 +210,7 @@ class JudgePrompt:
 
 def texts_of(battle: Battle) -> dict[tuple[int, str], str]:
     """Return a battle's texts by (turn, field)."""
-    columns = (battle.prompts, battle.responses_a, battle.responses_b)
-    return {(i, f): text for f, column in zip(FIELDS, columns, strict=True) for i, text in enumerate(column)}
+    return {(i, f): text for f, column in zip(FIELDS, battle.texts, strict=True) for i, text in enumerate(column)}
 
 
 def _faults(node: nodes.Node, in_loop: bool) -> Iterator[str]:

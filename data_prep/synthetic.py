@@ -184,7 +184,7 @@ def _response(rng: random.Random, topic: Topic, subject: str, chance: float) -> 
 
 
 def _cells(battle: Battle) -> list[str]:
-    return [cell(turns) for turns in (battle.prompts, battle.responses_a, battle.responses_b)]
+    return [cell(turns) for turns in battle.texts]
 
 
 def _train_row(row: ArenaBattle) -> list[str]:

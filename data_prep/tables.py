@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import ArenaError
-from data_prep.cells import without_lone_surrogates
+from data_prep.cells import DECODER, without_lone_surrogates
 from data_prep.parquet_table import DAMAGED, LARGEST_CELL, BrokenRow, ParquetTable
 
 # What the parts of a table in a folder end with.
@@ -47,8 +47,6 @@ _OTHER_MAGIC = {
     b"<html": ("is a web page", "it may be a login or error page: download the table itself"),
 }
 _LONG_LINE = f"a line is longer than {_LARGEST_LINE:,} characters"
-# A raw tab or newline inside a JSON string is against the letter of JSON, but it can mean one thing only.
-_DECODER = json.JSONDecoder(strict=False)
 _BETWEEN = re.compile(r"[\s,]*")  # the items of a JSON list
 _RECORDS = 'write one object a line: {"id": …, "prompt": …}; pandas: to_json(path, orient=\'records\', lines=True)'
 _SAMPLE = 100  # objects whose keys are the columns
@@ -259,7 +257,7 @@ class JsonTable(_TextTable):
                 yield BrokenRow(_LONG_LINE)
             elif line.strip():
                 try:
-                    yield _record(_DECODER.decode(line), line)
+                    yield _record(DECODER.decode(line), line)
                 except (ValueError, RecursionError) as error:
                     yield BrokenRow(f"is not JSON: {getattr(error, 'msg', 'nested too deeply')}")
             line = _next_line(text)
@@ -272,7 +270,7 @@ class JsonTable(_TextTable):
             if in_list and buffer[at : at + 1] == "]":
                 return
             try:
-                value, end = _DECODER.raw_decode(buffer, at)
+                value, end = DECODER.raw_decode(buffer, at)
             except (ValueError, RecursionError) as error:
                 short = isinstance(error, json.JSONDecodeError) and len(buffer) - at < _LARGEST_LINE
                 more = text.read(max(len(buffer) - at, 1 << 16)) if short else ""
@@ -301,7 +299,7 @@ def _next_line(text: IO[str]) -> str | None:
 
 def _is_json(line: str) -> bool:
     try:
-        _DECODER.decode(line)
+        DECODER.decode(line)
     except (ValueError, RecursionError):
         return False
     return True

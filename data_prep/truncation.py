@@ -17,7 +17,7 @@ from itertools import accumulate, islice
 from threading import Timer
 from typing import TYPE_CHECKING
 
-from common.battle import Battle, swap
+from common.battle import TEXTS, Battle, swap
 from common.console import name_of
 from common.errors import ArenaError, end_process, is_panic
 from data_prep.prompt import FIELDS, JudgePrompt, Neutralizer, texts_of
@@ -107,7 +107,7 @@ class BudgetFitter:
 
         A model's tokenizer may hold a regular expression that some text makes run for ever: then the process ends.
         """
-        letters = sum(len(text) for job in jobs for text in texts_of(job.battle).values())
+        letters = sum(job.battle.characters for job in jobs)
         names = " to ".join(dict.fromkeys(name_of(job.battle.id) for job in (jobs[:1] + jobs[-1:])))
         slow = self._unreadable("takes too long", names)
         clock = Timer(_PATIENCE + letters / _SLOWEST, _end, [slow])
@@ -184,9 +184,9 @@ class BudgetFitter:
     def _cut(self, job: Job, room: int) -> None:
         """Cut the texts of the one turn that is kept to `room` tokens in all."""
         spans = [job.spans[job.battle.turns - 1, name] for name in FIELDS]
-        columns = (job.kept.prompts, job.kept.responses_a, job.kept.responses_b)
         granted = self._share(list(map(len, spans)), room)
-        cuts = [cut_middle(c[0], s, g, self._marker_len) for c, s, g in zip(columns, spans, granted, strict=True)]
+        texts = zip(job.kept.texts, spans, granted, strict=True)
+        cuts = [cut_middle(column[0], *each, self._marker_len) for column, *each in texts]
         prompt, a, b = ((self._neutral(text),) for text, _ in cuts)  # the text after the marker begins a line now
         job.kept = replace(job.kept, prompts=prompt, responses_a=a, responses_b=b)
         job.lost = tuple(lost for _, lost in cuts)
@@ -226,7 +226,7 @@ class Fitter(BudgetFitter):
 
     def _first_look(self, jobs: list[Job]) -> list[Job]:
         # What is far too long by its letters is tokenized once, with places, instead of twice and in both orders.
-        likely = [job for job in jobs if _letters(job.battle) > _LETTERS_A_TOKEN * self.cutoff_len]
+        likely = [job for job in jobs if job.battle.characters > _LETTERS_A_TOKEN * self.cutoff_len]
         self._locate(likely)
         long = [job for job in likely if job.tokens_full > self.cutoff_len]
         known = set(map(id, long))
@@ -325,10 +325,6 @@ def _end(error: ArenaError) -> None:
     end_process(error)
 
 
-def _letters(battle: Battle) -> int:
-    return sum(map(len, (*battle.prompts, *battle.responses_a, *battle.responses_b)))
-
-
 def share_out(wanted: dict[str, int], shares: dict[str, float], room: int, floor: int) -> dict[str, int]:
     """Divide `room` tokens by weighted max-min fairness: whoever wants less than its share leaves the rest to others.
 
@@ -362,8 +358,7 @@ def cut_middle(text: str, spans: Spans, granted: int, marker_len: int) -> tuple[
 
 def last_turns(battle: Battle, dropped: int) -> Battle:
     """Return the battle without its `dropped` oldest turns."""
-    columns = {name: getattr(battle, name)[dropped:] for name in ("prompts", "responses_a", "responses_b")}
-    return replace(battle, **columns)
+    return replace(battle, **{name: getattr(battle, name)[dropped:] for name in TEXTS})
 
 
 def in_chunks(items: Iterable, size: int) -> Iterator[list]:

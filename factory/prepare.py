@@ -12,7 +12,7 @@ from common.experiment import Experiment
 from common.progress import Show
 from common.stages import STEPS
 from data_prep.audit import warnings_of
-from data_prep.export import export
+from data_prep.export import ensure_views, export
 from data_prep.export_folder import check_overwrite
 from data_prep.export_reader import earlier_manifest, read_manifest
 from data_prep.readers import VoteReader, require_used
@@ -21,6 +21,7 @@ from data_prep.verdict_shares import Soft
 from factory.demo import ensure_embedded_base
 from factory.recipe_reach import require_fit_base
 from factory.recipes import check_first_values, write_recipe
+from factory.stage_context import StageContext
 from factory.status import refuse_while_at_work
 
 _TRAINED = re.compile(r"sft_(train|fold[0-9]+)\.jsonl")
@@ -85,6 +86,15 @@ def prepare(
         show.note(text)
     render_recipes(experiment, force=force, show=show)
     return audit
+
+
+def ensure_pairs(context: StageContext, show: Show) -> None:
+    """Export the pairs of responses, from the same tables, for a stage that is the first to read them."""
+    if "pairs.parquet" not in context.manifest["files"]:
+        context.require_current_settings()
+        with show.line(f"prepare {context.experiment.name}") as line:
+            ensure_views(context.experiment, ("reward",), line.update)
+        context.forget_export()  # the manifest lists the pairs now
 
 
 def render_recipes(experiment: Experiment, *, force: bool = False, show: Show) -> dict[str, str]:

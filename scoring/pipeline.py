@@ -22,10 +22,9 @@ from typing import Any, Literal
 from common.errors import ArenaError
 from common.progress import Show
 from common.stages import Fold, merge_of
-from data_prep.export import ensure_views
 from factory.demo import demo_arena, refuse_other_votes, trained_on_another
 from factory.merge import merge
-from factory.prepare import prepare
+from factory.prepare import ensure_pairs, prepare
 from factory.recipe_checks import check_device, check_recipes
 from factory.stage_context import StageContext
 from factory.status import refuse_while_at_work
@@ -140,11 +139,8 @@ def run_stage(
         read[merge_of(stage)] = context.merge_written
     check_recipes(experiment, [stage, *([merge_of(stage)] if merges else [])], read=read, allowed=allow)
     check_device(context.recipe_path, context.recipe)
-    if context.step.data == "dpo_reward" and "pairs.parquet" not in context.manifest["files"]:
-        context.require_current_settings()
-        with show.line(f"prepare {experiment.name}") as line:
-            ensure_views(experiment, ("reward",), line.update)
-        context.forget_export()  # the manifest lists the pairs now
+    if context.step.data == "dpo_reward":
+        ensure_pairs(context, show)
     adapter = train(context, resume=resume, fresh=fresh, show=show)
     if adapter is None or until == "train":  # None: another node keeps the results
         return None

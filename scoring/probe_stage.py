@@ -19,10 +19,10 @@ import numpy as np
 from common.errors import UsageError
 from common.files import atomic_file, only_run, write_json
 from common.progress import Show
-from data_prep.export import ensure_views
 from data_prep.export_reader import require_intact
 from data_prep.truncation import in_chunks
 from factory.model_size import size_of
+from factory.prepare import ensure_pairs
 from factory.stage_context import StageContext
 from scoring.metrics import as_groups, verdict_codes
 from scoring.model_loading import device_name, float_precision
@@ -50,10 +50,7 @@ def run_probe(
         raise UsageError(what, where=f"{experiment.folder / 'experiment.yaml'}: folds", remedy=remedy)
     layers = _layers(size_of(experiment.model).layers, layers)
     context.require_current_settings()
-    if "pairs.parquet" not in context.manifest["files"]:
-        with show.line(f"prepare {experiment.name}") as line:
-            ensure_views(experiment, ("reward",), line.update)
-        context.forget_export()
+    ensure_pairs(context, show)
     wanted = precision or own_precision(experiment, context.name)
     wanted = float_precision(device_name()) if wanted == "auto" else wanted
     data = context.training_inputs

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from common.battle import Battle
+from common.battle import TEXTS, Battle
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
 from common.files import sha256_of
@@ -48,7 +48,7 @@ _FLOATS = ("auto", "fp32", "bf16", "fp16")
 _REWARD_PRECISIONS = {"rm": (*_FLOATS, "8bit", "4bit"), "dpo_reward": _FLOATS, "probe": _FLOATS}
 # Keys of DPO's recipe on which its rewards depend.
 _TRAINED = ("pref_beta", "pref_loss", "quantization_bit", "quantization_type", "double_quantization")
-_BATTLE = ("id", "prompts", "responses_a", "responses_b")
+_BATTLE = ("id", *TEXTS)
 _PAIR = ("id", "prompt", "response_a", "response_b")
 
 
@@ -189,7 +189,7 @@ class LabelScorer(Scorer):
         )
 
     def prepare(self, inputs: Sequence[ModelInput], *, swapped: bool) -> list:
-        battles = [(Battle(row["id"], *(tuple(row[name]) for name in _BATTLE[1:])), row["dropped"]) for row in inputs]
+        battles = [(Battle(row["id"], *(tuple(row[name]) for name in TEXTS)), row["dropped"]) for row in inputs]
         return self._judge.sequences(battles, swapped=swapped)
 
     def ask(self, prepared: list, *, progress: Callable[[float], None], name: Callable[[int], str]) -> np.ndarray:

@@ -79,8 +79,7 @@ class Service:
 
         Raises ArenaError for a battle that cannot be scored, Busy where too much is waiting.
         """
-        size = sum(len(text) for b in battles for text in (*b.prompts, *b.responses_a, *b.responses_b))
-        return await self._ask(tuple(battles), size)
+        return await self._ask(tuple(battles), sum(battle.characters for battle in battles))
 
     async def text_rewards(self, texts: Sequence[str]) -> list[float]:
         """Return the reward of the last answer of whole conversations, chat template included; raises as `judge`."""

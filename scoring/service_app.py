@@ -221,10 +221,10 @@ def example_battles(experiment: Experiment) -> list[dict[str, Any]]:
     """Return some short battles of the validation fold, as they were fitted."""
     found = []
     for battle, _ in iter_battles(experiment.data_folder, "valid"):
-        texts = (battle.prompts, battle.responses_a, battle.responses_b)
-        if sum(len(text) for each in texts for text in each) <= _LONGEST_EXAMPLE:
+        if battle.characters <= _LONGEST_EXAMPLE:
             names = ("prompt", "response_a", "response_b")
-            found.append({"id": battle.id, **{name: list(each) for name, each in zip(names, texts, strict=True)}})
+            texts = {name: list(each) for name, each in zip(names, battle.texts, strict=True)}
+            found.append({"id": battle.id, **texts})
         if len(found) == _EXAMPLES:
             break
     return found

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle, swap
+from common.battle import PROBABILITY_COLUMNS, TEXTS, VERDICTS, Battle, swap
 from common.console import name_of, visible
 from common.errors import ArenaError, UsageError
 from common.experiment import Experiment, Labels
@@ -130,7 +130,7 @@ def _row_at(path: Path, place: int, columns: Sequence[str]) -> dict[str, Any]:
 def _judge_read(context: StageContext, place: int, row: dict[str, Any]) -> dict[str, Any]:
     """Return the judge prompt in both orders."""
     data, dropped = context.experiment.data_folder, row["dropped"]
-    cells = _row_at(data / "battles.parquet", place, ["id", "prompts", "responses_a", "responses_b"])
+    cells = _row_at(data / "battles.parquet", place, ["id", *TEXTS])
     battle = Battle(cells.pop("id"), *map(tuple, cells.values()))
     with readable(data / "judge_prompt.j2"):
         source = (data / "judge_prompt.j2").read_text(encoding="utf-8")

@@ -159,7 +159,7 @@ def shown_battles(data: Path, split: Split, report: Mapping[str, Any], stage: st
     for row, dropped in iter_pairs(data, split) if pairs else iter_battles(data, split):
         if row.id in listed:
             one_turn = [(row.prompt, row.response_a, row.response_b)] if pairs else None
-            turns = one_turn or zip(row.prompts, row.responses_a, row.responses_b, strict=True)
+            turns = one_turn or zip(*row.texts, strict=True)
             texts = [[_shortened(text) for text in turn] for turn in turns]
             names = ("prompt", "response_a", "response_b")
             found[row.id] = {
