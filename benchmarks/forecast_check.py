@@ -23,8 +23,7 @@ from common.battle import Battle
 from factory.devices import CARDS, GIB
 from factory.forecast import training_work
 from factory.memory import SLACK, training_memory
-from factory.model_size import ModelSize, size_of
-from factory.workload import TokenLengths, TrainConfig
+from factory.workload import ModelSize, TokenLengths, TrainConfig, size_of
 
 
 class Case(NamedTuple):

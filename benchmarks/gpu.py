@@ -32,7 +32,7 @@ from workbench import Workbench, battles_of, matrix_rate, texts_of, write_votes
 
 from common.experiment import load_experiment
 from common.files import read_json, write_json
-from factory.model_size import size_of
+from factory.workload import size_of
 from scoring.links import softmax
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}

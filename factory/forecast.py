@@ -15,10 +15,19 @@ from common.experiment import Experiment
 from common.stages import STEPS, TRAININGS
 from factory.devices import CARD_START, CARDS, CPU_START, TOKEN_BUDGET, Device, card_named, card_of, own_card, this_cpu
 from factory.memory import scoring_memory, training_memory
-from factory.model_size import SMALL, ModelSize, size_of, time_on_cpu
 from factory.recipe_checks import check_recipes
 from factory.stage_context import StageContext
-from factory.workload import Counts, TokenLengths, TrainConfig, padded_tokens, sequence_lengths
+from factory.workload import (
+    SMALL,
+    Counts,
+    ModelSize,
+    TokenLengths,
+    TrainConfig,
+    padded_tokens,
+    sequence_lengths,
+    size_of,
+    time_on_cpu,
+)
 
 # This machine's CPU, beside the cards' names.
 CPU = "cpu"

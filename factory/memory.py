@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from factory.devices import GIB
 from factory.fingerprint import names
-from factory.model_size import ModelSize
-from factory.workload import TrainConfig
+from factory.workload import ModelSize, TrainConfig
 
 # Bytes of a 4-bit weight: half a byte, one fp32 scale for 64 weights, or with double quantisation one byte for 64
 # and one fp32 for 256 of those (Dettmers et al. 2023, QLoRA, section 3).

@@ -24,10 +24,10 @@ from common.experiment import Experiment, load_experiment, require_project
 from common.files import read_json
 from common.stages import STAGES, TRAININGS
 from factory.devices import may_have_gpu
-from factory.model_size import time_on_cpu
 from factory.stage_context import StageContext, prepare_again, some
 from factory.state import PARTS, flag_to_go_on
 from factory.trainer_log import TrainerLog
+from factory.workload import time_on_cpu
 
 # What a part is called while it runs and when it is done.
 _RUNNING = {"train": "training", "merge": "merging", "score": "scoring"}

@@ -65,7 +65,7 @@ def ensemble(members: tuple[str, ...], name: str, weights: str, as_json: bool) -
 
     And simple baselines (tfidf, length), which read the whole texts. Battles are matched by id.
     """
-    from scoring.ensemble import ensemble
+    from scoring.compare import ensemble
     from scoring.report.console import print_ensemble
 
     report = ensemble(members, name, weights)

@@ -22,9 +22,9 @@ from common.files import atomic_folder, write_json
 from common.progress import Show
 from factory.devices import CARDS
 from factory.memory import scoring_memory
-from factory.model_size import size_of
 from factory.recipes import TEMPLATES, render_template
 from factory.stage_context import StageContext
+from factory.workload import size_of
 from scoring.model_card import at_another_place, public_base
 from scoring.predictions import REPORT
 from scoring.publish import published_files

@@ -21,9 +21,9 @@ from common.files import atomic_file, only_run, write_json
 from common.progress import Show
 from data_prep.export_reader import require_intact
 from data_prep.truncation import in_chunks
-from factory.model_size import size_of
 from factory.prepare import ensure_pairs
 from factory.stage_context import StageContext
+from factory.workload import size_of
 from scoring.metrics import as_groups, verdict_codes
 from scoring.model_loading import device_name, float_precision
 from scoring.probe import LENGTHS, PROBE, fit_probe

@@ -14,10 +14,9 @@ from common.stages import STEPS
 from factory.devices import CARDS, card_named, card_of
 from factory.forecast import forecast, print_forecast, training_work
 from factory.memory import scoring_memory, training_memory, weight_bytes
-from factory.model_size import ModelSize, size_of
 from factory.recipes import write_recipe
 from factory.stage_context import StageContext
-from factory.workload import TokenLengths, TrainConfig, padded_tokens, sequence_lengths
+from factory.workload import ModelSize, TokenLengths, TrainConfig, padded_tokens, sequence_lengths, size_of
 
 MODEL = "Qwen/Qwen3-8B"
 RECIPE = {

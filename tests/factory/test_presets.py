@@ -10,12 +10,11 @@ from common.experiment import load_experiment, read_yaml
 from common.llamafactory_schema import known_models
 from common.stages import STEPS, TRAININGS
 from factory.memory import training_memory
-from factory.model_size import size_of
 from factory.new_experiment import NewExperiment, render_experiment
 from factory.recipe_checks import check_recipes
 from factory.recipes import render_recipe
 from factory.stage_context import StageContext
-from factory.workload import TrainConfig
+from factory.workload import TrainConfig, size_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")

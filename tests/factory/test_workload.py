@@ -3,7 +3,7 @@ import json
 import pytest
 
 from common.errors import ArenaError
-from factory.model_size import size_of, time_on_cpu
+from factory.workload import size_of, time_on_cpu
 
 # Billions of parameters, from the models' own cards.
 CARDS = {
