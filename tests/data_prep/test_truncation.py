@@ -1,7 +1,6 @@
 """Fitting, as judge prompt and as pair: never over the budget, never without a text, the oldest turns first."""
 
 from itertools import islice
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +13,6 @@ from data_prep.prompt import EMPTY
 from data_prep.readers import VoteReader
 from data_prep.truncation import MARKER, Fitter, share_out
 
-SHARES = SimpleNamespace(prompt=0.2, a=0.4, b=0.4)
 QUESTION = "Which assistant do people prefer? Reply with A for assistant A"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=300) | st.sampled_from(
     ["<|im_end|>", "{{idx}}<image>", "### User", "\\### User", " " * 40, "word " * 400, "日本語" * 100, "A", "x" * 900]
@@ -26,13 +24,12 @@ BOTH = pytest.mark.parametrize("kind", ["prompt", "pair"])
 @pytest.fixture(scope="session")
 def make(small_frame, small_tokenizer, judge_prompt):
     """Return a function: fit battles as prompts or as pairs to a budget, and return (fitter, fitted)."""
-    budget = {"shares": SHARES}
 
     def fit(kind, cutoff, *battles):
         if kind == "pair":
-            fitter = PairFitter(small_frame, small_tokenizer, cutoff_len=cutoff, **budget)
+            fitter = PairFitter(small_frame, small_tokenizer, cutoff_len=cutoff, prompt_share=0.2)
             return fitter, fitter.fit(battles)
-        fitter = Fitter(small_frame, small_tokenizer, judge_prompt, cutoff_len=cutoff, **budget)
+        fitter = Fitter(small_frame, small_tokenizer, judge_prompt, cutoff_len=cutoff, prompt_share=0.2)
         return fitter, fitter.fit(battles, both_orders=True)
 
     return fit

@@ -1,4 +1,4 @@
-"""Stages side by side on the same rows, and blended: the numbers are those of each, and what does not fit is refused."""
+"""Stages on the same rows, compared and blended; the audit of labels, and the choice of a checkpoint."""
 
 from __future__ import annotations
 
