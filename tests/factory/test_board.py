@@ -6,7 +6,7 @@ import os
 import pytest
 import yaml
 
-from common.errors import ArenaError, UsageError
+from common.errors import ArenaError
 from common.experiment import load_experiment, read_yaml
 from factory.board import BoardModel, board_config, board_models, configs_newest_first, lay_out
 from factory.fingerprint import model_files
@@ -99,12 +99,6 @@ def test_a_run_is_shown_with_the_recipe_that_it_began_with(place):
         assert yaml.safe_load(today.read_text())["train.cutoff_len"] == recipe["cutoff_len"] == 512
     (exam.output_folder("sft") / "state.json").write_text("{")
     assert any("the run of exam sft is left out" in note for note in lay_out()[1])
-
-
-def test_without_experiments_it_is_the_wrong_folder(workplace):
-    with pytest.raises(UsageError, match="factory_configs/"):
-        lay_out()
-    assert list(workplace.iterdir()) == [workplace / "templates"]
 
 
 def test_what_no_element_takes_is_an_extra_argument_or_refused(make_experiment):

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 import run
 from common.errors import ArenaError
-from factory.state import PARTS, StageState, archive, archived, last_checkpoint
+from factory.state import StageState, archive, archived, last_checkpoint
 
 INPUTS = {"sft.yaml": {"learning_rate": 1.0e-4, "epochs": 2}, "data": {"train.jsonl": "sha256:aa"}}
 REMEDY = "--fresh begins anew"
@@ -42,20 +42,6 @@ def test_a_finished_part_is_known_to_a_later_process_with_relative_paths():
     assert [p.name for p in folder.iterdir()] == ["state.json"], "nothing half-written beside it"
 
 
-def test_a_part_that_began_or_lost_its_outputs_is_unfinished_and_a_changed_output_is_damaged():
-    folder = Path("outputs/demo/sft")
-    state = StageState(folder)
-    assert state.standing("train", INPUTS).record is None
-    state.begin("train", INPUTS)
-    assert not StageState(folder).standing("train", INPUTS).is_finished
-    state.finish("train", [made("saves/a")], 1)
-    assert state.standing("train", INPUTS).is_finished and state.record("train").damaged == []
-    Path("saves/a").write_text("y")
-    assert state.record("train").damaged == ["saves/a"]
-    Path("saves/a").unlink()
-    assert not state.standing("train", INPUTS).is_finished
-
-
 def test_partial_inputs_are_compared_with_those_of_the_same_name():
     state, data = finish(Path("outputs/demo/sft")), {"data": INPUTS["data"]}
     with pytest.raises(ArenaError, match=r"other inputs(.|\n)*sft.yaml: epochs 2 -> \(absent\)") as caught:
@@ -63,18 +49,6 @@ def test_partial_inputs_are_compared_with_those_of_the_same_name():
     assert REMEDY in caught.value.remedy and caught.value.where == "outputs/demo/sft"
     assert not state.standing("train", data, partial=True).changes
     assert state.standing("train", {**data, "distributed": "ddp"}, partial=True).changes
-
-
-def test_what_was_made_from_a_training_is_forgotten_when_it_begins_again():
-    folder = Path("outputs/demo/sft")
-    finish(folder)
-    finish(folder, "merge", output="outputs/demo/sft/merged/config.json")
-    state = finish(folder, "score", output="outputs/demo/sft/scores.parquet")
-    assert all(state.record(part) for part in PARTS)
-    state.begin("merge", INPUTS)
-    assert StageState(folder).record("train").finished_at
-    assert StageState(folder).record("merge").finished_at is None
-    assert StageState(folder).record("score") is None
 
 
 def test_archives_are_numbered_together_and_delete_nothing():

@@ -18,7 +18,6 @@ from factory.stage_context import StageContext
 from factory.state import StageState
 from factory.status import (
     beside_on_the_card,
-    experiment_names,
     is_at_work,
     next_commands,
     print_status,
@@ -73,13 +72,6 @@ def prepared(experiment, battles=1234):
     experiment.data_folder.mkdir(parents=True)
     (experiment.data_folder / "manifest.json").write_text("{}")
     (experiment.data_folder / "audit.json").write_text(json.dumps({"sources": {"train": {"rows_kept": battles}}}))
-
-
-def test_a_new_experiment_is_told_to_prepare(exam):
-    (view,) = status_of(experiment_names())
-    assert (view.name, view.prepared, view.battles) == ("exam", False, None)
-    assert view.next == "python run.py prepare -e exam --train FILE"
-    assert {stage.state for stage in view.stages} == {"new"}
 
 
 def test_each_state_is_told_with_the_command_that_goes_on(exam):
