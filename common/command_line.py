@@ -229,7 +229,7 @@ prepare_options = several(
     option("--test", type=SOURCE, help="Battles without votes, for the submission; as --train."),
     columns_option,
     option("--truth", type=FILE, help="Known probabilities of all votes (synthetic arenas only)."),
-    option("--folds-from", type=FILE, help="A table (id, fold) of folds that somebody else drew; see folds in docs."),
+    option("--folds-from", type=FILE, help="A table (id, fold) of given folds; see docs/folds.md."),
     option("--drop-ids", type=FILE, help="A table (id) of battles not to train on; they are still judged."),
     option("--soft", type=FILE, help="Soft labels of battles of --train, as score writes them; see docs/folds.md."),
     option(

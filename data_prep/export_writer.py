@@ -81,7 +81,7 @@ def write_tables(
 ) -> Written:
     """Write rows.parquet, battles.parquet and, where chunks hold pairs, pairs.parquet; labelled battles come first.
 
-    `weights` are those of the sources with verdicts, `folds` are those of each id where somebody else drew them,
+    `weights` are those of the sources with verdicts, `folds` are those of each id where the user gives a table of them,
     `test` is read to its end with the chunks, the ids to `drop` are not trained on. Raises ArenaError where the folds
     cannot have the share that the experiment asks for.
     """

@@ -21,7 +21,7 @@ from data_prep.tables import BrokenRow, open_table
 if TYPE_CHECKING:
     from common.experiment import Experiment
 
-# What becomes of a prompt of nothing, and of "(empty)", which is fed in its place.
+# The normal form of an empty prompt, and of "(empty)", which the judge reads instead.
 _NOTHING = "empty"
 _SLICE, _PIECE = 1 << 14, 1000
 # The split of rows that no set holds: of another source than the first, with a prompt that validates; or not drawn.
@@ -101,7 +101,7 @@ def splits_of(
 ) -> np.ndarray:
     """Return the split of each row that was voted on: train or valid, or the fold that it is judged in.
 
-    `given` are folds that somebody else drew, in the table `where`. Raises ArenaError as `validation_mask` does, and
+    `given` are the folds of the user's table `where`. Raises ArenaError as `validation_mask` does, and
     where a fold lacks a class that another one has.
     """
     if experiment.folds == 1:
@@ -138,7 +138,7 @@ def trained_with(part: str) -> list[str]:
 
 
 class GivenFolds(dict[str, int]):
-    """The fold of each id, as a table of somebody else's says."""
+    """The fold of each id, from the user's table."""
 
     def __init__(self, path: Path):
         super().__init__()

@@ -75,7 +75,7 @@ _TRAINING = (
     Rule(
         "adapter_name_or_path",
         lambda v, x: v.stage == "dpo" and x and not (v.ref_model and v.ref_model_adapters),
-        "under dpo has silently the base model as its reference",
+        "makes DPO silently take the base model as its reference",
         f"{_REMOVE} and write start_from: {{dpo_judge: sft}} in experiment.yaml: the merged SFT judge",
     ),
     Rule(
@@ -99,8 +99,8 @@ _TRAINING = (
         "choices: sigmoid, orpo, simpo",
     ),
 )
-# Keys (patterns) that are refused whatever their value: most change the trained model or its prompts behind the back of
-# merge and scoring.
+# Keys (patterns) that are refused whatever their value: most change the trained model or its prompts, which merge and
+# scoring would not notice.
 _NEVER = {
     "do_predict|predict_with_generate": "writes texts, not probabilities: run.py scores",
     "val_size": "splits by row, so that copies of one prompt land on both sides; valid_share does not",

@@ -31,7 +31,7 @@ _FAILURES = (UnknownAttention, AttributeError, TypeError, KeyError, RuntimeError
 
 @dataclass(frozen=True)
 class Piece:
-    """Token ids, of which the hidden states of the last `wanted` are asked for; `prefix` is an earlier piece's index.
+    """Token ids; the hidden states of the last `wanted` are computed; `prefix` is the index of an earlier piece.
 
     A prefix has no prefix itself.
     """
