@@ -1,10 +1,10 @@
 """The status of a run: what its own files hold while it trains.
 
-An SFT run's evaluation loss is not the competition's log loss. It is the mean over the answer's tokens (the label and
+An SFT run's validation loss is not the competition's log loss. It is the mean over the answer's tokens (the label and
 what closes the turn) of −log p over the whole vocabulary. A row's label costs at most the sum over its tokens, and
 −log p of the label among the three labels is at most that among all tokens, so
 
-    log loss  <=  evaluation loss x tokens of an answer
+    log loss  <=  validation loss x tokens of an answer
 
 on the same rows in the same order (A first), without calibration. The bound is nearly reached once the judge has
 learned the form of an answer. scoring.watch.CheckpointScorer measures instead: it asks the checkpoint for its labels.
@@ -29,7 +29,7 @@ _HOW_TO_EVALUATE = (
     "score checkpoints with --score 200, or set eval_strategy: steps in the recipe "
     "(not for a 4-bit training on a CPU, which an evaluation may corrupt)"
 )
-# With any of these the evaluation loss is another quantity, and the bound does not hold.
+# With any of these the validation loss is another quantity, and the bound does not hold.
 _OTHER_LOSS = (
     *("label_smoothing_factor", "train_on_prompt", "packing", "neat_packing", "use_dft_loss", "use_asft_loss"),
     *("use_eaft_loss", "max_samples", "val_size"),
@@ -124,7 +124,7 @@ def answer_tokens(context: StageContext) -> tuple[int | None, str | None]:
     try:
         recipe = context.recipe
         if changed := [key for key in _OTHER_LOSS if recipe.get(key)]:
-            return None, f"with {', '.join(changed)} the evaluation loss says nothing about the log loss"
+            return None, f"with {', '.join(changed)} the validation loss says nothing about the log loss"
         if names(recipe.get("eval_dataset")) != [
             f"{context.experiment.name}_sft_{part}" for part in context.parts("valid")
         ]:
@@ -142,7 +142,7 @@ def events(status: RunStatus, ladder: dict[str, float] | None) -> list[tuple[str
     found: list[tuple[int, str, str]] = []
     for each in status.evaluations:
         what, bound = f"step {each['step']}", each["log_loss"]
-        text = f"{what}: evaluation loss {each['eval_loss']:.4f}"
+        text = f"{what}: validation loss {each['eval_loss']:.4f}"
         if bound is not None:
             text += f", so a log loss of the verdict of at most {bound:.4f}{_compared(ladder)}"
         found.append((each["step"], what, text))

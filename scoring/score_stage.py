@@ -80,7 +80,7 @@ class ScoreOptions:
 
     def open(self, spec: ScorerSpec, scorer: Scorer, show: Show) -> Executor:
         """Load the model as often as asked: into `scorer` where one is enough."""
-        show.note(f"{spec.context.label}: loading the trained model")
+        show.note(f"{spec.context.label}: loading the model")
         if self.ray is not None:
             return RayActors(spec, show.note, address=self.ray, actors=self.workers)
         count = self.workers or default_workers(spec.engine)

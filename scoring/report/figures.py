@@ -149,6 +149,7 @@ def log_losses_by_step(
         "lines": lines,
         "bounds": bounds,
         "measured": measured,
+        "beyond": max([loss for _, loss in bounds if loss > highest], default=None),
     }
 
 

@@ -27,7 +27,7 @@ FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
     *("--disable-sync", "--no-first-run"),
 )
-PATIENCE = 150_000  # milliseconds; a page on a busy machine
+PATIENCE = 300_000  # milliseconds; a page on a busy machine
 # Gradio itself asks these for a script and for fonts; without the internet it does without.
 ELSEWHERE = ("cdnjs.cloudflare.com", "fonts.googleapis.com", "fonts.gstatic.com")
 RECIPE = {

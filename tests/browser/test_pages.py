@@ -96,6 +96,7 @@ def test_an_experiment_is_loaded_started_and_becomes_its_stage(tab, servers, tra
     shutil.rmtree(adapters / "demo_sft")  # a stage that `run.py` trained stays what it is
     shutil.rmtree(own)
     open_board(tab, servers["board"].url)
+    see(tab, "board")
     load(tab, "demo_sft.yaml")
     tab.until(lambda: data_sets(tab), lambda seen: seen == ["demo_sft_train"])
     tab.until(tab.page.get_by_label("Learning rate").input_value, lambda rate: rate == "0.003")
@@ -106,7 +107,7 @@ def test_an_experiment_is_loaded_started_and_becomes_its_stage(tab, servers, tra
     progress = tab.page.get_by_text(re.compile(r"Running \d+/40"))
     progress.first.wait_for()
     first, before = progress.first.inner_text(), tab.until(lambda: chart(tab), bool)
-    tab.picture("board_running")
+    see(tab, "board_running")
     tab.until(lambda: progress.first.inner_text() if progress.count() else "gone", lambda now: now != first)
     tab.until(lambda: chart(tab), lambda now: now and now != before)
     tab.page.get_by_text("Finished.").first.wait_for()

@@ -91,7 +91,7 @@ def test_an_evaluation_loss_becomes_an_upper_bound_of_the_log_loss(exam):
     status = status_of(exam)
     assert status.evaluations == [{"step": 4, "eval_loss": 0.3, "log_loss": pytest.approx(0.9)}], "3 tokens an answer"
     text = "\n".join(in_words(status))
-    assert "evaluation loss 0.3000, so a log loss of the verdict of at most 0.9000" in text
+    assert "validation loss 0.3000, so a log loss of the verdict of at most 0.9000" in text
     assert "step 4/10  training loss 0.4000" in text, "an evaluation's line keeps the last loss in sight"
 
 
@@ -179,8 +179,8 @@ def test_the_terminal_prints_each_evaluation_once_beside_the_baselines(exam, cap
     status = follow(watcher, Show(attended=False), pause=0.01)
     printed = capsys.readouterr().err
     assert status.state == "trained" and watcher.looks == 8
-    assert printed.count("step 2: evaluation loss 0.3500, so a log loss of the verdict of at most 1.0500") == 1
-    assert printed.count("step 5: evaluation loss 0.3000") == 1 and "Class prior 1.0956" in printed
+    assert printed.count("step 2: validation loss 0.3500, so a log loss of the verdict of at most 1.0500") == 1
+    assert printed.count("step 5: validation loss 0.3000") == 1 and "Class prior 1.0956" in printed
     assert "exam sft: training" in printed and printed.count("step 10/10") == 1
 
 
