@@ -167,7 +167,7 @@ def input_lines(made: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"warning:       {seen:,} of these are training rows (same id, same prompt): it knew the answer"
             )
-    then = "hand it in where a submission.csv is asked for; where Kaggle wants a notebook: run.py kaggle-pack (sft, dpo_judge, rm)"
+    then = "hand it in where a submission.csv is asked for; Kaggle's notebook: kaggle-pack, of sft, dpo_judge or rm"
     return [*lines, f"next:          {then}"]
 
 
