@@ -35,6 +35,8 @@ from factory.stage_context import StageContext
 from factory.status import readable_experiments
 from factory.train import adopt
 
+_LOG_LINES = 100  # of a job's log that the page shows; 20,000 characters are ten screens
+
 
 def main(arguments: list[str]) -> int:
     """Serve the page until the process is ended."""
@@ -163,12 +165,13 @@ class Trust:
 
 
 def fenced(native: Callable[..., tuple[str, Any, Any]]) -> Callable[..., tuple[str, Any, Any]]:
-    """Return get_trainer_info with logs, which hold prompts, that cannot leave their code block as Markdown."""
+    """Return get_trainer_info with the end of a log, whose prompts cannot leave its code block as Markdown."""
 
     def get_trainer_info(*arguments: Any) -> tuple[str, Any, Any]:
         log, progress, info = native(*arguments)
         body = log.removeprefix("```\n").removesuffix("\n```\n")
-        return (f"```\n{_unfenced(body)}\n```\n" if log else ""), progress, info
+        shown = "\n".join(body.splitlines()[-_LOG_LINES:])
+        return (f"```\n{_unfenced(shown)}\n```\n" if log else ""), progress, info
 
     return get_trainer_info
 

@@ -134,7 +134,8 @@ _SHAPE = {
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Settings that may name a kernel of the hub: compiled code of a stranger, without trust_remote_code.
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-_MOST_LAYERS = 10_000
+# The largest values of a config.json's keys: somebody builds as many.
+_MOST = {"(layers?|experts)$": 10_000, "vocab_size$": 10_000_000}
 # What transformers and PEFT load; beside any other file they take a pickle.
 _SAFE = ("model.safetensors", "model.safetensors.index.json", ADAPTER_FILES[1])
 # What a trainer writes of itself beside the weights, and what no loader of weights opens.
@@ -240,8 +241,9 @@ def odd_setting(config: Any) -> str | None:
             return f"config.json: {key} {value!r} fetches code from the hub"
         if key == "transformers_weights":
             return f"config.json: {key} {value!r} names other weights than the folder's"
-        if isinstance(value, int) and re.search("(layers?|experts)$", key) and value > _MOST_LAYERS:
-            return f"config.json: {key} {value:,} is more than {_MOST_LAYERS:,}"
+        for most in (most for name, most in _MOST.items() if isinstance(value, int) and re.search(name, key)):
+            if value > most:
+                return f"config.json: {key} {value:,} is more than {most:,}"
         if nested := odd_setting(value):
             return nested
     return None

@@ -16,6 +16,7 @@ from common.errors import ArenaError, UsageError
 from common.files import read_json, sha256_of, write_json
 from data_prep.export_reader import read_battles
 from factory.process import module, run_child
+from factory.weight_checks import config_of, odd_index, odd_setting
 from scoring.engines.gguf_converter import SCRIPT
 from scoring.engines.llama_cpp import (
     FORMAT,
@@ -56,9 +57,14 @@ def export_gguf(
     if stage not in ("sft", "dpo_judge"):
         what = f"{stage} cannot be exported to GGUF: its scores are rewards, and GGUF holds one language model alone"
         raise UsageError(what, remedy="choose --stage sft or dpo_judge")
+    if output and (output.suffix != ".gguf" or (output.exists() and not is_gguf(output))):
+        what = "is no place for a GGUF file: such a file alone is replaced"
+        raise UsageError(what, where=f"--output {output}", remedy="give a new name that ends in .gguf")
     converter = find_converter(converter)
     require_judge(context)
     judge = load_judge(context.merged)
+    if odd := odd_setting(config_of(str(judge.folder), None)) or odd_index(judge.folder):
+        raise ArenaError(odd, where=str(judge.folder), remedy="export a judge that was merged here, or remove that")
     source = source_files(judge.folder)
     output = output or gguf_path(judge.folder, quantization)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +110,14 @@ def find_converter(folder: Path | None = None) -> Path:
     return found
 
 
+def is_gguf(path: Path) -> bool:
+    """Tell whether a file begins as GGUF files do."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def compare(judge: Judge, gguf: Path, battles: Sequence[tuple[Battle, int]]) -> dict[str, Any]:
     """Compare a file with the merged model on some battles, evenly over the lengths; return what the manifest says.
 
@@ -118,6 +132,9 @@ def compare(judge: Judge, gguf: Path, battles: Sequence[tuple[Battle, int]]) -> 
     order, count = sorted(range(len(every)), key=lambda i: -len(every[i])), min(CHECKED_ROWS, len(every))
     chosen = [order[i * len(order) // count] for i in range(count)]
     sequences, labels = [every[i] for i in chosen], list(judge.frame.label_ids)
+    engine = TorchEngine(judge, "fp32" if device_name() == "cpu" else "auto")  # refuses what would crash llama.cpp
+    expected = softmax(engine.label_logits(sequences, labels))
+    engine.close()
     model = load_gguf(gguf, context=judge.cutoff_len)
 
     def same_ids(text: str, ids: list[int]) -> bool:
@@ -134,9 +151,7 @@ def compare(judge: Judge, gguf: Path, battles: Sequence[tuple[Battle, int]]) -> 
         found = softmax(np.array([last_logits(model, ids)[labels] for ids in sequences]))
     finally:
         model.close()
-    engine = TorchEngine(judge, "fp32" if device_name() == "cpu" else "auto")
-    apart = np.abs(found - softmax(engine.label_logits(sequences, labels)))
-    engine.close()
+    apart = np.abs(found - expected)
     if not np.isfinite(found).all():
         raise ArenaError("gives no finite probabilities", where=gguf.name, remedy="export as bf16 or q8_0")
     return {

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from factory.launcher import follow_parent
 
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--pre")
     arguments = parser.parse_args()
     follow_parent()
+    _refuse_own_code()
     if arguments.type != FOUR_BITS:
         _convert(arguments, arguments.output, arguments.type)
         return
@@ -37,6 +39,17 @@ def main() -> None:
     _convert(arguments, whole, _own_type(arguments.folder))
     _quantise(whole, arguments.output)
     whole.unlink()
+
+
+def _refuse_own_code() -> None:
+    """Run no code that a model brings along: the converter trusts that of a dozen architectures, here or on a hub."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported
+    from transformers import dynamic_module_utils
+
+    def refuse(name: str, module: str, **_: Any) -> None:
+        raise PermissionError(f"{module}: the model's own code ({name}) is not run")
+
+    dynamic_module_utils.get_class_in_module = refuse
 
 
 def _convert(arguments: argparse.Namespace, output: Path, kind: str) -> None:

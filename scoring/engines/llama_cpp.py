@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 
@@ -77,7 +77,7 @@ class LlamaCppEngine:
 
 def load_gguf(path: Path, *, context: int, threads: int | None = None) -> Any:
     """Load a GGUF file for prompts of up to `context` tokens; raises ArenaError if llama.cpp cannot read it."""
-    from llama_cpp import Llama, llama_cpp
+    from llama_cpp import Llama, llama_chat_format, llama_cpp
 
     threads = threads or len(os.sched_getaffinity(0))
     usual = llama_cpp.llama_model_default_params
@@ -90,7 +90,9 @@ def load_gguf(path: Path, *, context: int, threads: int | None = None) -> Any:
         return parameters
 
     try:
-        with patch.object(llama_cpp, "llama_model_default_params", keep_weights):
+        # A chat template in the file, which nobody asks for, would be compiled: 9**9**9 in it never ends.
+        no_template = patch.object(llama_chat_format, "Jinja2ChatFormatter", MagicMock())
+        with no_template, patch.object(llama_cpp, "llama_model_default_params", keep_weights):
             return Llama(
                 str(path),
                 n_ctx=context,
