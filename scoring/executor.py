@@ -211,7 +211,9 @@ class Workers(SideBySide):
         try:
             return future.result()
         except BrokenProcessPool:
-            raise _died("a scoring worker was killed, probably for want of memory", "--workers") from None
+            raise _died(
+                "a scoring worker was killed, for want of memory or by a damaged model file", "--workers"
+            ) from None
 
 
 def default_workers(engine: str) -> int:

@@ -84,7 +84,9 @@ class ScoreOptions:
         if self.ray is not None:
             return RayActors(spec, show.note, address=self.ray, actors=self.workers)
         count = self.workers or default_workers(spec.engine)
-        return Workers(spec, show.note, count) if count > 1 else InProcess(scorer, show.note)
+        # llama.cpp ends its process where a file's numbers make no sense.
+        apart = count > 1 or spec.engine == "llama.cpp"
+        return Workers(spec, show.note, count) if apart else InProcess(scorer, show.note)
 
 
 def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | None = None) -> dict[str, Any]:

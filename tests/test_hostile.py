@@ -14,6 +14,7 @@ import pickle
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import zipfile
@@ -35,7 +36,7 @@ from common.console import hide_secrets, name_of, printable
 from common.error_hints import all_errors, remedy_for
 from common.errors import ArenaError
 from common.experiment import Labels, load_experiment, parse_experiment, read_yaml
-from common.files import atomic_file, atomic_folder, only_run
+from common.files import atomic_file, atomic_folder, only_run, sha256_of, write_json
 from common.progress import Show
 from data_prep.export_reader import read_rows
 from data_prep.folds import normalise_prompt
@@ -49,12 +50,14 @@ from factory.board import _BAR as log_bar
 from factory.board import lay_out
 from factory.fingerprint import data_sets
 from factory.merge import dequantise, merge
-from factory.process import run_child
+from factory.process import module, run_child
 from factory.recipe_checks import check_device, check_recipe
 from factory.recipe_reach import weight_faults
 from factory.serve_page import exposure
 from factory.stage_context import StageContext
 from factory.train import RowsCheck
+from scoring.engines.llama_cpp import source_files
+from scoring.judge import load_judge
 from scoring.model_loading import TrainedAdapter, load_model
 from tests.bad_inputs.place import COLUMNS
 
@@ -658,6 +661,38 @@ def test_loading_runs_no_code_of_the_folder(place, loader, kind):
     assert not Path("pwned").exists()
 
 
+def test_the_converter_to_gguf_runs_no_code_of_the_model(place):
+    """llama.cpp's trusts that of a dozen architectures: a config.json chooses one."""
+    shutil.copytree("models/tiny", "evil")
+    place.edit_json("evil/tokenizer_config.json", auto_map={"AutoTokenizer": ["e.E", "e.E"]})
+    Path("evil/e.py").write_text("open('pwned', 'w')")
+    Path("theirs/conversion").mkdir(parents=True)
+    Path("theirs/conversion/base.py").write_text("class TextModel:\n    get_vocab_base_pre = None\n")
+    asks = "AutoTokenizer.from_pretrained('evil', trust_remote_code=True)"
+    main = f"def main():\n    from transformers import AutoTokenizer\n    {asks}\n"
+    Path("theirs/convert_hf_to_gguf.py").write_text(main)
+    command = module("scoring.engines.gguf_converter", "evil", "x.gguf", "f16", "--converter", "theirs")
+    with pytest.raises(ArenaError, match=r"the model's own code .* is not run"):
+        run_child(command, Path("export.log"), what="the converter")
+    assert not Path("pwned").exists()
+
+
+def test_a_gguf_file_that_aborts_llama_cpp_ends_with_a_reason(place):
+    pytest.importorskip("llama_cpp", reason="the extra gguf is not installed (make extra-gguf)")
+    judge, path = load_judge(Path("outputs/exam/sft/merged")), Path("outputs/exam/sft/judge-q8_0.gguf")
+    numbers = {"block_count": 2**32 - 1, "embedding_length": 2**31, "context_length": 2**31}
+    keys = [(f"llama.{name}", struct.pack("<II", 4, value)) for name, value in numbers.items()]
+    keys.append(("general.architecture", struct.pack("<IQ", 8, 5) + b"llama"))
+    body = b"".join(struct.pack("<Q", len(key)) + key.encode() + value for key, value in keys)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(keys)) + body)
+    made = {"format": 1, "quantization": "q8_0", "source": source_files(judge.folder), "sha256": sha256_of(path)}
+    write_json(path.with_name("judge-q8_0.gguf.json"), made)
+    asked = ("score", "-e", "exam", "--engine", "llama.cpp", "--input", "test.csv", "--output", "mine.csv")
+    own = {**os.environ, "ARENA_FACTORY_HERE": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "run.py"), *asked], env=own, capture_output=True, text=True)
+    assert done.returncode == 1 and "or by a damaged model file" in done.stderr, done.stderr
+
+
 STRANGE = {  # what PEFT matches for ever, imports, or builds without end
     "target_modules": "(([a-z._0-9])+)+!",
     "rank_pattern": ["(a+)+$"],
@@ -684,19 +719,23 @@ ODD_CONFIGS = {  # of a model: what would fetch code, load other files, never en
     "experts_implementation": {"": "stranger/kernel"},
     "transformers_weights": "../../x.safetensors",
     "num_hidden_layers": 10**7,
+    "vocab_size": 2**40,
     "pad_token_id": 10**9,
     "quantization_config": {"quant_method": "gptq", "bits": 4},
 }
 
 
 @pytest.mark.parametrize("key", ODD_CONFIGS)
-def test_a_models_config_fetches_no_code_and_comes_to_an_end(place, key):
+def test_a_models_config_fetches_no_code_and_comes_to_an_end(place, key, monkeypatch):
+    monkeypatch.setattr("scoring.engines.gguf.find_converter", lambda given: given)
     for folder in ("models/tiny", "outputs/exam/sft/merged"):
         place.edit_json(f"{folder}/config.json", **{key: ODD_CONFIGS[key]})
     with within(20), pytest.raises(ArenaError, match="the model cannot be loaded"):
         load_model(Path("outputs/exam/sft/merged"), "cpu")
-    done = call("sft", "-e", "exam")
-    assert done.exit_code == 1 and (key == "pad_token_id" or f"config.json: {key}" in done.output or "quant" in key)
+    names_key = not key.startswith(("pad_", "quant"))
+    for asked in (("sft", "-e", "exam"), ("export", "-e", "exam"))[: 1 + names_key]:
+        done = call(*asked)
+        assert done.exit_code == 1 and (not names_key or f"config.json: {key}" in done.output)
 
 
 def test_an_index_of_weights_names_files_of_its_folder(place):
@@ -854,8 +893,8 @@ def test_servers_listen_to_this_machine_only(monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     for name in ("GRADIO_SERVER_NAME", "API_HOST"):
         monkeypatch.delenv(name, raising=False)
-    for module in (launcher, serve_page):
-        monkeypatch.setattr(module, "follow_parent", lambda: None)
+    for each in (launcher, serve_page):
+        monkeypatch.setattr(each, "follow_parent", lambda: None)
     monkeypatch.setattr(board_page, "build", lambda: page)
     assert launcher.main(["webui"]) == 0
     assert seen.get("GRADIO_SERVER_NAME") == seen.get("API_HOST") == "127.0.0.1"

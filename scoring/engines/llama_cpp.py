@@ -90,7 +90,7 @@ def load_gguf(path: Path, *, context: int, threads: int | None = None) -> Any:
         return parameters
 
     try:
-        # A chat template in the file, which nobody asks for, would be compiled: 9**9**9 in it never ends.
+        # A chat template in the file, which nobody asks for, would be compiled: 9 ** (9 ** 9) in it never ends.
         no_template = patch.object(llama_chat_format, "Jinja2ChatFormatter", MagicMock())
         with no_template, patch.object(llama_cpp, "llama_model_default_params", keep_weights):
             return Llama(

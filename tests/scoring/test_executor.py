@@ -36,7 +36,7 @@ def scored(base, executor, show):
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_run_and_the_next_one_keeps_what_is_scored(tmp_path):
     show, spec = quiet_show(), FakeSpec(deadly=158, flag=str(tmp_path / "died"))  # a short row, and so late
-    with pytest.raises(ArenaError, match="a scoring worker was killed, probably for want of memory") as caught:
+    with pytest.raises(ArenaError, match="a scoring worker was killed, for want of memory") as caught:
         scored(tmp_path / "two", Workers(spec, show.note, 2), show)
     assert "goes on from what is scored" in caught.value.remedy
     kept = list((tmp_path / "two").rglob("*.scores"))

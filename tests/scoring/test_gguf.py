@@ -61,6 +61,7 @@ def context(merged, make_experiment, workplace, monkeypatch):
 
 @pytest.mark.parametrize(("quantization", "near"), [("f16", 5e-4), ("q4_k_m", 0.1)])
 def test_the_file_is_the_same_judge(context, quantization, near):
+    (context.merged / "chat_template.jinja").write_text("{% if %}")  # nobody compiles it: one may run for ever
     checked = export_gguf(context, quantization, show=Show())["checked"]
     assert (checked["prompts"], checked["same_token_ids"], checked["merged_model_in"]) == (6, 6, "fp32")
     judge, shares = load_judge(context.merged), []
@@ -88,6 +89,16 @@ def test_an_architecture_that_llama_cpp_lacks_is_named_and_leaves_nothing(contex
     with pytest.raises(ArenaError, match="no validation rows"):
         export_gguf(context, "f16", show=Show())
     assert {path.name for path in context.folder.iterdir()} == {"merged", "export.log"}
+
+
+@pytest.mark.parametrize("output", ["outputs/exam/sft/report", "votes.gguf", "outputs/exam.gguf"])
+def test_an_export_replaces_nothing_but_a_gguf_file(make_experiment, workplace, output):
+    """A manifest lies beside it, so that `report` would cost report.json."""
+    Path("votes.gguf").write_text("id,prompt")
+    Path("outputs/exam.gguf").mkdir(parents=True)
+    with pytest.raises(UsageError, match="is no place for a GGUF file"):
+        export_gguf(StageContext(make_experiment(), "sft"), "f16", output=Path(output), show=Show())
+    assert Path("votes.gguf").read_text() == "id,prompt"
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo_reward"])
