@@ -16,7 +16,7 @@ from common.errors import ArenaError, UsageError
 from common.files import read_json, sha256_of, write_json
 from data_prep.export_reader import read_battles
 from factory.process import module, run_child
-from factory.weight_checks import config_of, odd_index, odd_setting
+from factory.recipe_reach import config_of, odd_index, odd_setting
 from scoring.engines.gguf_converter import SCRIPT
 from scoring.engines.llama_cpp import (
     FORMAT,
