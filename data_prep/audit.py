@@ -24,6 +24,9 @@ from data_prep.truncation import Fitted
 
 # From this share of shortened battles on, `prepare` says so.
 _MUCH_CUT = 0.5
+_OF_FITTING = (
+    *("rows", "rows_cut", "rows_with_dropped_turns", "turns_dropped", "tokens_before", "tokens_fed", "longest_row"),
+)
 _REMEDY = (
     "give the battles without verdicts (the competition's test.csv), or leave --test out: a part of the votes is held "
     "out and scored anyway, and `run.py score --input FILE` answers for any other table"
@@ -58,16 +61,15 @@ def _digest(battle: Battle) -> int:
     return int.from_bytes(blake2b(b" ".join(words), digest_size=8).digest(), "big")
 
 
-def count_fitted(battles: Sequence[Battle], fitted: Sequence[Fitted]) -> Counter[str]:
+def count_fitted(fitted: Sequence[Fitted]) -> Counter[str]:
     """Return what fitting some battles cost, added up; the counts of several calls are joined by `add_counts`."""
     counts: Counter[str] = Counter(rows=len(fitted), longest_row=max(max(each.lengths) for each in fitted))
-    for battle, each in zip(battles, fitted, strict=True):
+    for each in fitted:
         counts["rows_cut"] += each.cut
         counts["rows_with_dropped_turns"] += each.dropped > 0
         counts["turns_dropped"] += each.dropped
         counts["tokens_before"] += each.tokens_full
         counts["tokens_fed"] += each.tokens
-        counts["multi_turn"] += battle.turns > 1
         for name, lost in zip(FIELDS, each.lost, strict=True):
             counts[f"lost_{name}"] += lost
             counts[f"cut_{name}"] += lost > 0
@@ -76,14 +78,13 @@ def count_fitted(battles: Sequence[Battle], fitted: Sequence[Fitted]) -> Counter
 
 def count_pairs(battles: Sequence[Battle], fitted: Sequence[Fitted]) -> Counter[str]:
     """Return the counts of `count_fitted`, and which battles make no row of the reward view."""
-    counts = count_fitted(battles, fitted)
+    counts = count_fitted(fitted)
     for battle, each in zip(battles, fitted, strict=True):
         pair = flatten(each.battle)
         decided, identical = battle.verdict in ("a", "b"), pair.response_a == pair.response_b
-        counts["ties"] += battle.verdict == "tie"
-        counts["identical"] += decided and identical
+        counts["ties_left_out"] += battle.verdict == "tie"
+        counts["identical_left_out"] += decided and identical
         counts["pairs"] += decided and not identical
-        counts["multi_turn_pairs"] += decided and not identical and battle.turns > 1
     return counts
 
 
@@ -97,34 +98,17 @@ def add_counts(total: Counter[str], part: Counter[str]) -> None:
 def truncation_audit(counts: Counter[str]) -> dict[str, Any]:
     """Return what fitting cost; tokens of a pair are those of its longer sequence."""
     return {
-        "rows": counts["rows"],
-        "rows_cut": counts["rows_cut"],
-        "rows_cut_share": _share(counts["rows_cut"], counts["rows"]),
-        "rows_with_dropped_turns": counts["rows_with_dropped_turns"],
-        "turns_dropped": counts["turns_dropped"],
-        "tokens_before": counts["tokens_before"],
-        "tokens_fed": counts["tokens_fed"],
+        **{name: counts[name] for name in _OF_FITTING},
+        "rows_cut_share": round(counts["rows_cut"] / counts["rows"], 6) if counts["rows"] else 0.0,
         "fields_cut": {name: counts[f"cut_{name}"] for name in FIELDS},
         "tokens_lost_in_kept_turns": {name: counts[f"lost_{name}"] for name in FIELDS},
-        "longest_row": counts["longest_row"],
     }
 
 
 def preferences_audit(counts: Counter[str]) -> dict[str, Any]:
     """Return which battles with a verdict the reward view holds and which it leaves out."""
-    multi_turn, lost = counts["multi_turn"], counts["multi_turn_pairs"]
-    return {
-        "battles": counts["rows"],
-        "pairs": counts["pairs"],
-        "ties_left_out": counts["ties"],
-        "identical_left_out": counts["identical"],
-        "multi_turn": {"battles": multi_turn, "share": _share(multi_turn, counts["rows"])},
-        "single_turn_only_would_lose": {"pairs": lost, "share": _share(lost, counts["pairs"])},
-    }
-
-
-def _share(part: int, whole: int) -> float:
-    return round(part / whole, 6) if whole else 0.0
+    kinds = ("pairs", "ties_left_out", "identical_left_out")
+    return {"battles": counts["rows"], **{name: counts[name] for name in kinds}}
 
 
 def refuse_same_table(train: Sequence[Path], test: Path | None) -> None:

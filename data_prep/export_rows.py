@@ -122,7 +122,7 @@ class RowMaker:
             for battle, each, first in zip(battles, fitted, first_prompts(battles).tolist(), strict=True)
         ]
         texts = [{name: getattr(each.battle, name) for name in ("id", *TEXTS)} for each in fitted]
-        tables, counts = {"rows": rows, "battles": texts}, {"battles": count_fitted(battles, fitted)}
+        tables, counts = {"rows": rows, "battles": texts}, {"battles": count_fitted(fitted)}
         if self._pair_fitter:
             pairs = self._pair_fitter.fit(battles)
             tables["pairs"] = [_pair_row(each) for each in pairs]

@@ -22,7 +22,6 @@ from scoring.links import (
     DavidsonLink,
     Link,
     SoftmaxLink,
-    checked_prior,
     correct_prior,
     fit_conditional_logit,
     link_from_json,
@@ -201,8 +200,8 @@ class Calibration:
 def _fitted_from_json(value: Mapping[str, Any]) -> FittedLink:
     try:
         for key in ("source_prior", "target_prior"):
-            if value[key] or key == "source_prior":
-                checked_prior(value[key], key)
+            if (key == "source_prior" or value[key]) and not _are_shares(value[key]):
+                raise ValueError(f"{key} {value[key]!r} is not three shares that sum to 1")
         return FittedLink(
             **{name: value[name] for name in _PLAIN},
             kind=value["scores"],
@@ -210,12 +209,20 @@ def _fitted_from_json(value: Mapping[str, Any]) -> FittedLink:
             link=link_from_json(value["link"]) if value["link"] else None,
             probabilities=np.empty((0, 3)),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArenaError(
             f"the saved calibration lacks a value or holds a wrong one ({error})",
             where="calibration",
             remedy="score the stage again",
         ) from None
+
+
+def _are_shares(prior: Any) -> bool:
+    try:
+        shares = np.array([float(prior[name]) for name in VERDICTS])
+    except (TypeError, ValueError, LookupError):
+        return False
+    return len(prior) == len(shares) and bool((shares >= 0).all()) and abs(shares.sum() - 1) <= 1e-6
 
 
 def calibrate(
@@ -232,7 +239,7 @@ def calibrate(
     `train_prior`: the class shares of the training rows, which stand in where no link can be fitted.
     `target_prior`: the class shares of the rows to come, where they differ from these.
     Without a link label logits go through a plain softmax, and rewards, which have no such identity, become the
-    class prior; `reason` says so. Raises ArenaError for NaN or infinite scores (naming ids) or a broken prior.
+    class prior; `reason` says so. Raises ArenaError for NaN or infinite scores (naming ids).
     """
     swapped = kind_of(scores) == "logits" and has_both_orders(scores)
     if swap_tta and not swapped:
@@ -241,8 +248,6 @@ def calibrate(
             where="scores",
             remedy="score again with swap_tta: true, or set it to false",
         )
-    if target_prior:
-        checked_prior(target_prior, "target prior")
     links = {n: _fit(scores, n, seed, train_prior, target_prior) for n in ((1, 2) if swapped else (1,))}
     return Calibration(links, 2 if swap_tta else 1)
 
@@ -250,7 +255,7 @@ def calibrate(
 def _fit(scores: pd.DataFrame, orders: int, seed: int, train: Shares | None, target: Shares | None) -> FittedLink:
     raw, truth, groups = raw_scores(scores, orders), verdict_codes(scores["verdict"]), as_groups(scores["group"])
     known = np.flatnonzero(truth >= 0)
-    prior = checked_prior(train, "training prior") if train else smoothed_prior(truth)
+    prior = np.array([train[name] for name in VERDICTS]) if train else smoothed_prior(truth)
     judged, codes, parts = raw.at(known), truth[known], groups[known]
     # Without a tie, Davidson's link is Bradley and Terry's.
     reason = too_few_to_fit(codes, parts, VERDICTS if raw.kind == "logits" else ("a", "b"))

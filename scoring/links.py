@@ -240,27 +240,10 @@ def correct_prior(probabilities: np.ndarray, source: Mapping[str, float], target
     """Return [rows, 3] probabilities for a class prior `target`, given ones that were learned under `source`.
 
     p'(c) ∝ p(c) · target(c) / source(c): Saerens, Latinne & Decaestecker, Neural Computation 14 (2002), eq. 2.4.
-    Raises ArenaError where a prior is not three shares that sum to 1, or a source share is 0.
     """
-    old, new = checked_prior(source, "source prior", above=0.0), checked_prior(target, "target prior")
+    old, new = (np.array([prior[name] for name in VERDICTS]) for prior in (source, target))
     weighted = np.asarray(probabilities, dtype=np.float64) * (new / old)
     return weighted / weighted.sum(axis=1, keepdims=True)
-
-
-def checked_prior(prior: Mapping[str, float], where: str, above: float = -1e-300) -> np.ndarray:
-    """Return the shares [3] in the order of `VERDICTS`; raises ArenaError unless all are > `above` and sum to 1."""
-    try:
-        shares = np.array([float(prior[name]) for name in VERDICTS])
-        good = len(prior) == len(shares) and (shares > above).all() and abs(shares.sum() - 1) <= 1e-6
-    except (TypeError, ValueError, KeyError):
-        good = False
-    if not good:
-        raise ArenaError(
-            f"must be three shares {'above' if above == 0 else 'of at least'} 0 that sum to 1, and not {prior!r}",
-            where=where,
-            remedy=f"give a share for each of {', '.join(VERDICTS)}, for example a: 0.35, b: 0.35, tie: 0.30",
-        )
-    return shares
 
 
 def smoothed_prior(truth: np.ndarray) -> np.ndarray:

@@ -178,7 +178,6 @@ def _quality(judged: _Judged, fitted: FittedLink) -> dict[str, Any]:
         "gain_over_prior": baselines["prior"] - loss,
         "gain_over_prior_ci95": gain,
         "bayes": None if judged.bayes is None else metrics.log_loss(judged.bayes, truth),
-        "bayes_expected": None if judged.bayes is None else _entropy(judged.bayes),
         "learned_share": share,
         "learned_share_ci95": share_interval,
         "with_baselines": _with_baselines(judged, loss, baselines),
@@ -228,14 +227,10 @@ def _position(judged: _Judged, fitted: FittedLink, intervals: Mapping[str, list 
         alone, missing = "each answer is rewarded alone", "the swapped order was not scored"
         return {"position_bias": None, "position_bias_reason": missing if fitted.kind == "logits" else alone}
     ab, ba = judged.orders
-    single, both = metrics.log_loss(ab, judged.truth), metrics.log_loss((ab + ba) / 2, judged.truth)
     bias = {
         **metrics.position_bias(ab, ba),
         "final_flip_rate": _final_flip_rate(judged.table, fitted),
-        "log_loss_ab": single,
-        "log_loss_ba": metrics.log_loss(ba, judged.truth),
-        "log_loss_averaged": both,
-        "tta_gain": single - both,
+        "tta_gain": metrics.log_loss(ab, judged.truth) - metrics.log_loss((ab + ba) / 2, judged.truth),
         "tta_gain_ci95": intervals["tta_gain"],
     }
     return {"position_bias": bias, "position_bias_reason": None}
@@ -320,11 +315,6 @@ def _counts(truth: np.ndarray) -> dict[str, int]:
 
 def _by_class(values: Sequence[float]) -> dict[str, float]:
     return dict(zip(VERDICTS, map(float, values), strict=True))
-
-
-def _entropy(probabilities: np.ndarray) -> float:
-    """Return the mean entropy in nats: the expected log loss of the true probabilities."""
-    return float(-(probabilities * np.log(np.clip(probabilities, metrics.EPS, 1))).sum(axis=1).mean())
 
 
 def _jsonable(value: Any) -> Any:

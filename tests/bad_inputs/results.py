@@ -306,7 +306,7 @@ FAULTS = [
         edited(REPORT, calibration={"source_prior": "x"}),
         SCORE_INPUT,
         "source_prior",
-        "give a share",
+        "score the stage again",
     ),
     ("compare_nothing_scored", remove(REPORT), COMPARE, "no stage of this experiment was scored yet"),
     ("compare_chances_of_words", change(CHANCES, lambda d: d.replace(b"0.", b"x.")), COMPARE, "cannot be read"),

@@ -131,24 +131,6 @@ def test_correcting_a_prior_recovers_the_probabilities_of_the_other_population()
     assert found == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize(
-    "prior",
-    [
-        {"a": 0.5, "b": 0.5},
-        {"a": 0.5, "b": 0.4, "tie": 0.2},
-        {"a": 1.2, "b": -0.4, "tie": 0.2},
-        {"a": "x", "b": 0.5, "tie": 0.5},
-        {"a": float("nan"), "b": 0.5, "tie": 0.5},
-        "natural",
-    ],
-)
-def test_a_broken_prior_is_refused_with_an_example(prior):
-    with pytest.raises(ArenaError, match=r"tie: 0\.30"):
-        links.checked_prior(prior, "target prior")
-    with pytest.raises(ArenaError, match="above 0"):
-        links.correct_prior(np.eye(3), {"a": 0.5, "b": 0.5, "tie": 0.0}, {"a": 0.4, "b": 0.4, "tie": 0.2})
-
-
 @pytest.mark.parametrize("value", [{"kind": "probit"}, {}, {"kind": "softmax"}, {"kind": "davidson", "scale": 1.0}])
 def test_a_broken_saved_link_is_refused(value):
     with pytest.raises(ArenaError, match="score again"):
