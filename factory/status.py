@@ -44,8 +44,8 @@ class StageStatus:
     """How far one stage is.
 
     `state`: new, training, merging, scoring, interrupted, failed, trained, merged, scored, unreadable, or outdated:
-    made from another export or recipe than today's. `beats_prior` and `cut_share` (of battles that were shortened) are
-    what its report says; `next` is the command that goes on.
+    made from another export or recipe than today's. `beats_prior` is what its report says; `next` is the command that
+    goes on.
     """
 
     stage: str
@@ -58,7 +58,6 @@ class StageStatus:
     beats_prior: bool | None = None
     report: str | None = None
     next: str = ""
-    cut_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -287,8 +286,6 @@ def _scored(context: StageContext, found: StageStatus) -> StageStatus:
     try:
         content = read_json(report)
         loss, prior = float(content["log_loss"]), float(content["baselines"]["prior"])
-        judged = (content.get("truncation") or {}).get("judged") or {}
-        share = float(judged.get("rows_cut_share") or 0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return StageStatus(context.label, INTERRUPTED, f"{report} is unreadable", next=_score_again(context))
     return replace(
@@ -298,7 +295,6 @@ def _scored(context: StageContext, found: StageStatus) -> StageStatus:
         beats_prior=bool(content.get("beats_prior", loss < prior)),
         report=report.with_suffix(".html").as_posix(),
         next=f"python run.py compare -e {context.experiment.name}",
-        cut_share=share,
     )
 
 
