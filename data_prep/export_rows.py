@@ -174,7 +174,7 @@ def _pair_row(fitted: Fitted) -> dict[str, Any]:
 
 def usual_workers() -> int:
     """Return how many processes suit this machine; 0 stands for a thread of our own."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     return min(cores - 1, _MOST) if cores >= _FEW_CORES else 0
 
 
@@ -225,14 +225,18 @@ def _start_process(maker: RowMaker) -> None:
     """Use one core, leave Ctrl-C to the parent process, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _start(maker)
 
 
-def _end_with_parent() -> None:
-    if (parent := parent_process()) is not None:
-        parent.join()
+def end_with_parent() -> None:
+    """Let this process of a pool end as soon as the process that started it is gone."""
+
+    def watch() -> None:
+        parent_process().join()
         os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _call(method: str, *arguments: Any) -> Any:

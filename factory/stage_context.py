@@ -128,6 +128,11 @@ class StageContext:
         return f"go on with {self.called.command}{self.asked} {flag}".rstrip()
 
     @property
+    def score_again(self) -> str:
+        """The command that scores this stage again."""
+        return f"python run.py score -e {self.experiment.name} --stage {self.name}{self.fold_option} --fresh"
+
+    @property
     def fold_option(self) -> str:
         """What a command line says of the fold, with a blank before it."""
         return "" if self.fold is None else f" --fold {self.fold}"
@@ -327,11 +332,10 @@ class StageContext:
             raise ArenaError(what, where=str(self.folder), remedy=f"make a new report: {self.command}")
         record = self.state.record("score")
         if record and model is not None and (changes := differences(record.inputs.get("model", {}), model)):
-            again = f"python run.py score -e {self.experiment.name} --stage {self.name}{self.fold_option} --fresh"
             raise ArenaError(
                 listed("the judge is not the one that was scored; since then changed:", changes),
                 where=str(self.folder),
-                remedy=f"undo the change, or score again: {again}",
+                remedy=f"undo the change, or score again: {self.score_again}",
             )
 
     def earlier_scores(self) -> str | None:

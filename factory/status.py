@@ -310,9 +310,7 @@ def _prepare(name: str) -> str:
 
 
 def _score_again(context: StageContext) -> str:
-    if context.of_folds:
-        return context.command
-    return f"python run.py score -e {context.experiment.name} --stage {context.name}{context.fold_option} --fresh"
+    return context.command if context.of_folds else context.score_again
 
 
 def print_status(console: Console, found: list[ExperimentStatus]) -> None:

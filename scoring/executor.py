@@ -18,13 +18,13 @@ from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 import numpy as np
 
 from common.console import name_of
 from common.errors import ArenaError, same_command
+from data_prep.export_rows import end_with_parent
 from scoring.model_loading import device_name
 from scoring.score_store import RowStore, Shard
 from scoring.scorer import Scorer, ScorerSpec
@@ -238,20 +238,14 @@ def _begin(spec: ScorerSpec, folder: str, workers: int, gpu: str | None) -> None
     global _asker
     for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the parent ends its workers
         signal.signal(number, signal.SIG_IGN)
-    Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch looks
     else:
         import torch
 
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(cores // workers, 1))
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // workers, 1))
     _asker = Asker(spec, folder)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _call(method: str, *arguments: Any) -> Any:

@@ -109,15 +109,14 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
     compared = check_merge(context, show=show)
     asked = {"engine": spec.engine, "precision": spec.precision}
     inputs = {"model": scorer.inputs(), **context.scoring_inputs, **asked}
-    again = f"python run.py score -e {context.experiment.name} --stage {context.name}{context.fold_option} --fresh"
     with only_run(folder):
         standing = context.state.standing("score", inputs)
         if standing.is_finished and not options.fresh and _answered(context):
-            standing.require_same_inputs("score", folder, again)
+            standing.require_same_inputs("score", folder, context.score_again)
             show.note(f"{stage}: scores kept, finished {standing.record.finished_at}")
             if not context.scores("valid"):
                 return {}
-            report = read_report(context, remedy=again)
+            report = read_report(context, remedy=context.score_again)
             require_sound(report.get("checks", []), folder / REPORT)
             return report
         started = time.monotonic()
