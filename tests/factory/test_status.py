@@ -138,7 +138,7 @@ def test_what_is_gone_or_damaged_or_made_by_hand_is_named(exam):
     (exam.output_folder("sft") / "merge.made").unlink()
     assert status(exam, "sft").detail.startswith("gone: outputs/exam/sft/merge.made")
     began(exam, "rm", "train", "merge", "score")
-    for content in ("", '{"log_loss": 1, "baselines": {"prior": 1}, "truncation": [1]}'):
+    for content in ("", '{"log_loss": 1, "baselines": [1]}'):
         (exam.output_folder("rm") / "report.json").write_text(content)
         assert status(exam, "rm").detail == "outputs/exam/rm/report.json is unreadable"
         assert status(exam, "rm").next == "python run.py score -e exam --stage rm --fresh"
