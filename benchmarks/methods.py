@@ -78,9 +78,9 @@ def links_of(bench: Workbench) -> dict[str, str]:
     """Return what the fitted links say of the generator's tie parameter and position bias, and how far off that is."""
     found, known = {}, {"log_tie": math.log(TRUTH.tie), "position_bias": TRUTH.position_bias}
     for stage in ("rm", "dpo_reward"):
-        link = bench.report("demo", stage)["calibration"]["parameters"] or {}
+        link = bench.report("demo", stage)["calibration"]["link"] or {}
         for name, true in known.items() if link else ():
-            value, error = link[name]["value"], link[name]["standard_error"]
+            value, error = {**link, "log_tie": math.log(link["tie"])}[name], link["errors"][name]
             cell = f"{value:.2f} ± {error:.2f} (true {true:.2f}; {abs(value - true) / error:.1f} SE)"
             found[f"{NAMES[stage]}: {name}"] = cell
     return found

@@ -142,7 +142,6 @@ class FittedLink:
         return {
             "kind": _LINK_NAMES[self.kind],
             "scores": self.kind,
-            "parameters": self.link.parameters() if self.link else None,
             "link": self.link.to_json() if self.link else None,
             "swap_tta": self.swap_tta,
             **{name: getattr(self, name) for name in _PLAIN},

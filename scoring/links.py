@@ -109,14 +109,6 @@ class Link:
     kind: ClassVar[str]
     errors: Mapping[str, float] | None = field(default=None, kw_only=True)
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the fitted values as a person reads them, each with its standard error where it has one."""
-        errors = self.errors or {}
-        return {
-            key: {"value": value, "standard_error": errors[key]} if key in errors else value
-            for key, value in self._values().items()
-        }
-
     def to_json(self) -> dict[str, Any]:
         """Return the link as plain values; `link_from_json` is the inverse."""
         return {"kind": self.kind, **asdict(self)}
@@ -165,10 +157,6 @@ class SoftmaxLink(Link):
     def to_json(self) -> dict[str, Any]:
         """Return the link as plain values, the temperature for readers among them."""
         return {**super().to_json(), "temperature": self.temperature}
-
-    def _values(self) -> dict[str, Any]:
-        bias = dict(zip(("bias_a", "bias_b", "bias_tie"), self.bias, strict=True))
-        return {"temperature": self.temperature, "inverse_temperature": self.inverse_temperature, **bias}
 
 
 @dataclass(frozen=True)
@@ -219,10 +207,6 @@ class DavidsonLink(Link):
         bounded = np.clip(difference, -self.limit, self.limit)
         s = self.scale * bounded + self.position_bias + self.length * log_lengths / self.length_unit
         return softmax(np.column_stack([s / 2, -s / 2, np.full(len(s), np.log(self.tie))]))
-
-    def _values(self) -> dict[str, Any]:
-        names = ("scale", "position_bias", "length", "tie")
-        return {name: getattr(self, name) for name in names} | {"log_tie": float(np.log(self.tie))}
 
 
 def link_from_json(value: Mapping[str, Any]) -> Link:
