@@ -26,6 +26,14 @@ SET = r"(?:sft|dpo_judge|dpo_reward)_(?:train|valid|fold[0-9]+)"
 # What LLaMA-Factory heeds before file_name.
 ELSEWHERE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
+# What exports of all versions wrote, for a manifest that is damaged or names nothing.
+_WRITTEN = re.compile(
+    rf"{SET}\.jsonl|(battles|pairs|rows)\.parquet|(dataset_info|audit|manifest)\.json"
+    r"|judge_prompt\.j2|truth\.csv"
+)
+# What file managers leave in every folder that is opened.
+_LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+_NAMED = 5
 
 
 def set_names(views: Collection[View]) -> list[str]:
@@ -73,16 +81,6 @@ def entries_of_others(entries: Mapping[str, Any], experiment: Experiment) -> dic
     """Return the entries of a list that an export of `experiment` must keep: all but this experiment's own."""
     own = re.compile(rf"{re.escape(experiment.name)}_{SET}")
     return {name: entry for name, entry in entries.items() if not own.fullmatch(name)}
-
-
-# What exports of all versions wrote, for a manifest that is damaged or names nothing.
-_WRITTEN = re.compile(
-    rf"{SET}\.jsonl|(battles|pairs|rows)\.parquet|(dataset_info|audit|manifest)\.json"
-    r"|judge_prompt\.j2|truth\.csv"
-)
-# What file managers leave in every folder that is opened.
-_LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
-_NAMED = 5
 
 
 def check_overwrite(

@@ -27,6 +27,17 @@ from common.errors import ArenaError, UsageError
 from common.files import read_json
 from common.llamafactory_schema import known_models, templates
 
+# The template that LLaMA-Factory's own web UI takes for a base model, which was never taught a chat.
+BASE_TEMPLATE = "default"
+# What a model's own chat template may raise beside Jinja's errors: it was written for another program.
+_TEMPLATES_ERRORS = (
+    *(ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError),
+    *(TimeoutError, MemoryError),
+)
+_HUB_ID = r"[\w.-]+(/[\w.-]+)?"
+_MARK = "arenafactorymessage"
+_EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+
 
 @contextmanager
 def offline_if_unreachable(model: str, revision: str) -> Iterator[None]:
@@ -65,18 +76,6 @@ def cached_file(model: str, name: str, revision: str = "main") -> Path | None:
     except HFValidationError:  # not the id of a model on the hub
         return None
     return Path(found) if isinstance(found, str) else None
-
-
-# The template that LLaMA-Factory's own web UI takes for a base model, which was never taught a chat.
-BASE_TEMPLATE = "default"
-# What a model's own chat template may raise beside Jinja's errors: it was written for another program.
-_TEMPLATES_ERRORS = (
-    *(ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError),
-    *(TimeoutError, MemoryError),
-)
-_HUB_ID = r"[\w.-]+(/[\w.-]+)?"
-_MARK = "arenafactorymessage"
-_EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
 
 @dataclass(frozen=True)

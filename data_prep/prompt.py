@@ -36,6 +36,22 @@ BREAK = "\u200b"
 # Everything at which some reader or tokenizer begins a new line, and the space that may open or close one.
 _ENDS = "\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029"
 _SPACE = "[ \t\u00a0]"
+FIELDS = ("prompt", "a", "b")
+_LARGEST = 1 << 16  # characters of a template
+# What a template may hold: structure, values, conditions. No calls, macros, includes, multiplication.
+_ALLOWED = frozenset({
+    *("Template", "Output", "TemplateData", "For", "If", "CondExpr", "Filter", "Assign"),
+    *("Const", "Name", "Getattr", "Getitem", "Slice", "Concat", "Add", "Sub", "Neg"),
+    *("Compare", "Operand", "Test", "Not", "And", "Or"),
+})  # fmt: skip
+_FILTERS = frozenset({"upper", "lower", "capitalize", "title", "trim", "length", "count", "first", "last", "default"})
+# Two private-use characters enclose a mark; texts never pass through the marked rendering.
+_MARK = re.compile("\ue000(\\d+):(prompt|a|b)\ue001")
+_PROBE_TEXTS = ("  Spaces AROUND \n", "", "x", "<b>&'\"{{ y }}{% z %}", "same", "same")
+_RENDER_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+_REMEDY = (
+    "place {{ turn.prompt }}, {{ turn.a }} and {{ turn.b }} once each in `for turn in turns`, without filters or tests"
+)
 
 
 class Lines(NamedTuple):
@@ -88,24 +104,6 @@ def _any_spelling(line: str) -> str:
     heading = bool(words) and set(words[0]) == {"#"}
     spelled = f"{_SPACE}+".join(map(re.escape, words[heading:]))
     return rf"\#{{1,6}}{_SPACE}*{spelled}" if heading else spelled
-
-
-FIELDS = ("prompt", "a", "b")
-_LARGEST = 1 << 16  # characters of a template
-# What a template may hold: structure, values, conditions. No calls, macros, includes, multiplication.
-_ALLOWED = frozenset({
-    *("Template", "Output", "TemplateData", "For", "If", "CondExpr", "Filter", "Assign"),
-    *("Const", "Name", "Getattr", "Getitem", "Slice", "Concat", "Add", "Sub", "Neg"),
-    *("Compare", "Operand", "Test", "Not", "And", "Or"),
-})  # fmt: skip
-_FILTERS = frozenset({"upper", "lower", "capitalize", "title", "trim", "length", "count", "first", "last", "default"})
-# Two private-use characters enclose a mark; texts never pass through the marked rendering.
-_MARK = re.compile("\ue000(\\d+):(prompt|a|b)\ue001")
-_PROBE_TEXTS = ("  Spaces AROUND \n", "", "x", "<b>&'\"{{ y }}{% z %}", "same", "same")
-_RENDER_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-_REMEDY = (
-    "place {{ turn.prompt }}, {{ turn.a }} and {{ turn.b }} once each in `for turn in turns`, without filters or tests"
-)
 
 
 @dataclass(frozen=True)

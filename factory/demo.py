@@ -34,6 +34,7 @@ ARENA = Path("data") / "synthetic_arena"
 DEFAULT_SEED = 1
 TRAIN_ROWS, TEST_ROWS = 6000, 500
 _FILES = ("train.csv", "test.csv", "truth.csv", "drawn.json")
+SPECIAL_TOKENS = END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 def refuse_other_votes(experiment: Experiment) -> None:
@@ -129,9 +130,6 @@ def _drawn(seed: int) -> dict[str, int]:
 
 def _read(path: Path) -> dict | None:
     return read_json(path) if path.is_file() else None
-
-
-SPECIAL_TOKENS = END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,19 @@ CARD_START = 60.0
 _CPU_SHARE = 0.55  # of the probe's rate, in a whole training step
 _CPU_LAYER_CALL = 0.9e-3  # seconds that calling one layer costs, however small it is
 CPU_START = 12.0  # seconds from the command to the first step
+# A card of which only the memory is known is taken to be as fast as this one.
+_UNKNOWN = "RTX-3060-12GB"
+_TOKENS = 512  # a batch of the size that a CPU trains on
+# Products of larger matrices reach the same rate, and would make the probe a matter of minutes.
+_LARGEST = 2048
+_TIMEOUT = 300  # seconds; importing torch from a cold disk can take a minute
+_FIRST_BF16 = (8, 0)  # NVIDIA's compute capability of Ampere; torch emulates bf16 on older cards, slowly
+# A sound kernel is as near to its own dequantised weights as bf16 rounds: 0.2% were measured.
+_KERNEL_ERROR = 0.02
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceRates:
     """Memory in GiB as the driver shows it, rates in floating-point operations a second."""
 
     kind: str  # cuda or cpu
@@ -51,10 +60,10 @@ class Device:
     bf16: bool = True
 
 
-def _card(memory: float, tflops: float, bf16: bool = True) -> Device:
+def _card(memory: float, tflops: float, bf16: bool = True) -> DeviceRates:
     """Return a GPU; `tflops` are dense 16-bit ones with fp32 accumulation."""
     rate = tflops * 1e12
-    return Device("cuda", memory, rate * _TRAINING_SHARE, rate * _SCORING_SHARE, bf16=bf16)
+    return DeviceRates("cuda", memory, rate * _TRAINING_SHARE, rate * _SCORING_SHARE, bf16=bf16)
 
 
 CARDS = {
@@ -71,9 +80,6 @@ CARDS = {
     "H200": _card(139.8, 989),
 }
 
-# A card of which only the memory is known is taken to be as fast as this one.
-_UNKNOWN = "RTX-3060-12GB"
-
 
 def card_named(text: str) -> str:
     """Return the card of `CARDS` that a person means: t4, "RTX 4090", 4090; raises UsageError for any other name."""
@@ -89,7 +95,7 @@ def _plain(name: str) -> str:
     return re.sub(r"nvidia|geforce|laptop|tesla|gpu|[^a-z0-9]", "", name.lower())
 
 
-def card_of(memory_gib: float, name: str = "", bf16: bool = True) -> Device:
+def card_of(memory_gib: float, name: str = "", bf16: bool = True) -> DeviceRates:
     """Return a GPU of this memory, at the rate of the card in `CARDS` that its name means, else of a slow one."""
     known = [each for each in CARDS if _plain(each.rsplit("-", 1)[0] if each.endswith("GB") else each) == _plain(name)]
     return replace(CARDS[known[0] if known else _UNKNOWN], memory=memory_gib, bf16=bf16)
@@ -100,19 +106,14 @@ def may_have_gpu() -> bool:
     return any(each for name in ("nvidia[0-9]*", "kfd", "dxg") for each in Path("/dev").glob(name))
 
 
-def own_card() -> dict[str, Device]:
+def own_card() -> dict[str, DeviceRates]:
     """Return this machine's first GPU by its name; nothing where it has none."""
     if not may_have_gpu():
         return {}
     return {f"this {gpu.name}": card_of(gpu.memory_gib, gpu.name, gpu.bf16) for gpu in devices().gpus[:1]}
 
 
-_TOKENS = 512  # a batch of the size that a CPU trains on
-# Products of larger matrices reach the same rate, and would make the probe a matter of minutes.
-_LARGEST = 2048
-
-
-def this_cpu(hidden: int, feed_forward: int, *, nf4: bool) -> Device:
+def this_cpu(hidden: int, feed_forward: int, *, nf4: bool) -> DeviceRates:
     """Return this machine's CPU, measured for a second: fp32 products of a feed-forward layer, nf4 dequantised."""
     import torch
     from torch.utils.benchmark import Timer
@@ -132,13 +133,7 @@ def this_cpu(hidden: int, feed_forward: int, *, nf4: bool) -> Device:
         packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
         dequantise = weight.numel() / seconds(lambda: functional.dequantize_4bit(packed, state))
     memory = psutil.virtual_memory().total / GIB
-    return Device("cpu", memory, rate, rate, dequantise, _CPU_LAYER_CALL, CPU_START)
-
-
-_TIMEOUT = 300  # seconds; importing torch from a cold disk can take a minute
-_FIRST_BF16 = (8, 0)  # NVIDIA's compute capability of Ampere; torch emulates bf16 on older cards, slowly
-# A sound kernel is as near to its own dequantised weights as bf16 rounds: 0.2% were measured.
-_KERNEL_ERROR = 0.02
+    return DeviceRates("cpu", memory, rate, rate, dequantise, _CPU_LAYER_CALL, CPU_START)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,17 @@ from rich.table import Table
 from common.error_hints import LESS_MEMORY
 from common.experiment import Experiment
 from common.stages import STEPS, TRAININGS
-from factory.devices import CARD_START, CARDS, CPU_START, TOKEN_BUDGET, Device, card_named, card_of, own_card, this_cpu
+from factory.devices import (
+    CARD_START,
+    CARDS,
+    CPU_START,
+    TOKEN_BUDGET,
+    DeviceRates,
+    card_named,
+    card_of,
+    own_card,
+    this_cpu,
+)
 from factory.memory import scoring_memory, training_memory
 from factory.recipe_checks import check_recipes
 from factory.stage_context import StageContext
@@ -93,7 +103,7 @@ def _left_out(experiment: Experiment, assumed: Counts) -> dict[str, str]:
 
 
 def _forecast_stage(
-    context: StageContext, size: ModelSize, devices: Mapping[str, Device | None], assumed: Counts
+    context: StageContext, size: ModelSize, devices: Mapping[str, DeviceRates | None], assumed: Counts
 ) -> dict[str, Any]:
     config = TrainConfig.of(context.recipe)
     lengths = sequence_lengths(context, config["max_samples"], assumed)
@@ -102,7 +112,7 @@ def _forecast_stage(
     implicit = context.name == "dpo_reward" and config.has_reference
     scoring = scoring_work(size, lengths, reference=implicit)
 
-    def scoring_gib(device: Device) -> float:
+    def scoring_gib(device: DeviceRates) -> float:
         # The implicit reward's adapter is scored on the base that it was trained on.
         bits = {"8bit": 8, "4bit": 4}.get(context.experiment.precision)
         bits = config["quantization_bit"] if implicit and device.kind == "cuda" else bits
@@ -161,7 +171,7 @@ class Work:
     layer_calls: float
     steps: int
 
-    def seconds(self, device: Device, rate: float) -> float:
+    def seconds(self, device: DeviceRates, rate: float) -> float:
         """Return the seconds from the command to the end, at a rate of operations a second."""
         computing = self.operations / rate + self.dequantised / device.dequantise
         return device.start + computing + self.layer_calls * device.layer_call

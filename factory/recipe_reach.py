@@ -41,6 +41,30 @@ _ELSEWHERE = "lies outside of the project"
 _TRACKER = "is a tracker, which gets the recipe and the losses"
 _UPLOAD = "is a place on a hub, to which the model is uploaded"
 _CLUSTER = "is a cluster that is connected to"
+# Keys whose value may name a local folder of weights.
+_WEIGHTS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTERS = ("adapter_name_or_path", "ref_model_adapters", "reward_model_adapters")
+# Keys of adapter_config.json that PEFT matches with every module's name: a regular expression may never end.
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+_REGEX = re.compile(r"[*+{]")
+_STRANGE = ("megatron_config", "layer_replication")  # import a module that is named; change the base
+# What the keys of a recipe are called there.
+_SHAPE = {
+    "lora_rank": "r",
+    "lora_target": "target_modules",
+    "additional_target": "modules_to_save",
+    **{key: key for key in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")},
+}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Settings that may name a kernel of the hub: compiled code of a stranger, without trust_remote_code.
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+# The largest values of a config.json's keys: somebody builds as many.
+_MOST = {"(layers?|experts)$": 10_000, "vocab_size$": 10_000_000}
+# What transformers and PEFT load; beside any other file they take a pickle.
+_SAFE = ("model.safetensors", "model.safetensors.index.json", ADAPTER_FILES[1])
+# What a trainer writes of itself beside the weights, and what no loader of weights opens.
+_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
 
 
 def reach_faults(recipe: Recipe, model: str, allowed: Collection[str] = ()) -> Iterator[Fault]:
@@ -114,32 +138,6 @@ def _settings(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         value = json.loads(value if value.lstrip().startswith("{") else read_regular(Path(value), _LARGEST).decode())
     return value if isinstance(value, dict) else {}
-
-
-# Keys whose value may name a local folder of weights.
-_WEIGHTS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_ADAPTERS = ("adapter_name_or_path", "ref_model_adapters", "reward_model_adapters")
-# Keys of adapter_config.json that PEFT matches with every module's name: a regular expression may never end.
-_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
-_REGEX = re.compile(r"[*+{]")
-_STRANGE = ("megatron_config", "layer_replication")  # import a module that is named; change the base
-# What the keys of a recipe are called there.
-_SHAPE = {
-    "lora_rank": "r",
-    "lora_target": "target_modules",
-    "additional_target": "modules_to_save",
-    **{key: key for key in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")},
-}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# Settings that may name a kernel of the hub: compiled code of a stranger, without trust_remote_code.
-_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-# The largest values of a config.json's keys: somebody builds as many.
-_MOST = {"(layers?|experts)$": 10_000, "vocab_size$": 10_000_000}
-# What transformers and PEFT load; beside any other file they take a pickle.
-_SAFE = ("model.safetensors", "model.safetensors.index.json", ADAPTER_FILES[1])
-# What a trainer writes of itself beside the weights, and what no loader of weights opens.
-_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
 
 
 def weight_faults(recipe: Recipe, root: Path = Path()) -> Iterator[Fault]:

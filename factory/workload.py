@@ -16,6 +16,24 @@ from common.llamafactory_schema import arguments
 from data_prep.export_reader import SPLITS, how_to_export, read_columns, readable, require_pairs
 from factory.stage_context import StageContext
 
+# Weights up to which a CPU trains in minutes, and up to which in hours.
+_TINY, SMALL = 1e7, 5e8
+_NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
+_LARGEST = 1 << 32
+# LLaMA-Factory's collators pad the longest sequence of a batch to a multiple of this.
+_MULTIPLE = 8
+# Bytes that an optimizer keeps for each trained weight; Adam's two moments in fp32 for all others.
+_OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0.1, "sgd": 0}
+# Tokens of a comparison, and of a prompt with one answer, in the competition: ends of twenty equal parts of real
+# battles (1,479 of them, at four bytes a token).
+_TYPICAL = {
+    kind: [int(each) for each in ends.split()]
+    for kind, ends in {
+        "comparison": "90 170 210 260 310 360 420 470 550 620 690 760 830 900 980 1080 1180 1320 1530 2070 8880",
+        "answer": "20 50 80 100 130 150 180 220 260 300 340 380 420 460 500 550 620 720 870 1210 6690",
+    }.items()
+}
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -90,10 +108,6 @@ _KNOWN = {
 }
 
 
-# Weights up to which a CPU trains in minutes, and up to which in hours.
-_TINY, SMALL = 1e7, 5e8
-
-
 def time_on_cpu(model: str) -> str:
     """Return what a CPU takes to train it: minutes, hours or days; nothing where only a hub knows its sizes."""
     try:
@@ -127,10 +141,6 @@ def size_of(model: str, revision: str = "main") -> ModelSize:
         raise ArenaError(f"does not hold the model's sizes ({error!r})", where=str(path), remedy=remedy) from None
 
 
-_NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
-_LARGEST = 1 << 32
-
-
 def _parse(config: dict[str, Any]) -> ModelSize:
     """Read the keys by hand: AutoConfig takes seconds to import, and refuses model types newer than itself."""
     config = config.get("text_config", config)
@@ -151,23 +161,6 @@ def _parse(config: dict[str, Any]) -> ModelSize:
         normed=str(config.get("model_type")).startswith("qwen3"),
         soft_capped=bool(config.get("attn_logit_softcapping")),
     )
-
-
-# LLaMA-Factory's collators pad the longest sequence of a batch to a multiple of this.
-_MULTIPLE = 8
-# Bytes that an optimizer keeps for each trained weight; Adam's two moments in fp32 for all others.
-_OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0.1, "sgd": 0}
-
-
-# Tokens of a comparison, and of a prompt with one answer, in the competition: ends of twenty equal parts of real
-# battles (1,479 of them, at four bytes a token).
-_TYPICAL = {
-    kind: [int(each) for each in ends.split()]
-    for kind, ends in {
-        "comparison": "90 170 210 260 310 360 420 470 550 620 690 760 830 900 980 1080 1180 1320 1530 2070 8880",
-        "answer": "20 50 80 100 130 150 180 220 260 300 340 380 420 460 500 550 620 720 870 1210 6690",
-    }.items()
-}
 
 
 class TrainConfig(dict[str, Any]):

@@ -42,6 +42,8 @@ from scoring.score_stage import read_report, texts
 
 BLEND = "blend"
 _SAME = "prepare the experiments with the same votes and the same folds, or with folds, which judge every battle"
+_BASELINES = ("length", "tfidf")
+_COLUMNS = ["a", "b", "tie"]
 
 
 def compare_stages(*experiments: Experiment) -> dict[str, Any]:
@@ -219,10 +221,6 @@ def stage_probabilities(context: StageContext, ids: list[str]) -> np.ndarray:
 def red_flags(context: StageContext) -> list[str]:
     """Return the texts of a stage's red flags."""
     return [flag["text"] for flag in read_report(context).get("flags", []) if flag["level"] == "red"]
-
-
-_BASELINES = ("length", "tfidf")
-_COLUMNS = ["a", "b", "tie"]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ DRAWS = 2_000
 CHANCE_DRAWS = 500
 # Group sums are resampled a few draws at a time, so that 57k rows need megabytes and not gigabytes.
 _CELLS_AT_ONCE = 4_000_000
+# Languages beyond these are one slice.
+LANGUAGES = 8
 
 
 def verdict_codes(verdicts: Iterable[str | None]) -> np.ndarray:
@@ -202,10 +204,6 @@ def _resampled_sums(sums: np.ndarray, draws: int, random: np.random.Generator) -
     picks = random.integers(0, count, size=(draws, count)) + np.arange(draws)[:, None] * count
     times = np.bincount(picks.ravel(), minlength=draws * count).reshape(draws, count)
     return times.astype(np.float64) @ sums
-
-
-# Languages beyond these are one slice.
-LANGUAGES = 8
 
 
 def slice_losses(

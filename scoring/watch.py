@@ -49,6 +49,9 @@ from scoring.report.page import environment
 from scoring.run_status import RunStatus, events, remarks, run_status, state_in_words, step_in_words
 from scoring.score_stage import texts
 
+_LOG_LINES = 40
+BUTTON_ROWS = 200  # validation battles that the page's button scores each checkpoint on
+
 
 def experiment_at_work() -> str:
     """Return the experiment on which a run is at work; raises UsageError where that is none or more than one."""
@@ -236,10 +239,6 @@ def follow(watcher: Watcher, show: Show, *, pause: float = 1.0) -> RunStatus:
     except KeyboardInterrupt:  # it does not reach the run, which is a process of another terminal
         show.note(f"watching ended; the {status.state} goes on" if status.at_work else "watching ended")
         return status
-
-
-_LOG_LINES = 40
-BUTTON_ROWS = 200  # validation battles that the page's button scores each checkpoint on
 
 
 def serve_watch(

@@ -25,6 +25,9 @@ _PACKAGES = (
     *("llamafactory", "transformers", "peft", "trl", "bitsandbytes", "torch", "tokenizers", "datasets"),
     *("numpy", "pyarrow", "scikit-learn", "scipy"),
 )
+# `changed` and `missing` mean that the folder is no longer what was made, `failed` that it was wrong when it was made;
+# a warning is for a person to weigh.
+BAD = ("changed", "missing", "failed")
 
 
 def provenance(*, seed: int, files: list[Path]) -> dict[str, Any]:
@@ -67,11 +70,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
-
-
-# `changed` and `missing` mean that the folder is no longer what was made, `failed` that it was wrong when it was made;
-# a warning is for a person to weigh.
-BAD = ("changed", "missing", "failed")
 
 
 @dataclass(frozen=True)

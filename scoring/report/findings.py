@@ -26,6 +26,9 @@ BASELINES = {
     "bayes": ("Bayes: the best possible", "knows the true probabilities"),
 }
 BASELINE_NAMES = {key: name for key, (name, _) in BASELINES.items()}
+# Beyond these a figure is worth a warning.
+FEW_ROWS, FLIP_RATE, CUT_SHARE, ECE, PRIOR_SHIFT = 200, 0.15, 0.1, 0.03, 0.1
+LEVELS = {"red": "Stop", "amber": "Caution", "info": "Note"}  # gravest first, as the report lists them
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -77,11 +80,6 @@ def interval(ends: Sequence[float] | None, digits: int = 3) -> str:
 
 def _measured(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-# Beyond these a figure is worth a warning.
-FEW_ROWS, FLIP_RATE, CUT_SHARE, ECE, PRIOR_SHIFT = 200, 0.15, 0.1, 0.03, 0.1
-LEVELS = {"red": "Stop", "amber": "Caution", "info": "Note"}  # gravest first, as the report lists them
 
 
 def flags_of(report: Mapping[str, Any], test_rows: int) -> list[dict[str, str]]:
