@@ -335,7 +335,7 @@ OTHERS = [
         write("test.csv", "id,prompt,response_a,response_b\n1,q,a,b\n2,q,a,b\n"),
         PREPARE_TEST,
         "test.csv: holds plain texts, and the training table JSON lists of turns",
-        "in one way",
+        "in one format",
     ),
     ("test_in_the_export", moved("test.csv", "data/exam/test.csv"), within("test.csv", "--test"), LIES_IN),
     ("truth_in_the_export", write("data/exam/truth.csv", ""), within("truth.csv", "--truth"), LIES_IN),
