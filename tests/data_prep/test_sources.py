@@ -39,14 +39,6 @@ def rows(path, labelled):
     return len(list(VoteReader(path, labelled=labelled)))
 
 
-def test_a_missing_path_names_all_forms_of_sources(kaggle):
-    with pytest.raises(ArenaError, match="does not exist") as caught:
-        votes_at("nowhere.csv", labelled=True)
-    assert caught.value.where == "nowhere.csv"
-    for form in (".csv.gz", ".parquet", "folder", "Kaggle's zip", "hf://datasets/OWNER/NAME"):
-        assert form in caught.value.remedy
-
-
 def test_of_kaggles_folder_the_right_table_is_taken_by_its_columns(kaggle):
     assert votes_at(kaggle / "x.csv", labelled=True) == kaggle / "x.csv"
     assert votes_at(kaggle, labelled=True).name == "x.csv"

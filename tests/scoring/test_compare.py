@@ -135,15 +135,6 @@ def probabilities(path: Path) -> np.ndarray:
     return pd.read_csv(path, dtype={"id": str}).iloc[:, 1:].to_numpy()
 
 
-@pytest.fixture
-def other(place):
-    """A second experiment with the same votes and judge, whose validation rows are other ones: seed 8."""
-    shutil.copytree("factory_configs/exam", "factory_configs/other")
-    place.edit_experiment("seed: 8\n", "other")
-    assert call("prepare", "-e", "other", "--train", "votes.csv", "--test", "test.csv", "--pairs").exit_code == 0
-    return place
-
-
 def test_given_weights_blend_the_members_and_the_baselines(place):
     done = call("ensemble", "-e", "exam:sft", "-e", "exam:tfidf", "--name", "both", "--weights", "0.75,0.25", "--json")
     assert done.exit_code == 0, done.output
@@ -165,21 +156,6 @@ def test_given_weights_blend_the_members_and_the_baselines(place):
     with Path("outputs/exam/sft/report.json").open("a") as file:
         file.write(" ")
     assert call("verify", str(OUT)).exit_code == 1, "a member's report changed"
-
-
-def test_only_battles_that_all_members_judged_count(other):
-    held = {
-        name: set(pd.read_parquet(f"data/{name}/rows.parquet").query("split == 'valid'")["id"])
-        for name in ("exam", "other")
-    }
-    common = held["exam"] & held["other"]
-    done = call("ensemble", "-e", "exam:sft", "-e", "other:length", "--name", "both", "--weights", "mean", "--json")
-    if not common:
-        assert "none in common" in done.output
-        return
-    report = json.loads(done.output)
-    assert report["rows"] == len(common)
-    assert report["left_out"] == {"exam:sft": 12 - len(common), "other:length": len(held["other"]) - len(common)}
 
 
 def test_a_judge_teaches_what_it_was_not_trained_on(place):

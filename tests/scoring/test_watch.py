@@ -24,7 +24,7 @@ from factory import status as factory_status
 from factory.recipes import write_recipe
 from factory.stage_context import StageContext
 from factory.state import StageState
-from factory.status import OUTDATED, next_commands
+from factory.status import next_commands
 from scoring import watch as watching
 from scoring.run_status import in_words, run_status
 from scoring.watch import (
@@ -215,13 +215,6 @@ def test_a_fault_of_the_baselines_is_printed_and_does_not_end_the_watch(exam):
     status = json.loads(done.stdout)
     assert len(status["faults"]) == 1 and status["ladder"] is None and "truth.csv" in done.stderr
     assert list(status) == KEYS.split()
-
-
-def test_beside_an_outdated_run_there_are_no_baselines(exam, monkeypatch):
-    real = watching.run_status
-    monkeypatch.setattr(watching, "run_status", lambda context: replace(real(context), state=OUTDATED))
-    status = Watcher(exam, "sft", 20).finish().status()
-    assert (status.ladder, status.measured, status.faults) == (None, [], [])
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory.\nlong advice"), ArenaError("is damaged", where="x")])
