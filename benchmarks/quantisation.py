@@ -1,9 +1,10 @@
 """What each precision and quantisation of a trained judge costs in log loss, and how far its probabilities move.
 
-    python benchmarks/quantisation.py --work FOLDER [--experiment demo] [--stage sft] [--write]
+    python benchmarks/quantisation.py --work FOLDER [--experiment demo] [--stage sft] [--rows N] [--write]
 
 FOLDER is a place where run.py trained and merged that stage. Missing GGUF files are exported. Every engine answers
-for the whole validation fold, in one order; the calibration is left out, so that it cannot repair what rounding did.
+for the validation fold or its first N battles, in one order; the calibration is left out, so that it cannot repair
+what rounding did. Two tables of docs/edge.md: the demo's, and that of a judge at real widths.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ def main() -> None:
     parser = options(__doc__, work=True)
     parser.add_argument("--experiment", default="demo")
     parser.add_argument("--stage", default="sft")
+    parser.add_argument("--rows", type=int, help="of the validation fold; default: all")
     parser.add_argument("--engines", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     asked = parser.parse_args()
     os.chdir(asked.work)
     context = StageContext(load_experiment(asked.experiment), asked.stage)
     data, judge = context.experiment.data_folder, load_judge(context.merged)
-    kept, sequences = read_rows(data, "valid"), judge.sequences(read_battles(data, "valid"))
+    kept, sequences = read_rows(data, "valid")[: asked.rows], judge.sequences(read_battles(data, "valid"))[: asked.rows]
     truth, rows, exact = verdict_codes(kept["verdict"]), [], None
     for engine, precision in ((name, each) for name in asked.engines for each in PRECISIONS[name]):
         files, settings = list(judge.folder.glob("*.safetensors")), {}
@@ -57,7 +59,8 @@ def main() -> None:
         losses = [f"{log_loss(found, truth):.4f}", f"{apart['difference']:+.5f} [{low:+.5f}, {high:+.5f}]"]
         rows.append([engine, precision, size, *losses, f"{moved.max():.1e}", f"{moved.mean():.1e}"])
         print(" | ".join(rows[-1]), flush=True)
-    publish("quantisation figures", table(HEADINGS, rows), asked.write)
+    name = "quantisation figures" if asked.experiment == "demo" else "quantisation at real widths"
+    publish(name, table(HEADINGS, rows), asked.write)
 
 
 if __name__ == "__main__":
