@@ -62,6 +62,7 @@ def prepare(
         Source(votes_at(name, labelled=labelled, columns=columns), weight)
         for (name, weight), labelled in zip(given, known, strict=True)
     ]
+    named = [*(name for name, _ in given), test]  # as they were given: an archive's tables lie elsewhere
     test = votes_at(test, labelled=False, columns=columns) if test else None
     # what is not a table of votes is refused before a base is built
     readers = [VoteReader(v.path, labelled=k, columns=columns) for v, k in zip(votes, known, strict=True)]
@@ -69,8 +70,9 @@ def prepare(
         readers.append(VoteReader(test, labelled=False, columns=columns))
         readers[0].require_same_texts(readers[-1])
     require_used(columns or {}, *readers)
-    for reader in readers:
-        show.note(f"{reader.path}: {reader.read_as}")
+    for reader, name in zip(readers, named, strict=False):
+        inside = f", {reader.path.name}" if reader.path != Path(name) else ""
+        show.note(f"{name}{inside}: {reader.read_as}")
     ensure_embedded_base(experiment, show)
     require_fit_base(experiment)
     before = earlier_manifest(experiment.data_folder)
