@@ -19,6 +19,7 @@ from data_prep.chat_template import load_frame
 from data_prep.export_reader import MANIFEST, SPLITS, readable, require_intact
 from factory.distributed import Launch, plan_launch
 from factory.fingerprint import local_models, training_rows
+from factory.gpu import may_have_gpu
 from factory.process import llamafactory, run_child
 from factory.recipe_reach import ADAPTER_FILES
 from factory.stage_context import CHOICE, StageContext
@@ -74,7 +75,8 @@ def train(context: StageContext, *, resume: bool = False, fresh: bool = False, s
         if checkpoint:
             standing.require_same_inputs("train", context.folder, _FRESH)
         if others := beside_on_the_card(context):
-            show.note(f"warning: {' and '.join(others)} at work on the same card: both need its memory and time")
+            shared = "card" if may_have_gpu() else "processor"
+            show.note(f"warning: {' and '.join(others)} at work on the same {shared}: both need its memory and time")
         (context.folder / CHOICE).unlink(missing_ok=True)  # of a training before this one
         context.forget_choice()
         context.state.begin("train", inputs)
