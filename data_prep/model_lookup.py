@@ -26,14 +26,10 @@ from tokenizers import Tokenizer
 from common.errors import ArenaError, UsageError
 from common.files import read_json
 from common.llamafactory_schema import known_models, templates
+from data_prep.prompt import TEMPLATE_ERRORS
 
 # The template that LLaMA-Factory's own web UI takes for a base model, which was never taught a chat.
 BASE_TEMPLATE = "default"
-# What a model's own chat template may raise beside Jinja's errors: it was written for another program.
-_TEMPLATES_ERRORS = (
-    *(ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError),
-    *(TimeoutError, MemoryError),
-)
 _HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 _MARK = "arenafactorymessage"
 _EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
@@ -249,7 +245,7 @@ def _render_own(folder: Path) -> str | None:
     try:
         with _bounded():
             text = environment.from_string(source).render(messages=[{"role": "user", "content": _MARK}], **names)
-    except (TemplateError, *_TEMPLATES_ERRORS):
+    except (*TEMPLATE_ERRORS, TimeoutError, MemoryError):
         return None
     return text.removeprefix(names["bos_token"])
 

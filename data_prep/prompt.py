@@ -48,7 +48,10 @@ _FILTERS = frozenset({"upper", "lower", "capitalize", "title", "trim", "length",
 # Two private-use characters enclose a mark; texts never pass through the marked rendering.
 _MARK = re.compile("\ue000(\\d+):(prompt|a|b)\ue001")
 _PROBE_TEXTS = ("  Spaces AROUND \n", "", "x", "<b>&'\"{{ y }}{% z %}", "same", "same")
-_RENDER_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+# What a template may raise: it may be of another encoding, too deep, written for another program, or compute nonsense.
+TEMPLATE_ERRORS = (
+    *(TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError),
+)
 _REMEDY = (
     "place {{ turn.prompt }}, {{ turn.a }} and {{ turn.b }} once each in `for turn in turns`, without filters or tests"
 )
@@ -136,7 +139,7 @@ class JudgePrompt:
             if unsafe:
                 raise self._error("does more than place texts:" + "".join(f"\n  - {fault}" for fault in unsafe[:5]))
             self._template = environment.from_string(source)
-        except (*_RENDER_FAULTS, SyntaxError) as error:
+        except TEMPLATE_ERRORS as error:
             raise self._error(
                 f"is not a valid Jinja template: {_reason(error)}", getattr(error, "lineno", None)
             ) from None
@@ -186,7 +189,7 @@ class JudgePrompt:
         turns = [SimpleNamespace(**{field: texts[i, field] for field in FIELDS}) for i in range(count)]
         try:
             return self._template.render(turns=turns, dropped=int(dropped), labels=self._labels)
-        except _RENDER_FAULTS as error:
+        except TEMPLATE_ERRORS as error:
             raise self._error(f"cannot be rendered: {_reason(error)}") from None
 
     def _make_skeleton(self, turns: int, dropped: bool) -> Skeleton:

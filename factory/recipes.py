@@ -18,7 +18,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
+from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.errors import ArenaError
@@ -26,12 +26,11 @@ from common.experiment import Experiment
 from common.files import atomic_file, read_regular
 from common.llamafactory_schema import arguments, key_fault, value_fault
 from common.stages import STEPS, Fold
+from data_prep.prompt import TEMPLATE_ERRORS
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 State = Literal["written", "unchanged", "updated", "hand-edited", "replaced"]
 
-# What a template can raise beside Jinja's own errors: it may be of another encoding, too deep, or compute nonsense.
-_TEMPLATES_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, SyntaxError)
 _LARGEST = 1 << 20  # bytes of a recipe
 _HASH_LINE = re.compile(r"^# .*\bsha256:([0-9a-f]{64})\b.*\n?", re.MULTILINE)
 _PLAIN_STRING = re.compile(r"[A-Za-z][A-Za-z0-9_./@,-]*")
@@ -170,7 +169,7 @@ def render_template(name: str, values: Mapping[str, Any], folder: Path = TEMPLAT
     )
     try:
         return environment.get_template(name).render(values)
-    except (TemplateError, *_TEMPLATES_ERRORS) as error:
+    except TEMPLATE_ERRORS as error:
         line = getattr(error, "lineno", None)
         raise ArenaError(
             f"the template fails: {error}",
