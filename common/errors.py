@@ -138,6 +138,11 @@ def end_process(error: ArenaError) -> None:
     os._exit(1)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; its class and arguments where it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def same_command() -> str:
     """Return how to name the command that was given: with --fresh again it would archive what it has finished."""
     return "the same command without --fresh" if "--fresh" in sys.argv[1:] else "the same command"

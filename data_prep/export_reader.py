@@ -17,7 +17,7 @@ from pyarrow.parquet import ParquetFile, read_schema
 from pydantic import AfterValidator, BaseModel, ValidationError
 
 from common.battle import PROBABILITY_COLUMNS, TEXTS, Battle
-from common.errors import ArenaError
+from common.errors import ArenaError, first_line
 from common.files import read_json, sha256_of
 from data_prep.chat_template import ChatFrame
 from data_prep.preference_pairs import Pair
@@ -46,7 +46,7 @@ def readable(path: Path, remedy: str | None = None) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, ValueError, csv.Error) as error:
-        reason = (str(error) or repr(error)).splitlines()[0][:200]
+        reason = first_line(error)[:200]
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

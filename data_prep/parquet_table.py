@@ -14,7 +14,7 @@ import psutil
 import pyarrow
 from pyarrow import compute, parquet
 
-from common.errors import ArenaError
+from common.errors import ArenaError, first_line
 
 # One cell larger than this is a lost quote that has swallowed rows, not a text.
 LARGEST_CELL = 1 << 26
@@ -137,7 +137,7 @@ class ParquetTable:
             with parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20, **options) as file:
                 yield file
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            what = f"is not a readable parquet file: {str(error).splitlines()[0]}"
+            what = f"is not a readable parquet file: {first_line(error)}"
             raise ArenaError(what, where=str(self.path), remedy=DAMAGED) from None
 
 

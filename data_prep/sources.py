@@ -20,7 +20,7 @@ from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
 from common.console import name_of, one_line
-from common.errors import ArenaError
+from common.errors import ArenaError, first_line
 from common.files import atomic_folder
 from data_prep.readers import VoteReader
 from data_prep.tables import PARTS, open_table
@@ -215,7 +215,7 @@ def _from_hub(source: str) -> Path:
         folder = Path(snapshot_download(given["repo"], allow_patterns=patterns, **options)) / path
     except Exception as error:  # offline, gated, unknown, no disk: the library has a class for each
         raise ArenaError(
-            f"cannot be had from the hub: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"cannot be had from the hub: {first_line(error)}",
             where=source,
             remedy="check the name; log in (hf auth login) and accept the data set's terms; or download it and give "
             "its path. With HF_HUB_OFFLINE=1 only what is in the cache is found",

@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from common.error_hints import clean_lines
-from common.errors import ArenaError, UsageError
+from common.errors import ArenaError, UsageError, first_line
 from common.experiment import Experiment
 from common.files import atomic_file
 from common.llamafactory_schema import arguments
@@ -227,11 +227,11 @@ def lay_out() -> tuple[list[Path], list[str]]:
             os.utime(path, (changed, changed))  # the page lists the newest first
             configs.append(path)
         except ArenaError as error:
-            notes.append(f"{name} is left out: {str(error).splitlines()[0]}")
+            notes.append(f"{name} is left out: {first_line(error)}")
         try:
             publish_run(context, model)
         except ArenaError as error:
-            notes.append(f"the run of {name} is left out: {str(error).splitlines()[0]}")
+            notes.append(f"the run of {name} is left out: {first_line(error)}")
     prepared = [each for each in experiments if _manifest(each).is_file()]
     if prepared and not (CACHE / "user_config.yaml").exists():
         first = models[prepared[0].name, "sft"].name

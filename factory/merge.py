@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.console import duration
-from common.errors import ArenaError, same_command
+from common.errors import ArenaError, first_line, same_command
 from common.files import atomic_folder, only_run, read_json, write_json
 from common.progress import Show
 from common.stages import merge_of
@@ -201,7 +201,7 @@ def dequantise(model: str, revision: str, quantisation: dict[str, Any], device: 
         return AutoModelForCausalLM.from_pretrained(model, quantization_config=config, **options).dequantize()
     except (OSError, ValueError, MemoryError) as error:
         raise ArenaError(
-            f"cannot be loaded to be dequantised: {(str(error).strip() or repr(error)).splitlines()[0]}",
+            f"cannot be loaded to be dequantised: {first_line(error)}",
             where=model,
             remedy="free memory (it takes the model's size in 16 bits); or merge_onto: base in experiment.yaml, then "
             "prepare again",

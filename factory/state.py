@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from common.console import one_line
-from common.errors import ArenaError, Interrupted
+from common.errors import ArenaError, Interrupted, first_line
 from common.files import read_json, sha256_of, write_json
 from factory.fingerprint import differences
 
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, Record]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise ArenaError(
-            f"is not a state that this version wrote ({str(error).splitlines()[0]})",
+            f"is not a state that this version wrote ({first_line(error)})",
             where=str(path),
             remedy="move the file away, or give --fresh: the stage then begins again",
         ) from None

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.console import printable
-from common.errors import ArenaError, UsageError
+from common.errors import ArenaError, UsageError, first_line
 from common.experiment import Experiment, load_experiment, require_project
 from common.files import read_json
 from common.stages import STAGES, TRAININGS
@@ -126,7 +126,7 @@ def readable_experiments() -> tuple[list[Experiment], list[str]]:
         try:
             found.append(load_experiment(name))
         except ArenaError as error:
-            faults.append(f"experiment {name} is left out: {str(error).splitlines()[0]}")
+            faults.append(f"experiment {name} is left out: {first_line(error)}")
     return found, faults
 
 
@@ -225,7 +225,7 @@ def stage_status(context: StageContext, prepared: bool = True) -> StageStatus:
     try:
         parts = [part for part in PARTS if context.state.record(part)]
     except ArenaError as error:
-        return StageStatus(context.label, "unreadable", str(error).splitlines()[0], next=f"{context.command} --fresh")
+        return StageStatus(context.label, "unreadable", first_line(error), next=f"{context.command} --fresh")
     by_hand = not parts and (context.adapter / "adapter_model.safetensors").is_file()
     if is_at_work(context.folder):
         part = parts[-1] if parts else "train"

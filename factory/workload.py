@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import ArenaError
+from common.errors import ArenaError, first_line
 from common.experiment import Experiment
 from common.llamafactory_schema import arguments
 from data_prep.export_reader import SPLITS, how_to_export, read_columns, readable, require_pairs
@@ -131,7 +131,7 @@ def size_of(model: str, revision: str = "main") -> ModelSize:
         try:
             path = Path(hf_hub_download(model, "config.json", revision=revision))
         except Exception as error:  # gated, offline, unknown: the library has a class for each
-            what = f"cannot download its config.json: {str(error).splitlines()[0]}"
+            what = f"cannot download its config.json: {first_line(error)}"
             remedy = "go online, accept the model's licence on its page, or give a folder as `model`"
             raise ArenaError(what, where=model, remedy=remedy) from None
     try:

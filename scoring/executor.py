@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from common.console import name_of
-from common.errors import ArenaError, same_command
+from common.errors import ArenaError, first_line, same_command
 from data_prep.export_rows import end_with_parent
 from scoring.model_loading import device_name
 from scoring.score_store import RowStore, Shard
@@ -292,7 +292,7 @@ class RayActors(SideBySide):
         except RayTaskError as error:  # what an Asker raised
             raise error.cause from None
         except RayActorError as error:
-            raise _died(f"a Ray actor died twice: {str(error).splitlines()[0]}", "--ray") from None
+            raise _died(f"a Ray actor died twice: {first_line(error)}", "--ray") from None
 
 
 def _connect(address: str, actors: int | None) -> None:
@@ -307,7 +307,7 @@ def _connect(address: str, actors: int | None) -> None:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
         raise ArenaError(
-            f"Ray cannot be reached: {str(error).strip().splitlines()[0]}",
+            f"Ray cannot be reached: {first_line(error)}",
             where=f"--ray {address}",
             remedy="check the address (ray://HOST:10001) and that the cluster runs the same versions of Python and "
             "Ray; --ray alone starts one here",

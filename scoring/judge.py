@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from common.battle import VERDICTS, Battle, swap
-from common.errors import ArenaError
+from common.errors import ArenaError, first_line
 from common.experiment import LONGEST, Experiment, Labels
 from common.files import atomic_folder, only_run, read_json, sha256_of, write_json
 from data_prep.chat_template import ChatFrame, load_frame
@@ -209,7 +209,7 @@ def load_judge(folder: Path) -> Judge:
         what = "is not a judge: judge.json is missing"
         raise ArenaError(what, where=str(folder), remedy=f"train and merge first: {_MERGE}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:300]
+        reason = first_line(error)[:300]
         raise ArenaError(f"is damaged: {reason}", where=str(path), remedy=_REMEDY) from None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ArenaError
+from common.errors import ArenaError, first_line
 from data_prep.model_lookup import offline_if_unreachable
 from factory.devices import has_bf16
 from factory.recipe_reach import ADAPTER_FILES, adapter_config, config_of, odd_index, odd_setting
@@ -79,7 +79,7 @@ class TrainedAdapter:
             return _load(self.base, device, dtype, _bitsandbytes(*quantised, dtype, device), **trust)
         except loading_errors() as error:
             remedy = "the folder or hub id must be the one that the training started from"
-            what = f"the base model cannot be loaded: {_first_line(error)}"
+            what = f"the base model cannot be loaded: {first_line(error)}"
             raise ArenaError(what, where=self.base, remedy=remedy) from None
 
     def _check_folder(self) -> None:
@@ -107,7 +107,7 @@ class TrainedAdapter:
                 warnings.simplefilter("ignore", UserWarning)
                 policy = PeftModel.from_pretrained(model, str(self.folder)).eval()
         except loading_errors() as error:
-            raise self._misfit(f"cannot be put on {self.base}: {_first_line(error)}") from None
+            raise self._misfit(f"cannot be put on {self.base}: {first_line(error)}") from None
         with safe_open(self.folder / "adapter_model.safetensors", framework="pt") as file:
             saved = set(file.keys())
         expected = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
@@ -142,7 +142,7 @@ def load_model(folder: Path, device: str, *, precision: str | None = None) -> An
         quantisation = _bitsandbytes(bits, "nf4", True, dtype, device)
         return _load(folder, device, dtype, quantisation, trust_remote_code=False, local_files_only=True)
     except loading_errors() as error:
-        what = f"the model cannot be loaded: {_first_line(error)}"
+        what = f"the model cannot be loaded: {first_line(error)}"
         remedy = "move the folder away and merge again: python run.py sft (dpo, rm) -e EXP --until merge"
         raise ArenaError(what, where=str(folder), remedy=remedy) from None
 
@@ -163,7 +163,7 @@ def base_folder(experiment: Experiment) -> Path:
                 folder = Path(snapshot_download(name, revision=revision, allow_patterns=kinds))
     except loading_errors() as error:
         remedy = "check the key model in experiment.yaml; a gated model needs its licence accepted and HF_TOKEN set"
-        raise ArenaError(f"cannot be loaded: {_first_line(error)}", where=name, remedy=remedy) from None
+        raise ArenaError(f"cannot be loaded: {first_line(error)}", where=name, remedy=remedy) from None
     return folder
 
 
@@ -245,7 +245,3 @@ def _bitsandbytes(bit: int | None, kind: str, double: bool, dtype: torch.dtype, 
         bnb_4bit_quant_type=kind,
         bnb_4bit_quant_storage=dtype,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from common.console import duration, printable
-from common.errors import ArenaError
+from common.errors import ArenaError, first_line
 from common.files import read_json
 from data_prep.chat_template import ChatFrame
 from factory.fingerprint import names
@@ -131,7 +131,7 @@ def answer_tokens(context: StageContext) -> tuple[int | None, str | None]:
             return None, f"{context.recipe_path} does not evaluate on the validation fold"
         return ChatFrame.from_dict(context.manifest["frame"]).answer_len, None
     except ArenaError as error:
-        return None, str(error).splitlines()[0]
+        return None, first_line(error)
 
 
 def events(status: RunStatus, ladder: dict[str, float] | None) -> list[tuple[str, str]]:

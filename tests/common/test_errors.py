@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.errors import ArenaError
+from common.errors import ArenaError, first_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,3 +32,7 @@ def test_an_old_python_is_refused():
     done = called("-c", f"import sys; sys.path.insert(0, '.'); {code}")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "needs Python 3.11 or newer" in done.stderr
+
+
+def test_an_error_has_a_first_line_even_without_a_text():
+    assert [first_line(error) for error in (ValueError(), OSError("\n a\nb"))] == ["ValueError()", "a"]
