@@ -254,7 +254,7 @@ def test_two_runs_at_once_are_told_who_is_at_work(place):
 
 @pytest.mark.parametrize("options", [["--precision", "16bit"], ["--engine", "llama.cpp"]])
 def test_options_that_cannot_be_had_put_no_result_aside(place, monkeypatch, options):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("scoring.engines.find_spec", lambda name: None)
     before = place.snapshot()
     done = call(*SCORE, "--fresh", *options)
     assert done.exit_code in (1, 2) and "remedy: " in done.output and "loading" not in done.output, done.output
