@@ -17,9 +17,9 @@ from common.files import only_run, read_json
 from common.progress import Line, Show
 from data_prep.chat_template import load_frame
 from data_prep.export_reader import MANIFEST, SPLITS, readable, require_intact
+from factory.devices import may_have_gpu
 from factory.distributed import Launch, plan_launch
 from factory.fingerprint import local_models, training_rows
-from factory.gpu import may_have_gpu
 from factory.process import llamafactory, run_child
 from factory.recipe_reach import ADAPTER_FILES
 from factory.stage_context import CHOICE, StageContext
