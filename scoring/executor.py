@@ -199,13 +199,17 @@ class Workers(SideBySide):
             ProcessPoolExecutor(1, context, _begin, (spec, str(Path.cwd()), count, gpus[number] if gpus else None))
             for number in range(count)
         ]
-        super().__init__([partial(pool.submit, _call) for pool in self._pools], note)
+        try:
+            super().__init__([partial(pool.submit, _call) for pool in self._pools], note)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        for pool in self._pools:
-            pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():  # also in the middle of a shard
             process.kill()
+        for pool in self._pools:  # waits for the pool's own thread, which would print a fault once this process ends
+            pool.shutdown(cancel_futures=True)
 
     def _result(self, future: Future) -> Any:
         try:
