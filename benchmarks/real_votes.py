@@ -112,7 +112,9 @@ def fewer_votes(bench: Workbench) -> list[list[str]]:
         for fit, judge in grouped_parts(groups[some], 1):
             of = (each[some[fit]] for each in (states, lengths, truth, groups))
             probe, _ = fit_probe(*of, layers=layers, precision="", seed=1)
-            pair = np.stack([states[some[judge]], np.zeros_like(states[some[judge]])], axis=1)
+            kept = states[some[judge]].reshape(len(some[judge]), len(layers), -1)
+            kept = kept[:, [layers.index(layer) for layer in probe.layers]].reshape(len(kept), -1)
+            pair = np.stack([kept, np.zeros_like(kept)], axis=1)
             chances[judge] = np.exp(probe.logits(pair, lengths[some[judge]]))
         losses = row_losses(chances, truth[some])
         ends = interval(bootstrap_interval(losses, groups[some], seed=1))
