@@ -40,6 +40,7 @@ from factory.recipe_checks import check_recipe
 from factory.recipes import render_recipe
 from factory.state import StageState
 from factory.trainer_log import loss_curve
+from scoring.judge import FORMAT as JUDGE_FORMAT
 from scoring.judge import load_judge
 from scoring.predictions import check_submission
 
@@ -234,7 +235,7 @@ def read_dataset_info(data: bytes) -> None:
 
 
 def _judge_seeds() -> list[str]:
-    content = {"format": 1, "classes": list(VERDICTS), "labels": Labels().model_dump(), "cutoff_len": 512}
+    content = {"format": JUDGE_FORMAT, "classes": list(VERDICTS), "labels": Labels().model_dump(), "cutoff_len": 512}
     content |= {"judge_prompt": _prompt().source, "prompt_share": 0.2}
     content |= {"frame": asdict(frame_of(_tokenizer()))}
     golden = {"Verdict:": _tokenizer().encode("Verdict:").ids}

@@ -32,7 +32,6 @@ from data_prep.audit import row_statistics
 from data_prep.export_reader import read_rows
 from data_prep.folds import prompt_group
 from factory.stage_context import StageContext
-from factory.trainer_log import loss_curve
 from scoring.baselines import baseline_probabilities
 from scoring.calibration import grouped_parts
 from scoring.links import correct_prior
@@ -71,9 +70,9 @@ def trained_on(bench: Workbench, stage: str) -> tuple[str, str]:
         return f"{rows:,} votes" if rows else "nothing", minutes
     with chdir(bench.folder):
         recipe = StageContext(load_experiment("real"), stage).recipe
-    steps = loss_curve(bench.folder / recipe["output_dir"] / "trainer_log.jsonl")[-1]["step"]
-    rows = int(steps) * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
-    return f"{steps:.0f} steps, {rows:,} votes", minutes
+    steps = read_json(bench.folder / recipe["output_dir"] / "trainer_state.json")["global_step"]
+    rows = steps * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
+    return f"{steps} steps, {rows:,} votes", minutes
 
 
 def judged_as(report: dict) -> list[str]:
