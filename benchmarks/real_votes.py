@@ -7,7 +7,7 @@
 Without --model the base has random weights and a tokenizer trained on these votes: it shows that the chain is honest
 on real text. All are judged on the same rows, the validation fold of `natural`; interrupted, it goes on. Two parts:
 
-1. the stages on `natural`, their ensemble with the baselines, the probe on parts of the votes, baselines on `clean`.
+1. the stages on `natural`, their ensemble with the baselines, baselines on `clean`.
 2. sft, rm and probe (with --model the probe alone) on `clean` less the held-out prompts, ties scarce, without and with
    `target_prior` set to the natural class shares.
 """
@@ -33,10 +33,8 @@ from data_prep.export_reader import read_rows
 from data_prep.folds import prompt_group
 from factory.stage_context import StageContext
 from scoring.baselines import baseline_probabilities
-from scoring.calibration import grouped_parts
 from scoring.links import correct_prior
-from scoring.metrics import as_groups, row_losses, verdict_codes
-from scoring.probe import LENGTHS, fit_probe
+from scoring.metrics import row_losses, verdict_codes
 
 BASE = {"vocabulary": 2048, "hidden": 64, "layers": 2, "heads": 4, "feed_forward": 128}
 # Optimizer steps of 16 battles: a third of an epoch of the large table, minutes on two cores.
@@ -44,7 +42,6 @@ STEPS = 250
 # The competition's class shares in its own training table, as its participants knew them.
 NATURAL = {"a": 0.35, "b": 0.34, "tie": 0.31}
 METHODS = ["method", "trained on", "minutes (train + score)", "log loss [95%]", "below the prior [95%]"]
-CURVE = ["natural votes", "the probe's cross-fitted log loss [95%]"]
 SCARCE = ["method", "target prior", "log loss on held-out natural rows [95%]", "above the natural prior [95%]"]
 
 
@@ -94,30 +91,6 @@ def baselines(votes: list[Battle], held: list[Battle], constant: np.ndarray, *, 
         gain = f"{paired['difference']:+.4f} {interval(paired['ci95'])}"
         about = f"{len(votes):,} {'clean votes, target prior' if clean else 'votes'}"
         rows.append([f"*{name}*", about, "", loss_of(found, held), gain])
-    return rows
-
-
-def fewer_votes(bench: Workbench) -> list[list[str]]:
-    """Return the probe's log loss on parts of the training votes, cross-fitted in two levels."""
-    folder, facts = bench.output("real", "probe"), read_rows(bench.folder / "data" / "real", "train")
-    states = np.concatenate([np.load(path) for path in sorted(folder.glob("states/*/*.npy"))])
-    truth, groups = verdict_codes(facts["verdict"]), as_groups(facts["group"])
-    lengths = facts[list(LENGTHS)].to_numpy(dtype=np.float64)
-    layers = sorted({layer for each in read_json(folder / "probe.json")["tried"] for layer in each["layers"]})
-    order, rows = np.random.default_rng(1).permutation(len(truth)), []
-    for part in (4, 2, 1):
-        some = np.sort(order[: len(order) // part])
-        chances = np.empty((len(some), 3))
-        for fit, judge in grouped_parts(groups[some], 1):
-            of = (each[some[fit]] for each in (states, lengths, truth, groups))
-            probe, _ = fit_probe(*of, layers=layers, precision="", seed=1)
-            kept = states[some[judge]].reshape(len(some[judge]), len(layers), -1)
-            kept = kept[:, [layers.index(layer) for layer in probe.layers]].reshape(len(kept), -1)
-            pair = np.stack([kept, np.zeros_like(kept)], axis=1)
-            chances[judge] = np.exp(probe.logits(pair, lengths[some[judge]]))
-        losses = row_losses(chances, truth[some])
-        ends = interval(bootstrap_interval(losses, groups[some], seed=1))
-        rows.append([f"{len(some):,}", f"{losses.mean():.4f} {ends}"])
     return rows
 
 
@@ -194,8 +167,6 @@ def main() -> None:
     rows = [*own_methods(bench, asked.stages), *baselines(own, held, constant, clean=False)]
     text = f"Judged: {len(held)} natural battles.\n\n"
     text += table(METHODS, [*rows, *baselines(rest, held, constant, clean=True)])
-    if asked.model and "probe" in asked.stages:
-        publish("pretrained", table(CURVE, fewer_votes(bench)), asked.write)
     random.Random(1).shuffle(rest)
     scarce = [stage for stage in ("sft", "rm", "probe") if stage in asked.stages and asked.clean_rows]
     if asked.model:
