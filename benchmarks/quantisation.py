@@ -4,7 +4,7 @@
 
 FOLDER is a place where run.py trained and merged that stage. Missing GGUF files are exported. Every engine answers
 for the validation fold or its first N battles, in one order; the calibration is left out, so that it cannot repair
-what rounding did. Two tables of docs/edge.md: the demo's, and that of a judge at real widths.
+what rounding did.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ def main() -> None:
         losses = [f"{log_loss(found, truth):.4f}", f"{apart['difference']:+.5f} [{low:+.5f}, {high:+.5f}]"]
         rows.append([engine, precision, size, *losses, f"{moved.max():.1e}", f"{moved.mean():.1e}"])
         print(" | ".join(rows[-1]), flush=True)
-    name = "quantisation figures" if asked.experiment == "demo" else "quantisation at real widths"
-    publish(name, table(HEADINGS, rows), asked.write)
+    publish("quantisation figures", table(HEADINGS, rows), asked.write)
 
 
 if __name__ == "__main__":
