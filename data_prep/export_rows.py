@@ -12,17 +12,17 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from common.battle import TEXTS, VERDICTS, Battle, swap, swap_verdict
-from common.errors import ArenaError
+from common.errors import ArenaError, end_process
 from data_prep.audit import count_fitted, count_pairs, first_prompts, row_statistics
 from data_prep.export_folder import set_names
 from data_prep.preference_pairs import (
@@ -72,6 +72,7 @@ SCHEMAS = {
     ),
 }
 _FEW_CORES = 4
+_LOOK_AT_WORKERS = 2.0  # seconds between two looks whether they live
 _MOST = 16  # processes; beyond them the reader sets the pace
 
 
@@ -203,14 +204,32 @@ def _in_order(executor: Executor, ahead: int, method: str, calls: Iterable[tuple
         for arguments in calls:
             waiting.append(executor.submit(_call, method, *arguments))
             if len(waiting) > ahead:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft(), ahead // 2)
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft(), ahead // 2)
     except BrokenExecutor:
-        raise ArenaError(
-            "a worker process of prepare ended, most likely for lack of memory where it says nothing above",
-            remedy="use fewer: --workers 2, or --workers 0 for none",
-        ) from None
+        raise _died() from None
+
+
+def _result(future: Future, workers: int) -> Any:
+    """Return a call's result; raises BrokenExecutor where one of the worker processes died.
+
+    One that is killed in the middle of sending a result leaves Python's pool waiting for the rest of it for ever: this
+    process ends then, with the error.
+    """
+    while not wait([future], timeout=_LOOK_AT_WORKERS).done:
+        if len(active_children()) < workers and not wait([future], timeout=_LOOK_AT_WORKERS).done:
+            for process in active_children():
+                process.kill()
+            end_process(_died())
+    return future.result()
+
+
+def _died() -> ArenaError:
+    return ArenaError(
+        "a worker process of prepare ended, most likely for lack of memory where it says nothing above",
+        remedy="use fewer: --workers 2, or --workers 0 for none",
+    )
 
 
 _maker: RowMaker | None = None  # of this worker
