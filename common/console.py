@@ -21,7 +21,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return the text of a file's or a setting's name without ends of lines, which are none of an error."""
+    """Return the name of a file or a setting with its line ends shown as signs, so that it cannot forge a line."""
     return text.replace("\n", "␊")
 
 

@@ -193,7 +193,7 @@ def _is_ours(name: str, host: str) -> bool:
         return True
     if not ipaddress.ip_address(socket.gethostbyname(host)).is_unspecified:
         return False
-    try:  # where we listen on all of this machine's addresses, each is one: nobody can rebind a number
+    try:  # we listen on all of this machine's addresses: any may be asked for, because DNS cannot rebind a number
         return bool(ipaddress.ip_address(name.strip("[]")))
     except ValueError:
         return name in (socket.gethostname().lower(), socket.getfqdn().lower())

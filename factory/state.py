@@ -185,7 +185,7 @@ def whole_checkpoints(folder: Path, *, to_go_on: bool = False) -> list[Path]:
     """Return the whole checkpoint-N in order of steps.
 
     trainer_state.json is written last; a kill or a full disk leaves a folder without it, or files that end early, which
-    LLaMA-Factory would choose and then fail on. Without optimizer and scheduler it would begin both anew, silently.
+    LLaMA-Factory would choose and then fail on. Without optimizer and scheduler it would silently start both from zero.
     """
     numbered = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))]
     return [path for _, path in sorted(numbered) if _is_whole(path, to_go_on)]

@@ -49,7 +49,7 @@ _RIVALS = {"logits": "the plain softmax", "rewards": "a class prior fitted in th
 _PLAIN = ("kept", "reason", "log_loss_before", "log_loss_cross_fitted", "rows", "source_prior", "target_prior")
 # The smallest probability whose logarithm enters the blend: one certain mistake must not rule the weights.
 _FLOOR = 1e-6
-# Probabilities [rows, 3], None where there are none, and `weights` with the `reason`.
+# Probabilities [rows, 3], None where nothing can be blended, and a dictionary with `weights` and `reason`.
 Blend = tuple[np.ndarray | None, dict[str, Any]]
 _ORDERS = {"one_order": 1, "both_orders": 2}  # as report.json names them
 

@@ -27,7 +27,7 @@ from common.errors import ArenaError, UsageError
 from common.experiment import Experiment
 from common.progress import Show
 from data_prep.export_reader import iter_battles
-from factory.serve_page import QUIET, OwnPagesOnly, PageServer, exposure, free_port, run_server
+from factory.serve_page import QUIET, OwnPagesOnly, PageServer, exposure, free_port, run_server, url_of
 from factory.stage_context import StageContext
 from scoring.agreement import stage_agreement
 from scoring.calibration import REWARD_COLUMNS
@@ -357,7 +357,7 @@ def serve_stage(
     app = build_app(service, host, token)
     server = _Server(uvicorn.Config(app, host, port, limit_concurrency=_MOST_CONNECTIONS, http=Impatient, **QUIET))
     server.service = service
-    run_server(server, lambda: show.note(f"{context.name}: judging at http://{host}:{port}/   (Ctrl-C ends it)"))
+    run_server(server, lambda: show.note(f"{context.name}: judging at {url_of(host, port)}   (Ctrl-C ends it)"))
     if service.fault:
         what, remedy = "the process of a model was killed, probably for want of memory", "serve with fewer --workers"
         raise ArenaError(what, where=context.name, remedy=remedy)
