@@ -4,14 +4,12 @@
 
 Runs every stage of the demo experiment for each seed (its own arena, its own base model), then the ablations:
 without swapped copies, averaging both orders, without calibration, and (first seed only: it is the longest training)
-DPO from the base instead of from SFT. Finished parts in FOLDER are kept. What the
-fitted links say of the generator's parameters is printed only.
+DPO from the base instead of from SFT. Finished parts in FOLDER are kept.
 """
 
 from __future__ import annotations
 
 import json
-import math
 
 import pandas as pd
 from figures import options, publish, table
@@ -20,7 +18,6 @@ from workbench import Workbench, interval, paired_difference
 from common.battle import VERDICTS
 from common.experiment import read_yaml
 from common.stages import TRAININGS
-from data_prep.synthetic import TRUTH
 from scoring.links import softmax
 from scoring.metrics import verdict_codes
 
@@ -74,18 +71,6 @@ def method_losses(bench: Workbench) -> dict[str, str]:
     return found | {f"*{name}*": f"{loss:.4f}" for name, loss in others.items()}
 
 
-def links_of(bench: Workbench) -> dict[str, str]:
-    """Return what the fitted links say of the generator's tie parameter and position bias, and how far off that is."""
-    found, known = {}, {"log_tie": math.log(TRUTH.tie), "position_bias": TRUTH.position_bias}
-    for stage in ("rm", "dpo_reward"):
-        link = bench.report("demo", stage)["calibration"]["link"] or {}
-        for name, true in known.items() if link else ():
-            value, error = {**link, "log_tie": math.log(link["tie"])}[name], link["errors"][name]
-            cell = f"{value:.2f} ± {error:.2f} (true {true:.2f}; {abs(value - true) / error:.1f} SE)"
-            found[f"{NAMES[stage]}: {name}"] = cell
-    return found
-
-
 def ablations(bench: Workbench) -> dict[str, str]:
     """Return what each ingredient adds to the log loss, with its interval; below 0 it helps."""
     sft, dpo, unswapped = (bench.judged(*it) for it in (("demo", "sft"), ("demo", "dpo_judge"), ("noswap", "sft")))
@@ -131,15 +116,12 @@ def main() -> None:
     benches = {seed: Workbench(asked.work / f"seed{seed}") for seed in asked.seeds}
     for seed, bench in benches.items():
         run_seed(bench, seed, from_base=seed == asked.seeds[0])
-    methods, added, links = (
-        {seed: of(bench) for seed, bench in benches.items()} for of in (method_losses, ablations, links_of)
-    )
+    methods, added = ({seed: of(bench) for seed, bench in benches.items()} for of in (method_losses, ablations))
     text = (
         f"{by_seed('log loss [95%], share learned', methods)}\n\n### What each ingredient adds\n\n"
         f"Differences of the log loss [95%]; below 0 the ingredient helps.\n\n{by_seed('ingredient', added)}"
     )
     publish("methods", text, asked.write)
-    print(by_seed("link", links))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,14 @@
-"""What this project depends on: known vulnerabilities, licences, and why each direct dependency is there.
+"""What this project depends on: licences, and why each direct dependency is there.
 
-    python benchmarks/supply_chain.py audit      # report: pip-audit over every lock (make audit)
-    python benchmarks/supply_chain.py tables     # writes docs/dependencies.md (make tables)
-    python benchmarks/supply_chain.py licences   # prints the licence of every locked package
-    python benchmarks/supply_chain.py wheels     # writes templates/kaggle_wheels.txt: downloads 300 MB
-
-The audit reports and never fails: a new vulnerability is no fault of the last change. It also lists and counts the
-packages that it could not audit.
+python benchmarks/supply_chain.py tables     # writes docs/dependencies.md (make tables)
+python benchmarks/supply_chain.py licences   # prints the licence of every locked package
+python benchmarks/supply_chain.py wheels     # writes templates/kaggle_wheels.txt: downloads 300 MB
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import shlex
 import subprocess
@@ -21,7 +16,6 @@ import sys
 import tempfile
 import tomllib
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -32,8 +26,6 @@ DEPENDENCIES = ROOT / "docs" / "dependencies.md"
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^ \\;]+)", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _REASON = re.compile(r'^\s*"?([A-Za-z0-9._-]+)[^"#\n]*"?,?[ \t]*#[ \t]*(.+)$', re.MULTILINE)
-_AUDIT = ("--disable-pip", "--require-hashes", "--progress-spinner", "off", "--format", "json", "--timeout", "10")
-_SECONDS = 240
 _LONGEST_LICENCE = 60
 _FAMILIES = {"MPL": "MPL 2.0", "Apache": "Apache 2.0", "BSD": "BSD", "MIT": "MIT", "PSF|Python Soft": "PSF"}
 _PAGE = """\
@@ -70,40 +62,6 @@ def locks() -> list[Path]:
 def locked(lock: Path) -> dict[str, str]:
     """Return the version of every package that a lock pins."""
     return dict(_PIN.findall(lock.read_text(encoding="utf-8")))
-
-
-def audit() -> list[str]:
-    """Return the report's lines; nothing raises where the service or the tool is out of reach."""
-    if find_spec("pip_audit") is None:
-        return ["audit: NOT DONE: pip-audit is not installed (make extra-audit)"]
-    lines = audit_of(min(locks(), key=lambda lock: len(locked(lock))))
-    if any("NOT" in line for line in lines):
-        return [*lines, "audit: NOT DONE: the vulnerability service cannot be reached, or does not know this package"]
-    return [line for lock in locks() for line in audit_of(lock)]
-
-
-def audit_of(lock: Path) -> list[str]:
-    """Return the report's lines on one lock."""
-    name = lock.relative_to(ROOT).as_posix()
-    call = [sys.executable, "-m", "pip_audit", "-r", str(lock), *_AUDIT]
-    try:
-        done = subprocess.run(call, capture_output=True, text=True, timeout=_SECONDS, check=False)
-        packages = json.loads(done.stdout)["dependencies"]
-    except subprocess.TimeoutExpired:
-        return [f"{name}: NOT audited: no answer within {_SECONDS} s"]
-    except (ValueError, KeyError):
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return [f"{name}: NOT audited: {reason[:200]}"]
-    skipped = [each["name"] for each in packages if "skip_reason" in each]
-    found = [(each, fault) for each in packages for fault in each.get("vulns", [])]
-    audited = len(packages) - len(skipped)
-    lines = [f"{name}: {audited} of {len(packages)} packages audited, {len(found)} vulnerabilities"]
-    if skipped:
-        lines.append(f"{name}: NOT audited, unknown to the service: {len(skipped)}: {', '.join(skipped[:8])} …")
-    for each, fault in found:
-        fixed = ", ".join(fault.get("fix_versions") or []) or "no version"
-        lines.append(f"  {each['name']} {each['version']}: {fault['id']}, fixed in {fixed}")
-    return lines
 
 
 def direct() -> dict[str, str]:
@@ -204,9 +162,9 @@ def _holds(line: str) -> bool:
 
 
 def main() -> None:
-    """Print the audit or the licences, or write the page or the list of wheels."""
+    """Print the licences, or write the page or the list of wheels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["audit", "tables", "licences", "wheels"], help="a report, a page, two lists")
+    parser.add_argument("what", choices=["tables", "licences", "wheels"], help="a page, two lists")
     what = parser.parse_args().what
     if what == "tables":
         DEPENDENCIES.write_text(dependencies_page(), encoding="utf-8")
@@ -216,7 +174,7 @@ def main() -> None:
         wheels.write_text(wheel_list(), encoding="utf-8")
         print(wheels.read_text(encoding="utf-8").splitlines()[1])
     else:
-        print("\n".join(audit() if what == "audit" else licences()))
+        print("\n".join(licences()))
 
 
 if __name__ == "__main__":
