@@ -200,7 +200,7 @@ class Workers(SideBySide):
             for number in range(count)
         ]
         try:
-            super().__init__([partial(pool.submit, _call) for pool in self._pools], note)
+            super().__init__([partial(_submit, pool) for pool in self._pools], note)
         except BaseException:
             self.close()
             raise
@@ -232,6 +232,13 @@ def visible_gpus() -> list[str]:
     count = torch.cuda.device_count()
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return named[:count] if named else [str(number) for number in range(count)]
+
+
+def _submit(pool: ProcessPoolExecutor, *call: Any) -> Future:
+    future = pool.submit(_call, *call)
+    # While this process, too, could write there, the rest of a result whose worker was killed would be waited for.
+    pool._result_queue._writer.close()
+    return future
 
 
 _asker: Asker | None = None  # of this process, where it is a worker

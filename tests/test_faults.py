@@ -335,35 +335,37 @@ def test_a_second_export_at_the_same_time_keeps_the_list_of_all_sets(place):
 
 
 SENDER = """
-import os, random, signal, sys, threading, time
-from multiprocessing import active_children
+import os, signal, sys, threading
 sys.path.insert(0, sys.argv[1])
-from common.errors import ArenaError
 from data_prep.export_rows import open_pool
+from scoring.executor import Workers
+
+class Killed:
+    def __reduce__(self):  # is pickled last: what precedes it is being sent when its process is killed
+        threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return Killed, ()
 
 class Sender:
-    def much(self, size):
-        return "x" * size
-
-def kill_one(after):
-    time.sleep(after)
-    os.kill(active_children()[0].pid, signal.SIGKILL)
+    engine, precision, open = "llama.cpp", "fp32", int
+    scorer = lambda self: self
+    ask = lambda self, *_, **__: (bytes(200_000_000), Killed())
 
 if __name__ == "__main__":
-    with open_pool(Sender(), 2) as work:
-        try:
-            for number, _ in enumerate(work("much", ((100_000_000,) for _ in range(10**6)))):
-                if number == 1:  # both workers are sending from now on
-                    threading.Thread(target=kill_one, args=[random.random()], daemon=True).start()
-        except ArenaError as error:
-            sys.exit(f"Error: {error}")
+    try:
+        if sys.argv[2] == "prepare":
+            with open_pool(Sender(), 2) as work:
+                list(work("ask", [(), ()]))
+        Workers(Sender(), print, 1).ask([])
+    except Exception as error:
+        sys.exit(f"Error: {error}")
 """
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_while_it_sends_a_result_is_told(tmp_path):
+@pytest.mark.parametrize(("command", "told"), [("prepare", "a worker process of prepare ended"), ("score", "abruptly")])
+def test_a_worker_that_is_killed_while_it_sends_a_result_is_told(command, told, tmp_path):
     script = tmp_path / "sender.py"
-    script.write_text(SENDER)
-    for _ in range(5):  # about every second kill hits the sending, after which Python's own pool waits for ever
-        done = subprocess.run([sys.executable, script, ROOT], capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 1 and "a worker process of prepare ended" in done.stderr, done.stderr
+    script.write_text(SENDER)  # Python's own pool waits for the rest of the result for ever
+    call = [sys.executable, script, ROOT, command]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and told in done.stderr, done.stderr
