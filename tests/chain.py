@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from click.testing import CliRunner
+
+import run
+
 ROOT = Path(__file__).resolve().parents[1]
 # What a shell may hold; none of it may be found in anything that a run writes or prints.
 SECRETS = {"HF_TOKEN": "hf_NeverToBeSeenAnywhere", "WANDB_API_KEY": "0123456789abcdefNeverToBeSeen"}
@@ -17,6 +21,18 @@ def run_py(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "NO_COLOR": "1", **SECRETS}
     call = [sys.executable, str(ROOT / "run.py"), *arguments]
     return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def call(*arguments: str, **options):
+    """Call run.py in this process; return its exit code and what it printed."""
+    return CliRunner().invoke(run.cli, list(arguments), **options)
+
+
+def called(*arguments: str) -> str:
+    """Call run.py in this process, which must succeed; return what it printed."""
+    done = call(*arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 def place(folder: Path, **recipes: dict) -> Path:

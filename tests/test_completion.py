@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-
-import run
+from chain import call
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,7 +26,7 @@ def test_bash_completes_commands_options_and_experiments(tmp_path, line, expecte
         (tmp_path / "factory_configs" / name).mkdir(parents=True)
         (tmp_path / "factory_configs" / name / "experiment.yaml").touch()
     (tmp_path / "run.py").symlink_to(ROOT / "run.py")
-    (tmp_path / "script").write_text(CliRunner().invoke(run.cli, ["completion", "bash"]).output)
+    (tmp_path / "script").write_text(call("completion", "bash").output)
     words = " ".join(f"'{word}'" for word in line.split(" "))
     code = (
         "source ./script; compopt() { :; }\n"
@@ -44,7 +42,7 @@ def test_bash_completes_commands_options_and_experiments(tmp_path, line, expecte
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_each_script_is_valid_and_puts_run_py_on_the_path(tmp_path, shell):
-    printed = CliRunner().invoke(run.cli, ["completion", shell]).output
+    printed = call("completion", shell).output
     assert str(ROOT) in printed.splitlines()[0] and "_RUN_PY_COMPLETE" in printed
     if shutil.which(shell):
         (tmp_path / "script").write_text(printed)

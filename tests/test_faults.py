@@ -18,10 +18,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from chain import call
 
 import run
-from common.errors import ArenaError, user_error
+from common.errors import user_error
 from common.files import only_run
 from data_prep import export as export_module
 from scoring import score_stage
@@ -33,9 +33,9 @@ DATA, OUT = Path("data/exam"), Path("outputs/exam/sft")
 RESULTS = ("probabilities_valid.csv", "probabilities_test.csv", "submission.csv")
 
 
-def call(*arguments: str):
+def ours(*arguments: str):
     """Call run.py in this process; an error must be one of ours."""
-    done = CliRunner().invoke(run.cli, list(arguments))
+    done = call(*arguments)
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     assert "Traceback" not in done.output
     return done
@@ -43,7 +43,7 @@ def call(*arguments: str):
 
 def refused(*arguments: str, words: tuple[str, ...] = ()) -> str:
     """Call run.py, which must end with our error; return what it said."""
-    done = call(*arguments)
+    done = ours(*arguments)
     assert done.exit_code == 1, done.output
     assert "remedy: " in done.output and all(word in done.output for word in words), done.output
     return done.output
@@ -89,7 +89,7 @@ def failing(number: int):
 )
 @pytest.mark.parametrize("command", [PREPARE_TEST, ANEW], ids=["prepare", "score"])
 def test_whichever_write_fails_nothing_finished_is_lost(place, monkeypatch, command, number, words):
-    call(*command)
+    ours(*command)
     whole, export, scored = place.snapshot(), exported(), results()
     n = 0
     while True:
@@ -97,7 +97,7 @@ def test_whichever_write_fails_nothing_finished_is_lost(place, monkeypatch, comm
         sync = Nth(os.fsync, n, failing(number))
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", sync)
-            done = call(*command)
+            done = ours(*command)
         if sync.calls < n:
             break
         assert done.exit_code == 1 and words in done.output and "remedy: " in done.output, done.output
@@ -130,7 +130,7 @@ def test_a_disk_that_is_really_full(place, tmp_path):
         assert exported() == before and not leftovers()
         (disk / "filler").unlink()
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
-        assert call(*PREPARE_TEST).exit_code == 0
+        assert ours(*PREPARE_TEST).exit_code == 0
         assert set(exported()) >= {"manifest.json", "sft_train.jsonl"}
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -154,7 +154,7 @@ def test_a_file_that_may_not_grow_is_told(place):
 @pytest.mark.parametrize("command", [PREPARE_TEST, SCORE_INPUT, ANEW], ids=["prepare", "input", "score"])
 def test_a_signal_ends_the_work_in_words_and_it_goes_on(place, monkeypatch, command, sign):
     monkeypatch.setattr(sys, "argv", ["run.py", *command])
-    call(*command)
+    ours(*command)
     export, scored = exported(), results()
     mine = Path("mine.csv").read_bytes() if Path("mine.csv").exists() else None
     Path("mine.csv").unlink(missing_ok=True)
@@ -166,7 +166,7 @@ def test_a_signal_ends_the_work_in_words_and_it_goes_on(place, monkeypatch, comm
         refused(*command, words=(by, f"the same command {'without --fresh ' if command is ANEW else ''}{begins}"))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handler is put back"
     assert exported() == export and not leftovers() and not Path("mine.csv").exists()
-    again = call(*(SCORE if command is ANEW else command))
+    again = ours(*(SCORE if command is ANEW else command))
     assert again.exit_code == 0, again.output
     assert (exported(), results()) == (export, scored)
     if mine is not None:
@@ -187,13 +187,13 @@ def test_memory_that_runs_out_is_told(place, monkeypatch):
 @pytest.mark.parametrize("limit", [450_000, 600_000])
 def test_a_process_with_little_memory_loses_nothing(place, limit):
     """Libraries in C++ may abort instead of raising; then nobody can say anything, but nothing is lost either."""
-    call(*PREPARE_TEST)
+    ours(*PREPARE_TEST)
     before = exported()
     done = limited(f"-v {limit}")
     if done.returncode == 1 and "Error: " in done.stderr:
         assert "memory" in done.stderr and "remedy: " in done.stderr and "Traceback" not in done.stderr
     assert exported() == before
-    assert call(*PREPARE_TEST).exit_code == 0 and exported() == before and not leftovers()
+    assert ours(*PREPARE_TEST).exit_code == 0 and exported() == before and not leftovers()
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_two_runs_at_once_are_told_who_is_at_work(place):
 def test_options_that_cannot_be_had_put_no_result_aside(place, monkeypatch, options):
     monkeypatch.setattr("scoring.engines.find_spec", lambda name: None)
     before = place.snapshot()
-    done = call(*SCORE, "--fresh", *options)
+    done = ours(*SCORE, "--fresh", *options)
     assert done.exit_code in (1, 2) and "remedy: " in done.output and "loading" not in done.output, done.output
     assert place.snapshot() == before
 
@@ -269,7 +269,7 @@ def test_a_model_that_cannot_be_loaded_puts_no_result_aside(place):
     refused(*SCORE, "--fresh")
     assert place.snapshot() == before
     weights.write_bytes(whole)
-    done = call(*SCORE, "--fresh")
+    done = ours(*SCORE, "--fresh")
     assert done.exit_code == 0 and "the earlier report is now outputs/exam/sft/report.json.earlier-1" in done.output
 
 
@@ -280,10 +280,10 @@ def test_a_project_that_moved_keeps_what_is_finished(place, tmp_path, monkeypatc
     shutil.copytree(Path.cwd(), moved, symlinks=True, copy_function=shutil.copyfile)  # other times of change
     shutil.rmtree(Path.cwd())
     monkeypatch.chdir(moved)
-    assert "scores kept" in call(*SCORE).output
+    assert "scores kept" in ours(*SCORE).output
     before = results()
-    assert call(*ANEW).exit_code == 0 and results() == before
-    assert call(*SCORE_INPUT).exit_code == 0
+    assert ours(*ANEW).exit_code == 0 and results() == before
+    assert ours(*SCORE_INPUT).exit_code == 0
 
 
 def test_a_clock_that_goes_backwards_decides_nothing(place, monkeypatch):
@@ -304,12 +304,12 @@ def test_a_clock_that_goes_backwards_decides_nothing(place, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: float(next(ticks)))
     monkeypatch.setattr("factory.state.datetime", Backwards)
     monkeypatch.setattr("common.files.datetime", Backwards)
-    assert "scores kept" in call(*SCORE).output
-    assert call(*ANEW).exit_code == 0 and results() == whole
+    assert "scores kept" in ours(*SCORE).output
+    assert ours(*ANEW).exit_code == 0 and results() == whole
     record = json.loads((OUT / "state.json").read_text())["parts"]["score"]
     assert record["finished_at"] < record["started_at"] and record["seconds"] > 0
-    assert "scores kept" in call(*SCORE).output
-    assert call(*SCORE_INPUT).exit_code == 0
+    assert "scores kept" in ours(*SCORE).output
+    assert ours(*SCORE_INPUT).exit_code == 0
 
 
 def test_a_damaged_report_of_a_finished_stage_names_the_way_to_make_it_anew(place):
@@ -318,20 +318,8 @@ def test_a_damaged_report_of_a_finished_stage_names_the_way_to_make_it_anew(plac
     report.write_bytes(report.read_bytes()[:500])
     said = refused(*SCORE, words=("no readable report", "score -e exam --stage sft --fresh"))
     assert "run.py sft" not in said, "that would end here again"
-    assert call("score", "-e", "exam", "--stage", "sft", "--fresh").exit_code == 0
+    assert ours("score", "-e", "exam", "--stage", "sft", "--fresh").exit_code == 0
     assert results() == before and json.loads(report.read_text())["stage"] == "sft"
-
-
-def test_a_second_export_at_the_same_time_keeps_the_list_of_all_sets(place):
-    """The list is read, changed and written under its own lock: nobody's sets get lost."""
-    listed = Path("data/dataset_info.json")
-    with pytest.raises(ArenaError), only_run(listed), only_run(listed):
-        pass
-    assert call(*PREPARE_TEST).exit_code == 0
-    assert {name for name in json.loads(listed.read_text()) if name.startswith("exam_sft")} == {
-        "exam_sft_train",
-        "exam_sft_valid",
-    }
 
 
 SENDER = """

@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import pandas
 import pyarrow
 import pytest
-from click.testing import CliRunner
+from chain import call
 from pyarrow.csv import ConvertOptions, ParseOptions, read_csv
 
 import run
@@ -81,11 +81,6 @@ def secrets(monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     return SECRETS
-
-
-def call(*arguments: str):
-    """Call run.py in this process."""
-    return CliRunner().invoke(run.cli, list(arguments))
 
 
 @contextmanager

@@ -6,9 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-
-import run
+from chain import call
 
 OPENED: Counter | None = None
 
@@ -31,7 +29,7 @@ def opened(place):
 
 @pytest.mark.parametrize("command", [["score"], ["status"], ["show", "9000"]], ids=lambda command: command[0])
 def test_recipes_manifest_and_state_are_read_once(opened, command):
-    done = CliRunner().invoke(run.cli, [*command, "-e", "exam"])
+    done = call(*command, "-e", "exam")
     assert done.exit_code == 0, done.output
     files = ("sft.yaml", "merge_sft.yaml")
     recipes = {f"factory_configs/exam/{name}": opened[f"factory_configs/exam/{name}"] for name in files}

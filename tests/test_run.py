@@ -14,8 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
-from chain import SECRETS, run_py
-from click.testing import CliRunner
+from chain import SECRETS, call, run_py
 
 import run
 from common.battle import PROBABILITY_COLUMNS
@@ -61,35 +60,34 @@ def test_every_command_and_option_is_explained_and_stands_in_the_readme(command)
     assert f"run.py {command}" in (ROOT / "README.md").read_text(encoding="utf-8")
     definition = run.cli.commands[command]
     assert definition.help and all(getattr(option, "help", "given") for option in definition.params)
-    shown = CliRunner().invoke(run.cli, [command, "--help"], terminal_width=80).output.split()
+    shown = call(command, "--help", terminal_width=80).output.split()
     texts = " ".join([definition.help, *(getattr(option, "help", None) or "" for option in definition.params)]).split()
     assert [word for word in texts if word not in shown] == [], "no word is broken at the edge"
 
 
 def test_the_version_an_example_a_command_and_what_was_meant():
-    call = CliRunner().invoke
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert call(run.cli, ["--version"]).output.split()[-1] == project["version"]
+    assert call("--version").output.split()[-1] == project["version"]
     assert EXAMPLES.keys() == run.cli.commands.keys()
     for name, example in EXAMPLES.items():
         run.cli.commands[name].make_context(name, shlex.split(example), parent=click.Context(run.cli))
-        assert f"Example: python run.py {name} {example}".rstrip() in call(run.cli, [name, "--help"]).output
-    assert "Did you mean one of: 'prepare'" in call(run.cli, ["prepear"]).output
+        assert f"Example: python run.py {name} {example}".rstrip() in call(name, "--help").output
+    assert "Did you mean one of: 'prepare'" in call("prepear").output
     with chdir(ROOT):
-        assert "did you mean qwen3-4b?" in call(run.cli, ["status", "-e", "qwen-4b"]).output
-        assert call(run.cli, ["verify"]).exit_code == 2
-        assert "outputs/qwen3-4b/sft" in call(run.cli, ["verify", "-e", "qwen3-4b"]).output
+        assert "did you mean qwen3-4b?" in call("status", "-e", "qwen-4b").output
+        assert call("verify").exit_code == 2
+        assert "outputs/qwen3-4b/sft" in call("verify", "-e", "qwen3-4b").output
 
 
 def test_the_list_of_commands_has_whole_sentences():
-    shown = CliRunner().invoke(run.cli, [], terminal_width=80).output.partition("Commands:")[2].splitlines()[1:]
+    shown = call(terminal_width=80).output.partition("Commands:")[2].splitlines()[1:]
     assert [line.split()[0] for line in shown] == COMMANDS
     assert [line for line in shown if not line.endswith(".") or line.endswith("...")] == []
 
 
 def test_a_quantization_may_be_written_as_llama_cpp_writes_it(workplace):
     (workplace / "factory_configs").symlink_to(ROOT / "factory_configs")
-    told = CliRunner().invoke(run.cli, ["export", "-e", "demo", "--quantization", "Q8_0"])
+    told = call("export", "-e", "demo", "--quantization", "Q8_0")
     assert told.exit_code == 1 and "is not one of" not in told.output, "it goes on to the judge that is missing here"
 
 
@@ -110,7 +108,7 @@ def test_a_quantization_may_be_written_as_llama_cpp_writes_it(workplace):
 )
 def test_wrong_use_ends_in_an_error_without_a_traceback(line, code, words, workplace):
     (workplace / "factory_configs").symlink_to(ROOT / "factory_configs")
-    result = CliRunner().invoke(run.cli, line.split())
+    result = call(*line.split())
     assert result.exit_code == code, result.output
     assert all(word in result.output for word in words), result.output
     assert "Traceback" not in result.output
@@ -122,15 +120,14 @@ def test_a_file_that_holds_no_votes_is_told_before_a_base_is_built(option, workp
     write_arena(workplace / "arena", seed=3, train_rows=40, test_rows=5)
     (workplace / "names.csv").write_text("id,name\n1,Ada\n", encoding="utf-8")
     votes = {"--train": "arena/train.csv", option: "names.csv"}
-    result = CliRunner().invoke(run.cli, ["prepare", "-e", "demo", *(word for pair in votes.items() for word in pair)])
+    result = call("prepare", "-e", "demo", *(word for pair in votes.items() for word in pair))
     assert result.exit_code == 1 and "names.csv" in result.output, result.output
     assert not (workplace / "models").exists() and not (workplace / "data").exists()
 
 
 def test_verbose_shows_where_an_error_comes_from_before_what_a_user_needs(workplace):
     (workplace / "factory_configs").mkdir(exist_ok=True)  # without one the folder itself is the fault
-    call = ["prepare", "-e", "nowhere", "--train", "x.csv"]
-    plain, verbose = (CliRunner().invoke(run.cli, [*call, *option]) for option in ([], ["-v"]))
+    plain, verbose = (call("prepare", "-e", "nowhere", "--train", "x.csv", *option) for option in ([], ["-v"]))
     assert plain.exit_code == verbose.exit_code == 2
     assert "Traceback" not in plain.stderr and "there is no experiment 'nowhere'" in plain.stderr
     assert "Traceback" in verbose.stderr and verbose.stderr.endswith(plain.stderr)
@@ -264,5 +261,5 @@ SINGLE = [
 
 @pytest.mark.parametrize(("command", "option"), SINGLE, ids=lambda value: value)
 def test_an_option_that_is_given_twice_is_refused(command, option):
-    done = CliRunner().invoke(run.cli, [command, option, "1", option, "1"])
+    done = call(command, option, "1", option, "1")
     assert done.exit_code == 2 and f"{option} is given 2 times" in done.output

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chain import called
+
 from common.battle import PROBABILITY_COLUMNS
 from factory.stage_context import StageContext
 
@@ -99,9 +101,6 @@ def usual_votes(place: Place) -> None:
 
 def build(folder: Path, frame, tokenizer, write_votes: Callable[[Place], object] = usual_votes) -> None:
     """Lay the place out in `folder`, the current one: everything by the project's own code, training left out."""
-    from click.testing import CliRunner
-
-    import run
     from common.experiment import load_experiment
     from data_prep.chat_template import write_cache
 
@@ -113,9 +112,9 @@ def build(folder: Path, frame, tokenizer, write_votes: Callable[[Place], object]
     experiment = load_experiment("exam")
     write_cache(experiment, frame, tokenizer.to_str())
     write_votes(Place())
-    _call(CliRunner(), run.cli, "prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs")
+    called("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--pairs")
     lay_stage(StageContext(experiment, "sft"))
-    _call(CliRunner(), run.cli, "score", "-e", "exam", "--json")
+    called("score", "-e", "exam", "--json")
 
 
 def lay_stage(context: StageContext) -> None:
@@ -164,11 +163,6 @@ def train_and_merge(adapter: Path, merged: Path) -> None:
     policy.merge_and_unload().save_pretrained(merged)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path("models/tiny") / name, merged / name)
-
-
-def _call(runner, cli, *arguments: str) -> None:
-    done = runner.invoke(cli, arguments, catch_exceptions=False)
-    assert done.exit_code == 0, done.output
 
 
 def _merged_lines(old: str, new: str) -> str:

@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
+from chain import called
 from pyarrow.parquet import read_table, write_table
 
-import run
 from common.experiment import load_experiment
 from common.progress import Show
 from factory.merge import merge
@@ -119,8 +118,7 @@ def other_votes(place: Place) -> None:
     """Prepare a second experiment with votes of its own."""
     place.table(place.rows(start=5000), "others.csv")
     shutil.copytree("factory_configs/exam", "factory_configs/other")
-    call = [*PREPARE_TEST[:2], "other", "--train", "others.csv", *PREPARE_TEST[-2:]]
-    assert CliRunner().invoke(run.cli, call).exit_code == 0
+    called(*PREPARE_TEST[:2], "other", "--train", "others.csv", *PREPARE_TEST[-2:])
 
 
 def answered_its_own_rows(place: Place) -> None:

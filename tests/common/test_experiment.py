@@ -1,9 +1,8 @@
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from chain import call
 
-import run
 from common.errors import ArenaError
 from common.experiment import parse_experiment, read_yaml
 
@@ -34,13 +33,13 @@ def test_yaml_is_read_as_llamafactory_reads_it(tmp_path):
 
 def test_another_folder_is_told_with_the_way_to_the_projects(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for call in (
+    for arguments in (
         ["status"],
         ["sft", "-e", "demo"],
         ["board", "--no-open"],
         ["new", "mine", "--model", "Qwen/Qwen3-8B"],
     ):
-        done = CliRunner().invoke(run.cli, call)
+        done = call(*arguments)
         assert done.exit_code == 2, done.output
         assert f"Error: {tmp_path}: there is no factory_configs/ here\n  remedy: call run.py from" in done.output
         assert f"cd {ROOT}" in done.output

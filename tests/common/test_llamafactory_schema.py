@@ -8,7 +8,7 @@ import pytest
 
 import common.llamafactory_schema as schema
 from common.errors import ArenaError
-from common.llamafactory_schema import arguments, key_fault, value_fault
+from common.llamafactory_schema import arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,28 +36,3 @@ def test_another_release_of_llamafactory_is_refused(monkeypatch):
     with pytest.raises(ArenaError, match=r"checked against LLaMA-Factory 0\.9\.5.*of release 0\.9\.6") as caught:
         arguments()
     assert caught.value.remedy == "make install"
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "part"),
-    [
-        ("eval_strategy", "step", "did you mean steps?"),
-        ("lora_rank", "sixteen", "expected int; write a whole number"),
-        ("lora_rank", 64.0, "write 64"),
-        ("lora_rank", True, "expected int"),
-        ("do_train", "true", "expected bool; write it without quotes"),
-        ("do_train", "perhaps", "expected bool; write true or false"),
-        ("do_train", 1, "expected bool"),
-        ("dataset", 7, "put it in quotes"),
-        ("train_sampling_strategy", "length", "choices: random, sequential, group_by_length"),
-        ("log_level", "loud", "choices: detail, debug"),
-        ("adapter_name_or_path", ["a", "b"], "write one string with commas"),
-    ],
-)
-def test_a_wrong_value_is_named_with_its_remedy(key, value, part):
-    assert part in value_fault(arguments()[key], value)
-
-
-def test_a_key_without_a_neighbour_or_a_variable_is_refused():
-    assert key_fault("zzzz", training=True).endswith("no such key")
-    assert "remove the key" in key_fault("swanlab_lark_secret", training=True), "no variable serves instead"

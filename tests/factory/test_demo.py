@@ -8,7 +8,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from click.testing import CliRunner
+from chain import call
 
 import run
 from common.errors import ArenaError
@@ -32,9 +32,9 @@ from factory.state import StageState
 
 def test_an_export_of_other_votes_is_not_replaced_by_the_arena(place):
     Path("factory_configs/exam").rename("factory_configs/demo")
-    assert CliRunner().invoke(run.cli, ["prepare", "-e", "demo", "--train", "votes.csv"]).exit_code == 0
+    assert call("prepare", "-e", "demo", "--train", "votes.csv").exit_code == 0
     before = place.snapshot()
-    refused = CliRunner().invoke(run.cli, ["demo"])
+    refused = call("demo")
     assert refused.exit_code == 1 and "holds an export of votes.csv" in refused.output
     assert "python run.py demo --fresh" in refused.output and place.snapshot() == before
     manifest, demo = Path("data/demo/manifest.json"), load_experiment("demo")
@@ -111,7 +111,7 @@ def test_nothing_is_replaced_while_a_run_is_at_work_on_it(place, monkeypatch, ot
     Path("factory_configs/exam").rename("factory_configs/demo")
     before = place.snapshot()
     with only_run(load_experiment(other or "demo").output_folder("sft")):
-        refused = CliRunner().invoke(run.cli, ["demo", "--seed", "2", "--fresh"])
+        refused = call("demo", "--seed", "2", "--fresh")
     assert (
         refused.exit_code == 1
         and ("is running" in refused.output or "is at work" in refused.output)
@@ -148,7 +148,7 @@ def test_an_interrupted_demo_of_another_seed_goes_on(place, monkeypatch):
 
     def demo(seed, stage=trains):
         monkeypatch.setattr("scoring.pipeline.run_stage", stage)
-        return CliRunner().invoke(run.cli, ["demo", "--seed", seed]).exit_code
+        return call("demo", "--seed", seed).exit_code
 
     monkeypatch.setattr(run, "finish", lambda *_: None)
     assert demo("1") == 0

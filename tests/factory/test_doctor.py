@@ -3,9 +3,8 @@ import subprocess
 from collections import namedtuple
 
 import pytest
-from click.testing import CliRunner
+from chain import call
 
-import run
 from factory import doctor
 from factory.devices import Devices, Gpu, Product
 from factory.doctor import Finding, as_lines, as_report, examine
@@ -132,10 +131,10 @@ def test_the_flags_of_the_cpu(tmp_path, flags, part):
 def test_the_command_ends_with_1_on_a_fault(workplace, monkeypatch):
     findings = [Finding("gpu", "warning", "none", "get one")]
     monkeypatch.setattr(doctor, "examine", lambda: findings)
-    result = CliRunner().invoke(run.cli, ["doctor"])
+    result = call("doctor")
     assert result.exit_code == 0 and "warning gpu: none" in result.output and "get one" in result.output
     findings.append(Finding("disk", "fault", "1.0 GiB free here", "free some"))
-    result = CliRunner().invoke(run.cli, ["doctor", "--json"])
+    result = call("doctor", "--json")
     assert result.exit_code == 1
     content = json.loads(result.output)
     assert list(content["findings"][1].values()) == ["disk", "fault", "1.0 GiB free here", "free some"]

@@ -3,9 +3,8 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from click.testing import CliRunner
+from chain import call
 
-import run
 from common.errors import ArenaError
 from common.experiment import load_experiment, read_yaml
 from common.stages import STEPS, TRAININGS
@@ -43,7 +42,7 @@ def card(monkeypatch):
 )
 def test_bf16_is_written_only_where_the_machine_has_it(workplace, card, seen, cpu, numbers, said):
     card[:] = seen, cpu
-    done = call("mine", "--model", "Qwen/Qwen3-8B")
+    done = call("new", "mine", "--model", "Qwen/Qwen3-8B")
     assert done.exit_code == 0 and f"trains in {said}" in done.stderr, done.output
     its = load_experiment("mine")
     assert all(its.recipes.get(training, {}) == numbers for training in TRAININGS)
@@ -53,12 +52,8 @@ def test_bf16_is_written_only_where_the_machine_has_it(workplace, card, seen, cp
     assert (said.split(":")[0] in its.folder.joinpath("experiment.yaml").read_text()) or not numbers
 
 
-def call(*arguments):
-    return CliRunner().invoke(run.cli, ["new", *arguments])
-
-
 def test_it_makes_a_whole_experiment(workplace):
-    result = call("mine", "--model", "Qwen/Qwen3-8B", "--bits", "8", "--cutoff", "1024", "--json")
+    result = call("new", "mine", "--model", "Qwen/Qwen3-8B", "--bits", "8", "--cutoff", "1024", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {
         "folder": "factory_configs/mine",
@@ -79,7 +74,7 @@ def test_it_makes_a_whole_experiment(workplace):
 
 
 def test_the_defaults_are_4_bits_and_2048_tokens(workplace):
-    result = call("mine", "--model", "google/gemma-2-2b-it")
+    result = call("new", "mine", "--model", "google/gemma-2-2b-it")
     assert result.exit_code == 0, result.output
     assert "template gemma2; next: python run.py prepare -e mine --train FILE" in result.output
     its = load_experiment("mine")
@@ -91,11 +86,11 @@ def test_the_defaults_are_4_bits_and_2048_tokens(workplace):
 
 def test_a_local_folder_is_a_model_and_a_template_whose_tokens_it_lacks_is_refused(workplace, tiny_base):
     for template in ([], ["--template", "llama3"]):
-        result = call("local", "--model", str(tiny_base), *template)
+        result = call("new", "local", "--model", str(tiny_base), *template)
         assert result.exit_code == 2 and "perhaps: qwen3, qwen3_nothink" in result.output
         assert not Path("factory_configs/local").exists()
     assert f"the tokenizer of {tiny_base} lacks <|eot_id|>" in result.output
-    result = call("local", "--model", str(tiny_base), "--template", "qwen3_nothink", "--bits", "none")
+    result = call("new", "local", "--model", str(tiny_base), "--template", "qwen3_nothink", "--bits", "none")
     assert result.exit_code == 0, result.output
     its = load_experiment("local")
     assert (its.model, its.quantization_bit) == (str(tiny_base), None)
@@ -109,16 +104,16 @@ def test_a_hubs_model_is_looked_at_where_it_was_downloaded(workplace, tiny_base,
     (kept / "snapshots" / "abc").mkdir(parents=True)
     asked = ("mine", "--model", "Qwen/Qwen3-8B", "--template", "llama3")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert call("other", *asked[1:]).exit_code == 0, "nothing is on this disk, so prepare tells"
+    assert call("new", "other", *asked[1:]).exit_code == 0, "nothing is on this disk, so prepare tells"
     (kept / "snapshots" / "abc" / "tokenizer.json").write_bytes((tiny_base / "tokenizer.json").read_bytes())
-    result = call(*asked)
+    result = call("new", *asked)
     assert result.exit_code == 2 and "give the model's own: qwen3\n" in result.output, result.output
 
 
 def test_nothing_is_ever_overwritten(workplace):
-    assert call("mine", "--model", "Qwen/Qwen3-8B").exit_code == 0
+    assert call("new", "mine", "--model", "Qwen/Qwen3-8B").exit_code == 0
     before = {path.name: path.read_bytes() for path in Path("factory_configs/mine").iterdir()}
-    result = call("mine", "--model", "google/gemma-2-9b-it")
+    result = call("new", "mine", "--model", "google/gemma-2-9b-it")
     assert result.exit_code == 2 and "exists already" in result.output and "remedy" in result.output
     assert {path.name: path.read_bytes() for path in Path("factory_configs/mine").iterdir()} == before
 
@@ -141,17 +136,17 @@ def test_a_failure_leaves_nothing(workplace, monkeypatch):
     ],
 )
 def test_wrong_use_is_told_and_makes_nothing(workplace, arguments, part):
-    result = call(*arguments)
+    result = call("new", *arguments)
     assert result.exit_code == 2 and part in result.output, result.output
     assert not Path("factory_configs").exists() or list(Path("factory_configs").iterdir()) == []
 
 
 def test_a_copy_keeps_settings_and_hand_edits_under_its_own_name(workplace):
-    assert call("first", "--model", "Qwen/Qwen3-8B", "--cutoff", "512").exit_code == 0
+    assert call("new", "first", "--model", "Qwen/Qwen3-8B", "--cutoff", "512").exit_code == 0
     first = load_experiment("first")
     recipe = first.recipe("sft")
     recipe.write_text(recipe.read_text().replace("lora_rank: 64", "lora_rank: 7"))
-    done = call("second", "--from", "first")
+    done = call("new", "second", "--from", "first")
     assert done.exit_code == 0 and "sft.yaml: with the hand edits of" in done.stderr, done.output
     assert "next: python run.py prepare -e second --train FILE" in done.stdout
     copy = load_experiment("second")
@@ -162,16 +157,16 @@ def test_a_copy_keeps_settings_and_hand_edits_under_its_own_name(workplace):
     assert "/first" not in copy.recipe("rm").read_text() + copy.folder.joinpath("experiment.yaml").read_text()
     check_recipes(copy, TRAININGS)
     for wrong in (["--from", "first", "--cutoff", "64"], [], ["--from", "first", "--model", "x"], ["--from", "none"]):
-        assert call("third", *wrong).exit_code == 2
+        assert call("new", "third", *wrong).exit_code == 2
 
 
 def test_recipes_are_rendered_without_votes(workplace):
-    assert call("mine", "--model", "Qwen/Qwen3-8B").exit_code == 0
+    assert call("new", "mine", "--model", "Qwen/Qwen3-8B").exit_code == 0
     mine = load_experiment("mine")
     settings = mine.folder / "experiment.yaml"
     settings.write_text(settings.read_text().replace("cutoff_len: 2048", "cutoff_len: 300"))
     mine.recipe("rm").write_text(mine.recipe("rm").read_text() + "# by hand\n")
-    done = CliRunner().invoke(run.cli, ["render", "-e", "mine", "--json"])
+    done = call("render", "-e", "mine", "--json")
     states = json.loads(done.stdout)
     assert states[str(mine.recipe("sft"))] == "updated" and states[str(mine.recipe("rm"))] == "hand-edited"
     assert read_yaml(mine.recipe("sft"))["cutoff_len"] == 300 and "the votes" not in done.stderr

@@ -10,9 +10,8 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from click.testing import CliRunner
+from chain import call
 
-import run
 from common.errors import ArenaError, Interrupted
 from common.experiment import load_experiment
 from common.files import only_run
@@ -44,10 +43,6 @@ def started(*_, **__):
 def starts(monkeypatch):
     monkeypatch.setattr("factory.train.run_child", started)
     monkeypatch.setattr("factory.merge.run_child", started)
-
-
-def call(*arguments: str):
-    return CliRunner().invoke(run.cli, arguments)
 
 
 def next_of(said: str) -> list[str]:

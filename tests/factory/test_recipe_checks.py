@@ -3,9 +3,8 @@ import re
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from chain import call
 
-import run
 from common.errors import ArenaError
 from common.experiment import load_experiment, parse_experiment, read_yaml
 from common.stages import STEPS
@@ -69,7 +68,15 @@ def test_a_rendered_recipe_has_no_fault(faults, step):
         ("learning_rate", "0.0", "must be above 0"),
         ("gradient_accumulation_steps", "0", "must be at least 1"),
         ("warmup_steps", "-1", "must not be negative"),
-        ("bf16", '"true"', "expected bool"),
+        ("bf16", '"true"', "expected bool; write it without quotes"),
+        ("bf16", '"perhaps"', "expected bool; write true or false"),
+        ("bf16", "1", "expected bool"),
+        ("lora_rank", "64.0", "write 64"),
+        ("lora_rank", "true", "expected int"),
+        ("dataset_dir", "7", "put it in quotes"),
+        ("log_level", "loud", "choices: detail, debug"),
+        ("zzzz", "1", "no such key"),
+        ("swanlab_lark_secret", "x", "remove the key"),  # no variable serves instead
         ("report_to", "[tensorboard, mlfow]", "'mlfow' is no reporter; choices: none, all"),
         ("cutoff_len", None, "is missing, but by"),
         ("quantization_bit", "8", "it is 4"),
@@ -307,7 +314,7 @@ def test_an_untouched_recipe_behind_its_experiment_is_rendered_again(tmp_path):
 def test_a_lora_target_that_no_module_has_changes_nothing_on_disk(place):
     place.edit_recipe("sft", "lora_target: q_projj,v_proj")
     before = place.snapshot()
-    done = CliRunner().invoke(run.cli, ["sft", "-e", "exam", "--fresh"])
+    done = call("sft", "-e", "exam", "--fresh")
     assert done.exit_code == 1, done.output
     assert "sft.yaml: lora_target: models/tiny has no module 'q_projj'" in done.output
     after = place.snapshot()

@@ -3,9 +3,8 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from click.testing import CliRunner
+from chain import call
 
-import run
 from common.errors import ArenaError
 from factory.state import StageState, archive, archived, last_checkpoint
 
@@ -106,10 +105,9 @@ def test_runs_put_aside_are_listed_with_their_size_and_deleted_after_a_yes():
     Path("saves/m/lora/link.earlier-3").symlink_to(kept.parent.absolute())
     old = {"outputs/demo/sft/merged.earlier-1", "saves/m/lora/demo_sft.earlier-1", "saves/m/lora/link.earlier-3"}
     assert {str(path) for path in archived()} == old and archived()[Path("saves/m/lora/demo_sft.earlier-1")] == 1
-    call = CliRunner().invoke
-    assert set(json.loads(call(run.cli, ["status", "--json"]).stdout)["earlier_runs"]) == old
-    assert "earlier runs: 3, " in call(run.cli, ["status"]).output
-    refused = call(run.cli, ["clean"], input="n\n")
+    assert set(json.loads(call("status", "--json").stdout)["earlier_runs"]) == old
+    assert "earlier runs: 3, " in call("status").output
+    refused = call("clean", input="n\n")
     assert refused.exit_code == 1 and all(name in refused.output for name in old) and len(archived()) == 3
-    assert call(run.cli, ["clean", "--yes"]).exit_code == 0
-    assert not archived() and kept.is_file() and "no earlier runs" in call(run.cli, ["clean"]).output
+    assert call("clean", "--yes").exit_code == 0
+    assert not archived() and kept.is_file() and "no earlier runs" in call("clean").output

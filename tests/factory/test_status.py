@@ -6,10 +6,9 @@ from datetime import datetime, timedelta
 from zipfile import ZipFile
 
 import pytest
-from click.testing import CliRunner
+from chain import call
 from rich.console import Console
 
-import run
 from common.errors import UsageError
 from common.experiment import load_experiment
 from common.files import only_run
@@ -155,10 +154,10 @@ def test_a_faulty_experiment_hides_no_other(exam, workplace):
     broken = workplace / "factory_configs" / "broken"
     broken.mkdir()
     (broken / "experiment.yaml").write_text("modle: x\n")
-    result = CliRunner().invoke(run.cli, ["status"])
+    result = call("status")
     assert result.exit_code == 0
     assert "faulty" in result.output and "exam" in result.output and "not prepared" in result.output
-    (first, second) = json.loads(CliRunner().invoke(run.cli, ["status", "--json"]).output)["experiments"]
+    (first, second) = json.loads(call("status", "--json").output)["experiments"]
     assert "there is no such key; did you mean model?" in first["fault"] and second["fault"] is None
 
 
@@ -202,16 +201,16 @@ def test_untouched_experiments_share_one_line(exam, workplace):
     for name in ("other", "third"):
         (workplace / "factory_configs" / name).mkdir()
         (workplace / "factory_configs" / name / "experiment.yaml").write_text(source)
-    fresh = CliRunner().invoke(run.cli, ["status"]).output
+    fresh = call("status").output
     assert "3 experiments, nothing done yet: exam, other, third" in fresh
     assert "next: python run.py prepare -e EXP --train FILE" in fresh
     prepared(exam)
-    begun = CliRunner().invoke(run.cli, ["status"]).output
+    begun = call("status").output
     assert "2 more experiments, nothing done yet: other, third" in begun
     assert [line for line in begun.splitlines() if line.startswith("next: ")] == ["next: python run.py sft -e exam"]
-    alone = CliRunner().invoke(run.cli, ["status", "-e", "other"]).output
+    alone = call("status", "-e", "other").output
     assert "not prepared" in alone and "next: python run.py prepare -e other --train FILE" in alone
-    assert len(json.loads(CliRunner().invoke(run.cli, ["status", "--json"]).output)["experiments"]) == 3
+    assert len(json.loads(call("status", "--json").output)["experiments"]) == 3
 
 
 def test_dpo_means_the_one_view_that_was_trained(exam):

@@ -8,9 +8,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from click.testing import CliRunner
+from chain import called
 
-import run
 from common.battle import Battle
 from common.experiment import load_experiment
 from factory.stage_context import StageContext
@@ -144,8 +143,3 @@ def drawn(count: int, seed: int) -> list[Battle]:
         verdict = longer if random.random() < 0.7 else random.choice(["a", "b", "tie"])
         battles.append(Battle(f"{seed}-{number}", tuple(prompts), tuple(a), tuple(b), verdict))
     return battles
-
-
-def called(*arguments: str) -> None:
-    done = CliRunner().invoke(run.cli, arguments, catch_exceptions=False)
-    assert done.exit_code == 0, done.output

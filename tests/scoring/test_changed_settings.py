@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from chain import call
 
-import run
 from common.experiment import load_experiment
 from factory.stage_context import StageContext
 from factory.state import StageState
@@ -18,10 +17,6 @@ from scoring.show import show_battle
 
 DATA, OUT = Path("data/exam"), Path("outputs/exam/sft")
 MERGED = OUT / "merged"
-
-
-def call(*arguments: str):
-    return CliRunner().invoke(run.cli, arguments)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+from chain import call
 
-import run
 from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment
 from common.progress import Show
@@ -125,10 +124,6 @@ def test_the_settings_in_which_experiments_differ_are_named(workplace, make_expe
 
 
 OUT = Path("outputs/both/ensemble")
-
-
-def call(*arguments: str):
-    return CliRunner().invoke(run.cli, arguments)
 
 
 def probabilities(path: Path) -> np.ndarray:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from chain import call
 
-import run
 from common.battle import Battle, swap
 from common.errors import ArenaError
 from common.experiment import load_experiment
@@ -92,7 +91,7 @@ def test_a_tokenizer_that_pads_and_cuts_does_neither_here(folder, small_tokenize
 
 
 def refused(*arguments: str) -> str:
-    done = CliRunner().invoke(run.cli, arguments)
+    done = call(*arguments)
     assert done.exit_code == 1, done.output
     return done.output
 

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+from chain import call
 from supply_chain import needed
 
-import run
 from common.battle import PROBABILITY_COLUMNS
 from common.experiment import load_experiment
 from factory.stage_context import StageContext
@@ -32,10 +31,6 @@ def refuse(self, address):
     return connect(self, address)
 socket.socket.connect = refuse
 """
-
-
-def call(*arguments: str):
-    return CliRunner().invoke(run.cli, list(arguments))
 
 
 def pack(*options: str):

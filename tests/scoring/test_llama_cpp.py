@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import run
 from common.errors import ArenaError, UsageError
 from common.files import sha256_of
-from scoring.engines.llama_cpp import QUANTIZATIONS, check_gguf, find_gguf, gguf_path, manifest_path, source_files
+from scoring.engines.llama_cpp import check_gguf, find_gguf, gguf_path, manifest_path, source_files
 
 SOURCE = ["config.json", "judge.json", "model.safetensors", "tokenizer.json"]
 
@@ -95,8 +94,3 @@ def test_auto_is_the_only_file_and_never_a_guess(judge):
         find_gguf(judge, "bf16")
     with pytest.raises(UsageError, match="no precision 'fp32'"):
         find_gguf(judge, "fp32")
-
-
-def test_the_command_line_offers_what_there_is():
-    (option,) = (o for o in run.cli.commands["export"].params if o.name == "quantization")
-    assert tuple(option.type.choices) == QUANTIZATIONS

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+from chain import call
 
-import run
 from common.errors import ArenaError
 from common.experiment import load_experiment
 from common.progress import Show
@@ -78,18 +77,18 @@ def test_each_gpu_trains_one_fold_at_a_time_and_a_failure_is_named(make_experime
 def test_another_fold_answer_asks_the_judges_that_did_not_answer(place):
     place.edit_experiment("folds: 2\n")
     votes = ("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv")
-    assert CliRunner().invoke(run.cli, votes).exit_code == 0
+    assert call(*votes).exit_code == 0
     whole = StageContext(load_experiment("exam"), "sft")
     for fold in (0, 1, "full"):
         context = whole.of(fold)
         context.merged.mkdir(parents=True)
         train_and_merge(context.adapter, context.merged)
         write_judge_manifest(context.merged, context)
-    done = CliRunner().invoke(run.cli, ("score", "-e", "exam", "--fold", "full"))
+    done = call("score", "-e", "exam", "--fold", "full")
     assert done.exit_code == 0, done.output
     answers = Path("outputs/exam/sft/submission.csv")
     for how in ("mean", "full"):
         place.edit_experiment(f"fold_answer: {how}\n")
         answers.unlink(missing_ok=True)
-        done = CliRunner().invoke(run.cli, ("score", "-e", "exam"))
+        done = call("score", "-e", "exam")
         assert done.exit_code == 0 and len(answers.read_text().splitlines()) == 7, done.output

@@ -6,16 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from chain import call
 
-import run
 from scoring.checks.provenance import verify
 
 OUT = Path("outputs/exam/sft")
-
-
-def call(*arguments: str):
-    return CliRunner().invoke(run.cli, ["verify", *arguments])
 
 
 def bad(folder: Path = OUT) -> dict[str, str]:
@@ -25,7 +20,7 @@ def bad(folder: Path = OUT) -> dict[str, str]:
 
 
 def test_a_fresh_output_is_as_it_was_made(place):
-    done = call(str(OUT), "--json")
+    done = call("verify", str(OUT), "--json")
     assert done.exit_code == 0, done.output
     result = json.loads(done.output)
     assert result["sound"] and {finding["state"] for finding in result["findings"]} <= {"ok", "warning"}
@@ -40,7 +35,7 @@ def test_a_fresh_output_is_as_it_was_made(place):
         "score: outputs/exam/sft/submission.csv",
         "version of torch",
     }
-    assert "as it was made" in call(str(OUT)).output
+    assert "as it was made" in call("verify", str(OUT)).output
 
 
 @pytest.mark.parametrize(
@@ -56,7 +51,7 @@ def test_a_changed_and_a_missing_file_are_found(place, path, what):
     content = Path(path).read_bytes()
     Path(path).write_bytes(content + b"\n")
     assert bad()[f"{what}: {path}"] == "changed"
-    assert call(str(OUT)).exit_code == 1
+    assert call("verify", str(OUT)).exit_code == 1
     if not path.endswith("report.json"):
         Path(path).unlink()
         assert bad()[f"{what}: {path}"] == "missing"
@@ -79,7 +74,7 @@ def test_another_version_is_a_warning_and_no_fault(place, monkeypatch):
 def test_what_is_no_output_is_told(place, folder, code, words):
     if code == 1:
         (OUT / "report.json").write_text("{")
-    done = call(folder)
+    done = call("verify", folder)
     assert done.exit_code == code and words in done.output and "remedy" in done.output
 
 
@@ -93,7 +88,7 @@ def test_what_is_no_output_is_told(place, folder, code, words):
 )
 def test_what_no_run_wrote_is_refused(place, changes, words):
     place.edit_json(str(OUT / "report.json"), **changes)
-    done = call(str(OUT))
+    done = call("verify", str(OUT))
     assert isinstance(done.exception, SystemExit) and done.exit_code == 1 and words in done.output
 
 

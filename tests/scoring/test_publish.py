@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner
+from chain import call
 
-import run
 from common.experiment import load_experiment
 from factory.stage_context import StageContext
 
@@ -99,10 +98,6 @@ def hub(monkeypatch):
     yield server
     server.shutdown()
     server.server_close()
-
-
-def call(*arguments: str):
-    return CliRunner().invoke(run.cli, list(arguments))
 
 
 def publish(*options: str, what=("-e", "exam")):

@@ -12,10 +12,9 @@ from pathlib import Path
 import pandas
 import pyarrow as pa
 import pytest
-from click.testing import CliRunner
+from chain import call, called
 from pyarrow.parquet import write_table
 
-import run
 from common.battle import PROBABILITY_COLUMNS, VERDICTS
 from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment
@@ -127,13 +126,13 @@ def test_a_test_set_gets_the_submission_that_its_competition_wants(place, wanted
     texts = [f"text {n}" if wsdm else f'["text {n}"]' for n in range(6)]
     rows = {"id": [f"{n:03}" for n in range(6)], **dict.fromkeys(("prompt", "response_a", "response_b"), texts)}
     write_table(pa.table(rows | ({"scored": [True] * 6} if wsdm else {})), "t.parquet")
-    run_py("score", "-e", "exam", "--input", "t.parquet", "--output", "out.csv", words=f"id, {wanted[1]}")
+    assert f"id, {wanted[1]}" in call("score", "-e", "exam", "--input", "t.parquet", "--output", "out.csv").output
     votes = place.rows()
     for row in votes if wsdm else ():  # as its train.parquet has them
         row |= {name: json.loads(row[name])[0] for name in ("prompt", "response_a", "response_b")}
     place.table(votes)
-    run_py("prepare", "-e", "exam", "--train", "votes.csv", "--test", "t.parquet")
-    run_py("score", "-e", "exam", "--fresh")
+    called("prepare", "-e", "exam", "--train", "votes.csv", "--test", "t.parquet")
+    called("score", "-e", "exam", "--fresh")
     made = ((OUTPUT, "out_probabilities.csv"), (RESULT / "submission.csv", "probabilities_test.csv"))
     for submission, beside in made:
         table = pandas.read_csv(submission, dtype={"id": str})
@@ -149,21 +148,21 @@ def test_a_test_row_that_prepare_cannot_read_is_in_the_submission(place):
     rows = place.rows(6, start=9000)
     rows[2]["prompt"] = "no list"
     place.table(rows, "test.csv", COLUMNS[:6])
-    said = run_py("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv")
+    said = call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv").output
     assert "5 to submit (1 more cannot be read and will get the class prior" in said
-    said = " ".join(run_py("score", "-e", "exam", "--fresh").split())
+    said = " ".join(call("score", "-e", "exam", "--fresh").output.split())
     assert "1 of 6 test rows could not be read and get the class prior" in said
     table = pandas.read_csv(RESULT / "submission.csv")
     assert table["id"].tolist() == list(range(9000, 9006))
     shares = [json.loads((RESULT / "report.json").read_text())["train_class_counts"][v] + 1 for v in VERDICTS]
     assert table.iloc[2, 1:].tolist() == pytest.approx([share / sum(shares) for share in shares])
-    assert run_py("verify", str(RESULT))
+    called("verify", str(RESULT))
 
 
 def test_a_labelled_table_gets_its_log_loss_beside_the_baselines(place):
     rows = [*place.rows(30), *place.rows(10, start=5000)]
     place.table(rows, "mine.csv")
-    made = json.loads(run_py("score", "-e", "exam", "--input", "mine.csv", "--output", "out.csv", "--json", out=True))
+    made = json.loads(called("score", "-e", "exam", "--input", "mine.csv", "--output", "out.csv", "--json"))
     judged, shares = made["judged"], pandas.read_csv(OUTPUT)[list(PROBABILITY_COLUMNS)].to_numpy()
     losses = [-math.log(row[number % 3]) for row, number in zip(shares, [*range(30), *range(10)], strict=True)]
     assert judged["rows"] == 40 and judged["log_loss"] == pytest.approx(sum(losses) / 40, abs=1e-6)
@@ -171,14 +170,8 @@ def test_a_labelled_table_gets_its_log_loss_beside_the_baselines(place):
     assert low < judged["log_loss"] < high and list(judged["baselines"]) == ["uniform", "prior", "length", "tfidf"]
     assert judged["baselines"]["uniform"] == pytest.approx(math.log(3)) and 15 < judged["training_rows"] < 30
     shutil.rmtree("data/exam")  # as where a judge was brought to without its data
-    said = run_py("score", "-e", "exam", "--input", "mine.csv", "--output", "out.csv")
+    said = call("score", "-e", "exam", "--input", "mine.csv", "--output", "out.csv").output
     assert "40 labelled rows" in said and "Class prior" in said and "TF-IDF" not in said
-
-
-def run_py(*arguments: str, words: str = "", out: bool = False) -> str:
-    done = CliRunner().invoke(run.cli, list(arguments))
-    assert done.exit_code == 0 and words in done.output, done.output
-    return done.stdout if out else done.output
 
 
 def test_a_row_without_a_finite_score_is_named_by_its_id(judged, small_tokenizer):
@@ -200,19 +193,6 @@ def test_a_row_without_a_finite_score_is_named_by_its_id(judged, small_tokenizer
     assert not OUTPUT.exists()
 
 
-def test_nobody_else_s_file_is_replaced_and_no_model_loaded(judged):
-    content = Path("battles.csv").read_bytes()
-    Path("train.csv").write_bytes(content)
-    for name in ("train.csv", "battles.csv"):
-        show = quiet_show()
-        with pytest.raises(UsageError, match="not an earlier output of this command"):
-            score_input(StageContext(judged, "sft"), Path("battles.csv"), Path(name), show=show)
-        assert Path(name).read_bytes() == content and show.stream.getvalue() == ""
-    scored(judged)
-    scored(judged)
-    assert len(probabilities()) == 40, "an earlier output is replaced"
-
-
 def test_engines_and_precisions_that_a_stage_lacks_are_wrong_use(judged):
     with pytest.raises(UsageError, match=r"reads each response alone, which llama\.cpp in auto cannot do"):
         ScorerSpec(StageContext(judged, "rm"), "llama.cpp").scorer()
@@ -231,14 +211,14 @@ def test_a_cascade_passes_on_what_the_first_judge_is_not_sure_of(place):
     place.table(rows, "mine.csv")
     found = {}
     for stage in ("sft", "base"):
-        run_py("score", "-e", "exam", "--stage", stage)
-        made = run_py("score", "-e", "exam", "--stage", stage, "--input", "mine.csv", "--json", out=True)
+        called("score", "-e", "exam", "--stage", stage)
+        made = called("score", "-e", "exam", "--stage", stage, "--input", "mine.csv", "--json")
         found[stage] = pandas.read_csv(json.loads(made)["output"])[list(PROBABILITY_COLUMNS)].to_numpy()
     threshold = float(sorted(found["sft"].max(axis=1))[18]) - 1e-6  # 12 are surer
     point = {"threshold": threshold, "coverage": 0.4, "rows": 12, "agreement": 0.95, "bound": 0.9}
     place.edit_json(str(RESULT / "report.json"), agreement={"confidence": 0.95, "rows": 30, "curve": [point]})
-    call = ("score", "-e", "exam", "--input", "mine.csv", "--output", "out.csv", "--agree", "0.8", "--cascade")
-    made = json.loads(run_py(*call, "exam:base", "--json", out=True))
+    asked = ("score", "-e", "exam", "--input", "mine.csv", "--output", "out.csv", "--agree", "0.8", "--cascade")
+    made = json.loads(called(*asked, "exam:base", "--json"))
     sure = found["sft"].max(axis=1) >= threshold
     table = pandas.read_csv(OUTPUT)[list(PROBABILITY_COLUMNS)].to_numpy()
     assert table[sure] == pytest.approx(found["sft"][sure]) and table[~sure] == pytest.approx(found["base"][~sure])
@@ -250,6 +230,6 @@ def test_a_cascade_passes_on_what_the_first_judge_is_not_sure_of(place):
     assert parts["first_alone"] == pytest.approx(sum(first) / 30, abs=1e-6) and parts["passed_on"] == 18
     both = sum(b if passed else a for a, b, passed in zip(first, second, ~sure, strict=True)) / 30
     assert made["judged"]["log_loss"] == pytest.approx(both, abs=1e-6)
-    assert "answered by:   exam:sft 12" in run_py(*call, "exam:base")
-    for wrong in ([*call, "exam"], [*call, "exam:sft"], [*call[:-3], "--cascade", "exam:base"]):
-        assert CliRunner().invoke(run.cli, wrong).exit_code == 2
+    assert "answered by:   exam:sft 12" in call(*asked, "exam:base").output
+    for wrong in ([*asked, "exam"], [*asked, "exam:sft"], [*asked[:-3], "--cascade", "exam:base"]):
+        assert call(*wrong).exit_code == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pytest
+from chain import called
 from pyarrow import parquet
 
 from common.experiment import load_experiment
@@ -17,7 +18,6 @@ from scoring.calibration import Calibration
 from scoring.predictions import write_probabilities
 from scoring.score_stage import audit_for
 from scoring.scorer import ScorerSpec
-from tests.scoring.conftest import called
 from tests.scoring.places import identity
 
 STAGES = ("sft", "dpo_reward")

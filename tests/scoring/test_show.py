@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from click.testing import CliRunner
+from chain import call
 from pyarrow import parquet
 from rich.console import Console
 
-import run
 from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment
 from data_prep.export import export
@@ -140,7 +139,7 @@ def test_an_id_that_is_not_there_a_stage_without_scores_and_a_missing_export(sho
     with pytest.raises(UsageError, match="--split") as caught:
         shown("nasty")  # of the test set, too
     split = caught.value.remedy.split()[-1]
-    result = CliRunner().invoke(run.cli, ["show", "nasty", "-e", "exam", "--split", split, "--json"])
+    result = call("show", "nasty", "-e", "exam", "--split", split, "--json")
     assert NASTY.split(" <")[0] in json.loads(result.output)["prompts"]["prompt"], "a program gets the text itself"
     with pytest.raises(UsageError, match="is an id of test"):
         shown("t1", split="train")

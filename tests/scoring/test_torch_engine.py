@@ -50,18 +50,6 @@ def test_the_adapter_on_its_base(judge, tmp_path, tiny_model):
         open_engine(judge, "torch", "adapter", device="cpu")
 
 
-def test_a_row_without_a_finite_score_is_named(tmp_path, tiny_model):
-    model = tiny_model("llama", seed=2)
-    model.get_input_embeddings().weight.data[9] = float("nan")
-    model.save_pretrained(tmp_path)
-    scores = score_labels(model, [[1, 2], [1, 9, 2], [4]], LABELS, token_budget=4096)
-    assert np.isnan(scores[1]).all() and np.isfinite(scores[[0, 2]]).all(), "it stays in its own row"
-    engine = open_engine(SimpleNamespace(folder=tmp_path), device="cpu")
-    with pytest.raises(ArenaError, match=r"no finite score for 1 row.*: id 41") as caught:
-        engine.label_logits([[1, 2], [1, 9, 2], [4]], LABELS, name=lambda i: f"id {40 + i}")
-    assert "loss curve" in caught.value.remedy
-
-
 def test_an_unknown_or_missing_engine_comes_with_its_remedy(monkeypatch):
     for engine, precision, said in (("onnx", "auto", "no engine 'onnx'"), ("torch", "int3", "no precision 'int3'")):
         with pytest.raises(UsageError, match=said) as caught:

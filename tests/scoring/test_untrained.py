@@ -7,84 +7,77 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from chain import call, called
 
-import run
 from tests.bad_inputs.place import SCORE
 
 BASE, PROBE = Path("outputs/exam/base"), Path("outputs/exam/probe")
 
 
 def states() -> dict[str, str]:
-    stages = json.loads(call("status", "-e", "exam", "--json"))["experiments"][0]["stages"]
+    stages = json.loads(called("status", "-e", "exam", "--json"))["experiments"][0]["stages"]
     return {stage["stage"]: stage["state"] for stage in stages}
 
 
-def call(*arguments: str) -> str:
-    done = CliRunner().invoke(run.cli, arguments)
-    assert done.exit_code == 0, done.output
-    return done.stdout
-
-
 def test_the_untrained_base_is_a_stage_like_the_others(place):
-    told = CliRunner().invoke(run.cli, [*SCORE, "--stage", "base", "--input", "test.csv"])
+    told = call(*SCORE, "--stage", "base", "--input", "test.csv")
     assert told.exit_code == 1 and "score --stage base -e exam" in told.output, "its answers are not calibrated yet"
-    report = json.loads(call(*SCORE, "--stage", "base", "--json"))
+    report = json.loads(called(*SCORE, "--stage", "base", "--json"))
     assert (report["stage"], report["merge_gate"], report["position_bias"] is None) == ("base", None, False)
     with (BASE / "submission.csv").open() as file:
         assert [row["id"] for row in csv.DictReader(file)] == [str(9000 + i) for i in range(6)]
     assert (BASE / "report.html").is_file() and (BASE / "merged/model.safetensors").is_symlink()
-    call(*SCORE, "--stage", "base", "--input", "test.csv", "--output", "mine.csv")
+    called(*SCORE, "--stage", "base", "--input", "test.csv", "--output", "mine.csv")
     assert Path("mine.csv").read_bytes() == (BASE / "submission.csv").read_bytes()
-    assert json.loads(call("verify", str(BASE), "--json"))["sound"]
+    assert json.loads(called("verify", str(BASE), "--json"))["sound"]
     assert states()["base"] == "scored"
     assert "base" not in json.loads(Path("outputs/exam/sft/report.json").read_text())["baselines"]
-    trained = json.loads(call(*SCORE, "--fresh", "--json"))
+    trained = json.loads(called(*SCORE, "--fresh", "--json"))
     assert trained["baselines"]["base"] == pytest.approx(report["log_loss"]) != trained["log_loss"]
-    assert "Untrained base" in call(*SCORE) and "Untrained base" in Path("outputs/exam/sft/report.html").read_text()
-    compared = json.loads(call("compare", "-e", "exam", "--json"))
+    assert "Untrained base" in called(*SCORE) and "Untrained base" in Path("outputs/exam/sft/report.html").read_text()
+    compared = json.loads(called("compare", "-e", "exam", "--json"))
     assert [row["name"] for row in compared["table"]] == ["sft", "base"]
 
 
 def test_the_base_of_an_earlier_export_is_no_baseline(place):
-    call(*SCORE, "--stage", "base")
+    called(*SCORE, "--stage", "base")
     place.table(place.rows(44))
-    call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv")
+    called("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv")
     assert states()["base"] == "outdated"
-    report = json.loads(call(*SCORE, "--stage", "base", "--fresh", "--json"))
+    report = json.loads(called(*SCORE, "--stage", "base", "--fresh", "--json"))
     assert report["rows"] > 12, "judge.json and scores are of the new export"
 
 
 def test_the_probe_is_a_stage_like_the_others_and_goes_on_where_it_was_ended(place, monkeypatch):
-    assert "no probe was fitted yet" in CliRunner().invoke(run.cli, [*SCORE, "--stage", "probe"]).output
-    assert "at least 50 are needed" in CliRunner().invoke(run.cli, ["probe", "-e", "exam"]).output
+    assert "no probe was fitted yet" in call(*SCORE, "--stage", "probe").output
+    assert "at least 50 are needed" in call("probe", "-e", "exam").output
     place.table(place.rows(160))
-    call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv")
-    wrong = CliRunner().invoke(run.cli, ["probe", "-e", "exam", "--layer", "2"])
+    called("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv")
+    wrong = call("probe", "-e", "exam", "--layer", "2")
     assert (wrong.exit_code, "choose from 1 to 1" in wrong.output) == (2, True)
     with monkeypatch.context() as patch:
         patch.setattr("scoring.probe_stage.fit_probe", Mock(side_effect=KeyboardInterrupt))
-        CliRunner().invoke(run.cli, ["probe", "-e", "exam"])
+        call("probe", "-e", "exam")
     assert states()["probe"] == "interrupted"
     parts = sorted(PROBE.glob("states/*/*.npy"))  # those of the earlier votes are gone
     parts[0].write_bytes(b"damaged")
     kept = parts[1].stat().st_mtime_ns
-    report = json.loads(call("probe", "-e", "exam", "--json"))
+    report = json.loads(called("probe", "-e", "exam", "--json"))
     assert len(parts) > 1 and parts[1].stat().st_mtime_ns == kept and np.load(parts[0]).shape == (16, 32)
     assert (report["stage"], report["position_bias"], report["target_prior"]) == ("probe", None, None)
     tried = json.loads((PROBE / "probe.json").read_text())
     assert tried["chosen"] == min(tried["tried"], key=lambda each: each["log_loss"]) and tried["rows"] == 112
-    assert states()["probe"] == "scored" and json.loads(call("verify", str(PROBE), "--json"))["sound"]
-    call(*SCORE, "--stage", "probe", "--input", "test.csv", "--output", "mine.csv")
+    assert states()["probe"] == "scored" and json.loads(called("verify", str(PROBE), "--json"))["sound"]
+    called(*SCORE, "--stage", "probe", "--input", "test.csv", "--output", "mine.csv")
     assert Path("mine.csv").read_bytes() == (PROBE / "submission.csv").read_bytes()
-    call("show", "9000", "-e", "exam", "--stage", "probe")
-    assert json.loads(call(*SCORE, "--stage", "base", "--json"))["baselines"]["probe"] == pytest.approx(
+    called("show", "9000", "-e", "exam", "--stage", "probe")
+    assert json.loads(called(*SCORE, "--stage", "base", "--json"))["baselines"]["probe"] == pytest.approx(
         report["log_loss"]
     )
-    assert "kept, fitted" in CliRunner().invoke(run.cli, ["probe", "-e", "exam"]).stderr
+    assert "kept, fitted" in call("probe", "-e", "exam").stderr
     place.table(place.rows(170))
-    call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv")
+    called("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv")
     assert states()["probe"] == "outdated"
-    told = CliRunner().invoke(run.cli, ["probe", "-e", "exam"])
+    told = call("probe", "-e", "exam")
     assert told.exit_code == 1 and "run.py probe -e exam --fresh" in told.output
-    assert json.loads(call("probe", "-e", "exam", "--fresh", "--json"))["rows"] > report["rows"]
+    assert json.loads(called("probe", "-e", "exam", "--fresh", "--json"))["rows"] > report["rows"]

@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from chain import call
 from starlette.testclient import TestClient
 
-import run
 from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment
 from common.files import only_run
@@ -208,8 +207,7 @@ def test_a_fault_of_the_baselines_is_printed_and_does_not_end_the_watch(exam):
     path = exam.data_folder / "truth.csv"
     sound = path.read_bytes()
     path.write_text("id\n")
-    call = ["watch", "-e", "exam", "--stage", "sft"]
-    once, done = (CliRunner().invoke(run.cli, [*call, how]) for how in ("--once", "--json"))
+    once, done = (call("watch", "-e", "exam", "--stage", "sft", how) for how in ("--once", "--json"))
     path.write_bytes(sound)
     assert once.exit_code == done.exit_code == 0 and "truth.csv" in once.output
     status = json.loads(done.stdout)
