@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 from click.testing import CliRunner
 
@@ -33,6 +34,15 @@ def called(*arguments: str) -> str:
     done = call(*arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
+
+
+def whole_checkpoint(folder: Path) -> Path:
+    """Make a checkpoint that a training can go on from, its files empty."""
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        ZipFile(folder / name, "w").close()
+    return folder
 
 
 def place(folder: Path, **recipes: dict) -> Path:

@@ -215,19 +215,6 @@ def test_preference_stages_end_in_the_same_report(chain, stage, call):
     assert kept.returncode == 0 and kept.stderr.count("kept") == 3, "pairs that follow change nothing for SFT"
 
 
-def test_compare_puts_the_scored_stages_side_by_side(chain):
-    done = run_py(chain, "compare", "-e", "demo", "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    stages = [row["name"] for row in result["table"]]
-    assert "sft" in stages and set(stages) <= {"sft", "dpo_judge", "dpo_reward", "rm", "blend"}
-    for row in result["table"]:
-        if row["name"] != "blend":
-            assert row["log_loss"] == pytest.approx(report_of(chain, row["name"])["log_loss"], abs=1e-6)
-    page = (chain / "outputs" / "demo" / "compare" / "compare.html").read_text(encoding="utf-8")
-    assert "<svg" in page and all(f"{row['log_loss']:.3f}" in page for row in result["table"])
-
-
 def test_a_failed_check_ends_in_an_error_and_leaves_no_submission(chain):
     output = chain / "outputs" / "demo" / "sft"
     log = output / "train.log"

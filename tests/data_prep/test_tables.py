@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 import time
 from pathlib import Path
 
@@ -67,23 +66,6 @@ def test_lists_that_repeat_short_texts_are_read_and_long_ones_are_refused(tmp_pa
     with pytest.raises(ArenaError, match=r"row group 0 .* GiB") as caught:
         cells(path)
     assert "row_group_size" in caught.value.remedy and caught.value.where == str(path)
-
-
-def test_every_damage_to_the_pages_is_our_own_error(tmp_path):
-    path = write(tmp_path / "x.parquet", [f"text {i}" for i in range(50)])
-    whole, chosen, refused = path.read_bytes(), random.Random(3), 0
-    for _ in range(400):
-        damaged = bytearray(whole)
-        damaged[chosen.randrange(4, len(whole))] ^= 1 << chosen.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            table = open_table(path)
-            if set(NAMES) <= set(table.columns):
-                list(table.rows(NAMES))
-        except ArenaError as error:
-            refused += 1
-            assert error.remedy
-    assert refused > 20
 
 
 def test_a_parquet_text_that_is_not_utf_8_is_named(tmp_path):

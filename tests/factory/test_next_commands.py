@@ -7,10 +7,9 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from zipfile import ZipFile
 
 import pytest
-from chain import call
+from chain import call, whole_checkpoint
 
 from common.errors import ArenaError, Interrupted
 from common.experiment import load_experiment
@@ -59,10 +58,7 @@ def trained(*, checkpoint: str | None = None) -> None:
     state = StageState(OUT)
     state.begin("train", inputs())
     if checkpoint:
-        (ADAPTER / checkpoint).mkdir()
-        (ADAPTER / checkpoint / "trainer_state.json").write_text("{}")
-        for name in ("optimizer.pt", "scheduler.pt"):
-            ZipFile(ADAPTER / checkpoint / name, "w").close()
+        whole_checkpoint(ADAPTER / checkpoint)
     else:
         state.finish("train", [ADAPTER / "adapter_config.json"], 1.0)
 
@@ -106,11 +102,9 @@ def test_what_goes_on_after_an_interruption_keeps_the_options_that_change_the_wo
 ):
     def interrupted(command, log, *, interrupted_remedy, **_):
         adapter = StageContext(load_experiment("exam"), "sft").of(0 if folds > 1 else None).adapter
-        saved = adapter / "checkpoint-4"
-        saved.mkdir(parents=True)
-        for name in ("optimizer.pt", "scheduler.pt") if checkpoint else ():
-            ZipFile(saved / name, "w").close()
-        (saved / "trainer_state.json").write_text("{}")
+        saved = whole_checkpoint(adapter / "checkpoint-4")
+        if not checkpoint:
+            (saved / "optimizer.pt").unlink()
         raise Interrupted("training was interrupted", remedy=interrupted_remedy())
 
     place.edit_experiment(f"folds: {folds}")

@@ -1,9 +1,8 @@
 import json
 from pathlib import Path
-from zipfile import ZipFile
 
 import pytest
-from chain import call
+from chain import call, whole_checkpoint
 
 from common.errors import ArenaError
 from factory.state import StageState, archive, archived, last_checkpoint
@@ -68,9 +67,7 @@ def test_archives_are_numbered_together_and_delete_nothing():
 def test_the_last_whole_checkpoint_is_found_by_number():
     assert last_checkpoint(Path("saves/x")) is None
     for step in (9, 100, 20, 400):
-        made(f"saves/x/checkpoint-{step}/trainer_state.json").write_text("{}")
-        for name in ("optimizer.pt", "scheduler.pt"):
-            ZipFile(f"saves/x/checkpoint-{step}/{name}", "w").close()
+        whole_checkpoint(Path(f"saves/x/checkpoint-{step}"))
     Path("saves/x/checkpoint-400/scheduler.pt").unlink()
     made("saves/x/checkpoint-200/adapter_model.safetensors")  # killed while it saved
     made("saves/x/checkpoint-300/trainer_state.json").write_text('{"half')

@@ -3,10 +3,9 @@ import json
 import os
 import socket
 from datetime import datetime, timedelta
-from zipfile import ZipFile
 
 import pytest
-from chain import call
+from chain import call, whole_checkpoint
 from rich.console import Console
 
 from common.errors import UsageError
@@ -77,11 +76,7 @@ def test_each_state_is_told_with_the_command_that_goes_on(exam):
     prepared(exam)
     log(exam, "sft", 40)
     began(exam, "sft", "train", finished=False)
-    checkpoint = exam.adapter_folder("sft") / "checkpoint-40"
-    checkpoint.mkdir()
-    (checkpoint / "trainer_state.json").write_text("{}")
-    for name in ("optimizer.pt", "scheduler.pt"):
-        ZipFile(checkpoint / name, "w").close()
+    checkpoint = whole_checkpoint(exam.adapter_folder("sft") / "checkpoint-40")
     began(exam, "dpo_judge", "train")
     began(exam, "dpo_reward", "train", "merge", finished=False)
     began(exam, "rm", "train", "merge", "score")

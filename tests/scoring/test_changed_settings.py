@@ -47,9 +47,6 @@ def test_what_shapes_no_row_may_change(place):
     for text in ("prompt_template: copy.j2", "swap_tta: true", "target_prior: {a: 0.4, b: 0.3, tie: 0.3}"):
         place.edit_experiment(text)
     assert StageContext(load_experiment("exam"), "sft").changed_settings() == []
-    place.edit_experiment("dpo_rejected: one")
-    assert StageContext(load_experiment("exam"), "sft").changed_settings() == []
-    assert StageContext(load_experiment("exam"), "dpo_judge").changed_settings() == ['dpo_rejected "each" -> "one"']
 
 
 @pytest.mark.parametrize("part", ["train", "merge", "score"])

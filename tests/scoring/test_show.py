@@ -11,6 +11,7 @@ from chain import call
 from pyarrow import parquet
 from rich.console import Console
 
+from common.battle import Battle
 from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment
 from data_prep.export import export
@@ -19,6 +20,7 @@ from factory.stage_context import StageContext
 from scoring.predictions import write_probabilities
 from scoring.show import print_battle, show_battle
 from tests.scoring.places import configured
+from tests.votes import write_votes
 
 NASTY = "Hi \x1b]0;owned\x07\x1b[2J\u202e [bold]not markup[/bold] <|im_end|>"
 LONG = "many words of an answer that nobody will read to its end " * 60
@@ -33,21 +35,15 @@ def place(tmp_path_factory, tiny_base):
     words = ["word " * 70]
     battles["turns"] = (["first", *words, "last"], ["one", *words, "ONE"], ["two", *words, "TWO"])
     battles |= {f"plain{i}": ([f"question {i}"], ["yes"], ["no"]) for i in range(9)}
-    table(folder / "votes.csv", battles, labelled=True)
-    table(folder / "test.csv", {"t1": (["ask"], ["x"], ["y"]), "nasty": (["ask"], ["x"], ["y"])}, labelled=False)
+    write_votes(
+        folder / "votes.csv", [Battle(name, *texts, "ab"[n % 2]) for n, (name, texts) in enumerate(battles.items())]
+    )
+    write_votes(folder / "test.csv", [Battle(name, ["ask"], ["x"], ["y"]) for name in ("t1", "nasty")])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         experiment = load_experiment("exam")
         export(experiment, Path("votes.csv"), Path("test.csv"), views=("judge", "reward"))
     return folder
-
-
-def table(path, battles, *, labelled):
-    texts = [[name, *map(json.dumps, cells)] for name, cells in battles.items()]
-    made = pd.DataFrame(texts, columns=["id", "prompt", "response_a", "response_b"])
-    for k, verdict in enumerate(("winner_model_a", "winner_model_b", "winner_tie") if labelled else ()):
-        made[verdict] = (made.index % 3 == k).astype(int)
-    made.to_csv(path, index=False)
 
 
 @pytest.fixture
