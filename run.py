@@ -268,8 +268,7 @@ def serve(experiment: str, stage: str, fold: str | None, **options: Any) -> None
     """
     from scoring.service_app import serve_stage
 
-    context, show = start(experiment, stage, fold)
-    context.require_one_judge()
+    context, show = start(experiment, stage, fold, judge=True)
     serve_stage(context, **options, show=show)
 
 
@@ -297,9 +296,8 @@ def watch(experiment: str | None, stage: str | None, fold: str | None, as_json: 
     from scoring.run_status import in_words
     from scoring.watch import experiment_at_work, watch
 
-    context, show = start(experiment or experiment_at_work(), stage, fold)
-    if stage and not options["tensorboard"]:
-        context.require_one_judge()
+    one = bool(stage) and not options["tensorboard"]
+    context, show = start(experiment or experiment_at_work(), stage, fold, judge=one)
     seen = watch(context.experiment, stage and context.label, as_json=as_json, **options, show=show)
     if seen is not None:
         say(json.dumps(asdict(seen), indent=2) if as_json else "\n".join(in_words(seen)))

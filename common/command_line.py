@@ -66,6 +66,11 @@ def stage_option(which: str):
 fold_option = option("--fold", metavar="N", help="With folds: the judge of this one (0, 1, …), or full.")
 
 
+def judge_options(which: str):
+    """Return the options that choose a judge: experiment, stage and fold; `which` says what for."""
+    return several(experiment_option, stage_option(which), fold_option)
+
+
 def fold_named(text: str | None, experiment: Any, usual: str | None = "all") -> Any:
     """Return the fold that --fold means: a number, full, all; `usual` without one; None where there are no folds.
 
@@ -173,9 +178,7 @@ agree_option = option(
     help="Abstain from battles, so that the first choice agrees with people in this share of the others.",
 )
 serve_options = several(
-    experiment_option,
-    stage_option("The stage whose judge answers"),
-    fold_option,
+    judge_options("The stage whose judge answers"),
     agree_option,
     option("--token-file", type=FILE, help="Answer only requests with the bearer token in this file."),
     address_options,
@@ -315,9 +318,7 @@ forecast_options = several(
     output_options,
 )
 score_options = several(
-    experiment_option,
-    stage_option("The stage whose judge answers"),
-    fold_option,
+    judge_options("The stage whose judge answers"),
     option(
         "--input",
         "source",
@@ -342,9 +343,7 @@ score_options = several(
     output_options,
 )
 export_options = several(
-    experiment_option,
-    stage_option("The judge to export"),
-    fold_option,
+    judge_options("The judge to export"),
     option(
         "--quantization",
         type=click.Choice(["f16", "bf16", "q8_0", "q4_k_m"], case_sensitive=False),
@@ -356,9 +355,7 @@ export_options = several(
     output_options,
 )
 publish_options = several(
-    experiment_option,
-    stage_option("The judge to publish"),
-    fold_option,
+    judge_options("The judge to publish"),
     option("--repo", required=True, metavar="OWNER/NAME", help="A model repository of the hub; made if there is none."),
     option("--adapter", is_flag=True, help="The adapter instead of the merged model."),
     option("--private", is_flag=True, help="Only its owner can read it, and whom they allow."),
@@ -366,9 +363,7 @@ publish_options = several(
     output_options,
 )
 kaggle_options = several(
-    experiment_option,
-    stage_option("The judge to pack: sft, dpo_judge or rm"),
-    fold_option,
+    judge_options("The judge to pack: sft, dpo_judge or rm"),
     option("--competition", default="llm-classification-finetuning", metavar="SLUG", help="As in its page's address."),
     option(
         "--user", envvar="KAGGLE_USERNAME", metavar="NAME", help="Who owns the data set.  [default: KAGGLE_USERNAME]"

@@ -45,7 +45,7 @@ def readable(path: Path, remedy: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (pa.ArrowException, OSError, KeyError, ValueError, csv.Error) as error:
+    except (pa.ArrowException, OSError, LookupError, ValueError, TypeError, AttributeError, csv.Error) as error:
         reason = first_line(error)[:200]
         if isinstance(error, ValidationError):
             first = error.errors()[0]

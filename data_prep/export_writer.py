@@ -132,16 +132,9 @@ def _write_rows(
                 count = 0 if split == LEFT_OUT else 1
                 if split not in ("test", "valid", LEFT_OUT):
                     count = 0 if name in drop else times_trained(name, weights[source], seed)
-                reason = (
-                    split
-                    if split in ("test", "valid")
-                    else "train"
-                    if count
-                    else "dropped"
-                    if name in drop
-                    else "not drawn"
-                )
-                reason = "prompt validates" if split == LEFT_OUT else reason
+                reasons = {"test": "test", "valid": "valid", LEFT_OUT: "prompt validates"}
+                drawn = "train" if count else "dropped" if name in drop else "not drawn"
+                reason = reasons.get(split, drawn)
                 written.counts[source, "splits"][reason] += 1
                 splits.append(LEFT_OUT if split == "train" and not count else split)
                 times.append(count)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from common.error_hints import LESS_MEMORY
@@ -218,18 +219,17 @@ def _token(size: ModelSize, lengths: np.ndarray) -> float:
     return 2.0 * size.linear + 4.0 * size.layers * size.attention_width * context / 2
 
 
-def print_forecast(console, found: dict[str, Any]) -> None:
+def print_forecast(console: Console, found: dict[str, Any]) -> None:
     """Print one table a stage: memory, hours and what to change where it does not fit."""
-    console.print(f"{found['model']}: {found['parameters'] / 1e6:,.1f} million parameters", highlight=False)
+    console.print(f"{found['model']}: {found['parameters'] / 1e6:,.1f} million parameters")
     assumed = found["assumed"]
     if assumed["votes"] is not None:
         what = f"Assumed: {assumed['votes']:,} votes as long as the competition's, {assumed['test'] or 0:,} test rows"
-        console.print(f"{what} (--rows, --test-rows); votes that were prepared are measured", highlight=False)
+        console.print(f"{what} (--rows, --test-rows); votes that were prepared are measured")
     for stage, one in found["stages"].items():
         console.print(  # not the table's title, which would be broken to the width of the table
             f"{found['experiment']} / {stage}: {one['rows']:,} rows, {one['mean_tokens']:.0f} tokens on average, "
             f"the longest {one['longest']:,}; {one['steps']:,} steps",
-            highlight=False,
             soft_wrap=True,
         )
         table = Table()
@@ -243,16 +243,15 @@ def print_forecast(console, found: dict[str, Any]) -> None:
         console.print(table)
         for name, device in one["devices"].items():
             for line in device["advice"]:
-                console.print(f"  {name}: {line}", highlight=False)
+                console.print(f"  {name}: {line}")
     for stage, why in found["left_out"].items():
-        console.print(f"left out: {stage}: {why}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"left out: {stage}: {why}", soft_wrap=True)
     measured = any(CPU in one["devices"] for one in found["stages"].values())
     cpu = "this machine's cpu: its speed was measured now" if measured else "this machine's CPU: --card cpu"
     console.print(
         f"By formula (docs/forecast.md). Cards: assumed shares of their data sheet's rate, not run; {cpu}.\n"
         f"Each time includes the start, up to the first step: {CARD_START:.0f} s assumed on a card"
         f"{f', {CPU_START:.0f} s on the cpu' if measured else ''}.",
-        highlight=False,
         soft_wrap=True,
     )
 

@@ -355,11 +355,9 @@ def _first_example(context: StageContext) -> tuple[Any, dict[str, list[int]]]:
 
 def _require_sound(adapter: Path, log: Path, recipe: dict[str, Any]) -> None:
     """Raise ArenaError if steps are missing, or a loss or a trained weight is not finite: the trainer says neither."""
-    try:
+    with readable(adapter / "trainer_state.json", "train again with --fresh"):
         state = read_json(adapter / "trainer_state.json")
         history, steps, planned = state["log_history"], state.get("global_step"), state.get("max_steps")
-    except (OSError, ValueError, KeyError) as error:
-        raise ArenaError(f"cannot read the losses: {error}", where=str(adapter / "trainer_state.json")) from None
     if steps != planned and not recipe.get("early_stopping_steps"):
         raise ArenaError(
             f"the training ended at step {steps} of {planned} planned ones, so it is not finished",

@@ -19,8 +19,11 @@ from common.command_group import OwnFolder, is_verbose, say
 _command = partial(click.command, cls=OwnFolder)
 
 
-def start(name: str, stage: str | None = None, fold: str | None = None) -> tuple[Any, Any]:
-    """Load the experiment, with stage and fold that the user's words mean, and open the place for progress."""
+def start(name: str, stage: str | None = None, fold: str | None = None, *, judge: bool = False) -> tuple[Any, Any]:
+    """Load the experiment, with stage and fold that the user's words mean, and open the place for progress.
+
+    With `judge` they must name one judge: a stage with folds has several.
+    """
     from common.experiment import load_experiment
     from common.progress import Show
     from factory.stage_context import StageContext
@@ -30,7 +33,10 @@ def start(name: str, stage: str | None = None, fold: str | None = None) -> tuple
     for text in experiment.warnings:
         show.note(text)
     context = StageContext(experiment, stage_named(experiment, stage or "sft"))
-    return context.of(cl.fold_named(fold, experiment, usual=None)), show
+    context = context.of(cl.fold_named(fold, experiment, usual=None))
+    if judge:
+        context.require_one_judge()
+    return context, show
 
 
 def finish(context: Any, report: dict[str, Any] | None, as_json: bool) -> None:
@@ -153,8 +159,7 @@ def export(
     from scoring.engines.gguf import export_gguf
     from scoring.report.console import export_lines
 
-    context, show = start(experiment, stage, fold)
-    context.require_one_judge()
+    context, show = start(experiment, stage, fold, judge=True)
     manifest = export_gguf(context, quantization, **places, show=show)
     say(
         json.dumps(manifest, indent=2)
@@ -209,8 +214,7 @@ def publish(experiment: str, stage: str, fold: str | None, as_json: bool, **how:
     """
     from scoring.publish import publish, published_lines
 
-    context, show = start(experiment, stage, fold)
-    context.require_one_judge()
+    context, show = start(experiment, stage, fold, judge=True)
     made = publish(context, **how, show=show)
     say(json.dumps(made, indent=2) if as_json else "\n".join(published_lines(made)))
 
@@ -224,8 +228,7 @@ def kaggle_pack(experiment: str, stage: str, fold: str | None, as_json: bool, **
     """
     from scoring.kaggle_pack import kaggle_pack, pack_lines
 
-    context, show = start(experiment, stage, fold)
-    context.require_one_judge()
+    context, show = start(experiment, stage, fold, judge=True)
     made = kaggle_pack(context, **how, show=show)
     say(json.dumps(made, indent=2) if as_json else "\n".join(pack_lines(made)))
 

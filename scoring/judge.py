@@ -267,15 +267,12 @@ def _golden_answers(folder: Path) -> dict[str, Any] | None:
     path = folder / GOLDEN_ANSWERS
     if not path.is_file():
         return None
-    try:
+    with readable(path, "move the folder away and merge again"):
         content = read_json(path)
         classes = {len(content["answers"][battle.id]) for battle in GOLDEN_PROMPTS}
         if content["format"] != FORMAT or len(classes) != 1 or not isinstance(content["precision"], str):
             raise ValueError("not what this version writes")
         return content
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = "move the folder away and merge again"
-        raise ArenaError(f"is damaged: {error}", where=str(path), remedy=remedy) from None
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

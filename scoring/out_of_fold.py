@@ -21,13 +21,12 @@ import pandas as pd
 from common.errors import ArenaError
 from common.files import only_run
 from common.progress import Show
-from data_prep.export_reader import read_rows, readable, truth_of
+from data_prep.export_reader import read_rows, readable
 from factory.stage_context import StageContext
 from scoring.calibration import AB_COLUMNS, BA_COLUMNS, REWARD_COLUMNS
 from scoring.checks.run_checks import require_sound, submission_ids
 from scoring.predictions import REPORT
-from scoring.report.build import build_report
-from scoring.score_stage import audit_for, provenance_of, read_report, texts, untrained, write_frame, write_result
+from scoring.score_stage import provenance_of, read_report, report_on, write_frame, write_result
 
 _AGAIN = "score the folds again with --fresh"
 
@@ -84,8 +83,7 @@ class MeanOfJobs:
 
 
 def _write(context: StageContext) -> tuple[dict[str, Any], list]:
-    folder, data, experiment = context.folder, context.experiment.data_folder, context.experiment
-    rows = texts(data, context.parts("valid"))
+    folder, data = context.folder, context.experiment.data_folder
     with readable(data / "rows.parquet"):
         ids = read_rows(data, context.parts("valid"))["id"]
     scores = pd.concat([_scores(each, "valid") for each in context.judging]).set_index("id")
@@ -97,34 +95,22 @@ def _write(context: StageContext) -> tuple[dict[str, Any], list]:
     both = [report["scoring"]["rows_in_both_orders"]["valid"] for report in reports]
     checks = [*_merged_checks(reports), asdict(submission_ids(data, list(test["id"])))]
     gates = [report["merge_gate"] for report in reports if report["merge_gate"]]
-    report, probabilities, calibration = build_report(
-        about={
-            "experiment": experiment.name,
-            "stage": context.name,
-            "set": "out-of-fold",
-            "folds": [{key: report[key] for key in ("rows", "log_loss", "log_loss_ci95")} for report in reports],
-            "checkpoint": _chosen(context.judging),
-            "merge_gate": max(gates, key=lambda gate: gate["max_abs_diff"], default=None),
-            "checks": checks,
-            "loss_curve": [],  # each fold's report has its own
-            "provenance": provenance_of(context, [report["provenance"] for report in reports]),
-            "scoring": {
-                **reports[0]["scoring"],
-                "rows_in_both_orders": {"valid": sum(both), "test": 0},
-                "answer": f"{experiment.fold_answer} (fold_answer)",
-            },
+    about = {
+        "set": "out-of-fold",
+        "folds": [{key: report[key] for key in ("rows", "log_loss", "log_loss_ci95")} for report in reports],
+        "checkpoint": _chosen(context.judging),
+        "merge_gate": max(gates, key=lambda gate: gate["max_abs_diff"], default=None),
+        "checks": checks,
+        "loss_curve": [],  # each fold's report has its own
+        "provenance": provenance_of(context, [report["provenance"] for report in reports]),
+        "scoring": {
+            **reports[0]["scoring"],
+            "rows_in_both_orders": {"valid": sum(both), "test": 0},
+            "answer": f"{context.experiment.fold_answer} (fold_answer)",
         },
-        scores=scores,
-        train_rows=rows,
-        valid_texts=rows,
-        truth=truth_of(data),
-        truncation=audit_for(data, context.name)["truncation"],
-        swap_tta=experiment.swap_tta and all(both),
-        seed=experiment.seed,
-        target_prior=context.scoring_inputs["target_prior"],
-        untrained=untrained(context, scores["id"].tolist()),
-        test_rows=0,  # how many of them were scored in both orders is each judge's own matter
-    )
+    }
+    # How many of the test rows were scored in both orders is each judge's own matter.
+    report, probabilities, calibration = report_on(context, about, scores, both=all(both), test_rows=0)
     for name, frame in {"valid": scores, "test": test}.items():
         write_frame(folder / f"scores_{name}.parquet", frame)
     answers = SimpleNamespace(rows=len(test), ids=lambda: test["id"], tables=lambda: [test])

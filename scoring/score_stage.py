@@ -281,30 +281,36 @@ def _report(
     context: StageContext, valid: pd.DataFrame, test: Job, scoring: dict[str, Any], compared: dict[str, Any] | None
 ) -> tuple[dict[str, Any], Any, Calibration]:
     """Return the report, the validation rows' probabilities and the calibration."""
-    experiment, stage, data = context.experiment, context.name, context.experiment.data_folder
     curve, seconds = loss_curve(context.adapter / "trainer_log.jsonl"), scoring.pop("seconds")
     checks = run_checks(context, scores=valid, test_ids=list(test.ids()), loss_curve=curve, compared=compared)
+    about = {
+        "merge_gate": compared and compared["merge_gate"],
+        "checks": [asdict(check) for check in checks],
+        "loss_curve": curve,
+        "checkpoint": context.choice or None,
+        "provenance": {**_provenance(context), "scoring_seconds": seconds},
+        "scoring": scoring,
+    }
+    return report_on(context, about, valid, both=bool(scoring["rows_in_both_orders"]["valid"]), test_rows=test.rows)
+
+
+def report_on(
+    context: StageContext, about: Mapping[str, Any], scores: pd.DataFrame, *, both: bool, test_rows: int
+) -> tuple[dict[str, Any], Any, Calibration]:
+    """Return what `build_report` does of a stage's scores; `both`: all were scored in both orders."""
+    experiment, data, valid = context.experiment, context.experiment.data_folder, context.parts("valid")
     return build_report(
-        about={
-            "experiment": experiment.name,
-            "stage": stage,
-            "merge_gate": compared and compared["merge_gate"],
-            "checks": [asdict(check) for check in checks],
-            "loss_curve": curve,
-            "checkpoint": context.choice or None,
-            "provenance": {**_provenance(context), "scoring_seconds": seconds},
-            "scoring": scoring,
-        },
-        scores=valid,
-        train_rows=texts(data, context.parts("train")),
-        valid_texts=texts(data, context.parts("valid")),
+        about={"experiment": experiment.name, "stage": context.name, **about},
+        scores=scores,
+        train_rows=texts(data, valid if context.of_folds else context.parts("train")),
+        valid_texts=texts(data, valid),
         truth=truth_of(data),
-        truncation=audit_for(data, stage)["truncation"],
-        swap_tta=experiment.swap_tta and bool(scoring["rows_in_both_orders"]["valid"]),
+        truncation=audit_for(data, context.name)["truncation"],
+        swap_tta=experiment.swap_tta and both,
         seed=experiment.seed,
         target_prior=context.scoring_inputs["target_prior"],
-        test_rows=test.rows,
-        untrained=untrained(context, valid["id"].tolist()),
+        test_rows=test_rows,
+        untrained=untrained(context, scores["id"].tolist()),
     )
 
 

@@ -51,12 +51,10 @@ class RowStore:
     def __init__(self, folder: Path, *, checked: bool = True):
         """Open a store; raises ArenaError if it was not written to its end or, `checked`, its files changed since."""
         self.folder = folder
-        try:
+        with readable(folder / _MARKER, _AGAIN):
             marker = read_json(folder / _MARKER)
             sums, self.unread = dict(marker["sha256"]), list(marker["unread"])
             changed = [name for name in _FILES if checked and sha256_of(folder / name) != sums.get(name)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArenaError(f"is no finished set of rows ({error})", where=str(folder), remedy=_AGAIN) from None
         if changed:
             raise ArenaError(f"{' and '.join(changed)} changed on disk", where=str(folder), remedy=_AGAIN)
         with readable(folder / "rows.parquet", _AGAIN):

@@ -15,8 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from common.errors import ArenaError, UsageError
+from common.errors import UsageError
 from common.files import read_json, sha256_of
+from data_prep.export_reader import readable
 from factory.state import PARTS, StageState
 from scoring.checks.run_checks import stopping
 from scoring.predictions import REPORT
@@ -101,13 +102,11 @@ class Verification:
 def verify(folder: Path) -> Verification:
     """Check outputs/EXP/STAGE again; raises UsageError if it is no such folder, ArenaError if its report is damaged."""
     root, path = _root_of(folder), folder / REPORT
-    try:
+    with readable(path, "score the stage again"):
         report = read_json(path)
         made_from, recorded = (dict[str, str](report["provenance"][key]) for key in ("sha256", "versions"))
         failed = stopping(report.get("checks", []))
         failures = [Finding(f"run check: {check['name']}", "failed", check["detail"]) for check in failed]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArenaError(f"cannot be read: {error}", where=str(path), remedy="score the stage again") from None
     findings = [*_files("made from", root, made_from), *_parts(root, folder), *failures, *_versions(recorded)]
     return Verification(folder.as_posix(), findings)
 

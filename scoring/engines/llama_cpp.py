@@ -20,6 +20,7 @@ import numpy as np
 
 from common.errors import ArenaError, UsageError
 from common.files import read_json, sha256_of
+from data_prep.export_reader import readable
 
 if TYPE_CHECKING:
     from scoring.judge import Judge
@@ -171,16 +172,13 @@ def check_gguf(gguf: Path, judge: Judge) -> dict[str, Any]:
     Raises ArenaError for a file that is missing, damaged, without a manifest, stale, or made of another judge.
     """
     again, path = f"{export_command(judge)} --quantization …", manifest_path(gguf)
-    try:
+    if gone := [each for each in (gguf, path) if not each.is_file()]:
+        raise ArenaError("is missing: a GGUF file needs its manifest", where=str(gone[0]), remedy=again)
+    with readable(path, again):
         manifest = read_json(path)
         if manifest["format"] != FORMAT:
             raise ArenaError("was written by another version", where=str(path), remedy=again)
         made_of, is_whole = dict(manifest["source"]), sha256_of(gguf) == manifest["sha256"]
-    except FileNotFoundError:
-        gone = path if gguf.is_file() else gguf
-        raise ArenaError("is missing: a GGUF file needs its manifest", where=str(gone), remedy=again) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArenaError(f"is damaged: {error}", where=str(path), remedy=again) from None
     if not is_whole:
         raise ArenaError("is damaged: its SHA-256 is not the manifest's", where=str(gguf), remedy=again)
     present = source_files(judge.folder)

@@ -69,7 +69,7 @@ def test_another_version_is_a_warning_and_no_fault(place, monkeypatch):
 
 @pytest.mark.parametrize(
     ("folder", "code", "words"),
-    [("outputs", 2, "holds no report.json"), ("nowhere", 2, "holds no report.json"), (str(OUT), 1, "cannot be read")],
+    [("outputs", 2, "holds no report.json"), ("nowhere", 2, "holds no report.json"), (str(OUT), 1, "is damaged")],
 )
 def test_what_is_no_output_is_told(place, folder, code, words):
     if code == 1:
@@ -81,8 +81,8 @@ def test_what_is_no_output_is_told(place, folder, code, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"checks": ["x"]}, "cannot be read"),
-        ({"provenance": {"sha256": {}}}, "cannot be read"),
+        ({"checks": ["x"]}, "is damaged"),
+        ({"provenance": {"sha256": {}}}, "is damaged"),
         ({"provenance": {"sha256": {"../x": "0" * 64}, "versions": {}}}, "made from: ../x"),
     ],
 )
