@@ -9,6 +9,7 @@ from common.battle import PROBABILITY_COLUMNS, VERDICTS
 from scoring.compare import compare
 from scoring.links import softmax
 from scoring.report.build import build_report
+from tests.votes import drawn
 
 CHECKS = [
     {"name": "labels distinct", "passed": True, "detail": "1, 2, 3", "stops": True, "remedy": ""},
@@ -25,7 +26,7 @@ def arena(rows: int, seed: int, *, skill: float = 1.0, tie: float = 0.0, both_or
     strength = random.normal(0, 1.5, rows)
     logits = np.column_stack([strength / 2, -strength / 2, np.full(rows, -0.2 + tie)])
     chances = softmax(logits)
-    codes = (chances.cumsum(axis=1) < random.random((rows, 1))).sum(axis=1)
+    codes = drawn(chances, random)
     ids = [f"{seed}-{i}" for i in range(rows)]
     lengths = random.integers(1, 3_000, (rows, 3))
     columns = {

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 
 
@@ -19,6 +21,11 @@ def write_votes(path: Path, battles: Iterable[Battle]) -> Path:
             texts = [json.dumps(list(each)) for each in (battle.prompts, battle.responses_a, battle.responses_b)]
             writer.writerow([battle.id, "m", "n", *texts, *(int(battle.verdict == v) for v in VERDICTS)])
     return path
+
+
+def drawn(chances: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return a verdict code for each row of probabilities, drawn from them: the judge that said so is perfect."""
+    return (chances.cumsum(axis=1) < random.random((len(chances), 1))).sum(axis=1)
 
 
 def lines(folder: Path, data_set: str) -> list[dict]:

@@ -7,6 +7,7 @@ from common.errors import ArenaError
 from scoring.agreement import CONFIDENCE, Agreement, agreement_curve, write_choices
 from scoring.metrics import verdict_codes
 from scoring.predictions import write_probabilities
+from tests.votes import drawn
 
 
 def battles(rows: int, seed: int, sharpness: float = 2.0):
@@ -14,8 +15,7 @@ def battles(rows: int, seed: int, sharpness: float = 2.0):
     random = np.random.default_rng(seed)
     logits = random.normal(0, sharpness, (rows, 3))
     chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    codes = (chances.cumsum(axis=1) < random.random((rows, 1))).sum(axis=1)
-    return chances, np.array(VERDICTS)[codes], np.arange(rows) // 2
+    return chances, np.array(VERDICTS)[drawn(chances, random)], np.arange(rows) // 2
 
 
 def curve_of(chances, verdicts, groups):

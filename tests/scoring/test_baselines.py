@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from scoring import baselines, metrics
+from tests.votes import drawn
 
 
 def arena(rows: int, seed: int = 0) -> pd.DataFrame:
@@ -22,7 +23,7 @@ def arena(rows: int, seed: int = 0) -> pd.DataFrame:
     )
     logits = np.column_stack([s / 2, -s / 2, np.full(rows, -0.3)])
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    verdict = np.array(["a", "b", "tie"])[(p.cumsum(axis=1) < random.random((rows, 1))).sum(axis=1)]
+    verdict = np.array(["a", "b", "tie"])[drawn(p, random)]
     return measured(pd.DataFrame({"id": range(rows), "verdict": verdict, "text_a": a, "text_b": b, "turns": 1}), "why?")
 
 

@@ -10,14 +10,11 @@ from common.errors import ArenaError
 from scoring import metrics
 from scoring.calibration import AB_COLUMNS, BA_COLUMNS, Calibration, calibrate
 from scoring.links import softmax
+from tests.votes import drawn
 
 VERDICTS = np.array(["a", "b", "tie"])
 AB, BA = list(AB_COLUMNS), list(BA_COLUMNS)
 TARGET = {"a": 0.35, "b": 0.35, "tie": 0.30}
-
-
-def drawn(p, seed):
-    return (p.cumsum(axis=1) < np.random.default_rng(seed).random((len(p), 1))).sum(axis=1)
 
 
 def table_of(truth: np.ndarray, **columns) -> pd.DataFrame:
@@ -30,7 +27,7 @@ def table_of(truth: np.ndarray, **columns) -> pd.DataFrame:
 def logit_table(rows=1_200, seed=0, *, temperature=1.0, bias=(0.0, 0.0, 0.0)) -> pd.DataFrame:
     """Label logits whose true probabilities are softmax(logits / temperature + bias)."""
     logits = np.random.default_rng(seed).normal(0, 1.5, (rows, 3))
-    truth = drawn(softmax(logits / temperature + np.array(bias)), seed + 1)
+    truth = drawn(softmax(logits / temperature + np.array(bias)), np.random.default_rng(seed + 1))
     return table_of(truth, **dict(zip(AB, logits.T, strict=True)))
 
 
@@ -38,7 +35,8 @@ def reward_table(rows=1_200, seed=0, *, scale=1.2) -> pd.DataFrame:
     random = np.random.default_rng(seed)
     rewards, lengths = random.normal(0, 1, (rows, 2)), random.integers(1, 2_000, (rows, 2))
     s = scale * (rewards[:, 0] - rewards[:, 1]) + 0.3
-    truth = drawn(softmax(np.column_stack([s / 2, -s / 2, np.full(rows, np.log(0.7))])), seed + 1)
+    chances = softmax(np.column_stack([s / 2, -s / 2, np.full(rows, np.log(0.7))]))
+    truth = drawn(chances, np.random.default_rng(seed + 1))
     names = ("reward_a", "reward_b", "chars_a", "chars_b")
     return table_of(truth, **dict(zip(names, [*(rewards * 1e-3).T, *lengths.T], strict=True)))
 

@@ -19,6 +19,7 @@ from factory.stage_context import CHOICE, StageContext
 from scoring import checkpoints, metrics
 from scoring.compare import common_rows, compare, differing_settings
 from scoring.links import softmax
+from tests.votes import drawn
 
 CASE = Path(__file__).resolve().parents[3] / "shared" / "cases" / "compare"
 VERDICTS = np.array(["a", "b", "tie"])
@@ -29,8 +30,7 @@ def stages(rows: int = 1_500, seed: int = 0, noise: tuple[float, ...] = (0.5, 1.
     """Return rows with a verdict, and the probabilities of judges that know it more or less well."""
     random = np.random.default_rng(seed)
     logits = random.normal(0, 1.5, (rows, 3))
-    truth = (softmax(logits).cumsum(axis=1) < random.random((rows, 1))).sum(axis=1)
-    table = pd.DataFrame({"verdict": VERDICTS[truth], "group": np.arange(rows) // 2})
+    table = pd.DataFrame({"verdict": VERDICTS[drawn(softmax(logits), random)], "group": np.arange(rows) // 2})
     models = {
         name: softmax(logits + random.normal(0, size, (rows, 3))) for name, size in zip(NAMES, noise, strict=True)
     }

@@ -10,13 +10,10 @@ from hypothesis.extra import numpy as hnp
 
 from common.errors import ArenaError
 from scoring import links
+from tests.votes import drawn
 
 # Denormal, ordinary and nearly overflowing numbers in one array.
 SCORES = st.floats(-1e6, 1e6) | st.floats(-1e-300, 1e-300) | st.floats(-1e150, 1e150)
-
-
-def drawn(p: np.ndarray, seed: int) -> np.ndarray:
-    return (p.cumsum(axis=1) < np.random.default_rng(seed).random((len(p), 1))).sum(axis=1)
 
 
 def davidson_data(rows: int, seed: int, *, unit: float = 1.0, true=(1.3, 0.3, 0.2, 0.8)):
@@ -26,7 +23,7 @@ def davidson_data(rows: int, seed: int, *, unit: float = 1.0, true=(1.3, 0.3, 0.
     difference, lengths = random.standard_t(5, rows), random.normal(0, 0.7, rows)
     s = scale * difference + position + length * lengths / lengths.std()
     p = links.softmax(np.column_stack([s / 2, -s / 2, np.full(rows, np.log(tie))]))
-    return difference * unit, lengths, drawn(p, seed + 1)
+    return difference * unit, lengths, drawn(p, np.random.default_rng(seed + 1))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -80,7 +77,7 @@ def test_a_fit_goes_on_where_the_optimiser_stops_early(seed, scale, apart):
 def test_softmax_recovers_temperature_and_bias(seed):
     logits = np.random.default_rng(seed).normal(0, 3, (6_000, 3)) + 50
     p = links.softmax(logits / 2.5 + np.array([0.2, -0.5, 0.3]))
-    link = links.SoftmaxLink.fit(logits, drawn(p, seed + 9))
+    link = links.SoftmaxLink.fit(logits, drawn(p, np.random.default_rng(seed + 9)))
     assert abs(link.inverse_temperature - 0.4) < 3 * link.errors["inverse_temperature"]
     for name, value, found in zip("abt", (0.2, -0.5, 0.3), link.bias, strict=True):
         assert abs(found - value) < 3 * link.errors["bias_tie" if name == "t" else f"bias_{name}"]

@@ -10,12 +10,13 @@ from hypothesis.extra import numpy as hnp
 
 from common.errors import ArenaError
 from scoring import metrics
+from tests.votes import drawn
 
 
 def simulated(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     p = random.dirichlet([2, 2, 1], size=rows)
-    return p, (p.cumsum(axis=1) < random.random((rows, 1))).sum(axis=1)
+    return p, drawn(p, random)
 
 
 def probability_rows():

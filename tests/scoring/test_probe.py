@@ -6,6 +6,7 @@ import pytest
 from common.errors import ArenaError
 from scoring.links import softmax
 from scoring.probe import Probe, fit_probe
+from tests.votes import drawn
 
 LAYERS, HIDDEN, ROWS = (3, 7), 8, 600
 
@@ -16,7 +17,7 @@ def votes(seed: int = 0):
     states = random.normal(size=(ROWS, 2, len(LAYERS) * 2 * HIDDEN)).astype(np.float32)
     gap = 2 * (states[:, 0, -1] - states[:, 1, -1])
     chances = softmax(np.column_stack([gap / 2, -gap / 2, np.full(ROWS, -0.5)]))
-    truth = (chances.cumsum(axis=1) < random.random((ROWS, 1))).sum(axis=1)
+    truth = drawn(chances, random)
     return states, random.integers(1, 900, (ROWS, 4)).astype(float), truth
 
 
