@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import resource
+import select
 import shlex
 import signal
 import sys
@@ -101,8 +102,11 @@ def user_error(error: BaseException, command: str | None = None) -> ArenaError |
     if is_panic(error):
         what = f"the model's tokenizer fails on a text ({error})"
         return ArenaError(what, remedy="choose another model: its tokenizer.json holds a bad regular expression")
-    if isinstance(error, BrokenPipeError):  # the reader of our output has closed it
-        return None
+    if isinstance(error, BrokenPipeError):
+        if _reader_is_gone():
+            return None
+        what = "a process of this command ended before it had read what it was sent, probably killed for want of memory"
+        return ArenaError(what, remedy=again)
     where = str(error.filename) if isinstance(error, (OSError, SyntaxError)) and error.filename else None
     number = _number(error)
     if isinstance(error, FileNotFoundError) and error.args == (errno.ENOENT, os.strerror(errno.ENOENT)):  # os.getcwd
@@ -112,6 +116,14 @@ def user_error(error: BaseException, command: str | None = None) -> ArenaError |
     if isinstance(error, OSError) and where and error.strerror:
         return ArenaError(error.strerror.lower(), where=where, remedy="check this path; -v shows what used it")
     return None
+
+
+def _reader_is_gone() -> bool:
+    """Tell whether whoever read our output or errors has closed it (`run.py … | head`)."""
+    outputs = select.poll()
+    for number in (1, 2):
+        outputs.register(number, 0)
+    return any(event & select.POLLERR for _, event in outputs.poll(0))
 
 
 def _number(error: BaseException) -> int | None:

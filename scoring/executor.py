@@ -147,18 +147,22 @@ class SideBySide(Executor):
     def ask(self, prepared: list) -> np.ndarray:
         asker = self._free.get()
         try:
-            return asker("ask", prepared).result()
+            return self._result(asker("ask", prepared))
         finally:
             self._free.put(asker)
 
     def _result(self, future: Future) -> Any:
-        """Return a call's result; raises ArenaError where it failed or its process died."""
+        """Return a call's result; raises what it raised, ProcessDied where its process died."""
         return future.result()
 
 
-def _died(what: str, where: str) -> ArenaError:
-    again = f"{same_command()} goes on from what is scored; give fewer --workers or a smaller --precision"
-    return ArenaError(what, where=where, remedy=again)
+class ProcessDied(ArenaError):
+    """A process with a model is gone: its executor can answer no more."""
+
+    def __init__(self, what: str, where: str):
+        """Say what died, and which option asked for it."""
+        again = f"{same_command()} goes on from what is scored; give fewer --workers or a smaller --precision"
+        super().__init__(what, where=where, remedy=again)
 
 
 def _loaded(scorer: Scorer) -> tuple[str, str, str]:
@@ -214,8 +218,8 @@ class Workers(SideBySide):
     def _result(self, future: Future) -> Any:
         try:
             return future.result()
-        except BrokenProcessPool:
-            raise _died(
+        except (BrokenProcessPool, BrokenPipeError):  # the latter where it died before it had read the call
+            raise ProcessDied(
                 "a scoring worker was killed, for want of memory or by a damaged model file", "--workers"
             ) from None
 
@@ -257,6 +261,15 @@ def _begin(spec: ScorerSpec, folder: str, workers: int, gpu: str | None) -> None
 
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // workers, 1))
     _asker = Asker(spec, folder)
+
+
+def _submit(pool: ProcessPoolExecutor, method: str, *arguments: Any) -> Future:
+    try:
+        return pool.submit(_call, method, *arguments)
+    except BrokenProcessPool as error:  # its process died after the last call
+        failed: Future = Future()
+        failed.set_exception(error)
+        return failed
 
 
 def _call(method: str, *arguments: Any) -> Any:
@@ -303,7 +316,7 @@ class RayActors(SideBySide):
         except RayTaskError as error:  # what an Asker raised
             raise error.cause from None
         except RayActorError as error:
-            raise _died(f"a Ray actor died twice: {first_line(error)}", "--ray") from None
+            raise ProcessDied(f"a Ray actor died twice: {first_line(error)}", "--ray") from None
 
 
 def _connect(address: str, actors: int | None) -> None:

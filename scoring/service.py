@@ -14,7 +14,7 @@ import asyncio
 import signal
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from data_prep.audit import row_statistics
 from factory.stage_context import StageContext
 from scoring.agreement import Agreement
 from scoring.calibration import AB_COLUMNS, BA_COLUMNS, REWARD_COLUMNS, Calibration
-from scoring.executor import Executor
+from scoring.executor import Executor, ProcessDied
 from scoring.score_stage import ScoreOptions, read_report
 from scoring.scorer import Scorer
 
@@ -116,7 +116,7 @@ class Service:
             self._busy += 1
             try:
                 results = await loop.run_in_executor(self._threads, self._together, [job for job, _, _ in batch])
-            except BrokenExecutor as error:  # a model's process was killed: the server ends, for it would go on failing
+            except ProcessDied as error:  # the server ends, for it would go on failing
                 self.fault, results = error, [Busy()] * len(batch)
                 signal.raise_signal(signal.SIGTERM)
             except Exception as error:  # whatever it is, the callers must hear of it
@@ -144,6 +144,8 @@ class Service:
             if judged:
                 answers = iter(self._answers(judged, fitted, scores[: len(rows)]))
             rewards = iter(scores[len(rows) :, 0].tolist())
+        except ProcessDied:
+            raise
         except ArenaError as error:  # of one request: the others must not suffer for it
             return [error] if len(jobs) == 1 else [result for job in jobs for result in self._together([job])]
         return [[next(answers if isinstance(job, tuple) else rewards) for _ in job] for job in jobs]
