@@ -105,7 +105,7 @@ def user_error(error: BaseException, command: str | None = None) -> ArenaError |
     if isinstance(error, BrokenPipeError):
         if _reader_is_gone():
             return None
-        what = "a process of this command ended before it had read what it was sent, probably killed for want of memory"
+        what = "a process of this command was killed, probably for want of memory, before it had read what it was sent"
         return ArenaError(what, remedy=again)
     where = str(error.filename) if isinstance(error, (OSError, SyntaxError)) and error.filename else None
     number = _number(error)

@@ -239,7 +239,11 @@ def visible_gpus() -> list[str]:
 
 
 def _submit(pool: ProcessPoolExecutor, *call: Any) -> Future:
-    future = pool.submit(_call, *call)
+    try:
+        future = pool.submit(_call, *call)
+    except BrokenProcessPool as error:  # its process died after the last call
+        future = Future()
+        future.set_exception(error)
     # While this process, too, could write there, the rest of a result whose worker was killed would be waited for.
     pool._result_queue._writer.close()
     return future
@@ -261,15 +265,6 @@ def _begin(spec: ScorerSpec, folder: str, workers: int, gpu: str | None) -> None
 
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // workers, 1))
     _asker = Asker(spec, folder)
-
-
-def _submit(pool: ProcessPoolExecutor, method: str, *arguments: Any) -> Future:
-    try:
-        return pool.submit(_call, method, *arguments)
-    except BrokenProcessPool as error:  # its process died after the last call
-        failed: Future = Future()
-        failed.set_exception(error)
-        return failed
 
 
 def _call(method: str, *arguments: Any) -> Any:
