@@ -236,9 +236,22 @@ def test_the_advice_after_an_interruption_fits_the_command(monkeypatch, command)
 OURS = SyntaxError("expected ':'", ("/x/arena-factory/scoring/pipeline.py", 3, 1, "", 3, 1))  # no lack of memory
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), BrokenPipeError(errno.EPIPE, "x"), KeyError("id"), OURS])
+@pytest.mark.parametrize("error", [ValueError("x"), KeyError("id"), OURS])
 def test_a_fault_of_ours_stays_a_traceback(error):
     assert user_error(error) is None
+
+
+@pytest.mark.parametrize("reader_gone", [True, False])
+def test_a_broken_pipe_is_silent_only_where_our_own_reader_is_gone(reader_gone):
+    code = "input(); from common.errors import user_error; raise SystemExit(user_error(BrokenPipeError(32, 'x')))"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as process:
+        if reader_gone:
+            process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert ("was killed" in process.stderr.read()) is not reader_gone
+    assert process.returncode == (0 if reader_gone else 1)
 
 
 def test_two_runs_at_once_are_told_who_is_at_work(place):
