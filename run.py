@@ -8,6 +8,7 @@ Commands that read what was scored are in scoring/commands.py. Heavy imports sta
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -325,5 +326,7 @@ if __name__ == "__main__":
     # Beside another busy process, threads that spin while they wait for each other lose time: of llama.cpp two were
     # twenty times slower than one. torch and llama.cpp read this when they are loaded, here and in every child.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for name in ("bitsandbytes.backends.cpu.ops", "transformers.integrations.bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # their advice (another package, a type) reads like a fault
     make_output_safe()
     sys.exit(cli())

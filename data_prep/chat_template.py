@@ -174,6 +174,9 @@ def _llamafactory_template(experiment: Experiment):
     from llamafactory.hparams import DataArguments, ModelArguments
     from llamafactory.model import load_tokenizer
 
+    if experiment.model.startswith("models/") and not Path(experiment.model).is_dir():  # the hub has no such name
+        remedy = "`make extra-smollm2` makes that of smollm2-135m; of other models put the files there"
+        raise ArenaError("there is no such folder", where=experiment.model, remedy=remedy)
     model_args = ModelArguments(
         model_name_or_path=experiment.model,
         model_revision=experiment.revision,
@@ -197,7 +200,7 @@ def _llamafactory_template(experiment: Experiment):
             where=experiment.model,
             remedy=remedy_for("\n".join(f"{type(each).__name__}: {each}" for each in causes))
             or "check the keys model and template in experiment.yaml; a gated model needs its licence accepted "
-            "and HF_TOKEN set; without internet give a local folder as model (the demo's is made by `run.py demo`)",
+            "and HF_TOKEN set; without internet give a local folder as model",
         ) from None
 
 

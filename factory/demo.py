@@ -101,7 +101,7 @@ def _draw(experiment: Experiment, seed: int, show: Show) -> None:
     with atomic_folder(ARENA) as folder:
         write_arena(folder, seed=seed, train_rows=TRAIN_ROWS, test_rows=TEST_ROWS)
         write_json(folder / "drawn.json", {**drawn, "base": "is being built"})
-    show.note(f"drew {TRAIN_ROWS:,} battles with known probabilities and {TEST_ROWS} to submit (seed {seed}): {ARENA}")
+    show.note(f"drew the demo's {TRAIN_ROWS:,} battles and {TEST_ROWS} to submit (seed {seed}): {ARENA}")
     # the tokenizer learns from whole judge prompts, so that their fixed parts take few tokens
     with show.line("embedded base") as line:
         line.update("training a tokenizer, drawing random weights")

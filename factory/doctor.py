@@ -141,7 +141,7 @@ def _driver(seen: Devices) -> Finding:
 
 
 def _bitsandbytes(product: Product) -> Finding:
-    said = product.failure or f"a 4-bit product is {product.kernel_error:.1%} from that of its own weights"
+    said = product.failure or f"4-bit products are {product.kernel_error:.1%} off"
     remedy = "run `python -m bitsandbytes`, then `make install`; or --bits none, which needs no bitsandbytes"
     return _finding(f"bitsandbytes {product.device}", said, remedy, fault=not product.works)
 

@@ -123,11 +123,12 @@ def _summary(experiment: Experiment, audit: dict[str, Any]) -> str:
     unread = [f"{by_prior:,} more cannot be read and will get the class prior"] if by_prior else []
     unread += [f"{lost:,} without a readable id will be missing"] if lost else []
     unread = f" ({'; '.join(unread)}: {where})" if unread else ""
+    both = " (both orders)" if experiment.swap_copies else ""
     if experiment.folds > 1:
         sizes = " to ".join(f"{size:,}" for size in sorted({min(folds), max(folds)}))
-        sets = f"{experiment.folds} folds of {sizes} rows, each judged by a model trained on the others"
+        sets = f"{experiment.folds} folds of {sizes} rows{both}, each judged by a model trained on the others"
     else:
-        sets = f"{rows['sft_train']:,} training rows, {rows['sft_valid']:,} for validation (prompts never trained on)"
+        sets = f"{rows['sft_train']:,} training rows{both}, {rows['sft_valid']:,} for validation (other prompts)"
     return (
         f"prepare {experiment.name}: {kept:,} battles kept{rejected}; {sets}, {rows['test']:,} to submit"
         f"{unread}; {cut:.1%} shortened to {experiment.cutoff_len} tokens"

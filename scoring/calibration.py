@@ -319,7 +319,7 @@ def blend(
     losses = {name: log_loss(p, truth) for name, p in models.items()}
     best, fitted = min(losses, key=losses.get), log_loss(mixed, truth)
     if fitted >= losses[best]:
-        reason = f"{best} alone: fitted weights had a cross-fitted log loss of {fitted:.4f}, it has {losses[best]:.4f}"
+        reason = f"only {best}, of log loss {losses[best]:.4f}: a fitted blend has {fitted:.4f} (cross-fitted)"
         return models[best], {"weights": {name: float(name == best) for name in models}, "reason": reason}
     return mixed, {"weights": weights, "reason": "cross-fitted; the weights shown are those of all rows"}
 

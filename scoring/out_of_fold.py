@@ -106,7 +106,7 @@ def _write(context: StageContext) -> tuple[dict[str, Any], list]:
         "scoring": {
             **reports[0]["scoring"],
             "rows_in_both_orders": {"valid": sum(both), "test": 0},
-            "answer": f"{context.experiment.fold_answer} (fold_answer)",
+            "answer": f"fold_answer: {context.experiment.fold_answer}",
         },
     }
     # How many of the test rows were scored in both orders is each judge's own matter.

@@ -158,7 +158,7 @@ def _compared(ladder: dict[str, float] | None) -> str:
 
 
 def _listed(ladder: dict[str, float]) -> str:
-    return ", ".join(f"{BASELINE_NAMES[name]} {loss:.4f}" for name, loss in ladder.items())
+    return "; ".join(f"{BASELINE_NAMES[name]} {loss:.4f}" for name, loss in ladder.items())
 
 
 def in_words(status: RunStatus) -> list[str]:

@@ -154,7 +154,7 @@ def build_app(service: Service, host: str, token: str | None = None) -> Any:
 
     @app.get("/v1/model")
     async def model() -> dict[str, Any]:
-        """Say which judge this is: its files' sums, log loss on the validation fold, calibration and promise."""
+        """Say which judge this is: its files' hashes, log loss on the validation fold, calibration and promise."""
         return {
             "experiment": experiment.name,
             "stage": context.name,

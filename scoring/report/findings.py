@@ -123,14 +123,14 @@ def _cautions(report: Mapping[str, Any], test_rows: int) -> Iterator[tuple[str, 
     if better:
         named = ", ".join(f"{BASELINE_NAMES[name]} ({value:.3f})" for name, value in better.items())
         both = report["with_baselines"]
-        way = f" A blend (`run.py ensemble`) reaches {both['log_loss']:.3f} on these battles." if both else ""
-        yield "amber", "baseline_ahead", f"A simple baseline is better ({loss:.3f} here): {named}.{way}"
+        way = f" A blend (run.py ensemble) reaches {both['log_loss']:.3f} on these battles." if both else ""
+        yield "amber", "baseline_ahead", f"Better than this judge ({loss:.3f}), and simple: {named}.{way}"
     if folds := report["folds"]:
         losses = ", ".join(number(fold["log_loss"], 4) for fold in folds)
         yield (
             *("info", "out_of_fold"),
             f"Each battle is judged by the one of {len(folds)} judges that did not train on its prompt (log losses "
-            f"{losses}). What answers the test set, {report['scoring']['answer']}, is judged by no battle.",
+            f"{losses}). The test set's answers ({report['scoring']['answer']}) are measured on no battle.",
         )
     if (choice := report["checkpoint"]) and "curve" in choice:
         points = (f"{point['checkpoint']} {number(point['log_loss'], 4)}" for point in choice["curve"])
@@ -236,11 +236,12 @@ def _position(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _flips(report: Mapping[str, Any]) -> str:
-    """Return how many first choices change with the order, in the raw and in the final answer."""
+    """Return how many first choices change with the order, and what that means for the final answer."""
     bias = report["position_bias"]
-    how = "averages both orders" if report["calibration"]["swap_tta"] else "has A first: swap_tta is false"
-    changed = f"{percent(bias['flip_rate'])} of its first choices change with the order of the answers"
-    return f"{changed}, {percent(bias['final_flip_rate'])} in the final answer, which {how}."
+    final = "swap_tta is false, so the final answer is the one with A first"
+    if report["calibration"]["swap_tta"]:
+        final = f"averaged over both orders {percent(bias['final_flip_rate'])} do"
+    return f"{percent(bias['flip_rate'])} of its first choices change with the order of the answers; {final}."
 
 
 def _truncation(report: Mapping[str, Any]) -> Iterator[str]:

