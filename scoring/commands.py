@@ -138,7 +138,7 @@ def score(
         finish(context, out_of_fold_report(context, show=show) if context.of_folds else reports[0] or None, as_json)
         output = context.folder / "probabilities_test.csv"
     else:
-        output = output or scored_file(context.experiment, context.name, source)
+        output = output or scored_file(context.folder, source)
         then = cascade and Cascade(start(*cascade.split(":", 1))[0], stage_agreement(context, agree))
         made = score_input(context, source, output, columns, show=show, options=options, cascade=then)
         say(json.dumps(made) if as_json else "\n".join(input_lines(made)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -74,7 +74,8 @@ def compare_stages(*experiments: Experiment) -> dict[str, Any]:
     compared = compare(known, models, experiment.seed, **references(experiment, ids))
     result = {"experiment": " and ".join(each.name for each in experiments), **compared}
     result["flags"] = {name: red_flags(context) for name, context in contexts.items()}  # no comparison hides them
-    result |= {"left_out": left_out, "differs": differing_settings(experiments) if others else {}}
+    stages = {context.name for context in contexts.values()}
+    result |= {"left_out": left_out, "differs": differing_settings(experiments, stages) if others else {}}
     write_compare_page(result, folder / "compare.html")
     write_json(folder / "compare.json", result)
     return result
@@ -121,14 +122,14 @@ def common_rows(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, dict[
     return rows.reset_index(drop=True), {name: len(table) - len(rows) for name, table in tables.items()}
 
 
-def differing_settings(experiments: Sequence[Experiment]) -> dict[str, dict[str, Any]]:
-    """Return {"sft: learning_rate": {A: 1e-4, B: 2e-4}}: keys of experiment.yaml and of recipes, but names of files."""
+def differing_settings(experiments: Sequence[Experiment], stages: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return {"sft: learning_rate": {A: 1e-4, B: 2e-4}}: keys of experiment.yaml and of the stages' recipes."""
     settings: dict[str, dict[str, Any]] = {}
     for each in experiments:
         content = each.model_dump(mode="json", exclude={"name", "description", "recipes"})
         pages = {"experiment.yaml": content}
         for step in TRAININGS:
-            if each.recipe(step).is_file():
+            if step in stages and each.recipe(step).is_file():
                 shared = shared_values(each, step, each.written_fold)
                 pages[step] = {k: v for k, v in StageContext(each, step).written.items() if k not in shared}
         for page, values in pages.items():

@@ -210,11 +210,11 @@ def class_prior(report: Mapping[str, Any]) -> np.ndarray:
     return np.array([report["calibration"]["source_prior"][name] for name in VERDICTS])
 
 
-def scored_file(experiment: Experiment, stage: str, source: str | Path) -> Path:
-    """Return where the probabilities of a source (a file, a folder, a zip, hf://…) go without --output."""
+def scored_file(folder: Path, source: str | Path) -> Path:
+    """Return where in a stage's or fold's folder the probabilities of a source (a file, hf://…) go without --output."""
     given = Path(source)
     name = given.name if given.name not in ("", "..") else given.resolve().name
-    return experiment.output_folder(stage) / FOLDER / f"{_ENDING.sub('', name)}.csv"
+    return folder / FOLDER / f"{_ENDING.sub('', name)}.csv"
 
 
 def require_replaceable(output: Path, source: str | Path, experiment: Experiment) -> None:
@@ -249,8 +249,10 @@ def record_output(output: Path) -> None:
 
 def _is_earlier(output: Path) -> bool:
     place, outputs = (Path(os.path.realpath(path)) for path in (output, RECORD.parent))
-    if place.is_relative_to(outputs) and place.relative_to(outputs).parts[2:-1] == (FOLDER,):
-        return True
+    if place.is_relative_to(outputs):
+        parts = place.relative_to(outputs).parts  # EXP/STAGE/scored/NAME, EXP/STAGE/foldN/scored/NAME
+        if len(parts) in (4, 5) and parts[-2] == FOLDER:
+            return True
     return RECORD.is_file() and sha256_of(output) in RECORD.read_text(encoding="utf-8", errors="replace")
 
 

@@ -76,7 +76,7 @@ def rank(
     if judged:
         opinions = {
             "votes": context.folder / "probabilities_valid.csv",
-            "judged": scored_file(context.experiment, context.name, judged),
+            "judged": scored_file(context.folder, judged),
         }
         if not opinions["judged"].is_file():
             again = f"python run.py score -e {context.experiment.name} --stage {context.name} --input {judged}"

@@ -81,10 +81,10 @@ def test_what_is_no_table_of_probabilities_is_refused_and_the_old_file_survives(
         ("hf://datasets/lmsys/votes/data/test.parquet", "test"),
     ],
 )
-def test_the_usual_place_is_named_after_the_input(workplace, make_experiment, source, name):
+def test_the_usual_place_is_named_after_the_input(workplace, source, name):
     Path("parts/x").mkdir(parents=True)
-    found = scored_file(make_experiment(), "sft", source)
-    assert found == Path("outputs/exam/sft/scored", f"{name}.csv")
+    folder = Path("outputs/exam/sft")
+    assert scored_file(folder, source) == folder / "scored" / f"{name}.csv"
 
 
 @pytest.fixture
@@ -115,8 +115,9 @@ def test_an_earlier_output_may_be_replaced_wherever_it_is_now(replaceable):
         replaceable("out.csv")
     Path("out.csv").rename("moved.csv")
     replaceable("moved.csv")
-    write_table("outputs/another/rm/scored/x.csv")  # the folder for outputs
-    replaceable("outputs/another/rm/scored/x.csv")
+    for place in ("rm", "rm/fold2"):  # the folders for outputs
+        write_table(f"outputs/another/{place}/scored/x.csv")
+        replaceable(f"outputs/another/{place}/scored/x.csv")
     no_text = os.fsdecode(b"out-\xff.csv")
     record_output(write_table(no_text))
     replaceable(no_text)
