@@ -363,7 +363,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "told"), [("prepare", "a worker process of prepare ended"), ("score", "abruptly")])
+@pytest.mark.parametrize(("command", "told"), [("prepare", "of prepare ended"), ("score", "was killed, for want of")])
 def test_a_worker_that_is_killed_while_it_sends_a_result_is_told(command, told, tmp_path):
     script = tmp_path / "sender.py"
     script.write_text(SENDER)  # Python's own pool waits for the rest of the result for ever

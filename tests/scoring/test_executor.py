@@ -77,6 +77,17 @@ def test_without_the_extra_its_name_is_told(monkeypatch):
     assert caught.value.remedy == "make extra-ray"
 
 
+def test_a_ray_that_does_not_start_is_told(monkeypatch):
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed (make extra-ray)")
+
+    def start(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(ArenaError, match="Ray cannot be reached: The current node timed out"):
+        RayActors(FakeSpec(), lambda _: None, address=LOCAL, actors=2)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed (make extra-ray)")
 def test_two_actors_on_a_local_cluster_give_what_one_process_gives(tmp_path, monkeypatch):
