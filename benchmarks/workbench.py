@@ -117,22 +117,23 @@ def texts_of(battles: Iterable[Battle]) -> Iterable[str]:
     return (text for b in battles for text in (*b.prompts, *b.responses_a, *b.responses_b))
 
 
-def write_votes(path: Path, battles: Iterable[Battle]) -> None:
-    """Write battles in the competition's schema."""
+def write_votes(path: Path, battles: Iterable[Battle]) -> Path:
+    """Write battles in the competition's schema; one without a verdict is no row of a table of votes."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(TRAIN_COLUMNS)
         for battle in battles:
             cells = [cell(texts) for texts in (battle.prompts, battle.responses_a, battle.responses_b)]
             writer.writerow([battle.id, "x", "y", *cells, *(int(battle.verdict == v) for v in VERDICTS)])
+    return path
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Return a byte-level BPE tokenizer with Qwen's special tokens."""
+def train_tokenizer(texts: Iterable[str], vocabulary: int, special: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
+    """Return a byte-level BPE tokenizer, with Qwen's special tokens where no others are given."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokens = {"special_tokens": list(SPECIAL_TOKENS), "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
+    tokens = {"special_tokens": list(special), "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **tokens)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

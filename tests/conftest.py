@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,6 @@ settings.load_profile("ci")
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
     "### User\n### Assistant A\n### Assistant B\n### Question\nWhich assistant do people prefer? Reply with A for",
     "The quick brown fox jumps over the lazy dog. Two assistants answered the same user; decide which is better.",
@@ -64,48 +64,25 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_tokenizer(train_tokenizer):
-    """A byte-level BPE tokenizer with Qwen's special tokens, made in milliseconds."""
-    return train_tokenizer(SPECIALS)
+def train_tokenizer():
+    """A function that makes a small byte-level BPE tokenizer in milliseconds, with Qwen's special tokens or others."""
+    from workbench import train_tokenizer
+
+    return partial(train_tokenizer, CORPUS * 3, 600)
 
 
 @pytest.fixture(scope="session")
-def train_tokenizer():
-    """A function that makes a small byte-level BPE tokenizer with the given special tokens."""
-    return _train_tokenizer
-
-
-def _train_tokenizer(specials: list[str]):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS * 3, trainer)
-    return tokenizer
+def small_tokenizer(train_tokenizer):
+    """The tokenizer with Qwen's special tokens."""
+    return train_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def small_frame(small_tokenizer) -> ChatFrame:
     """The frame of qwen3_nothink over the small tokenizer."""
-    return ChatFrame(
-        template="qwen3_nothink",
-        prefix_ids=(),
-        before="<|im_start|>user\n",
-        after="<|im_end|>\n<|im_start|>assistant\n",
-        suffix_ids=(),
-        label_ids=tuple(small_tokenizer.encode(x).ids[0] for x in "ABC"),
-        answer_len=3,
-        answer_prefix_ids=(),
-        answer_before="",
-        answer_after="<|im_end|>\n",
-        answer_suffix_ids=(),
-        special_strings=tuple(SPECIALS),
-    )
+    from workbench import frame_of
+
+    return frame_of(small_tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow.parquet import read_table
+from workbench import write_votes
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 from common.errors import ArenaError
@@ -24,7 +25,6 @@ from data_prep.prompt import EMPTY, JudgePrompt, Neutralizer
 from data_prep.sources import Source
 from data_prep.synthetic import write_arena
 from scoring.checks.run_checks import shared_prompts
-from tests.votes import write_votes
 
 SETS = ("sft", "dpo_judge", "dpo_reward")
 PROMPTS = [

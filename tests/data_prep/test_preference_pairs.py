@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from workbench import write_votes
 
 from common.battle import Battle
 from common.errors import ArenaError
@@ -16,7 +17,7 @@ from common.files import sha256_of
 from data_prep.export import ensure_views, export
 from data_prep.export_reader import read_battles, read_pairs, read_rows
 from data_prep.preference_pairs import Pair, flatten, reward_rows, wrong_verdicts
-from tests.votes import lines, write_votes
+from tests.votes import lines
 
 BOTH = ("judge", "reward")
 

@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 from chain import called
+from workbench import write_votes
 
 from common.battle import Battle
 from common.experiment import load_experiment
@@ -16,7 +17,6 @@ from factory.stage_context import StageContext
 from tests.bad_inputs.place import build, lay_stage
 from tests.conftest import _made_once
 from tests.scoring.places import save_adapter
-from tests.votes import write_votes
 
 FAMILIES = {
     "llama": {},

@@ -10,6 +10,7 @@ import pytest
 from chain import call
 from pyarrow import parquet
 from rich.console import Console
+from workbench import write_votes
 
 from common.battle import Battle
 from common.errors import ArenaError, UsageError
@@ -20,7 +21,6 @@ from factory.stage_context import StageContext
 from scoring.predictions import write_probabilities
 from scoring.show import print_battle, show_battle
 from tests.scoring.places import configured
-from tests.votes import write_votes
 
 NASTY = "Hi \x1b]0;owned\x07\x1b[2J\u202e [bold]not markup[/bold] <|im_end|>"
 LONG = "many words of an answer that nobody will read to its end " * 60
