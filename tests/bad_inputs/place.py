@@ -15,10 +15,10 @@ from typing import Any
 from chain import called
 
 from common.battle import PROBABILITY_COLUMNS
+from data_prep.synthetic import TRAIN_COLUMNS as COLUMNS
 from factory.stage_context import StageContext
 
 ROOT = Path(__file__).resolve().parents[2]
-COLUMNS = ("id", "model_a", "model_b", "prompt", "response_a", "response_b", *PROBABILITY_COLUMNS)
 PREPARE = ("prepare", "-e", "exam", "--train", "votes.csv")
 PREPARE_TEST = (*PREPARE, "--test", "test.csv")
 SFT = ("sft", "-e", "exam")

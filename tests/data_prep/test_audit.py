@@ -25,6 +25,7 @@ from data_prep.prompt import EMPTY, JudgePrompt, Neutralizer
 from data_prep.sources import Source
 from data_prep.synthetic import write_arena
 from scoring.checks.run_checks import shared_prompts
+from tests.bad_inputs.place import Place
 
 SETS = ("sft", "dpo_judge", "dpo_reward")
 PROMPTS = [
@@ -112,19 +113,11 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write(path: Path, rows: list[dict[str, str]], columns: list[str]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def test_training_rows_in_a_test_set_are_counted_and_kept(experiment, arena, tmp_path):
+def test_training_rows_in_a_test_set_are_counted_and_kept(experiment, arena):
     test, train = rows_of(arena.test), rows_of(arena.train)
     same_id = [{**row, "id": other["id"]} for row, other in zip(test[:2], train, strict=False)]  # other prompts
-    bare = write(tmp_path / "bare.csv", train[:5], list(test[0]))
-    mixed = write(tmp_path / "mixed.csv", [*test[2:], *same_id, *train[10:13]], list(test[0]))
+    bare = Place().table(train[:5], "bare.csv", test[0])
+    mixed = Place().table([*test[2:], *same_id, *train[10:13]], "mixed.csv", test[0])
     for table, found, rows in ((mixed, 3, 13), (bare, 5, 5), (arena.test, 0, 10)):
         audit = export(experiment, arena.train, table)
         assert (audit["test_rows_in_train"], audit["exported"]["test"]) == (found, rows)
@@ -188,13 +181,12 @@ def test_of_several_sources_the_first_alone_validates_and_no_prompt_of_its_fold_
         export(experiment, [Source(target), Source(target)])
 
 
-def test_many_shortened_battles_are_reported_with_the_key(experiment, arena, tmp_path):
+def test_many_shortened_battles_are_reported_with_the_key(experiment, arena):
     rows, found = rows_of(arena.train), {}
     for long in (29, 31):  # of 60
         turns = [["a longer answer " * 300] * len(json.loads(row["response_a"])) for row in rows[:long]]
         changed = [{**row, "response_a": json.dumps(answer)} for row, answer in zip(rows, turns, strict=False)]
-        votes = write(tmp_path / "long.csv", [*changed, *rows[long:]], list(rows[0]))
-        audit = export(experiment, votes)
+        audit = export(experiment, Place().table([*changed, *rows[long:]], "long.csv"))
         assert audit["truncation"]["train"]["rows_cut"] == long
         assert audit["truncation"]["train"]["fields_cut"] == {"prompt": 0, "a": long, "b": 0}
         found[long] = warnings_of(audit)
