@@ -157,9 +157,11 @@ def serve_gradio(build: Callable[[], Any], arguments: list[str]) -> int:
     parser.add_argument("--port", type=int, required=True)
     given = vars(parser.parse_args(arguments))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from gradio import networking
     from llamafactory.extras.misc import fix_proxy
 
     fix_proxy()
+    networking.url_ok = lambda url: True  # Gradio ends where a busy machine does not answer itself within 3 s
     page = build()
     guard = {"middleware": [Middleware(OwnPagesOnly, host=given["host"])]}
     page.queue().launch(
