@@ -20,6 +20,7 @@ from common.stages import STAGES
 from data_prep.export_reader import Split, iter_battles, iter_pairs
 from scoring.report import figures
 from scoring.report.findings import (
+    BASELINE_NAMES,
     CLASS_NAMES,
     LEVELS,
     count,
@@ -76,7 +77,7 @@ def write_compare_page(comparison: Mapping[str, Any], path: Path) -> None:
     best = min(comparison["table"], key=lambda row: row["log_loss"])
     models = [
         figures.Mark(
-            row["name"], row["log_loss"], row["log_loss_ci95"], note="the lowest log loss" if row is best else ""
+            row["name"], row["log_loss"], row["log_loss_ci95"], note="best of the stages" if row is best else ""
         )
         for row in comparison["table"]
     ]
@@ -92,10 +93,12 @@ def write_compare_page(comparison: Mapping[str, Any], path: Path) -> None:
     ]
     gap = comparison["baselines"]["prior"] - best["log_loss"]
     beaten = f"{number(abs(gap))} {'below' if gap > 0 else 'above'} the class prior"
+    simple = [BASELINE_NAMES[name] for name, loss in comparison["baselines"].items() if loss < best["log_loss"]]
+    beaten += f"; better: {', '.join(simple)}" if simple else ""
     view = {
         "title": f"{comparison['experiment']}: comparison",
         "comparison": comparison,
-        "headline": f"Lowest log loss: {best['name']} with {number(best['log_loss'])}, {beaten}.",
+        "headline": f"Best of the stages: {best['name']} with log loss {number(best['log_loss'])}, {beaten}.",
         "flags": [f"{stage}: {text}" for stage, texts in comparison["flags"].items() for text in texts],
         "undecided": [
             pair["second"] if pair["first"] == best["name"] else pair["first"]
