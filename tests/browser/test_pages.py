@@ -38,8 +38,10 @@ def test_a_run_is_watched_while_it_runs(tab, servers, training):
     assert later > first and re.search(r"training loss \d\.\d{4}", text) and not tab.page.locator("button").count()
     see(tab, "watch_running")
     tab.page.set_viewport_size({"width": 400, "height": 900})
-    upper, lower = (tab.page.locator(f"#{name}").bounding_box() for name in ("losses", "ladder"))
-    assert upper["y"] + upper["height"] <= lower["y"] and lower["x"] == upper["x"], "plots below each other"
+    # in one look: the page replaces its parts every two seconds
+    places = "['losses', 'ladder'].map(name => document.getElementById(name).getBoundingClientRect().toJSON())"
+    upper, lower = tab.page.evaluate(places)
+    assert upper["bottom"] <= lower["top"] and lower["x"] == upper["x"], "plots below each other"
     tab.until(words.inner_text, lambda text: "Trained on" in text and "checkpoint 40: log loss" in text)
     found = re.search(
         r"checkpoint 40: log loss of the verdict (\d\.\d{4}) on \d+ validation battles", words.inner_text()
