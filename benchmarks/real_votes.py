@@ -1,7 +1,7 @@
 """What the methods reach on real votes on a CPU, and what a target prior repairs.
 
-    python benchmarks/real_votes.py --work FOLDER --natural train_natural.csv --clean train_clean.csv.gz [--write]
-    python benchmarks/real_votes.py … --model models/SmolLM2-135M-Instruct --stages base probe sft --set cutoff_len=256
+    python benchmarks/real_votes.py --work FOLDER --natural train_natural.csv --clean train_clean.csv.gz
+    python benchmarks/real_votes.py … --model models/SmolLM2-135M-Instruct --stages base probe [--set K=V] [--write]
 
 `natural` has the competition's own class balance; `clean` holds the same rows and many more, nearly without ties.
 Without --model the base has random weights and a tokenizer trained on these votes: it shows that the chain is honest
@@ -172,10 +172,7 @@ def main() -> None:
     if asked.model:
         scarce = [stage for stage in scarce if stage == "probe"]
     if scarce:
-        ties = table(SCARCE, scarce_ties(bench, held, rest[: asked.clean_rows], constant, scarce))
-        text = f"{text}\n\n{ties}"
-        if not asked.model:
-            publish("scarce ties", ties, asked.write)
+        text += f"\n\n{table(SCARCE, scarce_ties(bench, held, rest[: asked.clean_rows], constant, scarce))}"
     publish("real votes" if asked.model else "", text, asked.write)
 
 
