@@ -298,12 +298,13 @@ def report_on(
     context: StageContext, about: Mapping[str, Any], scores: pd.DataFrame, *, both: bool, test_rows: int
 ) -> tuple[dict[str, Any], Any, Calibration]:
     """Return what `build_report` does of a stage's scores; `both`: all were scored in both orders."""
-    experiment, data, valid = context.experiment, context.experiment.data_folder, context.parts("valid")
+    experiment, data = context.experiment, context.experiment.data_folder
+    valid = texts(data, context.parts("valid"))
     return build_report(
         about={"experiment": experiment.name, "stage": context.name, **about},
         scores=scores,
-        train_rows=texts(data, valid if context.of_folds else context.parts("train")),
-        valid_texts=texts(data, valid),
+        train_rows=valid if context.of_folds else texts(data, context.parts("train")),
+        valid_texts=valid,
         truth=truth_of(data),
         truncation=audit_for(data, context.name)["truncation"],
         swap_tta=experiment.swap_tta and both,
