@@ -43,6 +43,8 @@ FOLDER = "scored"
 DATA = Path("data")
 # What all stages wrote with --output, by content: lines as sha256sum writes them.
 RECORD = Path("outputs") / "scored.sha256"
+# Where under outputs/ scored_file names them: EXP/STAGE/scored/NAME, of a fold EXP/STAGE/fold0/scored/NAME.
+_SCORED = re.compile(rf"[^/]+/[^/]+/(?:(?:fold\d+|full)/)?{FOLDER}/[^/]+")
 _ENDING = re.compile(r"\.(csv\.gz|csv|parquet|zip)$", re.IGNORECASE)
 
 
@@ -249,10 +251,8 @@ def record_output(output: Path) -> None:
 
 def _is_earlier(output: Path) -> bool:
     place, outputs = (Path(os.path.realpath(path)) for path in (output, RECORD.parent))
-    if place.is_relative_to(outputs):
-        parts = place.relative_to(outputs).parts  # EXP/STAGE/scored/NAME, EXP/STAGE/foldN/scored/NAME
-        if len(parts) in (4, 5) and parts[-2] == FOLDER:
-            return True
+    if place.is_relative_to(outputs) and _SCORED.fullmatch(place.relative_to(outputs).as_posix()):
+        return True
     return RECORD.is_file() and sha256_of(output) in RECORD.read_text(encoding="utf-8", errors="replace")
 
 

@@ -132,9 +132,10 @@ def test_a_table_of_probabilities_that_this_command_did_not_write_is_kept(replac
     record_output(write_table("out.csv"))
     with Path("out.csv").open("a") as file:
         file.write("2,0.2,0.3,0.5\n")  # edited since
-    for name in ("outputs/exam/sft/x.csv", "elsewhere/exam/sft/scored/x.csv"):
+    foreign = ("outputs/exam/sft/x.csv", "elsewhere/exam/sft/scored/x.csv", "outputs/exam/sft/mine/scored/x.csv")
+    for name in foreign:
         write_table(name, 0.1)
-    for name in ("out.csv", "outputs/exam/sft/x.csv", "elsewhere/exam/sft/scored/x.csv"):
+    for name in ("out.csv", *foreign):
         with pytest.raises(UsageError, match="is not an earlier output") as caught:
             replaceable(name)
         assert (caught.value.exit_code, caught.value.where) == (2, name) and "--output" in caught.value.remedy
