@@ -15,12 +15,10 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llamafactory.data.mm_plugin import BasePlugin
 from llamafactory.data.template import TEMPLATES, ReasoningTemplate, Template
 from llamafactory.extras import constants
 from llamafactory.hparams import (
@@ -92,14 +90,8 @@ def arguments() -> dict[str, Any]:
     return found
 
 
-def text(slots: Iterable[Any]) -> str:
-    """Return a formatter's text without the tokens that begin or end a text."""
-    return "".join(slot for slot in slots if isinstance(slot, str))
-
-
 def template(its: Template) -> dict[str, Any]:
-    """Return what a chat template writes around one message; `user` is null where a text cannot show it: the template
-    takes images too, writes a token that has no text, or writes nothing.
+    """Return whether a chat template thinks, and its tokens.
 
     `tokens` are those that stand alone in a formatter, or are stop words: LLaMA-Factory adds these to a tokenizer that
     lacks them. Other texts, such as [INST], are any tokenizer's; how a text begins and ends is the tokenizer's choice.
@@ -110,15 +102,7 @@ def template(its: Template) -> dict[str, Any]:
     tokens += [word for word in its.stop_words if any(word in slot for slot in slots if isinstance(slot, str))]
     if its.replace_eos and ({"eos_token"} in slots or its.efficient_eos):
         tokens.append(its.stop_words[0])
-    words = its.default_system
-    around = text(its.format_system.slots).replace("{{content}}", words) if words else ""
-    text_only = its.mm_plugin.__class__ is BasePlugin and not any(isinstance(slot, dict) for slot in user)
-    return {
-        "thinks": isinstance(its, ReasoningTemplate),
-        "system": text(prefix) + around,
-        "user": text(user) if text_only and text(user) != "{{content}}" else None,
-        "tokens": list(dict.fromkeys(tokens)),
-    }
+    return {"thinks": isinstance(its, ReasoningTemplate), "tokens": list(dict.fromkeys(tokens))}
 
 
 def models() -> dict[str, Any]:

@@ -69,15 +69,9 @@ class Argument:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """What a chat template writes around a text that begins with one user message.
-
-    `system` comes first; `user` holds {{content}} and is None where the template takes more than text. `tokens` are
-    the special tokens that the template needs; `thinks` says that it puts (empty) thoughts before an answer.
-    """
+    """Whether a chat template puts (empty) thoughts before an answer, and the special tokens that it needs."""
 
     thinks: bool
-    system: str
-    user: str | None
     tokens: list[str]
 
 

@@ -1,38 +1,25 @@
 """A model before it is loaded: whether the hub answers, what its cache holds, and which chat template the model needs.
 
-The template comes from LLaMA-Factory's own table, or from a local folder's own chat template; both are known from
-common/llamafactory_schema.json.
+The template comes from LLaMA-Factory's own table (common/llamafactory_schema.json), by a hub id or a folder's name.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-import resource
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
-
 from common.errors import ArenaError, UsageError
 from common.files import read_json
-from common.llamafactory_schema import known_models, templates
-from data_prep.prompt import TEMPLATE_ERRORS
+from common.llamafactory_schema import KnownModel, known_models, templates
 
 # The template that LLaMA-Factory's own web UI takes for a base model, which was never taught a chat.
 BASE_TEMPLATE = "default"
 _HUB_ID = r"[\w.-]+(/[\w.-]+)?"
-_MARK = "arenafactorymessage"
-_EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
 
 @contextmanager
@@ -90,8 +77,8 @@ class Choice:
 def choose_template(model: str, asked: str | None = None) -> Choice:
     """Return the chat template of a hub id or a local folder; `asked` overrides what is known.
 
-    Raises UsageError for a name that is neither, an unknown template, one whose tokens the model's tokenizer lacks
-    (where that is on this disk), or where nothing says which template it is; the nearest ones are named.
+    A folder is known by its name, as a download has it. Raises UsageError for a name that is neither, an unknown
+    template, or where nothing says which template it is; the nearest ones are named.
     """
     folder = Path(model).expanduser() if model and Path(model).expanduser().is_dir() else None
     if folder is None and (model.startswith((".", "-")) or not re.fullmatch(_HUB_ID, model, re.ASCII)):
@@ -99,27 +86,21 @@ def choose_template(model: str, asked: str | None = None) -> Choice:
             f"{model!r} is neither a folder nor a hub id",
             remedy="write a hub id such as Qwen/Qwen3-4B-Instruct-2507, or the path of a folder that holds config.json",
         )
-    if folder and _config(folder).get("quantization_config"):
-        raise UsageError(
-            "holds quantized weights, into which no adapter can be merged",
-            where=str(folder / "config.json"),
-            remedy="take the model's 16-bit weights; quantization_bit of experiment.yaml quantizes them while training",
-        )
+    kind = str(_config(folder).get("model_type", "")) if folder else ""
     if asked is not None:
         if asked not in templates():
             remedy = f"choose one of LLaMA-Factory's, perhaps: {_closest(asked)}"
             raise UsageError(f"LLaMA-Factory has no chat template {asked!r}", remedy=remedy)
-        _require_tokens(model, folder, asked)
         return Choice(asked, "given by --template")
-    return _of_folder(folder) if folder else _of_hub_id(model)
-
-
-def _of_hub_id(model: str) -> Choice:
-    known = known_models().get(model.lower())
+    name = _name_of(folder) if folder else model
+    known = _by_name().get(name.lower()) if folder else known_models().get(model.lower())
     if known is None:
+        likely = ", ".join(each for each in (kind, f"{kind}_nothink") if each in templates())
+        nowhere = "" if folder else f"there is no folder {model}, and "
+        give = "" if folder else "give the path of a folder that holds config.json; or, for a hub id, "
         raise UsageError(
-            f"there is no folder {model}, and LLaMA-Factory's table does not hold a model of this id",
-            remedy=f"give the path of a folder that holds config.json; or, for a hub id, {_near_models(model)}",
+            f"{nowhere}LLaMA-Factory's table does not hold a model called {name}",
+            remedy=f"{give}name its chat template with --template{_near(name)}{likely and f'; perhaps: {likely}'}",
         )
     if known.multimodal:
         raise UsageError(
@@ -137,68 +118,13 @@ def own_template(model: str) -> str:
     try:
         return choose_template(model).template
     except ArenaError as error:
-        return error.remedy.removeprefix("name one with --template; ")
+        return error.remedy.partition("--template")[2].strip(" ;") or "that of the model that it was made from"
 
 
-def _require_tokens(model: str, folder: Path | None, template: str) -> None:
-    """Raise UsageError where the model's tokenizer is on this disk and lacks a token of the template."""
-    path = folder / "tokenizer.json" if folder else cached_file(model, "tokenizer.json")
-    if path is None or not path.is_file():
-        return
-    try:
-        known = Tokenizer.from_file(str(path)).get_vocab()
-    except Exception:  # the library has no narrower class; `prepare` tells what is wrong with it
-        return
-    if lacking := [token for token in templates()[template].tokens if token not in known]:
-        raise UsageError(
-            f"the tokenizer of {model} lacks {', '.join(lacking)}, which this template writes around every prompt "
-            "and answer",
-            where=f"--template {template}",
-            remedy=f"give the model's own: {own_template(model)}",
-        )
-
-
-def _of_folder(folder: Path) -> Choice:
-    """Compare what the folder's own chat template writes with what each of LLaMA-Factory's writes."""
-    kind = str(_config(folder).get("model_type", ""))
-    of_text = {name: its for name, its in templates().items() if its.user is not None}
-    likely = [name for name in of_text if kind and name.startswith(kind)]
-    written, found = _render_own(folder), []
-    if written is not None:
-        messages = {
-            name: str(its.user).replace("{{content}}", _MARK) + (_EMPTY_THOUGHT if its.thinks else "")
-            for name, its in of_text.items()
-        }
-        whole = [name for name, text in messages.items() if written == of_text[name].system + text]
-        # a system message in front, such as today's date, is no part of LLaMA-Factory's template
-        found = whole or [name for name, text in messages.items() if written.endswith(text)]
-        found = [kind] if kind in found else [name for name in found if name in likely] or found
-        if len(found) == 1:
-            return Choice(found[0], f"it writes what the chat template in {folder} writes")
-        if named := _named_like(folder, found):
-            others = ", ".join(name for name in found if name != named)
-            return Choice(named, f"named like the model, of those that write what its chat template does ({others})")
-    what = "brings no chat template that works"
-    if written is not None:
-        what = f"{len(found)} of LLaMA-Factory's templates write what the chat template in this folder writes"
-    raise UsageError(
-        what,
-        where=str(folder),
-        remedy=f"name one with --template; perhaps: {', '.join(sorted(found or likely)) or _closest(kind)}",
-    )
-
-
-def _named_like(folder: Path, found: list[str]) -> str | None:
-    """Return the longest of the templates' names that stands in a model's: gemma for gemma-3-1b-it; None for none."""
+def _name_of(folder: Path) -> str:
+    """Return what a model is called by its folder, also in a hub's cache: models--google--gemma-3-1b-it/snapshots/…"""
     whole = folder.resolve()
-    # a hub's cache: models--google--gemma-3-1b-it/snapshots/<commit>
-    name = next((part for part in whole.parts if part.startswith("models--")), whole.name).lower()
-
-    def stands(template: str) -> bool:
-        parts = re.findall(r"[a-z]+|\d+", template)
-        return bool(re.search(rf"(?<![a-z\d]){'[-_. ]?'.join(parts)}(?![a-z])", name))
-
-    return max(filter(stands, found), key=len, default=None)
+    return next((part.split("--")[-1] for part in whole.parts if part.startswith("models--")), whole.name)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -214,79 +140,19 @@ def _config(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _render_own(folder: Path) -> str | None:
-    """Return what the folder's chat template writes around one message, without the token that begins a text.
-
-    None where there is no template or it fails. It comes with a downloaded model: it runs in transformers' sandbox.
-    """
-    try:
-        settings = dict(read_json(folder / "tokenizer_config.json"))
-    except (OSError, ValueError, TypeError):
-        settings = {}
-    source = settings.get("chat_template")
-    if isinstance(source, list):  # several by name
-        named = [each for each in source if isinstance(each, dict)]
-        source = next((each.get("template") for each in named if each.get("name") == "default"), None)
-    if (folder / "chat_template.jinja").is_file():
-        source = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-    if not isinstance(source, str):
-        return None
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
-
-    def token(value: Any) -> str:
-        return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
-
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    names = {name: token(settings.get(name)) for name in ("bos_token", "eos_token")}
-    names |= {"add_generation_prompt": True, "enable_thinking": False}
-    try:
-        with _bounded():
-            text = environment.from_string(source).render(messages=[{"role": "user", "content": _MARK}], **names)
-    except (*TEMPLATE_ERRORS, TimeoutError, MemoryError):
-        return None
-    return text.removeprefix(names["bos_token"])
+def _by_name() -> dict[str, KnownModel]:
+    """Return the known models without their owners, in lower case; of one name a chat model."""
+    every = list(reversed(known_models().values()))
+    chats = [known for known in every if known.template]
+    return {known.id.rsplit("/", 1)[-1].lower(): known for known in (*every, *chats)}
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """transformers' sandbox without multiplication, which can take hours inside one step."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Refuse the operators above."""
-        raise TemplateError(f"{operator} is not allowed")
-
-
-@contextmanager
-def _bounded(seconds: float = 5.0, memory: int = 1 << 30) -> Iterator[None]:
-    """Within the block raise TimeoutError after so long, MemoryError beyond so many bytes more than now."""
-
-    def late(*_: Any) -> None:
-        raise TimeoutError
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = psutil.Process().memory_info().vms + memory
-    usual = signal.signal(signal.SIGALRM, late)
-    resource.setrlimit(resource.RLIMIT_AS, (most if soft < 0 else min(soft, most), hard))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, usual)
-
-
-def _near_models(model: str) -> str:
-    short = {
-        known.id.rsplit("/", 1)[-1].lower(): known for known in reversed(known_models().values()) if known.template
-    }
-    near = difflib.get_close_matches(model.rsplit("/", 1)[-1].lower(), short, n=3, cutoff=0.6)
-    named = "; ".join(f"{short[each].id} has {short[each].template}" for each in near)
-    return f"name its chat template with --template{f' ({named})' if named else ''}"
+def _near(name: str) -> str:
+    """Return the templates of models that are called nearly so, in brackets; nothing where none is."""
+    chats = {short: known for short, known in _by_name().items() if known.template}
+    near = difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), chats, n=3, cutoff=0.6)
+    named = "; ".join(f"{chats[each].id} has {chats[each].template}" for each in near)
+    return f" ({named})" if named else ""
 
 
 def _closest(word: str) -> str:

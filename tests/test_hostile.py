@@ -40,7 +40,6 @@ from common.files import atomic_file, atomic_folder, only_run, sha256_of, write_
 from common.progress import Show
 from data_prep.export_reader import read_rows
 from data_prep.folds import normalise_prompt
-from data_prep.model_lookup import choose_template
 from data_prep.preference_pairs import PairFitter, flatten
 from data_prep.prompt import JudgePrompt, Neutralizer
 from data_prep.sources import votes_at
@@ -573,22 +572,6 @@ def test_a_strangers_judge_prompt_cannot_reach_out_or_run_on(template, tmp_path,
 
 
 REACHING_OUT = "{{ cycler.__init__.__globals__.os.system('touch pwned') }}"
-
-
-def test_a_models_chat_template_cannot_reach_out(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    endless = [f"{{% for {name} in range(99999) %}}" for name in "abcd"]
-    hostile = [
-        *(REACHING_OUT, "{{ 'x' * 10**10 }}", "{{ 9 ** (9 ** 9) }}", "{% set a = 'x' %}" + "{% set a = a ~ a %}" * 40),
-        "".join(endless) + "x" + "{% endfor %}" * 4,
-    ]
-    for source in ("{{ messages[0].content }}", *hostile):
-        words = "brings no chat template" if source in hostile else "chat template in"
-        (tmp_path / "chat_template.jinja").write_text(source)
-        with within(20), pytest.raises(ArenaError, match=words):
-            choose_template(str(tmp_path))
-        assert not (tmp_path / "pwned").exists()
 
 
 def test_a_recipe_template_cannot_reach_out(workplace, make_experiment):

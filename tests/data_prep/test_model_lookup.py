@@ -12,31 +12,10 @@ from chain import ROOT
 from common.errors import ArenaError, UsageError
 from data_prep.model_lookup import cached_file, choose_template, offline_if_unreachable
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-    "{{ m.content }}<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-QWEN_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-NO_THOUGHT = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
-PHI4 = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
 
-
-def folder_of(path, kind, chat_template=None, **config):
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model_type": kind, **config}), encoding="utf-8")
-    settings = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|eot_id|>"}
-    if chat_template is not None:
-        settings["chat_template"] = chat_template
-    (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+def folder_of(path, kind):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
     return str(path)
 
 
@@ -84,76 +63,33 @@ def test_an_unknown_model_takes_the_template_that_is_named():
 
 
 @pytest.mark.parametrize(
-    ("kind", "chat_template", "template"),
+    ("name", "template"),
     [
-        ("llama", LLAMA3, "llama3"),
-        (
-            "llama",
-            "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday<|eot_id|>" + LLAMA3[15:],
-            "llama3",
-        ),
-        ("gemma2", GEMMA, "gemma2"),
-        ("gemma", GEMMA, "gemma"),
-        ("qwen2", QWEN_SYSTEM + CHATML, "qwen"),
-        ("qwen3", CHATML, "qwen3_nothink"),
-        ("qwen3", CHATML + NO_THOUGHT, "qwen3"),
-        ("phi3", PHI4, "phi4_mini"),
-        ("qwen3", [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}], "qwen3_nothink"),
+        ("SmolLM2-135M-Instruct", "smollm2"),
+        ("qwen3-8b", "qwen3"),
+        ("gemma-2b-it", "gemma"),
+        ("Qwen2.5-7B", "default"),
+        ("models--google--gemma-3-1b-it/snapshots/0123abc", "gemma2"),
     ],
 )
-def test_a_folder_tells_by_its_chat_template(tmp_path, kind, chat_template, template):
-    choice = choose_template(folder_of(tmp_path / "model", kind, chat_template))
-    assert choice.template == template
-    assert choice.thinks == (template == "qwen3")
-
-
-@pytest.mark.parametrize(
-    ("name", "chat_template", "template"),
-    [
-        ("SmolLM2-135M-Instruct", "<|im_start|>system\nYou are SmolLM.<|im_end|>\n" + CHATML, "smollm2"),
-        ("my_smollm-tuned", CHATML, "smollm"),
-        ("gemma-3-1b-it", GEMMA, "gemma"),
-        ("gemma_2b", GEMMA, "gemma"),
-        ("models--google--gemma-3-1b-it/snapshots/0123abc", GEMMA, "gemma"),
-        ("dolphin-playing", CHATML, None),  # yi stands in it, but is no word of it
-        ("judge", GEMMA, None),
-    ],
-)
-def test_of_several_templates_that_write_the_same_the_one_named_like_the_model_wins(
-    tmp_path, name, chat_template, template
-):
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    model = folder_of(tmp_path / name, "mystery", chat_template)
-    if template is None:
-        with pytest.raises(UsageError, match="templates write what"):
-            choose_template(model)
-        return
-    choice = choose_template(model)
-    assert choice.template == template and "named like the model" in choice.reason
-    assert ("gemma2" if template == "gemma" else "chatml") in choice.reason
+def test_a_folder_is_known_by_its_name(tmp_path, name, template):
+    choice = choose_template(folder_of(tmp_path / name, "mystery"))
+    assert choice.template == template and choice.thinks == (template == "qwen3")
 
 
 def test_a_folder_that_does_not_tell_is_asked_for(tmp_path):
-    with pytest.raises(UsageError, match="brings no chat template") as caught:
+    with pytest.raises(UsageError, match="does not hold a model called silent") as caught:
         choose_template(folder_of(tmp_path / "silent", "gemma2"))
     assert caught.value.remedy.endswith("perhaps: gemma2")
-    with pytest.raises(UsageError, match="of LLaMA-Factory's templates write what") as caught:
-        choose_template(folder_of(tmp_path / "many", "mystery", CHATML))
-    assert "chatml" in caught.value.remedy and "qwen3_nothink" in caught.value.remedy
-    with pytest.raises(UsageError, match="0 of LLaMA-Factory's templates write"):
-        choose_template(folder_of(tmp_path / "none", "llama", "{% for m in messages %}<{{ m.content }}>{% endfor %}"))
-    for number, broken in enumerate(("{% if %}", "{{ raise_exception('no') }}", "{{ 1 / 'a' }}")):
-        with pytest.raises(UsageError, match="brings no chat template"):
-            choose_template(folder_of(tmp_path / f"broken{number}", "llama", broken))
+    with pytest.raises(UsageError, match="does not hold a model called gemma-2-9b-it-tuned") as caught:
+        choose_template(folder_of(tmp_path / "gemma-2-9b-it-tuned", "gemma2"))
+    assert "google/gemma-2-9b-it has gemma2" in caught.value.remedy
     assert choose_template(folder_of(tmp_path / "told", "llama"), "llama3").template == "llama3"
 
 
-def test_a_folder_without_a_model_or_with_quantized_weights_is_refused(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"holds no config\.json"):
         choose_template(str(tmp_path), "llama3")
-    quantized = folder_of(tmp_path / "gptq", "llama", LLAMA3, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(UsageError, match="no adapter can be merged"):
-        choose_template(quantized)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ArenaError, match="is not readable JSON"):
