@@ -39,11 +39,9 @@ def take_picture(page: Path, to: Path) -> None:
 
 
 def main() -> None:
-    parser = options(__doc__, work=True)
-    parser.add_argument("--seed", default="1")
-    asked = parser.parse_args()
+    asked = options(__doc__, "work", seed="1").parse_args()
     bench = Workbench(asked.work)
-    seconds = None if bench.has("demo", "sft") else bench.run("demo", "--seed", asked.seed)[0]
+    seconds = None if bench.has("demo", "sft") else bench.run("demo", "--seed", asked.seed)
     to = ROOT / PICTURE if asked.write else bench.folder / PICTURE.name
     take_picture(bench.output("demo", "sft") / "report.html", to)
     if seconds:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
-from figures import options, publish, table
+from figures import options, publish, row, table
 from safetensors.numpy import load_file
 from workbench import Workbench
 
@@ -23,9 +23,7 @@ RECIPE = {"logging_steps": 1, "save_strategy": "no", "save_total_limit": None, "
 
 
 def main() -> None:
-    parser = options(__doc__, work=True)
-    parser.add_argument("--steps", type=int, default=20)
-    asked = parser.parse_args()
+    asked = options(__doc__, "work", steps=20).parse_args()
     os.environ["NPROC_PER_NODE"] = "2"
     bench, rows, first = Workbench(asked.work), [], None
     if not (bench.folder / "arena").exists():
@@ -35,9 +33,8 @@ def main() -> None:
             continue
         name = f"way{number}"
         recipe = {**RECIPE, "max_steps": asked.steps, "per_device_train_batch_size": batch}
-        bench.variant(name, "demo", distributed=engine, recipes={"sft": recipe})
-        bench.prepare(name, "--train", "arena/train.csv")
-        seconds, _ = bench.run("sft", "-e", name, "--until", "train")
+        bench.variant(name, "--train", "arena/train.csv", distributed=engine, recipes={"sft": recipe})
+        seconds = bench.run("sft", "-e", name, "--until", "train")
         adapter = bench.folder / "saves" / "arena-tiny" / "lora" / f"{name}_sft"
         losses = [point["loss"] for point in loss_curve(adapter / "trainer_log.jsonl") if point["loss"] is not None]
         weights = load_file(adapter / "adapter_model.safetensors")
@@ -45,8 +42,7 @@ def main() -> None:
         apart = max(abs(x - y) for x, y in zip(losses, first[0], strict=True))
         moved = max(float(abs(weights[key] - first[1][key]).max()) for key in weights)
         end = [f"{losses[-1]:.5f}", f"{apart:.1e}", f"{moved:.1e}", f"{seconds:.0f} s"]
-        rows.append([way, f"{batch} x {16 // batch}", f"{losses[0]:.5f}", *end])
-        print(" | ".join(rows[-1]), flush=True)
+        rows.append(row(way, f"{batch} x {16 // batch}", f"{losses[0]:.5f}", *end))
     headings = ["way", "batch", "first loss", f"loss at step {asked.steps}"]
     headings += ["largest difference of a step's loss", "largest difference of a weight", "whole run"]
     publish("", table(headings, rows))

@@ -10,20 +10,21 @@ from datetime import date
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# Options whose value is a folder of the person who measures.
-_FOLDERS = ("--work", "--demo", "--wide")
 
 
-def options(doc: str, *, votes: bool = False, work: bool = False, required: bool = True) -> argparse.ArgumentParser:
-    """Return a script's parser with the options that scripts share."""
+def options(doc: str, *paths: str, required: bool = True, **own: Any) -> argparse.ArgumentParser:
+    """Return a script's parser: --write, options for `paths` (`votes` takes several), and its own by their defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if votes:
-        parser.add_argument("--votes", nargs="+", type=lambda path: Path(path).resolve(), required=required)
-    if work:
-        parser.add_argument("--work", type=lambda path: Path(path).resolve(), required=required, metavar="FOLDER")
+    for name in paths:
+        many = "+" if name == "votes" else None
+        parser.add_argument(f"--{name}", nargs=many, type=lambda path: Path(path).resolve(), required=required)
+    for name, default in own.items():
+        first, many = (default[0], "+") if isinstance(default, tuple) else (default, None)
+        parser.add_argument(f"--{name.replace('_', '-')}", nargs=many, type=type(first), default=default)
     parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/")
     return parser
 
@@ -33,7 +34,7 @@ def measured_on() -> str:
     from scoring.checks.provenance import hardware
 
     words = [word for word in sys.argv[1:] if word != "--write"]
-    words = ["FOLDER" if last in _FOLDERS else Path(word).name for last, word in pairwise(["", *words])]
+    words = ["FOLDER" if last == "--work" else Path(word).name for last, word in pairwise(["", *words])]
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     machine = hardware()
     gpus = ", ".join(machine["gpus"]) or "no GPU"
@@ -71,3 +72,9 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def row(*cells: object) -> list[str]:
+    """Return a row of a table, and print it: some take minutes."""
+    print(" | ".join(map(str, cells)), flush=True)
+    return [str(cell) for cell in cells]

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from figures import options, publish, put, table
+from figures import options, publish, put, row, table
 from workbench import Workbench, battles_of, texts_of, write_votes
 
-from common.battle import Battle
 from factory.devices import CARDS, GIB
 from factory.forecast import training_work
 from factory.memory import SLACK, training_memory
@@ -46,6 +45,7 @@ SIZES = {
     "small": {"vocabulary": 8000, "hidden": 256, "layers": 4, "heads": 8, "feed_forward": 768},
     "medium": {"vocabulary": 20000, "hidden": 512, "layers": 8, "heads": 8, "feed_forward": 1536},
 }
+RECIPE = {"save_strategy": "no", "report_to": "none", "plot_loss": False, "logging_steps": 1}
 CASES = (
     Case("tiny", "sft", 16, False, 4, 256),
     Case("tiny", "dpo_reward", 16, False, 4, 256),
@@ -98,8 +98,8 @@ PUBLISHED = (
 )
 
 
-def published() -> list[list[str]]:
-    """Return a row a published training."""
+def publish_others(write: bool) -> None:
+    """Publish what others measured beside the formula."""
     rows = []
     for each in PUBLISHED:
         gib, speed = each.forecast()
@@ -107,32 +107,11 @@ def published() -> list[list[str]]:
         if each.speed:
             there += [f"{speed:,.0f}", f"{each.speed:,.0f}", f"{each.speed / speed - 1:+.0%}"]
         rows.append([each.name, f"{each.tokens:,}", *there, *[""] * (6 - len(there))])
-    return rows
-
-
-def prepare(bench: Workbench, case: Case, battles: list[Battle], steps: int) -> str:
-    """Build the base and export the votes for a case; return the experiment's name."""
-    name = f"{case.size}-{case.stage.replace('_', '-')}-{case.bits}-{case.checkpointing}".lower()
-    recipe = {"per_device_train_batch_size": case.batch, "disable_gradient_checkpointing": not case.checkpointing}
-    recipe |= {"max_steps": steps, "save_strategy": "no", "report_to": "none", "plot_loss": False, "logging_steps": 1}
-    keys = {"model": bench.base(case.size, texts_of(battles), **SIZES[case.size]), "cutoff_len": case.cutoff}
-    bench.variant(name, "demo", **keys, quantization_bit=case.bits, recipes={case.stage: recipe})
-    bench.prepare(name, "--train", "votes.csv", "--pairs")
-    return name
-
-
-def main() -> None:
-    parser = options(__doc__, votes=True, work=True, required=False)
-    parser.add_argument("--steps", type=int, default=8)
-    asked = parser.parse_args()
-    if asked.votes and asked.work:
-        return publish_trainings(asked)
     headings = ["training", "tokens a row", "GiB, forecast", "published", "off by"]
-    text = table([*headings, "tokens/s, forecast", "published", "time off by"], published())
+    text = table([*headings, "tokens/s, forecast", "published", "time off by"], rows)
     print(text)
-    return (
-        put("published figures", f"{text}\n\nCommand: `python benchmarks/forecast_check.py`") if asked.write else None
-    )
+    if write:
+        put("published figures", f"{text}\n\nCommand: `python benchmarks/forecast_check.py`")
 
 
 def publish_trainings(asked: Namespace) -> None:
@@ -141,15 +120,20 @@ def publish_trainings(asked: Namespace) -> None:
     os.chdir(bench.folder)
     write_votes(Path("votes.csv"), battles)
     for case in CASES:
-        name = prepare(bench, case, battles, asked.steps)
+        name = f"{case.size}-{case.stage.replace('_', '-')}-{case.bits}-{case.checkpointing}".lower()
+        recipe = {"per_device_train_batch_size": case.batch, "disable_gradient_checkpointing": not case.checkpointing}
+        recipe |= RECIPE | {"max_steps": asked.steps}
+        keys = {"model": bench.base(case.size, texts_of(battles), **SIZES[case.size]), "cutoff_len": case.cutoff}
+        keys |= {"quantization_bit": case.bits, "recipes": {case.stage: recipe}}
+        bench.variant(name, "--train", "votes.csv", "--pairs", **keys)
         device, *real = bench.trained(name, case.stage, "cpu")
         seconds, gib = zip((3600 * device["training_hours"], device["memory"]), real, strict=True)
         off = [f"{a / b - 1:+.0%}" for a, b in (seconds, gib)]
-        lines.append([str(case), *(f"{s:.0f} s" for s in seconds), off[0], *(f"{g:.2f} GiB" for g in gib), off[1]])
-        print(" | ".join(lines[-1]), flush=True)
+        lines.append(row(case, *(f"{s:.0f} s" for s in seconds), off[0], *(f"{g:.2f} GiB" for g in gib), off[1]))
     headings = ["training", "forecast", "measured", "off by", "peak forecast", "peak measured", "off by"]
     publish("forecast check", table(headings, lines), asked.write)
 
 
 if __name__ == "__main__":
-    main()
+    arguments = options(__doc__, "votes", "work", required=False, steps=8).parse_args()
+    publish_trainings(arguments) if arguments.votes and arguments.work else publish_others(arguments.write)

@@ -33,7 +33,7 @@ def fuzz_one(name: str, limits: list[str]) -> None:
     target = TARGETS[name]
     corpus = Path("corpus")
     corpus.mkdir(exist_ok=True)
-    for number, seed in enumerate(target.seeds()):
+    for number, seed in enumerate(target.seeds):
         (corpus / f"seed{number}").write_bytes(seed)
     atheris.Setup([sys.argv[0], *limits, "corpus"], lambda data: never_crashes(target, data))
     atheris.Fuzz()

@@ -79,8 +79,7 @@ def train(bench: Workbench, asked: Namespace) -> dict[str, Any]:
     recipe = {**COMMON, **(EXAMPLE if name == "example" else OURS), "max_steps": asked.steps, "bf16": gpu}
     recipe["enable_liger_kernel"] &= gpu
     keys = {"model": MODEL, "cutoff_len": CUTOFF if gpu else 512, "quantization_bit": 4, "swap_copies": False}
-    bench.variant(name, "demo", **keys, recipes={"sft": recipe})
-    bench.prepare(name, "--train", "votes.csv")
+    bench.variant(name, "--train", "votes.csv", **keys, recipes={"sft": recipe})
     rate, (formula, seconds, peak) = matrix_rate(gpu), bench.trained(name, "sft", None if gpu else "cpu")
     adapter = load_experiment(name).adapter_folder("sft")
     history, results = read_json(adapter / "trainer_state.json")["log_history"], read_json(adapter / "all_results.json")
@@ -155,9 +154,7 @@ def run_parts(bench: Workbench, asked: Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = options(__doc__, votes=True, work=True)
-    parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--steps", type=int, default=12)
+    parser = options(__doc__, "votes", "work", minutes=9.0, steps=12)
     parser.add_argument("--tiny", action="store_true", help="try the script on a CPU")
     parser.add_argument("--part", choices=PARTS, help="what the script calls itself with")
     asked = parser.parse_args()

@@ -1,11 +1,12 @@
 """What a merge of real weights loses: a trained adapter on its base against merges of it, on the same real battles.
 
-    python benchmarks/merge_gate.py --votes FILE --model FOLDER --work FOLDER [--steps 60] [--rows 148] [--write]
+    python benchmarks/merge_gate.py --votes FILE --model FOLDER --work FOLDER [--steps 60] [--cutoff 192] [--rows 148]
+                                    [--only lora|qlora] [--write]
 
-FOLDER of --model is a pretrained model in 32 bits (make extra-smollm2). It is trained for some steps, at a rate that
-moves its answers as a long training would: LoRA on the weights as they are, and QLoRA (nf4) on a copy in bf16, as most
-models are published. LLaMA-Factory merges in the type that the weights are stored in; all answers are then computed in
-fp32, so that only the merge differs. Answers are kept in --work: an interrupted run goes on.
+FOLDER of --model is a pretrained model in 32 bits (make extra-smollm2). It is trained for some steps of 4 battles, at a
+rate that moves its answers as a long training would: LoRA on the weights as they are, and QLoRA (nf4) on a copy in
+bf16, as most models are published. LLaMA-Factory merges in the type that the weights are stored in; all then answer
+some validation battles in fp32, so that only the merge differs. Answers are kept in --work: an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import options, publish, table
+from figures import options, publish, row, table
 from workbench import Workbench
 
 from common.experiment import load_experiment
@@ -46,10 +47,9 @@ def train(bench: Workbench, name: str, asked: Namespace) -> None:
         AutoTokenizer.from_pretrained(asked.model).save_pretrained(folder)
         dtype = "bfloat16" if bits else "float32"
         AutoModelForCausalLM.from_pretrained(asked.model, dtype=dtype).save_pretrained(folder)
-    recipes = {"sft": RECIPE | {"max_steps": asked.steps}}
-    keys = {"valid_share": 0.3, "cutoff_len": asked.cutoff, "quantization_bit": bits, "recipes": recipes}
-    bench.variant(name, "smollm2-135m", model=f"models/{base}", **keys)
-    bench.prepare(name, "--train", str(asked.votes[0]))
+    keys = {"valid_share": 0.3, "cutoff_len": asked.cutoff, "quantization_bit": bits, "model": f"models/{base}"}
+    keys["recipes"] = {"sft": RECIPE | {"max_steps": asked.steps}}
+    bench.variant(name, "--train", str(asked.votes[0]), of="smollm2-135m", **keys)
     if not (bench.output(name, "sft") / "merged").is_dir():
         bench.run("sft", "-e", name, "--until", "merge")
 
@@ -80,8 +80,7 @@ def measure(name: str, title: str, count: int) -> list[list[str]]:
         found = compared(trained, answers(bases[onto], how), verdicts, 1.0)
         apart = found["log_loss_merged"] - found["log_loss_adapter"]
         moved = [f"**{100 * found[f'{which}_abs_diff']:.2f}** points" for which in ("max", "mean")]
-        rows.append([title, onto, how, *moved, f"{apart:+.5f}"])
-        print(" | ".join(rows[-1]), flush=True)
+        rows.append(row(title, onto, how, *moved, f"{apart:+.5f}"))
     return rows
 
 
@@ -97,12 +96,8 @@ def on(weights: Path, how: str, adapter: Path) -> Any:
 
 
 def main() -> None:
-    parser = options(__doc__, votes=True, work=True)
-    parser.add_argument("--model", type=lambda path: Path(path).resolve(), required=True)
-    parser.add_argument("--steps", type=int, default=60, help="of 4 battles [60]")
-    parser.add_argument("--cutoff", type=int, default=192, help="tokens of a battle [192]")
-    parser.add_argument("--rows", type=int, default=148, help="validation battles that each model answers [148]")
-    parser.add_argument("--only", choices=JUDGES, help="one of the two trainings")
+    parser = options(__doc__, "votes", "model", "work", steps=60, cutoff=192, rows=148)
+    parser.add_argument("--only", choices=JUDGES)
     asked = parser.parse_args()
     bench, rows = Workbench(asked.work), []
     os.chdir(bench.folder)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 
 import numpy as np
-from figures import options, publish, table
-from workbench import paired_difference
+from figures import options, publish, row, table
+from workbench import mean
 
 from common.experiment import load_experiment
 from common.progress import Show
@@ -24,25 +24,20 @@ from scoring.engines.gguf import export_gguf
 from scoring.engines.llama_cpp import gguf_path
 from scoring.judge import load_judge
 from scoring.links import softmax
-from scoring.metrics import log_loss, verdict_codes
+from scoring.metrics import row_losses, verdict_codes
 
 PRECISIONS = {"torch": ("fp32", "bf16", "8bit", "4bit"), "llama.cpp": ("f16", "bf16", "q8_0", "q4_k_m")}
 HEADINGS = ["engine", "precision", "MiB", "log loss", "minus fp32 [95%]", "largest difference", "mean difference"]
 
 
 def main() -> None:
-    parser = options(__doc__, work=True)
-    parser.add_argument("--experiment", default="demo")
-    parser.add_argument("--stage", default="sft")
-    parser.add_argument("--rows", type=int, help="of the validation fold; default: all")
-    parser.add_argument("--engines", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    asked = parser.parse_args()
+    asked = options(__doc__, "work", experiment="demo", stage="sft", rows=1 << 20).parse_args()
     os.chdir(asked.work)
     context = StageContext(load_experiment(asked.experiment), asked.stage)
     data, judge = context.experiment.data_folder, load_judge(context.merged)
     kept, sequences = read_rows(data, "valid")[: asked.rows], judge.sequences(read_battles(data, "valid"))[: asked.rows]
     truth, rows, exact = verdict_codes(kept["verdict"]), [], None
-    for engine, precision in ((name, each) for name in asked.engines for each in PRECISIONS[name]):
+    for engine, precision in ((name, each) for name in PRECISIONS for each in PRECISIONS[name]):
         files, settings = list(judge.folder.glob("*.safetensors")), {}
         if engine == "llama.cpp":
             # Speed is another script's question: one thread does not wait for others on a busy machine.
@@ -53,12 +48,10 @@ def main() -> None:
         found = softmax(opened.label_logits(sequences, list(judge.frame.label_ids)))
         opened.close()
         exact = found if exact is None else exact
-        apart, moved = paired_difference(found, exact, truth, kept["group"], seed=1), np.abs(found - exact)
-        low, high = apart["ci95"]
+        moved, losses = np.abs(found - exact), row_losses(found, truth)
         size = f"{sum(path.stat().st_size for path in files) / 2**20:,.2f}"
-        losses = [f"{log_loss(found, truth):.4f}", f"{apart['difference']:+.5f} [{low:+.5f}, {high:+.5f}]"]
-        rows.append([engine, precision, size, *losses, f"{moved.max():.1e}", f"{moved.mean():.1e}"])
-        print(" | ".join(rows[-1]), flush=True)
+        costs = f"{losses.mean():.4f}", mean(losses - row_losses(exact, truth), kept["group"], "+.5f", 5)
+        rows.append(row(engine, precision, size, *costs, f"{moved.max():.1e}", f"{moved.mean():.1e}"))
     publish("quantisation figures", table(HEADINGS, rows), asked.write)
 
 

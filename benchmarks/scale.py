@@ -13,43 +13,37 @@ where `run.py demo` was run to its end.
 
 from __future__ import annotations
 
-import csv
 import os
 import random
 import shutil
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
-import pyarrow as pa
-from figures import ROOT, options, publish, table
-from pyarrow import parquet
+import pandas as pd
+from figures import ROOT, options, publish, row, table
 from tokenizers import Tokenizer
-from workbench import alone, battles_of, child_peak, frame_of, texts_of, train_tokenizer
+from workbench import alone, battles_of, child_peak, frame_of, texts_of, train_tokenizer, vote_table
 
-from common.battle import VERDICTS, Battle
+from common.battle import Battle
 from common.experiment import Experiment
 from data_prep import export as export_module
-from data_prep.synthetic import TEST_COLUMNS, TRAIN_COLUMNS, cell
+from data_prep.synthetic import TEST_COLUMNS, cell
 from data_prep.truncation import in_chunks
 
 PART, VOCABULARY = 50_000, 32_000
 WORDS = ["red", "fox", "ran", "over", "old", "hills", "near", "warm", "lake", "until", "rain", "came", "again"]
 
 
-def write_parts(battles: list[Battle], rows: int, folder: Path) -> None:
-    """Write `rows` rows in the competition's schema as parquet parts."""
-    folder.mkdir(parents=True)
-    for number, part in enumerate(in_chunks(enumerate(islice(cycle(battles), rows)), PART)):
-        lines = []
-        for row, battle in part:
-            first = f"{battle.prompts[0]} ({row})" if row % 2 else battle.prompts[0]
-            texts = ((first, *battle.prompts[1:]), battle.responses_a, battle.responses_b)
-            lines.append([str(row), "x", "y", *map(cell, texts), *(int(battle.verdict == v) for v in VERDICTS)])
-        columns = dict(zip(TRAIN_COLUMNS, map(list, zip(*lines, strict=True)), strict=True))
-        parquet.write_table(pa.table(columns), folder / f"part-{number:05}.parquet", row_group_size=5_000)
+def repeated(battles: list[Battle], rows: int) -> Iterator[Battle]:
+    """Yield `rows` battles with fresh ids, every second prompt made unique."""
+    for number, battle in enumerate(islice(cycle(battles), rows)):
+        first = f"{battle.prompts[0]} ({number})" if number % 2 else battle.prompts[0]
+        yield replace(battle, id=str(number), prompts=(first, *battle.prompts[1:]))
 
 
 def export(folder: Path, votes: Path) -> float:
@@ -70,13 +64,13 @@ def measure_prepare(asked: Namespace) -> None:
     battles, lines, first = battles_of(*asked.votes), [], None
     train_tokenizer(texts_of(battles[:4000]), VOCABULARY).save(str(asked.work / "tokenizer.json"))
     for rows in asked.rows or (57_477, 1_000_000):
-        parts = asked.work / f"votes-{rows}"
-        write_parts(battles, rows, parts)
+        (parts := asked.work / f"votes-{rows}").mkdir()
+        for number, part in enumerate(in_chunks(repeated(battles, rows), PART)):
+            vote_table(part).to_parquet(parts / f"part-{number:05}.parquet", row_group_size=5_000)
         seconds, peak = alone(export, asked.work, parts)
         first = first or (seconds / rows, peak)
-        ratios = [f"**{seconds / rows / first[0]:.2f}**", f"{peak:.2f} GiB", f"**{peak / first[1]:.2f}**"]
-        lines.append([f"{rows:,}", f"{seconds:,.1f} s", f"{rows / seconds:,.0f}", *ratios])
-        print(" | ".join(lines[-1]), flush=True)
+        ratios = f"**{seconds / rows / first[0]:.2f}**", f"{peak:.2f} GiB", f"**{peak / first[1]:.2f}**"
+        lines.append(row(f"{rows:,}", f"{seconds:,.1f} s", f"{rows / seconds:,.0f}", *ratios))
         shutil.rmtree(parts)
         shutil.rmtree(asked.work / "data")
     headings = ["battles", "prepare", "battles/s", "time a battle, ratio", "peak memory", "ratio"]
@@ -88,27 +82,26 @@ def measure_score(asked: Namespace) -> None:
     lines, source, output = [], asked.work / "rows.csv", asked.work / "scored.csv"
     for rows in asked.rows or (10_000, 100_000, 1_000_000):
         draw = random.Random(rows)
-        with source.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(TEST_COLUMNS)
-            for number in range(rows):
-                writer.writerow([number, *(cell([" ".join(draw.choices(WORDS, k=3))]) for _ in range(3))])
+        texts = ([cell([" ".join(draw.choices(WORDS, k=3))]) for _ in range(3)] for _ in range(rows))
+        pd.DataFrame(([number, *each] for number, each in enumerate(texts)), columns=TEST_COLUMNS).to_csv(
+            source, index=False
+        )
         call = [sys.executable, str(ROOT / "run.py"), "score", "-e", "demo", "--input", source, "--output", output]
         seconds, peak = child_peak(call, asked.work, asked.work / "scored.log")
-        with output.open(encoding="utf-8") as file:
-            assert sum(1 for _ in file) == rows + 1
+        assert len(pd.read_csv(output)) == rows
         size = f"{source.stat().st_size / 2**20:,.1f} MiB"
-        lines.append([f"{rows:,}", size, f"{seconds:.0f} s", f"{rows / seconds:,.0f}", f"**{1024 * peak:,.0f} MiB**"])
-        print(" | ".join(lines[-1]), flush=True)
+        lines.append(
+            row(f"{rows:,}", size, f"{seconds:.0f} s", f"{rows / seconds:,.0f}", f"**{1024 * peak:,.0f} MiB**")
+        )
         source.unlink()
         output.unlink()
     publish("", table(["rows", "table", "seconds", "rows/s", "peak memory"], lines))
 
 
 def main() -> None:
-    parser = options(__doc__, work=True)
+    parser = options(__doc__, "work")
     parser.add_argument("what", choices=["prepare", "score"])
-    parser.add_argument("--votes", nargs="+", type=Path, help="prepare: tables of votes")
+    parser.add_argument("--votes", nargs="+", type=Path)
     parser.add_argument("--rows", nargs="+", type=int)
     asked = parser.parse_args()
     if asked.what == "prepare" and not asked.votes:

@@ -16,7 +16,6 @@ import json
 import statistics
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-from figures import ROOT, options, publish, table
+from figures import ROOT, options, publish, row, table
 from workbench import alone, battles_of, frame_of, texts_of, train_tokenizer
 
 from common.experiment import Labels
@@ -36,10 +35,7 @@ from scoring.model_loading import device_name, load_model
 
 CUTOFF, VOCABULARY = 2048, 32_000
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SHAPES = {
-    "tiny": dict(zip(KEYS, (64, 128, 2, 4, 4), strict=True)),
-    "134M": dict(zip(KEYS, (768, 2048, 12, 12, 12), strict=True)),
-}
+SHAPES = {"tiny": (64, 128, 2, 4, 4), "134M": (768, 2048, 12, 12, 12)}
 HEADINGS = ["way", "tokens/s", "against the usual loop", "share of the floor", "largest difference", "peak memory"]
 Score = Callable[[list[list[int]]], np.ndarray]
 
@@ -63,7 +59,8 @@ def make_model(folder: Path, shape: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **SHAPES[shape]))
+    sizes = dict(zip(KEYS, SHAPES[shape], strict=True))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **sizes))
     model.lm_head.weight.data *= 2 / (0.02 * model.config.hidden_size**0.5)
     model.save_pretrained(folder / "merged")
 
@@ -120,24 +117,18 @@ def usual_loop(model: Any, labels: Sequence[int], size: int = 4) -> Score:
     return score
 
 
-def floor_speed(rows: list[list[int]], shape: str, precision: str) -> float:
+def floor_speed(model: Any, rows: list[list[int]]) -> float:
     """Return the tokens a second of the layers' matrix products alone, a row at a time."""
     import torch
-    from torch.nn.functional import linear
 
-    hidden, inner, layers = (SHAPES[shape][key] for key in KEYS[:3])
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    weights = [torch.randn(out, into, dtype=dtype) for out, into in [(hidden, hidden)] * 4 + [(inner, hidden)] * 2]
-    down, seconds = torch.randn(hidden, inner, dtype=dtype), 0.0
-    with torch.inference_mode():
-        for number, ids in enumerate([*rows[:2], *rows]):  # the first two warm up
-            x, y = torch.randn(len(ids), hidden, dtype=dtype), torch.randn(len(ids), inner, dtype=dtype)
-            started = time.perf_counter()
-            for _ in range(layers):
-                for weight in weights:
-                    linear(x, weight)
-                linear(y, down)
-            seconds += time.perf_counter() - started if number >= 2 else 0.0
+    products, seconds = [each for each in model.model.layers.modules() if isinstance(each, torch.nn.Linear)], 0.0
+    for number, ids in enumerate([*rows[:2], *rows]):  # the first two warm up
+        inputs = {each.in_features: torch.randn(len(ids), each.in_features, dtype=model.dtype) for each in products}
+        started = time.perf_counter()
+        with torch.inference_mode():
+            for each in products:
+                each(inputs[each.in_features])
+        seconds += time.perf_counter() - started if number >= 2 else 0.0
     return sum(map(len, rows)) / seconds
 
 
@@ -164,37 +155,29 @@ def one_peak(folder: Path, way: Way) -> None:
     open_way(folder, way)(sorted(rows_of(folder)[0], key=len)[-8:])
 
 
-def measure(asked: Namespace, folder: Path) -> None:
-    """Publish the table of the engines."""
-    make_rows(folder, asked.votes, asked.rows)
-    make_model(folder, asked.shape)
-    opened, (rows, labels) = {way: open_way(folder, way) for way in WAYS}, rows_of(folder)
-    exact = softmax(usual_loop(one_model(folder, "fp32"), labels, size=1)(rows))
-    (found, logits), lines = speeds(opened, rows, asked.runs), []
-    floors = {
-        precision: statistics.median(floor_speed(rows, asked.shape, precision) for _ in range(asked.runs))
-        for precision in ("fp32", "bf16")
-    }
-    for way, each in found.items():
-        speed, floor = statistics.median(each), floors["fp32" if way.precision == "fp32" else "bf16"]
-        apart = np.abs(softmax(logits[way]) - exact).max()
-        peak = f"{1024 * alone(one_peak, folder, way)[1]:,.0f} MiB"
-        ratios = [f"**{ratio(found, way):.2f}**", f"{speed / floor:.2f}"]
-        lines.append([str(way), f"{speed:,.0f}", *ratios, f"{apart:.1e}", peak])
+def main() -> None:
+    parser = options(__doc__, "votes", rows=32, runs=3)
+    parser.add_argument("--shape", choices=SHAPES, default="134M", help="tiny tries the script itself")
+    asked, lines = parser.parse_args(), []
+    with tempfile.TemporaryDirectory() as name:
+        make_rows(folder := Path(name), asked.votes, asked.rows)
+        make_model(folder, asked.shape)
+        opened, (rows, labels) = {way: open_way(folder, way) for way in WAYS}, rows_of(folder)
+        exact = softmax(usual_loop(one_model(folder, "fp32"), labels, size=1)(rows))
+        found, logits = speeds(opened, rows, asked.runs)
+        floors = {
+            precision: statistics.median(floor_speed(one_model(folder, precision), rows) for _ in range(asked.runs))
+            for precision in ("fp32", "bf16")
+        }
+        for way, each in found.items():
+            speed, apart = statistics.median(each), np.abs(softmax(logits[way]) - exact).max()
+            peak = f"{1024 * alone(one_peak, folder, way)[1]:,.0f} MiB"
+            ratios = f"**{ratio(found, way):.2f}**", f"{speed / floors[way.precision]:.2f}"
+            lines.append(row(way, f"{speed:,.0f}", *ratios, f"{apart:.1e}", peak))
     said = ", ".join(f"{precision} {speed:,.0f}" for precision, speed in floors.items())
     text = f"{len(rows)} real rows, {sum(map(len, rows)):,} tokens; a Llama shape, {asked.shape}. "
     text += f"The floor (matrix products alone), tokens/s: {said}."
     publish("scoring figures", f"{table(HEADINGS, lines)}\n\n{text}", asked.write)
-
-
-def main() -> None:
-    parser = options(__doc__, votes=True)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--shape", choices=["134M", "tiny"], default="134M", help="tiny tries the script itself")
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        measure(asked, Path(folder))
 
 
 if __name__ == "__main__":

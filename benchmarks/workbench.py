@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from figures import ROOT
 from omegaconf import OmegaConf
@@ -30,7 +29,7 @@ from data_prep.synthetic import TRAIN_COLUMNS, cell
 from factory.demo import SPECIAL_TOKENS, BaseModelSize, build_base_model
 from factory.forecast import forecast
 from factory.process import llamafactory
-from scoring.metrics import GroupBootstrap, as_groups, row_losses
+from scoring.metrics import GroupBootstrap, as_groups
 
 os.environ["ARENA_FACTORY_HERE"] = "1"  # run.py is called in folders of the measurements
 
@@ -45,39 +44,35 @@ class Workbench:
             if not (folder / name).exists():
                 shutil.copytree(ROOT / name, folder / name)
 
-    def run(self, *arguments: str, **options: Any) -> tuple[float, str | None]:
-        """Call run.py; return the seconds it took and its standard output where `options` of subprocess.run pipe it."""
-        call, started = [sys.executable, str(ROOT / "run.py"), *arguments], time.monotonic()
-        options = {"stdout": subprocess.DEVNULL, "text": True, **options}
-        done = subprocess.run(call, cwd=self.folder, check=True, **options)
-        return time.monotonic() - started, done.stdout
+    def run(self, *arguments: str) -> float:
+        """Call run.py; return the seconds it took."""
+        started = time.monotonic()
+        call = [sys.executable, str(ROOT / "run.py"), *arguments]
+        subprocess.run(call, cwd=self.folder, check=True, stdout=subprocess.DEVNULL)
+        return time.monotonic() - started
 
-    def stage(self, experiment: str, stage: str) -> None:
+    def stage(self, experiment: str, stage: str, *more: str) -> None:
         """Run a stage to its report, unless the report is there already."""
         if not self.has(experiment, stage):
-            self.run(*STAGES[stage].command.split(), "-e", experiment)
+            self.run(*STAGES[stage].command.split(), "-e", experiment, *more)
 
     def has(self, experiment: str, stage: str) -> bool:
         """Return whether a stage was run to its report."""
         return (self.output(experiment, stage) / "report.json").is_file()
 
-    def prepare(self, experiment: str, *votes: str) -> None:
-        """Export votes for an experiment, unless that was done already."""
-        if not (self.folder / "data" / experiment / "manifest.json").is_file():
-            self.run("prepare", "-e", experiment, *votes)
+    def variant(self, name: str, *votes: str, of: str = "demo", **changed: Any) -> None:
+        """Make an experiment like another one, with keys changed (`recipes` merged); export its votes once."""
+        configs = self.folder / "factory_configs"
+        (configs / name).mkdir(exist_ok=True)
+        content = OmegaConf.merge(OmegaConf.load(configs / of / "experiment.yaml"), OmegaConf.create(changed))
+        OmegaConf.save(content, configs / name / "experiment.yaml")
+        if not (self.folder / "data" / name / "manifest.json").is_file():
+            self.run("prepare", "-e", name, *votes)
 
-    def variant(self, name: str, of: str, **changed: Any) -> None:
-        """Make another experiment from one that is there, with keys of experiment.yaml changed (`recipes` merged)."""
-        source = self.folder / "factory_configs" / of / "experiment.yaml"
-        content = OmegaConf.merge(OmegaConf.load(source), OmegaConf.create(changed))
-        target = self.folder / "factory_configs" / name
-        target.mkdir(exist_ok=True)
-        OmegaConf.save(content, target / "experiment.yaml")
-
-    def base(self, name: str, texts: Iterable[str], seed: int = 1, **size: int) -> str:
+    def base(self, name: str, texts: Iterable[str], **size: int) -> str:
         """Build a base with random weights and a tokenizer of the texts, once; return its folder's name."""
         if not (self.folder / "models" / name).is_dir():
-            build_base_model(self.folder / "models" / name, texts, seed=seed, size=BaseModelSize(**size))
+            build_base_model(self.folder / "models" / name, texts, seed=1, size=BaseModelSize(**size))
         return f"models/{name}"
 
     def trained(self, name: str, stage: str, device: str | None = None) -> tuple[dict[str, Any], float, float]:
@@ -114,17 +109,18 @@ def battles_of(*files: Path) -> list[Battle]:
 
 def texts_of(battles: Iterable[Battle]) -> Iterable[str]:
     """Yield every prompt and response."""
-    return (text for b in battles for text in (*b.prompts, *b.responses_a, *b.responses_b))
+    return (text for battle in battles for column in battle.texts for text in column)
+
+
+def vote_table(battles: Iterable[Battle]) -> pd.DataFrame:
+    """Return battles in the competition's schema; one without a verdict is no row of a table of votes."""
+    rows = [[b.id, "x", "y", *map(cell, b.texts), *(int(b.verdict == each) for each in VERDICTS)] for b in battles]
+    return pd.DataFrame(rows, columns=TRAIN_COLUMNS)
 
 
 def write_votes(path: Path, battles: Iterable[Battle]) -> Path:
-    """Write battles in the competition's schema; one without a verdict is no row of a table of votes."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(TRAIN_COLUMNS)
-        for battle in battles:
-            cells = [cell(texts) for texts in (battle.prompts, battle.responses_a, battle.responses_b)]
-            writer.writerow([battle.id, "x", "y", *cells, *(int(battle.verdict == v) for v in VERDICTS)])
+    """Write battles as a CSV file in the competition's schema."""
+    vote_table(battles).to_csv(path, index=False, lineterminator="\r\n")  # so that each kind of line end is quoted
     return path
 
 
@@ -141,11 +137,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, special: Sequence[str
 
 def frame_of(tokenizer: Tokenizer) -> ChatFrame:
     """Return the chat frame of LLaMA-Factory's template qwen3_nothink around such a tokenizer."""
-    texts = {"before": "<|im_start|>user\n", "after": "<|im_end|>\n<|im_start|>assistant\n", "answer_before": ""}
-    no_ids = dict.fromkeys(("prefix_ids", "suffix_ids", "answer_prefix_ids", "answer_suffix_ids"), ())
-    labels = {"label_ids": tuple(tokenizer.encode(label).ids[0] for label in "ABC"), "answer_len": 3}
-    texts |= {"template": "qwen3_nothink", "answer_after": "<|im_end|>\n"}
-    return ChatFrame(special_strings=SPECIAL_TOKENS, **texts, **no_ids, **labels)
+    keys = dict.fromkeys(("prefix_ids", "suffix_ids", "answer_prefix_ids", "answer_suffix_ids"), ())
+    keys |= {"before": "<|im_start|>user\n", "after": "<|im_end|>\n<|im_start|>assistant\n", "answer_before": ""}
+    keys |= {"template": "qwen3_nothink", "answer_after": "<|im_end|>\n", "special_strings": SPECIAL_TOKENS}
+    return ChatFrame(**keys, label_ids=tuple(tokenizer.encode(label).ids[0] for label in "ABC"), answer_len=3)
 
 
 def alone(function: Callable, *arguments: Any) -> tuple[Any, float]:
@@ -176,17 +171,12 @@ def child_peak(call: Sequence[str], folder: Path, log: Path) -> tuple[float, flo
 def matrix_rate(gpu: bool) -> float:
     """Return the measured operations a second of a large matrix product, 16-bit on a GPU."""
     import torch
+    from torch.utils.benchmark import Timer
 
     size, device = (8192, "cuda") if gpu else (1024, "cpu")
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
-    times = []
-    for _ in range(20):
-        started = time.perf_counter()
-        a @ a
-        if gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return 2 * size**3 / statistics.median(times[5:])
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=1).median
 
 
 def interval(ends: list[float] | None, digits: int = 3) -> str:
@@ -194,12 +184,6 @@ def interval(ends: list[float] | None, digits: int = 3) -> str:
     return f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
 
 
-def bootstrap_interval(values, groups, *, seed: int) -> list[float] | None:
-    """Return the 95% interval [low, high] of the mean of `values` [rows] over resampled prompt groups."""
-    return GroupBootstrap(as_groups(groups), seed).interval(values)
-
-
-def paired_difference(first, second, truth, groups, *, seed: int) -> dict[str, float | list[float] | None]:
-    """Return `difference`, the log loss of `first` minus that of `second` on the same rows, and its interval `ci95`."""
-    gaps = row_losses(first, truth) - row_losses(second, truth)
-    return {"difference": float(gaps.mean()), "ci95": bootstrap_interval(gaps, groups, seed=seed)}
+def mean(values: np.ndarray, groups: Iterable, form: str = "+.4f", digits: int = 3) -> str:
+    """Return the mean of `values` [rows] and its 95% interval over resampled prompt groups, as text."""
+    return f"{values.mean():{form}} {interval(GroupBootstrap(as_groups(groups), seed=1).interval(values), digits)}"

@@ -22,7 +22,7 @@ _PIECES = (b"\0", b"\xff", b'"', b"[" * 200, b"{", b"}", b"'", b"\n", b": ", b"&
 def test_good_inputs_are_accepted(name, workplace):
     """A target whose seeds are all refused would fuzz nothing."""
     target, accepted = TARGETS[name], 0
-    for seed in target.seeds():
+    for seed in target.seeds:
         try:
             target.run(seed)
             accepted += 1
@@ -34,8 +34,8 @@ def test_good_inputs_are_accepted(name, workplace):
 @pytest.mark.parametrize("name", TARGETS)
 def test_seeded_mutations_never_crash(name, workplace):
     target, draw = TARGETS[name], random.Random(name)
-    for seed in target.seeds():
-        for _ in range(_MUTANTS // len(target.seeds())):
+    for seed in target.seeds:
+        for _ in range(_MUTANTS // len(target.seeds)):
             started = time.monotonic()
             never_crashes(target, _mutated(seed, draw))
             assert time.monotonic() - started < LONGEST_SECONDS
