@@ -12,17 +12,18 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import active_children, get_context, parent_process
+from itertools import cycle
+from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from common.battle import TEXTS, VERDICTS, Battle, swap, swap_verdict
-from common.errors import ArenaError, end_process
+from common.errors import ArenaError
 from data_prep.audit import count_fitted, count_pairs, first_prompts, row_statistics
 from data_prep.export_folder import set_names
 from data_prep.preference_pairs import (
@@ -72,7 +73,6 @@ SCHEMAS = {
     ),
 }
 _FEW_CORES = 4
-_LOOK_AT_WORKERS = 2.0  # seconds between two looks whether they live
 _MOST = 16  # processes; beyond them the reader sets the pace
 
 
@@ -188,41 +188,38 @@ def open_pool(maker: RowMaker, workers: int | None) -> Iterator[Callable[[str, I
     """
     workers = usual_workers() if workers is None else workers
     if workers:  # spawned, not forked: a tokenizer's threads do not survive a fork
-        context = get_context("spawn")
-        executor = ProcessPoolExecutor(workers, context, initializer=_start_process, initargs=(maker,))
+        pools = [ProcessPoolExecutor(1, get_context("spawn"), _start_process, (maker,)) for _ in range(workers)]
     else:
-        executor = ThreadPoolExecutor(1, initializer=_start, initargs=(maker,))
+        pools = [ThreadPoolExecutor(1, initializer=_start, initargs=(maker,))]
     try:
-        yield partial(_in_order, executor, 2 * workers or 1)
+        yield partial(_in_order, pools, 2 * workers or 1)
     finally:
-        executor.shutdown(cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
 
 
-def _in_order(executor: Executor, ahead: int, method: str, calls: Iterable[tuple]) -> Iterator[Any]:
+def _in_order(pools: Sequence[Executor], ahead: int, method: str, calls: Iterable[tuple]) -> Iterator[Any]:
     waiting: deque[Future] = deque()
     try:
-        for arguments in calls:
-            waiting.append(executor.submit(_call, method, *arguments))
+        for pool, arguments in zip(cycle(pools), calls, strict=False):
+            waiting.append(submit(pool, _call, method, *arguments))
             if len(waiting) > ahead:
-                yield _result(waiting.popleft(), ahead // 2)
+                yield waiting.popleft().result()
         while waiting:
-            yield _result(waiting.popleft(), ahead // 2)
-    except BrokenExecutor:
+            yield waiting.popleft().result()
+    except (BrokenExecutor, BrokenPipeError):  # the latter where a worker died before it had read the call
         raise _died() from None
 
 
-def _result(future: Future, workers: int) -> Any:
-    """Return a call's result; raises BrokenExecutor where one of the worker processes died.
+def submit(pool: Executor, call: Callable[..., Any], *arguments: Any) -> Future:
+    """Submit a call to a pool of one worker.
 
-    One that is killed in the middle of sending a result leaves Python's pool waiting for the rest of it for ever: this
-    process ends then, with the error.
+    While this process, too, could write there, the rest of a result whose worker was killed would be waited for.
     """
-    while not wait([future], timeout=_LOOK_AT_WORKERS).done:
-        if len(active_children()) < workers and not wait([future], timeout=_LOOK_AT_WORKERS).done:
-            for process in active_children():
-                process.kill()
-            end_process(_died())
-    return future.result()
+    future = pool.submit(call, *arguments)
+    if isinstance(pool, ProcessPoolExecutor):
+        pool._result_queue._writer.close()
+    return future
 
 
 def _died() -> ArenaError:

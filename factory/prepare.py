@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from common.stages import STEPS
 from data_prep.audit import warnings_of
 from data_prep.export import ensure_views, export
 from data_prep.export_folder import check_overwrite
-from data_prep.export_reader import earlier_manifest, read_manifest
+from data_prep.export_reader import earlier_manifest
 from data_prep.readers import VoteReader, require_used
 from data_prep.sources import Source, votes_at, with_weight
 from data_prep.verdict_shares import Soft
@@ -23,8 +22,6 @@ from factory.recipe_reach import require_fit_base
 from factory.recipes import check_first_values, write_recipe
 from factory.stage_context import StageContext
 from factory.status import refuse_while_at_work
-
-_TRAINED = re.compile(r"sft_(train|fold[0-9]+)\.jsonl")
 
 
 def prepare(
@@ -82,9 +79,7 @@ def prepare(
         options = {"views": views, "workers": workers, "columns": columns, "folds": folds_from, "drop": drop_ids}
         options["soft"] = soft and Soft(soft, soft_share)
         audit = export(experiment, votes, test, truth, progress=line.update, **options)
-    replaced = _replaced(before, read_manifest(experiment.data_folder))
-    show.note(_summary(experiment, audit))
-    for text in (*warnings_of(audit), *([f"{experiment.data_folder}: {replaced}"] if replaced else [])):
+    for text in (_summary(experiment, audit), *warnings_of(audit)):
         show.note(text)
     render_recipes(experiment, force=force, show=show)
     return audit
@@ -133,21 +128,3 @@ def _summary(experiment: Experiment, audit: dict[str, Any]) -> str:
         f"prepare {experiment.name}: {kept:,} battles kept{rejected}; {sets}, {rows['test']:,} to submit"
         f"{unread}; {cut:.1%} shortened to {experiment.cutoff_len} tokens"
     )
-
-
-def _replaced(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:
-    """Return what a person should know of an export that took another one's place, from both manifests."""
-    made = [
-        {name: (each["sha256"], each["weight"]) for name, each in m["sources"].items()}
-        for m in (before, now)
-        if m is not None
-    ]
-    if before is None or made[0] == made[1]:
-        return None
-    words = f"the earlier export, of {before['sources']['train']['file']}, is replaced"
-    if "test" in before["sources"] and "test" not in now["sources"]:
-        words += "; it had a test set, this one has none, so that there will be no submission.csv (--test FILE)"
-    trained = [{k: v for k, v in m["files"].items() if k in now["files"] and _TRAINED.match(k)} for m in (before, now)]
-    if trained[0] != trained[1]:
-        words += "; what was trained on it is outdated: train with --fresh"
-    return words

@@ -24,7 +24,7 @@ import numpy as np
 
 from common.console import name_of
 from common.errors import ArenaError, first_line, same_command
-from data_prep.export_rows import end_with_parent
+from data_prep.export_rows import end_with_parent, submit
 from scoring.model_loading import device_name
 from scoring.score_store import RowStore, Shard
 from scoring.scorer import Scorer, ScorerSpec
@@ -240,13 +240,11 @@ def visible_gpus() -> list[str]:
 
 def _submit(pool: ProcessPoolExecutor, *call: Any) -> Future:
     try:
-        future = pool.submit(_call, *call)
+        return submit(pool, _call, *call)
     except BrokenProcessPool as error:  # its process died after the last call
-        future = Future()
+        future: Future = Future()
         future.set_exception(error)
-    # While this process, too, could write there, the rest of a result whose worker was killed would be waited for.
-    pool._result_queue._writer.close()
-    return future
+        return future
 
 
 _asker: Asker | None = None  # of this process, where it is a worker

@@ -9,20 +9,17 @@ figures or the submission are wrong: the report is written, the submission is no
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from pyarrow.parquet import ParquetFile
 
 from common.errors import ArenaError
 from common.files import read_json
 from data_prep.export_reader import read_audit, read_columns, readable
-from data_prep.folds import prompt_group
-from data_prep.truncation import MARKER
 from factory.fingerprint import training_rows
 from factory.stage_context import StageContext
 from factory.train import trained_rows
@@ -38,7 +35,6 @@ START_REWARD = 0.05
 RISE = 1.1
 _AGAIN = "train again with --fresh"
 _IDS = "submission ids = test ids"
-_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -227,33 +223,13 @@ def submission_ids(data: Path, found: Sequence[str]) -> Check:
 def shared_prompts(data: Path, train: Collection[str], valid: Collection[str]) -> dict[str, int]:
     """Return how many first prompts of an export are both in training and in validation, by where that is seen.
 
-    The sources do not depend on each other: the groups that the folds were made of; the prompts, noted where the
-    table was read; and the texts that a model reads, where nothing was left out of them.
+    The sources do not depend on each other: the groups that the folds were made of, and the prompts, noted by another
+    rule where the table was read.
     """
     with readable(data / "rows.parquet"):
-        rows = read_columns(data / "rows.parquet", ["split", "dropped", "group", "first_prompt"]).to_pydict()
-    battles, pairs = data / "battles.parquet", data / "pairs.parquet"
+        rows = read_columns(data / "rows.parquet", ["split", "group", "first_prompt"]).to_pydict()
     sources = {"the folds' groups": rows["group"], "the votes": rows["first_prompt"]}
-    with readable(battles):
-        prompts = zip((turns[0] for (turns,) in _rows_of(battles, ["prompts"])), rows["dropped"], strict=True)
-        sources["the judge's texts"] = list(_whole_groups(prompts))
-    if pairs.is_file():
-        with readable(pairs):
-            sources["the pairs' texts"] = list(_whole_groups(_rows_of(pairs, ["prompt", "dropped"])))
     return {name: _in_both(rows["split"], prompts, train, valid) for name, prompts in sources.items()}
-
-
-def _rows_of(path: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-    """Yield the values of these columns row by row, without holding a whole table of texts."""
-    with ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
-            yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)
-
-
-def _whole_groups(prompts: Iterable[tuple[str, int]]) -> Iterator[str | None]:
-    """Yield the group of each first prompt, None where turns were dropped or its middle was cut out."""
-    for prompt, dropped in prompts:
-        yield None if dropped or MARKER in prompt else prompt_group(prompt)
 
 
 def _in_both(splits: Sequence[str], prompts: Sequence[Any], *sides: Collection[str]) -> int:

@@ -167,7 +167,7 @@ TABLE_DAMAGE = {
 }
 TABLES = [
     *((ROWS, call, "rows.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, FIRST_PROMPTS)),
-    *((BATTLES, call, "battles.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, COMPARE, FIRST_PROMPTS)),
+    *((BATTLES, call, "battles.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, COMPARE)),
     (CHANCES, COMPARE, "probabilities_valid.csv: "),
 ]
 # What was computed before the fault showed waits for the next run.
@@ -326,7 +326,6 @@ FAULTS = [
     ("show_chances_without_the_row", write(TEST_CHANCES, HEAD), SHOW, "lacks the row 9000"),
     ("pairs_of_words", write(f"{DATA}/pairs.parquet", "hello"), SHOW_PAIR, "pairs.parquet: is damaged", AGAIN),
     ("no_pairs", remove(f"{DATA}/pairs.parquet"), SHOW_PAIR, "the reward view", "--pairs"),
-    ("reads_fewer_battles", reduced(BATTLES, rows=0), FIRST_PROMPTS, "battles.parquet: is damaged"),
     ("reads_no_test_ids", reduced(ROWS, ["id"]), TEST_IDS, "rows.parquet: is damaged"),
     ("reads_no_audit", remove(AUDIT), TEST_IDS, "audit.json: is damaged", AGAIN),
     ("reads_truth_of_others", truth_of_others, ladder, "data/exam/truth.csv", "have no true probabilities"),

@@ -235,7 +235,7 @@ def test_another_export_is_refused_by_scoring_comparing_and_what_starts_from_the
     report, submission = (OUT / "report.json").read_bytes(), (OUT / "submission.csv").read_bytes()
     done = prepare_others(place)
     assert done.exit_code == 0, done.output
-    assert "the earlier export, of votes.csv, is replaced; what was trained on it is outdated" in done.output
+    assert "next: python run.py sft -e exam --fresh" in done.output
     scored = call("score", "-e", "exam", "--fresh")
     assert scored.exit_code == 1 and "sft was trained on another export than data/exam holds now" in scored.output
     assert "python run.py sft -e exam --fresh" in scored.output and "sft_train.jsonl" in scored.output
@@ -264,7 +264,7 @@ def test_another_test_set_outdates_the_scores_alone(place):
     trained_on_today(place)
     place.table(place.rows(7, start=9500), "later.csv")
     done = call("prepare", "-e", "exam", "--train", "votes.csv", "--test", "later.csv", "--pairs")
-    assert "is replaced" in done.output and "outdated" not in done.output
+    assert "next: python run.py score -e exam --stage sft --fresh" in done.output
     view = status(load_experiment("exam"), "sft")
     assert view.state == "outdated" and view.next == "python run.py score -e exam --stage sft --fresh"
     StageContext(load_experiment("exam"), "sft").require_current_training()

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 from common.errors import ArenaError
-from data_prep.truncation import MARKER
 from scoring.checks import run_checks as checks
 from scoring.checks.run_checks import require_sound, stopping
 
@@ -80,46 +79,40 @@ def test_a_stop_lists_every_failure_with_its_remedy_and_a_warning_stops_nothing(
     require_sound([asdict(check(*sound)) for check, sound, *_ in CASES.values()], tmp_path)
 
 
-def export(folder, prompts, *, groups=None, noted=None, dropped=0, pairs=None, rejected=0):
-    """Write what the checks read of an export: one row a prompt, the splits in turn."""
+def export(folder, rows, *, groups=None, noted=None, rejected=0):
+    """Write what the checks read of an export, the splits in turn."""
     splits = ["train", "valid", "test"]
-    known = {"group": groups or list(map(str, range(len(prompts)))), "first_prompt": noted or range(len(prompts))}
-    rows = {"id": [str(i) for i in range(len(prompts))], "split": [splits[i % 3] for i in range(len(prompts))]}
-    pd.DataFrame({**rows, **known, "dropped": dropped}).to_parquet(folder / "rows.parquet", index=False)
-    pd.DataFrame({"prompts": [[prompt] for prompt in prompts]}).to_parquet(folder / "battles.parquet", index=False)
-    if pairs:
-        pd.DataFrame({"prompt": pairs, "dropped": dropped}).to_parquet(folder / "pairs.parquet", index=False)
+    ids = list(map(str, range(rows)))
+    known = {"id": ids, "group": groups or ids, "first_prompt": noted or range(rows)}
+    frame = pd.DataFrame({**known, "split": [splits[i % 3] for i in range(rows)]})
+    frame.to_parquet(folder / "rows.parquet", index=False)
     audit = {"truncation": {}, "sources": {"test": {"rows_rejected": rejected}}}
     (folder / "audit.json").write_text(json.dumps(audit))
 
 
 @pytest.mark.parametrize(
-    ("prompts", "known", "found"),
+    ("known", "found"),
     [
-        (["why", "how", "why"], {}, {}),  # the test set is neither
-        (["why", "Why?", "x"], {}, {"the judge's texts": 1}),
-        (["why", "Why?", "x"], {"dropped": 1}, {}),  # a later turn's prompt is not the first
-        ([f"w{MARKER}y", f"w{MARKER}y", "x"], {}, {}),  # what is left of a cut text proves nothing
-        (["a", "b", "x"], {"groups": ["1", "1", "3"]}, {"the folds' groups": 1}),
-        (["a", "b", "x", "a"], {"noted": [1, 2, 3, 2]}, {"the votes": 1}),
-        (["a", "b", "x"], {"pairs": ["why", "why", "x"]}, {"the pairs' texts": 1}),
+        ({"groups": ["1", "2", "1", "4"]}, {}),  # the test set is neither
+        ({"groups": ["1", "1", "3", "4"]}, {"the folds' groups": 1}),
+        ({"noted": [1, 2, 3, 2]}, {"the votes": 1}),
     ],
 )
-def test_prompts_in_both_folds_are_found_by_each_source_alone(tmp_path, prompts, known, found):
-    export(tmp_path, prompts, **known)
+def test_prompts_in_both_folds_are_found_by_each_source_alone(tmp_path, known, found):
+    export(tmp_path, 4, **known)
     shared = checks.shared_prompts(tmp_path, ["train"], ["valid"])
     assert {source: count for source, count in shared.items() if count} == found
     assert checks.folds_apart(shared).passed is (not found)
 
 
 def test_the_submission_answers_the_test_rows_in_their_order(tmp_path):
-    export(tmp_path, list("abcdef"))
+    export(tmp_path, 6)
     assert checks.submission_ids(tmp_path, ["2", "5"]).passed is True
     for wrong in (["5", "2"], ["2"], []):
         found = checks.submission_ids(tmp_path, wrong)
         assert found.passed is False and found.stops
-    export(tmp_path, list("abcdef"), rejected=3)
+    export(tmp_path, 6, rejected=3)
     found = checks.submission_ids(tmp_path, ["2", "5"])
     assert found.passed is False and not found.stops and "3 have no readable id" in found.detail
-    export(tmp_path, list("ab"))
+    export(tmp_path, 2)
     assert checks.submission_ids(tmp_path, []).passed is None
