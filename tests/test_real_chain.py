@@ -13,19 +13,19 @@ from tests.real_tokenizers import FAMILIES, with_tokenizer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama3", "qwen3"])
-def test_a_judge_with_a_real_tokenizer_goes_through_the_chain(tmp_path, name, real_data):
+@pytest.mark.parametrize(("name", "called"), [("llama3", "Meta-Llama-3-8B-Instruct"), ("qwen3", "Qwen3-8B")])
+def test_a_judge_with_a_real_tokenizer_goes_through_the_chain(tmp_path, name, called, real_data):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shutil.copytree(ROOT / "templates", tmp_path / "templates")
     (tmp_path / "factory_configs").mkdir()
-    model = with_tokenizer(name, tmp_path / "models" / name)
+    model = with_tokenizer(name, tmp_path / "models" / called)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
     votes, part = real_data / "arena" / "train_natural.csv", tmp_path / "votes.csv"
     with votes.open(newline="", encoding="utf-8") as file, part.open("w", newline="", encoding="utf-8") as some:
         csv.writer(some).writerows(islice(csv.reader(file), 81))
     for call in (
-        ("new", "exam", "--model", f"models/{name}", "--bits", "none", "--cutoff", "512"),
+        ("new", "exam", "--model", f"models/{called}", "--bits", "none", "--cutoff", "512"),
         ("prepare", "-e", "exam", "--train", "votes.csv", "--test", str(real_data / "arena" / "test.csv")),
         ("sft", "-e", "exam", "--json"),
     ):
