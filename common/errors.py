@@ -143,13 +143,6 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def end_process(error: ArenaError) -> None:
-    """Print an error and end this process from any thread, where the main one is in a library that never returns."""
-    sys.stderr.write(f"Error: {error}\n")
-    sys.stderr.flush()
-    os._exit(1)
-
-
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text; its class and arguments where it has none."""
     return (str(error).strip() or repr(error)).splitlines()[0]

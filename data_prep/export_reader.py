@@ -167,16 +167,11 @@ def iter_battles(folder: Path, split: Split) -> Iterator[tuple[Battle, int]]:
         yield Battle(row["id"], *turns, row["verdict"], row["language"], shares), row["dropped"]
 
 
-def read_pairs(folder: Path, split: Split) -> list[Pair]:
-    """Return the fitted pairs of one split, ties included, in the order of `read_rows`.
+def iter_pairs(folder: Path, split: Split) -> Iterator[tuple[Pair, int]]:
+    """Yield the fitted pairs of one split, ties included, each with its dropped turns, in the order of `read_rows`.
 
     Raises ArenaError where the reward view was not exported.
     """
-    return [pair for pair, _ in iter_pairs(folder, split)]
-
-
-def iter_pairs(folder: Path, split: Split) -> Iterator[tuple[Pair, int]]:
-    """Yield the pairs that `read_pairs` returns, each with the number of turns dropped from it."""
     require_pairs(folder)
     texts = ("id", "prompt", "response_a", "response_b")
     for row in rows_of(folder, split, "pairs.parquet", (*texts, "dropped")):

@@ -14,9 +14,8 @@ from common.battle import VERDICTS, Battle
 from common.console import name_of
 from common.errors import ArenaError
 from common.stages import fold_name
-from data_prep.cells import parse_id
 from data_prep.prompt import BREAK
-from data_prep.tables import BrokenRow, open_table
+from data_prep.tables import keyed_rows
 
 if TYPE_CHECKING:
     from common.experiment import Experiment
@@ -151,12 +150,8 @@ class GivenFolds(dict[str, int]):
 
 def read_folds(path: Path, folds: int) -> GivenFolds:
     """Return the fold of each id of a table (columns id, fold) whose folds are 0 to folds - 1; raises ArenaError."""
-    table, found = open_table(path), GivenFolds(path)
-    if missing := [name for name in ("id", "fold") if name not in table.columns]:
-        what, remedy = f"lacks the column(s) {missing}", "give a table with the columns id and fold"
-        raise ArenaError(what, where=str(path), remedy=remedy)
-    for number, cells in enumerate(table.rows(("id", "fold")), 1):
-        identity = None if isinstance(cells, BrokenRow) else parse_id(cells[0])
+    found = GivenFolds(path)
+    for number, identity, cells in keyed_rows(path, ("id", "fold"), "give a table with the columns id and fold"):
         fold = "" if identity is None else str(cells[1]).strip()
         if not fold.isdecimal() or len(fold) > 9 or int(fold) >= folds:
             what = f"holds no id with a fold from 0 to {folds - 1} (folds: {folds} in experiment.yaml)"
@@ -172,15 +167,8 @@ def read_folds(path: Path, folds: int) -> GivenFolds:
 
 def read_ids(path: Path) -> frozenset[str]:
     """Return the ids of a table with a column id; raises ArenaError where it has none."""
-    table = open_table(path)
-    if "id" not in table.columns:
-        raise ArenaError("lacks the column id", where=str(path), remedy="give a table with a column id")
-    found = set()
-    for number, cells in enumerate(table.rows(("id",)), 1):
-        if isinstance(cells, BrokenRow):
-            raise ArenaError(cells.reason, where=f"{path} row {number}", remedy="correct or remove the row")
-        found.add(parse_id(cells[0]))
-    return frozenset(found - {None})
+    rows = keyed_rows(path, ("id",), "give a table with a column id")
+    return frozenset(identity for _, identity, _ in rows if identity is not None)
 
 
 def _seeded_order(numbers: np.ndarray, seed: int) -> np.ndarray:

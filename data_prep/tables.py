@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import ArenaError
-from data_prep.cells import DECODER, without_lone_surrogates
+from data_prep.cells import DECODER, parse_id, without_lone_surrogates
 from data_prep.parquet_table import DAMAGED, LARGEST_CELL, BrokenRow, ParquetTable
 
 # What the parts of a table in a folder end with.
@@ -92,6 +92,20 @@ def open_table(path: Path) -> Table:
     if double := sorted(name for name, count in Counter(table.columns).items() if count > 1):
         raise ArenaError(f"has the column(s) {double[:30]} twice", where=where, remedy="rename or remove one")
     return table
+
+
+def keyed_rows(path: Path, names: Sequence[str], remedy: str) -> Iterator[tuple[int, str | None, tuple[object, ...]]]:
+    """Yield each row's number, id and cells of `names`, the id first, of a table beside the votes.
+
+    Raises ArenaError for a row that cannot be read, and, with `remedy`, for a table without these columns.
+    """
+    table = open_table(path)
+    if missing := [name for name in names if name not in table.columns]:
+        raise ArenaError(f"lacks the column(s) {missing}", where=str(path), remedy=remedy)
+    for number, cells in enumerate(table.rows(names), 1):
+        if isinstance(cells, BrokenRow):
+            raise ArenaError(cells.reason, where=f"{path} row {number}", remedy="correct or remove the row")
+        yield number, parse_id(cells[0]), cells
 
 
 def _unpacked(path: Path) -> bytes:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from common.battle import TEXTS, Battle, swap
 from common.console import name_of
-from common.errors import ArenaError, end_process, is_panic
+from common.errors import ArenaError, is_panic
 from data_prep.prompt import FIELDS, JudgePrompt, Neutralizer, texts_of
 
 if TYPE_CHECKING:
@@ -320,9 +320,9 @@ def without_panics() -> Iterator[None]:
 
 
 def _end(error: ArenaError) -> None:
-    if _stderr:
-        os.dup2(_stderr[-1], 2)
-    end_process(error)
+    """Print an error and end this process from any thread: the main one is in a library that never returns."""
+    os.write(_stderr[-1] if _stderr else 2, f"Error: {error}\n".encode(errors="backslashreplace"))
+    os._exit(1)
 
 
 def share_out(wanted: dict[str, int], shares: dict[str, float], room: int, floor: int) -> dict[str, int]:

@@ -22,10 +22,10 @@ from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 from common.console import name_of
 from common.errors import ArenaError
 from common.files import is_within
-from data_prep.cells import Shares, drawn_verdict, parse_id
+from data_prep.cells import Shares, drawn_verdict
 from data_prep.export_reader import read_columns, read_manifest
 from data_prep.readers import Rejected, VoteReader
-from data_prep.tables import BrokenRow, CsvTable, open_table
+from data_prep.tables import CsvTable, keyed_rows, open_table
 
 _NAMES = ("id", *PROBABILITY_COLUMNS)
 _ENOUGH = 20  # rows of a real arena are never all certain
@@ -50,15 +50,13 @@ def read_distributions(path: Path, remedy: str) -> dict[str, Shares]:
     table = open_table(path)
     if not isinstance(table, CsvTable) or table.compressed:
         raise ArenaError("is no plain CSV file", where=str(path), remedy=remedy)
-    if missing := [name for name in _NAMES if name not in table.columns]:
-        raise ArenaError(f"lacks the column(s) {missing}", where=str(path), remedy=remedy)
     rows: dict[str, int] = {}
     found = {}
-    for number, cells in enumerate(table.rows(_NAMES), 1):
+    for number, identity, cells in keyed_rows(path, _NAMES, remedy):
         where = f"{path} row {number}"
-        if isinstance(cells, BrokenRow) or not _is_distribution(cells[1:]):
+        if not _is_distribution(cells[1:]):
             raise ArenaError("holds no three probabilities", where=where, remedy=remedy)
-        if (identity := parse_id(cells[0])) is None:
+        if identity is None:
             raise ArenaError("has no id", where=where, remedy=remedy)
         if (first := rows.setdefault(identity, number)) != number:
             what = f"the id {name_of(identity)} is in row {first} and again in row {number}"

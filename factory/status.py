@@ -168,11 +168,6 @@ def refuse_while_at_work(experiment: Experiment) -> None:
         )
 
 
-def is_at_work(folder: Path) -> bool:
-    """Return whether a living process of this machine holds a stage's lock."""
-    return holder_of(folder) is not None
-
-
 def holder_of(folder: Path) -> psutil.Process | None:
     """Return the living process of this machine that holds a stage's lock, by what it wrote into it.
 
@@ -227,7 +222,7 @@ def stage_status(context: StageContext, prepared: bool = True) -> StageStatus:
     except ArenaError as error:
         return StageStatus(context.label, "unreadable", first_line(error), next=f"{context.command} --fresh")
     by_hand = not parts and (context.adapter / "adapter_model.safetensors").is_file()
-    if is_at_work(context.folder):
+    if holder_of(context.folder):
         part = parts[-1] if parts else "train"
         detail = "starting" if not parts else f"step {step}/{steps}" if part == "train" and step else ""
         watch = f"python run.py watch -e {context.experiment.name} --stage {context.name}{context.fold_option}"

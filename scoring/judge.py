@@ -23,7 +23,7 @@ from data_prep.export_reader import readable
 from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import Fitted, Fitter, without_panics
-from factory.status import experiment_status, is_at_work, stage_status
+from factory.status import experiment_status, holder_of, stage_status
 from scoring.model_loading import BROKEN_WEIGHTS, base_folder
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def require_judge(context: StageContext) -> None:
         else f"{view.state} {view.detail}".rstrip()
     )
     what, remedy = f"is not a judge yet: {context.name} is {state}", view.next
-    if (context.merged.is_dir() or view.state == "scored") and not is_at_work(context.folder):
+    if (context.merged.is_dir() or view.state == "scored") and not holder_of(context.folder):
         what = f"is not a judge: {MANIFEST} is missing"
         away = "move the folder away and " if context.merged.is_dir() else ""
         remedy = f"{away}merge again: {context.command} --until merge"

@@ -25,7 +25,7 @@ from common.console import duration
 from common.errors import ArenaError, same_command
 from common.files import only_run, read_json, write_json
 from common.progress import Line, Show
-from data_prep.export_reader import read_battles, read_pairs
+from data_prep.export_reader import iter_pairs, read_battles
 from data_prep.preference_pairs import pair_sequences
 from factory.fingerprint import model_files
 from factory.stage_context import StageContext
@@ -129,7 +129,8 @@ def _questions(context: StageContext, judge: Judge) -> tuple[list, list[str | No
     drawn = sorted(random.choice(len(battles), min(settings.rows, len(battles)), replace=False))
     verdicts = [battles[i][0].verdict for i in drawn]
     if context.name == "rm":
-        pairs, head = read_pairs(data, context.parts("valid")), load_value_head(judge.folder)
+        pairs = [pair for pair, _ in iter_pairs(data, context.parts("valid"))]
+        head = load_value_head(judge.folder)
         triples = pair_sequences(judge.frame, judge.tokenizer, [pairs[i] for i in drawn])
         ask = lambda model, rows, **how: a_beats_b(value_rewards(model, head, rows, **how))  # noqa: E731
         return triples, verdicts, judge.golden_triples(), ask

@@ -35,12 +35,12 @@ _SMALL_FILES = ("judge.json", "config.json", "tokenizer.json")
 class LlamaCppEngine:
     """A judge as a GGUF file; `precision` is the file's quantisation."""
 
-    def __init__(self, judge: Judge, precision: str = "auto", *, threads: int | None = None):
+    def __init__(self, judge: Judge, precision: str = "auto"):
         """Check that the file was made of this judge and load it."""
         path = find_gguf(judge, precision)
         self.precision = check_gguf(path, judge)["quantization"]
         self._longest = judge.cutoff_len
-        self._model: Any = load_gguf(path, context=judge.cutoff_len, threads=threads)
+        self._model: Any = load_gguf(path, context=judge.cutoff_len)
 
     def label_logits(
         self,
@@ -76,11 +76,11 @@ class LlamaCppEngine:
         self._model = None
 
 
-def load_gguf(path: Path, *, context: int, threads: int | None = None) -> Any:
+def load_gguf(path: Path, *, context: int) -> Any:
     """Load a GGUF file for prompts of up to `context` tokens; raises ArenaError if llama.cpp cannot read it."""
     from llama_cpp import Llama, llama_chat_format, llama_cpp
 
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = len(os.sched_getaffinity(0))
     usual = llama_cpp.llama_model_default_params
 
     def keep_weights() -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.chat_template import load_frame
 from data_prep.export import export
-from data_prep.export_reader import read_battles, read_pairs, read_rows
+from data_prep.export_reader import iter_pairs, read_battles, read_rows
 from data_prep.model_lookup import choose_template
 from data_prep.preference_pairs import pair_sequences
 from scoring.judge import load_judge, write_judge
@@ -110,7 +110,7 @@ def test_exported_trained_and_scored_ids_are_the_same(experiment, arena, source,
     encodings = tokenizer.encode_batch_fast(messages, add_special_tokens=False)
     assert [prompt for prompt, *_ in trained] == [frame.surround(encoding.ids) for encoding in encodings]
 
-    trained, pairs = trained_pairs(experiment, "dpo_reward"), read_pairs(folder, "train")
+    trained, pairs = trained_pairs(experiment, "dpo_reward"), [pair for pair, _ in iter_pairs(folder, "train")]
     sequences = pair_sequences(frame, tokenizer, pairs)
     assert len(trained) == len(lines(folder, "dpo_reward_train"))
     assert trained == [

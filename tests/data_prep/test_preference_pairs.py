@@ -15,7 +15,7 @@ from common.battle import Battle
 from common.errors import ArenaError
 from common.files import sha256_of
 from data_prep.export import ensure_views, export
-from data_prep.export_reader import read_battles, read_pairs, read_rows
+from data_prep.export_reader import iter_pairs, read_battles, read_rows
 from data_prep.preference_pairs import Pair, flatten, reward_rows, wrong_verdicts
 from tests.votes import lines
 
@@ -62,7 +62,8 @@ def test_the_reward_view_holds_winners_over_losers_and_no_tie(experiment, arena)
     reward = audit["pairs"]["reward"]
     battles = dict.fromkeys(("train", "valid"))
     for split in battles:
-        rows, pairs = read_rows(experiment.data_folder, split), read_pairs(experiment.data_folder, split)
+        rows = read_rows(experiment.data_folder, split)
+        pairs = [pair for pair, _ in iter_pairs(experiment.data_folder, split)]
         assert pairs == [flatten(battle) for battle, _ in read_battles(experiment.data_folder, split)]
         assert [p.id for p in pairs] == rows["id"].tolist() and any("### Assistant" in p.response_a for p in pairs)
         expected = [
@@ -78,7 +79,7 @@ def test_the_reward_view_holds_winners_over_losers_and_no_tie(experiment, arena)
     assert reward["battles"] == len(everything) == 300
     assert reward["ties_left_out"] == (everything["verdict"] == "tie").sum() > 0
     assert reward["pairs"] + reward["ties_left_out"] + reward["identical_left_out"] == 300
-    assert len(read_pairs(experiment.data_folder, "test")) == 20
+    assert len(list(iter_pairs(experiment.data_folder, "test"))) == 20
     assert not set(battles["train"]["group"]) & set(battles["valid"]["group"]), "a prompt is in one fold only"
 
 
@@ -86,7 +87,7 @@ def test_a_view_can_follow_later(experiment, arena):
     export(experiment, arena.train, arena.test, arena.truth, views=["judge"])
     before = {p.name: sha256_of(p) for p in experiment.data_folder.iterdir()}
     with pytest.raises(ArenaError, match=r"reward view .* was not exported\n.*python run\.py prepare -e exam"):
-        read_pairs(experiment.data_folder, "train")
+        next(iter_pairs(experiment.data_folder, "train"))
     ensure_views(experiment, ["judge"])
     assert {p.name: sha256_of(p) for p in experiment.data_folder.iterdir()} == before, "nothing was missing"
     ensure_views(experiment, ["reward"])

@@ -16,7 +16,7 @@ from factory.stage_context import StageContext
 from factory.state import StageState
 from factory.status import (
     beside_on_the_card,
-    is_at_work,
+    holder_of,
     next_commands,
     print_status,
     running_stages,
@@ -122,9 +122,9 @@ def test_a_run_at_work_is_known_by_its_lock_and_a_dead_one_is_not(exam):
         ({"pid": os.getpid()}, False),
     ):
         lock.write_text(json.dumps(owner))
-        assert is_at_work(folder) is expected, owner
+        assert bool(holder_of(folder)) is expected, owner
     lock.write_text('{"pid": 1')
-    assert not is_at_work(folder)
+    assert not holder_of(folder)
 
 
 def test_what_is_gone_or_damaged_or_made_by_hand_is_named(exam):
