@@ -11,18 +11,16 @@ import json
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter
 from tokenizers import Tokenizer
 
 from common.error_hints import remedy_for
 from common.errors import ArenaError
+from common.experiment import Experiment
 from common.files import atomic_file, read_json
 from data_prep.model_lookup import offline_if_unreachable, own_template
-
-if TYPE_CHECKING:
-    from common.experiment import Experiment
 
 CACHE = Path("data") / ".frames"
 _FORMAT = 4  # of the cached files

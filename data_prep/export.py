@@ -25,10 +25,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.battle import Battle
 from common.errors import ArenaError
+from common.experiment import Experiment
 from common.files import atomic_file, atomic_folder, only_run, sha256_of, sha256_of_table, write_json
 from data_prep.audit import check_overlap, preferences_audit, refuse_same_table, truncation_audit
 from data_prep.chat_template import ChatFrame, load_frame
@@ -43,9 +44,6 @@ from data_prep.readers import VoteReader
 from data_prep.sources import Source
 from data_prep.truncation import in_chunks
 from data_prep.verdict_shares import Soft, Teacher, read_truth_ids, require_truth_of
-
-if TYPE_CHECKING:
-    from common.experiment import Experiment
 
 DATA = Path("data")
 # The files that name all sets: one more set changes them.

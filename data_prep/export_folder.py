@@ -11,15 +11,13 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.errors import ArenaError
+from common.experiment import Experiment
 from common.files import is_within, read_json
 from data_prep.export_reader import MANIFEST
 from data_prep.preference_pairs import VIEWS, View
-
-if TYPE_CHECKING:
-    from common.experiment import Experiment
 
 # A data set's name without the experiment's, in all versions.
 SET = r"(?:sft|dpo_judge|dpo_reward)_(?:train|valid|fold[0-9]+)"

@@ -18,13 +18,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
 from multiprocessing import get_context, parent_process
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
+from tokenizers import Tokenizer
 
 from common.battle import TEXTS, VERDICTS, Battle, swap, swap_verdict
 from common.errors import ArenaError
+from common.experiment import Experiment
 from data_prep.audit import count_fitted, count_pairs, first_prompts, row_statistics
+from data_prep.chat_template import ChatFrame
 from data_prep.export_folder import set_names
 from data_prep.preference_pairs import (
     Pair,
@@ -39,12 +42,6 @@ from data_prep.preference_pairs import (
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import Fitted, Fitter
 from data_prep.verdict_shares import drawn
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from common.experiment import Experiment
-    from data_prep.chat_template import ChatFrame
 
 
 def _schema(**columns: pa.DataType) -> pa.Schema:

@@ -17,7 +17,7 @@ from hashlib import blake2b
 from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -25,17 +25,15 @@ from pyarrow.parquet import ParquetWriter
 
 from common.battle import VERDICTS, Battle
 from common.errors import ArenaError
+from common.experiment import Experiment
 from data_prep.audit import add_counts
 from data_prep.export_folder import set_names
 from data_prep.export_reader import TEST_LINES, iter_battles, iter_pairs, read_columns
 from data_prep.export_rows import SCHEMAS, FittedChunk
 from data_prep.folds import LEFT_OUT, GivenFolds, group_number, splits_beside, splits_of, trained_with
 from data_prep.preference_pairs import View
+from data_prep.readers import VoteReader
 from data_prep.truncation import in_chunks
-
-if TYPE_CHECKING:
-    from common.experiment import Experiment
-    from data_prep.readers import VoteReader
 
 # Battles that are worked on at once: enough to keep every core busy, little enough to keep memory flat.
 CHUNK = 512

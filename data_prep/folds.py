@@ -6,19 +6,16 @@ import string
 import unicodedata
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.battle import VERDICTS, Battle
 from common.console import name_of
 from common.errors import ArenaError
+from common.experiment import Experiment
 from common.stages import fold_name
 from data_prep.prompt import BREAK
 from data_prep.tables import keyed_rows
-
-if TYPE_CHECKING:
-    from common.experiment import Experiment
 
 # The normal form of an empty prompt, and of "(empty)", which the judge reads instead.
 _NOTHING = "empty"

@@ -14,17 +14,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from tokenizers import Tokenizer
 
 from common.battle import VERDICTS, Battle
 from common.errors import ArenaError
+from data_prep.chat_template import ChatFrame
 from data_prep.prompt import FIELDS, Neutralizer
 from data_prep.truncation import BudgetFitter, Fitted, Job, share_out
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from data_prep.chat_template import ChatFrame
 
 View = Literal["judge", "reward"]
 VIEWS: tuple[View, ...] = ("judge", "reward")

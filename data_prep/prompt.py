@@ -15,17 +15,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.battle import TEXTS, Battle
 from common.errors import ArenaError
+from common.experiment import Labels
 from common.files import is_in_project, read_regular
-
-if TYPE_CHECKING:
-    from common.experiment import Labels
 
 # What stands for a null or empty text, so that the judge sees that there was none.
 EMPTY = "(empty)"

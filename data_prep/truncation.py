@@ -15,17 +15,14 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate, islice
 from threading import Timer
-from typing import TYPE_CHECKING
+
+from tokenizers import Encoding, Tokenizer
 
 from common.battle import TEXTS, Battle, swap
 from common.console import name_of
 from common.errors import ArenaError, is_panic
+from data_prep.chat_template import ChatFrame
 from data_prep.prompt import FIELDS, JudgePrompt, Neutralizer, texts_of
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
-
-    from data_prep.chat_template import ChatFrame
 
 # Stands where the middle of a text was cut out.
 MARKER = "\n[… cut …]\n"

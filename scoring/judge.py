@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,12 +23,10 @@ from data_prep.export_reader import readable
 from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
 from data_prep.prompt import JudgePrompt
 from data_prep.truncation import Fitted, Fitter, without_panics
+from factory.stage_context import StageContext
 from factory.status import experiment_status, holder_of, stage_status
 from scoring.model_loading import BROKEN_WEIGHTS, base_folder
-
-if TYPE_CHECKING:
-    from factory.stage_context import StageContext
-    from scoring.rewards import Triple
+from scoring.rewards import Triple
 
 MANIFEST = "judge.json"
 FORMAT = 2

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ArenaError, first_line
+from common.experiment import Experiment
 from data_prep.model_lookup import offline_if_unreachable
 from factory.devices import has_bf16
 from factory.recipe_reach import ADAPTER_FILES, adapter_config, config_of, odd_index, odd_setting
+from factory.stage_context import StageContext
 
 if TYPE_CHECKING:
     import torch
-
-    from common.experiment import Experiment
-    from factory.stage_context import StageContext
 
 BROKEN_WEIGHTS = "the weights are broken (a diverged training, or an overflow in 16 bit): look at the loss curve"
 

@@ -9,14 +9,12 @@ An open engine's `precision` is what it really computes in, never "auto".
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.errors import ArenaError, UsageError
 from scoring.engines.llama_cpp import LlamaCppEngine
 from scoring.engines.torch_engine import TorchEngine
-
-if TYPE_CHECKING:
-    from scoring.judge import Judge
+from scoring.judge import Judge
 
 ENGINES = {"torch": TorchEngine, "llama.cpp": LlamaCppEngine}
 Engine = TorchEngine | LlamaCppEngine

@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from common.battle import Battle
 from common.errors import ArenaError, UsageError
 from common.files import read_json, sha256_of, write_json
+from common.progress import Show
 from data_prep.export_reader import read_battles
 from factory.process import module, run_child
 from factory.recipe_reach import config_of, odd_index, odd_setting
+from factory.stage_context import StageContext
 from scoring.engines.gguf_converter import SCRIPT
 from scoring.engines.llama_cpp import (
     FORMAT,
@@ -27,15 +30,9 @@ from scoring.engines.llama_cpp import (
     source_files,
 )
 from scoring.engines.torch_engine import TorchEngine
-from scoring.judge import load_judge, require_judge
+from scoring.judge import Judge, load_judge, require_judge
 from scoring.links import softmax
 from scoring.model_loading import device_name
-
-if TYPE_CHECKING:
-    from common.battle import Battle
-    from common.progress import Show
-    from factory.stage_context import StageContext
-    from scoring.judge import Judge
 
 CHECKED_ROWS = 32
 # The largest difference of a class probability from the merged model's own: (worth a warning, a failed export).

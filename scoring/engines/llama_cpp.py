@@ -13,7 +13,7 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import MagicMock, patch
 
 import numpy as np
@@ -21,9 +21,7 @@ import numpy as np
 from common.errors import ArenaError, UsageError
 from common.files import read_json, sha256_of
 from data_prep.export_reader import readable
-
-if TYPE_CHECKING:
-    from scoring.judge import Judge
+from scoring.judge import Judge
 
 # llama.cpp's own names, most exact first.
 QUANTIZATIONS = ("f16", "bf16", "q8_0", "q4_k_m")

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from common.errors import ArenaError, UsageError
+from scoring.judge import Judge
 from scoring.model_loading import BROKEN_WEIGHTS, TrainedAdapter, device_name, float_precision, load_model
 from scoring.packed_model import Pack, PackedModel, Piece, run_batches
-
-if TYPE_CHECKING:
-    from scoring.judge import Judge
 
 
 class TorchEngine:

@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,11 +18,9 @@ from common.progress import PlainConsole
 from factory import status
 from factory.recipes import as_yaml
 from factory.stage_context import StageContext
+from scoring.checks.provenance import Verification
 from scoring.report import figures
 from scoring.report.findings import BASELINE_NAMES, LEVELS, findings, headline, main_figures, outcome, percent, points
-
-if TYPE_CHECKING:
-    from scoring.checks.provenance import Verification
 
 _STYLES = {"red": "bold red", "amber": "yellow", "info": "dim"}
 
