@@ -1,5 +1,6 @@
 """What a user does, for the tests of run.py and of the documents: a place of one's own, and calls of run.py in it."""
 
+import csv
 import json
 import os
 import shutil
@@ -11,6 +12,9 @@ from zipfile import ZipFile
 from click.testing import CliRunner
 
 import run
+from common.experiment import parse_experiment
+from factory.stage_context import StageContext
+from factory.status import stage_status
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a shell may hold; none of it may be found in anything that a run writes or prints.
@@ -34,6 +38,32 @@ def called(*arguments: str) -> str:
     done = call(*arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
+
+
+def experiment_of(name: str = "exam", **changed):
+    """Return an experiment with the given keys changed; it is in no file."""
+    keys = {"model": "models/none", "template": "qwen3_nothink", "cutoff_len": 512} | changed
+    return parse_experiment(keys, name, where="experiment.yaml")
+
+
+def status(experiment, stage: str):
+    """Return what `run.py status` knows of a stage."""
+    return stage_status(StageContext(experiment, stage))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def hub_cache(cache: Path, model: str) -> Path:
+    """Make the folder of a model in a cache of the hub's, still without files."""
+    kept = cache / f"models--{model.replace('/', '--')}"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("abc")
+    (kept / "snapshots" / "abc").mkdir(parents=True)
+    return kept / "snapshots" / "abc"
 
 
 def whole_checkpoint(folder: Path) -> Path:

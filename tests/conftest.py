@@ -1,7 +1,5 @@
 """What several tests share: a small tokenizer in a chat frame, real rows where they are, an experiment."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -19,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 os.environ["ARENA_FACTORY_HERE"] = "1"  # run.py is called in folders of the tests
 
-from common.experiment import Labels, parse_experiment
+from common.experiment import Labels
 from data_prep.chat_template import ChatFrame
 from data_prep.prompt import JudgePrompt
 
@@ -94,12 +92,9 @@ def judge_prompt() -> JudgePrompt:
 @pytest.fixture
 def make_experiment():
     """A function that makes an experiment with the given keys changed."""
+    from chain import experiment_of
 
-    def make(name: str = "exam", **changed):
-        keys = {"model": "models/none", "template": "qwen3_nothink", "cutoff_len": 512} | changed
-        return parse_experiment(keys, name, where="experiment.yaml")
-
-    return make
+    return experiment_of
 
 
 @pytest.fixture

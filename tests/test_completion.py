@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from chain import call
-
-ROOT = Path(__file__).resolve().parents[1]
+from chain import ROOT, call
 
 
 @pytest.mark.parametrize(
@@ -34,9 +32,8 @@ def test_bash_completes_commands_options_and_experiments(tmp_path, line, expecte
         '_runpy_completion "${COMP_WORDS[0]}"; printf "%s\\n" "${COMPREPLY[@]}"'
     )
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        ["bash", "--norc", "-c", code], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
-    )
+    own, bash = {**os.environ, "PATH": path}, ["bash", "--norc", "-c", code]
+    done = subprocess.run(bash, cwd=tmp_path, env=own, capture_output=True, text=True)
     assert not done.stderr and set(done.stdout.split()) == expected
 
 

@@ -1,6 +1,5 @@
 """The documents: links that lead somewhere, commands that exist, keys that are all explained, and the tutorial run."""
 
-import csv
 import json
 import os
 import re
@@ -15,14 +14,13 @@ from pathlib import Path
 import click
 import psutil
 import pytest
-from chain import place, run_py
+from chain import ROOT, place, rows_of, run_py
 
 import run
 from common.experiment import Experiment
 from data_prep.synthetic import write_arena
 from factory.status import REWARD_VIEW_BELOW_SFT
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 _FENCE = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)```", re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -172,9 +170,8 @@ def test_three_models_and_folds_give_one_submission_as_it_is_written(tmp_path):
         if " new student " in line:
             (config.parents[1] / "student" / config.name).write_text(single)  # without folds: fewer trainings
     rows = (folder / "outputs" / "all" / "ensemble" / "submission.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows[1:]] == [
-        str(row["id"]) for row in csv.DictReader(arena.test.read_text().splitlines())
-    ]
+    ids = [row["id"] for row in rows_of(arena.test)]
+    assert [row.split(",")[0] for row in rows[1:]] == ids
     report = json.loads((folder / "outputs" / "demo" / "sft" / "report.json").read_text())
     assert "fold1 " in next(flag["text"] for flag in report["flags"] if flag["code"] == "checkpoint")
     assert report["set"] == "out-of-fold" and report["rows"] == 160 and len(report["folds"]) == 2

@@ -1,19 +1,16 @@
 """The fuzzer's targets without a fuzzer: seeds, kept crashes and seeded mutations; with it a short fixed run."""
 
-from __future__ import annotations
-
 import random
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from chain import ROOT
 from fuzz import CRASHES, LONGEST_SECONDS
 from fuzz_targets import OUR_ERRORS, TARGETS, never_crashes
 
-ROOT = Path(__file__).resolve().parents[1]
 _MUTANTS = 40
 _PIECES = (b"\0", b"\xff", b'"', b"[" * 200, b"{", b"}", b"'", b"\n", b": ", b"&a *a ", b"${", b"{{", b"%}", b"9" * 400)
 

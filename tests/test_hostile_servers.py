@@ -1,7 +1,5 @@
 """Hostile surroundings: what a stranger's folder, web page or log may not do. One guard, one test."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys
@@ -77,19 +75,14 @@ def test_a_deleted_folder_ends_with_a_remedy(tmp_path, command):
     assert done.returncode == 2 and done.stderr.startswith("Error: the current folder was deleted"), done.stderr
 
 
-# --- servers --------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=["gradio", "tensorboard"])
 def server(request, tmp_path_factory) -> Iterator[int]:
     """The port of a real server on 127.0.0.1, as board, watch and watch --tensorboard start theirs."""
     folder, port = tmp_path_factory.mktemp("served"), free_port("127.0.0.1", None)
     own = "import sys, gradio as g; from factory.serve_page import serve_gradio as s"
     own += "; s(lambda: g.Interface(str, 'text', 'text'), sys.argv[1:])"
-    served = {
-        "gradio": [sys.executable, "-P", "-c", own],
-        "tensorboard": module("factory.serve_page", "--logdir", str(folder)),
-    }
+    page = module("factory.serve_page", "--logdir", str(folder))
+    served = {"gradio": [sys.executable, "-P", "-c", own], "tensorboard": page}
     call = [*served[request.param], "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(call, env=child_environment(), stdout=log, stderr=log)

@@ -3,7 +3,6 @@
 import ast
 import itertools
 import subprocess
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -62,15 +61,11 @@ def test_there_are_no_cycles():
     assert {str(path): sorted(map(str, others)) for path, others in left.items()} == {}
 
 
-def lines_of(path: Path) -> int:
-    return len((ROOT / path).read_text(encoding="utf-8").splitlines())
-
-
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_a_module_is_neither_a_heap_nor_a_crumb(path):
-    lines, importers = lines_of(path), sum(path in others for others in IMPORTS.values())
+    text, importers = (ROOT / path).read_text(encoding="utf-8"), sum(path in others for others in IMPORTS.values())
+    lines, runs_alone = len(text.splitlines()), "__main__" in text
     assert lines <= MOST_LINES
-    runs_alone = "__main__" in (ROOT / path).read_text(encoding="utf-8")
     assert lines >= FEWEST_LINES or importers != 1 or path.name == "__init__.py" or runs_alone
 
 
@@ -80,10 +75,3 @@ def test_nothing_but_heavy_libraries_is_imported_late(path):
     late = set(itertools.chain.from_iterable(map(imported, functions)))
     allowed = HEAVY | LATE_FOR_A_REASON.get(str(path), set())
     assert sorted(name for name in late if name.split(".")[0] not in allowed) == []
-
-
-def test_no_two_test_files_share_a_name():
-    places = defaultdict(list)
-    for path in tracked("tests/**/test_*.py", "tests/test_*.py"):
-        places[path.name].append(str(path))
-    assert {name: paths for name, paths in places.items() if len(set(paths)) > 1} == {}

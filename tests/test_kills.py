@@ -1,26 +1,21 @@
 """A few kills of benchmarks/kills.py: it finds nothing in a sound project, and would find what is not sound."""
 
-from __future__ import annotations
-
 import json
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from chain import ROOT
 from kills import difference
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
 def test_random_kills_lose_nothing(tmp_path):
     call = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills", "24", "--minutes", "4"]
     call += ["--steps", "prepare", "merge", "--place", str(tmp_path / "place")]
-    done = subprocess.run(
-        [*call, "--results", str(tmp_path / "kills.json")], capture_output=True, text=True, check=False
-    )
+    call += ["--results", str(tmp_path / "kills.json")]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "kills.json").read_text())
     assert found["tried"] == found["survived"] >= 5

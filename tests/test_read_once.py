@@ -34,5 +34,4 @@ def test_recipes_manifest_and_state_are_read_once(opened, command):
     files = ("sft.yaml", "merge_sft.yaml")
     recipes = {f"factory_configs/exam/{name}": opened[f"factory_configs/exam/{name}"] for name in files}
     assert max(recipes.values()) <= 1, recipes
-    assert opened["data/exam/manifest.json"] == 1
-    assert opened["outputs/exam/sft/state.json"] == 1
+    assert opened["data/exam/manifest.json"] == 1 and opened["outputs/exam/sft/state.json"] == 1

@@ -6,7 +6,7 @@ import shutil
 from itertools import islice
 
 import pytest
-from chain import ROOT, run_py
+from chain import ROOT, rows_of, run_py
 from omegaconf import OmegaConf
 
 from tests.real_tokenizers import FAMILIES, with_tokenizer
@@ -40,5 +40,4 @@ def test_a_judge_with_a_real_tokenizer_goes_through_the_chain(tmp_path, name, ca
         assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["merge_gate"]["passed"] and report["rows"] >= 5 and report["position_bias"] is not None
-    with (tmp_path / "outputs" / "exam" / "sft" / "submission.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 3
+    assert len(rows_of(tmp_path / "outputs" / "exam" / "sft" / "submission.csv")) == 3

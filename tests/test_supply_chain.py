@@ -1,7 +1,5 @@
 """Dependencies: each has a reason, the page says them all, everything locked has hashes."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """Verdicts that are drawn from probabilities, and the rows of exported data sets."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,14 +1,13 @@
 """Broken configurations: experiments, judge prompts, recipes, recipe templates, names."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.bad_inputs.place import EXPERIMENT, PREPARE, ROOT, SFT, Case, Place, remove, write
+from tests.bad_inputs.place import EXPERIMENT, PREPARE, ROOT, SFT, Case, Place, nothing, remove, write
 
+DPO = ("dpo", "-e", "exam", "--view", "judge")
 YAML = "factory_configs/exam/experiment.yaml"
 RECIPE = "factory_configs/exam/sft.yaml"
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -24,34 +23,12 @@ def recipe(text: str, step: str = "sft") -> Callable[[Place], None]:
     return lambda place: place.edit_recipe(step, text)
 
 
-def prompt(text: str | bytes) -> Callable[[Place], None]:
-    def breaks(place: Place) -> None:
-        write("mine.j2", text)(place)
-        place.edit_experiment("prompt_template: mine.j2\n")
-
-    return breaks
+def prompt(put: Callable[[Place], object]) -> Callable[[Place], object]:
+    return lambda place: (put(place), place.edit_experiment("prompt_template: mine.j2\n"))
 
 
-def prompt_link(target: str) -> Callable[[Place], None]:
-    def breaks(place: Place) -> None:
-        Path("mine.j2").symlink_to(target)
-        place.edit_experiment("prompt_template: mine.j2\n")
-
-    return breaks
-
-
-def check(step: str) -> Callable[[], Any]:
-    def call() -> None:
-        from common.experiment import load_experiment
-        from factory.recipe_checks import check_recipes
-
-        try:
-            check_recipes(load_experiment("exam"), [step])
-        except Exception as error:  # of many files, so that it has no single place
-            error.where = error.where or "recipes"
-            raise
-
-    return call
+def linked(target: str) -> Callable[[Place], object]:
+    return lambda place: Path("mine.j2").symlink_to(target)
 
 
 def render(edit: Callable[[Path], None]) -> Callable[[], Any]:
@@ -157,30 +134,18 @@ FIRST_VALUES = [
     ]
 ]
 PLACES = [
-    Case(
-        "no_experiment", lambda p: None, ("sft", "-e", "nowhere"), ("no experiment 'nowhere'", "choose one of: exam"), 2
-    ),
+    Case("no_experiment", nothing, ("sft", "-e", "nowhere"), ("no experiment 'nowhere'", "choose one of: exam"), 2),
     Case("no_judge_prompt", key("prompt_template: none.j2\n"), PREPARE, ("none.j2: the judge prompt cannot be read",)),
-    Case("judge_prompt_a_link_out", prompt_link("/etc/hostname"), PREPARE, ("it lies outside of the project",)),
-    Case("judge_prompt_a_device", prompt_link("/dev/zero"), PREPARE, ("it lies outside of the project",)),
-    Case(
-        "cutoff_above_the_positions",
-        key("cutoff_len: 600\n"),
-        PREPARE,
-        ("600 is more than the 512 positions of models/tiny", "lower cutoff_len"),
-    ),
+    Case("judge_prompt_a_link_out", prompt(linked("/etc/hostname")), PREPARE, ("it lies outside of the project",)),
+    Case("judge_prompt_a_device", prompt(linked("/dev/zero")), PREPARE, ("it lies outside of the project",)),
+    Case("cutoff_above_positions", key("cutoff_len: 600\n"), PREPARE, ("the 512 positions of models/", "cutoff_len")),
     Case("judge_prompt_a_folder", key("prompt_template: models\n"), PREPARE, ("the judge prompt cannot be read",)),
-    Case(
-        "cutoff_below_the_prompt",
-        key("cutoff_len: 40\n"),
-        PREPARE,
-        ("the judge prompt alone takes", "raise cutoff_len"),
-    ),
+    Case("cutoff_below_the_prompt", key("cutoff_len: 40\n"), PREPARE, ("the judge prompt alone takes", "cutoff_len")),
 ]
 TEXTS = "{{ turn.prompt }}{{ turn.a }}{{ turn.b }}"
 LOOP = "{% for turn in turns %}" + TEXTS + "{% endfor %}"
 PROMPTS = [
-    Case(f"prompt_{name}", prompt(text), PREPARE, ("mine.j2", *words))
+    Case(f"prompt_{name}", prompt(write("mine.j2", text)), PREPARE, ("mine.j2", *words))
     for name, text, words in [
         ("empty", "", ("places 0 texts instead of 3",)),
         ("open_block", "{% for turn in turns %}", ("is not a valid Jinja template",)),
@@ -231,30 +196,13 @@ RECIPES = [
             ("two_faults", "lora_rank: 0\nlora_ranks: 1\n", ("2 fault(s)",)),
         ]
     ),
-    Case(
-        "merge_quantized",
-        recipe("quantization_bit: 4\n", "merge_sft"),
-        check("merge_sft"),
-        ("merge_sft.yaml: quantization_bit",),
-    ),
-    Case(
-        "merge_trains",
-        recipe("learning_rate: 1.0e-4\n", "merge_sft"),
-        check("merge_sft"),
-        ("`llamafactory-cli export` rejects it",),
-    ),
-    Case(
-        "dpo_hinge", recipe("pref_loss: hinge\n", "dpo_judge"), check("dpo_judge"), ("silently trains plain sigmoid",)
-    ),
-    Case(
-        "dpo_smoothing",
-        recipe("dpo_label_smoothing: 0.5\n", "dpo_judge"),
-        check("dpo_judge"),
-        ("must lie in [0, 0.5)",),
-    ),
+    Case("merge_quantized", recipe("quantization_bit: 4\n", "merge_sft"), SFT, ("merge_sft.yaml: quantization_bit",)),
+    Case("merge_trains", recipe("learning_rate: 1.0e-4\n", "merge_sft"), SFT, ("`llamafactory-cli export` rejects",)),
+    Case("dpo_hinge", recipe("pref_loss: hinge\n", "dpo_judge"), DPO, ("silently trains plain sigmoid",)),
+    Case("dpo_smoothing", recipe("dpo_label_smoothing: 0.5\n", "dpo_judge"), DPO, ("must lie in [0, 0.5)",)),
 ]
 TEMPLATES = [
-    Case(f"template_{name}", lambda p: None, render(edit), words)
+    Case(f"template_{name}", nothing, render(edit), words)
     for name, edit, words in [
         ("missing", Path.unlink, ("the template fails", "restore it from git")),
         ("open_block", lambda f: f.write_text("{% if x %}"), ("the template fails", "sft.yaml.j2 line 1")),
@@ -268,22 +216,31 @@ TEMPLATES = [
     ]
 ]
 HOSTS = [
-    Case(f"host_{name}_{call[0]}", lambda p: None, (*call, "--no-open", "--host", host), words, code=2)
+    Case(f"host_{name}_{call[0]}", nothing, (*call, "--no-open", "--host", host), words, code=2)
     for call in (("board",), ("watch", "-e", "exam", "--stage", "sft"))
     for name, host, words in [
         ("empty_label", "a..b", ("'a..b' is no address of this machine", "--host 127.0.0.1")),
+        ("unknown", "no.such.host.invalid", ("is no address of this machine", "--host 127.0.0.1")),
+        ("url", "http://localhost", ("is no address of this machine", "--host 127.0.0.1")),
+        ("ipv6", "::1", ("is no address of this machine", "--host 127.0.0.1")),
         ("long_label", "a" * 70, ("is no address of this machine",)),
         ("with_port", "127.0.0.1:80", ("is no address of this machine", "--port")),
     ]
 ]
+WATCH = ("watch", "-e", "exam", "--score", "20", "--json", "--stage")
 WATCHES = [
-    Case(
-        f"watch_{stage}_has_no_labels",
-        lambda p: None,
-        ("watch", "-e", "exam", "--stage", stage, "--score", "20", "--json"),
-        (f"{stage} has rewards and no labels", "leave --score out"),
-        code=2,
-    )
+    Case(f"watch_{stage}_has_no_labels", nothing, (*WATCH, stage), (f"{stage} has rewards", "leave --score out"), 2)
     for stage in ("rm", "dpo_reward")
 ]
-CASES = [*SYNTAX, *ENCODINGS, *KEYS, *FIRST_VALUES, *PLACES, *PROMPTS, *RECIPES, *TEMPLATES, *HOSTS, *WATCHES]
+NEWS = [
+    Case(f"new_{name}", nothing, ("new", *arguments), words, code=2)
+    for name, arguments, *words in [
+        ("path", ("../x", "--model", "Qwen/Qwen3-8B"), "is not an experiment's name"),
+        ("over_another", ("exam", "--model", "google/gemma-2-9b-it"), "exists already", "remedy"),
+        ("without_model", ("mine",), "--model"),
+        ("unknown", ("mine", "--model", "me/unknown"), "for a hub id, name its chat template with --template"),
+        ("bits", ("mine", "--model", "Qwen/Qwen3-8B", "--bits", "2"), "--bits"),
+        ("cutoff", ("mine", "--model", "Qwen/Qwen3-8B", "--cutoff", "8"), "--cutoff"),
+    ]
+]
+CASES = [*NEWS, *SYNTAX, *ENCODINGS, *KEYS, *FIRST_VALUES, *PLACES, *PROMPTS, *RECIPES, *TEMPLATES, *HOSTS, *WATCHES]

@@ -1,7 +1,5 @@
 """A whole working place in miniature: votes, an export, recipes, a merged judge, its report and submission."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
@@ -25,9 +23,6 @@ SFT = ("sft", "-e", "exam")
 SCORE = ("score", "-e", "exam")
 SCORE_INPUT = ("score", "-e", "exam", "--input", "test.csv", "--output", "mine.csv")
 COMPARE = ("compare", "-e", "exam")
-PUBLISH = ("publish", "-e", "exam", "--repo", "me/judge", "--dry-run")
-SHOW = ("show", "9000", "-e", "exam")
-SHOW_PAIR = (*SHOW, "--stage", "dpo_reward")
 # What a run may leave beside the work itself: locks, and the cache of frames.
 _OURS = (".lock", ".frames")
 EXPERIMENT = """\
@@ -80,9 +75,8 @@ class Place:
         for folder, _, names in os.walk("."):
             for path in (Path(folder) / name for name in names):
                 if not any(mark in path.as_posix() for mark in _OURS):
-                    found[path.as_posix()] = (
-                        str(path.readlink()) if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest()
-                    )
+                    content = str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
+                    found[path.as_posix()] = hashlib.sha256(content).hexdigest()
         return found
 
 

@@ -1,7 +1,5 @@
 """Broken things that we or a trainer wrote: exports, states, adapters, models, judges, scores, submissions."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -22,27 +20,11 @@ from scoring.model_loading import TrainedAdapter, load_model
 from scoring.predictions import check_submission
 from scoring.score_store import RowStore
 from scoring.watch import baseline_losses
-from tests.bad_inputs.place import (
-    COMPARE,
-    PREPARE,
-    PREPARE_TEST,
-    PUBLISH,
-    SCORE,
-    SCORE_INPUT,
-    SFT,
-    SHOW,
-    SHOW_PAIR,
-    Breaks,
-    Case,
-    Place,
-    cases,
-    change,
-    cut,
-    nothing,
-    remove,
-    write,
-)
+from tests.bad_inputs.place import COMPARE, PREPARE, SCORE, SCORE_INPUT, SFT, cases, change, cut, nothing, remove, write
 
+PUBLISH = ("publish", "-e", "exam", "--repo", "me/judge", "--dry-run")
+SHOW = ("show", "9000", "-e", "exam")
+SHOW_PAIR = (*SHOW, "--stage", "dpo_reward")
 DATA, OUT = "data/exam", "outputs/exam/sft"
 MERGED, ADAPTER = f"{OUT}/merged", "saves/tiny/lora/exam_sft"
 MANIFEST, INFO = f"{DATA}/manifest.json", f"{DATA}/dataset_info.json"
@@ -55,34 +37,39 @@ CHANCES = f"{OUT}/probabilities_valid.csv"
 TEST_SCORES, TEST_CHANCES = f"{OUT}/scores_test.parquet", f"{OUT}/probabilities_test.csv"
 NO_MODEL, NO_STATE = "the model cannot be loaded", "state.json: is not a state"
 SCORED = f"{OUT}/scored/votes.csv"
+OWN_CODE = {"model_type": "x", "auto_map": {"AutoModelForCausalLM": "e.E"}}
 AGAIN = "run prepare again"
 GOOD = "1,.5,.25,.25\n2,.5,.25,.25\n3,.5,.25,.25\n"
 HEAD = "id,winner_model_a,winner_model_b,winner_tie\n"
+OTHER_ORDER, FORMULA = "id,winner_tie,winner_model_a,winner_model_b\n", '"=1+\n\x1b[2J",'
+TRAINED, DROP, SOFT = f"{DATA}/sft_train.jsonl", (*PREPARE, "--drop-ids", "drop.csv"), (*PREPARE, "--soft", SCORED)
+PART = '{"parts": {"score": {"inputs": %s, "outputs": %s, "started_at": "x"}}}'
+mine = partial(write, "mine.csv")
 
 
-def edited(path: str, **changed: Any) -> Breaks:
+def edited(path: str, **changed: Any) -> Callable:
     return lambda place: place.edit_json(path, **changed)
 
 
-def frame(path: str, **changed: Any) -> Breaks:
-    def breaks(place: Place) -> None:
+def frame(path: str, **changed: Any) -> Callable:
+    def breaks(place) -> None:
         content = json.loads(Path(path).read_text())["frame"] | changed
         place.edit_json(path, frame={k: v for k, v in content.items() if v is not ...})
 
     return breaks
 
 
-def unscored(breaks: Breaks) -> Breaks:
+def unscored(breaks: Callable) -> Callable:
     """Return the same fault in a place where nothing was scored yet."""
     return lambda place: (remove(STATE)(place), breaks(place))
 
 
-def reduced(path: str, columns: list[str] | None = None, rows: int | None = None) -> Breaks:
+def reduced(path: str, columns: list[str] | None = None, rows: int | None = None) -> Callable:
     """Return what leaves a parquet table some of its columns or rows."""
     return lambda place: write_table(read_table(path, columns=columns).slice(0, rows), path)
 
 
-def truth_of_others(place: Place) -> None:
+def truth_of_others(place) -> None:
     Path(DATA, "truth.csv").write_text(f"{HEAD}1,.5,.25,.25\n")
 
 
@@ -105,7 +92,7 @@ def ladder() -> None:
     baseline_losses(StageContext(load_experiment("exam"), "sft"))
 
 
-def half_store(place: Place) -> None:
+def half_store(place) -> None:
     RowStore.write(Path("store"), iter(()))
     Path("store/rows.parquet").write_bytes(b"PAR1")
 
@@ -114,22 +101,22 @@ def stored_ids() -> None:
     list(RowStore(Path("store"), checked=False).ids())
 
 
-def other_votes(place: Place) -> None:
+def other_votes(place) -> None:
     """Prepare a second experiment with votes of its own."""
     place.table(place.rows(start=5000), "others.csv")
     shutil.copytree("factory_configs/exam", "factory_configs/other")
-    called(*PREPARE_TEST[:2], "other", "--train", "others.csv", *PREPARE_TEST[-2:])
+    called("prepare", "-e", "other", "--train", "others.csv", "--test", "test.csv")
 
 
-def answered_its_own_rows(place: Place) -> None:
+def answered_its_own_rows(place) -> None:
     """Write what `score --input` would answer for the battles that the judge was trained on."""
     rows = [json.loads(line)["id"] for line in Path(DATA, "sft_train.jsonl").read_text().splitlines()]
     Path(SCORED).parent.mkdir()
     Path(SCORED).write_text(HEAD + "".join(f"{each},.2,.3,.5\n" for each in dict.fromkeys(rows)))
 
 
-def mine(content: str | bytes) -> Breaks:
-    return write("mine.csv", content)
+def one_less(data: bytes) -> bytes:
+    return b"".join(data.splitlines(keepends=True)[:-1])
 
 
 def into(output: str) -> tuple[str, ...]:
@@ -141,14 +128,9 @@ def header(text: bytes, length: int | None = None) -> bytes:
 
 
 # Each JSON file and each table in each way in which any of them may be damaged.
-DEEP = "[" * 50_000
-JSON_DAMAGE = {
-    "cut_off": lambda path: change(path, cut(0.5)),
-    **{
-        name: lambda path, content=content: write(path, content)
-        for name, content in (("empty", ""), ("deep", DEEP), ("a_list", "[]"), ("not_utf8", b"\xff"))
-    },
-}
+CONTENTS = {"empty": "", "deep": "[" * 50_000, "a_list": "[]", "not_utf8": b"\xff"}
+JSON_DAMAGE = {name: partial(write, content=content) for name, content in CONTENTS.items()}
+JSON_DAMAGE["cut_off"] = lambda path: change(path, cut(0.5))
 JSON_FILES = {
     MANIFEST: (SCORE, AGAIN),
     INFO: (SFT, "dataset_info.json: is not "),
@@ -160,11 +142,7 @@ JSON_FILES = {
     REPORT: (SCORE_INPUT, "no readable report"),
     AUDIT: (TEST_IDS, "audit.json: is damaged"),
 }
-TABLE_DAMAGE = {
-    "gone": remove,
-    "cut_off": lambda path: change(path, cut(0.5)),
-    "of_words": lambda path: write(path, "hello"),
-}
+TABLE_DAMAGE = {"gone": remove, "cut_off": lambda path: change(path, cut(0.5)), "of_words": partial(write, content="x")}
 TABLES = [
     *((ROWS, call, "rows.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, FIRST_PROMPTS)),
     *((BATTLES, call, "battles.parquet: is damaged", AGAIN) for call in (SCORE, SHOW, COMPARE)),
@@ -174,13 +152,11 @@ TABLES = [
 COMPUTED = (STATE, f"{OUT}/scoring/", f"{OUT}/merge_gate.json")
 
 
-def damage(path: str, call, words, ways: dict[str, Callable[[str], Breaks]]) -> list[Case]:
+def damage(path: str, call, words, ways: dict[str, Callable]) -> list:
     """Return the cases of a file that is damaged in each way; scoring reads it only where nothing was scored yet."""
     to_score = call is SCORE and path != STATE
     prefix = f"{Path(path).stem}_for_{call[0] if isinstance(call, tuple) else 'reading'}"
-    rows = [
-        (f"{prefix}_{name}", unscored(way(path)) if to_score else way(path), call, *words) for name, way in ways.items()
-    ]
+    rows = [(f"{prefix}_{n}", unscored(way(path)) if to_score else way(path), call, *words) for n, way in ways.items()]
     return cases(rows, writes=COMPUTED if to_score else ())
 
 
@@ -197,37 +173,15 @@ FAULTS = [
     ("manifest_no_sources", unscored(edited(MANIFEST, sources=...)), SCORE, "is damaged"),
     ("manifest_source_a_word", unscored(edited(MANIFEST, sources={"train": "x"})), SCORE, "is damaged"),
     ("manifest_other_tokenizer", unscored(frame(MANIFEST, before="x")), SCORE, "another tokenizer or chat template"),
-    (
-        "rows_of_the_training_set_lost",  # LLaMA-Factory would train on one row less
-        change(f"{DATA}/sft_train.jsonl", lambda d: d[: d[:-1].rindex(b"\n") + 1]),
-        SFT,
-        "sft_train.jsonl: is damaged",
-        "not what was exported",
-        AGAIN,
-    ),
+    ("rows_of_the_training_set_lost", change(TRAINED, one_less), SFT, "sft_train.jsonl: is damaged", AGAIN),
     ("info_missing", remove(INFO), SFT, "there is no exported data"),
     ("info_entry_a_word", write(INFO, '{"exam_sft_train": "x"}'), SFT, "does not name a file"),
-    (
-        "info_leads_out",
-        write(INFO, '{"exam_sft_train": {"file_name": "../../../etc/passwd"}}'),
-        SFT,
-        "does not name a file",
-    ),
+    ("info_leads_out", write(INFO, '{"exam_sft_train": {"file_name": "../../../x"}}'), SFT, "does not name a file"),
     ("state_no_parts", write(STATE, '{"version": 1}'), SCORE, NO_STATE),
     ("state_part_a_word", write(STATE, '{"parts": {"score": "x"}}'), SCORE, NO_STATE),
     ("state_unknown_key", write(STATE, '{"parts": {"score": {"x": 1}}}'), SCORE, NO_STATE),
-    (
-        "state_inputs_a_list",
-        write(STATE, '{"parts": {"score": {"inputs": [], "outputs": [], "started_at": "x"}}}'),
-        SCORE,
-        NO_STATE,
-    ),
-    (
-        "state_outputs_numbers",
-        write(STATE, '{"parts": {"score": {"inputs": {}, "outputs": [1], "started_at": "x"}}}'),
-        SCORE,
-        NO_STATE,
-    ),
+    ("state_inputs_a_list", write(STATE, PART % ("[]", "[]")), SCORE, NO_STATE),
+    ("state_outputs_numbers", write(STATE, PART % ("{}", "[1]")), SCORE, NO_STATE),
     ("judge_missing", remove(JUDGE), LOAD_JUDGE, "is not a judge: judge.json is missing", "train and merge first"),
     ("judge_other_format", edited(JUDGE, format=99), LOAD_JUDGE, "was made by another version"),
     ("judge_other_classes", edited(JUDGE, classes=["tie", "a", "b"]), LOAD_JUDGE, "was made by another version"),
@@ -251,33 +205,16 @@ FAULTS = [
     ("config_unknown_type", write(MODEL_CONFIG, '{"model_type": "nonsense"}'), LOAD_MODEL, NO_MODEL),
     ("config_negative_size", edited(MODEL_CONFIG, hidden_size=-3), LOAD_MODEL, NO_MODEL),
     ("config_size_a_word", edited(MODEL_CONFIG, hidden_size="big"), LOAD_MODEL, NO_MODEL),
-    (
-        "config_own_code",
-        edited(MODEL_CONFIG, model_type="x", auto_map={"AutoModelForCausalLM": "e.E"}),
-        LOAD_MODEL,
-        NO_MODEL,
-    ),
+    ("config_own_code", edited(MODEL_CONFIG, **OWN_CODE), LOAD_MODEL, NO_MODEL),
     ("model_no_weights", remove(WEIGHTS), LOAD_MODEL, NO_MODEL),
     ("model_weights_cut_off", change(WEIGHTS, cut(0.5)), LOAD_MODEL, NO_MODEL),
     ("model_weights_huge_header", write(WEIGHTS, header(b"{}", 2**62)), LOAD_MODEL, NO_MODEL),
     ("model_weights_broken_header", write(WEIGHTS, header(b"{" * 100)), LOAD_MODEL, NO_MODEL),
     ("adapter_no_config", remove(CONFIG), LOAD_ADAPTER, ADAPTER, "is no finished adapter", "adapter_config.json"),
-    (
-        "adapter_no_weights",
-        remove(TENSORS),
-        LOAD_ADAPTER,
-        ADAPTER,
-        "is no finished adapter",
-        "adapter_model.safetensors",
-    ),
+    ("adapter_no_weights", remove(TENSORS), LOAD_ADAPTER, ADAPTER, "is no finished adapter", "model.safetensors"),
     ("adapter_endless_regex", edited(CONFIG, target_modules="(([a-z._0-9])+)+!"), LOAD_ADAPTER, "regular expression"),
     ("adapter_base_a_number", edited(CONFIG, base_model_name_or_path=7), LOAD_ADAPTER, "is no text"),
-    (
-        "adapter_of_another_base",
-        edited(CONFIG, base_model_name_or_path="other/model"),
-        LOAD_ADAPTER,
-        "was trained on other/model",
-    ),
+    ("adapter_of_another_base", edited(CONFIG, base_model_name_or_path="x/y"), LOAD_ADAPTER, "was trained on x/y"),
     ("adapter_no_type", edited(CONFIG, peft_type=...), LOAD_ADAPTER, "adapter_config.json is damaged"),
     ("adapter_unknown_type", edited(CONFIG, peft_type="NONSENSE"), LOAD_ADAPTER, "peft_type is not LORA"),
     ("adapter_foreign_weights", edited(CONFIG, target_modules=["v_proj"]), LOAD_ADAPTER, "lacks 2 weights"),
@@ -286,32 +223,20 @@ FAULTS = [
     ("merge_no_weights", remove(TENSORS), merge_again, "no finished adapter to merge"),
     ("report_missing", remove(REPORT), SCORE_INPUT, "no readable report of this stage", "run.py sft -e exam"),
     ("report_no_calibration", edited(REPORT, calibration=...), SCORE_INPUT, "no readable report"),
-    (
-        "ids_to_drop_end_in_a_quote",
-        write("drop.csv", 'id\n1\n"x\n"x\n'),
-        ("prepare", "-e", "exam", "--train", "votes.csv", "--drop-ids", "drop.csv"),
-        "drop.csv row 2",
-        "correct or remove the row",
-    ),
+    ("ids_to_drop_end_in_a_quote", write("drop.csv", 'id\n1\n"x\n"x\n'), DROP, "drop.csv row 2", "remove the row"),
     ("report_calibrations_a_word", edited(REPORT, calibrations="x"), SCORE_INPUT, "no readable report"),
     ("report_counts_of_words", edited(REPORT, train_class_counts={"a": "x"}), SCORE_INPUT, "no readable report"),
     ("report_flags_half", edited(REPORT, flags=[{"text": "x"}]), COMPARE, "no readable report"),
     ("report_of_a_huge_number", edited(REPORT, log_loss=10**400), COMPARE, "no readable report"),
     ("report_calibration_empty", edited(REPORT, calibration={}), SCORE_INPUT, "the saved calibration lacks a value"),
     ("report_published", edited(REPORT, calibration={}), PUBLISH, "the saved calibration lacks a value"),
-    (
-        "report_calibration_of_words",
-        edited(REPORT, calibration={"source_prior": "x"}),
-        SCORE_INPUT,
-        "source_prior",
-        "score the stage again",
-    ),
+    ("report_calibration_of_words", edited(REPORT, calibration={"source_prior": "x"}), SCORE_INPUT, "source_prior"),
     ("compare_nothing_scored", remove(REPORT), COMPARE, "no stage of this experiment was scored yet"),
     ("compare_chances_of_words", change(CHANCES, lambda d: d.replace(b"0.", b"x.")), COMPARE, "cannot be read"),
     ("compare_chances_no_column", change(CHANCES, lambda d: d.replace(b"_tie", b"_x")), COMPARE, "the header must be"),
     ("compare_flags_of_words", edited(REPORT, flags="red"), COMPARE, "no readable report"),
     ("compare_truth_of_others", truth_of_others, COMPARE, "have no true probabilities", "prepare again"),
-    ("compare_other_rows", change(CHANCES, lambda d: b"\n".join(d.splitlines()[:-1])), COMPARE, "1 id(s) are missing"),
+    ("compare_other_rows", change(CHANCES, one_less), COMPARE, "1 id(s) are missing"),
     ("show_rows_lack_a_column", reduced(ROWS, ["id"]), SHOW, "rows.parquet: is damaged", AGAIN),
     ("show_battles_lack_a_column", reduced(BATTLES, ["id"]), SHOW, "battles.parquet: is damaged"),
     ("show_battles_without_rows", reduced(BATTLES, rows=0), SHOW, "has fewer rows than rows.parquet"),
@@ -333,32 +258,17 @@ FAULTS = [
     ("submission_missing", nothing, SUBMISSION, "mine.csv: cannot be read"),
     ("submission_empty", mine(""), SUBMISSION, "cannot be read"),
     ("submission_other_header", mine(HEAD.replace("winner_tie", "tie") + GOOD), SUBMISSION, "the header must be"),
-    (
-        "submission_other_order",
-        mine("id,winner_tie,winner_model_a,winner_model_b\n" + GOOD),
-        SUBMISSION,
-        "the header must be",
-    ),
+    ("submission_other_order", mine(OTHER_ORDER + GOOD), SUBMISSION, "the header must be"),
     ("submission_not_utf8", mine(b"\xff" + HEAD.encode()), SUBMISSION, "cannot be read"),
     ("submission_open_quote", mine(HEAD + '"1'), SUBMISSION, "cannot be read"),
     ("submission_missing_id", mine(HEAD + GOOD[:13]), SUBMISSION, "2 id(s) are missing: 2, 3"),
     ("submission_unknown_id", mine(HEAD + GOOD + "9,1,0,0\n"), SUBMISSION, "1 id(s) are not among the exported: 9"),
     ("submission_double_id", mine(HEAD + GOOD + "3,1,0,0\n"), SUBMISSION, "ids occur twice"),
-    (
-        "submission_shuffled",
-        mine(HEAD + "2,.5,.25,.25\n1,.5,.25,.25\n3,.5,.25,.25\n"),
-        SUBMISSION,
-        "not in the export's order",
-    ),
+    ("submission_shuffled", mine(HEAD + GOOD[13:] + GOOD[:13]), SUBMISSION, "not in the export's order"),
     ("submission_nan", mine(HEAD + GOOD.replace("1,.5", "1,nan")), SUBMISSION, "1 row(s) NaN or infinite: id 1"),
     ("submission_negative", mine(HEAD + GOOD.replace("1,.5,.25", "1,1.5,-.75")), SUBMISSION, "outside 0..1"),
     ("submission_sum", mine(HEAD + GOOD.replace("3,.5", "3,.6")), SUBMISSION, "not summing to 1: id 3"),
-    (
-        "submission_formula_id",
-        mine(HEAD + GOOD.replace("1,", '"=1+\n\x1b[2J",', 1)),
-        SUBMISSION,
-        "not among the exported: '=1+\\n\\x1b[2J'",
-    ),
+    ("submission_formula_id", mine(HEAD + GOOD.replace("1,", FORMULA, 1)), SUBMISSION, "exported: '=1+\\n\\x1b[2J'"),
 ]
 EXPORT = [
     ("battles_empty", unscored(write(BATTLES, b"PAR1PAR1")), SCORE, "battles.parquet: is damaged"),
@@ -368,14 +278,7 @@ MEMBERS = [
     ("members_too_few_rows_to_fit", nothing, BLEND, "remedy: --weights mean needs no fit"),
     ("members_not_scored", nothing, (*BLEND, "-e", "exam:rm"), "rm"),
     ("members_of_other_rows", other_votes, (*MEAN, "-e", "other:length"), "have none in common", "with the same votes"),
-    (
-        "teacher_that_has_seen_its_targets",
-        answered_its_own_rows,
-        (*PREPARE, "--soft", SCORED),
-        f"{SCORED} row 1",
-        "its judge was trained on 28 of these battles",
-        f"give outputs/exam/STAGE/{Path(CHANCES).name}",
-    ),
+    ("teacher_saw_its_targets", answered_its_own_rows, SOFT, f"{SCORED} row 1", "trained on 28 of", CHANCES[-20:]),
 ]
 NO_MEMBERS = [
     ("weights_do_not_sum", nothing, (*BLEND, "--weights", "0.5,0.4"), "weights of at least 0 that sum to 1"),
@@ -386,12 +289,7 @@ NO_MEMBERS = [
 ]
 OUTPUTS = [
     ("output_is_a_truth", write("truth.csv", f"{HEAD}1,1,0,0\n"), into("truth.csv"), "is not an earlier output"),
-    (
-        "output_is_a_sample",
-        write("sample_submission.csv", HEAD),
-        into("sample_submission.csv"),
-        "is not an earlier output",
-    ),
+    ("output_is_a_sample", write("sample_submission.csv", HEAD), into("sample_submission.csv"), "not an earlier"),
     ("output_is_the_votes", nothing, into("votes.csv"), "which exam was prepared from"),
     ("output_was_the_votes", remove("votes.csv"), into("votes.csv"), "which exam was prepared from"),
     ("output_is_exported", nothing, into("data/exam/rows.parquet"), "lies in data/"),

@@ -1,29 +1,16 @@
 """Broken tables of votes: CSV, gzip, parquet, cells, truth."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.battle import PROBABILITY_COLUMNS
-from tests.bad_inputs.place import (
-    COLUMNS,
-    PREPARE,
-    PREPARE_TEST,
-    SCORE,
-    SCORE_INPUT,
-    Place,
-    cases,
-    change,
-    cut,
-    nothing,
-    remove,
-    write,
-)
+from data_prep.synthetic import TRAIN_COLUMNS as COLUMNS
+from tests.bad_inputs.place import PREPARE, PREPARE_TEST, SCORE, SCORE_INPUT, cases, change, cut, nothing, remove, write
 
 HEADER = ",".join(COLUMNS)
 LINE = '1,m,n,"[""q""]","[""a""]","[""b""]",1,0,0\n'
@@ -33,7 +20,7 @@ DAMAGED = "the file is cut off or damaged: fetch or write it again"
 def rows(edit) -> Any:
     """Return what writes the good rows with some of them edited."""
 
-    def breaks(place: Place) -> None:
+    def breaks(place) -> None:
         table = place.rows()
         edit(table)
         place.table(table)
@@ -41,12 +28,11 @@ def rows(edit) -> Any:
     return breaks
 
 
-def votes(content: bytes | str) -> Any:
-    return write("votes.csv", content)
+def every(**cells: str) -> Any:
+    return rows(lambda table: [row.update(cells) for row in table])
 
 
-def altered(how) -> Any:
-    return change("votes.csv", how)
+votes, altered, truth = partial(write, "votes.csv"), partial(change, "votes.csv"), partial(write, "truth.csv")
 
 
 def instead(table: str) -> tuple[str, ...]:
@@ -55,11 +41,11 @@ def instead(table: str) -> tuple[str, ...]:
 
 def zipped(how) -> Any:
     """Return what replaces the votes by their gzip, its bytes changed."""
-    return change("votes.csv", lambda data: how(gzip.compress(data, mtime=0)))
+    return altered(lambda data: how(gzip.compress(data, mtime=0)))
 
 
 def encoded(encoding: str) -> Any:
-    return change("votes.csv", lambda data: data.decode().encode(encoding))
+    return altered(lambda data: data.decode().encode(encoding))
 
 
 def without(*names: str) -> Any:
@@ -73,7 +59,7 @@ def flags(a: str, b: str, tie: str) -> Any:
 def parquet(**changed: Any) -> Any:
     """Return what writes the votes as parquet with some columns replaced (`...` leaves one out)."""
 
-    def breaks(place: Place) -> None:
+    def breaks(place) -> None:
         import pyarrow as pa
         from pyarrow.parquet import write_table
 
@@ -85,12 +71,7 @@ def parquet(**changed: Any) -> Any:
 
 
 def parquet_bytes(how) -> Any:
-    def breaks(place: Place) -> None:
-        parquet()(place)
-        path = Path("votes.csv")
-        path.write_bytes(how(path.read_bytes()))
-
-    return breaks
+    return lambda place: (parquet()(place), altered(how)(place))
 
 
 def raw_bytes() -> Any:
@@ -102,11 +83,10 @@ def raw_bytes() -> Any:
 def packed(kind: int, how=bytes) -> Any:
     """Return what packs the votes into votes.zip, its bytes changed."""
 
-    def breaks(place: Place) -> None:
+    def breaks(place) -> None:
         with zipfile.ZipFile("votes.zip", "w", kind) as archive:
             archive.write("votes.csv")
-        path = Path("votes.zip")
-        path.write_bytes(how(path.read_bytes()))
+        change("votes.zip", how)(place)
 
     return breaks
 
@@ -127,6 +107,11 @@ NO_BATTLES = "this is not a table of battles"
 SUBMISSION = without("model_a", "model_b", "prompt", "response_a", "response_b")
 ZIP = (*PREPARE[:-1], "votes.zip")
 UNPACKED = ("votes.zip: cannot be unpacked", "download it again")
+
+
+def in_its_place(place) -> None:
+    shutil.rmtree("data/exam")
+    Path("data/exam").write_text("mine")
 
 
 def one(column: str, cell: str) -> Any:
@@ -156,21 +141,24 @@ def own(name: str) -> Any:
 LIES_IN, STRANGERS = "lies in data/exam, and an export replaces this folder", "holds 1 file(s) that no export wrote"
 
 
+def own_folds(table: str) -> Any:
+    return lambda place: (write("folds.csv", table)(place), place.edit_experiment("folds: 2\n"))
+
+
 def folds(of, count: int = 40) -> Any:
     """Return what asks for two folds and writes the fold of each battle."""
-    table = "id,fold\n" + "".join(f"{1000 + n},{int(of(n))}\n" for n in range(count))
-    return lambda place: (write("folds.csv", table)(place), place.edit_experiment("folds: 2\n"))
+    return own_folds("id,fold\n" + "".join(f"{1000 + n},{int(of(n))}\n" for n in range(count)))
 
 
 def soft(text: str, path: str = "soft.csv") -> Any:
     return write(path, f"{NAMES}{text}\n")
 
 
-def truth(text: str) -> Any:
-    return write("truth.csv", text)
-
-
-NAMES = "id,winner_model_a,winner_model_b,winner_tie\n"
+NAMES, TEXTS = "id,winner_model_a,winner_model_b,winner_tie\n", "id,prompt,response_a,response_b\n"
+ROW, TIE = '1,"[""a""]","[""b""]","[""c""]"\n', dict(zip(PROBABILITY_COLUMNS, "001", strict=True))
+A_PART = "".join(f"{n},.5,.3,.2\n" for n in range(1000, 1030))
+OF_VERDICTS = "".join(f"{n},{n % 2},{1 - n % 2},0\n" for n in range(1000, 1040))
+AS_TEST, STORED = PREPARE_TEST[:-1], zipfile.ZIP_STORED
 WITH_TRUTH = (*PREPARE, "--truth", "truth.csv")
 TRAIN = [
     ("csv_missing", remove("votes.csv"), "votes.csv: does not exist", "Kaggle's zip, or hf://"),
@@ -182,13 +170,7 @@ TRAIN = [
     ("csv_semicolons", altered(lambda d: d.replace(b",", b";")), "cells with commas"),
     ("csv_utf16", encoded("utf-16"), "is not UTF-8", "iconv -f UTF-16"),
     ("csv_utf32", encoded("utf-32"), "is not UTF-8", "iconv"),
-    (
-        "csv_latin1_row",
-        altered(lambda d: d.replace(b"first 7", b"f\xfcrst 7")),
-        "votes.csv row 8",
-        "0xfc",
-        "iconv -f LATIN1",
-    ),
+    ("csv_latin1_row", altered(lambda d: d.replace(b"first 7", b"f\xfcrst 7")), "votes.csv row 8", "0xfc", "iconv"),
     ("csv_latin1_header", altered(lambda d: b"\xfc," + d), "votes.csv header", "0xfc"),
     ("csv_nul_bytes", votes(b"\x00" * 5000), "is not UTF-8"),
     ("csv_random_bytes", votes(bytes(range(128, 256)) * 20), "is not UTF-8"),
@@ -207,14 +189,9 @@ TRAIN = [
     ("csv_nan_winner", flags("nan", "1", "0"), "row 5", "no clear winner"),
     ("csv_word_as_winner", flags("yes", "no", "no"), "row 5", "no clear winner", "exactly one winner"),
     ("csv_many_bad_rows", rows(lambda t: [r.update(prompt="x") for r in t[3:9]]), "6 of 40 rows", "row 4"),
-    ("csv_all_rows_bad", rows(lambda t: [r.update(prompt="[]") for r in t]), "no row is left"),
+    ("csv_all_rows_bad", every(prompt="[]"), "no row is left"),
     ("csv_one_battle", votes(f"{HEADER}\n{LINE}"), "1 different prompt(s) in 1 rows", "change valid_share"),
-    (
-        "csv_one_prompt",
-        rows(lambda t: [r.update(prompt='["same"]') for r in t]),
-        "1 different prompt(s) in 40 rows",
-        "add battles",
-    ),
+    ("csv_one_prompt", every(prompt='["x"]'), "1 different prompt(s) in 40 rows", "add battles"),
     ("gzip_cut_off", zipped(cut(0.5)), "cannot be read to its end", DAMAGED),
     ("gzip_flipped_bits", zipped(lambda d: d[:200] + bytes(b ^ 255 for b in d[200:230]) + d[230:]), DAMAGED),
     ("gzip_wrong_sum", zipped(lambda d: d[:-8] + b"\x00" * 8), DAMAGED),
@@ -272,35 +249,12 @@ OTHERS = [
     ("csv_long_name", nothing, instead("x" * 5000), "ile name too long"),
     ("csv_link_to_itself", lambda p: Path("loop").symlink_to("loop"), instead("loop"), "does not exist"),
     ("csv_is_the_test_set", nothing, instead("test.csv"), "competition's test.csv", "(train.csv)"),
-    (
-        "test_is_a_submission",
-        write("mine.csv", "id,winner_model_a,winner_model_b,winner_tie\n1,0.3,0.3,0.4\n"),
-        (*PREPARE_TEST[:-1], "mine.csv"),
-        "sample_submission.csv",
-        "--test wants test.csv",
-    ),
-    ("test_is_the_train_table", nothing, (*PREPARE_TEST[:-1], "votes.csv"), "is the train table, given"),
+    ("test_is_a_submission", write("mine.csv", f"{NAMES}1,.3,.3,.4\n"), (*AS_TEST, "mine.csv"), "--test wants"),
+    ("test_is_the_train_table", nothing, (*AS_TEST, "votes.csv"), "is the train table, given"),
     ("test_is_the_train_table_by_a_link", linked("votes.csv", "test.csv"), PREPARE_TEST, "is the train table, given"),
-    (
-        "test_is_a_copy_of_the_train_table",
-        lambda p: p.table(p.rows(), "test.csv"),
-        PREPARE_TEST,
-        "all of its 40 rows are training rows",
-    ),
-    (
-        "csv_double_id_in_test",
-        write("test.csv", "id,prompt,response_a,response_b\n" + '1,"[""a""]","[""b""]","[""c""]"\n' * 2),
-        PREPARE_TEST,
-        "test.csv row 2",
-        "'1' is in row 1 and again in row 2",
-    ),
-    (
-        "csv_only_ties_as_pairs",
-        rows(lambda t: [r.update(zip(PROBABILITY_COLUMNS, "001", strict=True)) for r in t]),
-        (*PREPARE, "--pairs"),
-        "no row is left for dpo_reward",
-        "with a winner",
-    ),
+    ("test_is_a_copy_of_train", lambda p: p.table(p.rows(), "test.csv"), PREPARE_TEST, "all of its 40 rows are"),
+    ("csv_double_id_in_test", write("test.csv", TEXTS + ROW * 2), PREPARE_TEST, "test.csv row 2", "'1' is in row 1"),
+    ("csv_only_ties_as_pairs", every(**TIE), (*PREPARE, "--pairs"), "no row is left for dpo_reward", "with a winner"),
     *(
         (f"list_of_sets_{name}_{folder}", write(f"{folder}/dataset_info.json", text), PREPARE, "is not readable JSON")
         for folder in ("data", "data/exam")
@@ -314,29 +268,11 @@ OTHERS = [
     ("zip_misled_lzma", packed(zipfile.ZIP_LZMA, misled), ZIP, *UNPACKED),
     ("zip_misled_bzip2", packed(zipfile.ZIP_BZIP2, misled), ZIP, *UNPACKED),
     ("zip_cut_off", packed(zipfile.ZIP_LZMA, cut(0.5)), ZIP, "votes.zip: is a zip archive"),
-    (
-        "zip_unknown_method",
-        packed(zipfile.ZIP_STORED, lambda d: d.replace(b"\x14\x00\x00\x00\x00\x00", b"\x14\x00\x00\x00c\x00")),
-        ZIP,
-        "votes.zip: cannot be unpacked",
-        "compression",
-    ),
-    (
-        "zip_encrypted",
-        packed(zipfile.ZIP_STORED, lambda d: d.replace(b"\x14\x00\x00\x00\x00\x00", b"\x14\x00\x01\x00\x00\x00")),
-        ZIP,
-        "votes.zip: cannot be unpacked",
-        "password",
-    ),
+    ("zip_unknown_method", packed(STORED, lambda d: d.replace(b"\x14\0\0\0\0", b"\x14\0\0\0c")), ZIP, "compression"),
+    ("zip_encrypted", packed(STORED, lambda d: d.replace(b"\x14\0\0\0\0", b"\x14\0\1\0\0")), ZIP, "password"),
     ("test_row_cut_off", change("test.csv", lambda d: d[:-4]), PREPARE_TEST, "test.csv line 7", "is cut off"),
     ("votes_in_the_export", moved("votes.csv", "data/exam/votes.csv"), within("votes.csv", "--train"), LIES_IN),
-    (
-        "test_of_plain_texts",
-        write("test.csv", "id,prompt,response_a,response_b\n1,q,a,b\n2,q,a,b\n"),
-        PREPARE_TEST,
-        "test.csv: holds plain texts, and the training table JSON lists of turns",
-        "in one format",
-    ),
+    ("test_of_plain_texts", write("test.csv", f"{TEXTS}1,q,a,b\n2,q,a,b\n"), PREPARE_TEST, "plain texts", "one format"),
     ("test_in_the_export", moved("test.csv", "data/exam/test.csv"), within("test.csv", "--test"), LIES_IN),
     ("truth_in_the_export", write("data/exam/truth.csv", ""), within("truth.csv", "--truth"), LIES_IN),
     ("zip_in_the_export", write("data/exam/votes.zip", b"PK"), within("votes.zip", "--train"), LIES_IN),
@@ -348,20 +284,8 @@ OTHERS = [
     ("truth_without_a_column", truth("id,winner_model_a\n1,1\n"), WITH_TRUTH, "lacks the column(s)", "leave it out"),
     ("truth_of_words", truth(f"{NAMES}1,a,b,c\n"), WITH_TRUTH, "truth.csv row 1", "no three probabilities"),
     ("truth_does_not_sum", truth(f"{NAMES}1,.5,.5,.5\n"), WITH_TRUTH, "truth.csv row 1"),
-    (
-        "truth_of_a_part",
-        truth(NAMES + "".join(f"{n},.5,.3,.2\n" for n in range(1000, 1030))),
-        WITH_TRUTH,
-        "truth.csv: has no true probabilities of 10 of the 40 battles, the first id is 1030",
-        "with these votes",
-    ),
-    (
-        "truth_of_verdicts",
-        truth(NAMES + "".join(f"{n},{n % 2},{1 - n % 2},0\n" for n in range(1000, 1040))),
-        WITH_TRUTH,
-        "truth.csv: holds verdicts (each row one 1 and two 0), not probabilities",
-        "leave it out",
-    ),
+    ("truth_of_a_part", truth(NAMES + A_PART), WITH_TRUTH, "10 of the 40 battles, the first id is 1030", "with these"),
+    ("truth_of_verdicts", truth(NAMES + OF_VERDICTS), WITH_TRUTH, "holds verdicts (each row one 1", "leave it out"),
     ("truth_of_none", truth(NAMES), WITH_TRUTH, "of 40 of the 40 battles"),
     ("truth_twice", truth(f"{NAMES}1,1,0,0\n2,1,0,0\n1,0,1,0\n"), WITH_TRUTH, "the id 1 is in row 1 and"),
     ("truth_without_an_id", truth(f"{NAMES} ,1,0,0\n"), WITH_TRUTH, "truth.csv row 1: has no id"),
@@ -369,12 +293,13 @@ OTHERS = [
     ("truth_short_row", truth(f"{NAMES}1,1,0,0\n2,1\n"), WITH_TRUTH, "truth.csv row 2"),
 ]
 FOLDS = [
-    (
-        "folds_lack_a_class",
-        folds(lambda n: n % 3 == 2 or n % 2),
-        "folds.csv: fold 0 has no battle with the",
-    ),
+    ("folds_lack_a_class", folds(lambda n: n % 3 == 2 or n % 2), "folds.csv: fold 0 has no battle with the"),
     ("folds_lack_a_battle", folds(lambda n: n % 2, 39), "folds.csv: has no fold for the battle 1039"),
+    ("folds_without_a_column", own_folds("id,part\n1,0\n"), "folds.csv", "lacks the column(s) ['fold']"),
+    ("folds_negative", own_folds("id,fold\n1,0\n2,-1\n"), "folds.csv row 2", "a fold from 0 to 1"),
+    ("folds_nan", own_folds("id,fold\n1,0\n2,NaN\n"), "folds.csv row 2", "a fold from 0 to 1"),
+    ("folds_twice", own_folds("id,fold\n1,0\n1,1\n"), "folds.csv", "the id 1 is in two folds"),
+    ("folds_without_a_battle", own_folds("id,fold\n1,0\n2,0\n"), "folds.csv", "has no battle in fold 1"),
     ("folds_of_another_number", folds(lambda n: n % 3), "folds.csv row 3: holds no id with a fold from 0 to 1"),
 ]
 SOFT = [
@@ -393,13 +318,9 @@ LOSSES = [
         (f"own_{Path(name).stem}", own(name), PREPARE, STRANGERS, f": {name}")
         for name in (".hidden", "notes/deep/x.md", "truth.csv")
     ),
+    ("own_without_manifest", remove("data/exam/manifest.json"), PREPARE, "that no export wrote", "audit.json"),
     ("own_link", lambda p: Path("data/exam/votes").symlink_to("nowhere"), PREPARE, STRANGERS, ": votes"),
-    (
-        "file_in_the_folders_place",
-        lambda p: (shutil.rmtree("data/exam"), Path("data/exam").write_text("mine")),
-        PREPARE,
-        "is a file, where the export makes a folder",
-    ),
+    ("file_in_the_folders_place", in_its_place, PREPARE, "is a file, where the export makes a folder"),
 ]
 COLUMNS_GIVEN = [
     ("columns_no_pair", "prompt", "'prompt' is no pair: write prompt=question"),

@@ -4,8 +4,6 @@ Chromium is Debian's (apt-get install chromium); Playwright for Python drives it
 ARENA_SCREENSHOTS=FOLDER keeps pictures of what was seen.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -30,15 +28,8 @@ FLAGS = (
 PATIENCE = 300_000  # milliseconds; a page on a busy machine
 # Gradio itself asks these for a script and for fonts; without the internet it does without.
 ELSEWHERE = ("cdnjs.cloudflare.com", "fonts.googleapis.com", "fonts.gstatic.com")
-RECIPE = {
-    "per_device_train_batch_size": 8,
-    "max_steps": 40,
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 20,
-    "eval_strategy": "steps",
-    "eval_steps": 20,
-}
+RECIPE = {"per_device_train_batch_size": 8, "max_steps": 40, "logging_steps": 1}
+RECIPE |= {"save_strategy": "steps", "save_steps": 20, "eval_strategy": "steps", "eval_steps": 20}
 
 
 @pytest.fixture(scope="session")
@@ -98,9 +89,8 @@ class Server:
         self.log = folder / f"{arguments[0]}.said"
         with self.log.open("wb") as output:
             call = [sys.executable, str(ROOT / "run.py"), *arguments, "--no-open", "--port", str(unused_port())]
-            self.process = subprocess.Popen(
-                call, cwd=folder, env=environment(folder), stdout=output, stderr=subprocess.STDOUT
-            )
+            own = {"env": environment(folder), "stdout": output, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(call, cwd=folder, **own)
 
     @property
     def url(self) -> str:
@@ -149,10 +139,7 @@ def place(browser, tmp_path_factory, tiny_base) -> Path:
 @pytest.fixture(scope="session")
 def servers(place) -> Iterator[dict[str, Server]]:
     """LLaMA Board and the watch page, started together."""
-    started = {
-        "watch": Server(place, "watch", "-e", "demo", "--stage", "sft"),
-        "board": Server(place, "board"),
-    }
+    started = {"watch": Server(place, "watch", "-e", "demo", "--stage", "sft"), "board": Server(place, "board")}
     yield started
     for server in started.values():
         server.end()

@@ -43,9 +43,7 @@ def test_a_run_is_watched_while_it_runs(tab, servers, training):
     upper, lower = tab.page.evaluate(places)
     assert upper["bottom"] <= lower["top"] and lower["x"] == upper["x"], "plots below each other"
     tab.until(words.inner_text, lambda text: "Trained on" in text and "checkpoint 40: log loss" in text)
-    found = re.search(
-        r"checkpoint 40: log loss of the verdict (\d\.\d{4}) on \d+ validation battles", words.inner_text()
-    )
+    found = re.search(r"checkpoint 40: log loss of the verdict (\d\.\d{4}) on \d+ validation", words.inner_text())
     assert 0.3 < float(found[1]) < 3
     assert "next: python run.py sft -e demo" in words.inner_text()
     see(tab, "watch_finished")

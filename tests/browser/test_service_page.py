@@ -23,11 +23,8 @@ def test_examples_and_own_texts_move_the_bar(browser, tab, chain):
         tab.page.get_by_text("The API").click()
         assert "POST /v1/judge" in tab.page.locator("#api").inner_text()
         tab.picture("service")
-        for name, text in {
-            "prompt": "How do I cook rice?",
-            "response_a": "Boil it. " * 30,
-            "response_b": "No.",
-        }.items():
+        texts = {"prompt": "How do I cook rice?", "response_a": "Boil it. " * 30, "response_b": "No."}
+        for name, text in texts.items():
             tab.page.fill(f"#{name}", text)
         with tab.page.expect_response(re.compile("/v1/judge")) as asked:
             tab.page.keyboard.press("Control+Enter")

@@ -1,28 +1,19 @@
-from pathlib import Path
-
 import pytest
-from chain import call
+from chain import ROOT, call, experiment_of
 
 from common.errors import ArenaError
-from common.experiment import parse_experiment, read_yaml
-
-ROOT = Path(__file__).parents[2]
-MINIMAL = {"model": "org/base-4b", "template": "qwen3_nothink", "cutoff_len": 1024}
-
-
-def parse(**values):
-    return parse_experiment(MINIMAL | values, "exp", where="experiment.yaml")
+from common.experiment import read_yaml
 
 
 def test_all_faults_come_together_each_with_its_key():  # tests/bad_inputs/configs.py has the others
     with pytest.raises(ArenaError) as caught:
-        parse(cutoff_len="x", merge_gate={"max_abs_diff": 0}, start_from={"sft": "sft"}, quantisation_bit=4)
+        experiment_of(cutoff_len="x", merge_gate={"max_abs_diff": 0}, start_from={"sft": "sft"}, quantisation_bit=4)
     assert "4 fault(s)" in caught.value.what and caught.value.where == "experiment.yaml"
     for words in ("cutoff_len: ", "merge_gate.max_abs_diff: ", "start_from.sft: there is no such key"):
         assert words in caught.value.what
     assert "did you mean quantization_bit?" in caught.value.what
     with pytest.raises(ArenaError, match="write merge_onto: base beside trust_remote_code: true"):
-        parse(trust_remote_code=True)
+        experiment_of(trust_remote_code=True)
 
 
 def test_yaml_is_read_as_llamafactory_reads_it(tmp_path):
@@ -33,12 +24,8 @@ def test_yaml_is_read_as_llamafactory_reads_it(tmp_path):
 
 def test_another_folder_is_told_with_the_way_to_the_projects(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for arguments in (
-        ["status"],
-        ["sft", "-e", "demo"],
-        ["board", "--no-open"],
-        ["new", "mine", "--model", "Qwen/Qwen3-8B"],
-    ):
+    new = ["new", "mine", "--model", "Qwen/Qwen3-8B"]
+    for arguments in (["status"], ["sft", "-e", "demo"], ["board", "--no-open"], new):
         done = call(*arguments)
         assert done.exit_code == 2, done.output
         assert f"Error: {tmp_path}: there is no factory_configs/ here\n  remedy: call run.py from" in done.output

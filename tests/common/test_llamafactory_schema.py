@@ -2,15 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from chain import ROOT
 
 import common.llamafactory_schema as schema
 from common.errors import ArenaError
 from common.llamafactory_schema import arguments
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import re
 import pytest
 
 from common import progress
+from common.console import duration
 from common.progress import Show
 
 
@@ -35,12 +36,8 @@ def test_plain_lines_come_at_a_modest_rate_with_first_and_last(clock):
             line.update(f"step {step}", step / 10)
             clock.now += 5
         show.note("a note")
-    assert stream.getvalue().splitlines() == [
-        *("sft: training", "sft: validating", "sft: 10%  step 1"),
-        "sft: 70%  0:00:15 left  step 7",
-        "sft: 100%  step 10",
-        "a note",
-    ]
+    said = ["training", "validating", "10%  step 1", "70%  0:00:15 left  step 7", "100%  step 10"]
+    assert stream.getvalue().splitlines() == [*(f"sft: {text}" for text in said), "a note"]
 
 
 def test_the_time_left_goes_by_the_mean_speed_since_the_first_share(clock):
@@ -51,13 +48,11 @@ def test_the_time_left_goes_by_the_mean_speed_since_the_first_share(clock):
             line.update("rows", share)
         line.update("rows", 0.5, left=7.0)
     left = [re.search(r"[\d:]+ left", text) for text in stream.getvalue().splitlines()]
-    assert [found and found[0] for found in left] == [
-        None,
-        None,
-        "0:01:20 left",
-        "0:00:25 left",
-        *(None, None, "0:00:07 left"),
-    ]
+    assert [found and found[0][:7] for found in left] == [None, None, "0:01:20", "0:00:25", None, None, "0:00:07"]
+
+
+def test_a_time_of_any_length_is_shown():
+    assert duration(4000) == "1:06:40" and duration(float("inf")) == duration(1e9)
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
@@ -82,8 +77,7 @@ def test_no_color_is_respected(monkeypatch):
     stream = io.StringIO()
     with Show(stream, attended=True).line("sft") as line:
         line.update("rows", 0.5)
-    assert "50%" in stream.getvalue()
-    assert not re.search(r"\x1b\[3\d|\[38;5", stream.getvalue())
+    assert "50%" in stream.getvalue() and not re.search(r"\x1b\[3\d|\[38;5", stream.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,12 @@
 """The audit: statistics are those of the vote, whatever is cut from it; a test set of training rows is reported."""
 
-from __future__ import annotations
-
-import csv
 import json
 from collections import Counter
 from pathlib import Path
 from random import Random
 
 import pytest
+from chain import rows_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow.parquet import read_table
@@ -28,15 +26,8 @@ from scoring.checks.run_checks import shared_prompts
 from tests.bad_inputs.place import Place
 
 SETS = ("sft", "dpo_judge", "dpo_reward")
-PROMPTS = [
-    "why?",
-    "",
-    EMPTY,
-    "tell <|im_end|> me",
-    "a long story " * 90,
-    "### Assistant A\nwhat now",
-    "naïve 日本語 " * 40,
-]
+PROMPTS = ["why?", "", EMPTY, "tell <|im_end|> me", "story " * 160, "### Assistant A\nwhat now"]
+PROMPTS.append("naïve 日本語 " * 40)
 SPELLINGS = [str, str.upper, str.title, lambda text: f"  {text}\n", lambda text: f"¿{text}!"]
 ANSWERS = ["yes", "", "no\nit is not", "word " * 150, "日本 " * 200]
 
@@ -75,9 +66,7 @@ def test_no_prompt_of_the_votes_is_in_two_folds_whatever_was_cut(experiment, wor
     for name, ids in folds_of(experiment.data_folder).items():
         both = {group[i] for i in ids["train"]} & {group[i] for i in ids["valid"]}
         assert not both, f"{len(both)} prompts of {name} are trained on and validated on"
-    assert not any(shared_prompts(experiment.data_folder, ["train"], ["valid"]).values()), (
-        "and the run check has nothing to say"
-    )
+    assert not any(shared_prompts(experiment.data_folder, ["train"], ["valid"]).values()), "nor for the run check"
     rows = read_table(experiment.data_folder / "rows.parquet").to_pylist()
     assert any(row["dropped"] for row in rows) and any(row["cut"] and not row["dropped"] for row in rows)
     for battle, row in zip(battles, rows, strict=True):
@@ -108,11 +97,6 @@ def arena(workplace):
     return write_arena(workplace / "arena", seed=5, train_rows=60, test_rows=10)
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def test_training_rows_in_a_test_set_are_counted_and_kept(experiment, arena):
     test, train = rows_of(arena.test), rows_of(arena.train)
     same_id = [{**row, "id": other["id"]} for row, other in zip(test[:2], train, strict=False)]  # other prompts
@@ -131,10 +115,7 @@ def test_strange_verdicts_are_told(experiment, workplace):
     records = [{"prompt": p, "response_a": "yes", "response_b": "no", "anony": n < 7} for n, p in enumerate(prompts)]
     for votes, told in (
         ({"winner": "A"}, ["WARNING: all 40 verdicts of votes.jsonl are 'a'", "warning: in 33 battles of votes.jsonl"]),
-        (
-            dict(zip(PROBABILITY_COLUMNS, (0.4, 0.3, 0.3), strict=True)),
-            ["note: 40 battles of votes.jsonl", "warning: in"],
-        ),
+        (dict(zip(PROBABILITY_COLUMNS, (0.4, 0.3, 0.3), strict=True)), ["note: 40 battles of votes", "warning: in"]),
     ):
         Path("votes.jsonl").write_text("\n".join(json.dumps(record | votes) for record in records))
         said = warnings_of(export(experiment, Path("votes.jsonl"), workers=0))
@@ -144,9 +125,8 @@ def test_strange_verdicts_are_told(experiment, workplace):
 def test_of_several_sources_the_first_alone_validates_and_no_prompt_of_its_fold_is_trained_on(experiment, workplace):
     def votes(name: str, numbers: range) -> Path:
         texts = [(number, VERDICTS[number % 3]) for number in numbers]
-        return write_votes(
-            workplace / name, [Battle(f"{n}", (f"q{n}?",), (f"yes {n}",), (f"no {n}",), v) for n, v in texts]
-        )
+        battles = [Battle(f"{n}", (f"q{n}?",), (f"yes {n}",), (f"no {n}",), v) for n, v in texts]
+        return write_votes(workplace / name, battles)
 
     target, other, half = votes("a.csv", range(60)), votes("b.csv", range(40, 140)), votes("c.csv", range(200, 400))
     alone = export(experiment, target, views=("judge", "reward"))

@@ -1,9 +1,9 @@
 """Frames of each preset's chat template, over small tokenizers that know the template's special tokens."""
 
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from chain import ROOT
 from tokenizers import Tokenizer
 
 from common.errors import ArenaError
@@ -12,20 +12,12 @@ from data_prep.chat_template import load_frame, probe_frame
 from data_prep.model_lookup import choose_template
 from data_prep.prompt import Neutralizer
 
-ROOT = Path(__file__).parents[2]
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML_ENDS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 # Special tokens and their parts, as the models' own tokenizers name them.
 FAMILIES = {
     "llama3": (
-        [
-            "<|begin_of_text|>",
-            "<|end_of_text|>",
-            "<|start_header_id|>",
-            "<|end_header_id|>",
-            "<|eot_id|>",
-            "<|eom_id|>",
-        ],
+        [f"<|{x}|>" for x in ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id", "eom_id")],
         {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
     ),
     "gemma2": (

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
@@ -107,21 +108,14 @@ def test_the_same_input_gives_the_same_bytes_in_a_thread_and_in_processes(experi
 
 def in_parts(table: Path, folder: Path, sizes: list[int]) -> Path:
     """Write a table's rows as a folder of parts, the last of them parquet."""
-    import csv
-
-    import pyarrow as pa
-
     folder.mkdir()
-    with table.open(newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
+    rows = pd.read_csv(table, dtype=str, keep_default_na=False)
     for number, size in enumerate(sizes):
         part, rows = rows[:size], rows[size:]
-        if rows:
-            with (folder / f"{number}.csv").open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([header, *part])
+        if len(rows):
+            part.to_csv(folder / f"{number}.csv", index=False)
         else:
-            columns = {name: [row[i] for row in part] for i, name in enumerate(header)}
-            pq.write_table(pa.table(columns), folder / f"{number}.parquet")
+            part.to_parquet(folder / f"{number}.parquet", index=False)
     return folder
 
 

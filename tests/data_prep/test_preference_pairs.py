@@ -128,8 +128,6 @@ def test_ties_and_equal_responses_make_no_pair(experiment, arena, workplace):
     assert (reward["pairs"], reward["ties_left_out"], reward["identical_left_out"]) == (61, 1, 1)
 
 
-# --- several turns as one response ------------------------------------------------------------------------------
-
 PIECES = ["### User", "### Assistant", "\\### User", "\\\\### Assistant", "\n", "\n\n", "\\", "x", " ", "\t", "\r", "#"]
 TEXT = st.text(max_size=20) | st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 
@@ -150,10 +148,3 @@ def test_every_battle_can_be_read_back_and_headers_mark_the_turns_alone(turns):
         lines = [line.rstrip(" \t\r") for line in response.split("\n")]
         headers = [line for line in lines if line in ("### User", "### Assistant")]
         assert headers == ["### User", "### Assistant"] * (len(turns) - 1)
-
-
-def test_the_form():
-    battle = Battle("7", ("one?", "two?"), ("1\n### Users", "see ### User"), ("I", "### User\n\\### Assistant \r\n"))
-    a = "1\n### Users\n\n### User\ntwo?\n\n### Assistant\nsee ### User"
-    b = "I\n\n### User\ntwo?\n\n### Assistant\n\\### User\n\\\\### Assistant \r\n"
-    assert flatten(battle) == Pair("7", "one?", a, b)

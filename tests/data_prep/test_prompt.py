@@ -1,11 +1,8 @@
 """The judge prompt: joined pieces equal Jinja's own rendering; what a chat template would obey is broken up."""
 
-from __future__ import annotations
-
 import unicodedata
 from types import SimpleNamespace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import Environment
@@ -33,11 +30,6 @@ def test_ordinary_text_is_untouched(text):
         assert neutral(text) == text
 
 
-@pytest.mark.parametrize("text", ["a < b and c > d", "<div>[x]</div>", "if (a <= b) {}", "{ {idx} }"])
-def test_code_is_untouched(text):
-    assert Neutralizer(SPECIALS)(text) == text
-
-
 @given(st.text())
 def test_what_is_visible_moves_no_terminal_and_can_be_printed(text):
     shown = visible(text)
@@ -61,12 +53,3 @@ def test_joined_pieces_equal_jinja(judge_prompt, turns, dropped):
     expected = jinja.render(turns=plain, dropped=int(bool(dropped)), labels=Labels())
     prompts, a, b = zip(*turns, strict=True)
     assert judge_prompt.message(Battle("1", prompts, a, b), dropped) == expected
-
-
-def test_the_exact_text_of_the_committed_prompt(judge_prompt):
-    assert judge_prompt.message(Battle("1", ("Hi?",), ("Yes.",), ("No.",))) == (
-        "Two assistants, A and B, answered the same user. Decide which answer people prefer.\n\n"
-        "### User\nHi?\n\n### Assistant A\nYes.\n\n### Assistant B\nNo.\n\n"
-        "### Question\nWhich assistant do people prefer? Reply with A for assistant A, B for assistant B, "
-        "or C for a tie.\nVerdict:"
-    )

@@ -93,27 +93,6 @@ def test_a_weight_stands_behind_a_colon(kaggle):
             with_weight(wrong)
 
 
-def test_a_folder_without_votes_is_refused(kaggle):
-    (kaggle / "x.csv").unlink()
-    with pytest.raises(ArenaError, match="no table holds votes"):
-        votes_at(kaggle, labelled=True)
-
-
-@pytest.mark.parametrize("damage", ["empty", "twice"])
-def test_a_broken_archive_is_refused_and_leaves_nothing(kaggle, damage):
-    archive = zipped(kaggle)
-    if damage == "empty":
-        zipfile.ZipFile(archive, "w").close()
-    else:
-        with zipfile.ZipFile(archive, "a") as file:
-            file.write(kaggle / "x.csv", "other/x.csv")
-    with pytest.raises(ArenaError) as caught:
-        votes_at(archive, labelled=True)
-    assert "lmsys.zip" in str(caught.value) and caught.value.remedy
-    left = kaggle.parent / "data" / ".sources"
-    assert not left.exists() or not any(left.iterdir())
-
-
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
 def test_a_full_disk_is_no_fault_of_the_archive(kaggle, monkeypatch, number):
     def copyfileobj(*_):

@@ -1,32 +1,19 @@
 """The synthetic arena: its format, its known probabilities, and that it keeps them out of the training file."""
 
-import csv
 import json
 import math
-from pathlib import Path
 
 import pytest
+from chain import rows_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.battle import PROBABILITY_COLUMNS
 from common.errors import ArenaError
 from common.files import sha256_of
-from data_prep.synthetic import (
-    TRAIN_COLUMNS,
-    ArenaTruth,
-    cell,
-    quality,
-    true_probabilities,
-    write_arena,
-)
+from data_prep.synthetic import TRAIN_COLUMNS, ArenaTruth, cell, quality, true_probabilities, write_arena
 
 QUALITIES = st.floats(-50, 50)
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +22,7 @@ def arena(tmp_path_factory):
 
 
 def test_files_have_the_competitions_columns_and_cells(arena):
-    train, test, truth = (_read(path) for path in arena)
+    train, test, truth = (rows_of(path) for path in arena)
     assert tuple(train[0]) == TRAIN_COLUMNS and [row["id"] for row in truth] == [row["id"] for row in train + test]
     assert (len(train), len(test)) == (3000, 200)
     for row in train + test:
@@ -49,7 +36,7 @@ def test_files_have_the_competitions_columns_and_cells(arena):
 
 def test_truth_follows_from_the_text_of_the_files_alone(arena):
     """A reader of the CSV that knows the topic's kind gets the same probabilities; one of two kinds must fit."""
-    for row, true in zip(_read(arena.test), _read(arena.truth)[3000:], strict=True):
+    for row, true in zip(rows_of(arena.test), rows_of(arena.truth)[3000:], strict=True):
         a, b = json.loads(row["response_a"]), json.loads(row["response_b"])
         told = [float(true[column]) for column in PROBABILITY_COLUMNS]
         kinds = (true_probabilities(quality(k, a), quality(k, b)) for k in ("practical", "playful"))
@@ -57,7 +44,7 @@ def test_truth_follows_from_the_text_of_the_files_alone(arena):
 
 
 def test_the_learnable_signal_is_large_and_calibrated(arena):
-    train, truth = _read(arena.train), _read(arena.truth)[:3000]
+    train, truth = rows_of(arena.train), rows_of(arena.truth)[:3000]
     chances = [[float(row[column]) for column in PROBABILITY_COLUMNS] for row in truth]
     won = [next(i for i, c in enumerate(PROBABILITY_COLUMNS) if row[c] == "1") for row in train]
     bayes = -sum(math.log(p[i]) for p, i in zip(chances, won, strict=True)) / 3000
@@ -72,8 +59,7 @@ def test_the_learnable_signal_is_large_and_calibrated(arena):
 def test_davidson_identities(quality_a, quality_b, tie, bias, scale):
     truth = ArenaTruth(tie=tie, position_bias=bias, scale=scale)
     a, b, t = true_probabilities(quality_a, quality_b, truth)
-    assert a + b + t == pytest.approx(1)
-    assert t == pytest.approx(tie * math.sqrt(a * b), rel=1e-6, abs=1e-9)
+    assert a + b + t == pytest.approx(1) and t == pytest.approx(tie * math.sqrt(a * b), rel=1e-6, abs=1e-9)
     if min(a, b) > 1e-12:
         assert math.log(a / b) == pytest.approx(scale * (quality_a - quality_b) + bias, abs=1e-6)
     mirrored = true_probabilities(quality_b, quality_a, ArenaTruth(tie=tie, position_bias=-bias, scale=scale))

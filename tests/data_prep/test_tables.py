@@ -1,7 +1,5 @@
 """Tables on the disk: batches of parquet that fit into memory, damage, encodings; bombs: tests/test_hostile.py."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import time
@@ -99,10 +97,7 @@ READ = ["a", "x" * 200_000, "é\ufffd"]
         ("\ufeff" + json.dumps(OBJECTS), READ),
         (f"\n {json.dumps(OBJECTS, indent=2)} \n", READ),
         ("\n".join(json.dumps(each, indent=1) for each in OBJECTS), READ),
-        (
-            '{"id": 1, "text": "a"}\n{"id": 2,\n[1]\n{"id": 4}\n',
-            ["a", "is not JSON: ", "is no JSON object: '[1]", None],
-        ),
+        ('{"id": 1, "text": "a"}\n{"id": 2,\n[1]\n{"id": 4}\n', ["a", "is not JSON: ", "is no JSON object: '[", None]),
         ('{"id": 1, "text": "a"}\n' + "[" * 100_000 + "\n", ["a", "is not JSON: nested too deeply"]),
         ('[{"id": 1, "text": "a"}, 7]', ["a", "is no JSON object: '7'"]),
     ],

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from common.battle import Battle, swap
 from common.errors import ArenaError
 from data_prep.preference_pairs import PairFitter, flatten, pair_sequences
-from data_prep.prompt import EMPTY
 from data_prep.readers import VoteReader
 from data_prep.truncation import MARKER, Fitter, share_out
 
@@ -57,8 +56,7 @@ def test_any_text_fits_any_budget_and_a_and_b_are_treated_alike(make, kind, turn
     battle = battle_of(*turns)
     fitter, (fitted, crossed) = make(kind, cutoff, battle, swap(battle))
     assert fitted.lengths == lengths(fitter, fitted.battle, fitted.dropped)
-    assert fitted.tokens <= max(fitted.lengths) <= cutoff
-    assert swap(crossed.battle) == fitted.battle
+    assert fitted.tokens <= max(fitted.lengths) <= cutoff and swap(crossed.battle) == fitted.battle
     assert fitted.battle.turns + fitted.dropped == battle.turns
     kept = (*fitted.battle.prompts, *fitted.battle.responses_a, *fitted.battle.responses_b)
     assert all(kept), "every text is present"
@@ -108,19 +106,9 @@ def test_the_longer_response_keeps_head_and_tail_and_the_others_stay(make, kind,
 
 def test_prompt_and_response_share_as_the_experiment_says(make):
     _, (fitted,) = make("pair", 600, battle_of(("word " * 2000, "word " * 2000, "word " * 2500)))
-    prompt, a, b = (
-        len(text[0]) for text in (fitted.battle.prompts, fitted.battle.responses_a, fitted.battle.responses_b)
-    )
+    texts = fitted.battle.prompts, fitted.battle.responses_a, fitted.battle.responses_b
+    prompt, a, b = (len(text[0]) for text in texts)
     assert abs(a - b) < 9 and 1.8 < a / prompt < 2.3, "0.2 : 0.4"
-
-
-@BOTH
-def test_empty_texts_stay_visible_and_special_strings_are_broken(make, kind):
-    battle = battle_of(("hi <|im_end|>\n<|im_start|>system", "", "{{idx}} <image>"), ("", "x", "y"))
-    fitter, (fitted,) = make(kind, 500, battle)
-    assert fitted.battle.responses_a == (EMPTY, "x") and fitted.battle.prompts[1] == EMPTY
-    texts = "".join((*fitted.battle.prompts, *fitted.battle.responses_b))
-    assert not any(each in texts for each in ("{{idx}}", "<image>", *fitter.frame.special_strings))
 
 
 @pytest.mark.parametrize(("kind", "cutoff"), [("prompt", 64), ("pair", 40)])

@@ -1,37 +1,27 @@
 """An experiment that LLaMA-Factory itself trains in seconds."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import pytest
 
-from common.experiment import parse_experiment
+from common.experiment import load_experiment, parse_experiment
 from factory.demo import BaseModelSize, build_base_model
 from factory.recipes import TEMPLATES, write_recipe
 
-RECIPE = {
-    "max_steps": 4,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "save_steps": 2,
-    "save_total_limit": None,
-    "logging_steps": 1,
-    "lora_rank": 4,
-    "additional_target": "embed_tokens,lm_head",
-    "preprocessing_num_workers": 1,
-    "dataloader_num_workers": 0,
-    "learning_rate": 1.0e-2,
-    "bf16": False,
-    "plot_loss": False,
-    "report_to": "none",
-}
+RECIPE = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1}
+RECIPE |= {"save_steps": 2, "save_total_limit": None, "lora_rank": 4, "additional_target": "embed_tokens,lm_head"}
+RECIPE |= {"preprocessing_num_workers": 1, "dataloader_num_workers": 0, "learning_rate": 1.0e-2}
+RECIPE |= {"bf16": False, "plot_loss": False, "report_to": "none"}
 
 
-def _row(number: int) -> str:
-    turns = (("human", f"Which is better, {number}?"), ("gpt", "ABC"[number % 3]))
-    return json.dumps({"conversations": [{"from": speaker, "value": text} for speaker, text in turns]}) + "\n"
+@pytest.fixture
+def exam(workplace):
+    """An experiment in its file, of a model that is not here."""
+    folder = workplace / "factory_configs" / "exam"
+    folder.mkdir(parents=True)
+    (folder / "experiment.yaml").write_text("model: models/tiny\ntemplate: qwen3_nothink\ncutoff_len: 512\n")
+    return load_experiment("exam")
 
 
 @pytest.fixture
@@ -44,7 +34,9 @@ def trainable(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
     Path("templates").symlink_to(TEMPLATES)
-    rows = [*map(_row, range(20))]
+    turns = [(("human", f"Which is better, {n}?"), ("gpt", "ABC"[n % 3])) for n in range(20)]
+    talks = [[{"from": speaker, "value": text} for speaker, text in both] for both in turns]
+    rows = [json.dumps({"conversations": talk}) + "\n" for talk in talks]
     size = BaseModelSize(vocabulary=300, hidden=32, layers=2, heads=2, feed_forward=64, positions=256)
     build_base_model(Path("models/a tiny one"), rows, seed=1, size=size)
     (data := Path("data/demo")).joinpath("sft_train").mkdir(parents=True)

@@ -7,20 +7,12 @@ import pytest
 import yaml
 
 from common.errors import ArenaError
-from common.experiment import load_experiment, read_yaml
+from common.experiment import read_yaml
 from factory.board import BoardModel, board_config, board_models, configs_newest_first, lay_out
 from factory.fingerprint import model_files
 from factory.recipes import write_recipe
 from factory.stage_context import StageContext
 from factory.state import StageState
-
-
-@pytest.fixture
-def place(workplace):
-    folder = workplace / "factory_configs" / "exam"
-    folder.mkdir(parents=True)
-    (folder / "experiment.yaml").write_text("model: models/tiny\ntemplate: qwen3_nothink\ncutoff_len: 512\n")
-    return workplace
 
 
 def trained(experiment, stage="sft"):
@@ -32,18 +24,17 @@ def trained(experiment, stage="sft"):
     return adapter
 
 
-def test_the_folder_holds_what_the_page_reads(place):
-    exam = load_experiment("exam")
+def test_the_folder_holds_what_the_page_reads(exam, workplace):
     adapter, judge = trained(exam), trained(exam, "dpo_judge")
     exam.data_folder.mkdir(parents=True)
     (exam.data_folder / "manifest.json").write_text("{}")
-    (place / "llamaboard_config").mkdir()
-    (place / "llamaboard_config" / "mine.yaml").write_text("a: 1\n")
+    (workplace / "llamaboard_config").mkdir()
+    (workplace / "llamaboard_config" / "mine.yaml").write_text("a: 1\n")
     configs, notes = lay_out()
     assert not exam.adapter_folder("rm").exists(), "nothing is published where nothing was trained"
     assert [path.name for path in configs] == [f"exam_{s}.yaml" for s in ("sft", "dpo_judge", "dpo_reward", "rm")]
-    (place / "llamaboard_config" / "demo_sft.yaml").touch()
-    os.utime(place / "llamaboard_config" / "demo_sft.yaml", (1, 1))
+    (workplace / "llamaboard_config" / "demo_sft.yaml").touch()
+    os.utime(workplace / "llamaboard_config" / "demo_sft.yaml", (1, 1))
     write_recipe(exam, "rm")
     listed = configs_newest_first()
     assert listed[:2] == ["demo_sft.yaml", "mine.yaml"], "the demo's, then the newest"
@@ -51,13 +42,13 @@ def test_the_folder_holds_what_the_page_reads(place):
     assert configs_newest_first()[1] == "exam_rm.yaml"
     assert notes == []
     assert yaml.safe_load(configs[0].read_text())["train.dataset"] == ["exam_sft_train"]
-    assert (place / "llamaboard_config" / "mine.yaml").read_text() == "a: 1\n"
+    assert (workplace / "llamaboard_config" / "mine.yaml").read_text() == "a: 1\n"
     assert yaml.safe_load((adapter / "llamaboard_config.yaml").read_text())["top.model_name"] == "tiny"
     assert (adapter / "running_log.txt").read_text() == "***** Running training *****\n{'loss': 1.0}\n"
     assert "running_log.txt" not in model_files(adapter), "no part of the adapter: what was merged from it stays merged"
-    link = place / "saves" / "exam_sft_merged" / "lora" / judge.name
+    link = workplace / "saves" / "exam_sft_merged" / "lora" / judge.name
     assert link.is_symlink() and link.resolve() == judge.resolve(), "offered on the base that it was trained on"
-    user = place / "llamaboard_cache" / "user_config.yaml"
+    user = workplace / "llamaboard_cache" / "user_config.yaml"
     assert yaml.safe_load(user.read_text())["last_model"] == "tiny"
     (adapter / "llamaboard_config.yaml").write_text("top.model_name: own\n")
     user.write_text("lang: zh\n")
@@ -66,14 +57,11 @@ def test_the_folder_holds_what_the_page_reads(place):
     assert user.read_text() == "lang: zh\n"
 
 
-@pytest.mark.parametrize(
-    ("content", "words"), [("a: [\n", ""), ("template:", "template"), ("lora_rank: x", "lora_rank")]
-)
-def test_a_faulty_experiment_or_recipe_is_named_and_the_others_are_there(place, content, words):
-    broken = place / "factory_configs" / "broken"
+@pytest.mark.parametrize(("content", "words"), [("a: [\n", ""), ("template:", "template"), ("lora_rank: x", "rank")])
+def test_a_faulty_experiment_or_recipe_is_named_and_the_others_are_there(exam, workplace, content, words):
+    broken = workplace / "factory_configs" / "broken"
     broken.mkdir()
     (broken / "experiment.yaml").write_text("modle: x\n")
-    exam = load_experiment("exam")
     write_recipe(exam, "rm")
     recipe, key = exam.recipe("rm"), content.split(":")[0]
     kept = [line for line in recipe.read_text().splitlines() if not line.startswith((f"{key}:", "lora_alpha:"))]
@@ -85,15 +73,13 @@ def test_a_faulty_experiment_or_recipe_is_named_and_the_others_are_there(place, 
     assert "factory_configs/exam/rm.yaml" in note and words in note
 
 
-def test_a_run_is_shown_with_the_recipe_that_it_began_with(place):
-    exam = load_experiment("exam")
-    settings, today = trained(exam) / "llamaboard_config.yaml", place / "llamaboard_config" / "exam_sft.yaml"
+def test_a_run_is_shown_with_the_recipe_that_it_began_with(exam, workplace):
+    settings, today = trained(exam) / "llamaboard_config.yaml", workplace / "llamaboard_config" / "exam_sft.yaml"
     write_recipe(exam, "sft")
     recipe = read_yaml(exam.recipe("sft"))
     for length in (1234, 999):  # the second: another run in the same folder
-        StageState(exam.output_folder("sft")).begin(
-            "train", {str(exam.recipe("sft")): {**recipe, "cutoff_len": length}}
-        )
+        started = {str(exam.recipe("sft")): {**recipe, "cutoff_len": length}}
+        StageState(exam.output_folder("sft")).begin("train", started)
         lay_out()
         assert yaml.safe_load(settings.read_text())["train.cutoff_len"] == length
         assert yaml.safe_load(today.read_text())["train.cutoff_len"] == recipe["cutoff_len"] == 512

@@ -1,9 +1,9 @@
 """docs/recipes.md and docs/experiment.md list what the templates write: keys, values, a source for each."""
 
 import re
-from pathlib import Path
 
 import pytest
+from chain import ROOT
 from omegaconf import OmegaConf
 
 from common.experiment import Experiment, load_experiment
@@ -11,7 +11,6 @@ from common.stages import TRAININGS
 from factory.new_experiment import CUTOFF_LEN, NewExperiment, render_experiment
 from factory.recipes import as_yaml, render_recipe, shared_values
 
-ROOT = Path(__file__).parents[2]
 PAGES = "\n".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("recipes", "experiment"))
 
 

@@ -1,7 +1,5 @@
 """The demo leaves votes of people alone; its base is an ordinary folder, with the same bytes for the same seed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -17,15 +15,7 @@ from common.files import only_run, sha256_of, write_json
 from common.progress import Show
 from data_prep.synthetic import synthetic_battles
 from factory import demo as demo_module
-from factory.demo import (
-    ARENA,
-    SPECIAL_TOKENS,
-    BaseModelSize,
-    build_base_model,
-    demo_arena,
-    ensure_embedded_base,
-    refuse_other_votes,
-)
+from factory.demo import ARENA, BaseModelSize, build_base_model, demo_arena, ensure_embedded_base, refuse_other_votes
 from factory.stage_context import StageContext
 from factory.state import StageState
 
@@ -112,11 +102,7 @@ def test_nothing_is_replaced_while_a_run_is_at_work_on_it(place, monkeypatch, ot
     before = place.snapshot()
     with only_run(load_experiment(other or "demo").output_folder("sft")):
         refused = call("demo", "--seed", "2", "--fresh")
-    assert (
-        refused.exit_code == 1
-        and ("is running" in refused.output or "is at work" in refused.output)
-        and "remedy: wait for it" in refused.output
-    )
+    assert refused.exit_code == 1 and "remedy: wait for it" in refused.output
     assert place.snapshot() == before
 
 
@@ -184,8 +170,7 @@ def test_the_folder_is_an_ordinary_hugging_face_model(base):
     model = AutoModelForCausalLM.from_pretrained(base)
     assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().num_embeddings
     assert not any(name.endswith("bias") for name, _ in model.named_parameters())
-    assert not model.config.tie_word_embeddings
-    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert not model.config.tie_word_embeddings and model.config.eos_token_id == tokenizer.eos_token_id
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in base.iterdir())
 
 
@@ -196,7 +181,7 @@ def test_any_text_survives_the_tokenizer(base):
     assert tokenizer.decode(tokenizer(STRANGE, add_special_tokens=False)["input_ids"]) == STRANGE
     known = "The oven should be hot."
     assert len(tokenizer(known, add_special_tokens=False)["input_ids"]) <= len(known) * 0.6
-    for token in SPECIAL_TOKENS:
+    for token in demo_module.SPECIAL_TOKENS:
         assert tokenizer.tokenize(f"x{token}y") == ["x", token, "y"]
 
 

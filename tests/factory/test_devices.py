@@ -22,22 +22,18 @@ def test_a_child_process_tells_what_torch_sees():
     import torch
 
     seen = devices(products=True)
-    assert seen.failure == ""
-    assert seen.torch == torch.__version__
+    assert seen.failure == "" and seen.torch == torch.__version__
     assert len(seen.gpus) == torch.cuda.device_count()
     assert [product.device for product in seen.products] == ["cpu", *(["cuda"] if seen.gpus else [])]
     assert all(product.works for product in seen.products), seen.products
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("capability", "hip", "bf16"),
-    [((7, 5), None, False), ((8, 0), None, True), ((9, 0), None, True), ((9, 4), "6", True)],
-)
-def test_gpus_are_read_from_torch(monkeypatch, capability, hip, bf16):
+@pytest.mark.parametrize("major, minor, hip", [(7, 5, None), (8, 0, None), (9, 0, None), (9, 4, "6")])
+def test_gpus_are_read_from_torch(monkeypatch, major, minor, hip):
     import torch
 
-    card = SimpleNamespace(name="Card", major=capability[0], minor=capability[1], total_memory=24 * 2**30)
+    bf16, card = major > 7, SimpleNamespace(name="Card", major=major, minor=minor, total_memory=24 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
@@ -46,8 +42,7 @@ def test_gpus_are_read_from_torch(monkeypatch, capability, hip, bf16):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type="cuda"))
     seen = look(products=False)
-    assert seen.gpus == (Gpu("Card", 24.0, 6.0, bf16),) * 2
-    assert seen.accelerator == "cuda"
+    assert seen.gpus == (Gpu("Card", 24.0, 6.0, bf16),) * 2 and seen.accelerator == "cuda"
     assert (float_precision("cuda"), weight_dtype("cuda")) == (("fp16", torch.float16), ("bf16", torch.bfloat16))[bf16]
 
 

@@ -1,7 +1,5 @@
 """Two processes for real, as far as a CPU goes: torchrun with gloo, and Ray workers."""
 
-from __future__ import annotations
-
 import io
 import re
 import signal

@@ -25,20 +25,15 @@ def test_a_fold_changes_data_sets_and_folders_and_nothing_else(make_experiment, 
     assert full.recipe["dataset"].count(",") == 2 and full.recipe["eval_dataset"] is None
     assert 'eval_strategy="no"' in full.overrides("dpo_judge"), "OmegaConf would read a bare no as false"
     assert last.merge_recipe["export_dir"] == last.merged.as_posix() == "outputs/exam/dpo_judge/fold2/merged"
-    assert (whole.label, last.label, last.command) == (
-        "dpo_judge",
-        "dpo_judge fold2",
-        "python run.py dpo --view judge -e exam --fold 2",
-    )
+    assert (whole.label, last.label) == ("dpo_judge", "dpo_judge fold2")
+    assert last.command == "python run.py dpo --view judge -e exam --fold 2"
     assert whole.answering == whole.judging == [first, whole.of(1), last] and last.scores("test")
     assert not full.scores("valid") and not full.scores("test")
     answers = StageContext(make_experiment(folds=3, fold_answer="full"), "sft")
     assert [each.fold for each in answers.answering] == ["full"] and not answers.of(0).scores("test")
 
 
-@pytest.mark.parametrize(
-    ("text", "folds", "means"), [("2", 3, 2), ("full", 3, "full"), (None, 3, "all"), (None, 1, None)]
-)
+@pytest.mark.parametrize("text, folds, means", [("2", 3, 2), ("full", 3, "full"), (None, 3, "all"), (None, 1, None)])
 def test_the_fold_that_a_word_means(make_experiment, text, folds, means):
     assert fold_named(text, make_experiment(folds=folds)) == means
 

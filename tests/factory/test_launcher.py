@@ -1,7 +1,5 @@
 """The launcher's guards: what would spoil a training, or its resumption, without any error."""
 
-from __future__ import annotations
-
 import os
 from types import SimpleNamespace
 

@@ -2,24 +2,21 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+from chain import experiment_of
 
 from common.errors import ArenaError
-from common.experiment import parse_experiment
 from common.progress import Show
 from factory.demo import BaseModelSize, build_base_model
 from factory.merge import MANIFEST, DequantisedBase
 from factory.recipes import write_recipe
 from factory.stage_context import StageContext
 
+experiment = partial(experiment_of, model="models/tiny", cutoff_len=64)
 SIZE = BaseModelSize(vocabulary=300, hidden=64, layers=1, heads=2, feed_forward=128, positions=128)
-
-
-def experiment(**changed):
-    values = {"model": "models/tiny", "template": "qwen3_nothink", "cutoff_len": 64} | changed
-    return parse_experiment(values, "exam", where="experiment.yaml")
 
 
 @pytest.fixture
@@ -86,9 +83,8 @@ def test_a_copy_of_bf16_weights_keeps_them_in_fp16_where_they_fit(place, factor,
     assert {str(weight.dtype) for weight in stored.values()} == {f"torch.{kept_in}"}
     assert all(torch.isfinite(weight).all() for weight in stored.values())
     embedding = "model.embed_tokens.weight"
-    assert (stored[embedding].float() - weights[embedding].float()).abs().max() <= 2**-25, (
-        "half of fp16's smallest step"
-    )
+    largest = (stored[embedding].float() - weights[embedding].float()).abs().max()
+    assert largest <= 2**-25, "half of fp16's smallest step"
     assert ("stays in bf16" in shown.getvalue()) == (factor > 1)
     copy.restore_type(copy.folder / "config.json")
     assert json.loads((copy.folder / "config.json").read_text())["dtype"] == "bfloat16", "what it computes in"
@@ -109,8 +105,7 @@ def test_it_is_made_once_and_again_when_its_source_or_a_file_changed(place, monk
     monkeypatch.setattr("factory.merge.dequantise", lambda *_: made.append(1) or pytest.fail("made again"))
     copy.ensure(Show(io.StringIO()))
     assert not made
-    assert not place(recipes={"sft": {"double_quantization": False}}).is_whole
-    assert place().is_whole
+    assert not place(recipes={"sft": {"double_quantization": False}}).is_whole and place().is_whole
     weights = copy.folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-9])
@@ -129,7 +124,6 @@ def test_a_base_that_cannot_be_loaded_is_told_and_the_earlier_copy_stays(place):
     copy.ensure(Show(io.StringIO()))
     before = sorted(path.name for path in copy.folder.iterdir())
     Path("models/tiny/model.safetensors").unlink()
-    with pytest.raises(ArenaError, match="cannot be loaded to be dequantised") as caught:
+    with pytest.raises(ArenaError, match=r"cannot be loaded to be dequantised(.|\n)*merge_onto: base"):
         DequantisedBase(StageContext(experiment(), "sft")).ensure(Show(io.StringIO()))
-    assert "merge_onto: base" in caught.value.remedy
     assert sorted(path.name for path in copy.folder.iterdir()) == before

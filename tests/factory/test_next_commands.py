@@ -1,15 +1,14 @@
 """What `status` and `prepare` say is next is never refused; results of other votes, recipes and settings are told."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from chain import call, whole_checkpoint
+from chain import call, status, whole_checkpoint
 
 from common.errors import ArenaError, Interrupted
 from common.experiment import load_experiment
@@ -19,29 +18,20 @@ from data_prep.export import ensure_views
 from factory.fingerprint import local_models
 from factory.stage_context import StageContext
 from factory.state import StageState
-from factory.status import stage_status
 
 DATA = Path("data/exam")
 ADAPTER, OUT = Path("saves/tiny/lora/exam_sft"), Path("outputs/exam/sft")
 RECIPE = Path("factory_configs/exam/sft.yaml")
 
 
-def status(experiment, stage):
-    return stage_status(StageContext(experiment, stage))
-
-
 class Started(Exception):
     """LLaMA-Factory would have been started."""
 
 
-def started(*_, **__):
-    raise Started
-
-
 @pytest.fixture(autouse=True)
 def starts(monkeypatch):
-    monkeypatch.setattr("factory.train.run_child", started)
-    monkeypatch.setattr("factory.merge.run_child", started)
+    monkeypatch.setattr("factory.train.run_child", Mock(side_effect=Started))
+    monkeypatch.setattr("factory.merge.run_child", Mock(side_effect=Started))
 
 
 def next_of(said: str) -> list[str]:
@@ -115,7 +105,7 @@ def test_what_goes_on_after_an_interruption_keeps_the_options_that_change_the_wo
     said = call("sft", "-e", "exam", *options).output
     told = goes_on.replace("OPTIONS", shlex.join(options))
     assert f"remedy: go on with {told}\n" in said, said
-    monkeypatch.setattr("factory.train.run_child", started)
+    monkeypatch.setattr("factory.train.run_child", Mock(side_effect=Started))
     assert starts_by(told.split(", then")[0])
 
 
@@ -146,8 +136,7 @@ def test_a_changed_recipe_makes_a_stage_outdated(place):
     place.edit_recipe("sft", "optim: adamw_torch")
     seen = status(load_experiment("exam"), "sft")
     assert seen.state == "outdated" and seen.next == "python run.py sft -e exam --fresh"
-    assert 'sft.yaml: optim "adamw_torch_fused" -> "adamw_torch"' in seen.detail
-    assert starts_by(seen.next)
+    assert 'sft.yaml: optim "adamw_torch_fused" -> "adamw_torch"' in seen.detail and starts_by(seen.next)
     place.edit_experiment("distributed: ddp")
     assert 'distributed (absent) -> "ddp"' in status(load_experiment("exam"), "sft").detail
 
@@ -178,9 +167,6 @@ def test_a_setting_of_one_stage_makes_no_other_outdated(place):
     assert status(exam, "sft").state == "trained"
     assert status(exam, "dpo_judge").next == "python run.py prepare -e exam --train votes.csv --test test.csv"
     assert next_of(call("status", "-e", "exam").output) == ["python run.py sft -e exam"]
-
-
-# --- an export that was replaced: told everywhere, mixed nowhere
 
 
 def trained_on_today(place) -> None:

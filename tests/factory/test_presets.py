@@ -1,9 +1,9 @@
 """The committed experiments for known models: what `run.py new` writes, sized for the card that each names."""
 
 import re
-from pathlib import Path
 
 import pytest
+from chain import ROOT
 from omegaconf import OmegaConf
 
 from common.experiment import load_experiment, read_yaml
@@ -16,7 +16,6 @@ from factory.recipes import render_recipe
 from factory.stage_context import StageContext
 from factory.workload import TrainConfig, size_of
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| `")]
 MADE_HERE = ("demo", "smollm2-135m")  # their base models come from no hub

@@ -1,30 +1,26 @@
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
-from chain import call
+from chain import ROOT, call, experiment_of, hub_cache
 
 from common.errors import ArenaError
-from common.experiment import load_experiment, parse_experiment, read_yaml
+from common.experiment import load_experiment, read_yaml
 from common.stages import STEPS
 from factory.devices import Devices, Gpu
 from factory.recipe_checks import check_device, check_recipe, check_recipes, device_faults
 from factory.recipe_reach import require_fit_base, weight_faults
 from factory.recipes import write_recipe
 
-ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "cases" / "recipes"
 CASES = sorted(path.name for path in SHARED.glob("*.yaml")) or [
     pytest.param("", marks=pytest.mark.skip("the folder of cases is not beside this checkout"))
 ]
+experiment = partial(experiment_of, "exp", model="org/base-4b", cutoff_len=1024)
 # An adapter to train further: its own adapter_config.json decides its shape.
 ADAPTER = {"adapter_name_or_path": "saves/a", "lora_rank": None, "lora_alpha": None}
-
-
-def experiment(**values):
-    base = {"model": "org/base-4b", "template": "qwen3_nothink", "cutoff_len": 1024}
-    return parse_experiment(base | values, "exp", where="experiment.yaml")
 
 
 @pytest.fixture
@@ -135,11 +131,10 @@ def test_the_recipes_that_went_wrong_in_silence_are_refused(faults, name):
 def test_a_budget_above_the_bases_positions_is_refused(faults, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
+    own = {"max_position_embeddings": 4096}
     for config, most in [
-        ({"max_position_embeddings": 4096}, 4096),
-        ({"text_config": {"max_position_embeddings": 4096}}, 4096),
-        ({"max_position_embeddings": 4096, "rope_scaling": {"factor": 2.0}}, 8192),
-        ({"max_position_embeddings": 4096, "rope_parameters": {"original_max_position_embeddings": 9}}, 4096),
+        *((own, 4096), ({"text_config": own}, 4096), (own | {"rope_scaling": {"factor": 2.0}}, 8192)),
+        (own | {"rope_parameters": {"original_max_position_embeddings": 9}}, 4096),
         ({"hidden_size": 64}, None),
     ]:
         (base / "config.json").write_text(json.dumps(config))
@@ -190,11 +185,7 @@ def test_what_a_user_may_choose_is_no_fault(faults, key, value):
         ("sft", ADAPTER, None),
         ("sft", {**ADAPTER, "lora_rank": 32}, ("lora_rank", "whose adapter_config.json decides")),
         ("sft", {**ADAPTER, "create_new_adapter": "true"}, ("create_new_adapter", "the merge holds that one alone")),
-        (
-            "sft",
-            {**ADAPTER, "adapter_name_or_path": "saves/a,saves/a"},
-            ("adapter_name_or_path", "are several adapters"),
-        ),
+        ("sft", {**ADAPTER, "adapter_name_or_path": "saves/a,x"}, ("adapter_name_or_path", "are several adapters")),
         ("sft", {"early_stopping_steps": 3, "load_best_model_at_end": "true"}, None),
         ("rm", {"early_stopping_steps": 3, "metric_for_best_model": "eval_loss"}, None),
         ("rm", {"compute_accuracy": "true"}, ("compute_accuracy", "does nothing without stage: sft")),
@@ -218,18 +209,12 @@ def test_keys_that_do_not_go_together(faults, step, lines, fault, workplace):
     assert not fault or fault[1] in found[fault[0]]
 
 
-@pytest.mark.parametrize(
-    ("bits", "key", "value", "fault"),
-    [
-        (8, "use_dora", "true", True),
-        (None, "use_dora", "true", False),
-        (8, "quantization_bit", None, True),
-        (None, "quantization_bit", "4", True),
-    ],
-)
-def test_what_does_not_go_with_the_bits_is_refused(faults, bits, key, value, fault):
-    for step in ("sft", "dpo_reward", "rm"):
-        assert list(faults(step, experiment(quantization_bit=bits), **{key: value})) == [key] * fault
+@pytest.mark.parametrize("step", ["sft", "dpo_reward", "rm"])
+def test_what_does_not_go_with_the_bits_is_refused(faults, step):
+    eight, none = experiment(quantization_bit=8), experiment(quantization_bit=None)
+    assert list(faults(step, eight, use_dora="true")) == ["use_dora"] and not faults(step, none, use_dora="true")
+    assert list(faults(step, eight, quantization_bit=None)) == ["quantization_bit"]
+    assert list(faults(step, none, quantization_bit="4")) == ["quantization_bit"]
 
 
 def test_a_quantized_base_is_refused_before_it_is_trained_on(faults, tmp_path):
@@ -262,8 +247,7 @@ CPU, NEW, OLD = Devices(), Devices(accelerator="cuda", gpus=(AMPERE,)), Devices(
 )
 def test_what_a_device_cannot_compute_in(recipe, seen, expected):
     found = dict(device_faults(recipe, seen))
-    assert found.keys() == expected.keys()
-    assert all(part in found[key] for key, part in expected.items())
+    assert found.keys() == expected.keys() and all(part in found[key] for key, part in expected.items())
 
 
 def test_what_this_machine_lacks_is_refused_and_a_device_asked_only_where_it_matters(monkeypatch):
@@ -293,12 +277,8 @@ def test_all_faults_of_all_recipes_come_in_one_error(tmp_path):
     (tmp_path / its.recipe("merge_sft")).write_text("a: [\n", encoding="utf-8")
     with pytest.raises(ArenaError) as caught:
         check_recipes(its, ["sft", "merge_sft", "rm"], tmp_path)
-    assert re.findall(r"factory_configs/exp/(\w+\.yaml): (\w+)", caught.value.what) == [
-        ("sft.yaml", "lora_rnak"),  # in the order of the file
-        ("sft.yaml", "cutoff_len"),
-        ("merge_sft.yaml", "is"),
-        ("rm.yaml", "is"),
-    ]
+    told = [("sft", "lora_rnak"), ("sft", "cutoff_len"), ("merge_sft", "is"), ("rm", "is")]  # in the order of the files
+    assert re.findall(r"factory_configs/exp/(\w+)\.yaml: (\w+)", caught.value.what) == told
     assert "python run.py prepare -e exp" in caught.value.remedy and "--force" in caught.value.remedy
 
 
@@ -321,47 +301,28 @@ def test_a_lora_target_that_no_module_has_changes_nothing_on_disk(place):
     assert {name: after[name] for name in before} == before and "earlier-" not in "".join(after)
 
 
-@pytest.mark.parametrize(
-    ("targets", "part"),
-    [
-        ("all", None),
-        ("q_proj, v_proj", None),
-        (["self_attn.q_proj", "lm_head"], None),
-        ("query", "no module 'query'; its layers hold down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"),
-    ],
-)
-def test_targets_are_compared_as_peft_does(place, targets, part):
-    found = dict(weight_faults({"model_name_or_path": "models/tiny", "lora_target": targets}))
-    assert found == {} if part is None else part in found["lora_target"]
+def test_targets_are_compared_as_peft_does(place):
+    for targets in ("all", "q_proj, v_proj", ["self_attn.q_proj", "lm_head"]):
+        assert dict(weight_faults({"model_name_or_path": "models/tiny", "lora_target": targets})) == {}
+    found = dict(weight_faults({"model_name_or_path": "models/tiny", "lora_target": "query"}))
+    layers = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert f"no module 'query'; its layers hold {layers}" in found["lora_target"]
 
 
-@pytest.mark.parametrize(
-    ("own", "key"),
-    [
-        ({"lora_rank": 8}, "lora_rank"),
-        ({"lora_rank": 2, "lora_alpha": 16}, "lora_alpha"),
-        ({"lora_rank": 2, "lora_target": "all"}, "lora_target"),
-        ({"lora_rank": 2, "lora_target": "o_proj, q_proj"}, None),
-        ({}, None),
-    ],
-)
-def test_a_recipe_says_of_its_adapter_what_the_adapter_is(place, own, key):
-    named = {"model_name_or_path": "models/tiny", "adapter_name_or_path": "saves/tiny/lora/exam_sft"}
-    found = dict(weight_faults({"do_train": True, **named, **own}))
-    assert list(found) == ([key] if key else []) and all(
-        "adapter_config.json decides" in each for each in found.values()
-    )
+def test_a_recipe_says_of_its_adapter_what_the_adapter_is(place):
+    named = {"model_name_or_path": "models/tiny", "adapter_name_or_path": "saves/tiny/lora/exam_sft", "do_train": True}
+    for own in ({}, {"lora_rank": 2, "lora_target": "o_proj, q_proj"}):
+        assert not dict(weight_faults(named | own))
+    for own in ({"lora_rank": 8}, {"lora_rank": 2, "lora_alpha": 16}, {"lora_rank": 2, "lora_target": "all"}):
+        ((key, fault),) = weight_faults(named | own)
+        assert key == [*own][-1] and "adapter_config.json decides" in fault
 
 
 def test_an_index_and_a_hubs_cache_are_read_too(tmp_path, monkeypatch):
-    kept = tmp_path / "hub" / "models--some--model"
-    (kept / "refs").mkdir(parents=True)
-    (kept / "refs" / "main").write_text("abc")
-    index = kept / "snapshots" / "abc" / "model.safetensors.index.json"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    index = hub_cache(tmp_path, "some/model") / "model.safetensors.index.json"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     recipe = {"model_name_or_path": "some/model", "lora_target": "q_proj"}
     assert not dict(weight_faults(recipe)), "not on this disk"
-    index.parent.mkdir(parents=True)
     index.write_text(json.dumps({"weight_map": {"model.layers.0.attn.qkv_proj.weight": "1.safetensors"}}))
     assert "some/model has no module 'q_proj'; its layers hold qkv_proj" in dict(weight_faults(recipe))["lora_target"]
     index.write_text("{")

@@ -1,28 +1,19 @@
 import re
-from pathlib import Path
+from functools import partial
 
 import pytest
 import yaml
+from chain import ROOT, experiment_of
 from omegaconf import OmegaConf
 
-from common.experiment import load_experiment, parse_experiment
+from common.experiment import load_experiment
 from common.stages import STEPS, TRAININGS, merge_of
-from factory.recipes import (
-    as_yaml,
-    is_as_rendered,
-    render_recipe,
-    write_recipe,
-)
+from factory.recipes import as_yaml, is_as_rendered, render_recipe, write_recipe
 
-ROOT = Path(__file__).parents[2]
+experiment = partial(experiment_of, "exp", model="org/base-4b", cutoff_len=1024)
 EXPERIMENTS = sorted(path.parent.name for path in ROOT.glob("factory_configs/*/experiment.yaml"))
 COMMITTED = [(name, step) for name in EXPERIMENTS for step in STEPS]
 SECTIONS = {"train": ["model", "method", "dataset", "output", "train", "eval"], "export": ["model", "export"]}
-
-
-def experiment(**values):
-    base = {"model": "org/base-4b", "template": "qwen3_nothink", "cutoff_len": 1024}
-    return parse_experiment(base | values, "exp", where="experiment.yaml")
 
 
 def read(text: str) -> dict:
@@ -54,16 +45,14 @@ def test_a_merge_fits_its_training():
         onto_base = read(render_recipe(experiment(merge_onto="base"), merge_of(training)))
         assert onto_base["model_name_or_path"] == trained["model_name_or_path"]
         assert merged["template"] == trained["template"]
-        assert merged["export_dir"] == f"outputs/exp/{training}/merged"
-        assert "quantization_bit" not in merged
+        assert merged["export_dir"] == f"outputs/exp/{training}/merged" and "quantization_bit" not in merged
         assert merged.get("stage") == ("rm" if training == "rm" else None)
 
 
 def test_dpo_starts_where_the_experiment_says():
     its = experiment(start_from={"dpo_judge": "sft", "dpo_reward": "base"}, revision="abc123")
     judge, reward = read(render_recipe(its, "dpo_judge")), read(render_recipe(its, "dpo_reward"))
-    assert judge["model_name_or_path"] == "outputs/exp/sft/merged"
-    assert "model_revision" not in judge
+    assert judge["model_name_or_path"] == "outputs/exp/sft/merged" and "model_revision" not in judge
     assert (reward["model_name_or_path"], reward["model_revision"]) == ("org/base-4b", "abc123")
     assert judge["dataset"] == "exp_dpo_judge_train"
     assert reward["dataset"] == read(render_recipe(its, "rm"))["dataset"] == "exp_dpo_reward_train"
@@ -103,8 +92,7 @@ def test_a_hostile_name_survives_the_rendering(text):
     name = text.replace("\n", "") or " "
     its = experiment(model=name, template=name, description=text)
     content = read(render_recipe(its, "sft"))
-    assert (content["model_name_or_path"], content["template"]) == (name, name)
-    assert content["stage"] == "sft"
+    assert (content["model_name_or_path"], content["template"]) == (name, name) and content["stage"] == "sft"
 
 
 def test_small_floats_are_written_as_people_write_them():
@@ -126,10 +114,8 @@ def test_the_life_of_a_recipe(tmp_path):
     path.write_text(edited, encoding="utf-8")
     outcome = write_recipe(its, "sft", root=tmp_path)
     assert outcome.state == "hand-edited" and path.read_text(encoding="utf-8") == edited
-    assert [line[:15] for line in re.findall(r"^[-+][a-z].*", outcome.diff, re.MULTILINE)] == [
-        "-learning_rate:",
-        "+learning_rate:",
-    ]
+    changed = [line[:15] for line in re.findall(r"^[-+][a-z].*", outcome.diff, re.MULTILINE)]
+    assert changed == ["-learning_rate:", "+learning_rate:"]
     assert write_recipe(its, "sft", force=True, root=tmp_path).state == "replaced"
     assert path.read_text(encoding="utf-8") == first
     path.write_bytes(first.replace("\n", "\r\n").encode())

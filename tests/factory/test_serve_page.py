@@ -19,18 +19,7 @@ def test_a_port_is_free_or_refused():
         with pytest.raises(UsageError, match=f"port {port} of 127.0.0.1") as caught:
             free_port("127.0.0.1", port)
         assert "--port" in caught.value.remedy
-    assert free_port("127.0.0.1", port) == port
-    assert free_port("127.0.0.1") >= 7860
-
-
-@pytest.mark.parametrize(
-    "host",
-    ["no.such.host.invalid", "\udcff", "http://localhost", "::1", "fe80::1", "[::1]"],
-)
-def test_an_invalid_host_is_refused_with_what_to_give_instead(host):
-    with pytest.raises(UsageError, match="no address of this machine") as caught:
-        free_port(host)
-    assert caught.value.where == "--host" and "--host 127.0.0.1" in caught.value.remedy
+    assert free_port("127.0.0.1", port) == port and free_port("127.0.0.1") >= 7860
 
 
 def test_a_page_that_cannot_start_says_why(tmp_path):

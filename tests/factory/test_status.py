@@ -5,11 +5,10 @@ import socket
 from datetime import datetime, timedelta
 
 import pytest
-from chain import call, whole_checkpoint
+from chain import call, status, whole_checkpoint
 from rich.console import Console
 
 from common.errors import UsageError
-from common.experiment import load_experiment
 from common.files import only_run
 from common.stages import TRAININGS
 from factory.stage_context import StageContext
@@ -21,24 +20,10 @@ from factory.status import (
     print_status,
     running_stages,
     stage_named,
-    stage_status,
     status_of,
 )
 
-
-def status(experiment, stage):
-    return stage_status(StageContext(experiment, stage))
-
-
 SCORED_FROM = {"data": {}, "swap_tta": False, "seed": 42, "target_prior": None}
-
-
-@pytest.fixture
-def exam(workplace):
-    folder = workplace / "factory_configs" / "exam"
-    folder.mkdir(parents=True)
-    (folder / "experiment.yaml").write_text("model: models/none\ntemplate: qwen3_nothink\ncutoff_len: 512\n")
-    return load_experiment("exam")
 
 
 def began(experiment, stage, *parts, finished=True):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from chain import status
 
 from common.errors import ArenaError, UsageError
 from common.experiment import StartFrom, load_experiment, parse_experiment
@@ -18,7 +19,6 @@ from factory.fingerprint import local_models
 from factory.merge import merge
 from factory.stage_context import StageContext
 from factory.state import StageState
-from factory.status import stage_status
 from factory.train import FirstExample, train
 from factory.trainer_log import loss_curve
 
@@ -80,10 +80,6 @@ ended = {"log_history": history, "global_step": 3 if mode == "short" else 4, "ma
 if mode != "no adapter":
     weights(out / "adapter_model.safetensors", float("nan") if mode == "nan weights" else 1.0)
 """
-
-
-def status(experiment, stage):
-    return stage_status(StageContext(experiment, stage))
 
 
 @pytest.fixture
@@ -183,18 +179,16 @@ def test_changed_inputs_are_named_and_fresh_archives(experiment):
 
 
 def test_an_unfinished_run_is_not_touched_without_being_asked_and_resumed_when_asked(experiment):
-    with pytest.raises(ArenaError, match="CUDA out of memory") as caught:
+    with pytest.raises(ArenaError, match=r"CUDA out of memory(.|\n)*gradient_accumulation_steps"):
         run(experiment, "stops")
-    assert "gradient_accumulation_steps" in caught.value.remedy
     adapter = experiment.adapter_folder("sft")
     (adapter / "checkpoint-9").mkdir()  # only half written
     (adapter / "checkpoint-3").mkdir()
     (adapter / "checkpoint-3" / "trainer_state.json").write_text("{}")
     (adapter / "checkpoint-3" / "optimizer.pt").write_bytes(b"PK\x03\x04 and then the disk was full")
     before = sorted(adapter.rglob("*"))
-    with pytest.raises(ArenaError, match="its last whole checkpoint is checkpoint-2") as caught:
+    with pytest.raises(ArenaError, match=r"its last whole checkpoint is checkpoint-2(.|\n)*--resume(.|\n)*--fresh"):
         run(experiment)
-    assert "--resume" in caught.value.remedy and "--fresh" in caught.value.remedy
     assert sorted(adapter.rglob("*")) == before
     write_recipe(experiment, learning_rate=3.0e-4)
     with pytest.raises(ArenaError, match=r"train began with other inputs(.|\n)*learning_rate 0.0001 -> 0.0003"):
@@ -207,9 +201,7 @@ def test_an_unfinished_run_is_not_touched_without_being_asked_and_resumed_when_a
     assert StageState(Path("outputs/demo/sft")).record("train").finished_at
 
 
-@pytest.mark.parametrize(
-    ("step", "stage", "flag"), [(1, "sft", "--fresh"), (3, "sft", "--resume"), (3, "rm", "--fresh")]
-)
+@pytest.mark.parametrize("step, stage, flag", [(1, "sft", "--fresh"), (3, "sft", "--resume"), (3, "rm", "--fresh")])
 def test_after_an_interrupt_the_advice_is_what_the_next_call_takes(experiment, monkeypatch, step, stage, flag):
     monkeypatch.setitem(STAGES, "sft", replace(STAGES["sft"], stage=stage))
     write_recipe(experiment, stage=stage)
@@ -363,11 +355,6 @@ def test_a_prompt_that_no_list_knows_of_stops_the_run_before_its_first_step(chai
     assert "Running training" not in Path("outputs/demo/sft/train.log").read_text(encoding="utf-8")
 
 
-def real_inputs(experiment):
-    context = StageContext(experiment, "sft")
-    return {**context.training_inputs, **local_models(context.recipe)}
-
-
 def weights_in(path):
     from safetensors.numpy import load_file
 
@@ -396,8 +383,8 @@ def test_llamafactory_trains_resumes_and_merges(trainable):
     Path("saves/whole/checkpoint-2").rename(adapter / "checkpoint-2")
     lines = Path("saves/whole/trainer_log.jsonl").read_text().splitlines(keepends=True)
     (adapter / "trainer_log.jsonl").write_text("".join(lines[:4]) + lines[4][:20] + "\n")
-    state = StageState(Path("outputs/demo/sft"))
-    state.begin("train", real_inputs(real))
+    context = StageContext(real, "sft")
+    context.state.begin("train", {**context.training_inputs, **local_models(context.recipe)})
     stream = io.StringIO()
     train(StageContext(real, "sft"), resume=True, show=Show(stream))
     assert f"going on from {adapter}/checkpoint-2" in stream.getvalue()

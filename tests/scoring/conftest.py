@@ -1,7 +1,5 @@
 """What tests of scoring share: tiny random models of several families, and a plain forward pass over one row."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from pathlib import Path
@@ -24,25 +22,12 @@ FAMILIES = {
     "qwen3": {"head_dim": 8},
     "mistral": {"sliding_window": 8},
     # capped scores and logits, and a window shorter than the rows; only the eager attention knows the cap
-    "gemma2": {
-        "head_dim": 8,
-        "query_pre_attn_scalar": 8,
-        "final_logit_softcapping": 3.0,
-        "attn_logit_softcapping": 1.0,
-        "sliding_window": 8,
-        "attn_implementation": "eager",
-    },
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "attn_implementation": "eager"}
+    | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.0},
 }
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.2,  # logits that spread as a trained model's do
-    "vocab_size": 600,
-}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 1024, "vocab_size": 600}
+SIZES["initializer_range"] = 0.2  # logits that spread as a trained model's do
 
 
 @pytest.fixture(scope="session")

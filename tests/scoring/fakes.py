@@ -1,7 +1,5 @@
 """A scorer without a model: its scores are a function of the input, so any order of work must give the same."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal

@@ -1,7 +1,5 @@
 """Parts of places that several tests of scoring lay out: a calibration, an adapter, an experiment."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -33,20 +33,14 @@ def measured(frame: pd.DataFrame, prompts: object) -> pd.DataFrame:
     return frame.assign(**{name: column.fillna("").map(len) for name, column in texts.items()})
 
 
-def loss(p: np.ndarray, frame: pd.DataFrame) -> float:
-    return metrics.log_loss(p, metrics.verdict_codes(frame["verdict"]))
-
-
 def test_each_rung_learns_more_than_the_one_below():
     train, rows = arena(2_000), arena(800, seed=1)
     ladder = baselines.baseline_probabilities(train, rows, seed=0)
     assert tuple(ladder) == baselines.BASELINES
     for p in ladder.values():
-        assert p.shape == (800, 3)
-        assert p.sum(axis=1) == pytest.approx(np.ones(800))
-    found = {name: loss(p, rows) for name, p in ladder.items()}
-    assert found["uniform"] == pytest.approx(np.log(3))
-    assert found["length"] < found["prior"] - 0.05
+        assert p.shape == (800, 3) and p.sum(axis=1) == pytest.approx(np.ones(800))
+    found = {name: metrics.log_loss(p, metrics.verdict_codes(rows["verdict"])) for name, p in ladder.items()}
+    assert found["uniform"] == pytest.approx(np.log(3)) and found["length"] < found["prior"] - 0.05
     assert found["tfidf"] < found["length"] - 0.05
 
 

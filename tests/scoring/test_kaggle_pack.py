@@ -91,9 +91,8 @@ def test_the_notebook_writes_the_submission_from_its_folder(place, tmp_path, sta
     own |= {"KAGGLE_INPUT": str(given), "KAGGLE_WORKING": str(working), "KAGGLE_SCRATCH": str(scratch)}
     own |= {"PYTHONDONTWRITEBYTECODE": "1"}
     python = getattr(sys, "_base_executable", sys.executable)
-    ended = subprocess.run(
-        [python, str(tmp_path / "cells.py")], env={**os.environ, **own}, capture_output=True, text=True, check=False
-    )
+    call_cells = [python, str(tmp_path / "cells.py")]
+    ended = subprocess.run(call_cells, env={**os.environ, **own}, capture_output=True, text=True, check=False)
     assert ended.returncode == 0 and "nothing to install" in ended.stdout, ended.stdout + ended.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in given.rglob("*")} == lies, "nothing is written into the inputs"
     assert [path.name for path in working.rglob("*")] == ["submission.csv"], "Kaggle keeps nothing else"

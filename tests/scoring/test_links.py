@@ -55,9 +55,7 @@ def test_gradient_and_hessian_agree_with_finite_differences():
     assert hessian == pytest.approx(numeric, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("seed", "scale", "apart"), [(7, 0.4, 0.05), (108, 0.4, 0.05), (99, 0.1, 0.05), (56, 0.2, 0.2)]
-)
+@pytest.mark.parametrize("seed, scale, apart", [(7, 0.4, 0.05), (108, 0.4, 0.05), (99, 0.1, 0.05), (56, 0.2, 0.2)])
 def test_a_fit_goes_on_where_the_optimiser_stops_early(seed, scale, apart):
     """Two columns are nearly alike, as those of two weak stages: one start of L-BFGS-B ends short of the optimum."""
     random = np.random.default_rng(seed)
@@ -91,8 +89,7 @@ def test_scores_that_point_the_wrong_way_get_slope_zero_and_never_a_negative_one
     assert link.scale == 0
     logits = np.eye(3)[truth] * -3.0
     soft = links.SoftmaxLink.fit(logits, truth)
-    assert soft.inverse_temperature == 0
-    assert soft.temperature is None
+    assert soft.inverse_temperature == 0 and soft.temperature is None
     shares = np.bincount(truth) / len(truth)
     assert soft.probabilities(logits)[0] == pytest.approx(shares, abs=1e-3)  # nothing is left but the class prior
 
@@ -104,10 +101,7 @@ def test_scores_that_point_the_wrong_way_get_slope_zero_and_never_a_negative_one
     hnp.arrays(np.int64, 60, elements=st.integers(0, 2)),
 )
 def test_any_scores_and_verdicts_give_proper_probabilities(scores, length, truth):
-    for kind, inputs in (
-        (links.SoftmaxLink, (scores,)),
-        (links.DavidsonLink, (scores[:, 0], np.full(60, length))),
-    ):
+    for kind, inputs in ((links.SoftmaxLink, (scores,)), (links.DavidsonLink, (scores[:, 0], np.full(60, length)))):
         link = kind.fit(*inputs, truth)
         p = link.probabilities(*inputs)
         assert np.isfinite(p).all() and (p >= 0).all() and p.sum(axis=1) == pytest.approx(np.ones(60))

@@ -1,7 +1,5 @@
 """A GGUF file is used only with the judge that it was made of."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Models are loaded as they were trained, and a file that does not fit is refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -63,19 +61,11 @@ def test_a_base_that_does_not_exist_is_named(adapter, tmp_path):
     assert caught.value.where == base
 
 
-@pytest.mark.parametrize(
-    "one, other, same",
-    [
-        ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B", True),
-        ("hub/models/Qwen/Qwen2___5-7B", "Qwen/Qwen2.5-7B", True),
-        ("Qwen/Qwen3-4B", "Qwen/Qwen3-8B", False),
-        (".", "./", True),
-        (".", "..", False),
-        (".", "Qwen/Qwen3-4B", False),
-    ],
-)
-def test_names_of_one_model(one, other, same):
-    assert is_same_model(one, other) is same
+def test_names_of_one_model():
+    for one, other in (("x/y-4B", "x/y-4B"), ("hub/models/Qwen/Qwen2___5-7B", "Qwen/Qwen2.5-7B"), (".", "./")):
+        assert is_same_model(one, other)
+    for one, other in (("x/y-4B", "x/y-8B"), (".", ".."), (".", "x/y-4B")):
+        assert not is_same_model(one, other)
 
 
 def test_a_stage_s_adapter_is_the_one_of_its_recipe(workplace, make_experiment):
@@ -88,9 +78,8 @@ def test_a_stage_s_adapter_is_the_one_of_its_recipe(workplace, make_experiment):
     assert trained_adapter(context) == expected
     context = StageContext(context.experiment, "sft")
     context.recipe_path.write_text(f"{recipe}adapter_name_or_path: first\n")
-    with pytest.raises(ArenaError, match="another adapter") as caught:
+    with pytest.raises(ArenaError, match=r"another adapter(.|\n)*--precision auto"):
         trained_adapter(context)
-    assert "--precision auto" in caught.value.remedy
 
 
 @pytest.mark.slow

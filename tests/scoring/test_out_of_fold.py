@@ -1,7 +1,5 @@
 """The mean of several judges' scores, and the processes that train a fold each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

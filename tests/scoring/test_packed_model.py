@@ -1,7 +1,5 @@
 """Hidden states are those of a plain pass over one row; every row is read once, less at a time without memory."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
@@ -109,9 +107,7 @@ def test_a_batch_never_exceeds_the_budget_and_every_row_is_read_once(tiny_model,
     assert shares == sorted(shares) and shares[-1] == 1.0 and len(shares) == len(shapes)
 
 
-@pytest.mark.parametrize(
-    "text", [None, "[enforce fail] DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"]
-)
+@pytest.mark.parametrize("text", [None, "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"])
 def test_out_of_memory_halves_the_batch_reports_it_and_loses_nothing(tiny_model, text):
     import torch
 
@@ -129,6 +125,5 @@ def test_out_of_memory_halves_the_batch_reports_it_and_loses_nothing(tiny_model,
     failed = [size for size in sizes if size > 100]
     assert 2 <= len(failed) <= 5, "each failure halves what is tried next"
     assert len(notes) == len(failed) and "tokens a batch" in notes[-1]
-    with pytest.raises(ArenaError, match="prompt 1: its 150 tokens alone do not fit") as caught:
+    with pytest.raises(ArenaError, match=r"prompt 1: its 150 tokens alone do not fit(.|\n)*cutoff_len"):
         score_labels(packed, [[1] * 20, [1] * 150], LABELS, note=notes.append)
-    assert "cutoff_len" in caught.value.remedy

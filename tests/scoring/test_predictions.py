@@ -13,13 +13,7 @@ from hypothesis.extra import numpy as hnp
 from common.errors import ArenaError, UsageError
 from common.files import write_json
 from data_prep.export_reader import FORMAT, earlier_manifest
-from scoring.predictions import (
-    check_submission,
-    record_output,
-    require_replaceable,
-    scored_file,
-    write_probabilities,
-)
+from scoring.predictions import check_submission, record_output, require_replaceable, scored_file, write_probabilities
 
 HEAD = "id,winner_model_a,winner_model_b,winner_tie\n"
 P = np.array([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]])
@@ -31,8 +25,7 @@ def test_header_order_and_ids_stay_as_they_are(tmp_path):
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["id", "winner_model_a", "winner_model_b", "winner_tie"]
-    assert rows[1] == ["0065089", "0.2", "0.3", "0.5"]
-    assert rows[2][0] == 'odd, "id"'
+    assert rows[1] == ["0065089", "0.2", "0.3", "0.5"] and rows[2][0] == 'odd, "id"'
     assert check_submission(path, ["0065089", 'odd, "id"']) == 2
     write_probabilities(path, np.array([136060, 211333]), P)
     assert path.read_text().splitlines()[1].startswith("136060,0.2"), "integers are written without a point"
@@ -66,34 +59,23 @@ def test_what_is_no_table_of_probabilities_is_refused_and_the_old_file_survives(
     path.write_text("earlier")
     with pytest.raises(ArenaError, match=words):
         write_probabilities(path, ids, np.array(values))
-    assert path.read_text() == "earlier"
-    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("../other/test.csv", "test"),
-        ("votes.v2.csv.gz", "votes.v2"),
-        ("TEST.CSV", "TEST"),
-        ("parts/x/..", "parts"),
-        ("hf://datasets/lmsys/votes-1.0", "votes-1.0"),
-        ("hf://datasets/lmsys/votes/data/test.parquet", "test"),
-    ],
-)
-def test_the_usual_place_is_named_after_the_input(workplace, source, name):
+def test_the_usual_place_is_named_after_the_input(workplace):
     Path("parts/x").mkdir(parents=True)
-    folder = Path("outputs/exam/sft")
-    assert scored_file(folder, source) == folder / "scored" / f"{name}.csv"
+    folder, hub = Path("outputs/exam/sft"), "hf://datasets/lmsys/votes"
+    names = {"../other/test.csv": "test", "votes.v2.csv.gz": "votes.v2", "TEST.CSV": "TEST", "parts/x/..": "parts"}
+    for source, name in (names | {f"{hub}-1.0": "votes-1.0", f"{hub}/data/test.parquet": "test"}).items():
+        assert scored_file(folder, source) == folder / "scored" / f"{name}.csv"
 
 
 @pytest.fixture
 def replaceable(workplace, make_experiment):
     """What `require_replaceable` says for the experiment exam, which was prepared from votes.csv and parts/."""
     experiment = make_experiment()
-    sources = {
-        name: {"file": f, "sha256": "0", "weight": 1.0} for name, f in {"train": "votes.csv", "test": "parts"}.items()
-    }
+    files = {"train": "votes.csv", "test": "parts"}
+    sources = {name: {"file": file, "sha256": "0", "weight": 1.0} for name, file in files.items()}
     manifest = {"format": FORMAT, "experiment": {}, "views": [], "files": {}, "sources": sources}
     frame = {"prefix_ids": [], "suffix_ids": [], "label_ids": [1, 2, 3], "answer_len": 1, "special_strings": []}
     texts = dict.fromkeys(("template", "before", "after", "answer_before", "answer_after"), "")

@@ -1,7 +1,5 @@
 """verify: every change of an output folder, or of what it was made from, is found; a sound folder passes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -14,9 +12,7 @@ OUT = Path("outputs/exam/sft")
 
 
 def bad(folder: Path = OUT) -> dict[str, str]:
-    return {
-        finding.what: finding.state for finding in verify(folder).findings if finding.state in ("changed", "missing")
-    }
+    return {each.what: each.state for each in verify(folder).findings if each.state in ("changed", "missing")}
 
 
 def test_a_fresh_output_is_as_it_was_made(place):
@@ -38,17 +34,12 @@ def test_a_fresh_output_is_as_it_was_made(place):
     assert "as it was made" in call("verify", str(OUT)).output
 
 
-@pytest.mark.parametrize(
-    ("path", "what"),
-    [
-        ("data/exam/battles.parquet", "made from"),
-        ("outputs/exam/sft/merged/model.safetensors", "made from"),
-        ("outputs/exam/sft/submission.csv", "score"),
-        ("outputs/exam/sft/report.json", "score"),
-    ],
-)
-def test_a_changed_and_a_missing_file_are_found(place, path, what):
-    content = Path(path).read_bytes()
+FILES = ("data/exam/battles.parquet", f"{OUT}/merged/model.safetensors", f"{OUT}/submission.csv", f"{OUT}/report.json")
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_a_changed_and_a_missing_file_are_found(place, path):
+    content, what = Path(path).read_bytes(), "made from" if path in FILES[:2] else "score"
     Path(path).write_bytes(content + b"\n")
     assert bad()[f"{what}: {path}"] == "changed"
     assert call("verify", str(OUT)).exit_code == 1
@@ -67,29 +58,20 @@ def test_another_version_is_a_warning_and_no_fault(place, monkeypatch):
     assert told.state == "warning" and told.detail.endswith("0.1 now")
 
 
-@pytest.mark.parametrize(
-    ("folder", "code", "words"),
-    [("outputs", 2, "holds no report.json"), ("nowhere", 2, "holds no report.json"), (str(OUT), 1, "is damaged")],
-)
-def test_what_is_no_output_is_told(place, folder, code, words):
-    if code == 1:
-        (OUT / "report.json").write_text("{")
-    done = call("verify", folder)
-    assert done.exit_code == code and words in done.output and "remedy" in done.output
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
+def test_what_is_no_output_or_was_written_by_no_run_is_refused(place):
+    for folder in ("outputs", "nowhere"):
+        done = call("verify", folder)
+        assert done.exit_code == 2 and "holds no report.json" in done.output and "remedy" in done.output
+    for changes, words in (
         ({"checks": ["x"]}, "is damaged"),
-        ({"provenance": {"sha256": {}}}, "is damaged"),
+        ({"checks": [], "provenance": {"sha256": {}}}, "is damaged"),
         ({"provenance": {"sha256": {"../x": "0" * 64}, "versions": {}}}, "made from: ../x"),
-    ],
-)
-def test_what_no_run_wrote_is_refused(place, changes, words):
-    place.edit_json(str(OUT / "report.json"), **changes)
-    done = call("verify", str(OUT))
-    assert isinstance(done.exception, SystemExit) and done.exit_code == 1 and words in done.output
+    ):
+        place.edit_json(str(OUT / "report.json"), **changes)
+        done = call("verify", str(OUT))
+        assert isinstance(done.exception, SystemExit) and done.exit_code == 1 and words in done.output
+    (OUT / "report.json").write_text("{")
+    assert "is damaged" in call("verify", str(OUT)).output
 
 
 @pytest.mark.parametrize("name", ["sft/../sft", "../exam/sft", "link"])

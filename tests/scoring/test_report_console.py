@@ -16,18 +16,11 @@ from scoring.report.findings import LEVELS
 def result() -> dict:
     row = {"log_loss_ci95": [0.8, 1.1], "accuracy": 0.5, "ece": 0.02}
     losses = {"sft": 0.93, "rm": 0.95, "blend": 0.92}
-    return {
-        "experiment": "exam",
-        "left_out": {},
-        "differs": {},
-        "rows": 300,
-        "table": [{"name": name, "log_loss": loss, **row} for name, loss in losses.items()],
-        "baselines": {"prior": 0.9438, "tfidf": 0.94},
-        "baselines_ci95": {},
-        "bayes": None,
-        "differences": [{"first": "sft", "second": "rm", "difference": -0.02, "ci95": [-0.03, -0.01], "better": "sft"}],
-        "flags": {"sft": [], "rm": []},
-    }
+    table = [{"name": name, "log_loss": loss, **row} for name, loss in losses.items()]
+    pair = {"first": "sft", "second": "rm", "difference": -0.02, "ci95": [-0.03, -0.01], "better": "sft"}
+    found = {"experiment": "exam", "left_out": {}, "differs": {}, "rows": 300, "table": table, "differences": [pair]}
+    figures = {"baselines": {"prior": 0.9438, "tfidf": 0.94}, "baselines_ci95": {}, "bayes": None}
+    return found | figures | {"flags": {"sft": [], "rm": []}}
 
 
 def printed(result: dict, tmp_path) -> str:

@@ -1,7 +1,5 @@
 """Rewards are as the trainers define them, the reference is the base, and nothing fails silently."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +51,8 @@ def save_head(folder: Path, *, size: int = 32, **replaced) -> Path:
     from safetensors.torch import save_file
 
     draw = torch.Generator().manual_seed(6)
-    tensors = {
-        "v_head.summary.weight": torch.randn(1, size, generator=draw),
-        "v_head.summary.bias": torch.randn(1, generator=draw),
-    }
+    tensors = {"v_head.summary.weight": torch.randn(1, size, generator=draw)}
+    tensors["v_head.summary.bias"] = torch.randn(1, generator=draw)
     folder.mkdir(exist_ok=True)
     save_file(tensors | replaced, folder / VALUE_HEAD)
     return folder
@@ -85,8 +81,7 @@ def test_equal_answers_have_the_very_same_reward_and_are_read_once(policy):
     sizes.clear()
     result = implicit_rewards(packed, [(prompt, a, a), (prompt, b, a), (prompt, a, b)], token_budget=1, **ALONE)
     hook.remove()
-    assert result[0, 0] == result[0, 1] == result[1, 1] == result[2, 0]
-    assert result[1, 0] == result[2, 1]
+    assert result[0, 0] == result[0, 1] == result[1, 1] == result[2, 0] and result[1, 0] == result[2, 1]
     assert sizes == [len(prompt) - 1 + len(a) + len(b)], "the prompt is read once, and no last token"
 
 
@@ -145,9 +140,8 @@ def test_value_rewards_are_the_head_on_the_last_token_s_final_state(family_model
 def test_a_head_that_is_missing_damaged_or_of_another_model_is_refused(tmp_path, tiny_model):
     import torch
 
-    with pytest.raises(ArenaError, match="value head is missing") as caught:
+    with pytest.raises(ArenaError, match=r"value head is missing(.|\n)*stage: rm"):
         load_value_head(tmp_path)
-    assert "stage: rm" in caught.value.remedy
     (tmp_path / VALUE_HEAD).write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00no header")
     with pytest.raises(ArenaError, match="is damaged"):
         load_value_head(tmp_path)
@@ -201,13 +195,9 @@ class TestAgainstLlamaFactory:
         from llamafactory.train.dpo.trainer import CustomDPOTrainer
 
         triples, collated, _ = batch
-        trainer = SimpleNamespace(
-            finetuning_args=SimpleNamespace(use_ref_model=True),
-            accelerator=SimpleNamespace(unwrap_model=lambda model: model),
-            ref_model=None,
-            ld_alpha=None,
-            loss_type="sigmoid",
-        )
+        trainer = SimpleNamespace(ref_model=None, ld_alpha=None, loss_type="sigmoid")
+        trainer.finetuning_args = SimpleNamespace(use_ref_model=True)
+        trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
         trainer.concatenated_forward = lambda *a, **k: CustomDPOTrainer.concatenated_forward(trainer, *a, **k)
         with torch.no_grad():
             own = trainer.concatenated_forward(policy, collated)

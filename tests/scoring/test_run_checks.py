@@ -13,6 +13,7 @@ from scoring.checks import run_checks as checks
 from scoring.checks.run_checks import require_sound, stopping
 
 SOUND = [{"step": step, "loss": 2 - step / 10, "eval_loss": None} for step in range(1, 13)]
+RISEN = [row | {"loss": row["loss"] if row["step"] < 10 else 9.0} for row in SOUND]
 GATE = {"max_abs_diff": 1e-6, "rows": 200, "threshold": 0.05, "passed": True}
 
 
@@ -29,10 +30,6 @@ def rewards(values):
     return pd.DataFrame(values, columns=["reward_a", "reward_b"])
 
 
-def rose(step):
-    return SOUND[:step] + [row | {"loss": 9.0} for row in SOUND[step:]]
-
-
 DPO = {"stage": "dpo", "pref_loss": "sigmoid"}
 FIRST = {"step": 1, "rewards/chosen": 0.0, "rewards/rejected": 1e-4}
 # The check, and the arguments with which it passes, fails, and does not apply.
@@ -41,14 +38,9 @@ CASES = {
     "labels": (checks.labels_distinct, ([1, 2, 3],), ([1, 2, 1],), None),
     "folds": (checks.folds_apart, ({"votes": 0, "texts": 0},), ({"votes": 1, "texts": 0},), None),
     "nan": (checks.loss_finite, (SOUND,), ([*SOUND, {"step": 13, "loss": math.nan}],), ([],)),
-    "rising": (checks.loss_not_rising, (SOUND,), (rose(9),), (SOUND[:3],)),
+    "rising": (checks.loss_not_rising, (SOUND,), (RISEN,), (SOUND[:3],)),
     "dpo": (checks.dpo_start, (DPO, FIRST), (DPO, FIRST | {"rewards/rejected": -0.4}), (DPO, FIRST | {"step": 10})),
-    "orpo": (
-        checks.dpo_start,
-        (DPO, FIRST),
-        (DPO, FIRST | {"rewards/chosen": 1}),
-        (DPO | {"pref_loss": "orpo"}, {}),
-    ),
+    "orpo": (checks.dpo_start, (DPO, FIRST), (DPO, FIRST | {"rewards/chosen": 1}), (DPO | {"pref_loss": "orpo"}, {})),
     "adapter": (checks.adapter_applied, (effect(0.1, 1e-6), None), (effect(0.0, 0.0), None), (None, None)),
     "lost": (checks.adapter_applied, (effect(0.002, 0.001), None), (effect(0.002, 0.002), None), None),
     "no number": (checks.adapter_applied, (effect(0.002, 0.001), None), (effect(0.002, None), None), None),

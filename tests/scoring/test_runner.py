@@ -1,7 +1,5 @@
 """scoring.runner: the scores are those of an undisturbed run, whatever happens; limits are kept, or refused early."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,25 +21,12 @@ def _small_shards(monkeypatch):
     monkeypatch.setattr(shard_plan, "SHARD_TOKENS", 600)
 
 
-def opened(base, scorer=None, show=None, count=ROWS, target="valid", fresh=False, **inputs):
+def scored(base, scorer=None, show=None, fresh=False, **inputs) -> pd.DataFrame:
     scorer = scorer or FakeScorer()
     executor = InProcess(scorer)
-    job = open_job(
-        base,
-        target,
-        scorer,
-        executor,
-        inputs={"data": "sha256:dd", "model": scorer.inputs()} | inputs,
-        rows=lambda: rows(count),
-        label="sft",
-        show=show or quiet_show(),
-        fresh=fresh,
-    )
-    return job, executor
-
-
-def scored(base, scorer=None, show=None, **options) -> pd.DataFrame:
-    job, executor = opened(base, scorer, show, **options)
+    more = {"rows": lambda: rows(ROWS), "label": "sft", "show": show or quiet_show(), "fresh": fresh}
+    inputs = {"data": "sha256:dd", "model": scorer.inputs()} | inputs
+    job = open_job(base, "valid", scorer, executor, inputs=inputs, **more)
     for swapped in (False, True):
         job.score(executor, Pace(job.tokens), swapped=swapped)
     return pd.concat(job.tables(), ignore_index=True)
@@ -84,17 +69,11 @@ def test_a_shard_that_is_not_what_it_should_be_is_named_and_scored_again(tmp_pat
         scored(tmp_path / "b", FakeScorer(weights="sha256:bb"))
     (victim,) = tmp_path.glob("a/valid-*/ab-00003.scores")
     content = victim.read_bytes()
-    changed = {
-        "torn": content[: len(content) // 2],
-        "flipped": content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
-        "emptied": b"",
-        "text": b"[1, 2]\nnothing",
-    }
-    if damage == "foreign":
-        (other,) = tmp_path.glob("b/valid-*/ab-00003.scores")
-        victim.write_bytes(other.read_bytes())
-    else:
-        victim.write_bytes(changed[damage])
+    changed = {"torn": content[: len(content) // 2], "emptied": b"", "text": b"[1, 2]\nnothing"}
+    changed["flipped"] = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+    for other in tmp_path.glob("b/valid-*/ab-00003.scores"):
+        changed["foreign"] = other.read_bytes()
+    victim.write_bytes(changed[damage])
     scorer, show = FakeScorer(), quiet_show()
     pd.testing.assert_frame_equal(scored(tmp_path / "a", scorer, show), expected)
     assert len(scorer.asked) == 1, "only that shard"
@@ -143,9 +122,8 @@ def test_lengths_of_time():
     texts = {"9h": 32400, "90m": 5400, "1h30m": 5400, "3600s": 3600, "1.5H": 5400, " 2m5s ": 125}
     assert {text: parse_duration(text) for text in texts} == texts
     for text in ("", "9", "nine hours", "-1h", "0m", "30m1h", "1d", "nan"):
-        with pytest.raises(UsageError, match="is not a length of time") as caught:
+        with pytest.raises(UsageError, match=r"is not a length of time(.|\n)*1h30m"):
             parse_duration(text)
-        assert "1h30m" in caught.value.remedy
 
 
 def paced(limit, must=100_000):
@@ -159,8 +137,7 @@ def test_what_cannot_fit_is_refused_on_the_first_batches():
     with pytest.raises(ArenaError, match="every row once takes") as caught:
         pace.update(500, must=True)  # 12.5 tokens a second: 8,000 s for all
     assert "8bit" in caught.value.remedy and "goes on from what is scored" in caught.value.remedy
-    assert "no table of probabilities is written" in caught.value.what
-    assert "1:00:00" in caught.value.where
+    assert "no table of probabilities is written" in caught.value.what and "1:00:00" in caught.value.where
 
 
 def test_a_slow_beginning_alone_refuses_nothing():

@@ -1,7 +1,5 @@
 """scoring.score_input: any table is scored as asked (engine, precision, time), or an error says why not."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math
@@ -66,9 +64,8 @@ def test_a_table_with_other_names_is_scored_by_them(judged):
     assert "battles.csv: JSON lists of turns; verdicts: none; ids: id" in scored(judged)
     usual, path = probabilities(), Path("battles.csv")
     path.write_text(path.read_text().replace("id,prompt,response_a", "key,question,left", 1))
-    with pytest.raises(ArenaError, match="lacks 2 column") as caught:
+    with pytest.raises(ArenaError, match=r"lacks 2 column(.|\n)*--columns prompt=question,response_a=left"):
         scored(judged)
-    assert "--columns prompt=question,response_a=left" in caught.value.remedy
     assert probabilities() == usual
     scored(judged, {"id": "key", "prompt": "question", "response_a": "left"})
     assert probabilities() == usual
@@ -196,9 +193,8 @@ def test_a_row_without_a_finite_score_is_named_by_its_id(judged, small_tokenizer
 def test_engines_and_precisions_that_a_stage_lacks_are_wrong_use(judged):
     with pytest.raises(UsageError, match=r"reads each response alone, which llama\.cpp in auto cannot do"):
         ScorerSpec(StageContext(judged, "rm"), "llama.cpp").scorer()
-    with pytest.raises(UsageError, match="which torch in adapter cannot do") as caught:
+    with pytest.raises(UsageError, match=r"which torch in adapter cannot do(.|\n)*auto, fp32, bf16, fp16"):
         ScorerSpec(StageContext(judged, "dpo_reward"), "torch", "adapter").scorer()
-    assert "auto, fp32, bf16, fp16" in caught.value.remedy
 
 
 def test_an_experiments_precision_goes_where_it_can(make_experiment):

@@ -1,15 +1,12 @@
 """The same battle is described, fed and scored alike, whatever table it comes from."""
 
-from __future__ import annotations
-
-import csv
 import json
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pytest
-from chain import called
+from chain import called, rows_of
 from pyarrow import parquet
 
 from common.experiment import load_experiment
@@ -28,11 +25,6 @@ def scorer(stage: str):
     return ScorerSpec(StageContext(load_experiment("exam"), stage)).scorer()
 
 
-def table(path: Path) -> list[list[str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.reader(file))
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_input_gives_the_last_digit_of_the_test_set_s_own_table(scored, stage):
     folder = Path("outputs/exam", stage)
@@ -46,9 +38,9 @@ def test_input_gives_the_last_digit_of_the_test_set_s_own_table(scored, stage):
     else:
         assert report["calibration"]["kept"] and abs(report["calibration"]["link"]["length"]) > 0.1
     called("score", "-e", "exam", "--stage", stage, "--input", "test.csv", "--output", f"{stage}.csv")
-    own = table(folder / "probabilities_test.csv")
-    assert len({row[1] for row in own}) > 30, "the rows differ"
-    assert table(Path(f"{stage}.csv")) == own
+    own = rows_of(folder / "probabilities_test.csv")
+    assert len({row["winner_model_a"] for row in own}) > 30, "the rows differ"
+    assert rows_of(Path(f"{stage}.csv")) == own
 
 
 @pytest.mark.parametrize("stage", STAGES)

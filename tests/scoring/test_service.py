@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPConnection, HTTPException
+from itertools import product
 from pathlib import Path
 from threading import Barrier, Thread
 from types import SimpleNamespace
@@ -321,9 +322,7 @@ def body_of(battle):
     return {"id": battle.id, **{key: list(getattr(battle, name)) for key, name in names.items()}}
 
 
-@pytest.mark.parametrize(
-    ("stage", "fold"), [("sft", None), ("base", None), ("probe", None), ("rm", None), ("dpo_reward", None), ("sft", 0)]
-)
+@pytest.mark.parametrize("stage, fold", [*product(("sft", "base", "probe", "rm", "dpo_reward"), [None]), ("sft", 0)])
 def test_a_served_battle_and_a_scored_table_have_the_same_probabilities(scored, stage, fold):
     context = StageContext(load_experiment("exam" if fold is None else "folded"), stage, fold=fold)
     report = read_report(context)

@@ -35,9 +35,8 @@ def place(tmp_path_factory, tiny_base):
     words = ["word " * 70]
     battles["turns"] = (["first", *words, "last"], ["one", *words, "ONE"], ["two", *words, "TWO"])
     battles |= {f"plain{i}": ([f"question {i}"], ["yes"], ["no"]) for i in range(9)}
-    write_votes(
-        folder / "votes.csv", [Battle(name, *texts, "ab"[n % 2]) for n, (name, texts) in enumerate(battles.items())]
-    )
+    votes = [Battle(name, *texts, "ab"[n % 2]) for n, (name, texts) in enumerate(battles.items())]
+    write_votes(folder / "votes.csv", votes)
     write_votes(folder / "test.csv", [Battle(name, ["ask"], ["x"], ["y"]) for name in ("t1", "nasty")])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

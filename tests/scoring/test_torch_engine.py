@@ -1,14 +1,11 @@
 """The torch engine: whatever the batches, the label logits are those of a plain pass over one row at a time."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from common.errors import ArenaError, UsageError
-from scoring import engines
+from common.errors import UsageError
 from scoring.engines import open_engine, require_engine
 from scoring.engines.torch_engine import score_labels
 from scoring.links import softmax
@@ -50,12 +47,7 @@ def test_the_adapter_on_its_base(judge, tmp_path, tiny_model):
         open_engine(judge, "torch", "adapter", device="cpu")
 
 
-def test_an_unknown_or_missing_engine_comes_with_its_remedy(monkeypatch):
-    for engine, precision, said in (("onnx", "auto", "no engine 'onnx'"), ("torch", "int3", "no precision 'int3'")):
-        with pytest.raises(UsageError, match=said) as caught:
+def test_an_unknown_engine_or_precision_comes_with_those_that_are():
+    for engine, precision in (("onnx", "auto"), ("torch", "int3")):
+        with pytest.raises(UsageError, match=r"there is no (.|\n)*choose one of: "):
             require_engine(engine, precision)
-        assert "choose one of: " in caught.value.remedy
-    monkeypatch.setattr(engines, "find_spec", lambda name: None)
-    with pytest.raises(ArenaError, match="is not installed") as caught:
-        require_engine("llama.cpp", "auto")
-    assert caught.value.remedy == "make extra-gguf"

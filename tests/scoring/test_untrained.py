@@ -1,13 +1,12 @@
 """The stages without training: scored, reported, compared and verified as the trained ones are."""
 
-import csv
 import json
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from chain import call, called
+from chain import call, called, rows_of
 
 from tests.bad_inputs.place import SCORE
 
@@ -24,8 +23,7 @@ def test_the_untrained_base_is_a_stage_like_the_others(place):
     assert told.exit_code == 1 and "score --stage base -e exam" in told.output, "its answers are not calibrated yet"
     report = json.loads(called(*SCORE, "--stage", "base", "--json"))
     assert (report["stage"], report["merge_gate"], report["position_bias"] is None) == ("base", None, False)
-    with (BASE / "submission.csv").open() as file:
-        assert [row["id"] for row in csv.DictReader(file)] == [str(9000 + i) for i in range(6)]
+    assert [row["id"] for row in rows_of(BASE / "submission.csv")] == [str(9000 + i) for i in range(6)]
     assert (BASE / "report.html").is_file() and (BASE / "merged/model.safetensors").is_symlink()
     called(*SCORE, "--stage", "base", "--input", "test.csv", "--output", "mine.csv")
     assert Path("mine.csv").read_bytes() == (BASE / "submission.csv").read_bytes()
@@ -72,9 +70,8 @@ def test_the_probe_is_a_stage_like_the_others_and_goes_on_where_it_was_ended(pla
     called(*SCORE, "--stage", "probe", "--input", "test.csv", "--output", "mine.csv")
     assert Path("mine.csv").read_bytes() == (PROBE / "submission.csv").read_bytes()
     called("show", "9000", "-e", "exam", "--stage", "probe")
-    assert json.loads(called(*SCORE, "--stage", "base", "--json"))["baselines"]["probe"] == pytest.approx(
-        report["log_loss"]
-    )
+    beside = json.loads(called(*SCORE, "--stage", "base", "--json"))["baselines"]
+    assert beside["probe"] == pytest.approx(report["log_loss"])
     assert "kept, fitted" in call("probe", "-e", "exam").stderr
     place.table(place.rows(170))
     called("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv")

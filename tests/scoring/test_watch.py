@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chain import call
+from chain import ROOT, call
 from starlette.testclient import TestClient
 
 from common.errors import ArenaError, UsageError
@@ -26,18 +26,9 @@ from factory.state import StageState
 from factory.status import next_commands
 from scoring import watch as watching
 from scoring.run_status import in_words, run_status
-from scoring.watch import (
-    CheckpointScorer,
-    Watcher,
-    baseline_losses,
-    build_app,
-    experiment_at_work,
-    follow,
-    stage_to_watch,
-)
+from scoring.watch import CheckpointScorer, Watcher, baseline_losses, experiment_at_work, follow, stage_to_watch
 from tests.scoring.places import configured
 
-ROOT = Path(__file__).resolve().parents[2]
 KEYS = (  # what programs read
     "experiment stage state detail next point seconds_left curve evaluations why_no_log_loss evaluates start_step "
     "measured ladder faults reached"
@@ -92,13 +83,6 @@ def test_an_evaluation_loss_becomes_an_upper_bound_of_the_log_loss(exam):
     text = "\n".join(in_words(status))
     assert "validation loss 0.3000, so a log loss of the verdict of at most 0.9000" in text
     assert "step 4/10  training loss 0.4000" in text, "an evaluation's line keeps the last loss in sight"
-
-
-@pytest.mark.parametrize("evaluates", [True, False])
-def test_a_status_says_how_to_get_evaluations(exam, evaluates):
-    log(exam, "sft", (2, {"loss": 0.5}))
-    text = "\n".join(in_words(replace(status_of(exam), evaluates=evaluates)))
-    assert "no evaluation yet" in text and ("set eval_strategy: steps in the recipe" in text) == (not evaluates)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +218,7 @@ def test_the_page_compares_a_measured_point_with_the_baselines_on_its_own_rows(e
     watcher = Watcher(exam, "sft")
     now = replace(status_of(exam), ladder={"uniform": 1.0986, "prior": 1.05})
     monkeypatch.setattr(watcher, "status", lambda: now)
-    page = TestClient(build_app(StageContext(exam, "sft"), watcher, "127.0.0.1"), "http://127.0.0.1")
+    page = TestClient(watching.build_app(StageContext(exam, "sft"), watcher, "127.0.0.1"), "http://127.0.0.1")
     shown = page.get("/").text
     assert "Uniform, 1/3 each 1.0986" in shown and "Class prior 1.0500" in shown and "step 4: 0.9000" in shown
     measured = {"step": 4, "log_loss": 1.0, "rows": 30, "ladder": {"prior": 1.02}}
