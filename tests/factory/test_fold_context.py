@@ -33,12 +33,9 @@ def test_a_fold_changes_data_sets_and_folders_and_nothing_else(make_experiment, 
     assert [each.fold for each in answers.answering] == ["full"] and not answers.of(0).scores("test")
 
 
-@pytest.mark.parametrize("text, folds, means", [("2", 3, 2), ("full", 3, "full"), (None, 3, "all"), (None, 1, None)])
-def test_the_fold_that_a_word_means(make_experiment, text, folds, means):
-    assert fold_named(text, make_experiment(folds=folds)) == means
-
-
-@pytest.mark.parametrize(("text", "folds"), [("3", 3), ("-1", 3), ("some", 3), ("0", 1)])
-def test_a_fold_that_is_not_there_is_refused(make_experiment, text, folds):
-    with pytest.raises(UsageError, match="--fold"):
-        fold_named(text, make_experiment(folds=folds))
+def test_the_fold_that_a_word_means(make_experiment):
+    for text, folds, means in (("2", 3, 2), ("full", 3, "full"), (None, 3, "all"), (None, 1, None)):
+        assert fold_named(text, make_experiment(folds=folds)) == means
+    for text, folds in (("3", 3), ("-1", 3), ("some", 3), ("0", 1)):
+        with pytest.raises(UsageError, match="--fold"):
+            fold_named(text, make_experiment(folds=folds))

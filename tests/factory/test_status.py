@@ -11,17 +11,10 @@ from rich.console import Console
 from common.errors import UsageError
 from common.files import only_run
 from common.stages import TRAININGS
+from factory import status as overview
 from factory.stage_context import StageContext
 from factory.state import StageState
-from factory.status import (
-    beside_on_the_card,
-    holder_of,
-    next_commands,
-    print_status,
-    running_stages,
-    stage_named,
-    status_of,
-)
+from factory.status import holder_of, next_commands, print_status, running_stages, stage_named, status_of
 
 SCORED_FROM = {"data": {}, "swap_tta": False, "seed": 42, "target_prior": None}
 
@@ -93,8 +86,8 @@ def test_a_run_at_work_is_known_by_its_lock_and_a_dead_one_is_not(exam):
         assert (view.state, view.detail, view.step) == ("training", "step 7/100", 7)
         assert view.next == "python run.py watch -e exam --stage sft"
         assert running_stages(exam) == ["sft"]
-        assert beside_on_the_card(StageContext(exam, "rm")) == ["exam sft"]
-        assert beside_on_the_card(StageContext(exam, "sft")) == []
+        assert overview.beside_on_the_card(StageContext(exam, "rm")) == ["exam sft"]
+        assert overview.beside_on_the_card(StageContext(exam, "sft")) == []
     assert status(exam, "sft").state == "interrupted"
     lock = folder.with_name(".sft.lock")
     now = datetime.now().astimezone()
