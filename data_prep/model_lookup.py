@@ -39,7 +39,7 @@ def offline_if_unreachable(model: str, revision: str) -> Iterator[None]:
             url = hf_hub_url(model, "config.json", revision=revision)
             get_session().head(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except httpx.TransportError as error:
-            if cached_file(model, "config.json", revision) is None:
+            if model_file(model, "config.json", revision) is None:
                 what = f"couldn't connect to {constants.ENDPOINT} ({error}), and the cache does not hold {model}"
                 raise OSError(what) from None
             constants.HF_HUB_OFFLINE = True  # the library looks at each request
@@ -49,11 +49,13 @@ def offline_if_unreachable(model: str, revision: str) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = offline
 
 
-def cached_file(model: str, name: str, revision: str = "main") -> Path | None:
-    """Return a file of a hub's model that an earlier download left on this disk, None where it did not."""
+def model_file(model: str, name: str, revision: str = "main") -> Path | None:
+    """Return a file of a model that is on this disk, in its folder or by an earlier download; None where it is not."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    if Path(model).is_dir():
+        return Path(model, name) if Path(model, name).is_file() else None
     try:
         found = try_to_load_from_cache(model, name, revision=revision)
     except HFValidationError:  # not the id of a model on the hub

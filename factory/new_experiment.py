@@ -36,18 +36,18 @@ class NewExperiment:
     cutoff_len: int = CUTOFF_LEN
 
 
-def new_experiment(wanted: NewExperiment, root: Path = Path(), *, show: Show | None = None) -> Experiment:
+def new_experiment(wanted: NewExperiment, *, show: Show | None = None) -> Experiment:
     """Make factory_configs/<name>, whole or not at all, and return the experiment; `show` reports what was chosen.
 
     Raises UsageError for a name that exists or is unfit, for an unknown model or template, and outside of the project's
     folder.
     """
-    _refuse_existing(wanted.name, root)
-    if not (root / "templates").is_dir():  # a checkout without an experiment still has these
-        require_project(root)
+    _refuse_existing(wanted.name)
+    if not Path("templates").is_dir():  # a checkout without an experiment still has these
+        require_project()
     choice = choose_template(wanted.model, wanted.template)
     numbers, why = numbers_for(devices(), cpu_with_bf16())
-    experiment = _make(wanted.name, render_experiment(wanted, choice, numbers, why), render_recipe, root)
+    experiment = _make(wanted.name, render_experiment(wanted, choice, numbers, why), render_recipe)
     if show:
         show.note(f"template {choice.template}: {choice.reason}")
         show.note(f"trains in {why}")
@@ -83,16 +83,16 @@ def copied_experiment(name: str, source: str, *, show: Show) -> tuple[Experiment
         return made, f"python run.py prepare -e {name} --train FILE"
 
 
-def _refuse_existing(name: str, root: Path = Path(), taken: bool = False) -> None:
+def _refuse_existing(name: str, taken: bool = False) -> None:
     check_name(name)
-    folder = root / "factory_configs" / name
+    folder = Path("factory_configs", name)
     if taken or folder.exists() or folder.is_symlink():
         remedy = "choose another name, or edit its experiment.yaml and run prepare again"
         raise UsageError(f"{folder} exists already", remedy=remedy)
 
 
-def _make(name: str, text: str, recipe: Callable[[Experiment, str], str], root: Path = Path()) -> Experiment:
-    folder = root / "factory_configs" / name
+def _make(name: str, text: str, recipe: Callable[[Experiment, str], str]) -> Experiment:
+    folder = Path("factory_configs", name)
     try:
         with atomic_folder(folder, replace=False) as fresh:
             path = fresh / "experiment.yaml"
@@ -101,7 +101,7 @@ def _make(name: str, text: str, recipe: Callable[[Experiment, str], str], root: 
             for step in STEPS:
                 (fresh / f"{step}.yaml").write_text(recipe(experiment, step), encoding="utf-8")
     except FileExistsError:
-        _refuse_existing(name, root, taken=True)
+        _refuse_existing(name, taken=True)
     return experiment
 
 

@@ -168,7 +168,6 @@ _NEEDS = {
 def check_recipes(
     experiment: Experiment,
     steps: Iterable[str],
-    root: Path = Path(),
     *,
     read: Mapping[str, Recipe] | None = None,
     allowed: Collection[str] = (),
@@ -179,7 +178,7 @@ def check_recipes(
     reach beyond the project.
     """
     read = read or {}
-    faults = {step: check_recipe(experiment, step, root, recipe=read.get(step), allowed=allowed) for step in steps}
+    faults = {step: check_recipe(experiment, step, recipe=read.get(step), allowed=allowed) for step in steps}
     listed = [f"  - {fault}" for of_step in faults.values() for fault in of_step]
     if listed:
         prepare = f"python run.py prepare -e {experiment.name} --train FILE"
@@ -191,19 +190,14 @@ def check_recipes(
 
 
 def check_recipe(
-    experiment: Experiment,
-    step: str,
-    root: Path = Path(),
-    *,
-    recipe: Recipe | None = None,
-    allowed: Collection[str] = (),
+    experiment: Experiment, step: str, *, recipe: Recipe | None = None, allowed: Collection[str] = ()
 ) -> list[str]:
     """Return every fault of one recipe as "file: key: what is wrong and the remedy", in the order of its keys."""
     its, path = STEPS[step], experiment.recipe(step)
-    if recipe is None and not (root / path).exists():
+    if recipe is None and not path.exists():
         return [f"{path}: is missing; `python run.py prepare -e {experiment.name} --train FILE` renders it"]
     try:
-        recipe = read_yaml(root / path) if recipe is None else recipe
+        recipe = read_yaml(path) if recipe is None else recipe
     except ArenaError as error:
         return [f"{path}: {error.what}; {error.remedy}"]
     own = dict(_own_faults(recipe, not its.merges))
@@ -213,7 +207,7 @@ def check_recipe(
     faults = [
         *_never(recipe),  # first: of another type they are as wrong
         *own.items(),
-        *weight_faults(sound, root),
+        *weight_faults(sound),
         *_disagreements(experiment, its, recipe, sound),
         *_refusals((*_RANGES, *(_MERGING if its.merges else _TRAINING)), sound),
         *_refusals(_REWARD if step == "dpo_reward" else (), sound),

@@ -19,7 +19,7 @@ from common.console import name_of
 from common.errors import ArenaError
 from common.experiment import Experiment
 from common.files import is_in_project, read_json, read_regular
-from data_prep.model_lookup import cached_file
+from data_prep.model_lookup import model_file
 from factory.fingerprint import names
 
 Recipe = Mapping[str, Any]
@@ -140,26 +140,26 @@ def _settings(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def weight_faults(recipe: Recipe, root: Path = Path()) -> Iterator[Fault]:
+def weight_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield what is wrong with the weights that a recipe names, as far as they are on this disk."""
     for key in _WEIGHTS:
         for name in names(recipe.get(key)):
-            if (root / name).is_dir() and (pickles := _pickles(root / name)):
+            if Path(name).is_dir() and (pickles := _pickles(Path(name))):
                 yield (
                     key,
                     f"{name} holds its weights as a pickle ({', '.join(pickles[:3])}), which runs its maker's code "
                     "when it is loaded; use a model with *.safetensors, or, if you trust its maker, load it once "
                     "elsewhere with transformers and save_pretrained() it",
                 )
-            elif (root / name).is_file():
+            elif Path(name).is_file():
                 yield key, f"{name} is a file; give the folder with config.json in it"
     if recipe.get("do_train"):  # a merge's adapter is its training's; it is checked once it exists
-        yield from _adapter_faults(recipe, root)
+        yield from _adapter_faults(recipe)
     model = recipe.get("model_name_or_path")
     if not isinstance(model, str):
         return
-    config = config_of(model, recipe.get("model_revision"), root)
-    if odd := odd_setting(config) or odd_index(root / model):
+    config = config_of(model, recipe.get("model_revision"))
+    if odd := odd_setting(config) or odd_index(Path(model)):
         yield "model_name_or_path", f"{model}: {odd}; use another model, or remove that"
     if config.get("quantization_config"):
         yield (
@@ -173,7 +173,7 @@ def weight_faults(recipe: Recipe, root: Path = Path()) -> Iterator[Fault]:
             f"{cutoff:,} is more than the {most:,} positions of {model}, which was taught nothing beyond them; lower "
             "cutoff_len in experiment.yaml and prepare again, or take a base with more",
         )
-    if fault := _target_fault(recipe, root):
+    if fault := _target_fault(recipe):
         yield "lora_target", fault
 
 
@@ -198,27 +198,27 @@ def _texts_in(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else [each for each in value or () if isinstance(each, str)]
 
 
-def _adapter_faults(recipe: Recipe, root: Path) -> Iterator[Fault]:
+def _adapter_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield what is wrong with the adapters that a training begins with, and keys that say otherwise than they do."""
     for key in _ADAPTERS:
         for name in names(recipe.get(key)):
-            path = root / name / ADAPTER_FILES[0] if (root / name).is_dir() else cached_file(name, ADAPTER_FILES[0])
+            path = model_file(name, ADAPTER_FILES[0])
             try:
-                config = adapter_config(path.parent) if path and path.is_file() else {}
+                config = adapter_config(path.parent) if path else {}
             except ValueError as error:
                 yield key, f"{name}: {error}; take another adapter"
                 continue
             for ours, its in _SHAPE.items() if key == "adapter_name_or_path" else ():
-                if (given := recipe.get(ours)) and not _agree(given, config.get(its), bool(config), recipe, root):
+                if (given := recipe.get(ours)) and not _agree(given, config.get(its), bool(config), recipe):
                     its_own = f", where {its} is {config.get(its)!r}" if config else ""
                     what = f"does nothing beside adapter_name_or_path, whose adapter_config.json decides{its_own}"
                     yield ours, f"{given!r} {what}; remove it"
 
 
-def _agree(given: Any, own: Any, known: bool, recipe: Recipe, root: Path) -> bool:
+def _agree(given: Any, own: Any, known: bool, recipe: Recipe) -> bool:
     """Tell whether a recipe's value is the adapter's own; where that is not known, whether it is the usual one."""
     if given == "all":
-        return not known or set(names(own)).issuperset(_layer_names(_modules_of(recipe, root)))
+        return not known or set(names(own)).issuperset(_layer_names(_modules(recipe)))
     if not known:
         return given == 8  # LLaMA-Factory's rank
     return set(names(given)) == set(names(own)) if isinstance(given, str | list) else given == own
@@ -257,10 +257,9 @@ def odd_index(folder: Path) -> str | None:
     return None if odd is None else f"model.safetensors.index.json: {odd!r} is no safetensors file of this folder"
 
 
-def config_of(model: str, revision: str | None, root: Path = Path()) -> dict[str, Any]:
+def config_of(model: str, revision: str | None) -> dict[str, Any]:
     """Return a model's config.json; empty if it is damaged or not on this disk, which loading the model reports."""
-    folder = root / model
-    path = folder / "config.json" if folder.is_dir() else cached_file(model, "config.json", revision or "main")
+    path = model_file(model, "config.json", revision or "main")
     try:
         content = read_json(path) if path else {}
     except (OSError, ValueError):
@@ -287,12 +286,12 @@ def require_fit_base(experiment: Experiment) -> None:
         raise ArenaError(what, where=f"{experiment.folder / 'experiment.yaml'}", remedy=remedy)
 
 
-def _target_fault(recipe: Recipe, root: Path) -> str | None:
+def _target_fault(recipe: Recipe) -> str | None:
     """Return which names of `lora_target` match no module of the model: PEFT leaves such a name out silently."""
     targets = names(recipe.get("lora_target"))
     if not targets or targets == ["all"]:
         return None
-    modules = _modules_of(recipe, root)
+    modules = _modules(recipe)
     known = {*modules, "lm_head"}  # which has no tensor of its own where it shares the embedding's
     lacking = [name for name in targets if not any(each == name or each.endswith(f".{name}") for each in known)]
     if not modules or not lacking:
@@ -307,23 +306,14 @@ def _layer_names(modules: Iterable[str]) -> list[str]:
     return sorted(name for name in ends if "norm" not in name)
 
 
-def _modules_of(recipe: Recipe, root: Path) -> set[str]:
-    model = str(recipe.get("model_name_or_path"))
-    return _modules(str(root / model) if (root / model).is_dir() else model, recipe.get("model_revision") or "main")
-
-
-def _modules(model: str, revision: str) -> set[str]:
+def _modules(recipe: Recipe) -> set[str]:
     """Return the names of the modules that have weights; none where the weights are not on this disk or damaged."""
-
-    def find(name: str) -> Path | None:
-        path = Path(model) / name if Path(model).is_dir() else cached_file(model, name, revision)
-        return path if path and path.is_file() else None
-
+    model, revision = str(recipe.get("model_name_or_path")), recipe.get("model_revision") or "main"
     tensors: list[str] = []
     try:
-        if index := find("model.safetensors.index.json"):
+        if index := model_file(model, "model.safetensors.index.json", revision):
             tensors = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        elif whole := find("model.safetensors"):
+        elif whole := model_file(model, "model.safetensors", revision):
             with safe_open(whole, framework="np") as file:
                 tensors = list(file.keys())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):

@@ -178,24 +178,21 @@ def render_template(name: str, values: Mapping[str, Any], folder: Path = TEMPLAT
         ) from None
 
 
-def write_recipe(
-    experiment: Experiment, step: str, force: bool = False, root: Path = Path(), templates: Path = TEMPLATES
-) -> RecipeOutcome:
-    """Write a recipe under `root` unless a hand edit would be lost; `force` replaces it all the same.
+def write_recipe(experiment: Experiment, step: str, force: bool = False, templates: Path = TEMPLATES) -> RecipeOutcome:
+    """Write a recipe unless a hand edit would be lost; `force` replaces it all the same.
 
     Raises ArenaError if the recipe cannot be rendered; the file that is there stays as it is.
     """
     path = experiment.recipe(step)
-    target = root / path
     fresh = render_recipe(experiment, step, templates)
-    current = _normal(read_regular(target, _LARGEST).decode("utf-8", "replace")) if target.exists() else None
+    current = _normal(read_regular(path, _LARGEST).decode("utf-8", "replace")) if path.exists() else None
     if current == fresh:
         return RecipeOutcome(path, "unchanged")
     edited = current is not None and not is_as_rendered(current)
     diff = "" if current is None else _diff(current, fresh, path.as_posix())
     if edited and not force:
         return RecipeOutcome(path, "hand-edited", diff)
-    with atomic_file(target) as file:
+    with atomic_file(path) as file:
         file.write(fresh)
     return RecipeOutcome(path, "written" if current is None else "replaced" if edited else "updated", diff)
 

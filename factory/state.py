@@ -155,11 +155,11 @@ def archive(*paths: Path) -> list[Path]:
     return [p.rename(p.with_name(f"{p.name}.earlier-{number}")) for p in paths if p.exists() or p.is_symlink()]
 
 
-def archived(root: Path = Path()) -> dict[Path, int]:
+def archived() -> dict[Path, int]:
     """Return what `archive` put aside below outputs/ and saves/, with its bytes."""
     found = {}
     for top in ("outputs", "saves"):
-        for folder, names, files in os.walk(root / top):
+        for folder, names, files in os.walk(top):
             old = [name for name in (*names, *files) if _EARLIER.search(name)]
             names[:] = [name for name in names if name not in old]
             found |= {path: _size(path) for path in (Path(folder, name) for name in old)}

@@ -84,10 +84,10 @@ class ExperimentStatus:
         return not (self.prepared or self.fault) and all(stage.state == "new" for stage in self.stages)
 
 
-def experiment_names(root: Path = Path()) -> list[str]:
+def experiment_names() -> list[str]:
     """Return the experiments of a checkout, sorted; raises UsageError outside of one."""
-    require_project(root)
-    return sorted(path.parent.name for path in (root / "factory_configs").glob("*/experiment.yaml"))
+    require_project()
+    return sorted(path.parent.name for path in Path("factory_configs").glob("*/experiment.yaml"))
 
 
 def status_of(names: Sequence[str]) -> list[ExperimentStatus]:

@@ -8,7 +8,7 @@ import pytest
 from chain import ROOT, hub_cache
 
 from common.errors import ArenaError, UsageError
-from data_prep.model_lookup import cached_file, choose_template, offline_if_unreachable
+from data_prep.model_lookup import choose_template, model_file, offline_if_unreachable
 
 
 def folder_of(path, kind):
@@ -125,7 +125,7 @@ def test_a_hub_that_does_not_answer_is_one_error_without_retries(tmp_path):
 
 def test_what_the_cache_holds_is_taken_without_the_hub(library, tmp_path):
     (hub_cache(tmp_path / "cache", "some/model") / "config.json").write_text("{}")
-    assert cached_file("some/model", "config.json").name == "config.json" and cached_file("a\nb", "config.json") is None
+    assert model_file("some/model", "config.json").name == "config.json" and model_file("a\nb", "config.json") is None
     with offline_if_unreachable("some/model", "main"):
         assert library.HF_HUB_OFFLINE is True
     assert library.HF_HUB_OFFLINE is False

@@ -35,14 +35,15 @@ def test_the_page_lists_each_preset_as_it_is():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_preset_is_what_new_writes_beside_its_notes_and_first_values(name):
-    its = load_experiment(name, ROOT)
+def test_a_preset_is_what_new_writes_beside_its_notes_and_first_values(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    its = load_experiment(name)
     committed = read_yaml(ROOT / its.folder / "experiment.yaml")
     fresh = OmegaConf.create(render_experiment(NewExperiment(name, its.model, cutoff_len=its.cutoff_len)))
     own = {"description", "recipes", "precision"}
     assert {k: v for k, v in committed.items() if k not in own} == {k: v for k, v in fresh.items() if k not in own}
     assert its.template == known_models()[its.model.lower()].template
-    check_recipes(its, STEPS, ROOT)
+    check_recipes(its, STEPS)
     for training in TRAININGS:
         recipe = read_yaml(ROOT / its.recipe(training))
         assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 16

@@ -24,19 +24,21 @@ ADAPTER = {"adapter_name_or_path": "saves/a", "lora_rank": None, "lora_alpha": N
 
 
 @pytest.fixture
-def faults(tmp_path):
+def faults(tmp_path, monkeypatch):
     """Render a step's recipe, edit it by {key: line or None to remove}, and return its faults by key."""
+
+    monkeypatch.chdir(tmp_path)
 
     def of(step="sft", its=None, **lines):
         its = its or experiment()
-        write_recipe(its, step, force=True, root=tmp_path)
-        path = tmp_path / its.recipe(step)
+        write_recipe(its, step, force=True)
+        path = its.recipe(step)
         text = path.read_text(encoding="utf-8")
         for key, value in lines.items():
             text = re.sub(rf"^{key}: .*\n", "", text, flags=re.MULTILINE)
             text += "" if value is None else f"{key}: {value}\n"
         path.write_text(text, encoding="utf-8")
-        found = check_recipe(its, step, tmp_path)
+        found = check_recipe(its, step)
         assert all(fault.startswith(f"factory_configs/exp/{step}.yaml: ") for fault in found)
         return dict(fault.removeprefix(f"factory_configs/exp/{step}.yaml: ").split(": ", 1) for fault in found)
 
@@ -44,8 +46,9 @@ def faults(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("factory_configs/*/experiment.yaml")))
-def test_the_committed_recipes_are_without_a_fault(name):
-    check_recipes(load_experiment(name, ROOT), STEPS, ROOT)
+def test_the_committed_recipes_are_without_a_fault(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check_recipes(load_experiment(name), STEPS)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -267,28 +270,30 @@ def test_chat_templates_are_checked(faults):
     assert told.endswith("or template: qwen3_nothink")
 
 
-def test_all_faults_of_all_recipes_come_in_one_error(tmp_path):
+def test_all_faults_of_all_recipes_come_in_one_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     its = experiment()
     for step in ("sft", "merge_sft"):
-        write_recipe(its, step, root=tmp_path)
-    path = tmp_path / its.recipe("sft")
+        write_recipe(its, step)
+    path = its.recipe("sft")
     text = path.read_text(encoding="utf-8").replace("lora_rank: 64", "lora_rnak: 64")
     path.write_text(text.replace("cutoff_len: 1024", "cutoff_len: 99"), encoding="utf-8")
-    (tmp_path / its.recipe("merge_sft")).write_text("a: [\n", encoding="utf-8")
+    its.recipe("merge_sft").write_text("a: [\n", encoding="utf-8")
     with pytest.raises(ArenaError) as caught:
-        check_recipes(its, ["sft", "merge_sft", "rm"], tmp_path)
+        check_recipes(its, ["sft", "merge_sft", "rm"])
     told = [("sft", "lora_rnak"), ("sft", "cutoff_len"), ("merge_sft", "is"), ("rm", "is")]  # in the order of the files
     assert re.findall(r"factory_configs/exp/(\w+)\.yaml: (\w+)", caught.value.what) == told
     assert "python run.py prepare -e exp" in caught.value.remedy and "--force" in caught.value.remedy
 
 
-def test_an_untouched_recipe_behind_its_experiment_is_rendered_again(tmp_path):
-    write_recipe(experiment(), "sft", root=tmp_path)
+def test_an_untouched_recipe_behind_its_experiment_is_rendered_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_recipe(experiment(), "sft")
     changed = experiment(cutoff_len=512)
     with pytest.raises(ArenaError, match=r"cutoff_len: is 1024, but by .* it is 512"):
-        check_recipes(changed, ["sft"], tmp_path)
-    assert write_recipe(changed, "sft", root=tmp_path).state == "updated"
-    check_recipes(changed, ["sft"], tmp_path)
+        check_recipes(changed, ["sft"])
+    assert write_recipe(changed, "sft").state == "updated"
+    check_recipes(changed, ["sft"])
 
 
 def test_a_lora_target_that_no_module_has_changes_nothing_on_disk(place):

@@ -100,26 +100,27 @@ def test_small_floats_are_written_as_people_write_them():
     assert written == ["1.0e-4", "5.5e-6", "0.05", "0.0", "1.0", "-1.0e-5"]
 
 
-def test_the_life_of_a_recipe(tmp_path):
+def test_the_life_of_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     its = experiment()
-    path = tmp_path / its.recipe("sft")
-    outcome = write_recipe(its, "sft", root=tmp_path)
+    path = its.recipe("sft")
+    outcome = write_recipe(its, "sft")
     assert (outcome.state, outcome.diff, outcome.path) == ("written", "", its.recipe("sft"))
     first = path.read_text(encoding="utf-8")
-    assert write_recipe(its, "sft", root=tmp_path).state == "unchanged"
-    outcome = write_recipe(experiment(cutoff_len=512), "sft", root=tmp_path)
+    assert write_recipe(its, "sft").state == "unchanged"
+    outcome = write_recipe(experiment(cutoff_len=512), "sft")
     assert outcome.state == "updated" and "sha256" not in outcome.diff
     assert "-cutoff_len: 1024" in outcome.diff and "+cutoff_len: 512" in outcome.diff
     edited = first.replace("learning_rate: 1.0e-4", "learning_rate: 3.0e-4")
     path.write_text(edited, encoding="utf-8")
-    outcome = write_recipe(its, "sft", root=tmp_path)
+    outcome = write_recipe(its, "sft")
     assert outcome.state == "hand-edited" and path.read_text(encoding="utf-8") == edited
     changed = [line[:15] for line in re.findall(r"^[-+][a-z].*", outcome.diff, re.MULTILINE)]
     assert changed == ["-learning_rate:", "+learning_rate:"]
-    assert write_recipe(its, "sft", force=True, root=tmp_path).state == "replaced"
+    assert write_recipe(its, "sft", force=True).state == "replaced"
     assert path.read_text(encoding="utf-8") == first
     path.write_bytes(first.replace("\n", "\r\n").encode())
-    assert write_recipe(its, "sft", root=tmp_path).state == "unchanged", "other line ends are no edit"
+    assert write_recipe(its, "sft").state == "unchanged", "other line ends are no edit"
     assert [p.name for p in path.parent.iterdir()] == ["sft.yaml"]
 
 
@@ -133,9 +134,10 @@ def test_the_life_of_a_recipe(tmp_path):
         lambda text: text + "# sha256:" + "0" * 64 + "\n",
     ],
 )
-def test_every_hand_edit_is_recognised(tmp_path, edit):
+def test_every_hand_edit_is_recognised(tmp_path, monkeypatch, edit):
+    monkeypatch.chdir(tmp_path)
     its = experiment()
-    write_recipe(its, "sft", root=tmp_path)
-    path = tmp_path / its.recipe("sft")
+    write_recipe(its, "sft")
+    path = its.recipe("sft")
     path.write_text(edit(path.read_text(encoding="utf-8")), encoding="utf-8")
-    assert write_recipe(its, "sft", root=tmp_path).state == "hand-edited"
+    assert write_recipe(its, "sft").state == "hand-edited"
