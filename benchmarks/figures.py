@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def options(doc: str, *paths: str, required: bool = True, **own: Any) -> argparse.ArgumentParser:
-    """Return a script's parser: --write, options for `paths` (`votes` takes several), and its own by their defaults."""
+def options(doc: str, *paths: str, required: bool = True, write: bool = True, **own: Any) -> argparse.ArgumentParser:
+    """Return a script's parser: options for `paths` (`votes` takes several), its own by their defaults, --write."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in paths:
         many = "+" if name == "votes" else None
@@ -25,7 +25,8 @@ def options(doc: str, *paths: str, required: bool = True, **own: Any) -> argpars
     for name, default in own.items():
         first, many = (default[0], "+") if isinstance(default, tuple) else (default, None)
         parser.add_argument(f"--{name.replace('_', '-')}", nargs=many, type=type(first), default=default)
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/")
+    if write:
+        parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/")
     return parser
 
 

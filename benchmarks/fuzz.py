@@ -9,7 +9,6 @@ benchmarks/fuzz_crashes/TARGET/ and, once that is corrected, the tests go on rep
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -17,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from figures import ROOT
+from figures import ROOT, options
 
 CRASHES = ROOT / "benchmarks" / "fuzz_crashes"
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
@@ -30,12 +29,10 @@ def fuzz_one(name: str, limits: list[str]) -> None:
 
     with atheris.instrument_imports(include=["common", "data_prep", "factory", "scoring"]):
         from fuzz_targets import TARGETS, never_crashes
-    target = TARGETS[name]
-    corpus = Path("corpus")
-    corpus.mkdir(exist_ok=True)
-    for number, seed in enumerate(target.seeds):
-        (corpus / f"seed{number}").write_bytes(seed)
-    atheris.Setup([sys.argv[0], *limits, "corpus"], lambda data: never_crashes(target, data))
+    Path("corpus").mkdir()
+    for number, seed in enumerate(TARGETS[name].seeds):
+        Path(f"corpus/seed{number}").write_bytes(seed)
+    atheris.Setup([sys.argv[0], *limits, "corpus"], lambda data: never_crashes(TARGETS[name], data))
     atheris.Fuzz()
 
 
@@ -69,21 +66,17 @@ def main() -> None:
         return
     from fuzz_targets import TARGETS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=60, help="for each target")
-    parser.add_argument("--runs", type=int, help="so many inputs for each target, instead of seconds")
+    parser = options(__doc__, write=False, seconds=60, runs=0, output=RESULTS)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="only these")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    limits = [f"-runs={options.runs}"] if options.runs else [f"-max_total_time={options.seconds}"]
+    asked = parser.parse_args()
+    limits = [f"-runs={asked.runs}"] if asked.runs else [f"-max_total_time={asked.seconds}"]
     found = []
-    for name in options.target:
+    for name in asked.target:
         found.append(fuzz(name, limits))
         line = f"{found[-1]['executions']:,} executions, {len(found[-1]['crashes'])} crashes"
         print(f"{name:<14} {line}, ended {'well' if found[-1]['ended_well'] else 'BADLY'}", flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {"seconds": None if options.runs else options.seconds, "runs": options.runs, "targets": found}
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = {"seconds": None if asked.runs else asked.seconds, "runs": asked.runs or None, "targets": found}
+    asked.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     sys.exit(any(each["crashes"] or not each["ended_well"] for each in found))
 
 

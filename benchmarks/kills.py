@@ -12,8 +12,6 @@ Results go to benchmarks/results/kills.json; remove it and outputs/.kills for ot
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import os
 import random
@@ -30,8 +28,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from figures import ROOT
+from figures import ROOT, options
 from omegaconf import OmegaConf
+
+from common.files import read_json, write_json
+from data_prep.synthetic import write_arena
+from scoring.checks.provenance import git_commit, hardware
 
 RESULTS = ROOT / "benchmarks" / "results" / "kills.json"
 RUN, CHILD, WORKER = "run.py", "child", "worker"
@@ -113,18 +115,21 @@ class Call(get_context("fork").Process):
         """How long it has been running."""
         return time.monotonic() - self._started
 
-    @property
-    def printed(self) -> str:
-        """What it printed."""
-        return self._log.read_text(encoding="utf-8", errors="replace")
+    def end(self, victim: str | None = None) -> float:
+        """Wait for its end and return its seconds; raises TimeoutError.
 
-    def wait(self) -> int:
-        """Wait for its end and return its exit code; raises TimeoutError."""
+        Raises RuntimeError where it was not killed itself and ended without success or an error with a remedy.
+        """
         self.join(max(0.0, LONGEST - self.seconds))
         if self.is_alive():
             self.kill()
             raise TimeoutError(f"{self._log}: not ended after {LONGEST:.0f} s")
-        return self.exitcode
+        printed = self._log.read_text(encoding="utf-8", errors="replace")
+        good = self.exitcode == 0 or (victim and self.exitcode == 1 and "remedy:" in printed)
+        if (victim, self.exitcode) != (RUN, -signal.SIGKILL) and (not good or "Traceback" in printed):
+            what = f"run.py {' '.join(self._arguments)}, killed: {victim}, exit code {self.exitcode}"
+            raise RuntimeError(f"{what}: {printed[-2000:]}")
+        return self.seconds
 
     def process(self, victim: str) -> int | None:
         """Return the process to kill: run.py itself, LLaMA-Factory's, or one of the workers; None if there is none."""
@@ -153,23 +158,18 @@ def state(place: Path, name: str) -> Path:
         step = next(step for step in STEPS if step.end == name)
         shutil.copytree(state(place, step.start), fresh, symlinks=True)
         arguments = step.arguments
-    call = Call(fresh, arguments, place / "undisturbed.log")
-    if call.wait():
-        raise SystemExit(f"the undisturbed run.py {' '.join(arguments)} failed: {call.printed[-3000:]}")
-    (fresh / "seconds").write_text(f"{call.seconds}")
+    (fresh / "seconds").write_text(f"{Call(fresh, arguments, place / 'undisturbed.log').end()}")
     return fresh.rename(folder)
 
 
 def lay(folder: Path) -> tuple[str, ...]:
     """Make templates, a demo experiment of a few steps and arenas; return the arguments that make an earlier export."""
-    from data_prep.synthetic import write_arena
-
     shutil.copytree(ROOT / "templates", folder / "templates")
-    content = OmegaConf.to_container(OmegaConf.load(ROOT / "factory_configs" / "demo" / "experiment.yaml"))
+    file = Path("factory_configs") / "demo" / "experiment.yaml"
     steps = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "logging_steps": 1}
-    content["recipes"]["sft"] |= {**steps, "per_device_train_batch_size": 4}
-    (folder / "factory_configs" / "demo").mkdir(parents=True)
-    OmegaConf.save(OmegaConf.create(content), folder / "factory_configs" / "demo" / "experiment.yaml")
+    recipes = {"sft": {**steps, "per_device_train_batch_size": 4}}
+    (folder / file).parent.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(ROOT / file), {"recipes": recipes}), folder / file)
     write_arena(folder / "arena", seed=11, train_rows=120, test_rows=30)
     write_arena(folder / "other", seed=12, train_rows=80, test_rows=9)
     return ("prepare", "-e", "demo", "--train", "other/train.csv")
@@ -187,20 +187,31 @@ class Round:
         names = list(STATES)
         self._kept = [pattern for each in names[: names.index(step.start) + 1] for pattern in STATES[each]]
 
-    def run(self, wanted: int) -> str | None:
-        """Kill at most `wanted` times, then let the step end; return what was wrong, None if nothing."""
+    def run(self, wanted: int) -> dict[str, Any]:
+        """Kill at most `wanted` times, then let the step end; return what came of it, and keep a bad round's folder."""
+        started, fault = time.monotonic(), None
+        try:
+            self._run(wanted)
+            shutil.rmtree(self.folder)
+            self.log.unlink()
+        except (RuntimeError, TimeoutError, OSError, ValueError) as error:
+            fault = f"{type(error).__name__}: {error}"
+        seconds = round(time.monotonic() - started, 1)
+        print(f"{self.folder.name}: {len(self.kills)} kills, {seconds} s, {fault or 'survived'}", file=sys.stderr)
+        return {"step": self.step.name, "kills": self.kills, "fault": fault, "seconds": seconds}
+
+    def _run(self, wanted: int) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(self._start, self.folder, symlinks=True)
-        before = sums(self.folder, self._kept)
+        before = files(self.folder, self._kept)
         for _ in range(min(self._draw.randint(2, self.step.most), wanted)):
             if not self._kill():
                 break
-            if fault := self._fault(before):
-                return fault
-        call = Call(self.folder, self.step.arguments, self.log)
-        if call.wait():
-            return f"the last call ended with {call.exitcode}: {call.printed[-2000:]}"
-        return self._fault(before) or difference(self.folder, self._reference, STATES[self.step.end])
+            self._check(before)
+        Call(self.folder, self.step.arguments, self.log).end()
+        self._check(before)
+        if fault := difference(self.folder, self._reference, STATES[self.step.end]):
+            raise RuntimeError(fault)
 
     def _kill(self) -> bool:
         """Run the step and kill a process of it at a random moment; return False if the step ended before."""
@@ -220,140 +231,98 @@ class Round:
             time.sleep(0.003)
         family, target, after = call.children(), call.process(victim), call.seconds
         if target is None or not call.is_alive() or call.seconds >= LONGEST:
-            call.wait()
-            require_good_end(call, victim=None)
+            seconds = call.end()
             if not self.kills:  # the whole step, perhaps on a machine that is less busy than it was
-                (self._reference / "seconds").write_text(f"{call.seconds}")
+                (self._reference / "seconds").write_text(f"{seconds}")
             return False
         os.kill(target, signal.SIGKILL)
-        code = call.wait()
-        require_good_end(call, victim)
+        call.end(victim)
         _, alive = psutil.wait_procs(family, timeout=ORPHANS)
         if alive:
             raise RuntimeError(f"processes outlived a killed one: {alive}")
-        self.kills.append({"victim": victim, "after_seconds": round(after, 3), "sign": sign, "exit_code": code})
+        self.kills.append(
+            {"victim": victim, "after_seconds": round(after, 3), "sign": sign, "exit_code": call.exitcode}
+        )
         return True
 
-    def _fault(self, before: dict[str, str]) -> str | None:
-        """Return which finished file of an earlier step changed, or that an export is neither the old nor the new."""
-        now = sums(self.folder, self._kept)
-        if changed := [name for name, digest in before.items() if now.get(name) != digest]:
-            return f"files of finished steps changed: {', '.join(changed[:5])}"
+    def _check(self, before: dict[str, bytes]) -> None:
+        """Raise RuntimeError where a finished file of an earlier step changed, or an export is neither old nor new."""
+        now = files(self.folder, self._kept)
+        if changed := [name for name, content in before.items() if now.get(name) != content]:
+            raise RuntimeError(f"files of finished steps changed: {', '.join(changed[:5])}")
         data = self.folder / "data"
         # Between two renames the earlier export is put aside.
         export = data / "demo" if (data / "demo" / "manifest.json").is_file() else data / ".demo.old"
-        roots = [self._start, self._reference]
-        if all(difference(export, root / "data" / "demo", ("*",)) for root in roots):
-            return "the export is neither the earlier one nor the new one"
-        return None
+        if all(difference(export, root / "data" / "demo", ("*",)) for root in (self._start, self._reference)):
+            raise RuntimeError("the export is neither the earlier one nor the new one")
 
 
-def require_good_end(call: Call, victim: str | None) -> None:
-    """Raise RuntimeError where a call that was not killed itself ended without success or an error with a remedy."""
-    if victim == RUN and call.exitcode == -signal.SIGKILL:
-        return
-    good = call.exitcode == 0 or (victim and call.exitcode == 1 and "remedy:" in call.printed)
-    if not good or "Traceback" in call.printed:
-        raise RuntimeError(f"killed: {victim}, exit code {call.exitcode}: {call.printed[-2000:]}")
-
-
-def sums(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
-    """Return the SHA-256 of every file that a pattern names, by its relative path."""
-    files = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def files(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
+    """Return every file that a pattern names, by its relative path."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 def difference(folder: Path, reference: Path, patterns: Sequence[str]) -> str | None:
     """Return which files are not those of the undisturbed run: others in bytes, JSON in what is not a time."""
-    mine, theirs = sums(folder, patterns), sums(reference, patterns)
+    mine, theirs = files(folder, patterns), files(reference, patterns)
     if not theirs:
         return f"nothing to compare: {patterns}"
     if lost := sorted(mine.keys() ^ theirs.keys()):
         return f"not in both: {', '.join(lost[:5])}"
     others = [name for name in sorted(mine) if mine[name] != theirs[name]]
-    others = [name for name in others if contents(folder / name) != contents(reference / name)]
+    others = [name for name in others if not name.endswith(".json") or lasting(mine[name]) != lasting(theirs[name])]
     return f"differ from the undisturbed run: {', '.join(others[:5])}" if others else None
 
 
-def contents(path: Path) -> Any:
-    """Return a file's bytes; of JSON the value without what differs between two undisturbed runs."""
-    return json.loads(path.read_bytes(), object_hook=timeless) if path.suffix == ".json" else path.read_bytes()
+def lasting(text: bytes) -> Any:
+    """Return a JSON value without times; peft writes target_modules, a set, in any order."""
 
+    def of(entry: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in entry.items() if key not in VOLATILE}
+        return {key: sorted(value) if key == "target_modules" else value for key, value in kept.items()}
 
-def timeless(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON object without times; peft writes target_modules, a set, in any order."""
-    kept = {key: value for key, value in entry.items() if key not in VOLATILE}
-    return {key: sorted(value) if key == "target_modules" else value for key, value in kept.items()}
-
-
-def try_round(tried: Round, wanted: int) -> dict[str, Any]:
-    """Run one round and return what came of it; the folder of a bad one is kept."""
-    started = time.monotonic()
-    try:
-        fault = tried.run(wanted)
-    except (RuntimeError, TimeoutError, OSError, ValueError) as error:
-        fault = f"{type(error).__name__}: {error}"
-    seconds = round(time.monotonic() - started, 1)
-    print(f"{tried.folder.name}: {len(tried.kills)} kills, {seconds} s, {fault or 'survived'}", file=sys.stderr)
-    if fault is None:
-        shutil.rmtree(tried.folder)
-        tried.log.unlink()
-    return {"step": tried.step.name, "kills": tried.kills, "fault": fault, "seconds": seconds}
-
-
-def write_results(path: Path, found: dict[str, Any]) -> None:
-    """Write all rounds with their totals."""
-    from common.files import write_json
-    from scoring.checks.provenance import git_commit, hardware
-
-    found["tried"] = sum(len(each["kills"]) for each in found["rounds"])
-    found["survived"] = sum(len(each["kills"]) for each in found["rounds"] if not each["fault"])
-    write_json(path, found | {"date": str(date.today()), "hardware": hardware(), "git_commit": git_commit()})
+    return json.loads(text, object_hook=of)
 
 
 def main() -> int:
     """Go on with the kills until all were tried or the minutes are over; exit code 1 if one was not survived."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--minutes", type=float, default=60, help="begin no round after this time")
+    own = {"seed": 1, "kills": 200, "minutes": 60.0, "place": ROOT / "outputs" / ".kills", "results": RESULTS}
+    parser = options(__doc__, write=False, **own)
     names = [step.name for step in STEPS]
     parser.add_argument("--steps", nargs="+", choices=names, default=names, help="only these")
-    parser.add_argument("--place", type=Path, default=ROOT / "outputs" / ".kills", help="where the states are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    place, steps = asked.place.absolute(), [step for step in STEPS if step.name in asked.steps]
+    place, until = asked.place.absolute(), time.monotonic() + 60 * asked.minutes
     place.mkdir(parents=True, exist_ok=True)
     found = {"seed": asked.seed, "wanted": asked.kills, "rounds": []}
     if asked.results.is_file():
-        earlier = json.loads(asked.results.read_text(encoding="utf-8"))
-        if (earlier["seed"], earlier["wanted"]) == (asked.seed, asked.kills):
-            found = earlier
-    import_everything()
-    until, left = time.monotonic() + 60 * asked.minutes, {}
-    for step in steps:
-        tried = sum(len(each["kills"]) for each in found["rounds"] if each["step"] == step.name)
-        left[step.name] = round(step.kills * asked.kills / 200) - tried
-    while any(count > 0 for count in left.values()) and time.monotonic() < until:
-        for step in steps:
-            if left[step.name] > 0 and time.monotonic() < until:
-                number = sum(each["step"] == step.name for each in found["rounds"])
-                found["rounds"].append(try_round(Round(step, place, number, asked.seed), left[step.name]))
-                left[step.name] -= len(found["rounds"][-1]["kills"])
-                write_results(asked.results, found)
-    write_results(asked.results, found)
-    print(f"{found['survived']} of {found['tried']} kills survived")
-    print("call again, to go on" if any(count > 0 for count in left.values()) else "all kills were tried")
-    return int(found["survived"] < found["tried"])
-
-
-def import_everything() -> None:
-    """Import what calls of run.py need, and set what they inherit."""
+        earlier = read_json(asked.results)
+        found = earlier if (earlier["seed"], earlier["wanted"]) == (asked.seed, asked.kills) else found
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NO_COLOR": "1", "ARENA_FACTORY_HERE": "1"}
-    for name in IMPORTS:
+    for name in IMPORTS:  # what calls of run.py need
         import_module(name)
     import_module("torch").set_num_threads(1)
     import_module("scoring.score_store").SHARD_TOKENS = 1500  # several shards of few rows
+
+    def tried(step: Step) -> list[int]:
+        """Return the kills of each round of a step."""
+        return [len(each["kills"]) for each in found["rounds"] if each["step"] == step.name]
+
+    def open_steps() -> list[tuple[Step, int]]:
+        """Return the steps with kills left, and how many."""
+        left = [(step, round(step.kills * asked.kills / 200) - sum(tried(step))) for step in STEPS]
+        return [(step, count) for step, count in left if count > 0 and step.name in asked.steps]
+
+    while open_steps() and time.monotonic() < until:
+        for step, count in open_steps():
+            found["rounds"].append(Round(step, place, len(tried(step)), asked.seed).run(count))
+            found["tried"] = sum(len(each["kills"]) for each in found["rounds"])
+            found["survived"] = sum(len(each["kills"]) for each in found["rounds"] if not each["fault"])
+            about = {"date": str(date.today()), "hardware": hardware(), "git_commit": git_commit()}
+            write_json(asked.results, found | about)
+    print(f"{found['survived']} of {found['tried']} kills survived")
+    print("call again, to go on" if open_steps() else "all kills were tried")
+    return int(found["survived"] < found["tried"])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,51 +40,41 @@ YAML_TYPES = (bool, int, float, str, list, dict)
 CHAT_MODELS = ("-chat", "-distill", "-instruct", "-thinking")
 
 
-def plain(value: Any) -> Any:
-    return value.value if isinstance(value, enum.Enum) else value
-
-
 def annotation(hint: Any) -> tuple[set[str], list[str], bool]:
     """Return a type hint's YAML types, the values that it allows, and whether null is one.
 
     Where an enum stands beside `str` (`IntervalStrategy | str`), the class turns the string into the enum, so that
     only the enum's values are allowed.
     """
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        parts = [annotation(each) for each in inner]
-        return {k for p in parts for k in p[0]}, [c for p in parts for c in p[1]], any(p[2] for p in parts)
-    if hint is type(None):
-        return set(), [], True
-    if origin is typing.Literal:
-        return {"str"}, list(inner), False
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return {"str"}, [each.value for each in hint], False
-    kind = origin or hint
-    return {kind.__name__ if kind in YAML_TYPES else "other"}, [], False
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    parts, kinds, choices = typing.get_args(hint) if union else (hint,), set(), []
+    for part in parts:
+        kind = typing.get_origin(part) or part
+        if kind is typing.Literal:
+            choices += typing.get_args(part)
+        elif isinstance(kind, type) and issubclass(kind, enum.Enum):
+            choices += [each.value for each in kind]
+        elif kind is not type(None):
+            kinds.add(kind.__name__ if kind in YAML_TYPES else "other")
+    return kinds | ({"str"} if choices else set()), choices, type(None) in parts
 
 
 def arguments() -> dict[str, Any]:
     """Return every field of the dataclasses that `llamafactory-cli train` parses; the first class of a name owns it."""
     found: dict[str, Any] = {}
     for group in GROUPS:
-        hints = typing.get_type_hints(group)
-        comma_lists = {
-            key
-            for part in group.__mro__
-            if part is not object
-            for key in re.findall(r"split_arg\(self\.(\w+)\)", inspect.getsource(part))
-        }
+        hints, source = typing.get_type_hints(group), "".join(map(inspect.getsource, group.__mro__[:-1]))
+        comma_lists = re.findall(r"split_arg\(self\.(\w+)\)", source)
         for field in dataclasses.fields(group):
             kinds, choices, optional = annotation(hints[field.name])
-            kinds |= {"list"} if field.name in comma_lists else set()
             made = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if made else field.default
             entry = {
                 "group": group.__name__,
-                "kinds": sorted(kinds),
+                "kinds": sorted(kinds | {"list"} if field.name in comma_lists else kinds),
                 "choices": choices or list(field.metadata.get("choices", [])),
                 "optional": optional,
-                "default": plain(field.default_factory() if made else field.default),
+                "default": default.value if isinstance(default, enum.Enum) else default,
                 "settable": field.init,
             }
             found.setdefault(field.name, entry)
@@ -126,20 +117,17 @@ def models() -> dict[str, Any]:
 
 def schema() -> str:
     """Return the file's text: JSON with one entry a line."""
-    sections = {
+    head = {
+        "llamafactory": version("llamafactory"),
         "arguments": arguments(),
         "reporters": list(INTEGRATION_TO_CALLBACK),
-        "templates": {name: template(its) for name, its in TEMPLATES.items()},
-        "models": models(),
     }
-    lines = [f'{{\n"llamafactory": "{version("llamafactory")}"']
-    for section, content in sections.items():
-        if isinstance(content, dict):
-            entries = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-            lines.append(f'"{section}": {{\n{entries}\n}}')
-        else:
-            lines.append(f'"{section}": {json.dumps(content)}')
-    return ",\n".join(lines) + "\n}\n"
+    sections = head | {"templates": {name: template(its) for name, its in TEMPLATES.items()}, "models": models()}
+
+    def lines(content: dict, dump: Callable[[Any], str]) -> str:
+        return "{\n" + ",\n".join(f"{json.dumps(key)}: {dump(value)}" for key, value in content.items()) + "\n}"
+
+    return lines(sections, lambda of: lines(of, json.dumps) if isinstance(of, dict) else json.dumps(of)) + "\n"
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ python benchmarks/supply_chain.py wheels     # writes templates/kaggle_wheels.tx
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import re
 import shlex
 import subprocess
@@ -17,11 +15,15 @@ import tempfile
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from figures import ROOT, options
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common.files import sha256_of
+from scoring.kaggle_pack import DOWNLOAD, WHEEL_LIST
+
 DEPENDENCIES = ROOT / "docs" / "dependencies.md"
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^ \\;]+)", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -66,15 +68,16 @@ def locked(lock: Path) -> dict[str, str]:
 
 def direct() -> dict[str, str]:
     """Return the reason of each direct dependency, as pyproject.toml and extras/*.in say it beside the requirement."""
-    source = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    content = tomllib.loads(source)
-    lists = [(source, [*content["project"]["dependencies"], *content["dependency-groups"]["dev"]])]
-    for path in sorted((ROOT / "extras").glob("*.in")):
-        source = path.read_text(encoding="utf-8")
-        lists.append((source, [line.split("#")[0].strip() for line in source.splitlines()]))
-    reasons = {name: reason for source, _ in lists for name, reason in _REASON.findall(source)}
-    names = [_NAME.match(line)[0] for _, requirements in lists for line in requirements if line]
-    return {name.lower(): reasons.get(name, "") for name in names}
+    files = [ROOT / "pyproject.toml", *sorted((ROOT / "extras").glob("*.in"))]
+    project, *extras = (path.read_text(encoding="utf-8") for path in files)
+    lines = [*_project()["project"]["dependencies"], *_project()["dependency-groups"]["dev"]]
+    lines += [line for text in extras for line in text.splitlines() if _NAME.match(line)]
+    reasons = dict(_REASON.findall("\n".join([project, *extras])))
+    return {(name := _NAME.match(line)[0]).lower(): reasons.get(name, "") for line in lines}
+
+
+def _project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def dependencies_page() -> str:
@@ -112,69 +115,56 @@ def licence_of(name: str) -> str:
 
 def needed(names: set[str], without: set[str]) -> set[str]:
     """Return the packages, and all that they require on Kaggle, by the metadata of what is installed here."""
-    found, waiting = set(), [name for name in names if name not in without]
+    found, waiting = set(), names - without
     while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        found.add(name)
-        wanted = [Requirement(line) for line in metadata.requires(name) or ()]
-        wanted = [each for each in wanted if each.marker is None or each.marker.evaluate(_KAGGLE)]
-        waiting += {re.sub(r"[._]+", "-", each.name.lower()) for each in wanted} - without
+        found.add(name := waiting.pop())
+        wanted = [each for each in map(Requirement, metadata.requires(name) or ()) if _on_kaggle(each)]
+        waiting |= {canonicalize_name(each.name) for each in wanted} - without - found
     return found
 
 
 def for_scoring() -> set[str]:
     """Return the names of the locked packages that scoring needs, torch and what comes with it left out."""
-    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    direct = {_NAME.match(line)[0] for line in content["project"]["dependencies"]} | {"accelerate"}
-    return needed(direct, {*_NOT_FOR_SCORING, "torch"})
+    own = {_NAME.match(line)[0] for line in _project()["project"]["dependencies"]}
+    return needed(own | {"accelerate"}, {*_NOT_FOR_SCORING, "torch"})
+
+
+def _on_kaggle(its: Requirement) -> bool:
+    return its.marker is None or its.marker.evaluate(_KAGGLE)
 
 
 def wheel_list() -> str:
     """Return templates/kaggle_wheels.txt; each hash is one of the lock's, for pip looks at them as it downloads."""
-    from scoring.kaggle_pack import DOWNLOAD
-
-    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", " ")
-    pins = [line for line in lock.splitlines() if (name := _PIN.match(line)) and name[1] in for_scoring()]
-    pins = [re.sub(r" ; .*?(?= --hash)", "", line) for line in pins if _holds(line)]
+    lock, pins = (ROOT / "requirements.lock").read_text(encoding="utf-8").replace("\\\n", ""), {}
+    for line in filter(_PIN.match, lock.splitlines()):
+        its, hashes = Requirement(line.split(" --hash")[0]), re.findall(r"--hash=\S+", line)
+        if its.name in for_scoring() and _on_kaggle(its):
+            pins[its.name] = f"{its.name}{its.specifier}", " ".join(hashes)
     hashes, size = {}, {}
     for python in _PYTHONS:
         with tempfile.TemporaryDirectory() as folder:
-            (asked := Path(folder) / "wheels.txt").write_text("\n".join(pins), encoding="utf-8")
+            (asked := Path(folder) / "wheels.txt").write_text("\n".join(map(" ".join, pins.values())), encoding="utf-8")
             call = shlex.split(DOWNLOAD.format(python=python, wheels=shlex.quote(folder), list=shlex.quote(str(asked))))
             subprocess.run([sys.executable, *call[1:], "--quiet"], check=True)
             for wheel in Path(folder).glob("*.whl"):
-                name = wheel.name.split("-")[0].lower().replace("_", "-").replace(".", "-")
-                hashes.setdefault(name, {})[hashlib.sha256(wheel.read_bytes()).hexdigest()] = None
+                name = parse_wheel_filename(wheel.name)[0]
+                hashes.setdefault(name, {})[f"--hash=sha256:{sha256_of(wheel)}"] = None
                 size.setdefault(name, wheel.stat().st_size)
-    lines = []
-    for name, version in (_PIN.match(line).groups() for line in pins):
-        sums = " ".join(f"--hash=sha256:{each}" for each in hashes[name])
-        lines.append(f"{name}=={version} {sums}  # {size[name] / 1e6:.1f} MB")
+    lines = [f"{pin} {' '.join(hashes[name])}  # {size[name] / 1e6:.1f} MB" for name, (pin, _) in pins.items()]
     count = {"count": len(lines), "size": sum(size.values()) / 1e6, "python": _PYTHONS[0]}
     return _WHEELS.format(lines="\n".join(lines), **count)
 
 
-def _holds(line: str) -> bool:
-    """Tell whether a line of the lock is for Kaggle's Python."""
-    return (marker := Requirement(line.split(" --hash")[0]).marker) is None or marker.evaluate(_KAGGLE)
-
-
 def main() -> None:
     """Print the licences, or write the page or the list of wheels."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tables", "licences", "wheels"], help="a page, two lists")
-    what = parser.parse_args().what
-    if what == "tables":
-        DEPENDENCIES.write_text(dependencies_page(), encoding="utf-8")
-        print(f"wrote {DEPENDENCIES.relative_to(ROOT)}")
-    elif what == "wheels":
-        wheels = ROOT / "templates" / "kaggle_wheels.txt"
-        wheels.write_text(wheel_list(), encoding="utf-8")
-        print(wheels.read_text(encoding="utf-8").splitlines()[1])
-    else:
+    parser = options(__doc__, write=False)
+    parser.add_argument("what", choices=["tables", "licences", "wheels"])
+    if (what := parser.parse_args().what) == "licences":
         print("\n".join(licences()))
+        return
+    path, make = {"tables": (DEPENDENCIES, dependencies_page), "wheels": (ROOT / WHEEL_LIST, wheel_list)}[what]
+    path.write_text(make(), encoding="utf-8")
+    print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
