@@ -20,30 +20,25 @@ The top of the report that `make demo` ends with: {seconds:.0f} s on two cores w
 WIDTH = 900
 
 
-def take_picture(page: Path, to: Path) -> None:
-    """Write the top of a report page, down to the chart of the baselines, as a small PNG file."""
+def main() -> None:
     from playwright.sync_api import sync_playwright
 
+    asked = options(__doc__, "work", seed="1").parse_args()
+    bench = Workbench(asked.work)
+    seconds = None if bench.has("demo", "sft") else bench.run("demo", "--seed", asked.seed)
+    to = ROOT / PICTURE if asked.write else bench.folder / PICTURE.name
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme="light")
-        tab.goto(page.as_uri())
+        tab.goto((bench.output("demo", "sft") / "report.html").as_uri())
         tab.add_style_tag(content=".flag, nav, details { display: none }")  # the picture shows one thing
-        box = tab.locator("#baselines").bounding_box()
+        box = tab.locator("#baselines").bounding_box()  # the page's top, down to the chart of the baselines
         clip = {"x": 0, "y": 0, "width": WIDTH, "height": box["y"] + box["height"] + 16}
         tab.screenshot(path=to, full_page=True, clip=clip)
         browser.close()
     with Image.open(to) as picture:
         picture.convert("RGB").quantize(64).save(to, optimize=True)
     print(f"{to}: {to.stat().st_size:,} bytes")
-
-
-def main() -> None:
-    asked = options(__doc__, "work", seed="1").parse_args()
-    bench = Workbench(asked.work)
-    seconds = None if bench.has("demo", "sft") else bench.run("demo", "--seed", asked.seed)
-    to = ROOT / PICTURE if asked.write else bench.folder / PICTURE.name
-    take_picture(bench.output("demo", "sft") / "report.html", to)
     if seconds:
         session = SESSION.format(picture=PICTURE, seconds=seconds)
         print(session)

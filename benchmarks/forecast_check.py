@@ -24,36 +24,21 @@ from factory.forecast import training_work
 from factory.memory import SLACK, training_memory
 from factory.workload import ModelSize, TokenLengths, TrainConfig, size_of
 
-
-class Case(NamedTuple):
-    """One training: the base's size and what its recipe says."""
-
-    size: str
-    stage: str
-    batch: int
-    checkpointing: bool
-    bits: int | None
-    cutoff: int
-
-    def __str__(self) -> str:
-        bits = f"{self.bits or 'none'} bits{', checkpointing' if self.checkpointing else ''}"
-        return f"{self.size}, {self.stage}, batch {self.batch}, {bits}"
-
-
 SIZES = {
     "tiny": {"vocabulary": 2048, "hidden": 64, "layers": 2, "heads": 8, "feed_forward": 128},
     "small": {"vocabulary": 8000, "hidden": 256, "layers": 4, "heads": 8, "feed_forward": 768},
     "medium": {"vocabulary": 20000, "hidden": 512, "layers": 8, "heads": 8, "feed_forward": 1536},
 }
 RECIPE = {"save_strategy": "no", "report_to": "none", "plot_loss": False, "logging_steps": 1}
+# Shape, stage, batch, checkpointing, bits, tokens of a row.
 CASES = (
-    Case("tiny", "sft", 16, False, 4, 256),
-    Case("tiny", "dpo_reward", 16, False, 4, 256),
-    Case("small", "sft", 8, False, 4, 512),
-    Case("small", "sft", 8, True, None, 512),
-    Case("small", "rm", 4, False, 4, 512),
-    Case("medium", "sft", 4, True, 4, 512),
-    Case("medium", "dpo_reward", 2, True, None, 512),
+    ("tiny", "sft", 16, False, 4, 256),
+    ("tiny", "dpo_reward", 16, False, 4, 256),
+    ("small", "sft", 8, False, 4, 512),
+    ("small", "sft", 8, True, None, 512),
+    ("small", "rm", 4, False, 4, 512),
+    ("medium", "sft", 4, True, 4, 512),
+    ("medium", "dpo_reward", 2, True, None, 512),
 )
 
 
@@ -119,16 +104,16 @@ def publish_trainings(asked: Namespace) -> None:
     bench, battles, lines = Workbench(asked.work), battles_of(*asked.votes), []
     os.chdir(bench.folder)
     write_votes(Path("votes.csv"), battles)
-    for case in CASES:
-        name = f"{case.size}-{case.stage.replace('_', '-')}-{case.bits}-{case.checkpointing}".lower()
-        recipe = {"per_device_train_batch_size": case.batch, "disable_gradient_checkpointing": not case.checkpointing}
-        recipe |= RECIPE | {"max_steps": asked.steps}
-        keys = {"model": bench.base(case.size, texts_of(battles), **SIZES[case.size]), "cutoff_len": case.cutoff}
-        keys |= {"quantization_bit": case.bits, "recipes": {case.stage: recipe}}
+    for shape, stage, batch, checkpointing, bits, cutoff in CASES:
+        name = f"{shape}-{stage.replace('_', '-')}-{bits}-{checkpointing}".lower()
+        recipe = {"per_device_train_batch_size": batch, "disable_gradient_checkpointing": not checkpointing}
+        keys = {"model": bench.base(shape, texts_of(battles), **SIZES[shape]), "cutoff_len": cutoff}
+        keys |= {"quantization_bit": bits, "recipes": {stage: recipe | RECIPE | {"max_steps": asked.steps}}}
         bench.variant(name, "--train", "votes.csv", "--pairs", **keys)
-        device, *real = bench.trained(name, case.stage, "cpu")
+        device, *real = bench.trained(name, stage, "cpu")
         seconds, gib = zip((3600 * device["training_hours"], device["memory"]), real, strict=True)
         off = [f"{a / b - 1:+.0%}" for a, b in (seconds, gib)]
+        case = f"{shape}, {stage}, batch {batch}, {bits or 'none'} bits{', checkpointing' if checkpointing else ''}"
         lines.append(row(case, *(f"{s:.0f} s" for s in seconds), off[0], *(f"{g:.2f} GiB" for g in gib), off[1]))
     headings = ["training", "forecast", "measured", "off by", "peak forecast", "peak measured", "off by"]
     publish("forecast check", table(headings, lines), asked.write)

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from figures import options, publish, table
-from scoring_speed import CUTOFF, VOCABULARY, Way, make_rows, one_model, open_way, ratio, rows_of, speeds, usual_loop
+from scoring_speed import CUTOFF, VOCABULARY, WAYS, make_rows, one_model, open_way, ratio, rows_of, speeds, usual_loop
 from workbench import Workbench, battles_of, matrix_rate, texts_of, write_votes
 
 from common.experiment import load_experiment
@@ -108,7 +108,7 @@ def score(bench: Workbench, asked: Namespace) -> list[list[Any]]:
         measured, _ = speeds(opened, rows, runs=3)
         for way, each in measured.items():
             speed = statistics.median(each)
-            found.append([name, str(way), speed, ratio(measured, way), 2 * size.linear * speed / rate])
+            found.append([name, way, speed, ratio(measured, way), 2 * size.linear * speed / rate])
     return found
 
 
@@ -116,13 +116,12 @@ def parity(bench: Workbench, asked: Namespace) -> dict[str, float]:
     """Return each way's largest difference of a probability from fp32, a row at a time."""
     rows, labels = rows_of(bench.folder)
     exact = softmax(usual_loop(one_model(bench.folder, "fp32"), labels, size=1)(rows))
-    return {str(way): float(abs(softmax(open_way(bench.folder, way)(rows)) - exact).max()) for way in ways(asked)}
+    return {way: float(abs(softmax(open_way(bench.folder, way)(rows)) - exact).max()) for way in ways(asked)}
 
 
-def ways(asked: Namespace) -> list[Way]:
+def ways(asked: Namespace) -> tuple[str, ...]:
     """Return the ways of scoring, the usual loop first."""
-    precisions = ("fp32", "bf16") if asked.tiny else ("bf16", "4bit")
-    return [Way("usual loop", precisions[0]), *(Way("torch", precision) for precision in precisions)]
+    return WAYS if asked.tiny else ("usual loop, bf16", "torch, bf16", "torch, 4bit")
 
 
 # Each part and the seconds that an H200 should need.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from figures import options, publish, row, table
@@ -56,6 +55,9 @@ def train(bench: Workbench, name: str, asked: Namespace) -> None:
 
 def measure(name: str, title: str, count: int) -> list[list[str]]:
     """Return how far a trained adapter moved its base, and one row a kind of merge; drawn validation battles asked."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     context = StageContext(load_experiment(name), "sft")
     judge, battles = load_judge(context.merged), read_battles(context.experiment.data_folder, "valid")
     battles = [battles[i] for i in np.random.default_rng(1).permutation(len(battles))[:count]]
@@ -65,9 +67,13 @@ def measure(name: str, title: str, count: int) -> list[list[str]]:
         copy.ensure(Show())
 
     def answers(weights: Path, how: str) -> np.ndarray:
+        """Return what the weights answer in fp32, with the adapter merged in a type, beside them, or without it."""
         kept = Path(f"answers-{name}-{weights.name}-{how}-{count}.npy")
         if not kept.is_file():
-            model = on(weights, how, context.adapter)
+            model = AutoModelForCausalLM.from_pretrained(weights, dtype=how if how in TYPES else "float32")
+            if how != WITHOUT:
+                model = PeftModel.from_pretrained(model, context.adapter)
+            model = (model.merge_and_unload() if how in TYPES else model).float().eval()
             np.save(kept, softmax(score_labels(model, sequences, judge.frame.label_ids)))
         return np.load(kept)
 
@@ -82,17 +88,6 @@ def measure(name: str, title: str, count: int) -> list[list[str]]:
         moved = [f"**{100 * found[f'{which}_abs_diff']:.2f}** points" for which in ("max", "mean")]
         rows.append(row(title, onto, how, *moved, f"{apart:+.5f}"))
     return rows
-
-
-def on(weights: Path, how: str, adapter: Path) -> Any:
-    """Return the weights in fp32, with the adapter merged in a type, beside them, or without it."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=how if how in TYPES else "float32")
-    if how != WITHOUT:
-        model = PeftModel.from_pretrained(model, adapter)
-    return (model.merge_and_unload() if how in TYPES else model).float().eval()
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from figures import ROOT, options, publish, row, table
@@ -38,19 +38,8 @@ KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_
 SHAPES = {"tiny": (64, 128, 2, 4, 4), "134M": (768, 2048, 12, 12, 12)}
 HEADINGS = ["way", "tokens/s", "against the usual loop", "share of the floor", "largest difference", "peak memory"]
 Score = Callable[[list[list[int]]], np.ndarray]
-
-
-class Way(NamedTuple):
-    """One way of scoring: an engine, or the usual loop, in a precision."""
-
-    engine: str
-    precision: str
-
-    def __str__(self) -> str:
-        return ", ".join(self)
-
-
-WAYS = [Way("usual loop", "fp32"), Way("torch", "fp32"), Way("torch", "bf16")]
+# An engine, or the usual loop, in a precision.
+WAYS = ("usual loop, fp32", "torch, fp32", "torch, bf16")
 
 
 def make_model(folder: Path, shape: str) -> None:
@@ -83,13 +72,13 @@ def rows_of(folder: Path) -> tuple[list[list[int]], list[int]]:
     return content["rows"], content["labels"]
 
 
-def open_way(folder: Path, way: Way) -> Score:
+def open_way(folder: Path, way: str) -> Score:
     """Load a way of scoring; its function returns label logits [rows, labels]."""
-    _, labels = rows_of(folder)
-    if way.engine == WAYS[0].engine:
-        return usual_loop(one_model(folder, way.precision), labels)
+    (_, labels), (engine, precision) = rows_of(folder), way.split(", ")
+    if engine == "usual loop":
+        return usual_loop(one_model(folder, precision), labels)
     judge = SimpleNamespace(folder=folder / "merged", frame=SimpleNamespace(label_ids=tuple(labels)))
-    opened = open_engine(judge, way.engine, way.precision)
+    opened = open_engine(judge, engine, precision)
     return lambda rows: opened.label_logits(rows, labels)
 
 
@@ -132,7 +121,7 @@ def floor_speed(model: Any, rows: list[list[int]]) -> float:
     return sum(map(len, rows)) / seconds
 
 
-def speeds(opened: dict[Way, Score], rows: list[list[int]], runs: int) -> tuple[dict[Way, list[float]], dict]:
+def speeds(opened: dict[str, Score], rows: list[list[int]], runs: int) -> tuple[dict[str, list[float]], dict]:
     """Score all rows in every way in turn; return each way's tokens a second of every run, and its logits."""
     found, logits = {way: [] for way in opened}, {}
     for score in opened.values():
@@ -145,12 +134,12 @@ def speeds(opened: dict[Way, Score], rows: list[list[int]], runs: int) -> tuple[
     return found, logits
 
 
-def ratio(found: dict[Way, list[float]], way: Way) -> float:
+def ratio(found: dict[str, list[float]], way: str) -> float:
     """Return the median of a way's speed over that of the usual loop, which is the first way."""
     return statistics.median(a / b for a, b in zip(found[way], next(iter(found.values())), strict=True))
 
 
-def one_peak(folder: Path, way: Way) -> None:
+def one_peak(folder: Path, way: str) -> None:
     """Score some rows in one way, the longest among them."""
     open_way(folder, way)(sorted(rows_of(folder)[0], key=len)[-8:])
 
@@ -165,14 +154,14 @@ def main() -> None:
         opened, (rows, labels) = {way: open_way(folder, way) for way in WAYS}, rows_of(folder)
         exact = softmax(usual_loop(one_model(folder, "fp32"), labels, size=1)(rows))
         found, logits = speeds(opened, rows, asked.runs)
+        models = {precision: one_model(folder, precision) for precision in ("fp32", "bf16")}
         floors = {
-            precision: statistics.median(floor_speed(one_model(folder, precision), rows) for _ in range(asked.runs))
-            for precision in ("fp32", "bf16")
+            of: statistics.median(floor_speed(model, rows) for _ in range(asked.runs)) for of, model in models.items()
         }
         for way, each in found.items():
             speed, apart = statistics.median(each), np.abs(softmax(logits[way]) - exact).max()
             peak = f"{1024 * alone(one_peak, folder, way)[1]:,.0f} MiB"
-            ratios = f"**{ratio(found, way):.2f}**", f"{speed / floors[way.precision]:.2f}"
+            ratios = f"**{ratio(found, way):.2f}**", f"{speed / floors[way.split(', ')[1]]:.2f}"
             lines.append(row(way, f"{speed:,.0f}", *ratios, f"{apart:.1e}", peak))
     said = ", ".join(f"{precision} {speed:,.0f}" for precision, speed in floors.items())
     text = f"{len(rows)} real rows, {sum(map(len, rows)):,} tokens; a Llama shape, {asked.shape}. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -146,14 +147,10 @@ def frame_of(tokenizer: Tokenizer) -> ChatFrame:
 def alone(function: Callable, *arguments: Any) -> tuple[Any, float]:
     """Call a function in a fresh process; return its result and that process's peak memory in GiB."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_with_peak, function, arguments).result()
-
-
-def _with_peak(function: Callable, arguments: Sequence[Any]) -> tuple[Any, float]:
-    found = function(*arguments)
-    # ru_maxrss would be that of the process that started this one, where that had more.
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return found, next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
+        found = pool.submit(function, *arguments).result()
+        # ru_maxrss would be that of the process that started this one, where that had more.
+        status = pool.submit(Path("/proc/self/status").read_text, encoding="utf-8").result()
+    return found, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
 
 
 def child_peak(call: Sequence[str], folder: Path, log: Path) -> tuple[float, float]:
