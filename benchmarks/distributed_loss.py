@@ -26,8 +26,7 @@ def main() -> None:
     asked = options(__doc__, "work", steps=20).parse_args()
     os.environ["NPROC_PER_NODE"] = "2"
     bench, rows, first = Workbench(asked.work), [], None
-    if not (bench.folder / "arena").exists():
-        write_arena(bench.folder / "arena", seed=1, train_rows=600, test_rows=10)
+    write_arena(bench.folder / "arena", seed=1, train_rows=600, test_rows=10)
     for number, (way, (engine, batch)) in enumerate(WAYS.items()):
         if engine == "ray" and find_spec("ray") is None:
             continue
@@ -41,8 +40,8 @@ def main() -> None:
         first = first or (losses, weights)
         apart = max(abs(x - y) for x, y in zip(losses, first[0], strict=True))
         moved = max(float(abs(weights[key] - first[1][key]).max()) for key in weights)
-        end = [f"{losses[-1]:.5f}", f"{apart:.1e}", f"{moved:.1e}", f"{seconds:.0f} s"]
-        rows.append(row(way, f"{batch} x {16 // batch}", f"{losses[0]:.5f}", *end))
+        ends = f"{losses[0]:.5f}", f"{losses[-1]:.5f}"
+        rows.append(row(way, f"{batch} x {16 // batch}", *ends, f"{apart:.1e}", f"{moved:.1e}", f"{seconds:.0f} s"))
     headings = ["way", "batch", "first loss", f"loss at step {asked.steps}"]
     headings += ["largest difference of a step's loss", "largest difference of a weight", "whole run"]
     publish("", table(headings, rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 from datetime import date
 from importlib import metadata
@@ -47,10 +48,7 @@ def measured_on() -> str:
 
 
 def publish(mark: str, text: str, write: bool = False) -> None:
-    """Print figures with their machine and command; `write` puts them between a document's `<!-- mark -->` lines.
-
-    No mark: the documents name single figures of them only.
-    """
+    """Print figures with their machine and command; `write` puts them where a document has their mark, if any."""
     text = f"{text.strip()}\n\n{measured_on()}"
     print(text, end="\n\n")
     if write and mark:
@@ -59,14 +57,13 @@ def publish(mark: str, text: str, write: bool = False) -> None:
 
 def put(mark: str, text: str) -> None:
     """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` in README.md or a page of docs/."""
-    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    place = re.compile(f"(?<=<!-- {mark} -->\n).*?(?=\n<!-- /{mark} -->)", re.DOTALL)
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        whole = document.read_text(encoding="utf-8")
-        if begin in whole and end in whole:
-            head, rest = whole.split(begin)
-            document.write_text(f"{head}{begin}\n{text.strip()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+        whole, found = place.subn(lambda _: text.strip(), document.read_text(encoding="utf-8"))
+        if found:
+            document.write_text(whole, encoding="utf-8")
             return
-    raise SystemExit(f"neither README.md nor a page of docs/ has the lines {begin} and {end}")
+    raise SystemExit(f"neither README.md nor a page of docs/ has the lines <!-- {mark} --> and <!-- /{mark} -->")
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:

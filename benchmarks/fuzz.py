@@ -60,7 +60,6 @@ def fuzz(name: str, limits: list[str]) -> dict[str, object]:
 
 
 def main() -> None:
-    """Fuzz the chosen targets and write the figures."""
     if sys.argv[1:2] == ["--child"]:
         fuzz_one(sys.argv[2], sys.argv[3:])
         return

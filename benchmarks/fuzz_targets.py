@@ -55,13 +55,42 @@ _EXPERIMENT = parse_experiment(dict(_KEYS), "exam", where="experiment.yaml")
 _TOKENIZER = train_tokenizer(["### User\n### Assistant A\nWhich assistant do people prefer? Verdict:"] * 3, 400)
 _FRAME = frame_of(_TOKENIZER)
 _PROMPT = JudgePrompt.load(ROOT / "templates" / "judge_prompt.j2", Labels())
+_OTHER = 'question_id,conversation_a,conversation_b,winner\n1,"[{""role"": ""user"", ""content"": ""x""}]",[],tie\n'
+_PLAIN = "id,prompt,response_a,response_b,winner,language\n1,p,a,b,model_a,English\n"
+_MORE = ("\ufeff" + _CSV, gzip.compress(_CSV.encode(), mtime=0), _CSV.encode("utf-16"))
+_TEXTS = {name: [["hi"], ["x", None]] for name in ("prompt", "response_a", "response_b")}
+_ROWS = {"id": ["1", "2"], **_TEXTS} | dict(zip(PROBABILITY_COLUMNS, ([1, 0], [0, 1], [0, 0]), strict=True))
+_TEXT = "### Assistant B\nVerdict: A <|im_end|> 日本語 😀 {{ x }}"
+_EXPERIMENTS = [path.read_bytes() for path in ROOT.glob("factory_configs/*/experiment.yaml")]
+_IF = "{% if dropped %}x{% endif %}{% set a = 1 %}{{ labels.a|upper ~ a }}"
+_RECORD = {"inputs": {"x": 1}, "outputs": ["a"], "started_at": "now", "finished_at": "then", "seconds": 1.0}
+_PARTS = {part: {**_RECORD, "sha256": {}} for part in ("train", "merge", "score")}
+_BAD_STATE = '{"parts": {"score": {"outputs": ["/"]}}}'
+_SOURCES = {"train": {"file": "votes.csv", "sha256": "0" * 64, "weight": 1.0}}
+_MANIFEST = {"format": FORMAT, "views": ["judge"], "sources": _SOURCES, "files": {"rows.parquet": "0"}}
+_MANIFEST |= {"experiment": {"name": "exam"}, "frame": asdict(_FRAME)}
+_ENTRY = {"file_name": "dataset_info.json", "formatting": "sharegpt", "num_samples": 3}
+_ENTRIES = {"exam_sft_train": _ENTRY, "exam_sft_valid": _ENTRY | {"file_name": "x"}}
+_JUDGE = {"format": JUDGE_FORMAT, "classes": list(VERDICTS), "labels": Labels().model_dump(), "cutoff_len": 512}
+_JUDGE |= {"judge_prompt": _PROMPT.source, "prompt_share": 0.2, "frame": asdict(_FRAME), "source": {}}
+_JUDGE |= {"canaries": {"Verdict:": _TOKENIZER.encode("Verdict:").ids}}
+_POINT = {"current_steps": 1, "total_steps": 9, "loss": 0.5, "lr": 1e-4, "elapsed_time": "1 day, 0:00:01"}
+_LOG = "\x1b[1mTraceback (most recent call last):\n  File x\nValueError: no\r[rank0]: torch.OutOfMemoryError: CUDA\n"
 
 
 class Target(NamedTuple):
-    """A function of bytes, and the good inputs to begin with."""
+    """A function of bytes or of their file, and the good inputs to begin with."""
 
-    run: Callable[[bytes], object]
+    function: Callable[[Any], object]
     seeds: list[bytes]
+    file: str | None
+
+    def run(self, data: bytes) -> None:
+        """Call the function with bytes, or with the file that holds them."""
+        if self.file:
+            Path(self.file).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.file).write_bytes(data)
+        self.function(Path(self.file) if self.file else data)
 
 
 TARGETS: dict[str, Target] = {}
@@ -70,15 +99,9 @@ TARGETS: dict[str, Target] = {}
 def target(name: str, *seeds: bytes | str, file: str | None = None) -> Callable:
     """Register a function of bytes, or of a file that holds them, as a target with seeds."""
 
-    def register(run: Callable[[Any], object]) -> Callable[[Any], object]:
-        def run_in_file(data: bytes) -> None:
-            (path := Path(file)).parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            run(path)
-
-        encoded = [seed if isinstance(seed, bytes) else seed.encode() for seed in seeds]
-        TARGETS[name] = Target(run_in_file if file else run, encoded)
-        return run
+    def register(function: Callable[[Any], object]) -> Callable[[Any], object]:
+        TARGETS[name] = Target(function, [s if isinstance(s, bytes) else s.encode() for s in seeds], file)
+        return function
 
     return register
 
@@ -94,14 +117,6 @@ def never_crashes(fuzzed: Target, data: bytes) -> None:
 def _parquet(columns: dict[str, list]) -> bytes:
     write_table(pa.table(columns), file := io.BytesIO(), compression="none")
     return file.getvalue()
-
-
-_OTHER = 'question_id,conversation_a,conversation_b,winner\n1,"[{""role"": ""user"", ""content"": ""x""}]",[],tie\n'
-_PLAIN = "id,prompt,response_a,response_b,winner,language\n1,p,a,b,model_a,English\n"
-_MORE = ("\ufeff" + _CSV, gzip.compress(_CSV.encode(), mtime=0), _CSV.encode("utf-16"))
-_TEXTS = {name: [["hi"], ["x", None]] for name in ("prompt", "response_a", "response_b")}
-_FLAGS = dict(zip(PROBABILITY_COLUMNS, ([1, 0], [0, 1], [0, 0]), strict=True))
-_ROWS = {"id": ["1", "2"], **_TEXTS, **_FLAGS}
 
 
 @target("parquet", _parquet(_ROWS), _parquet({"id": [1.0, 2.0], "prompt": ["a", "b"]}), file="votes")
@@ -129,9 +144,6 @@ def read_cells(data: bytes) -> None:
             assert found in VERDICTS or abs(sum(found) - 1) < 1e-9
 
 
-_TEXT = "### Assistant B\nVerdict: A <|im_end|> 日本語 😀 {{ x }}"
-
-
 @target("budget", f"x{_TEXT}\0{_TEXT}\0{_TEXT}", "\1" + "\0".join(["word " * 300] * 6), "\0")
 def fit(data: bytes) -> None:
     """Fit texts from the bytes, split at NUL, to a budget from their first byte; nothing is ever longer."""
@@ -150,9 +162,6 @@ def fit(data: bytes) -> None:
         assert len([line for line in message.split("\n") if line == "### Question"]) == 1
 
 
-_EXPERIMENTS = [path.read_bytes() for path in ROOT.glob("factory_configs/*/experiment.yaml")]
-
-
 @target("experiment", *_EXPERIMENTS, json.dumps(_KEYS), file="experiment.yaml")
 def load_experiment(file: Path) -> None:
     experiment = parse_experiment(read_yaml(file), "exam", where="experiment.yaml")
@@ -167,20 +176,12 @@ def check_a_recipe(_: Path) -> None:
     assert all(isinstance(fault, str) for fault in check_recipe(_EXPERIMENT, "sft"))
 
 
-_IF = "{% if dropped %}x{% endif %}{% set a = 1 %}{{ labels.a|upper ~ a }}"
-
-
 @target("judge_prompt", _PROMPT.source, _LOOP, _IF + _LOOP)
 def judge_prompt(data: bytes) -> None:
     prompt = JudgePrompt(data.decode("utf-8", "replace"), Labels())
     battle = Battle("1", ("p\n", "q"), ("{{ a }}", ""), ("b", "c"))
     message = prompt.message(battle)
     assert all(text in message for column in battle.texts for text in column)
-
-
-_RECORD = {"inputs": {"x": 1}, "outputs": ["a"], "started_at": "now", "finished_at": "then", "seconds": 1.0}
-_PARTS = {part: {**_RECORD, "sha256": {}} for part in ("train", "merge", "score")}
-_BAD_STATE = '{"parts": {"score": {"outputs": ["/"]}}}'
 
 
 @target("state", json.dumps({"version": 1, "parts": _PARTS}), _BAD_STATE, file="state.json")
@@ -192,18 +193,9 @@ def read_state(file: Path) -> None:
             standing.require_same_inputs(part, Path(), "--fresh")
 
 
-_SOURCES = {"train": {"file": "votes.csv", "sha256": "0" * 64, "weight": 1.0}}
-_MANIFEST = {"format": FORMAT, "views": ["judge"], "sources": _SOURCES, "files": {"rows.parquet": "0"}}
-_MANIFEST |= {"experiment": {"name": "exam"}, "frame": asdict(_FRAME)}
-
-
 @target("manifest", json.dumps(_MANIFEST), file="manifest.json")
 def read_a_manifest(file: Path) -> None:
     ChatFrame.from_dict(read_manifest(file.parent)["frame"])
-
-
-_ENTRY = {"file_name": "dataset_info.json", "formatting": "sharegpt", "num_samples": 3}
-_ENTRIES = {"exam_sft_train": _ENTRY, "exam_sft_valid": _ENTRY | {"file_name": "x"}}
 
 
 @target("dataset_info", json.dumps(_ENTRIES), file="dataset_info.json")
@@ -211,11 +203,6 @@ def read_dataset_info(_: Path) -> None:
     recipe = {"dataset": "exam_sft_train", "eval_dataset": "exam_sft_valid", "dataset_dir": "."}
     data_sets(recipe, {})
     training_rows(recipe)
-
-
-_JUDGE = {"format": JUDGE_FORMAT, "classes": list(VERDICTS), "labels": Labels().model_dump(), "cutoff_len": 512}
-_JUDGE |= {"judge_prompt": _PROMPT.source, "prompt_share": 0.2, "frame": asdict(_FRAME), "source": {}}
-_JUDGE |= {"canaries": {"Verdict:": _TOKENIZER.encode("Verdict:").ids}}
 
 
 @target("judge", json.dumps(_JUDGE), file="judge/judge.json")
@@ -228,10 +215,6 @@ def read_judge(file: Path) -> None:
 @target("submission", f"id,{','.join(PROBABILITY_COLUMNS)}\n1,.5,.25,.25\n2,1,0,0\n", file="submission.csv")
 def read_submission(file: Path) -> None:
     check_submission(file, ["1", "2"])
-
-
-_POINT = {"current_steps": 1, "total_steps": 9, "loss": 0.5, "lr": 1e-4, "elapsed_time": "1 day, 0:00:01"}
-_LOG = "\x1b[1mTraceback (most recent call last):\n  File x\nValueError: no\r[rank0]: torch.OutOfMemoryError: CUDA\n"
 
 
 @target("logs", (json.dumps(_POINT) + "\n") * 2, _LOG, file="trainer.log")

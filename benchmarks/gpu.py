@@ -169,9 +169,9 @@ def main() -> None:
     for name, title in (("example", "LLaMA-Factory's example"), ("ours", "ours")):
         if its := found.get(name):
             against = f"**{its['speed'] / found['example']['speed']:.2f}**" if "example" in found else ""
-            shown = [f"{its['speed']:,.0f}", against, f"{its['share']:.2f}", "{:.3f} → {:.3f}".format(*its["loss"])]
-            shown += ["{:.0f} ({:.0f})".format(*its["seconds"]), "{:.1f} ({:.1f})".format(*its["peak"])]
-            trained.append([title, *shown])
+            pairs = {"loss": "{:.3f} → {:.3f}", "seconds": "{:.0f} ({:.0f})", "peak": "{:.1f} ({:.1f})"}
+            shown = (form.format(*its[key]) for key, form in pairs.items())
+            trained.append([title, f"{its['speed']:,.0f}", against, f"{its['share']:.2f}", *shown])
     apart, lines = found.get("parity", {}), []
     for rows, way, speed, against, share in found.get("scoring", []):
         parity = f"{apart[way]:.1e}" if way in apart else ""

@@ -29,11 +29,10 @@ from typing import Any, NamedTuple
 
 import psutil
 from figures import ROOT, options
-from omegaconf import OmegaConf
+from workbench import Workbench
 
 from common.files import read_json, write_json
 from data_prep.synthetic import write_arena
-from scoring.checks.provenance import git_commit, hardware
 
 RESULTS = ROOT / "benchmarks" / "results" / "kills.json"
 RUN, CHILD, WORKER = "run.py", "child", "worker"
@@ -49,10 +48,11 @@ STATES = {
     "scored": (f"{OUT}/*.csv", f"{OUT}/scores_*.parquet", f"{OUT}/report.json"),
     "given": ("mine.csv",),
 }
+RECIPE = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "logging_steps": 1}
+RECIPE |= {"per_device_train_batch_size": 4}
 # What differs between two undisturbed runs, too.
 VOLATILE = frozenset({"started_at", "finished_at", "seconds", "scoring_seconds", "created_at", "date", "git_commit"})
-IMPORTS = ("run", "pandas", "pyarrow.parquet", "sklearn.feature_extraction.text", "scoring.pipeline")
-IMPORTS += ("transformers.models.qwen3.modeling_qwen3",)
+IMPORTS = ("run", "sklearn.feature_extraction.text", "scoring.pipeline", "transformers.models.qwen3.modeling_qwen3")
 LONGEST = 300.0  # seconds that one call may take
 ORPHANS = 20.0  # seconds that the descendants of a killed process have to end
 
@@ -131,18 +131,13 @@ class Call(get_context("fork").Process):
             raise RuntimeError(f"{what}: {printed[-2000:]}")
         return self.seconds
 
-    def process(self, victim: str) -> int | None:
-        """Return the process to kill: run.py itself, LLaMA-Factory's, or one of the workers; None if there is none."""
-        if victim == RUN:
-            return self.pid
+    def processes(self, victim: str | None = None) -> list[psutil.Process]:
+        """Return all processes below it; with a victim only run.py itself, LLaMA-Factory's, or its workers."""
         with suppress(psutil.Error):  # one that ended meanwhile
-            return next((each.pid for each in self.children() if MARKS[victim] in " ".join(each.cmdline())), None)
-        return None
-
-    def children(self) -> list[psutil.Process]:
-        """Return all processes below it."""
-        with suppress(psutil.Error):
-            return psutil.Process(self.pid).children(recursive=True)
+            if victim == RUN:
+                return [psutil.Process(self.pid)]
+            below = psutil.Process(self.pid).children(recursive=True)
+            return [each for each in below if victim is None or MARKS[victim] in " ".join(each.cmdline())]
         return []
 
 
@@ -152,27 +147,15 @@ def state(place: Path, name: str) -> Path:
     if folder.exists():
         return folder
     shutil.rmtree(fresh, ignore_errors=True)
-    if name == "laid":
-        arguments = lay(fresh)
+    if name == "laid":  # arenas, a demo experiment of a few steps, and an earlier export
+        write_arena(fresh / "arena", seed=11, train_rows=120, test_rows=30)
+        write_arena(fresh / "other", seed=12, train_rows=80, test_rows=9)
+        Workbench(fresh).variant("demo", "--train", "other/train.csv", recipes={"sft": RECIPE})
     else:
         step = next(step for step in STEPS if step.end == name)
         shutil.copytree(state(place, step.start), fresh, symlinks=True)
-        arguments = step.arguments
-    (fresh / "seconds").write_text(f"{Call(fresh, arguments, place / 'undisturbed.log').end()}")
+        (fresh / "seconds").write_text(f"{Call(fresh, step.arguments, place / 'undisturbed.log').end()}")
     return fresh.rename(folder)
-
-
-def lay(folder: Path) -> tuple[str, ...]:
-    """Make templates, a demo experiment of a few steps and arenas; return the arguments that make an earlier export."""
-    shutil.copytree(ROOT / "templates", folder / "templates")
-    file = Path("factory_configs") / "demo" / "experiment.yaml"
-    steps = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "logging_steps": 1}
-    recipes = {"sft": {**steps, "per_device_train_batch_size": 4}}
-    (folder / file).parent.mkdir(parents=True)
-    OmegaConf.save(OmegaConf.merge(OmegaConf.load(ROOT / file), {"recipes": recipes}), folder / file)
-    write_arena(folder / "arena", seed=11, train_rows=120, test_rows=30)
-    write_arena(folder / "other", seed=12, train_rows=80, test_rows=9)
-    return ("prepare", "-e", "demo", "--train", "other/train.csv")
 
 
 class Round:
@@ -224,18 +207,18 @@ class Round:
         call = Call(self.folder, (*self.step.arguments, *(["--workers", "2"] if victim == WORKER else [])), self.log)
         since = None
         while call.is_alive() and call.seconds < LONGEST:
-            begun = len(list(self.folder.glob(sign))) >= count if sign else call.process(victim) is not None
+            begun = len(list(self.folder.glob(sign))) >= count if sign else call.processes(victim)
             since = since or (time.monotonic() if begun else None)
             if since and time.monotonic() - since >= delay:
                 break
             time.sleep(0.003)
-        family, target, after = call.children(), call.process(victim), call.seconds
-        if target is None or not call.is_alive() or call.seconds >= LONGEST:
+        family, targets, after = call.processes(), call.processes(victim), call.seconds
+        if not targets or not call.is_alive() or call.seconds >= LONGEST:
             seconds = call.end()
             if not self.kills:  # the whole step, perhaps on a machine that is less busy than it was
                 (self._reference / "seconds").write_text(f"{seconds}")
             return False
-        os.kill(target, signal.SIGKILL)
+        os.kill(targets[0].pid, signal.SIGKILL)
         call.end(victim)
         _, alive = psutil.wait_procs(family, timeout=ORPHANS)
         if alive:
@@ -298,18 +281,16 @@ def main() -> int:
     if asked.results.is_file():
         earlier = read_json(asked.results)
         found = earlier if (earlier["seed"], earlier["wanted"]) == (asked.seed, asked.kills) else found
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NO_COLOR": "1", "ARENA_FACTORY_HERE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NO_COLOR": "1"}
     for name in IMPORTS:  # what calls of run.py need
         import_module(name)
     import_module("torch").set_num_threads(1)
     import_module("scoring.score_store").SHARD_TOKENS = 1500  # several shards of few rows
 
     def tried(step: Step) -> list[int]:
-        """Return the kills of each round of a step."""
         return [len(each["kills"]) for each in found["rounds"] if each["step"] == step.name]
 
     def open_steps() -> list[tuple[Step, int]]:
-        """Return the steps with kills left, and how many."""
         left = [(step, round(step.kills * asked.kills / 200) - sum(tried(step))) for step in STEPS]
         return [(step, count) for step, count in left if count > 0 and step.name in asked.steps]
 
@@ -318,8 +299,7 @@ def main() -> int:
             found["rounds"].append(Round(step, place, len(tried(step)), asked.seed).run(count))
             found["tried"] = sum(len(each["kills"]) for each in found["rounds"])
             found["survived"] = sum(len(each["kills"]) for each in found["rounds"] if not each["fault"])
-            about = {"date": str(date.today()), "hardware": hardware(), "git_commit": git_commit()}
-            write_json(asked.results, found | about)
+            write_json(asked.results, found | {"date": str(date.today())})
     print(f"{found['survived']} of {found['tried']} kills survived")
     print("call again, to go on" if open_steps() else "all kills were tried")
     return int(found["survived"] < found["tried"])

@@ -20,20 +20,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llamafactory import hparams
 from llamafactory.data.template import TEMPLATES, ReasoningTemplate, Template
 from llamafactory.extras import constants
-from llamafactory.hparams import (
-    DataArguments,
-    FinetuningArguments,
-    GeneratingArguments,
-    ModelArguments,
-    TrainingArguments,
-)
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 FILE = Path(__file__).resolve().parent.parent / "common/llamafactory_schema.json"
 # What `llamafactory-cli train` parses a recipe into, in its order; `export` leaves TrainingArguments out.
-GROUPS = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments)
+GROUPS = [getattr(hparams, f"{name}Arguments") for name in ("Model", "Data", "Training", "Finetuning", "Generating")]
 YAML_TYPES = (bool, int, float, str, list, dict)
 # What makes LLaMA-Factory take a model for a chat model. It compares with the capital letter only, and so forgets
 # microsoft/Phi-4-mini-instruct, which it calls Phi-4-3.8B-instruct; we compare in lower case.
@@ -87,8 +81,7 @@ def template(its: Template) -> dict[str, Any]:
     `tokens` are those that stand alone in a formatter, or are stop words: LLaMA-Factory adds these to a tokenizer that
     lacks them. Other texts, such as [INST], are any tokenizer's; how a text begins and ends is the tokenizer's choice.
     """
-    prefix, user, answer = (part.slots for part in (its.format_prefix, its.format_user, its.format_assistant))
-    slots = [*prefix, *user, *answer]
+    slots = [*its.format_prefix.slots, *its.format_user.slots, *its.format_assistant.slots]
     tokens = [slot["token"] for slot in slots if isinstance(slot, dict)]
     tokens += [word for word in its.stop_words if any(word in slot for slot in slots if isinstance(slot, str))]
     if its.replace_eos and ({"eos_token"} in slots or its.efficient_eos):

@@ -62,9 +62,6 @@ def measure(name: str, title: str, count: int) -> list[list[str]]:
     judge, battles = load_judge(context.merged), read_battles(context.experiment.data_folder, "valid")
     battles = [battles[i] for i in np.random.default_rng(1).permutation(len(battles))[:count]]
     sequences, verdicts = judge.sequences(battles), [battle.verdict for battle, _ in battles]
-    copy = DequantisedBase(context) if context.experiment.merges_dequantised else None
-    if copy:
-        copy.ensure(Show())
 
     def answers(weights: Path, how: str) -> np.ndarray:
         """Return what the weights answer in fp32, with the adapter merged in a type, beside them, or without it."""
@@ -78,7 +75,8 @@ def measure(name: str, title: str, count: int) -> list[list[str]]:
         return np.load(kept)
 
     bases = {"the base": Path(context.recipe["model_name_or_path"])}
-    if copy:
+    if context.experiment.merges_dequantised:
+        (copy := DequantisedBase(context)).ensure(Show())
         bases["the dequantised base"] = copy.folder
     own, rows = list(bases)[-1], []
     trained = answers(bases[own], BESIDE)

@@ -77,12 +77,8 @@ def run_winning(bench: Workbench) -> None:
     truth[truth["id"].isin(ids["id"])].to_csv(bench.folder / ARENA / "bayes.csv", index=False)
     soft = {"bayes": [str(ARENA / "bayes.csv"), "--soft-share", "1"]}
     soft |= {"student": ["outputs/folds/sft/probabilities_valid.csv"]}
-    for name, keys in {
-        "bayes": {},
-        "together": {"orders_together": True},
-        "folds": {"folds": 5},
-        "student": {},
-    }.items():
+    arms = {"bayes": {}, "together": {"orders_together": True}, "folds": {"folds": 5}, "student": {}}
+    for name, keys in arms.items():
         bench.variant(name, *VOTES, *(["--soft", *soft[name]] if name in soft else []), **keys)
         bench.stage(name, "sft", "--resume")
     for stage in MEMBERS:
@@ -138,6 +134,11 @@ def difference(first: pd.DataFrame, second: pd.DataFrame) -> str:
     return mean(one - other, first["group"])
 
 
+def arm_losses(bench: Workbench) -> dict[str, str]:
+    """Return what each way of training learned."""
+    return {name: learned(its := bench.report(*arm), its) for name, arm in ARMS.items()}
+
+
 def gains(bench: Workbench) -> dict[str, str]:
     """Return what each ingredient adds to the log loss, with its interval."""
     arms = {"both orders in one step": "together", "soft labels of Bayes": "bayes", "out-of-fold teacher": "student"}
@@ -172,7 +173,9 @@ def by_seed(heading: str, benches: dict[int, Workbench], of: Callable[[Workbench
 
 
 def main() -> None:
-    asked = options(__doc__, "work", seeds=(1, 2, 3), tables=("methods", "winning")).parse_args()
+    parser = options(__doc__, "work", seeds=(1, 2, 3))
+    parser.add_argument("--tables", nargs="+", choices=["methods", "winning"], default=["methods", "winning"])
+    asked, share = parser.parse_args(), "log loss [95%], share learned"
     benches = {seed: Workbench(asked.work / f"seed{seed}") for seed in asked.seeds}
     for seed, bench in benches.items():
         if not bench.has("demo", "sft"):
@@ -181,16 +184,13 @@ def main() -> None:
             run_methods(bench, from_base=seed == asked.seeds[0])
         if "winning" in asked.tables:
             run_winning(bench)
-    learned_share = "log loss [95%], share learned"
     if "methods" in asked.tables:
-        text = f"{by_seed(learned_share, benches, method_losses)}\n\n### What each ingredient adds\n\n"
+        text = f"{by_seed(share, benches, method_losses)}\n\n### What each ingredient adds\n\n"
         text += "Differences of the log loss [95%]; below 0 the ingredient helps.\n\n"
         publish("methods", text + by_seed("ingredient", benches, ablations), asked.write)
     if "winning" in asked.tables:
-        reports = by_seed(
-            learned_share, benches, lambda bench: {k: learned(r := bench.report(*arm), r) for k, arm in ARMS.items()}
-        )
-        publish("winning", f"{reports}\n\n{by_seed('difference [95%]', benches, gains)}", asked.write)
+        arms = by_seed(share, benches, arm_losses)
+        publish("winning", f"{arms}\n\n{by_seed('difference [95%]', benches, gains)}", asked.write)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ def trained_on(bench: Workbench, stage: str) -> tuple[str, str]:
 def judged_as(report: dict) -> list[str]:
     """Return log loss and gain over the class prior with their intervals."""
     gain = report["baselines"]["prior"] - report["log_loss"]
-    ends = interval(report.get("gain_over_prior_ci95"))
-    return [f"{report['log_loss']:.4f} {interval(report['log_loss_ci95'])}", f"{gain:+.4f} {ends}"]
+    ends = interval(report["log_loss_ci95"]), interval(report.get("gain_over_prior_ci95"))
+    return [f"{report['log_loss']:.4f} {ends[0]}", f"{gain:+.4f} {ends[1]}"]
 
 
 class HeldOut:
@@ -92,7 +92,7 @@ class HeldOut:
 
     def baselines(self, votes: list[Battle], *, clean: bool) -> list[list[str]]:
         """Return what reads no model, learned from natural votes or from clean ones (then with natural shares)."""
-        train, judged = (pd.DataFrame([frame_row(battle) for battle in each]) for each in (votes, self.battles))
+        train, judged = map(known_of, (votes, self.battles))
         shares, rows = {verdict: float((train["verdict"] == verdict).mean()) for verdict in VERDICTS}, []
         about = f"{len(votes):,} {'clean votes, target prior' if clean else 'votes'}"
         for name, chances in baseline_probabilities(train, judged, seed=1).items():
@@ -124,10 +124,10 @@ class HeldOut:
         return [*rows, ["*natural class prior*", "", mean(self.prior, self.groups, ".4f"), ""], [about, "", "", ""]]
 
 
-def frame_row(battle: Battle) -> dict:
-    """Return what the baselines know of a battle."""
-    answers = {"text_a": "\n".join(battle.responses_a), "text_b": "\n".join(battle.responses_b)}
-    return row_statistics(battle) | answers
+def known_of(battles: list[Battle]) -> pd.DataFrame:
+    """Return what the baselines know of battles."""
+    both = ({"text_a": "\n".join(b.responses_a), "text_b": "\n".join(b.responses_b)} for b in battles)
+    return pd.DataFrame([row_statistics(b) | texts for b, texts in zip(battles, both, strict=True)])
 
 
 def main() -> None:

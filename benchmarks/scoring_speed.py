@@ -6,8 +6,7 @@ The usual loop: a Hugging Face forward pass, batches of four in file order, padd
 attention mask, full logits. Real rows are fitted to 2,048 tokens by the project's own budget with a byte-level BPE of
 32,000 entries trained on the same votes; the model has a Llama shape with random weights, its head scaled so that
 probabilities spread as a trained judge's do. Speeds: all ways in turn in one process, medians over the runs. Peak
-memory: each way in a fresh process. The floor: the matrix products of the same shapes alone, a row at a time.
-benchmarks/gpu.py measures an 8B shape on a GPU.
+memory: each way in a fresh process. benchmarks/gpu.py measures an 8B shape on a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from scoring.model_loading import device_name, load_model
 CUTOFF, VOCABULARY = 2048, 32_000
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {"tiny": (64, 128, 2, 4, 4), "134M": (768, 2048, 12, 12, 12)}
-HEADINGS = ["way", "tokens/s", "against the usual loop", "share of the floor", "largest difference", "peak memory"]
+HEADINGS = ["way", "tokens/s", "against the usual loop", "largest difference", "peak memory"]
 Score = Callable[[list[list[int]]], np.ndarray]
 # An engine, or the usual loop, in a precision.
 WAYS = ("usual loop, fp32", "torch, fp32", "torch, bf16")
@@ -106,21 +105,6 @@ def usual_loop(model: Any, labels: Sequence[int], size: int = 4) -> Score:
     return score
 
 
-def floor_speed(model: Any, rows: list[list[int]]) -> float:
-    """Return the tokens a second of the layers' matrix products alone, a row at a time."""
-    import torch
-
-    products, seconds = [each for each in model.model.layers.modules() if isinstance(each, torch.nn.Linear)], 0.0
-    for number, ids in enumerate([*rows[:2], *rows]):  # the first two warm up
-        inputs = {each.in_features: torch.randn(len(ids), each.in_features, dtype=model.dtype) for each in products}
-        started = time.perf_counter()
-        with torch.inference_mode():
-            for each in products:
-                each(inputs[each.in_features])
-        seconds += time.perf_counter() - started if number >= 2 else 0.0
-    return sum(map(len, rows)) / seconds
-
-
 def speeds(opened: dict[str, Score], rows: list[list[int]], runs: int) -> tuple[dict[str, list[float]], dict]:
     """Score all rows in every way in turn; return each way's tokens a second of every run, and its logits."""
     found, logits = {way: [] for way in opened}, {}
@@ -154,18 +138,11 @@ def main() -> None:
         opened, (rows, labels) = {way: open_way(folder, way) for way in WAYS}, rows_of(folder)
         exact = softmax(usual_loop(one_model(folder, "fp32"), labels, size=1)(rows))
         found, logits = speeds(opened, rows, asked.runs)
-        models = {precision: one_model(folder, precision) for precision in ("fp32", "bf16")}
-        floors = {
-            of: statistics.median(floor_speed(model, rows) for _ in range(asked.runs)) for of, model in models.items()
-        }
         for way, each in found.items():
             speed, apart = statistics.median(each), np.abs(softmax(logits[way]) - exact).max()
             peak = f"{1024 * alone(one_peak, folder, way)[1]:,.0f} MiB"
-            ratios = f"**{ratio(found, way):.2f}**", f"{speed / floors[way.split(', ')[1]]:.2f}"
-            lines.append(row(way, f"{speed:,.0f}", *ratios, f"{apart:.1e}", peak))
-    said = ", ".join(f"{precision} {speed:,.0f}" for precision, speed in floors.items())
-    text = f"{len(rows)} real rows, {sum(map(len, rows)):,} tokens; a Llama shape, {asked.shape}. "
-    text += f"The floor (matrix products alone), tokens/s: {said}."
+            lines.append(row(way, f"{speed:,.0f}", f"**{ratio(found, way):.2f}**", f"{apart:.1e}", peak))
+    text = f"{len(rows)} real rows, {sum(map(len, rows)):,} tokens; a Llama shape, {asked.shape}."
     publish("scoring figures", f"{table(HEADINGS, lines)}\n\n{text}", asked.write)
 
 

@@ -12,7 +12,6 @@ are measured every minute.
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import time
@@ -26,10 +25,8 @@ from figures import ROOT, options, publish, row, table
 PORT = 7999
 
 
-async def load(
-    http: ClientSession, clients: int, requests: int, battles: list[dict], seconds: float = 0, pause: float = 0
-) -> tuple[float, np.ndarray]:
-    """Return the wall time and the waiting times [requests] of so many clients; they go on for `seconds` at least."""
+async def load(http: ClientSession, clients: int, requests: int, battles: list, seconds=0.0, pause=0.0) -> np.ndarray:
+    """Return the waiting times [requests] of so many clients, which go on for `seconds` at least."""
     waits, began = [], time.perf_counter()
 
     async def client(sent: int) -> None:
@@ -42,7 +39,7 @@ async def load(
             await asyncio.sleep(pause)
 
     await asyncio.gather(*map(client, range(clients)))
-    return time.perf_counter() - began, np.array(waits)
+    return np.array(waits)
 
 
 async def measure(server: psutil.Process, asked: Namespace) -> tuple[list[list[str]], list[list[str]]]:
@@ -59,13 +56,14 @@ async def measure(server: psutil.Process, asked: Namespace) -> tuple[list[list[s
         await load(http, max(asked.clients), asked.requests // 10, battles)
         lines, first, soak, sent = [], 0.0, [], 0
         for count in asked.clients if asked.requests else ():
-            seconds, waits = await load(http, count, max(asked.requests, count), battles)
-            speed = len(waits) / seconds
+            began = time.perf_counter()
+            waits = await load(http, count, max(asked.requests, count), battles)
+            speed = len(waits) / (time.perf_counter() - began)
             first = first or speed
             waited = [f"{1000 * np.percentile(waits, q):,.0f} ms" for q in (50, 99)]
             lines.append(row(count, len(waits), f"{speed:,.3g}", f"**{speed / first:.2f}**", *waited))
         for minute in range(1, asked.minutes + 1):
-            sent += len((await load(http, max(asked.clients), 0, battles, seconds=60, pause=asked.pause))[1])
+            sent += len(await load(http, max(asked.clients), 0, battles, seconds=60.0, pause=asked.pause))
             held = f"{server.memory_info().rss / 2**20:,.0f} MiB", server.num_fds(), server.num_threads()
             soak.append(row(minute, f"{sent:,}", *held))
     return lines, soak
@@ -74,10 +72,8 @@ async def measure(server: psutil.Process, asked: Namespace) -> tuple[list[list[s
 def main() -> None:
     own = {"experiment": "demo", "stage": "sft", "clients": (1, 8, 64), "requests": 600, "minutes": 0, "pause": 0.0}
     asked = options(__doc__, "work", **own).parse_args()
-    command = [sys.executable, str(ROOT / "run.py"), "serve", "-e", asked.experiment, "--stage", asked.stage]
-    with subprocess.Popen(
-        [*command, "--port", str(PORT)], cwd=asked.work, env={**os.environ, "ARENA_FACTORY_HERE": "1"}
-    ) as server:
+    command = [sys.executable, str(ROOT / "run.py"), "--here", "serve", "-e", asked.experiment, "--stage", asked.stage]
+    with subprocess.Popen([*command, "--port", str(PORT)], cwd=asked.work) as server:
         try:
             lines, soak = asyncio.run(measure(psutil.Process(server.pid), asked))
         finally:

@@ -15,7 +15,7 @@ import tempfile
 import tomllib
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
 
 from figures import ROOT, options
 from packaging.requirements import Requirement
@@ -25,10 +25,10 @@ from common.files import sha256_of
 from scoring.kaggle_pack import DOWNLOAD, WHEEL_LIST
 
 DEPENDENCIES = ROOT / "docs" / "dependencies.md"
+_PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^ \\;]+)", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _REASON = re.compile(r'^\s*"?([A-Za-z0-9._-]+)[^"#\n]*"?,?[ \t]*#[ \t]*(.+)$', re.MULTILINE)
-_LONGEST_LICENCE = 60
 _FAMILIES = {"MPL": "MPL 2.0", "Apache": "Apache 2.0", "BSD": "BSD", "MIT": "MIT", "PSF|Python Soft": "PSF"}
 _PAGE = """\
 # Dependencies and licences
@@ -70,14 +70,10 @@ def direct() -> dict[str, str]:
     """Return the reason of each direct dependency, as pyproject.toml and extras/*.in say it beside the requirement."""
     files = [ROOT / "pyproject.toml", *sorted((ROOT / "extras").glob("*.in"))]
     project, *extras = (path.read_text(encoding="utf-8") for path in files)
-    lines = [*_project()["project"]["dependencies"], *_project()["dependency-groups"]["dev"]]
+    lines = [*_PROJECT["project"]["dependencies"], *_PROJECT["dependency-groups"]["dev"]]
     lines += [line for text in extras for line in text.splitlines() if _NAME.match(line)]
     reasons = dict(_REASON.findall("\n".join([project, *extras])))
     return {(name := _NAME.match(line)[0]).lower(): reasons.get(name, "") for line in lines}
-
-
-def _project() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def dependencies_page() -> str:
@@ -87,10 +83,8 @@ def dependencies_page() -> str:
         licence = "NVIDIA's own" if name.startswith("nvidia-") else licence_of(name)
         family = next((family for pattern, family in _FAMILIES.items() if re.search(pattern, licence)), licence)
         by_licence.setdefault(family, []).append(name)
-    rows = [
-        f"| {licence} | {len(names)} | {', '.join(name for name in names if name in own)} |"
-        for licence, names in sorted(by_licence.items(), key=lambda each: -len(each[1]))
-    ]
+    ranked = sorted(by_licence.items(), key=lambda each: -len(each[1]))
+    rows = [f"| {of} | {len(names)} | {', '.join(name for name in names if name in own)} |" for of, names in ranked]
     return _PAGE.format(count=sum(map(len, by_licence.values())), rows="\n".join(rows))
 
 
@@ -109,8 +103,7 @@ def licence_of(name: str) -> str:
     classifiers = [line for line in found.get_all("Classifier") or [] if line.startswith("License ::")]
     names = ", ".join(line.rsplit(" :: ", 1)[-1] for line in classifiers)
     text = found.get("License-Expression") or names or found.get("License") or "not said"
-    first = text.strip().splitlines()[0].replace("|", "/")
-    return first if len(first) <= _LONGEST_LICENCE else f"{first[:_LONGEST_LICENCE]}…"
+    return shorten(text.strip().splitlines()[0].replace("|", "/"), 60, placeholder="…")
 
 
 def needed(names: set[str], without: set[str]) -> set[str]:
@@ -125,7 +118,7 @@ def needed(names: set[str], without: set[str]) -> set[str]:
 
 def for_scoring() -> set[str]:
     """Return the names of the locked packages that scoring needs, torch and what comes with it left out."""
-    own = {_NAME.match(line)[0] for line in _project()["project"]["dependencies"]}
+    own = {_NAME.match(line)[0] for line in _PROJECT["project"]["dependencies"]}
     return needed(own | {"accelerate"}, {*_NOT_FOR_SCORING, "torch"})
 
 
@@ -151,12 +144,11 @@ def wheel_list() -> str:
                 hashes.setdefault(name, {})[f"--hash=sha256:{sha256_of(wheel)}"] = None
                 size.setdefault(name, wheel.stat().st_size)
     lines = [f"{pin} {' '.join(hashes[name])}  # {size[name] / 1e6:.1f} MB" for name, (pin, _) in pins.items()]
-    count = {"count": len(lines), "size": sum(size.values()) / 1e6, "python": _PYTHONS[0]}
-    return _WHEELS.format(lines="\n".join(lines), **count)
+    count, megabytes = len(lines), sum(size.values()) / 1e6
+    return _WHEELS.format(lines="\n".join(lines), count=count, size=megabytes, python=_PYTHONS[0])
 
 
 def main() -> None:
-    """Print the licences, or write the page or the list of wheels."""
     parser = options(__doc__, write=False)
     parser.add_argument("what", choices=["tables", "licences", "wheels"])
     if (what := parser.parse_args().what) == "licences":

@@ -18,8 +18,6 @@ from figures import ROOT, options, publish, table
 
 from common.files import read_json
 
-HOSTILE = ("tests/test_hostile.py", "tests/test_hostile_servers.py")
-
 
 def tests(prefix: str, *paths: str) -> str:
     """Run test files and return passed / tried of the tests whose name begins with `prefix`."""
@@ -42,7 +40,7 @@ def main() -> None:
     rows = [
         [f"kills survived / tried, seed {kills['seed']}, {kills['date']}", f"{kills['survived']} / {kills['tried']}"],
         ["bad inputs handled / tried", tests("test_bad_input[", "tests/test_bad_inputs.py")],
-        ["hostile cases guarded / tried", tests("test_", *HOSTILE)],
+        ["hostile cases guarded / tried", tests("test_", "tests/test_hostile.py", "tests/test_hostile_servers.py")],
         [what, f"{executions:,}; {crashes}"],
     ]
     publish("trust", table(["what", "figure"], rows), asked.write)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,17 +18,18 @@ import numpy as np
 import pandas as pd
 from figures import ROOT
 from omegaconf import OmegaConf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from common.battle import PROBABILITY_COLUMNS, VERDICTS, Battle
 from common.experiment import load_experiment
+from common.files import read_json
 from common.stages import STAGES
 from data_prep.chat_template import ChatFrame
 from data_prep.readers import VoteReader
 from data_prep.synthetic import TRAIN_COLUMNS, cell
 from factory.demo import SPECIAL_TOKENS, BaseModelSize, build_base_model
 from factory.forecast import forecast
-from factory.process import llamafactory
+from factory.process import child_environment, llamafactory
 from scoring.metrics import GroupBootstrap, as_groups
 
 os.environ["ARENA_FACTORY_HERE"] = "1"  # run.py is called in folders of the measurements
@@ -87,7 +87,7 @@ class Workbench:
 
     def report(self, experiment: str, stage: str) -> dict[str, Any]:
         """Return a stage's report.json."""
-        return json.loads((self.output(experiment, stage) / "report.json").read_text(encoding="utf-8"))
+        return read_json(self.output(experiment, stage) / "report.json")
 
     def output(self, experiment: str, stage: str) -> Path:
         """Return a stage's folder of outputs."""
@@ -98,8 +98,7 @@ class Workbench:
         scores = pd.read_parquet(self.output(experiment, stage) / "scores_valid.parquet")
         chances = pd.read_csv(self.output(experiment, stage) / "probabilities_valid.csv", dtype={"id": str})
         assert scores["id"].tolist() == chances["id"].tolist()
-        for verdict, column in zip(VERDICTS, PROBABILITY_COLUMNS, strict=True):
-            scores[f"p_{verdict}"] = chances[column].to_numpy()
+        scores[[f"p_{verdict}" for verdict in VERDICTS]] = chances[list(PROBABILITY_COLUMNS)].to_numpy()
         return scores
 
 
@@ -127,13 +126,9 @@ def write_votes(path: Path, battles: Iterable[Battle]) -> Path:
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, special: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
     """Return a byte-level BPE tokenizer, with Qwen's special tokens where no others are given."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokens = {"special_tokens": list(special), "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **tokens)
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    bpe, keys = ByteLevelBPETokenizer(), {"min_frequency": 0, "show_progress": False}
+    bpe.train_from_iterator(texts, vocabulary, special_tokens=list(special), **keys)
+    return Tokenizer.from_str(bpe.to_str())
 
 
 def frame_of(tokenizer: Tokenizer) -> ChatFrame:
@@ -157,8 +152,7 @@ def child_peak(call: Sequence[str], folder: Path, log: Path) -> tuple[float, flo
     """Run a program in a folder; return its seconds and peak memory in GiB; raises SystemExit where it fails."""
     started = time.monotonic()
     with log.open("wb") as output:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(call, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(call, cwd=folder, env=child_environment(), stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(map(str, call))} failed; read {log}")
