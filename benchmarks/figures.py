@@ -57,9 +57,9 @@ def publish(mark: str, text: str, write: bool = False) -> None:
 
 def put(mark: str, text: str) -> None:
     """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` in README.md or a page of docs/."""
-    place = re.compile(f"(?<=<!-- {mark} -->\n).*?(?=\n<!-- /{mark} -->)", re.DOTALL)
+    place = re.compile(f"(<!-- {mark} -->).*?(<!-- /{mark} -->)", re.DOTALL)
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        whole, found = place.subn(lambda _: text.strip(), document.read_text(encoding="utf-8"))
+        whole, found = place.subn(lambda its: f"{its[1]}\n{text.strip()}\n{its[2]}", document.read_text("utf-8"))
         if found:
             document.write_text(whole, encoding="utf-8")
             return
