@@ -1,19 +1,23 @@
 """The demo's own two things, drawn from one seed: a synthetic arena, and the embedded base model.
 
-The base is a tiny random-weight Qwen3 with a tokenizer of its own, as a Hugging Face folder. Whatever a judge built on
-it can do was learned by the adapter, and by the embeddings and the head that are trained with it. Being an ordinary
-folder, it is trained and scored like any model.
+The base is a tiny Qwen3 with a tokenizer of its own, as a Hugging Face folder: drawn at random, then taught to compare
+two answers by made-up values of their words. What people prefer it never saw: that was learned by the adapter, and by
+the embeddings and the head that are trained with it. Being an ordinary folder, it is trained and scored like any model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from common.battle import Battle
 from common.errors import ArenaError
 from common.experiment import Experiment
 from common.files import atomic_folder, read_json, write_json
@@ -23,7 +27,7 @@ from data_prep.export_folder import check_overwrite
 from data_prep.export_reader import earlier_manifest
 from data_prep.prompt import JudgePrompt
 from data_prep.readers import VoteReader
-from data_prep.synthetic import ArenaFiles, write_arena
+from data_prep.synthetic import ArenaFiles, ArenaTruth, true_probabilities, write_arena
 from factory.recipes import check_first_values
 from factory.stage_context import StageContext
 from factory.status import readable_experiments, running_stages
@@ -32,7 +36,7 @@ from factory.status import readable_experiments, running_stages
 EMBEDDED_BASE = "models/arena-tiny"
 ARENA = Path("data") / "synthetic_arena"
 DEFAULT_SEED = 1
-TRAIN_ROWS, TEST_ROWS = 6000, 500
+TRAIN_ROWS, TEST_ROWS = 12_000, 500
 _FILES = ("train.csv", "test.csv", "truth.csv", "drawn.json")
 SPECIAL_TOKENS = END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -102,12 +106,19 @@ def _draw(experiment: Experiment, seed: int, show: Show) -> None:
         write_arena(folder, seed=seed, train_rows=TRAIN_ROWS, test_rows=TEST_ROWS)
         write_json(folder / "drawn.json", {**drawn, "base": "is being built"})
     show.note(f"drew the demo's {TRAIN_ROWS:,} battles and {TEST_ROWS} to submit (seed {seed}): {ARENA}")
-    # the tokenizer learns from whole judge prompts, so that their fixed parts take few tokens
     with show.line("embedded base") as line:
         line.update("training a tokenizer, drawing random weights")
-        texts = (prompt.message(battle) for _, battle in VoteReader(ARENA / "train.csv", labelled=True))
-        build_base_model(Path(experiment.model), texts, seed=seed)
-    show.note(f"built a tiny base model with random weights (seed {seed}): {experiment.model}")
+        battles = [battle for _, battle in VoteReader(ARENA / "train.csv", labelled=True)]
+        texts, labels = [prompt.message(battle) for battle in battles], experiment.labels.in_order()
+        chances = comparisons(battles[:LESSONS], seed=seed)
+        lessons = [(text, dict(zip(labels, each, strict=True))) for text, each in zip(texts, chances, strict=False)]
+
+        def told(share: float) -> None:
+            line.update("learning to compare answers by made-up values", share)
+
+        # the tokenizer learns from whole judge prompts, so that their fixed parts take few tokens
+        build_base_model(Path(experiment.model), texts, lessons, seed=seed, progress=told)
+    show.note(f"built a tiny base model that can compare, and knows no vote (seed {seed}): {experiment.model}")
     write_json(ARENA / "drawn.json", drawn)
 
 
@@ -136,7 +147,7 @@ def _read(path: Path) -> dict | None:
 class BaseModelSize:
     """The shape of the network; the vocabulary is an upper bound, a small corpus fills less."""
 
-    vocabulary: int = 1024
+    vocabulary: int = 2048
     hidden: int = 64
     layers: int = 2
     heads: int = 8
@@ -145,22 +156,85 @@ class BaseModelSize:
 
 
 SIZE = BaseModelSize()
+# How a base learns to compare; more of any of them was not better.
+LESSONS, _ROUNDS, _BATCH, _RATE = 5400, 4, 16, 3e-3
+_LESSON = ArenaTruth(position_bias=0.0, scale=1.0)
 
 
-def build_base_model(folder: Path, texts: Iterable[str], *, seed: int, size: BaseModelSize = SIZE) -> None:
-    """Train a byte-level BPE tokenizer on `texts`, draw a random model by `seed` and save both in `folder`.
+def comparisons(battles: Sequence[Battle], *, seed: int) -> list[tuple[float, float, float]]:
+    """Return chances of A, B and a tie by made-up values of words, which the seed draws and no voter knows.
 
-    The same texts, seed and size give the same bytes. An earlier folder is replaced as a whole.
-    Raises ArenaError where `texts` holds no text.
+    An answer is worth the sum of its words, in units in which the leads have a standard deviation of 3.
+    """
+    rng = random.Random(seed)
+    value: dict[str, float] = defaultdict(lambda: rng.gauss(0, 1))
+    answers = [(" ".join(each.responses_a), " ".join(each.responses_b)) for each in battles]
+    worths = np.array([[sum(value[word] for word in text.split()) for text in pair] for pair in answers])
+    unit = float(np.std(worths[:, 0] - worths[:, 1])) or 1.0
+    return [true_probabilities(3 * a / unit, 3 * b / unit, _LESSON) for a, b in worths]
+
+
+def build_base_model(
+    folder: Path,
+    texts: Iterable[str],
+    lessons: Sequence[tuple[str, dict[str, float]]] = (),
+    *,
+    seed: int,
+    size: BaseModelSize = SIZE,
+    progress: Callable[[float], None] = lambda _: None,
+) -> None:
+    """Train a byte-level BPE tokenizer on `texts`, draw a random model by `seed`, teach it, and save both in `folder`.
+
+    A lesson is a message with the chance of each one-letter answer. The same arguments give the same bytes. An earlier
+    folder is replaced as a whole. Raises ArenaError where `texts` holds no text.
     """
     from transformers.utils import logging
 
     tokenizer = _train_tokenizer(texts, size)
     model = _random_model(tokenizer, seed, size)
+    if lessons:
+        _teach(model, tokenizer, lessons, seed, progress)
     logging.disable_progress_bar()  # of two megabytes
     with atomic_folder(folder) as fresh:
         tokenizer.save_pretrained(fresh)
         model.save_pretrained(fresh)
+
+
+def _teach(
+    model: Any,
+    tokenizer: Any,
+    lessons: Sequence[tuple[str, dict[str, float]]],
+    seed: int,
+    progress: Callable[[float], None],
+) -> None:
+    """Train the whole network to give the answers of the lessons, framed as LLaMA-Factory's qwen3_nothink does."""
+    import torch
+    from transformers import get_cosine_schedule_with_warmup
+
+    framed = [f"{TURN_START}user\n{message}{TURN_END}\n{TURN_START}assistant\n" for message, _ in lessons]
+    rows = tokenizer(framed, add_special_tokens=False)["input_ids"]
+    answers = tokenizer.convert_tokens_to_ids(list(lessons[0][1]))
+    chances = torch.tensor([list(each.values()) for _, each in lessons])
+    rng, batches = random.Random(seed), []
+    for _ in range(_ROUNDS):
+        order = sorted(rng.sample(range(len(rows)), len(rows)), key=lambda row: len(rows[row]))
+        batches += rng.sample(alike := [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)], len(alike))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second one would only wait for a network this small
+    for number, batch in enumerate(batches):
+        inputs = tokenizer.pad({"input_ids": [rows[row] for row in batch]}, return_tensors="pt")
+        last = inputs["attention_mask"].sum(1) - 1
+        states = model.model(**inputs).last_hidden_state[torch.arange(len(batch)), last]
+        logits = model.lm_head(states).log_softmax(1)[:, answers]
+        optimizer.zero_grad()
+        (-(chances[batch] * logits).sum(1).mean()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress((number + 1) / len(batches))
+    torch.set_num_threads(threads)
 
 
 def _train_tokenizer(texts: Iterable[str], size: BaseModelSize) -> Any:
@@ -170,7 +244,10 @@ def _train_tokenizer(texts: Iterable[str], size: BaseModelSize) -> Any:
     if not corpus:
         raise ArenaError("no text to train a tokenizer on", where="base model", remedy="give it the arena's texts")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # A token may span the words of a sentence (as in SuperBPE, arXiv:2503.13423), so that a prompt takes half as many.
+    sentences = pre_tokenizers.Split(Regex(r"(?<=[.!?:]) |\n+"), "isolated")
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([sentences, plain])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size.vocabulary,
@@ -202,6 +279,9 @@ def _random_model(tokenizer: Any, seed: int, size: BaseModelSize) -> Any:
         num_key_value_heads=size.heads,
         head_dim=size.hidden // size.heads,
         max_position_embeddings=size.positions,
+        # Without these it takes several times as many steps to learn what a comparison is.
+        initializer_range=size.hidden**-0.5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=False,  # embeddings and head are trained apart and merged apart
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
