@@ -5,15 +5,11 @@ import math
 
 import pytest
 from chain import rows_of
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common.battle import PROBABILITY_COLUMNS
 from common.errors import ArenaError
 from common.files import sha256_of
-from data_prep.synthetic import TRAIN_COLUMNS, ArenaTruth, cell, quality, true_probabilities, write_arena
-
-QUALITIES = st.floats(-50, 50)
+from data_prep.synthetic import TRAIN_COLUMNS, cell, quality, true_probabilities, write_arena
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +49,6 @@ def test_the_learnable_signal_is_large_and_calibrated(arena):
     for i in range(3):  # drawn from these chances: the observed share is within 4 standard errors
         error = math.sqrt(sum(p[i] * (1 - p[i]) for p in chances))
         assert abs(won.count(i) - sum(p[i] for p in chances)) < 4 * error
-
-
-@given(QUALITIES, QUALITIES, st.floats(0.05, 20), st.floats(-2, 2), st.floats(0.1, 5))
-def test_davidson_identities(quality_a, quality_b, tie, bias, scale):
-    truth = ArenaTruth(tie=tie, position_bias=bias, scale=scale)
-    a, b, t = true_probabilities(quality_a, quality_b, truth)
-    assert a + b + t == pytest.approx(1) and t == pytest.approx(tie * math.sqrt(a * b), rel=1e-6, abs=1e-9)
-    if min(a, b) > 1e-12:
-        assert math.log(a / b) == pytest.approx(scale * (quality_a - quality_b) + bias, abs=1e-6)
-    mirrored = true_probabilities(quality_b, quality_a, ArenaTruth(tie=tie, position_bias=-bias, scale=scale))
-    assert mirrored == pytest.approx((b, a, t))
 
 
 def test_a_seed_gives_the_bytes_that_it_always_gave(tmp_path):

@@ -109,19 +109,6 @@ def test_any_scores_and_verdicts_give_proper_probabilities(scores, length, truth
         assert links.link_from_json(json.loads(json.dumps(link.to_json(), allow_nan=False))) == link
 
 
-def test_correcting_a_prior_recovers_the_probabilities_of_the_other_population():
-    random = np.random.default_rng(0)
-    means = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
-    x = means[random.integers(0, 3, 500)] + random.normal(0, 1, (500, 3))
-    density = np.exp(-((x[:, None] - means) ** 2).sum(axis=2) / 2)
-    rare, natural = np.array([0.485, 0.485, 0.03]), np.array([0.35, 0.35, 0.30])
-    learned = density * rare / (density * rare).sum(axis=1, keepdims=True)
-    wanted = density * natural / (density * natural).sum(axis=1, keepdims=True)
-    names = ("a", "b", "tie")
-    found = links.correct_prior(learned, dict(zip(names, rare, strict=True)), dict(zip(names, natural, strict=True)))
-    assert found == pytest.approx(wanted)
-
-
 @pytest.mark.parametrize("value", [{"kind": "probit"}, {}, {"kind": "softmax"}, {"kind": "davidson", "scale": 1.0}])
 def test_a_broken_saved_link_is_refused(value):
     with pytest.raises(ArenaError, match="score again"):
