@@ -30,7 +30,7 @@ from pyarrow.csv import ConvertOptions, ParseOptions, read_csv
 import run
 from common.battle import Battle, swap
 from common.command_line import complete_experiment
-from common.console import hide_secrets, printable
+from common.console import hide_secrets, name_of, printable
 from common.error_hints import all_errors, remedy_for
 from common.errors import ArenaError
 from common.experiment import Labels, load_experiment, read_yaml
@@ -244,6 +244,12 @@ def test_models_that_are_rated_may_have_any_name(place, names, shown):
         done = call("rank", "--votes", "rated.csv")
     assert done.exit_code == (names is None) and shown in done.output, done.output
     assert not set(done.output) & CONTROL and len(done.output) < 10_000
+
+
+def test_an_id_cannot_forge_a_line_of_an_error():
+    assert name_of("1\n  remedy: sh evil.sh") == r"'1\n  remedy: sh evil.sh'"
+    assert name_of("136060") == "136060"
+    assert len(name_of("x" * 10_000)) < 80
 
 
 def test_a_hostile_id_in_a_real_run(place):
