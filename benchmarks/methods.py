@@ -111,8 +111,8 @@ def ablations(bench: Workbench) -> dict[str, str]:
         "swapped copies in training (SFT, equal steps)": (sft, unswapped),
         "averaging both orders, trained without swapped copies": orders(unswapped)[::-1],
         "averaging both orders, trained with swapped copies": orders(sft)[::-1],
-        f"calibration ({NAMES['sft']})": (sft, orders(sft)[0]),
-        f"calibration ({NAMES['dpo_judge']})": (dpo, orders(dpo)[0]),
+        f"calibration ({NAMES['sft']})": (sft, orders(sft)[1]),
+        f"calibration ({NAMES['dpo_judge']})": (dpo, orders(dpo)[1]),
         "DPO, judge view, after SFT instead of SFT alone": (dpo, sft),
     }
     if bench.has("frombase", "dpo_judge"):
