@@ -34,9 +34,8 @@ _RUNNING = {"train": "training", "merge": "merging", "score": "scoring"}
 _DONE = {"train": "trained", "merge": "merged", "score": "scored"}
 INTERRUPTED, FAILED, OUTDATED = "interrupted", "failed", "outdated"
 _STYLES = {INTERRUPTED: "yellow", OUTDATED: "yellow", FAILED: "red", "unreadable": "red"}
-# The order in which the methods are worth a try, and how far below SFT the second was; docs/methods.md has the figures.
+# The order in which the methods are worth a try; docs/methods.md has the figures.
 _WORTH_TRYING = ("sft", "dpo_reward", "rm", "dpo_judge")
-REWARD_VIEW_BELOW_SFT = "0.05 to 0.09"
 
 
 @dataclass(frozen=True)
@@ -377,9 +376,7 @@ def next_commands(found: ExperimentStatus) -> list[str]:
     first, why = next((name for name in _WORTH_TRYING if name in new), None), ""
     takes = "" if trained or may_have_gpu() else time_on_cpu(found.model)
     if trained:
-        measured = found.name == "demo" and first == "dpo_reward"
-        below = f", {REWARD_VIEW_BELOW_SFT} below SFT on three such arenas: docs/methods.md" if measured else ""
-        why = f"another method on the same votes{below}"
+        why = "another method on the same votes: docs/methods.md"
     elif takes == "hours" and "probe" in new and found.folds == 1:
         first, why = "probe", "no GPU here: this reads each battle once, a training takes hours"
     elif takes == "hours":

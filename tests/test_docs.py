@@ -19,7 +19,6 @@ from chain import ROOT, place, rows_of, run_py
 import run
 from common.experiment import Experiment
 from data_prep.synthetic import write_arena
-from factory.status import REWARD_VIEW_BELOW_SFT
 
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 _FENCE = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)```", re.DOTALL)
@@ -105,17 +104,6 @@ def test_every_key_of_an_experiment_is_documented_in_the_table_and_where_it_stan
     for key, field in Experiment.model_fields.items():
         if key != "name" and field.is_required():
             assert f"| `{key}` | required |" in table
-
-
-def test_what_the_demo_names_next_is_as_much_better_as_was_measured():
-    """The table of docs/methods.md: three arenas, the differences between SFT and DPO in the reward view."""
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    sft, reward = (
-        [float(cell.split()[0]) for cell in next(s for s in text.splitlines() if s.startswith(name)).split("|")[2:5]]
-        for name in ("| SFT on the label", "| DPO, reward view | 0")
-    )
-    gaps = [first - second for first, second in zip(sft, reward, strict=True)]
-    assert f"{min(gaps):.2f} to {max(gaps):.2f}" == REWARD_VIEW_BELOW_SFT
 
 
 def test_the_tutorial_runs_as_it_is_written(chain):
