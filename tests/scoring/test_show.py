@@ -32,7 +32,7 @@ def place(tmp_path_factory, tiny_base):
     folder = configured(tmp_path_factory.mktemp("shown"), tiny_base, "valid_share: 0.3")
     battles = {"nasty": ([NASTY], ["sure"], ["no"]), "long": (["tell"], [LONG], ["short"])}
     battles["wide"] = (["tell"], ["yes word " * 30], ["no word " * 30])
-    words = ["word " * 70]
+    words = ["word " * 140]
     battles["turns"] = (["first", *words, "last"], ["one", *words, "ONE"], ["two", *words, "TWO"])
     battles |= {f"plain{i}": ([f"question {i}"], ["yes"], ["no"]) for i in range(9)}
     votes = [Battle(name, *texts, "ab"[n % 2]) for n, (name, texts) in enumerate(battles.items())]
