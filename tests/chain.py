@@ -12,7 +12,10 @@ from zipfile import ZipFile
 from click.testing import CliRunner
 
 import run
-from common.experiment import parse_experiment
+from common.experiment import Labels, parse_experiment
+from data_prep.prompt import JudgePrompt
+from data_prep.synthetic import synthetic_battles
+from factory.demo import EMBEDDED_BASE, build_base_model
 from factory.stage_context import StageContext
 from factory.status import stage_status
 
@@ -87,7 +90,15 @@ def place(folder: Path, **recipes: dict) -> Path:
     for step, keys in recipes.items():
         content.setdefault("recipes", {}).setdefault(step, {}).update(keys)
     OmegaConf.save(OmegaConf.create(content), target / "experiment.yaml")
+    judging_base(folder / EMBEDDED_BASE)
     return folder
+
+
+def judging_base(folder: Path) -> None:
+    """Build a base that knows something of the voters: a few steps on another one may end in a constant judge."""
+    prompt, rows = JudgePrompt.load(ROOT / "templates" / "judge_prompt.j2", Labels()), synthetic_battles(1500, seed=2)
+    lessons = [(prompt.message(row.battle), dict(zip("ABC", row.probabilities, strict=True))) for row in rows]
+    build_base_model(folder, [text for text, _ in lessons], lessons, seed=1)
 
 
 def train_chain(folder: Path) -> None:
