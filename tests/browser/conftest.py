@@ -125,11 +125,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def place(browser, tmp_path_factory, tiny_base) -> Path:
+def place(browser, tmp_path_factory) -> Path:
     """A folder with an exported arena and a recipe of a minute at most, evaluated and saved on the way."""
     folder = lay_out(tmp_path_factory.mktemp("pages") / "place", sft=RECIPE)
-    (folder / "models").mkdir()
-    (folder / "models" / "arena-tiny").symlink_to(tiny_base)
     write_arena(folder / "arena", seed=11, train_rows=700, test_rows=20)
     done = run_py(folder, "prepare", "-e", "demo", "--train", "arena/train.csv", "--truth", "arena/truth.csv")
     assert done.returncode == 0, done.stderr
