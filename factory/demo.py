@@ -156,6 +156,8 @@ class BaseModelSize:
 
 
 SIZE = BaseModelSize()
+# Where the tokenizer splits a text; no other tokenizer does, llama.cpp's neither.
+SENTENCE_ENDS = r"(?<=[.!?:]) |\n+"
 # How a base learns to compare; more of any of them was not better.
 LESSONS, _ROUNDS, _BATCH, _RATE = 5400, 4, 16, 3e-3
 _LESSON = ArenaTruth(position_bias=0.0, scale=1.0)
@@ -245,7 +247,7 @@ def _train_tokenizer(texts: Iterable[str], size: BaseModelSize) -> Any:
         raise ArenaError("no text to train a tokenizer on", where="base model", remedy="give it the arena's texts")
     tokenizer = Tokenizer(models.BPE())
     # A token may span the words of a sentence (as in SuperBPE, arXiv:2503.13423), so that a prompt takes half as many.
-    sentences = pre_tokenizers.Split(Regex(r"(?<=[.!?:]) |\n+"), "isolated")
+    sentences = pre_tokenizers.Split(Regex(SENTENCE_ENDS), "isolated")
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([sentences, plain])
     tokenizer.decoder = decoders.ByteLevel()

@@ -14,9 +14,10 @@ import numpy as np
 
 from common.battle import Battle
 from common.errors import ArenaError, UsageError
-from common.files import sha256_of, write_json
+from common.files import read_json, sha256_of, write_json
 from common.progress import Show
 from data_prep.export_reader import read_battles
+from factory.demo import SENTENCE_ENDS
 from factory.process import module, run_child
 from factory.recipe_reach import config_of, odd_index, odd_setting
 from factory.stage_context import StageContext
@@ -68,7 +69,9 @@ def export_gguf(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         fresh = Path(scratch) / "judge.gguf"
         with show.line(f"{stage}: converting to {quantization}"):
-            options = [str(judge.folder), str(fresh), quantization, "--converter", str(converter)]
+            tokenizer = judge.folder / "tokenizer.json"
+            pre = ["--pre", "gpt-2"] if plain_byte_level(tokenizer) or is_embedded(tokenizer) else []
+            options = [str(judge.folder), str(fresh), quantization, "--converter", str(converter), *pre]
             command = module("scoring.engines.gguf_converter", *options)
             log = context.folder / "export.log"
             run_child(command, log, what="llama.cpp's converter", interrupted_remedy=lambda: "export again")
@@ -117,7 +120,8 @@ def is_gguf(path: Path) -> bool:
 def compare(judge: Judge, gguf: Path, battles: Sequence[tuple[Battle, int]]) -> dict[str, Any]:
     """Compare a file with the merged model on some battles, evenly over the lengths; return what the manifest says.
 
-    Raises ArenaError if there is no battle, or the file's probabilities are not finite.
+    Raises ArenaError if there is no battle, llama.cpp's tokenizer gives other ids for the texts in judge.json, or the
+    file's probabilities are not finite.
     """
     if not battles:
         what = "the export has no validation rows, on which the file is compared"
@@ -131,11 +135,18 @@ def compare(judge: Judge, gguf: Path, battles: Sequence[tuple[Battle, int]]) -> 
     expected = softmax(engine.label_logits(sequences, labels))
     engine.close()
     model = load_gguf(gguf, context=judge.cutoff_len)
-    texts = [judge.frame.wrap(judge.prompt.message(*battles[i])) for i in chosen]
+
+    def same_ids(text: str, ids: list[int]) -> bool:
+        return model.tokenize(text.encode(), add_bos=False, special=True) == ids
+
     try:
-        known = [judge.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-        theirs = (model.tokenize(text.encode(), add_bos=False, special=True) for text in texts)
-        same = sum(map(list.__eq__, theirs, known))
+        for text, ids in read_json(judge.folder / "judge.json")["canaries"].items():
+            if not same_ids(text, ids) and not is_embedded(judge.folder / "tokenizer.json"):
+                what = f"llama.cpp's tokenizer gives other ids than the judge's own for {text!r}"
+                remedy = "this tokenizer is not supported by this version of llama.cpp; look at tokenizer.ggml.pre"
+                raise ArenaError(what, where=gguf.name, remedy=remedy)
+        texts = [judge.frame.wrap(judge.prompt.message(*battles[i])) for i in chosen]
+        same = sum(same_ids(text, judge.tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
         found = softmax(np.array([last_logits(model, ids)[labels] for ids in sequences]))
     finally:
         model.close()
@@ -168,3 +179,24 @@ def check_agreement(checked: dict[str, Any], quantization: str) -> list[str]:
             "send token ids, not text, to a server (run.py score does)"
         )
     return notes
+
+
+def plain_byte_level(tokenizer: Path) -> bool:
+    """Return whether a tokenizer.json splits texts as GPT-2 does and no other way: llama.cpp's "gpt-2" is then exact.
+
+    The converter knows tokenizers by a table of hashes, which cannot hold one that a user trained.
+    """
+    content = read_json(tokenizer)
+    split = content.get("pre_tokenizer") or {}
+    return (
+        content.get("normalizer") is None
+        and split.get("type") == "ByteLevel"
+        and split.get("use_regex", True)
+        and not split.get("add_prefix_space", True)
+    )
+
+
+def is_embedded(tokenizer: Path) -> bool:
+    """Return whether it is the demo's own tokenizer: llama.cpp has no such split, so its file is for token ids only."""
+    split = read_json(tokenizer).get("pre_tokenizer") or {}
+    return any((each.get("pattern") or {}).get("Regex") == SENTENCE_ENDS for each in split.get("pretokenizers", ()))

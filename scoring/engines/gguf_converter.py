@@ -27,6 +27,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("type")
     parser.add_argument("--converter", type=Path, required=True)
+    parser.add_argument("--pre")
     arguments = parser.parse_args()
     follow_parent()
     _refuse_own_code()
@@ -64,9 +65,10 @@ def _convert(arguments: argparse.Namespace, output: Path, kind: str) -> None:
         try:
             return original(self, tokenizer)
         except NotImplementedError:
-            # A table of hashes cannot hold a tokenizer that a user trained. Where its ids differ, `compare` says so.
-            print("not in the converter's table of tokenizers: GPT-2's stands for it", file=sys.stderr)
-            return "gpt-2"
+            if not arguments.pre:
+                raise
+            print(f"not in the converter's table of tokenizers: {arguments.pre} fits this one", file=sys.stderr)
+            return arguments.pre
 
     TextModel.get_vocab_base_pre = get_vocab_base_pre
     sys.argv = [SCRIPT, str(arguments.folder), "--outfile", str(output), "--outtype", kind]

@@ -20,7 +20,7 @@ from common.errors import ArenaError, UsageError
 from common.progress import Show
 from factory.stage_context import StageContext
 from scoring.engines import gguf, open_engine
-from scoring.engines.gguf import check_agreement, export_gguf, find_converter
+from scoring.engines.gguf import check_agreement, export_gguf, find_converter, plain_byte_level
 from scoring.engines.gguf_converter import SCRIPT
 from scoring.judge import load_judge, write_judge
 from scoring.links import softmax
@@ -168,3 +168,12 @@ def test_a_difference_is_reported_and_a_large_one_is_an_error():
     for largest, quantization in ((0.006, "f16"), (0.67, "q4_k_m"), (float("nan"), "f16")):
         with pytest.raises(ArenaError, match="not the same judge"):
             notes(largest, quantization)
+
+
+def test_only_gpt2s_own_split_is_called_gpt2(tmp_path, small_tokenizer):
+    path, content = tmp_path / "tokenizer.json", json.loads(small_tokenizer.to_str())
+    others = [{"type": "ByteLevel", "add_prefix_space": p, "use_regex": r} for p, r in ((False, False), (True, True))]
+    splits = [{"pre_tokenizer": each} for each in (None, *others, {"type": "Sequence", "pretokenizers": []})]
+    for change in ({}, {"normalizer": {"type": "NFC"}}, *splits):
+        path.write_text(json.dumps(content | change))
+        assert plain_byte_level(path) is (change == {})
