@@ -63,14 +63,14 @@ class Tab:
         if folder := os.environ.get("ARENA_SCREENSHOTS"):
             self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
-    def until(self, read, holds, seconds: float = PATIENCE / 1000):
+    def until(self, read, holds, seconds: float = PATIENCE / 1000, pause: float = 0.2):
         """Return what `read()` gives as soon as `holds` it; fails with the last value."""
         value, end = None, time.monotonic() + seconds
         while time.monotonic() < end:
             value = read()
             if holds(value):
                 return value
-            self.page.wait_for_timeout(200)
+            self.page.wait_for_timeout(1000 * pause)
         raise AssertionError(f"not within {seconds:.0f} s; last seen: {value!r}")
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 
+import psutil
 from chain import run_py
 
 
@@ -19,7 +20,13 @@ def see(tab, name: str) -> None:
         assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_a_run_is_watched_while_it_runs(tab, servers, training):
+def test_a_run_is_watched_while_it_runs(tab, servers, training, place):
+    # Its first steps wait for the page: on a busy machine the whole training takes less than the page's first look.
+    log = place / "saves" / "arena-tiny" / "lora" / "demo_sft" / "trainer_log.jsonl"
+    tab.until(lambda: log.exists() and len(log.read_text().splitlines()), lambda lines: lines, pause=0.02)
+    family = [psutil.Process(training.pid), *psutil.Process(training.pid).children(recursive=True)]
+    for process in family:
+        process.suspend()
     tab.page.goto(servers["watch"].url)
     words, bar = tab.page.locator("#now"), tab.page.get_by_role("progressbar")
     line = tab.page.locator("#losses polyline").first
@@ -32,6 +39,8 @@ def test_a_run_is_watched_while_it_runs(tab, servers, training):
     assert len(re.findall(r"\d+/40", words.inner_text())) == 1, "the step is said in one place"
     before = tab.until(lambda: line.get_attribute("points") if line.count() else "", bool)
     tab.page.get_by_role("button", name="Log loss of the newest checkpoint").click()
+    for process in family:
+        process.resume()
     later = tab.until(step, lambda n: n > first)
     tab.until(lambda: line.get_attribute("points"), lambda now: now != before)
     text = tab.until(words.inner_text, lambda text: "of the verdict of at most" in text and "Class prior" in text)
