@@ -1,15 +1,14 @@
 """What the methods reach on real votes on a CPU, and what a target prior repairs.
 
     python benchmarks/real_votes.py --work FOLDER --natural train_natural.csv --clean train_clean.csv.gz \\
-        --model models/SmolLM2-135M-Instruct [--stages base probe] [--clean-rows N] [--set KEY=VALUE ...] [--write]
+        --model SmolLM2-135M-Instruct [--stages base probe] [--clean-stages rm] [--clean-rows N] [--set KEY=VALUE ...]
 
-`natural` has the competition's own class balance; `clean` holds the same rows and many more, nearly without ties; --set
-changes keys of experiment.yaml. All are judged on the same rows, the validation fold of `natural`; interrupted, it goes
-on. Two parts:
+`natural` has the competition's class balance; `clean` holds the same rows and many more, nearly without ties; --set
+changes experiment.yaml. All are judged on the validation fold of `natural`; interrupted, it goes on. Two parts:
 
 1. the stages on `natural`, their ensemble with the baselines, baselines on `clean`.
-2. the probe on `clean` less the held-out prompts, ties scarce, without and with `target_prior` set to the natural class
-   shares; --clean-rows 0 leaves it out.
+2. the probe, and other stages that are asked for, on `clean` less the held-out prompts, ties scarce: with
+   `target_prior` set to the natural class shares, the probe without it, too; --clean-rows 0 leaves this out.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from scoring.metrics import row_losses, verdict_codes
 # The competition's class shares in its own training table, as its participants knew them.
 NATURAL = {"a": 0.35, "b": 0.34, "tie": 0.31}
 METHODS = ["method", "trained on", "minutes (train + score)", "log loss [95%]", "below the prior [95%]"]
-SCARCE = ["method", "target prior", "log loss on held-out natural rows [95%]", "above the natural prior [95%]"]
+SCARCE = ["method", "trained on", "target prior", "log loss on held-out natural rows [95%]", "above the prior [95%]"]
 
 
 def own_methods(bench: Workbench, stages: list[str]) -> list[list[str]]:
@@ -46,7 +45,7 @@ def own_methods(bench: Workbench, stages: list[str]) -> list[list[str]]:
     rows = []
     for stage in stages:
         bench.stage("real", stage)
-        rows.append([stage, *trained_on(bench, stage), *judged_as(bench.report("real", stage))])
+        rows.append([stage, *trained_on(bench, "real", stage), *judged_as(bench.report("real", stage))])
     if len(stages) > 1:
         members = [word for name in (*stages, "length", "tfidf") for word in ("-e", f"real:{name}")]
         bench.run("ensemble", *members, "--name", "real-all")
@@ -54,15 +53,15 @@ def own_methods(bench: Workbench, stages: list[str]) -> list[list[str]]:
     return rows
 
 
-def trained_on(bench: Workbench, stage: str) -> tuple[str, str]:
+def trained_on(bench: Workbench, experiment: str, stage: str) -> tuple[str, str]:
     """Return what a stage was trained on, and the minutes of training and of scoring."""
-    state = read_json(bench.output("real", stage) / "state.json")["parts"]
+    state = read_json(bench.output(experiment, stage) / "state.json")["parts"]
     minutes = " + ".join(f"{state[part]['seconds'] / 60:.0f}" for part in ("train", "score") if part in state)
     if stage not in TRAININGS:
-        rows = read_json(bench.output("real", stage) / "probe.json")["rows"] if stage == "probe" else 0
+        rows = read_json(bench.output(experiment, stage) / "probe.json")["rows"] if stage == "probe" else 0
         return f"{rows:,} votes" if rows else "nothing", minutes
     with chdir(bench.folder):
-        recipe = StageContext(load_experiment("real"), stage).recipe
+        recipe = StageContext(load_experiment(experiment), stage).recipe
     steps = read_json(bench.folder / recipe["output_dir"] / "trainer_state.json")["global_step"]
     rows = steps * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
     return f"{steps} steps, {rows:,} votes", minutes
@@ -103,25 +102,25 @@ class HeldOut:
             rows.append([f"*{name}*", about, "", *figures])
         return rows
 
-    def after_scarce_ties(self, bench: Workbench, votes: list[Battle]) -> list[list[str]]:
-        """Fit the probe where ties are scarce; return its rows without and with the target prior."""
+    def after_scarce_ties(self, bench: Workbench, stages: list[str], votes: list[Battle]) -> list[list[str]]:
+        """Train where ties are scarce; return the stages' rows with the target prior, the probe's also without it."""
         rows, ids = [], [battle.id for battle in self.battles]
         write_votes(bench.folder / "held_out.csv", self.battles)
         write_votes(bench.folder / "scarce.csv", votes)
-        for prior, said in ((None, "none"), (NATURAL, "declared natural")):
-            # The prior enters after the training: the same judge is scored twice.
+        # The prior enters after the training: the same probe is scored twice.
+        for stage, prior, said in [("probe", None, "none"), *((each, NATURAL, "declared natural") for each in stages)]:
             bench.variant("scarce", "--train", "scarce.csv", of="real", target_prior=prior, swap_copies=False)
-            (bench.output("scarce", "probe") / "report.json").unlink(missing_ok=True)
-            bench.stage("scarce", "probe")
-            output = f"held_out_{'plain' if prior is None else 'corrected'}.csv"
-            bench.run("score", "-e", "scarce", "--stage", "probe", "--input", "held_out.csv", "--output", output)
+            (bench.output("scarce", stage) / "report.json").unlink(missing_ok=True)
+            bench.stage("scarce", stage)
+            output = f"held_out_{stage}_{'plain' if prior is None else 'corrected'}.csv"
+            bench.run("score", "-e", "scarce", "--stage", stage, "--input", "held_out.csv", "--output", output)
             scored = pd.read_csv(bench.folder / output, dtype={"id": str}).set_index("id")
             losses = self.losses(scored.loc[ids, list(PROBABILITY_COLUMNS)].to_numpy())
             figures = mean(losses, self.groups, ".4f"), mean(losses - self.prior, self.groups)
-            rows.append(["probe", said, *figures])
+            rows.append([stage, trained_on(bench, "scarce", stage)[0], said, *figures])
         ties = sum(battle.verdict == "tie" for battle in votes) / len(votes)
-        about = f"*training: {len(votes):,} battles, {ties:.1%} ties; judged: {len(ids)} natural battles*"
-        return [*rows, ["*natural class prior*", "", mean(self.prior, self.groups, ".4f"), ""], [about, "", "", ""]]
+        about = f"*votes: {len(votes):,}, {ties:.1%} ties; judged: {len(ids)} natural battles*"
+        return [*rows, ["*natural class prior*", "", "", mean(self.prior, self.groups, ".4f"), ""], [about, *[""] * 4]]
 
 
 def known_of(battles: list[Battle]) -> pd.DataFrame:
@@ -133,6 +132,7 @@ def known_of(battles: list[Battle]) -> pd.DataFrame:
 def main() -> None:
     parser = options(__doc__, "work", "natural", "clean", "model", clean_rows=1 << 20)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(TRAININGS))
+    parser.add_argument("--clean-stages", nargs="+", choices=STAGES, default=["probe"])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     asked = parser.parse_args()
     bench, battles = Workbench(asked.work), battles_of(asked.natural)
@@ -146,8 +146,8 @@ def main() -> None:
     rows = [*own_methods(bench, asked.stages), *held.baselines(own, clean=False), *held.baselines(rest, clean=True)]
     text = f"Judged: {len(judged)} natural battles.\n\n{table(METHODS, rows)}"
     random.Random(1).shuffle(rest)
-    if "probe" in asked.stages and asked.clean_rows:
-        text += f"\n\n{table(SCARCE, held.after_scarce_ties(bench, rest[: asked.clean_rows]))}"
+    if asked.clean_rows:
+        text += f"\n\n{table(SCARCE, held.after_scarce_ties(bench, asked.clean_stages, rest[: asked.clean_rows]))}"
     publish("real votes", text, asked.write)
 
 
