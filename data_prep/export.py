@@ -104,6 +104,7 @@ def export(
         _require_dropped(written, len(dropped), drop)
         counts = write_sets(fresh, experiment, views, work)
         audit = _audit(experiment, readers, weights, written, counts, views)
+        audit |= {"soft_labels": teacher.softened if teacher else 0, "dropped": len(dropped)}
         rows = fresh / "rows.parquet"
         if reader := readers.get("test"):
             audit["test_rows_in_train"] = check_overlap(rows, reader.path, has_verdicts=reader.has_verdicts)

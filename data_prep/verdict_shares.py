@@ -120,6 +120,7 @@ class Teacher:
         """Read the table; raises ArenaError for rows that are no distributions, or that a teacher was trained on."""
         self._path, self._share = soft.path, soft.share
         self._shares, self._used = read_distributions(soft.path, _NOT_SOFT), set()
+        self.softened = 0  # battles
         _require_unseen(soft.path, self._shares.keys())
 
     def soften(self, reader: VoteReader, battles: Iterable[tuple[int, Battle]]) -> Iterator[Battle]:
@@ -128,6 +129,7 @@ class Teacher:
             name = battle.id if battle.id in self._shares else battle.id.split(":", 1)[-1]
             if (taught := self._shares.get(name)) is not None:
                 self._used.add(name)
+                self.softened += 1
                 battle = mixed(battle, taught, self._share)
             if battle.verdict is None:
                 reason = "has neither a verdict nor a soft label"

@@ -142,7 +142,9 @@ def test_given_weights_blend_the_members_and_the_baselines(place):
 
 def test_a_judge_teaches_what_it_was_not_trained_on(place):
     soft = "outputs/exam/sft/probabilities_valid.csv"
-    assert call("prepare", "-e", "exam", "--train", "votes.csv", "--soft", soft).exit_code == 0
+    done = call("prepare", "-e", "exam", "--train", "votes.csv", "--soft", soft)
+    assert done.exit_code == 0 and "12 of 40 battles have a soft label" in done.output
+    assert json.loads(Path("data/exam/audit.json").read_text())["soft_labels"] == 12
 
 
 def test_dropped_battles_are_judged_and_not_trained_on(place):
@@ -150,7 +152,8 @@ def test_dropped_battles_are_judged_and_not_trained_on(place):
     train, valid = (rows[rows["split"] == split]["id"].tolist() for split in ("train", "valid"))
     Path("drop.csv").write_text("id\n" + "\n".join(train[:3]) + "\n")
     again = ("prepare", "-e", "exam", "--train", "votes.csv", "--test", "test.csv", "--drop-ids", "drop.csv")
-    assert call(*again).exit_code == 0
+    done = call(*again)
+    assert done.exit_code == 0 and "3 battles are judged and not trained on" in done.output
     names = {json.loads(line)["id"] for line in Path("data/exam/sft_train.jsonl").read_text().splitlines()}
     assert names == set(train[3:])
     place.edit_experiment("folds: 2\n")
