@@ -108,7 +108,7 @@ class HeldOut:
         write_votes(bench.folder / "held_out.csv", self.battles)
         write_votes(bench.folder / "scarce.csv", votes)
         # The prior enters after the training: the same probe is scored twice.
-        for stage, prior, said in [("probe", None, "none"), *((each, NATURAL, "declared natural") for each in stages)]:
+        for stage, prior in [("probe", None)] * ("probe" in stages) + [(stage, NATURAL) for stage in stages]:
             bench.variant("scarce", "--train", "scarce.csv", of="real", target_prior=prior, swap_copies=False)
             (bench.output("scarce", stage) / "report.json").unlink(missing_ok=True)
             bench.stage("scarce", stage)
@@ -117,7 +117,7 @@ class HeldOut:
             scored = pd.read_csv(bench.folder / output, dtype={"id": str}).set_index("id")
             losses = self.losses(scored.loc[ids, list(PROBABILITY_COLUMNS)].to_numpy())
             figures = mean(losses, self.groups, ".4f"), mean(losses - self.prior, self.groups)
-            rows.append([stage, trained_on(bench, "scarce", stage)[0], said, *figures])
+            rows.append([stage, trained_on(bench, "scarce", stage)[0], "natural" if prior else "none", *figures])
         ties = sum(battle.verdict == "tie" for battle in votes) / len(votes)
         about = f"*votes: {len(votes):,}, {ties:.1%} ties; judged: {len(ids)} natural battles*"
         return [*rows, ["*natural class prior*", "", "", mean(self.prior, self.groups, ".4f"), ""], [about, *[""] * 4]]
