@@ -3,6 +3,7 @@
 In this order: whatever comes first starts the one training that all of them look at.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -20,27 +21,36 @@ def see(tab, name: str) -> None:
         assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@contextlib.contextmanager
+def paused(process):
+    """Hold a process and its children where they are, and let them go on whatever happens meanwhile."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in family:
+        each.suspend()
+    try:
+        yield
+    finally:
+        for each in family:
+            each.resume()
+
+
 def test_a_run_is_watched_while_it_runs(tab, servers, training, place):
-    # Its first steps wait for the page: on a busy machine the whole training takes less than the page's first look.
-    log = place / "saves" / "arena-tiny" / "lora" / "demo_sft" / "trainer_log.jsonl"
-    tab.until(lambda: log.exists() and len(log.read_text().splitlines()), lambda lines: lines, pause=0.02)
-    family = [psutil.Process(training.pid), *psutil.Process(training.pid).children(recursive=True)]
-    for process in family:
-        process.suspend()
-    tab.page.goto(servers["watch"].url)
     words, bar = tab.page.locator("#now"), tab.page.get_by_role("progressbar")
     line = tab.page.locator("#losses polyline").first
 
     def step() -> int:
         return int(bar.evaluate("each => each.value")) if bar.count() else 0
 
-    words.get_by_text("training").first.wait_for()
-    first = tab.until(step, lambda n: n > 0)
-    assert len(re.findall(r"\d+/40", words.inner_text())) == 1, "the step is said in one place"
-    before = tab.until(lambda: line.get_attribute("points") if line.count() else "", bool)
-    tab.page.get_by_role("button", name="Log loss of the newest checkpoint").click()
-    for process in family:
-        process.resume()
+    log = place / "saves" / "arena-tiny" / "lora" / "demo_sft" / "trainer_log.jsonl"
+    tab.until(lambda: log.exists() and log.read_text(), bool, pause=0.02)
+    # On a busy machine the whole training takes less than the page's first look.
+    with paused(training):
+        tab.page.goto(servers["watch"].url)
+        words.get_by_text("training").first.wait_for()
+        first = tab.until(step, lambda n: n > 0)
+        assert len(re.findall(r"\d+/40", words.inner_text())) == 1, "the step is said in one place"
+        before = tab.until(lambda: line.get_attribute("points") if line.count() else "", bool)
+        tab.page.get_by_role("button", name="Log loss of the newest checkpoint").click()
     later = tab.until(step, lambda n: n > first)
     tab.until(lambda: line.get_attribute("points"), lambda now: now != before)
     text = tab.until(words.inner_text, lambda text: "of the verdict of at most" in text and "Class prior" in text)
