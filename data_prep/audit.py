@@ -159,7 +159,7 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
     lines += [_source_line(name, source) for name, source in audit["sources"].items() if name.startswith("train_")]
     if taught := audit.get("soft_labels"):
         kept = sum(source["rows_kept"] for name, source in audit["sources"].items() if name != "test")
-        lines.append(f"note: {taught:,} of {kept:,} battles have a soft label; the others teach their verdict alone")
+        lines.append(f"note: {taught:,} of {kept:,} battles have a soft label")
     if dropped := audit.get("dropped"):
         lines.append(f"note: {dropped:,} battles are judged and not trained on (--drop-ids)")
     if several := audit.get("prompts_in_several_folds"):
