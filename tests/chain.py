@@ -105,8 +105,7 @@ def train_chain(folder: Path) -> None:
     """Prepare made-up votes in a new folder, and train, merge and score the demo's judge on them."""
     from data_prep.synthetic import write_arena
 
-    short = {"max_steps": 12, "logging_steps": 1}  # each step is logged, so that a live line can be seen to move
-    place(folder, **dict.fromkeys(("sft", "dpo_judge", "dpo_reward", "rm"), short))
+    place(folder, **{step: {"max_steps": 12} for step in ("sft", "dpo_judge", "dpo_reward", "rm")})
     write_arena(folder / "arena", seed=11, train_rows=700, test_rows=30)
     votes = ["--train", "arena/train.csv", "--test", "arena/test.csv", "--truth", "arena/truth.csv"]
     done = run_py(folder, "prepare", "-e", "demo", *votes)

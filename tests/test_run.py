@@ -154,7 +154,8 @@ def test_the_chain_leaves_a_report_and_a_submission(chain):
     assert gate["log_loss_merged"] == pytest.approx(gate["log_loss_adapter"], abs=1e-4)
     assert gate["passed"] and gate["rows"] == report["rows"]
     checked = {check["name"]: check["passed"] for check in report["checks"]}
-    assert len(checked) == 9 and checked == dict.fromkeys(checked, True) | {"step-1 DPO reward about 0": None}
+    few = {"step-1 DPO reward about 0": None, "loss not rising": None}  # one is not DPO's, 12 steps log a loss or two
+    assert len(checked) == 9 and checked == dict.fromkeys(checked, True) | few
     check_probabilities(output / "submission.csv", ids_of(chain / "arena" / "test.csv"))
     assert (output / "submission.csv").read_bytes() == (output / "probabilities_test.csv").read_bytes()
     page = (output / "report.html").read_text(encoding="utf-8")
