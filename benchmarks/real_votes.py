@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 from contextlib import chdir
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,35 +90,32 @@ class HeldOut:
         """Return the log loss [rows] of probabilities [rows, 3]."""
         return row_losses(probabilities, self._truth)
 
-    def baselines(self, votes: list[Battle], *, clean: bool) -> list[list[str]]:
-        """Return what reads no model, learned from natural votes or from clean ones (then with natural shares)."""
+    def baselines(self, votes: list[Battle], *, clean: bool) -> dict[str, np.ndarray]:
+        """Return the losses of what reads no model, learned from natural votes or, with their shares, from clean."""
         train, judged = map(known_of, (votes, self.battles))
-        shares, rows = {verdict: float((train["verdict"] == verdict).mean()) for verdict in VERDICTS}, []
-        about = f"{len(votes):,} {'clean votes, target prior' if clean else 'votes'}"
-        for name, chances in baseline_probabilities(train, judged, seed=1).items():
-            if clean and name in ("uniform", "prior"):
-                continue
-            losses = self.losses(correct_prior(chances, shares, NATURAL) if clean else chances)
-            self.tfidf = losses  # which is the last, on the clean votes
-            figures = mean(losses, self.groups, ".4f"), mean(self.prior - losses, self.groups)
-            rows.append([f"*{name}*", about, "", *figures])
-        return rows
+        shares = {verdict: float((train["verdict"] == verdict).mean()) for verdict in VERDICTS}
+        found = baseline_probabilities(train, judged, seed=1)
+        names = [name for name in found if not clean or name not in ("uniform", "prior")]
+        return {n: self.losses(correct_prior(found[n], shares, NATURAL) if clean else found[n]) for n in names}
 
-    def after_scarce_ties(self, bench: Workbench, stages: list[str], votes: list[Battle]) -> list[list[str]]:
+    def rows(self, baselines: dict[str, np.ndarray], trained_on: str) -> list[list[str]]:
+        """Return the table's rows of such losses."""
+        below = {name: mean(self.prior - losses, self.groups) for name, losses in baselines.items()}
+        return [[f"*{n}*", trained_on, "", mean(of, self.groups, ".4f"), below[n]] for n, of in baselines.items()]
+
+    def after_scarce_ties(self, bench: Workbench, stages: list[str], votes: list[Battle], tfidf: Any) -> list:
         """Train where ties are scarce; return the stages' rows with the target prior, the probe's also without it."""
         rows, ids = [], [battle.id for battle in self.battles]
         write_votes(bench.folder / "held_out.csv", self.battles)
         write_votes(bench.folder / "scarce.csv", votes)
-        # The prior enters after the training: the same probe is scored twice.
         for stage, prior in [("probe", None)] * ("probe" in stages) + [(stage, NATURAL) for stage in stages]:
             bench.variant("scarce", "--train", "scarce.csv", of="real", target_prior=prior, swap_copies=False)
-            (bench.output("scarce", stage) / "report.json").unlink(missing_ok=True)
-            bench.stage("scarce", stage)
+            bench.run(*STAGES[stage].command.split(), "-e", "scarce")
             output = f"held_out_{stage}_{'plain' if prior is None else 'corrected'}.csv"
             bench.run("score", "-e", "scarce", "--stage", stage, "--input", "held_out.csv", "--output", output)
             scored = pd.read_csv(bench.folder / output, dtype={"id": str}).set_index("id")
             losses = self.losses(scored.loc[ids, list(PROBABILITY_COLUMNS)].to_numpy())
-            above = [mean(losses - other, self.groups) for other in (self.prior, self.tfidf)]
+            above = [mean(losses - other, self.groups) for other in (self.prior, tfidf)]
             figures = mean(losses, self.groups, ".4f"), *above
             rows.append([stage, trained_on(bench, "scarce", stage)[0], "natural" if prior else "none", *figures])
         return [*rows, ["*natural class prior*", "", "", mean(self.prior, self.groups, ".4f"), "", ""]]
@@ -143,11 +141,13 @@ def main() -> None:
     groups = {prompt_group(battle) for battle in judged}
     own, rest = ([b for b in each if prompt_group(b) not in groups] for each in (battles, battles_of(asked.clean)))
     held = HeldOut(judged, own)
-    rows = [*own_methods(bench, asked.stages), *held.baselines(own, clean=False), *held.baselines(rest, clean=True)]
+    simple = {f"{len(own):,} votes": held.baselines(own, clean=False)}
+    simple[f"{len(rest):,} clean votes, target prior"] = scarce = held.baselines(rest, clean=True)
+    rows = own_methods(bench, asked.stages) + [row for on, losses in simple.items() for row in held.rows(losses, on)]
     text = f"Judged: {len(judged)} natural battles.\n\n{table(METHODS, rows)}"
     random.Random(1).shuffle(rest)
-    if asked.clean_rows:
-        text += f"\n\n{table(SCARCE, held.after_scarce_ties(bench, asked.clean_stages, rest[: asked.clean_rows]))}"
+    if few := rest[: asked.clean_rows]:
+        text += f"\n\n{table(SCARCE, held.after_scarce_ties(bench, asked.clean_stages, few, scarce['tfidf']))}"
     publish("real votes", text, asked.write)
 
 

@@ -132,6 +132,10 @@ class StageContext:
         """The command that scores this stage again."""
         return f"python run.py score -e {self.experiment.name} --stage {self.name}{self.fold_option} --fresh"
 
+    def report_again(self, standing: Standing) -> str:
+        """Return the command that makes an outdated report anew; it scores again only where it must."""
+        return self.command if self.of_folds or standing.only_prior_changed else self.score_again
+
     @property
     def fold_option(self) -> str:
         """What a command line says of the fold, with a blank before it."""
@@ -326,10 +330,18 @@ class StageContext:
             )
 
     def require_scored(self, model: Mapping[str, Any] | None = None) -> None:
-        """Raise ArenaError where the report is of an earlier judge; `model` is what the scores depend on now."""
+        """Raise ArenaError where the report is of an earlier judge or of other settings; `model` is what the scores
+        depend on now."""
         if why := self.earlier_scores():
             what = f"{why}: its calibration and figures are of an earlier judge"
             raise ArenaError(what, where=str(self.folder), remedy=f"make a new report: {self.command}")
+        standing = self.glance("score")
+        if settings := [line for line in standing.changes if not line.startswith("data: ")]:
+            raise ArenaError(
+                listed("its report was made with other settings; since then changed:", settings),
+                where=str(self.folder),
+                remedy=f"undo the change, or make a new report: {self.report_again(standing)}",
+            )
         record = self.state.record("score")
         if record and model is not None and (changes := differences(record.inputs.get("model", {}), model)):
             raise ArenaError(

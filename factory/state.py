@@ -69,6 +69,11 @@ class Standing:
         """Whether the part ended and its outputs exist, from whatever inputs."""
         return self.record is not None and self.record.finished_at is not None and not self.record.missing
 
+    @property
+    def only_prior_changed(self) -> bool:
+        """Whether nothing but target_prior changed, which needs a new report of the same scores."""
+        return bool(self.changes) and all(line.startswith("target_prior") for line in self.changes)
+
     def require_same_inputs(self, part: str, where: Path, remedy: str) -> None:
         """Raise ArenaError that lists the changed inputs of an outdated part."""
         if self.changes:

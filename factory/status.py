@@ -25,7 +25,7 @@ from common.files import read_json
 from common.stages import STAGES, TRAININGS
 from factory.devices import may_have_gpu
 from factory.stage_context import StageContext, prepare_again, some
-from factory.state import PARTS, flag_to_go_on
+from factory.state import PARTS, Standing, flag_to_go_on
 from factory.trainer_log import TrainerLog
 from factory.workload import time_on_cpu
 
@@ -258,20 +258,20 @@ def _as_left(context: StageContext, parts: list[str], so_far: StageStatus) -> St
 
 def _outdated(context: StageContext, parts: list[str]) -> tuple[str, str] | None:
     """Return why a stage is outdated and the command that makes it again, None where it is up to date."""
-    remedies = {
-        "train": f"{context.command} --fresh",
-        "merge": f"{context.command}   (after moving {context.merged} away)",
-        "score": _score_again(context),
-    }
     for part in parts:
         try:
-            changes = context.glance(part).changes
+            standing = context.glance(part)
         except ArenaError:  # nothing is exported, or a recipe is missing: the next command says so
             continue
-        if any(line.startswith("data: ") for line in changes):
-            return f"from another export than {context.experiment.data_folder}", remedies[part]
-        if changes:
-            return f"since then changed: {some(list(changes))}", remedies[part]
+        if changes := standing.changes:
+            remedies = {
+                "train": f"{context.command} --fresh",
+                "merge": f"{context.command}   (after moving {context.merged} away)",
+                "score": context.report_again(standing),
+            }
+            elsewhere = any(line.startswith("data: ") for line in changes)
+            export = f"from another export than {context.experiment.data_folder}"
+            return export if elsewhere else f"since then changed: {some(list(changes))}", remedies[part]
     return None
 
 
@@ -281,7 +281,7 @@ def _scored(context: StageContext, found: StageStatus) -> StageStatus:
         content = read_json(report)
         loss, prior = float(content["log_loss"]), float(content["baselines"]["prior"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return StageStatus(context.label, INTERRUPTED, f"{report} is unreadable", next=_score_again(context))
+        return StageStatus(context.label, INTERRUPTED, f"{report} is unreadable", next=context.report_again(Standing()))
     return replace(
         found,
         log_loss=loss,
@@ -301,10 +301,6 @@ def _changed_settings(context: StageContext) -> list[str]:
 
 def _prepare(name: str) -> str:
     return f"python run.py prepare -e {name} --train FILE"
-
-
-def _score_again(context: StageContext) -> str:
-    return context.command if context.of_folds else context.score_again
 
 
 def print_status(console: Console, found: list[ExperimentStatus]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from factory.stage_context import StageContext
 from scoring.calibration import AB_COLUMNS, BA_COLUMNS, REWARD_COLUMNS
 from scoring.checks.run_checks import require_sound, submission_ids
 from scoring.predictions import REPORT
-from scoring.score_stage import provenance_of, read_report, report_on, write_frame, write_result
+from scoring.score_stage import provenance_of, read_report, report_on, scored_rows, write_frame, write_result
 
 _AGAIN = "score the folds again with --fresh"
 
@@ -113,8 +112,7 @@ def _write(context: StageContext) -> tuple[dict[str, Any], list]:
     report, probabilities, calibration = report_on(context, about, scores, both=all(both), test_rows=0)
     for name, frame in {"valid": scores, "test": test}.items():
         write_frame(folder / f"scores_{name}.parquet", frame)
-    answers = SimpleNamespace(rows=len(test), ids=lambda: test["id"], tables=lambda: [test])
-    outputs = write_result(context, report, scores["id"], probabilities, calibration, answers)
+    outputs = write_result(context, report, scores["id"], probabilities, calibration, scored_rows(test))
     return report, [*(folder / f"scores_{name}.parquet" for name in ("valid", "test")), *outputs]
 
 

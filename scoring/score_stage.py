@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,11 @@ def score_stage(context: StageContext, *, show: Show, options: ScoreOptions | No
     with only_run(folder):
         standing = context.state.standing("score", inputs)
         if standing.is_finished and not options.fresh and _answered(context):
+            if standing.only_prior_changed and not standing.record.damaged:
+                show.note(f"{stage}: target_prior changed: a new report of the scores of {standing.record.finished_at}")
+                report = _report_again(context, inputs, standing.record.seconds, compared)
+                require_sound(report.get("checks", []), folder / REPORT)
+                return report
             standing.require_same_inputs("score", folder, context.score_again)
             show.note(f"{stage}: scores kept, finished {standing.record.finished_at}")
             if not context.scores("valid"):
@@ -232,19 +238,46 @@ def _score_splits(
     return jobs, {**scoring, "rows_in_both_orders": both, **limit}
 
 
+def _report_again(
+    context: StageContext, inputs: dict[str, Any], seconds: float, compared: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Write the report anew from the scores that are there, which took `seconds`; return it."""
+    report, outputs = {}, [context.folder / "scores_test.parquet"]
+    earlier = read_report(context, remedy=context.score_again) if context.scores("valid") else None
+    context.state.begin("score", inputs)
+    if earlier:
+        with readable(outputs[0], context.score_again):
+            test = scored_rows(pd.read_parquet(outputs[0]))
+        scoring = {**earlier["scoring"], "seconds": earlier["provenance"]["scoring_seconds"]}
+        report, outputs = _conclude(context, test, scoring, compared)
+    context.state.finish("score", outputs, seconds)
+    return report
+
+
+def scored_rows(table: pd.DataFrame) -> SimpleNamespace:
+    """Return a table of raw scores as what a finished `Job` is to its readers."""
+    return SimpleNamespace(rows=len(table), ids=lambda: table["id"], tables=lambda: [table])
+
+
 def _write(
     context: StageContext, jobs: dict[str, Job], scoring: dict[str, Any], compared: dict[str, Any] | None
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Write everything that a person or a program reads, report.json the last; return the report and the files."""
+    """Write the raw scores, then what is made of them; return the report and the files."""
+    for split, job in jobs.items():
+        _write_scores(context.folder / f"scores_{split}.parquet", job)
+    return _conclude(context, jobs["test"], scoring, compared)
+
+
+def _conclude(
+    context: StageContext, test: Any, scoring: dict[str, Any], compared: dict[str, Any] | None
+) -> tuple[dict[str, Any], list[Path]]:
+    """Write everything that a person or a program reads, report.json the last; return the report and all files."""
     folder = context.folder
-    names = [f"scores_{split}.parquet" for split in jobs]
-    for name, job in zip(names, jobs.values(), strict=True):
-        _write_scores(folder / name, job)
     with readable(folder / "scores_valid.parquet", "score the stage again"):
         valid = pd.read_parquet(folder / "scores_valid.parquet")
-    report, probabilities, calibration = _report(context, valid, jobs["test"], scoring, compared)
-    outputs = write_result(context, report, valid["id"], probabilities, calibration, jobs["test"])
-    return report, [*(folder / name for name in names), *outputs]
+    report, probabilities, calibration = _report(context, valid, test, scoring, compared)
+    outputs = write_result(context, report, valid["id"], probabilities, calibration, test)
+    return report, [*(folder / f"scores_{split}.parquet" for split in _LABELS), *outputs]
 
 
 def _answers(context: StageContext, jobs: dict[str, Job]) -> tuple[dict[str, Any], list[Path]]:
@@ -278,7 +311,7 @@ def write_result(
 
 
 def _report(
-    context: StageContext, valid: pd.DataFrame, test: Job, scoring: dict[str, Any], compared: dict[str, Any] | None
+    context: StageContext, valid: pd.DataFrame, test: Any, scoring: dict[str, Any], compared: dict[str, Any] | None
 ) -> tuple[dict[str, Any], Any, Calibration]:
     """Return the report, the validation rows' probabilities and the calibration."""
     curve, seconds = loss_curve(context.adapter / "trainer_log.jsonl"), scoring.pop("seconds")

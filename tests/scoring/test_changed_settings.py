@@ -98,3 +98,51 @@ def test_what_rewards_depend_on_is_among_their_inputs(place, text):
     after = ScorerSpec(StageContext(load_experiment("exam"), "dpo_reward")).scorer().inputs()
     assert {name for name in before if before[name] != after[name]} == {text.split(":")[0].removeprefix("reward_")}
     assert "model.safetensors" in before["base"], "a base that is a folder counts by its content"
+
+
+def declare_prior(experiment: str) -> None:
+    with Path(f"factory_configs/{experiment}/experiment.yaml").open("a", encoding="utf-8") as file:
+        file.write("target_prior: {a: 0.4, b: 0.3, tie: 0.3}\n")
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo_reward", "base", "probe"])
+def test_a_declared_prior_needs_a_new_report_and_no_new_scores(scored, stage):
+    """Nothing answers with the earlier report; the new one equals that of a scoring from the beginning."""
+    folder, names = Path(f"outputs/exam/{stage}"), ("report.json", "probabilities_test.csv", "probabilities_valid.csv")
+    declare_prior("exam")
+    for arguments in (["score", "--stage", stage, "--input", "test.csv", "--output", "mine.csv"], ["compare"]):
+        told = call(*arguments, "-e", "exam")
+        assert told.exit_code == 1 and "target_prior: a (absent) -> 0.4" in told.output, told.output
+    assert not Path("mine.csv").exists()
+    scores, before = (folder / "scores_test.parquet").read_bytes(), (folder / names[1]).read_bytes()
+    made = []
+    for again in ([], ["--fresh"]):
+        told = call("score", "-e", "exam", "--stage", stage, *again)
+        assert told.exit_code == 0 and ("loading the model" in told.output) == bool(again), told.output
+        found = [(folder / name).read_text(encoding="utf-8") for name in names]
+        report = json.loads(found[0])
+        del report["provenance"]["scoring_seconds"]
+        made.append((report, found[1:]))
+    assert made[0] == made[1]
+    assert (folder / names[1]).read_bytes() != before and report["target_prior"]
+    assert (folder / "scores_test.parquet").read_bytes() == scores
+    assert call("score", "-e", "exam", "--stage", stage, "--input", "test.csv", "--output", "mine.csv").exit_code == 0
+
+
+def test_a_declared_prior_reaches_the_report_of_all_folds_and_its_answers(scored):
+    before = Path("outputs/folded/sft/probabilities_test.csv").read_bytes()
+    declare_prior("folded")
+    told = call("score", "-e", "folded", "--input", "test.csv", "--output", "mine.csv")
+    assert told.exit_code == 1 and "target_prior: a (absent) -> 0.4" in told.output, told.output
+    told = call("score", "-e", "folded")
+    assert told.exit_code == 0 and "loading the model" not in told.output, told.output
+    assert Path("outputs/folded/sft/probabilities_test.csv").read_bytes() != before
+    assert call("score", "-e", "folded", "--input", "test.csv", "--output", "mine.csv").exit_code == 0
+
+
+def test_scores_that_are_not_those_of_the_report_are_not_reported_again(scored):
+    declare_prior("exam")
+    path = Path("outputs/exam/sft/scores_test.parquet")
+    path.write_bytes(path.read_bytes()[:-100])
+    told = call("score", "-e", "exam")
+    assert told.exit_code == 1 and "--fresh" in told.output and "Traceback" not in told.output, told.output
