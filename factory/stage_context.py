@@ -132,9 +132,11 @@ class StageContext:
         """The command that scores this stage again."""
         return f"python run.py score -e {self.experiment.name} --stage {self.name}{self.fold_option} --fresh"
 
-    def report_again(self, standing: Standing) -> str:
-        """Return the command that makes an outdated report anew; it scores again only where it must."""
-        return self.command if self.of_folds or standing.only_prior_changed else self.score_again
+    def report_again(self, keep_scores: bool = False) -> str:
+        """Return the command that makes another report, of the scores that are there or of new ones."""
+        # Not the stage's own command, which would have to be given the options that it was run with, such as --layer.
+        score = self.score_again.removesuffix(" --fresh") if keep_scores else self.score_again
+        return self.command if self.of_folds else score
 
     @property
     def fold_option(self) -> str:
@@ -340,7 +342,7 @@ class StageContext:
             raise ArenaError(
                 listed("its report was made with other settings; since then changed:", settings),
                 where=str(self.folder),
-                remedy=f"undo the change, or make a new report: {self.report_again(standing)}",
+                remedy=f"undo the change, or make a new report: {self.report_again(standing.only_prior_changed)}",
             )
         record = self.state.record("score")
         if record and model is not None and (changes := differences(record.inputs.get("model", {}), model)):

@@ -25,7 +25,7 @@ from common.files import read_json
 from common.stages import STAGES, TRAININGS
 from factory.devices import may_have_gpu
 from factory.stage_context import StageContext, prepare_again, some
-from factory.state import PARTS, Standing, flag_to_go_on
+from factory.state import PARTS, flag_to_go_on
 from factory.trainer_log import TrainerLog
 from factory.workload import time_on_cpu
 
@@ -267,7 +267,7 @@ def _outdated(context: StageContext, parts: list[str]) -> tuple[str, str] | None
             remedies = {
                 "train": f"{context.command} --fresh",
                 "merge": f"{context.command}   (after moving {context.merged} away)",
-                "score": context.report_again(standing),
+                "score": context.report_again(standing.only_prior_changed),
             }
             elsewhere = any(line.startswith("data: ") for line in changes)
             export = f"from another export than {context.experiment.data_folder}"
@@ -281,7 +281,7 @@ def _scored(context: StageContext, found: StageStatus) -> StageStatus:
         content = read_json(report)
         loss, prior = float(content["log_loss"]), float(content["baselines"]["prior"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return StageStatus(context.label, INTERRUPTED, f"{report} is unreadable", next=context.report_again(Standing()))
+        return StageStatus(context.label, INTERRUPTED, f"{report} is unreadable", next=context.report_again())
     return replace(
         found,
         log_loss=loss,

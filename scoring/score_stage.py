@@ -241,7 +241,7 @@ def _score_splits(
 def _report_again(
     context: StageContext, inputs: dict[str, Any], seconds: float, compared: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Write the report anew from the scores that are there, which took `seconds`; return it."""
+    """Write another report of the scores that are there, which took `seconds`; return it."""
     report, outputs = {}, [context.folder / "scores_test.parquet"]
     earlier = read_report(context, remedy=context.score_again) if context.scores("valid") else None
     context.state.begin("score", inputs)

@@ -113,6 +113,8 @@ def test_a_declared_prior_needs_a_new_report_and_no_new_scores(scored, stage):
     for arguments in (["score", "--stage", stage, "--input", "test.csv", "--output", "mine.csv"], ["compare"]):
         told = call(*arguments, "-e", "exam")
         assert told.exit_code == 1 and "target_prior: a (absent) -> 0.4" in told.output, told.output
+        named = "sft" if arguments == ["compare"] else stage
+        assert told.output.rstrip().endswith(f"python run.py score -e exam --stage {named}"), "the command that follows"
     assert not Path("mine.csv").exists()
     scores, before = (folder / "scores_test.parquet").read_bytes(), (folder / names[1]).read_bytes()
     made = []
